@@ -1,0 +1,211 @@
+"""Where arrays live: the host ("cpu") or a CUDA device ("cuda", "cuda:1")."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from cupybnn.errors import DeviceError
+
+__all__ = [
+    "CPU",
+    "CudaStatus",
+    "Device",
+    "array_module",
+    "cuda_status",
+    "device_of",
+    "is_cupy",
+    "resolve",
+    "synchronize",
+    "to_device",
+]
+
+
+@dataclass(frozen=True)
+class Device:
+    """A place for arrays: ``Device("cpu")`` or ``Device("cuda", 0)``."""
+
+    kind: str
+    index: int = 0
+
+    def __str__(self) -> str:
+        return "cpu" if self.kind == "cpu" else f"cuda:{self.index}"
+
+    @property
+    def xp(self) -> Any:
+        """The array module of this device: numpy or cupy."""
+        if self.kind == "cpu":
+            return np
+        import cupy
+
+        return cupy
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Context in which this is the current device."""
+        if self.kind == "cpu":
+            return contextlib.nullcontext()
+        return self.xp.cuda.Device(self.index)
+
+
+CPU = Device("cpu")
+
+
+@dataclass(frozen=True)
+class CudaStatus:
+    """Whether CUDA can be used here and, where it cannot, why, in one sentence."""
+
+    available: bool
+    reason: str
+    device_count: int = 0
+    cupy_version: str | None = None
+
+
+def _cupy_wheels() -> list[str]:
+    """Names of the installed distributions that each provide the module ``cupy``."""
+    names = {
+        (dist.metadata["Name"] or "").lower() for dist in importlib.metadata.distributions()
+    }
+    return sorted(n for n in names if n == "cupy" or n.startswith("cupy-"))
+
+
+@lru_cache(maxsize=1)
+def cuda_status() -> CudaStatus:
+    """Find out, once and without raising, whether CuPy is here and sees a device."""
+    wheels = _cupy_wheels()
+    if len(wheels) > 1:
+        return CudaStatus(
+            False,
+            f"Several CuPy packages are installed at once ({', '.join(wheels)}) and overwrite each "
+            f"other's files: uninstall all of them, then install one.",
+        )
+    try:
+        import cupy
+    except ModuleNotFoundError as error:
+        if error.name != "cupy":
+            return CudaStatus(False, f"CuPy is installed but cannot be imported: {error}.")
+        return CudaStatus(
+            False,
+            "CuPy is not installed: for an NVIDIA GPU install cupybnn[cuda13] or cupybnn[cuda12].",
+        )
+    except Exception as error:  # CuPy raises whatever its libraries raise
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        return CudaStatus(False, f"CuPy is installed but cannot be imported: {first_line}")
+    version = cupy.__version__
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:
+        return CudaStatus(
+            False,
+            f"CuPy {version} is installed but sees no CUDA device ({error}).",
+            cupy_version=version,
+        )
+    if count == 0:
+        return CudaStatus(
+            False, f"CuPy {version} is installed but sees no CUDA device.", cupy_version=version
+        )
+    return CudaStatus(True, f"CuPy {version} sees {count} CUDA device(s).", count, version)
+
+
+def resolve(device: str | Device | None = "auto") -> Device:
+    """Turn a device's name into a `Device`.
+
+    Parameters
+    ----------
+    device : str or Device or None
+        "cpu"; "cuda" (the current CUDA device); "cuda:1"; "auto" or None: CUDA where it can be
+        used, else the CPU.
+
+    Raises
+    ------
+    DeviceError
+        If CUDA is asked for by name and cannot be used, or has no device of that number.
+    ValueError
+        If the name is none of the above.
+    """
+    if device is None:
+        device = "auto"
+    name = str(device)
+    if name == "cpu":
+        return CPU
+    status = cuda_status() if name == "auto" or name.startswith("cuda") else None
+    if name == "auto":
+        assert status is not None
+        return _current_cuda_device() if status.available else CPU
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or (":" in name and not number.isdecimal()):
+        raise ValueError(
+            f"The 'device' must be 'auto', 'cpu', 'cuda' or 'cuda:N' with a device number N; "
+            f"got {device!r}."
+        )
+    assert status is not None
+    if not status.available:
+        raise DeviceError(f"The device {name!r} cannot be used. {status.reason}")
+    if not number:
+        return _current_cuda_device()
+    if int(number) >= status.device_count:
+        raise DeviceError(
+            f"The device {name!r} does not exist: there are {status.device_count} CUDA device(s), "
+            f"numbered from 0."
+        )
+    return Device("cuda", int(number))
+
+
+def _current_cuda_device() -> Device:
+    import cupy
+
+    return Device("cuda", cupy.cuda.runtime.getDevice())
+
+
+def is_cupy(x: object) -> bool:
+    """Whether `x` is a CuPy array; imports nothing."""
+    cupy = sys.modules.get("cupy")
+    ndarray = getattr(cupy, "ndarray", None)
+    return ndarray is not None and isinstance(x, ndarray)
+
+
+def array_module(*arrays: Any) -> Any:
+    """Return numpy or cupy, whichever all of `arrays` belong to.
+
+    Raises
+    ------
+    TypeError
+        If NumPy and CuPy arrays are mixed.
+    """
+    on_cuda = [is_cupy(x) for x in arrays]
+    if not any(on_cuda):
+        return np
+    if not all(on_cuda):
+        raise TypeError(
+            "NumPy and CuPy arrays cannot be mixed in one operation; got "
+            + ", ".join("cupy.ndarray" if c else "numpy.ndarray" for c in on_cuda)
+            + ". Move one of them with cupy.asarray or cupy.asnumpy."
+        )
+    return sys.modules["cupy"]
+
+
+def device_of(array: Any) -> Device:
+    """Return the device that holds `array` (a NumPy or CuPy array)."""
+    return Device("cuda", array.device.id) if is_cupy(array) else CPU
+
+
+def to_device(array: Any, device: Device) -> Any:
+    """Return `array` on `device`; no copy if it is there already."""
+    if device.kind == "cpu":
+        return array.get() if is_cupy(array) else np.asarray(array)
+    if is_cupy(array) and array.device.id == device.index:
+        return array
+    with device.scope():
+        return device.xp.asarray(array)
+
+
+def synchronize(device: Device) -> None:
+    """Wait for all work issued to `device`; does nothing on the CPU."""
+    if device.kind == "cuda":
+        with device.scope():
+            device.xp.cuda.get_current_stream().synchronize()

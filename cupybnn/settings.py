@@ -1,0 +1,41 @@
+"""Environment variables, read here and nowhere else."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+__all__ = ["cache_dir", "data_dir", "debug", "kernel_override"]
+
+_FALSE = {"", "0", "false", "no", "off"}
+
+
+def debug() -> bool:
+    """Whether ``CUPYBNN_DEBUG`` asks for the kernel choices to be printed."""
+    return os.environ.get("CUPYBNN_DEBUG", "").strip().lower() not in _FALSE
+
+
+def cache_dir() -> Path:
+    """Folder for tuned kernel tables: ``CUPYBNN_CACHE_DIR`` or the system's cache folder."""
+    given = os.environ.get("CUPYBNN_CACHE_DIR")
+    if given:
+        return Path(given).expanduser()
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "cupybnn"
+
+
+def data_dir() -> Path:
+    """Folder for fetched data sets: ``CUPYBNN_DATA_DIR`` or ``data`` in the cache folder."""
+    given = os.environ.get("CUPYBNN_DATA_DIR")
+    return Path(given).expanduser() if given else cache_dir() / "data"
+
+
+def kernel_override() -> str | None:
+    """Name of the product kernel that ``CUPYBNN_KERNEL`` asks for, or None to let shapes decide."""
+    return os.environ.get("CUPYBNN_KERNEL") or None
