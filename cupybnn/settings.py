@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["cache_dir", "data_dir", "debug", "kernel_override"]
+__all__ = ["cache_dir", "data_dir", "debug", "kernel_override", "scikit_learn_data"]
 
 _FALSE = {"", "0", "false", "no", "off"}
 
@@ -39,3 +39,9 @@ def data_dir() -> Path:
 def kernel_override() -> str | None:
     """Name of the product kernel that ``CUPYBNN_KERNEL`` asks for, or None to let shapes decide."""
     return os.environ.get("CUPYBNN_KERNEL") or None
+
+
+def scikit_learn_data() -> Path:
+    """Folder where scikit-learn keeps what it fetched: ``SCIKIT_LEARN_DATA`` or its default."""
+    given = os.environ.get("SCIKIT_LEARN_DATA")
+    return Path(given or "~/scikit_learn_data").expanduser()

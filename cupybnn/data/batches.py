@@ -1,0 +1,113 @@
+"""Batches: which images each training step sees, and the gather on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends.devices import Device, to_device
+from cupybnn.data.dataset import Dataset
+
+__all__ = ["BatchOrder", "DeviceData"]
+
+
+class BatchOrder:
+    """The order in which training images are drawn: a new permutation in every epoch.
+
+    The stream of images is epoch 0's permutation, then epoch 1's, and so on; step s takes images
+    ``s * batch_size`` to ``(s + 1) * batch_size`` of the stream, so a batch may span two epochs
+    and every image is seen equally often. The permutation of an epoch is drawn from a generator
+    seeded by (seed, epoch) alone: the batch of a step depends on nothing that went before, and the
+    position to save in a checkpoint is the step.
+
+    Parameters
+    ----------
+    images : int
+        Number of training images.
+    batch_size : int
+    seed : int
+        Not negative.
+    device : Device
+        Where the permutations are kept and the indices are returned.
+    """
+
+    def __init__(self, images: int, batch_size: int, seed: int, device: Device) -> None:
+        self.images = images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.device = device
+        self._epochs: dict[int, Any] = {}
+
+    def permutation(self, epoch: int) -> Any:
+        """Indices of all images in the order of `epoch`, int64, on the device."""
+        if epoch not in self._epochs:
+            # 0xBA7C4 keeps this stream apart from others that are seeded with the same seed.
+            generator = np.random.default_rng([self.seed, 0xBA7C4, epoch])
+            order = generator.permutation(self.images)
+            for old in [e for e in self._epochs if e < epoch - 1]:
+                del self._epochs[old]
+            self._epochs[epoch] = to_device(order, self.device)
+        return self._epochs[epoch]
+
+    def indices(self, step: int) -> Any:
+        """Indices of the images of `step`, int64 of shape (batch_size,), on the device."""
+        first = step * self.batch_size
+        epoch, start = divmod(first, self.images)
+        parts = []
+        left = self.batch_size
+        while left > 0:
+            part = self.permutation(epoch)[start : start + left]
+            parts.append(part)
+            left -= len(part)
+            epoch, start = epoch + 1, 0
+        return parts[0] if len(parts) == 1 else self.device.xp.concatenate(parts)
+
+
+class DeviceData:
+    """A data set on a device, pixels kept as bytes; floats are made a batch at a time.
+
+    Parameters
+    ----------
+    dataset : Dataset
+    device : Device
+    dtype : str or dtype
+        Floating dtype of the network's input.
+
+    Attributes
+    ----------
+    train_images, test_images : array of uint8, shape (images, pixels)
+    train_labels, test_labels : array of int64, shape (images,)
+    """
+
+    def __init__(self, dataset: Dataset, device: Device, dtype: Any = np.float32) -> None:
+        self.device = device
+        self.dtype = np.dtype(dtype)
+        self.features = dataset.features
+        self.classes = dataset.classes
+        self.train_images = to_device(dataset.train_images, device)
+        self.train_labels = to_device(dataset.train_labels.astype(np.int64), device)
+        self.test_images = to_device(dataset.test_images, device)
+        self.test_labels = to_device(dataset.test_labels.astype(np.int64), device)
+        self._scale = self.dtype.type(1.0 / dataset.pixel_max)
+
+    def scale(self, images: Any) -> Any:
+        """Turn pixels into the network's input: ``images / pixel_max``, numbers from 0 to 1."""
+        # A pixel of 8 bits times the factor: one pass, and no float64 on the way.
+        return self.device.xp.multiply(images, self._scale, dtype=self.dtype)
+
+    def batch(self, indices: Any) -> tuple[Any, Any]:
+        """Gather training images by number.
+
+        Returns
+        -------
+        inputs : array of `dtype`, shape (batch, pixels)
+        labels : array of int64, shape (batch,)
+        """
+        return self.scale(self.train_images[indices]), self.train_labels[indices]
+
+    def test_batches(self, size: int) -> Any:
+        """Yield (inputs, labels) over the whole test part, `size` images at a time."""
+        for start in range(0, len(self.test_labels), size):
+            stop = start + size
+            yield self.scale(self.test_images[start:stop]), self.test_labels[start:stop]

@@ -1,0 +1,208 @@
+"""MNIST's own file format, IDX: a folder of four files, checked in every way they can be wrong.
+
+An IDX file (http://yann.lecun.com/exdb/mnist, "file formats") is a big-endian header, two zero
+bytes, a type code (8: unsigned byte), the number of dimensions, each dimension as 32 bits, and
+then the elements, last dimension fastest.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from cupybnn.data.dataset import Dataset
+from cupybnn.errors import DataError
+
+__all__ = ["find_files", "load_folder", "read_idx"]
+
+_UNSIGNED_BYTE = 8
+_CLASSES = 10
+#: Folders below the given one that other programs put the files into.
+_SUBFOLDERS = ("", "raw", "MNIST/raw", "mnist", "MNIST")
+_NAME = re.compile(
+    r"(?P<part>train|t10k|test)[-_.]?(?P<kind>images|labels)"
+    r"(?:[-_.]?idx[13])?(?:[-_.]?ubyte)?(?:\.idx[13]?)?(?:\.gz)?",
+    re.IGNORECASE,
+)
+_ROLES = ("train images", "train labels", "test images", "test labels")
+
+
+def find_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
+    """Find MNIST's four files in `folder`.
+
+    Accepted names: train or t10k or test, images or labels, with or without ``idx3``/``idx1`` and
+    ``ubyte``, joined by ``-``, ``_`` or ``.``, with or without ``.gz``; also in the subfolders
+    ``raw``, ``MNIST/raw``, ``mnist`` and ``MNIST``. A plain file goes before a .gz one.
+
+    Returns
+    -------
+    dict
+        Paths by "train images", "train labels", "test images", "test labels".
+
+    Raises
+    ------
+    DataError
+        If the folder or one of the files is not there.
+    """
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        what = "is a file, not a folder" if root.exists() else "does not exist"
+        raise DataError(f"The data directory {root} {what}.")
+    found: dict[str, Path] = {}
+    for subfolder in _SUBFOLDERS:
+        here = root / subfolder
+        if not here.is_dir():
+            continue
+        by_role: dict[str, Path] = {}
+        for path in sorted(here.iterdir(), key=lambda p: (p.suffix.lower() == ".gz", p.name)):
+            match = _NAME.fullmatch(path.name)
+            if match and path.is_file():
+                part = "train" if match["part"].lower() == "train" else "test"
+                by_role.setdefault(f"{part} {match['kind'].lower()}", path)
+        if len(by_role) > len(found):
+            found = by_role
+    missing = [role for role in _ROLES if role not in found]
+    if missing:
+        there = sorted(p.name for p in root.iterdir())
+        listing = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "") if there else "nothing"
+        raise DataError(
+            f"The data directory {root} must hold MNIST's four IDX files, such as "
+            f"train-images-idx3-ubyte or train-images-idx3-ubyte.gz; missing: "
+            f"{', '.join(missing)}. It holds: {listing}."
+        )
+    return found
+
+
+def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
+    """Read one IDX file of unsigned bytes, gzipped or not (told by content, not by name).
+
+    Parameters
+    ----------
+    path : path-like
+    dimensions : int
+        How many dimensions the file must have: 3 for images, 1 for labels.
+
+    Returns
+    -------
+    ndarray of uint8, of the dimensions in the header
+
+    Raises
+    ------
+    DataError
+        If the file is not IDX of that kind, or shorter or longer than its header says; the message
+        names the file, what was expected and what was found.
+    """
+    path = Path(path)
+    kind = {1: "labels", 3: "images"}.get(dimensions, f"{dimensions}-dimensional data")
+    try:
+        with open(path, "rb") as raw:
+            zipped = raw.read(2) == b"\x1f\x8b"
+            raw.seek(0)
+            stream: io.BufferedIOBase = gzip.GzipFile(fileobj=raw) if zipped else raw
+            header = _read(stream, 4 + 4 * dimensions)
+            expected_magic = (_UNSIGNED_BYTE << 8) | dimensions
+            magic = int.from_bytes(header[:4], "big")
+            if len(header) >= 4 and magic != expected_magic:
+                hint = {
+                    (_UNSIGNED_BYTE << 8) | 1: " (a file of labels)",
+                    (_UNSIGNED_BYTE << 8) | 3: " (a file of images)",
+                }.get(magic, "")
+                raise DataError(
+                    f"{path} is not an IDX file of {kind}: expected the magic number "
+                    f"0x{expected_magic:08x}, found 0x{magic:08x}{hint}."
+                )
+            if len(header) < 4 + 4 * dimensions:
+                raise DataError(
+                    f"{path} is truncated: expected a header of {4 + 4 * dimensions} bytes, found "
+                    f"{len(header)}."
+                )
+            shape = tuple(
+                int.from_bytes(header[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)
+            )
+            size = 1
+            for length in shape:
+                size *= length
+            # One byte more than the header promises shows whether anything follows.
+            data = _read(stream, size + 1)
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} is corrupt: {error}. Fetch it again.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if len(data) != size:
+        found = f"{len(data):,}" if len(data) < size else "more"
+        wrong = "truncated" if len(data) < size else "longer than its header says"
+        raise DataError(
+            f"{path} is {wrong}: expected {size:,} bytes for {' × '.join(map(str, shape))} "
+            f"{kind}, found {found}."
+        )
+    return np.frombuffer(data, dtype=np.uint8).reshape(shape)
+
+
+def _read(stream: io.BufferedIOBase, size: int) -> bytes:
+    """Read up to `size` bytes; a gzip stream that stops early gives what it had."""
+    chunks: list[bytes] = []
+    left = size
+    while left > 0:
+        try:
+            # One raw read at a time: a longer read would lose what came before the early end.
+            chunk = stream.read1(min(left, 1 << 20))
+        except EOFError:  # the gzip stream stops before its trailer
+            break
+        if not chunk:
+            break
+        chunks.append(chunk)
+        left -= len(chunk)
+    return b"".join(chunks)
+
+
+def load_folder(folder: str | os.PathLike[str]) -> Dataset:
+    """Read the four IDX files in `folder` as a `Dataset`.
+
+    Raises
+    ------
+    DataError
+        If a file is missing, truncated, corrupt or mislabelled, if images and labels are not
+        equally many, if the training and test images differ in size, or if a label is above 9.
+    """
+    paths = find_files(folder)
+    arrays = {role: read_idx(path, 3 if "images" in role else 1) for role, path in paths.items()}
+    for part in ("train", "test"):
+        images, labels = arrays[f"{part} images"], arrays[f"{part} labels"]
+        image_path, label_path = paths[f"{part} images"], paths[f"{part} labels"]
+        if len(images) != len(labels):
+            raise DataError(
+                f"{label_path} does not belong to {image_path}: expected {len(images):,} labels, "
+                f"one an image, found {len(labels):,}."
+            )
+        if images.size == 0:
+            raise DataError(
+                f"{image_path} is empty: expected at least one image of one pixel, found "
+                f"{' × '.join(map(str, images.shape))}."
+            )
+        if labels.max() >= _CLASSES:
+            first = int(np.argmax(labels >= _CLASSES))
+            raise DataError(
+                f"{label_path} is mislabelled: expected labels from 0 to {_CLASSES - 1}, found "
+                f"{int(labels[first])} for image {first}."
+            )
+    train, test = arrays["train images"], arrays["test images"]
+    if train.shape[1:] != test.shape[1:]:
+        raise DataError(
+            f"{paths['test images']} does not belong to {paths['train images']}: expected images "
+            f"of {train.shape[1]}×{train.shape[2]} pixels, found {test.shape[1]}×{test.shape[2]}."
+        )
+    return Dataset(
+        name="mnist",
+        train_images=train.reshape(len(train), -1),
+        train_labels=arrays["train labels"],
+        test_images=test.reshape(len(test), -1),
+        test_labels=arrays["test labels"],
+        image_shape=(train.shape[1], train.shape[2]),
+        pixel_max=255,
+    )

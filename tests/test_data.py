@@ -1,0 +1,418 @@
+"""Data sets: IDX folders and every way they can be wrong, the MNIST cache, the digits, batches."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cupybnn import settings
+from cupybnn.backends.devices import CPU
+from cupybnn.data import BatchOrder, Dataset, DeviceData, digits, idx, load, mnist
+from cupybnn.errors import DataError
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    header = bytes([0, 0, 8, array.ndim])
+    return header + b"".join(n.to_bytes(4, "big") for n in array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def arrays() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(3)
+    return {
+        "train-images": rng.integers(0, 256, (20, 4, 5), dtype=np.uint8),
+        "train-labels": rng.integers(0, 10, 20, dtype=np.uint8),
+        "t10k-images": rng.integers(0, 256, (7, 4, 5), dtype=np.uint8),
+        "t10k-labels": rng.integers(0, 10, 7, dtype=np.uint8),
+    }
+
+
+NAMES = {
+    "lecun": "{part}-{kind}-idx{n}-ubyte",
+    "lecun-gz": "{part}-{kind}-idx{n}-ubyte.gz",
+    "dotted": "{part}-{kind}.idx{n}-ubyte",
+    "dotted-gz": "{part}-{kind}.idx{n}-ubyte.gz",
+    "short": "{part}_{kind}.idx",
+    "capital": "{part}-{kind}-IDX{n}-UBYTE.GZ",
+}
+
+
+def write_folder(
+    folder: Path, arrays: dict[str, np.ndarray], pattern: str = NAMES["lecun"]
+) -> dict[str, Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for key, array in arrays.items():
+        part, kind = key.split("-")
+        path = folder / pattern.format(part=part, kind=kind, n=3 if kind == "images" else 1)
+        data = idx_bytes(array)
+        path.write_bytes(gzip.compress(data) if path.suffix.lower() == ".gz" else data)
+        paths[key] = path
+    return paths
+
+
+class TestIdxFolder:
+    @pytest.mark.parametrize("pattern", NAMES.values(), ids=NAMES.keys())
+    @pytest.mark.parametrize("subfolder", ["", "MNIST/raw"])
+    def test_usual_names(self, tmp_path, arrays, pattern, subfolder):
+        write_folder(tmp_path / subfolder, arrays, pattern)
+        data = load("mnist", tmp_path)
+        assert data.image_shape == (4, 5)
+        np.testing.assert_array_equal(data.train_images, arrays["train-images"].reshape(20, 20))
+        np.testing.assert_array_equal(data.test_images, arrays["t10k-images"].reshape(7, 20))
+        np.testing.assert_array_equal(data.train_labels, arrays["train-labels"])
+        np.testing.assert_array_equal(data.test_labels, arrays["t10k-labels"])
+
+    def test_content_decides_whether_a_file_is_gzipped(self, tmp_path, arrays):
+        paths = write_folder(tmp_path, arrays)
+        plain = paths["train-images"].read_bytes()
+        paths["train-images"].unlink()
+        (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(plain)  # a browser unpacked it
+        assert len(load("mnist", tmp_path).train_images) == 20
+
+    def test_missing_folder_and_file(self, tmp_path, arrays):
+        with pytest.raises(DataError, match=r"nowhere does not exist"):
+            load("auto", tmp_path / "nowhere")
+        paths = write_folder(tmp_path, arrays)
+        with pytest.raises(DataError, match=r"is a file, not a folder"):
+            load("mnist", paths["train-images"])
+        paths["t10k-labels"].unlink()
+        with pytest.raises(DataError, match=r"missing: test labels\. It holds: t10k-images"):
+            load("auto", tmp_path)
+
+    @pytest.mark.parametrize("pattern", [NAMES["lecun"], NAMES["lecun-gz"]], ids=["plain", "gz"])
+    def test_truncated_pixels(self, tmp_path, arrays, pattern):
+        path = write_folder(tmp_path, arrays, pattern)["train-images"]
+        data = idx_bytes(arrays["train-images"])[:-3]
+        path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+        with pytest.raises(DataError) as caught:
+            load("mnist", tmp_path)
+        assert str(caught.value) == (
+            f"{path} is truncated: expected 400 bytes for 20 × 4 × 5 images, found 397."
+        )
+
+    def test_truncated_gzip_stream(self, tmp_path):
+        images = np.random.default_rng(0).integers(0, 256, (50, 28, 28), dtype=np.uint8)
+        path = tmp_path / "train-images-idx3-ubyte.gz"
+        packed = gzip.compress(idx_bytes(images))
+        path.write_bytes(packed[: len(packed) // 2])
+        with pytest.raises(DataError, match=r"truncated: expected 39,200 bytes .* found \d") as e:
+            idx.read_idx(path, 3)
+        found = int(str(e.value).rsplit(" ", 1)[1].rstrip(".").replace(",", ""))
+        assert 15_000 < found < 25_000
+
+    def test_truncated_header(self, tmp_path):
+        path = tmp_path / "train-labels-idx1-ubyte"
+        path.write_bytes(bytes([0, 0, 8, 1, 0]))
+        with pytest.raises(DataError, match=r"expected a header of 8 bytes, found 5"):
+            idx.read_idx(path, 1)
+        path.write_bytes(b"")
+        with pytest.raises(DataError, match=r"expected a header of 8 bytes, found 0"):
+            idx.read_idx(path, 1)
+
+    def test_too_long(self, tmp_path, arrays):
+        path = write_folder(tmp_path, arrays)["train-labels"]
+        path.write_bytes(path.read_bytes() + b"x")
+        with pytest.raises(DataError, match=r"longer than its header says: expected 20 bytes"):
+            load("mnist", tmp_path)
+
+    def test_corrupt_gzip(self, tmp_path, arrays):
+        path = write_folder(tmp_path, arrays, NAMES["lecun-gz"])["t10k-images"]
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 0x55
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte\.gz is (corrupt|truncated)"):
+            load("mnist", tmp_path)
+
+    def test_wrong_checksum_in_gzip(self, tmp_path, arrays):
+        path = write_folder(tmp_path, arrays, NAMES["lecun-gz"])["t10k-images"]
+        data = bytearray(path.read_bytes())
+        data[-8] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=r"corrupt: CRC check failed"):
+            load("mnist", tmp_path)
+
+    def test_images_and_labels_swapped(self, tmp_path, arrays):
+        paths = write_folder(tmp_path, arrays)
+        images, labels = paths["train-images"], paths["train-labels"]
+        other = tmp_path / "other"
+        images.rename(other)
+        labels.rename(images)
+        other.rename(labels)
+        with pytest.raises(
+            DataError,
+            match=r"train-images-idx3-ubyte is not an IDX file of images: expected the magic "
+            r"number 0x00000803, found 0x00000801 \(a file of labels\)",
+        ):
+            load("mnist", tmp_path)
+
+    def test_not_idx_at_all(self, tmp_path, arrays):
+        path = write_folder(tmp_path, arrays)["train-labels"]
+        path.write_bytes(b"<!DOCTYPE html><html>404</html>")
+        with pytest.raises(DataError, match=r"expected the magic number 0x00000801, found 0x3c21"):
+            load("mnist", tmp_path)
+
+    def test_counts_differ(self, tmp_path, arrays):
+        write_folder(tmp_path, {**arrays, "train-labels": arrays["train-labels"][:19]})
+        with pytest.raises(DataError, match=r"expected 20 labels, one an image, found 19"):
+            load("mnist", tmp_path)
+
+    def test_test_files_in_the_place_of_training_files(self, tmp_path, arrays):
+        write_folder(tmp_path, {**arrays, "train-images": arrays["t10k-images"]})
+        with pytest.raises(DataError, match=r"expected 7 labels, one an image, found 20"):
+            load("mnist", tmp_path)
+
+    def test_label_out_of_range(self, tmp_path, arrays):
+        arrays["t10k-labels"][4] = 10
+        write_folder(tmp_path, arrays)
+        with pytest.raises(
+            DataError, match=r"t10k-labels.* expected labels from 0 to 9, found 10 for image 4"
+        ):
+            load("mnist", tmp_path)
+
+    def test_image_sizes_differ(self, tmp_path, arrays):
+        write_folder(tmp_path, {**arrays, "t10k-images": np.zeros((7, 5, 5), np.uint8)})
+        with pytest.raises(DataError, match=r"expected images of 4×5 pixels, found 5×5"):
+            load("mnist", tmp_path)
+
+    def test_no_images(self, tmp_path, arrays):
+        empty = {"t10k-images": np.zeros((0, 4, 5), np.uint8), "t10k-labels": np.zeros(0, np.uint8)}
+        write_folder(tmp_path, {**arrays, **empty})
+        with pytest.raises(DataError, match=r"is empty: expected at least one image"):
+            load("mnist", tmp_path)
+
+    def test_header_that_promises_terabytes(self, tmp_path):
+        path = tmp_path / "train-images-idx3-ubyte"
+        path.write_bytes(bytes([0, 0, 8, 3]) + b"\xff\xff\xff\xff" * 3 + b"abc")
+        with pytest.raises(DataError, match=r"truncated: expected 79,228,.* found 3\."):
+            idx.read_idx(path, 3)
+
+
+@pytest.fixture
+def data_home(tmp_path, monkeypatch) -> Path:
+    """Empty data and scikit-learn folders, and no network."""
+    monkeypatch.setenv("CUPYBNN_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path / "sklearn"))
+    no_network(monkeypatch)
+    return tmp_path
+
+
+def no_network(monkeypatch) -> None:
+    import socket
+
+    def refuse(*args, **kwargs):
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="module")
+def mnist_arrays(mnist_dir) -> dict[str, np.ndarray]:
+    data = idx.load_folder(mnist_dir)
+    return {name: getattr(data, name) for name in mnist._MEMBERS}
+
+
+class TestMnist:
+    def test_the_real_files_have_the_known_checksum(self, mnist_arrays):
+        mnist._check(mnist_arrays, "the test data")
+        changed = mnist_arrays["test_labels"].copy()
+        changed[17] ^= 1
+        with pytest.raises(DataError, match="expected the SHA-256 06b0"):
+            mnist._check({**mnist_arrays, "test_labels": changed}, "x")
+
+    def test_second_start_reads_the_cache(self, data_home, mnist_arrays, monkeypatch):
+        monkeypatch.setattr(mnist, "_fetch", lambda folder: mnist_arrays)
+        said: list[str] = []
+        first = load("mnist", notify=said.append)
+        assert len(said) == 1
+        assert "Fetching MNIST" in said[0]
+        monkeypatch.setattr(mnist, "_fetch", lambda folder: pytest.fail("fetched again"))
+        second = load("auto", notify=said.append)
+        assert len(said) == 1
+        assert second.name == "mnist"
+        assert second.fallback_reason is None
+        np.testing.assert_array_equal(first.train_images, second.train_images)
+        assert [p.name for p in (data_home / "data").iterdir()] == [mnist.CACHE_NAME]
+
+    def test_second_start_is_quick_and_without_sklearn(self, data_home, mnist_arrays, monkeypatch):
+        monkeypatch.setattr(mnist, "_fetch", lambda folder: mnist_arrays)
+        load("mnist")
+        program = """
+            import sys, time
+            from cupybnn.data import load
+            start = time.perf_counter()
+            data = load("mnist")
+            print(time.perf_counter() - start)
+            assert "sklearn" not in sys.modules and len(data.train_images) == 60000
+        """
+        seconds = min(
+            float(
+                subprocess.run(
+                    [sys.executable, "-c", textwrap.dedent(program)],
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                ).stdout
+            )
+            for _ in range(3)
+        )
+        assert seconds < 0.8
+
+    def test_damaged_cache_is_fetched_again(self, data_home, mnist_arrays, monkeypatch):
+        monkeypatch.setattr(mnist, "_fetch", lambda folder: mnist_arrays)
+        load("mnist")
+        path = data_home / "data" / mnist.CACHE_NAME
+        good = path.read_bytes()
+        for damaged in (good[:1000], good[:-100_000], flip(good, 30_000_000), b""):
+            path.write_bytes(damaged)
+            said: list[str] = []
+            assert len(load("mnist", notify=said.append).test_labels) == 10_000
+            assert "corrupt" in said[0]
+            assert str(path) in said[0]
+            assert path.stat().st_size == len(good)
+
+    def test_no_network_is_one_message(self, data_home):
+        with pytest.raises(DataError) as caught:
+            load("mnist")
+        message = str(caught.value)
+        assert "Temporary failure in name resolution" in message
+        assert str(data_home / "data") in message
+        assert "data directory" in message
+        assert "--dataset digits" in message
+        assert "\n" not in message
+        assert list((data_home / "data").iterdir()) == []
+        assert not (data_home / "sklearn").exists()
+
+    def test_auto_falls_back_to_digits_and_says_why(self, data_home):
+        data = load("auto")
+        assert data.name == "digits"
+        assert "name resolution" in (data.fallback_reason or "")
+
+    def test_corrupt_scikit_learn_cache_is_left_alone(self, data_home):
+        name = (
+            "openml/openml.org/api/v1/json/data/list/data_name/mnist_784/limit/2/data_version/1.gz"
+        )
+        theirs = data_home / "sklearn" / name
+        theirs.parent.mkdir(parents=True)
+        theirs.write_bytes(b"not gzip")
+        with pytest.raises(DataError, match="cannot be fetched"):
+            load("mnist")
+        assert theirs.read_bytes() == b"not gzip"
+
+    def test_socket_timeout_is_restored(self, data_home):
+        import socket
+
+        before = socket.getdefaulttimeout()
+        load("auto")
+        assert socket.getdefaulttimeout() == before
+
+    def test_unwritable_data_folder_still_loads(self, data_home, mnist_arrays, monkeypatch):
+        monkeypatch.setattr(mnist, "_fetch", lambda folder: mnist_arrays)
+        (data_home / "data").write_bytes(b"a file where the folder should be")
+        said: list[str] = []
+        assert load("mnist", notify=said.append).name == "mnist"
+        assert "could not be kept" in said[-1]
+
+    def test_fetch_openml_from_a_scikit_learn_data_home(self, data_home, mnist_arrays, openml_home):
+        shutil.copytree(openml_home, data_home / "sklearn")
+        before = {p: p.stat().st_size for p in (data_home / "sklearn").rglob("*") if p.is_file()}
+        data = load("mnist")
+        for name, array in mnist_arrays.items():
+            np.testing.assert_array_equal(getattr(data, name), array)
+        after = {p: p.stat().st_size for p in (data_home / "sklearn").rglob("*") if p.is_file()}
+        assert before == after
+        assert [p.name for p in settings.data_dir().iterdir()] == [mnist.CACHE_NAME]
+
+
+def flip(data: bytes, position: int) -> bytes:
+    changed = bytearray(data)
+    changed[position] ^= 0xFF
+    return bytes(changed)
+
+
+class TestDigits:
+    def test_split_is_fixed_and_covers_everything_once(self):
+        from sklearn.datasets import load_digits
+
+        data = load("digits")
+        assert data.train_images.shape == (1442, 64)
+        assert data.test_images.shape == (355, 64)
+        assert data.pixel_max == 16
+        assert data.image_shape == (8, 8)
+        bunch = load_digits()
+        rows = sorted(map(bytes, np.concatenate([data.train_images, data.test_images])))
+        assert rows == sorted(map(bytes, bunch.data.astype(np.uint8)))
+        # The first test image of class 3 is the fifth 3 of the file.
+        fifth = np.flatnonzero(bunch.target == 3)[4]
+        first = data.test_images[data.test_labels == 3][0]
+        np.testing.assert_array_equal(first, bunch.data[fifth])
+
+    def test_data_directory_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="reads no data directory"):
+            load("digits", tmp_path)
+
+    def test_unknown_name(self):
+        with pytest.raises(ValueError, match="must be one of auto, mnist, digits; got 'cifar'"):
+            load("cifar")  # type: ignore[arg-type]
+
+    def test_validation_part_comes_from_the_training_images(self):
+        data = digits.load()
+        held_out = data.with_validation(142)
+        assert len(held_out.train_labels) == 1300
+        assert held_out.test_is_validation
+        np.testing.assert_array_equal(held_out.test_images, data.train_images[1300:])
+        assert len(np.unique(held_out.test_labels)) == 10
+        for wrong in (0, -1, 1442):
+            with pytest.raises(ValueError, match="from 1 to 1441 for digits"):
+                data.with_validation(wrong)
+
+    def test_dataset_checks_its_arrays(self):
+        data = digits.load()
+        fields = dict(vars(data))
+        for change, words in (
+            ({"train_images": data.train_images.astype(np.float32)}, "got float32"),
+            ({"test_labels": data.test_labels[:-1]}, "one for each of the 355 images"),
+            ({"classes": 9}, "from 0 to 8"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                Dataset(**{**fields, **change})
+
+
+class TestBatches:
+    def test_every_epoch_draws_every_image_once(self):
+        order = BatchOrder(images=10, batch_size=4, seed=0, device=CPU)
+        stream = np.concatenate([order.indices(step) for step in range(5)])
+        assert sorted(stream[:10]) == list(range(10)) == sorted(stream[10:])
+        assert not np.array_equal(stream[:10], stream[10:])
+
+    def test_batch_larger_than_the_data(self):
+        order = BatchOrder(images=3, batch_size=8, seed=0, device=CPU)
+        counts = np.bincount(np.concatenate([order.indices(s) for s in range(3)]))
+        np.testing.assert_array_equal(counts, [8, 8, 8])
+
+    def test_a_step_depends_on_nothing_before_it(self):
+        walked = BatchOrder(100, 32, 5, CPU)
+        sequence = [walked.indices(step) for step in range(12)]
+        for step in (11, 3, 7):
+            np.testing.assert_array_equal(BatchOrder(100, 32, 5, CPU).indices(step), sequence[step])
+        assert not np.array_equal(BatchOrder(100, 32, 6, CPU).indices(0), sequence[0])
+
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_inputs_are_pixels_from_0_to_1(self, dtype):
+        data = digits.load()
+        device_data = DeviceData(data, CPU, dtype)
+        inputs, labels = device_data.batch(np.array([5, 0, 5]))
+        assert inputs.dtype == dtype
+        assert labels.dtype == np.int64
+        np.testing.assert_array_equal(inputs, data.train_images[[5, 0, 5]] / 16)
+        np.testing.assert_array_equal(labels, data.train_labels[[5, 0, 5]])
+        batches = list(device_data.test_batches(100))
+        assert [len(x) for x, _ in batches] == [100, 100, 100, 55]
+        np.testing.assert_array_equal(np.concatenate([y for _, y in batches]), data.test_labels)
