@@ -6,7 +6,14 @@ import os
 import sys
 from pathlib import Path
 
-__all__ = ["cache_dir", "data_dir", "debug", "kernel_override", "scikit_learn_data"]
+__all__ = [
+    "cache_dir",
+    "data_dir",
+    "debug",
+    "kernel_override",
+    "scikit_learn_data",
+    "variables_set",
+]
 
 _FALSE = {"", "0", "false", "no", "off"}
 
@@ -45,3 +52,8 @@ def scikit_learn_data() -> Path:
     """Folder where scikit-learn keeps what it fetched: ``SCIKIT_LEARN_DATA`` or its default."""
     given = os.environ.get("SCIKIT_LEARN_DATA")
     return Path(given or "~/scikit_learn_data").expanduser()
+
+
+def variables_set() -> dict[str, str]:
+    """Return the environment variables of cupybnn that are set, by name."""
+    return {k: v for k, v in sorted(os.environ.items()) if k.startswith("CUPYBNN_")}

@@ -1,0 +1,95 @@
+"""``cupybnn info``: what is installed, which devices and kernels can be used, where files go."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from cupybnn import machine, settings
+from cupybnn.backends.devices import Device, cuda_status, resolve
+
+__all__ = ["add_parser", "lines", "run"]
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the parser of ``cupybnn info``."""
+    subparsers.add_parser(
+        "info",
+        help="print versions, devices, kernels and folders",
+        description=(
+            "Print versions, devices, the kernels that apply, and the folders in use. "
+            "Trouble with CuPy is told in one sentence; the exit code is 0 all the same."
+        ),
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report."""
+    for line in lines():
+        print(line)
+    return 0
+
+
+def _row(label: str, value: object) -> str:
+    return f"{label:<14} {value}"
+
+
+def _folder(path: Path) -> str:
+    return str(path) if path.is_dir() else f"{path} (not made yet)"
+
+
+def _kernels(device: Device) -> str:
+    if device.kind == "cpu":
+        return "numpy"
+    try:
+        from cupybnn.backends import cuda
+
+        return ", ".join(cuda.kernels_for(device))
+    except Exception as error:  # a report about trouble must not end in the trouble
+        return f"unknown ({error})"
+
+
+def _device_lines(index: int) -> Iterator[str]:
+    device = Device("cuda", index)
+    try:
+        facts = machine.device_facts(index)
+    except Exception as error:
+        yield _row(str(device), f"unknown ({error})")
+        return
+    yield _row(
+        str(device),
+        f"{facts['name']}, {facts['arch']}, {facts['multiprocessors']} multiprocessors, "
+        f"{facts['memory_bytes'] / 2**30:.0f} GiB",
+    )
+    yield _row("  kernels", _kernels(device))
+
+
+def lines() -> Iterator[str]:
+    """Yield the lines of the report."""
+    facts = machine.describe()
+    cuda = facts["cuda"]
+    package = Path(settings.__file__).resolve().parent
+    yield _row("cupybnn", f"{facts['cupybnn']} in {package}")
+    yield _row("Python", f"{facts['python']} ({sys.executable})")
+    yield _row("platform", facts["platform"])
+    for name in ("numpy", "scikit-learn", "tqdm", "tensorboardX", "torch"):
+        yield _row(name, machine.version_of(name) or "not installed")
+    yield _row("CuPy", cuda["cupy"] or "not usable")
+    if cuda["cupy"]:
+        yield _row("  NVRTC", cuda["nvrtc"])
+        yield _row("  runtime", f"CUDA {cuda['runtime_cuda']}")
+        yield _row("  driver", f"{cuda['driver'] or 'not found'}, CUDA {cuda['driver_cuda']}")
+    yield ""
+    yield _row("CUDA", cuda["reason"])
+    yield _row("cpu", f"{facts['cpu']}, {facts['cpus']} processors")
+    yield _row("  kernels", _kernels(Device("cpu")))
+    for index in range(cuda_status().device_count):
+        yield from _device_lines(index)
+    yield _row("device='auto'", resolve("auto"))
+    yield ""
+    yield _row("cache folder", _folder(settings.cache_dir()))
+    yield _row("data folder", _folder(settings.data_dir()))
+    given = [f"{name}={value}" for name, value in settings.variables_set().items()]
+    yield _row("environment", " ".join(given) or "no CUPYBNN_ variable is set")

@@ -1,0 +1,242 @@
+"""``cupybnn verify``: xnor_gemm against a plain product of ±1 matrices, element by element."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends.devices import CPU, Device, cuda_status, resolve, synchronize, to_device
+
+__all__ = ["CASES", "Case", "Outcome", "add_parser", "check", "run"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product: the shapes of both operands and how they lie in memory."""
+
+    a: tuple[int, ...]
+    b: tuple[int, ...]
+    layout: str = "rows"
+
+    def __str__(self) -> str:
+        how = "" if self.layout == "rows" else f", {self.layout}"
+        return f"{self.a} @ {self.b}{how}"
+
+
+#: Shapes at which a kernel is likely to go wrong: one element, one row, one column, just below and
+#: above the sizes of words, chunks and tiles, long and short K, batches, transposed and strided.
+CASES = (
+    Case((1, 1), (1, 1)),
+    Case((1, 31), (31, 1)),
+    Case((3, 5), (5, 7)),
+    Case((0, 8), (8, 3)),
+    Case((4, 0), (0, 5)),
+    Case((63,), (63,)),
+    Case((16, 32), (32, 8)),
+    Case((17, 33), (33, 31)),
+    Case((64, 64), (64, 64), "transposed"),
+    Case((65, 127), (127, 63)),
+    Case((127, 1023), (1023, 129)),
+    Case((128, 1024), (1024, 128)),
+    Case((129, 1025), (1025, 257), "transposed"),
+    Case((257, 2047), (2047, 511), "strided"),
+    Case((1, 16384), (16384, 1000)),
+    Case((1000, 4097), (4097, 1)),
+    Case((16, 8191), (8191, 777)),
+    Case((2, 70001), (70001, 3)),
+    Case((512, 512), (512, 512)),
+    Case((1000, 784), (784, 513), "strided"),
+    Case((1023, 1536), (1536, 1025)),
+    Case((5, 33, 65), (5, 65, 97)),
+    Case((3, 1, 40, 129), (2, 129, 24)),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one comparison found: ``problem`` is empty where every element is equal."""
+
+    device: str
+    kernel: str
+    case: Case
+    operands: str
+    elements: int
+    seconds: float
+    problem: str = ""
+
+    def line(self) -> str:
+        """Return the outcome as one line of the report."""
+        what = f"{self.device:<7} {self.kernel:<16} {self.operands:<7} {self.case}"
+        if self.problem:
+            return f"{what}  {self.problem}"
+        return f"{what}  equal ({self.elements} elements, {self.seconds * 1e3:.1f} ms)"
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the parser of ``cupybnn verify``."""
+    parser = subparsers.add_parser(
+        "verify",
+        help="compare every kernel of this machine with a plain product, element by element",
+        description=(
+            "Multiply random matrices of +1 and -1 by xnor_gemm and by matmul and compare every "
+            "element, for each kernel that this machine can run and for a list of awkward shapes. "
+            "The exit code is 1 if anything differs."
+        ),
+    )
+    parser.add_argument(
+        "--device",
+        default="all",
+        help="all (the default: NumPy and every CUDA device), cpu, cuda or cuda:N",
+    )
+    parser.add_argument(
+        "--kernel", action="append", metavar="NAME", help="only this kernel; may be repeated"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random matrices (default 0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a line for each comparison and a summary."""
+    devices = _devices(args.device)
+    count = 0
+    failed = 0
+    kernels = [(d, k) for d in devices for k in _kernels(d) if not args.kernel or k in args.kernel]
+    if not kernels:
+        known = sorted({k for d in devices for k in _kernels(d)})
+        raise ValueError(
+            f"The '--kernel' must name a kernel of this machine ({', '.join(known)}); "
+            f"got {', '.join(args.kernel)}."
+        )
+    for device, kernel in kernels:
+        for outcome in check(device, kernel, seed=args.seed):
+            count += 1
+            failed += bool(outcome.problem)
+            print(outcome.line(), flush=True)
+    if args.device == "all" and not cuda_status().available:
+        print(f"No CUDA device was checked. {cuda_status().reason}")
+    names = ", ".join(f"{kernel} on {device}" for device, kernel in kernels)
+    if failed:
+        print(f"{failed} of {count} comparisons FAILED ({names}).")
+        return 1
+    print(f"All {count} comparisons are equal ({names}).")
+    return 0
+
+
+def _devices(name: str) -> list[Device]:
+    if name == "all":
+        return [CPU, *(Device("cuda", i) for i in range(cuda_status().device_count))]
+    return [resolve(name)]
+
+
+def _kernels(device: Device) -> list[str]:
+    if device.kind == "cpu":
+        return ["numpy"]
+    from cupybnn.backends import cuda
+
+    return list(cuda.kernels_for(device))
+
+
+def _forced(device: Device, kernel: str) -> contextlib.AbstractContextManager[Any]:
+    if device.kind == "cpu":
+        return contextlib.nullcontext()
+    from cupybnn.backends import cuda
+
+    return cuda.force_kernel(kernel)
+
+
+def check(
+    device: Device, kernel: str, *, cases: tuple[Case, ...] = CASES, seed: int = 0
+) -> Iterator[Outcome]:
+    """Compare one kernel on one device with a plain product.
+
+    Parameters
+    ----------
+    device : Device
+    kernel : str
+        A name from the backend's list of kernels; "numpy" on the CPU.
+    cases : tuple of Case
+    seed : int
+        Of the random ±1 matrices.
+
+    Yields
+    ------
+    Outcome
+        Two for each case: from arrays, and from packed operands.
+    """
+    rng = np.random.default_rng(seed)
+    for case in cases:
+        a, b = _signs(rng, case.a, case.layout), _signs(rng, case.b, case.layout)
+        # Exact: |sum| <= K < 2**24, in float32 on the host, whatever the device and kernel.
+        want = np.matmul(a, b)
+        # The copy to a device keeps transposed layouts; a strided one is cut out over there.
+        with device.scope():
+            a_there, b_there = (_on_device(x, device, case.layout) for x in (a, b))
+        for operands in ("arrays", "packed"):
+            start = time.perf_counter()
+            try:
+                with device.scope(), _forced(device, kernel):
+                    got = _product(a_there, b_there, operands == "packed")
+                    synchronize(device)
+                    got = np.asarray(to_device(got, CPU))
+                problem = _difference(got, want)
+            except Exception as error:  # told in its line; the other cases still run
+                problem = f"FAILED: {type(error).__name__}: {error}"
+            yield Outcome(
+                str(device),
+                kernel,
+                case,
+                operands,
+                int(want.size),
+                time.perf_counter() - start,
+                problem,
+            )
+
+
+def _signs(rng: np.random.Generator, shape: tuple[int, ...], layout: str) -> np.ndarray:
+    if layout == "transposed":
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    x = np.where(rng.random(shape, dtype=np.float32) < 0.5, np.float32(-1), np.float32(1))
+    return x.swapaxes(-1, -2) if layout == "transposed" else x
+
+
+def _on_device(x: np.ndarray, device: Device, layout: str) -> Any:
+    """Return `x` on `device` in the layout asked for."""
+    xp = device.xp
+    if layout == "transposed":
+        return to_device(np.ascontiguousarray(x.swapaxes(-1, -2)), device).swapaxes(-1, -2)
+    there = to_device(x, device)
+    if layout == "strided":
+        # Every second row and third column of a larger array whose other elements are NaN.
+        large = xp.full((x.shape[0] * 2, x.shape[1] * 3), xp.nan, dtype=x.dtype)
+        view = large[::2, 1::3]
+        view[...] = there
+        return view
+    return there
+
+
+def _product(a: Any, b: Any, packed: bool) -> Any:
+    from cupybnn import pack, xnor_gemm
+
+    if packed:
+        a, b = pack(a, axis=-1), pack(b, axis=-2 if b.ndim > 1 else -1)
+    return xnor_gemm(a, b)
+
+
+def _difference(got: np.ndarray, want: np.ndarray) -> str:
+    """Return a sentence about the first element that differs; "" if none does."""
+    if got.shape != want.shape:
+        return f"DIFFERS: shape {got.shape}, matmul gives {want.shape}"
+    wrong = got != want
+    count = int(np.count_nonzero(wrong))
+    if count == 0:
+        return ""
+    first = tuple(int(i) for i in np.argwhere(wrong)[0])
+    return (
+        f"DIFFERS at {list(first)}: xnor_gemm gives {got[first]}, matmul {want[first]} "
+        f"({count} of {want.size} elements differ)"
+    )
