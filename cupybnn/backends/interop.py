@@ -1,0 +1,128 @@
+"""Arrays of other libraries, taken without a copy.
+
+GPU tensors (PyTorch, JAX, Numba, ...) become CuPy arrays, CPU tensors NumPy arrays, over DLPack or
+the CUDA array interface. Whatever else NumPy can read becomes a NumPy array.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends.devices import cuda_status, is_cupy
+
+__all__ = ["as_native", "bfloat16_dtype", "type_name"]
+
+# Device types of DLPack (dlpack.h): memory that the host reads, and memory that CUDA reads.
+_DLPACK_HOST = {1}
+_DLPACK_CUDA = {2, 3, 13}  # CUDA, CUDA pinned host, CUDA managed
+
+
+def type_name(x: object) -> str:
+    """Name of the type of `x` as its users write it: numpy.ndarray, torch.Tensor, list."""
+    kind = type(x)
+    module = kind.__module__.partition(".")[0].lstrip("_")
+    return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
+
+
+def bfloat16_dtype() -> np.dtype | None:
+    """Return NumPy's bfloat16, which the package ml_dtypes adds, or None without it."""
+    try:
+        import ml_dtypes
+    except ModuleNotFoundError:
+        return None
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def as_native(x: Any, what: str) -> Any:
+    """Return `x` as a plain NumPy or CuPy array, sharing memory where it is an array already.
+
+    Parameters
+    ----------
+    x : array_like
+        A NumPy or CuPy array, an object with ``__dlpack__`` or ``__cuda_array_interface__``, or
+        anything that `numpy.asarray` reads.
+    what : str
+        What `x` is called in an error, such as "'a' of xnor_gemm".
+
+    Returns
+    -------
+    numpy.ndarray or cupy.ndarray
+
+    Raises
+    ------
+    TypeError
+        If `x` is a masked array, a tensor that records gradients, or cannot be exported.
+    """
+    if type(x) is np.ndarray or is_cupy(x):
+        return x
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(
+            f"The {what} must be an array without a mask, for a masked element has no sign; "
+            f"got numpy.ma.MaskedArray. Fill it first: x.filled(value)."
+        )
+    if isinstance(x, (np.ndarray, np.generic)):
+        return np.asarray(x)
+    if getattr(x, "requires_grad", False) is True and hasattr(type(x), "__dlpack__"):
+        raise TypeError(
+            f"The {what} must be a tensor that records no gradients; got a {type_name(x)} with "
+            f"requires_grad=True. Pass x.detach()."
+        )
+    if hasattr(type(x), "__dlpack__") and hasattr(x, "__dlpack_device__"):
+        return _from_dlpack(x, what)
+    if hasattr(x, "__cuda_array_interface__"):
+        return _cupy_for(x, what).asarray(x)
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"The {what} must be an array or something that numpy.asarray reads; "
+            f"got {type_name(x)} ({error})."
+        ) from error
+
+
+def _cupy_for(x: Any, what: str) -> Any:
+    """Import cupy to take the GPU tensor `x`; say why where that cannot be."""
+    status = cuda_status()
+    if not status.available:
+        raise TypeError(
+            f"The {what} is a {type_name(x)} on a GPU and would need CuPy to be read. "
+            f"{status.reason}"
+        )
+    import cupy
+
+    return cupy
+
+
+def _from_dlpack(x: Any, what: str) -> Any:
+    device_type = int(x.__dlpack_device__()[0])
+    try:
+        if device_type in _DLPACK_CUDA:
+            return _cupy_for(x, what).from_dlpack(x)
+        if device_type in _DLPACK_HOST:
+            return _host_from_dlpack(x, what)
+    except (BufferError, RuntimeError, ValueError) as error:
+        raise TypeError(
+            f"The {what} must be a tensor that DLPack can hand over; got a {type_name(x)} of "
+            f"dtype {getattr(x, 'dtype', 'unknown')} ({error})."
+        ) from error
+    raise TypeError(
+        f"The {what} must be in the memory of the host or of a CUDA device; got a {type_name(x)} "
+        f"on DLPack device type {device_type}. Move it there first."
+    )
+
+
+def _host_from_dlpack(x: Any, what: str) -> np.ndarray:
+    torch = sys.modules.get("torch")
+    if torch is None or getattr(x, "dtype", None) is not torch.bfloat16:
+        return np.from_dlpack(x)
+    # NumPy itself knows no bfloat16: hand over the same bits as int16 and name them again.
+    bfloat16 = bfloat16_dtype()
+    if bfloat16 is None:
+        raise TypeError(
+            f"The {what} is a bfloat16 tensor, which NumPy reads only with the package ml_dtypes. "
+            f"Install ml_dtypes, or pass x.float()."
+        )
+    return np.from_dlpack(x.view(torch.int16)).view(bfloat16)

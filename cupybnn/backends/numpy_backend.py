@@ -1,0 +1,137 @@
+"""Bits and products on the CPU, in NumPy alone. The packed words are the canonical layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends import numpy_product
+from cupybnn.backends.epilogue import Epilogue
+
+__all__ = ["from_canonical", "gemm", "gemm_packed", "pack", "to_canonical", "unpack"]
+
+WORD = np.dtype("<u8")
+# Elements that are turned into bits at a time: with their bools they stay in a core's L2 cache.
+BLOCK = 1 << 16
+
+
+def pack(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pack the signs of `x` along its last axis (-1) or its last but one (-2).
+
+    Parameters
+    ----------
+    x : ndarray, shape (..., M, K)
+        Of a dtype that has a sign.
+    axis : int
+
+    Returns
+    -------
+    words : ndarray of uint64, shape (..., lines, ceil(k / 64))
+    popcounts : ndarray of int32, shape (..., lines)
+    """
+    batch, k, lines = x.shape[:-2], x.shape[axis], x.shape[-3 - axis]
+    words = np.zeros((*batch, lines, -(-k // 64)), WORD)
+    octets = words.view(np.uint8)
+    for index in np.ndindex(batch):
+        matrix = x[index] if axis == -1 else x[index].T
+        if abs(matrix.strides[0]) >= abs(matrix.strides[1]):
+            _pack_rows(matrix, octets[index])
+        else:
+            _pack_columns(matrix.T, octets[index].T)
+    return words, np.bitwise_count(words).sum(axis=-1, dtype=np.int32)
+
+
+def _pack_rows(x: np.ndarray, octets: np.ndarray) -> None:
+    """Pack each row of `x`, whose rows lie in memory one after the other, into bytes."""
+    rows, k = x.shape
+    step = max(1, BLOCK // max(1, k))
+    for i in range(0, rows, step):
+        bits = np.packbits(_bits(x[i : i + step]), axis=1, bitorder="little")
+        octets[i : i + step, : bits.shape[1]] = bits
+
+
+def _pack_columns(x: np.ndarray, octets: np.ndarray) -> None:
+    """Pack each column of `x`, whose rows lie in memory one after the other, into bytes.
+
+    Eight rows make a row of bytes by shifts of whole rows, which is much quicker than to gather
+    the bits of a column one by one.
+    """
+    k, lines = x.shape
+    step = max(8, BLOCK // max(1, lines) // 8 * 8)
+    for i in range(0, k, step):
+        bits = _bits(x[i : i + step]).view(np.uint8)
+        if len(bits) % 8:
+            bits = np.concatenate([bits, np.zeros((-len(bits) % 8, lines), np.uint8)])
+        packed = bits[7::8].copy()
+        for j in range(6, -1, -1):
+            packed <<= 1
+            packed |= bits[j::8]
+        octets[i // 8 : i // 8 + len(packed)] = packed
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    return x if x.dtype.kind == "b" else x >= x.dtype.type(0)
+
+
+def unpack(words: np.ndarray, shape: tuple[int, ...], axis: int, dtype: np.dtype) -> np.ndarray:
+    """Return the array of +1 and -1, of shape `shape`, that `words` were packed from.
+
+    For dtype bool, +1 is True and -1 is False.
+    """
+    out = np.empty(shape, dtype)
+    k, lines = shape[axis], shape[-3 - axis]
+    values = np.array([False, True] if out.dtype.kind == "b" else [-1, 1]).astype(dtype)
+    step = max(1, BLOCK // max(1, k))
+    for index in np.ndindex(words.shape[:-2]):
+        by_line = out[index] if axis == -1 else out[index].T
+        octets = words[index].view(np.uint8)
+        for i in range(0, lines, step):
+            bits = np.unpackbits(octets[i : i + step], axis=1, count=k, bitorder="little")
+            by_line[i : i + step] = values[bits]
+    return out
+
+
+def gemm(a: Any, b: Any, out: np.ndarray, epilogue: Epilogue | None) -> None:
+    """Write the product of the signs of `a` and `b` into `out`.
+
+    Parameters
+    ----------
+    a : ndarray or PackedMatrix packed along -1, shape (..., M, K)
+    b : ndarray or PackedMatrix packed along -2, shape (..., K, N)
+    out : ndarray, shape (..., M, N)
+        Its leading axes are those of `a` and `b` broadcast together. It overlaps neither.
+    epilogue : Epilogue or None
+    """
+    numpy_product.product(a, b, out, epilogue)
+
+
+def gemm_packed(
+    a: Any, b: Any, threshold: np.ndarray | None, flip: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the words and popcounts of ``(product >= threshold) != flip``, packed along N.
+
+    Parameters
+    ----------
+    a, b
+        As for `gemm`.
+    threshold : ndarray of int32, shape (N,), or None for 0
+    flip : ndarray of bool, shape (N,), or None for False
+    """
+    batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    acc = np.empty((*batch, a.shape[-2], b.shape[-1]), np.int32)
+    numpy_product.product(a, b, acc, None)
+    bits = acc >= (0 if threshold is None else threshold)
+    if flip is not None:
+        bits ^= flip
+    return pack(bits, -1)
+
+
+def to_canonical(words: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:
+    """Return the words in the canonical layout: here they are."""
+    return words
+
+
+def from_canonical(canonical: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:
+    """Return words laid out as this backend wants them: as they come."""
+    return canonical

@@ -1,0 +1,74 @@
+"""A batch norm and a sign, folded into a threshold a column."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends.devices import array_module
+
+__all__ = ["fold_batch_norm"]
+
+# Every integer up to here is a float32, so the formula below sees the product itself.
+LIMIT = 1 << 24
+
+
+def fold_batch_norm(
+    mean: Any, var: Any, gamma: Any, beta: Any, eps: float = 1e-4
+) -> tuple[Any, Any]:
+    """Turn a batch norm followed by a sign into a threshold and a flip for each column.
+
+    For every integer s from -2**24 to 2**24, ``(s >= threshold) != flip`` is exactly
+    ``y >= 0`` of ``y = (s - mean) / sqrt(var + eps) * gamma + beta`` computed in float32, each
+    step rounded. Each step is monotone, rounded or not, so y changes its sign at one integer at
+    most: that one is found by bisection on the formula itself. For gamma > 0 a column is +1 from
+    its threshold on; for gamma < 0 it is +1 below it, and flip is set; for gamma = 0 it is the
+    sign of beta throughout. (The idea: Umuroglu et al., FINN, 2017,
+    https://arxiv.org/abs/1612.07119, section 4.2.2.)
+
+    Parameters
+    ----------
+    mean, var, gamma, beta : array, shape (N,)
+        Running mean and variance, scale and shift; used as float32. NumPy or CuPy.
+    eps : float
+        Added to the variance.
+
+    Returns
+    -------
+    threshold : ndarray of int32, shape (N,)
+    flip : ndarray of bool, shape (N,)
+        On the device of the arguments, ready for `cupybnn.xnor_gemm_packed`.
+
+    Raises
+    ------
+    ValueError
+        If the arguments are not vectors of one length.
+    """
+    xp = array_module(mean, var, gamma, beta)
+    mean, var, gamma, beta = (xp.asarray(x, np.float32) for x in (mean, var, gamma, beta))
+    shapes = [x.shape for x in (mean, var, gamma, beta)]
+    if mean.ndim != 1 or len(set(shapes)) != 1:
+        raise ValueError(
+            "The 'mean', 'var', 'gamma' and 'beta' of fold_batch_norm must be vectors of one "
+            f"length; got shapes {', '.join(map(str, shapes))}."
+        )
+    deviation = xp.sqrt(var + np.float32(eps))
+
+    def is_plus(s: Any) -> Any:
+        # A variance of 0 without eps divides by 0: infinities are in order, NaN is -1.
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            return (s.astype(np.float32) - mean) / deviation * gamma + beta >= 0
+
+    low = xp.full(mean.shape, -LIMIT, np.int32)
+    high = xp.full(mean.shape, LIMIT, np.int32)
+    first, last = is_plus(low), is_plus(high)
+    # The sign changes somewhere in (low, high] where it changes at all; halve that until it is one.
+    for _ in range((2 * LIMIT).bit_length()):
+        middle = (low + high) >> 1
+        as_first = is_plus(middle) == first
+        low = xp.where(as_first, middle, low)
+        high = xp.where(as_first, high, middle)
+    never_changes = first == last
+    threshold = xp.where(never_changes, np.iinfo(np.int32).min, high).astype(np.int32)
+    return threshold, ~last

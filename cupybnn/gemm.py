@@ -1,0 +1,187 @@
+"""The exact product of the signs of two matrices: arguments in, a backend's kernel below.
+
+Two usual 2-D operands take a short path, for on a GPU the time that Python spends on a call is
+part of its speed. Everything else (vectors, batches, scales, ``out=``, foreign tensors, and every
+error) is dealt with in `cupybnn.problem`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from cupybnn import problem
+from cupybnn.backends import numpy_backend
+from cupybnn.backends.devices import CPU, Device, is_cupy
+from cupybnn.operands import INT32, check_result_dtype, default_dtype, dtype_has_sign
+from cupybnn.packed import PackedMatrix
+
+__all__ = ["xnor_gemm", "xnor_gemm_packed"]
+
+MAX_K = np.iinfo(np.int32).max  # what the default result dtype and the thresholds can hold
+HOST = -1  # where an operand is: the host, or the number of its CUDA device
+
+
+def xnor_gemm(
+    a: Any, b: Any, *, scale: Any = None, bias: Any = None, out: Any = None, dtype: Any = None
+) -> Any:
+    """Multiply the signs of two matrices exactly.
+
+    The result equals ``sign(a) @ sign(b)`` as an integer product, for every shape, with the
+    `cupybnn.sign` that is +1 for x >= 0 and -1 otherwise. Shapes follow `numpy.matmul`.
+
+    Parameters
+    ----------
+    a : array_like or PackedMatrix, shape (..., M, K) or (K,)
+        Real floating, signed integer or bool (True is +1, False is -1), any strides; or packed
+        along its last axis: ``pack(a)``.
+    b : array_like or PackedMatrix, shape (..., K, N) or (K,)
+        Likewise; packed along its last axis but one: ``pack(b, axis=-2)``. Leading axes broadcast.
+    scale : array or pair of arrays, optional
+        Multiplies the columns of the product, if of shape (N,) or (..., 1, N), or its rows, if of
+        shape (M, 1) or (..., M, 1); a tuple (row, column) does both. Used as float32.
+    bias : array, shape (N,) or (..., 1, N), optional
+        Added after the scale. Used as float32.
+    out : ndarray, shape (..., M, N), optional
+        Where to put the result; its shape and device must be the result's, its dtype is then the
+        result's dtype. It may overlap an operand.
+    dtype : dtype, optional
+        Real floating or signed integer. By default the operands' common floating type, but at
+        least float32, when either is floating; else int32 (float32 with a scale or a bias).
+
+    Returns
+    -------
+    ndarray, shape (..., M, N)
+        NumPy for NumPy, CuPy for CuPy, on the current device and stream, without waiting for it.
+
+    Raises
+    ------
+    TypeError
+        If an operand's elements have no sign (unsigned integers, complex numbers, objects, masked
+        arrays), NumPy and CuPy are mixed, or `out` or `dtype` is of the wrong kind.
+    ValueError
+        If the two K differ, the leading axes do not broadcast, `out` has the wrong shape, or an
+        integer `dtype` cannot hold K.
+
+    Notes
+    -----
+    A result is rounded to nearest even where its dtype cannot hold the integer: in bfloat16 from
+    K = 257, in float16 from K = 2049 (and infinite from K = 65520), in float32 from K = 2**24 + 1.
+
+    With a scale or a bias the value is ``(float32(product) * row) * column + bias``, each step
+    rounded to float32; for a float64 result the same in float64.
+
+    GPU tensors of other libraries are taken without a copy, and the result can be handed back:
+
+    >>> y = torch.from_dlpack(cupybnn.xnor_gemm(torch_x, torch_w))  # doctest: +SKIP
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import xnor_gemm
+    >>> xnor_gemm(np.array([[0.5, -2.0, 0.0]]), np.array([[1.0], [1.0], [-1.0]]))
+    array([[-1.]])
+    """
+    if out is None and scale is None and bias is None:
+        home = _usual_home(a, b)
+        if home is not None:
+            if dtype is None:
+                result_dtype = _usual_dtype(a, b)
+            else:
+                result_dtype = check_result_dtype(dtype, a.shape[1], False, "xnor_gemm")
+            shape = (a.shape[0], b.shape[1])
+            if home == HOST:
+                result = np.empty(shape, result_dtype)
+                numpy_backend.gemm(a, b, result, None)
+            else:
+                cuda, empty = _cuda()
+                result = empty(shape, result_dtype)
+                cuda.gemm(a, b, result, None)
+            return result
+    return problem.general_product(a, b, scale, bias, out, dtype)
+
+
+def xnor_gemm_packed(a: Any, b: Any, *, threshold: Any = None, flip: Any = None) -> PackedMatrix:
+    """Multiply the signs of two matrices and keep the sign of each result, packed.
+
+    Element (m, n) of the result is +1 where ``(product[m, n] >= threshold[n]) != flip[n]``. With
+    `cupybnn.fold_batch_norm` that is a product, a batch norm and a sign in one call; the result is
+    ready to be the left operand of the next product.
+
+    Parameters
+    ----------
+    a : array_like or PackedMatrix, shape (..., M, K) or (K,)
+        As for `xnor_gemm`.
+    b : array_like or PackedMatrix, shape (..., K, N)
+        As for `xnor_gemm`.
+    threshold : array of integers, shape (N,), or int, optional
+        0 by default: the sign of the product itself.
+    flip : array of bool, shape (N,), or bool, optional
+        Whether a column's sign is turned round; False by default.
+
+    Returns
+    -------
+    PackedMatrix, shape (..., M, N)
+        Packed along its last axis, on the operands' device.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `xnor_gemm`; and if `threshold` is not of integers or `flip` not of bools, or either has
+        another shape than (N,).
+    """
+    home = _usual_home(a, b)
+    if home is None or not (threshold is None is flip):
+        return problem.general_packed_product(a, b, threshold, flip)
+    backend = numpy_backend if home == HOST else _cuda()[0]
+    words, popcounts = backend.gemm_packed(a, b, None, None)
+    device = CPU if home == HOST else Device("cuda", home)
+    return PackedMatrix(words, popcounts, (a.shape[0], b.shape[1]), -1, device)
+
+
+def _usual_home(a: Any, b: Any) -> int | None:
+    """Return where two usual operands are, or None where the general path is to decide.
+
+    Usual are two matrices that fit, each a NumPy or CuPy array or packed the right way, on the
+    current device.
+    """
+    home = _home(a, -1)
+    if home is None or _home(b, -2) != home:
+        return None
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or a.shape[1] > MAX_K:
+        return None
+    if home != HOST and problem.current_cuda_device() != home:
+        return None
+    return home
+
+
+def _home(x: Any, packed_axis: int) -> int | None:
+    kind = type(x)
+    if kind is PackedMatrix:
+        if x.axis != packed_axis:
+            return None
+        return HOST if x.device.kind == "cpu" else x.device.index
+    if kind is np.ndarray:
+        return HOST if dtype_has_sign(x.dtype) else None
+    if is_cupy(x) and dtype_has_sign(x.dtype):
+        return x.data.device_id
+    return None
+
+
+def _usual_dtype(a: Any, b: Any) -> np.dtype:
+    return default_dtype(
+        INT32 if type(a) is PackedMatrix else a.dtype, INT32 if type(b) is PackedMatrix else b.dtype
+    )
+
+
+@lru_cache(maxsize=1)
+def _cuda() -> tuple[ModuleType, Any]:
+    """Return the CUDA backend and cupy.empty, imported at the first product on a GPU."""
+    import cupy
+
+    from cupybnn.backends import cuda
+
+    return cuda, cupy.empty

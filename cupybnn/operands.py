@@ -1,0 +1,127 @@
+"""Which arrays have a sign, and which dtypes a product may have.
+
+The rules are those of every function that takes signs: `cupybnn.sign`, `cupybnn.pack` and
+`cupybnn.xnor_gemm`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends.interop import as_native, type_name
+
+__all__ = ["as_operand", "check_result_dtype", "default_dtype", "dtype_has_sign", "is_floating"]
+
+INT32 = np.dtype(np.int32)
+FLOAT32 = np.dtype(np.float32)
+
+
+def is_floating(dtype: np.dtype) -> bool:
+    """Whether `dtype` is a real floating type: one of NumPy's, or bfloat16."""
+    return dtype.kind == "f" or dtype.name == "bfloat16"
+
+
+@lru_cache(maxsize=256)
+def dtype_has_sign(dtype: np.dtype) -> bool:
+    """Whether elements of `dtype` have a sign: real floating, signed integer, bool."""
+    return dtype.kind in "ib" or is_floating(dtype)
+
+
+def as_operand(x: Any, what: str) -> Any:
+    """Return `x` as a NumPy or CuPy array whose elements have signs.
+
+    Parameters
+    ----------
+    x : array_like
+    what : str
+        What `x` is called in an error, such as "'a' of xnor_gemm".
+
+    Raises
+    ------
+    TypeError
+        If the elements of `x` have no sign, or `x` is no array.
+    """
+    array = as_native(x, what)
+    if dtype_has_sign(array.dtype):
+        return array
+    kind = array.dtype.kind
+    message = (
+        f"The {what} must be an array of real floating, signed integer or bool numbers; "
+        f"got dtype {array.dtype}"
+    )
+    if kind == "u":
+        hint = (
+            "Unsigned integers have no sign. If the data is 0 and 1, pass x.astype(bool) (True is "
+            "+1, False is -1); if its numbers are to be compared with a middle value, subtract "
+            "that first: x.astype('float32') - middle."
+        )
+    elif kind == "c":
+        hint = "A complex number has no sign: pass x.real, x.imag or abs(x) - threshold."
+    elif kind == "O" and type_name(x) != "numpy.ndarray":
+        message += f" from {type_name(x)}"
+        hint = "Give a numeric array whose rows are all of one length."
+    elif kind == "O":
+        hint = "Convert it to numbers first: x.astype('float32')."
+    else:
+        hint = "Convert it first: x.astype('float32')."
+    raise TypeError(f"{message}. {hint}")
+
+
+@lru_cache(maxsize=256)
+def default_dtype(a: np.dtype, b: np.dtype) -> np.dtype:
+    """Return the dtype of a product of arrays of dtypes `a` and `b`.
+
+    It is the common floating type, at least float32, when either is floating, else int32. An
+    integer beside a float does not widen it: only its sign counts.
+    """
+    floating = [d for d in (a, b) if is_floating(d)]
+    if not floating:
+        return INT32
+    # bfloat16 comes first in no promotion with float32; both half types end at float32.
+    wide = [d for d in floating if d.itemsize >= 4]
+    result = FLOAT32
+    for d in wide:
+        result = np.promote_types(result, d)
+    return result
+
+
+@lru_cache(maxsize=256)
+def check_result_dtype(dtype: Any, k: int, scaled: bool, function: str) -> np.dtype:
+    """Return `dtype` as a dtype that a product over K = `k` elements may have.
+
+    Raises
+    ------
+    TypeError
+        If it is neither a real floating nor a signed integer type, or an integer type for a
+        product with scale or bias.
+    ValueError
+        If it is an integer type too small for -K ... K.
+    """
+    try:
+        checked = np.dtype(dtype)
+    except TypeError as error:
+        raise TypeError(
+            f"The 'dtype' of {function} must be a NumPy dtype; got {dtype!r}."
+        ) from error
+    if is_floating(checked):
+        return checked
+    if checked.kind != "i":
+        raise TypeError(
+            f"The 'dtype' of {function} must be a real floating or signed integer type, for the "
+            f"product has negative values; got {checked}."
+        )
+    if scaled:
+        raise TypeError(
+            f"The 'dtype' of {function} must be a floating type when a scale or a bias is given; "
+            f"got {checked}."
+        )
+    if k > np.iinfo(checked).max:
+        raise ValueError(
+            f"The 'dtype' of {function} must hold every integer from -K to K; got {checked} "
+            f"(at most {np.iinfo(checked).max}) for K = {k}. Use a wider integer type or a "
+            f"floating one."
+        )
+    return checked

@@ -1,0 +1,334 @@
+"""Arguments of a product put in order: the general path of `xnor_gemm` and `xnor_gemm_packed`.
+
+Vectors become matrices, leading axes are broadcast, dtypes decided, ``out`` checked; what does not
+fit is refused in terms of the caller's arguments. Then a backend does the product.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cupybnn import backends
+from cupybnn.backends.devices import CPU, Device, device_of, is_cupy
+from cupybnn.backends.epilogue import Epilogue
+from cupybnn.backends.interop import as_native, type_name
+from cupybnn.operands import INT32, as_operand, check_result_dtype, default_dtype, is_floating
+from cupybnn.packed import PackedMatrix
+
+__all__ = ["current_cuda_device", "general_packed_product", "general_product"]
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Two operands that fit: matrices or batches of matrices, on one device."""
+
+    a: Any
+    b: Any
+    batch: tuple[int, ...]
+    m: int
+    n: int
+    k: int
+    device: Device
+    a_is_vector: bool
+    b_is_vector: bool
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        return (*self.batch, self.m, self.n)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result as matmul gives it: a vector adds no axis."""
+        rows = () if self.a_is_vector else (self.m,)
+        cols = () if self.b_is_vector else (self.n,)
+        return self.batch + rows + cols
+
+    def as_matrix(self, out: Any) -> Any:
+        """View of an array of `shape` that has `matrix_shape`."""
+        if self.b_is_vector:
+            out = out[..., None]
+        if self.a_is_vector:
+            out = out[..., None, :]
+        return out
+
+
+def general_product(a: Any, b: Any, scale: Any, bias: Any, out: Any, dtype: Any) -> Any:
+    """Check all arguments of `cupybnn.xnor_gemm` and compute the product."""
+    function = "xnor_gemm"
+    problem = _arrange(a, b, function)
+    with problem.device.scope():
+        epilogue = _epilogue(problem, scale, bias, function)
+        result_dtype = _result_dtype(problem, dtype, out, epilogue is not None, function)
+        xp = problem.device.xp
+        if out is None:
+            result = xp.empty(problem.shape, result_dtype)
+        else:
+            _check_out(problem, out, result_dtype, function)
+            # The backend reads operands after it began to write: not where they overlap.
+            overlaps = any(
+                xp.may_share_memory(out, x)
+                for x in (problem.a, problem.b)
+                if not isinstance(x, PackedMatrix)
+            )
+            result = xp.empty(problem.shape, result_dtype) if overlaps else out
+        backend = backends.get(problem.device)
+        backend.gemm(problem.a, problem.b, problem.as_matrix(result), epilogue)
+        if out is not None:
+            if result is not out:
+                out[...] = result
+            return out
+    # As matmul: two vectors give a number, which NumPy has a scalar for and CuPy has not.
+    return result[()] if problem.device.kind == "cpu" else result
+
+
+def general_packed_product(a: Any, b: Any, threshold: Any, flip: Any) -> PackedMatrix:
+    """Check all arguments of `cupybnn.xnor_gemm_packed` and compute the product."""
+    function = "xnor_gemm_packed"
+    problem = _arrange(a, b, function)
+    if problem.b_is_vector:
+        raise ValueError(
+            f"The 'b' of {function} must have at least two axes, for the result is packed along "
+            f"its columns; got shape {problem.b.shape[:1]}."
+        )
+    if problem.a_is_vector and problem.batch:
+        raise ValueError(
+            f"The 'a' of {function} must be a matrix where 'b' has leading axes; got a vector. "
+            f"Make it a matrix of one row: a[None, :]."
+        )
+    check_result_dtype(INT32, problem.k, False, function)
+    with problem.device.scope():
+        words, popcounts = backends.get(problem.device).gemm_packed(
+            problem.a,
+            problem.b,
+            _per_column(problem, threshold, "iu", "integers", f"'threshold' of {function}", INT32),
+            _per_column(problem, flip, "b", "bools", f"'flip' of {function}", np.dtype(bool)),
+        )
+    return PackedMatrix(words, popcounts, problem.shape, -1, problem.device)
+
+
+def current_cuda_device() -> int:
+    """Number of the current CUDA device; only to be asked once there is a CuPy array."""
+    return sys.modules["cupy"].cuda.runtime.getDevice()
+
+
+def _arrange(a: Any, b: Any, function: str) -> _Problem:
+    """Turn two operands into matrices that fit, or say why they do not."""
+    given = {"a": a, "b": b}
+    x = {
+        name: value
+        if isinstance(value, PackedMatrix)
+        else as_operand(value, f"{name!r} of {function}")
+        for name, value in given.items()
+    }
+    device = _common_device(x["a"], x["b"], function)
+    for name, value in x.items():
+        if value.ndim == 0:
+            raise ValueError(
+                f"The {name!r} of {function} must have at least one axis; got a scalar "
+                f"({type_name(given[name])}). Multiply by it instead, or use scale=."
+            )
+    shapes = f"'a' has shape {x['a'].shape} and 'b' has shape {x['b'].shape}"
+    matrix_a, matrix_b = _matrix(x["a"], -1), _matrix(x["b"], -2)
+    k = matrix_a.shape[-1]
+    if matrix_b.shape[-2] != k:
+        raise ValueError(
+            f"The 'b' of {function} must have as many rows as 'a' has columns (K); {shapes}: "
+            f"K is {k} in 'a' and {matrix_b.shape[-2]} in 'b'."
+        )
+    for name, value, axis in (("a", matrix_a, -1), ("b", matrix_b, -2)):
+        if isinstance(value, PackedMatrix) and value.axis != axis:
+            raise ValueError(
+                f"The {name!r} of {function} must be packed along its K axis, axis {axis}; got a "
+                f"matrix packed along axis {value.axis}. Make it with pack(x, axis={axis}), or "
+                f"pass its transpose .T where that is what you mean."
+            )
+    try:
+        batch = np.broadcast_shapes(matrix_a.shape[:-2], matrix_b.shape[:-2])
+    except ValueError:
+        raise ValueError(
+            f"The leading axes of 'a' and 'b' of {function} must broadcast together; {shapes}."
+        ) from None
+    return _Problem(
+        a=matrix_a,
+        b=matrix_b,
+        batch=batch,
+        m=matrix_a.shape[-2],
+        n=matrix_b.shape[-1],
+        k=k,
+        device=device,
+        a_is_vector=x["a"].ndim == 1,
+        b_is_vector=x["b"].ndim == 1,
+    )
+
+
+def _matrix(x: Any, k_axis: int) -> Any:
+    """Make a vector the one row (`k_axis` -1) or the one column (-2) of a matrix."""
+    if x.ndim > 1:
+        return x
+    if not isinstance(x, PackedMatrix):
+        return x[None, :] if k_axis == -1 else x[:, None]
+    shape = (1, x.k) if k_axis == -1 else (x.k, 1)
+    return PackedMatrix(x.words, x.popcounts, shape, k_axis, x.device)
+
+
+def _where(x: Any) -> Device:
+    return x.device if isinstance(x, PackedMatrix) else device_of(x)
+
+
+def _what(x: Any) -> str:
+    return f"a PackedMatrix on {x.device}" if isinstance(x, PackedMatrix) else type_name(x)
+
+
+def _common_device(a: Any, b: Any, function: str) -> Device:
+    where_a, where_b = _where(a), _where(b)
+    if where_a.kind != where_b.kind:
+        raise TypeError(
+            f"The operands of {function} must both be NumPy or both be CuPy; 'a' is {_what(a)} and "
+            f"'b' is {_what(b)}. Move one: cupy.asarray(x), cupy.asnumpy(x), or to_cupy() and "
+            f"to_numpy() of a PackedMatrix."
+        )
+    if where_a != where_b:
+        raise ValueError(
+            f"The operands of {function} must be on one device; 'a' is on {where_a} and 'b' is on "
+            f"{where_b}."
+        )
+    _check_current(where_a, f"operands of {function}")
+    return where_a
+
+
+def _check_current(device: Device, what: str) -> None:
+    if device != CPU and device.index != (current := current_cuda_device()):
+        raise ValueError(
+            f"The {what} must be on the current device, cuda:{current}; got {device}. Make it "
+            f"current: with cupy.cuda.Device({device.index})."
+        )
+
+
+def _result_dtype(problem: _Problem, dtype: Any, out: Any, scaled: bool, function: str) -> np.dtype:
+    if dtype is not None:
+        return check_result_dtype(dtype, problem.k, scaled, function)
+    if out is not None:
+        if not isinstance(out, np.ndarray) and not is_cupy(out):
+            raise TypeError(
+                f"The 'out' of {function} must be a NumPy or CuPy array; got {type_name(out)}."
+            )
+        return check_result_dtype(out.dtype, problem.k, scaled, function)
+    default = default_dtype(
+        *(INT32 if isinstance(x, PackedMatrix) else x.dtype for x in (problem.a, problem.b))
+    )
+    if scaled and not is_floating(default):
+        default = np.dtype(np.float32)
+    return check_result_dtype(default, problem.k, scaled, function)
+
+
+def _check_out(problem: _Problem, out: Any, dtype: np.dtype, function: str) -> None:
+    what = f"'out' of {function}"
+    xp = problem.device.xp
+    if not isinstance(out, xp.ndarray) or isinstance(out, np.ma.MaskedArray):
+        raise TypeError(
+            f"The {what} must be a {xp.__name__}.ndarray as the operands are; got {type_name(out)}."
+        )
+    if device_of(out) != problem.device:
+        raise ValueError(
+            f"The {what} must be on the operands' device, {problem.device}; got {device_of(out)}."
+        )
+    if out.shape != problem.shape:
+        raise ValueError(
+            f"The {what} must have the result's shape, {problem.shape}; got {out.shape}."
+        )
+    if out.dtype != dtype:
+        raise TypeError(
+            f"The {what} must be of the dtype that 'dtype' asks for, {dtype}; got {out.dtype}. "
+            f"Give only one of the two."
+        )
+    if problem.device == CPU and not out.flags.writeable:
+        raise ValueError(f"The {what} must be writable; got a read-only array.")
+
+
+def _epilogue(problem: _Problem, scale: Any, bias: Any, function: str) -> Epilogue | None:
+    if scale is None and bias is None:
+        return None
+    row = column = None
+    if isinstance(scale, tuple):
+        if len(scale) != 2:
+            raise ValueError(
+                f"The 'scale' of {function} must be an array or a pair (row, column); got a tuple "
+                f"of length {len(scale)}."
+            )
+        row, column = (_factor(problem, x, f"'scale' of {function}") for x in scale)
+        if row is not None and row.ndim == 1:
+            row = row[:, None]
+    elif scale is not None:
+        column = _factor(problem, scale, f"'scale' of {function}")
+        if column.ndim > 1 and column.shape[-1] == 1:
+            row, column = column, None
+    bias = _factor(problem, bias, f"'bias' of {function}")
+    rows, columns = (*problem.batch, problem.m, 1), (*problem.batch, 1, problem.n)
+    for x, target, what in (
+        (row, rows, "a row 'scale'"),
+        (column, columns, "a column 'scale'"),
+        (bias, columns, "the 'bias'"),
+    ):
+        if x is not None and not _broadcasts(x.shape, target):
+            raise ValueError(
+                f"In {function}, {what} must broadcast to shape {target} for a product of shape "
+                f"{problem.matrix_shape}; got shape {x.shape}."
+            )
+    return Epilogue(row, column, bias)
+
+
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    try:
+        return np.broadcast_shapes(shape, target) == target
+    except ValueError:
+        return False
+
+
+def _factor(problem: _Problem, x: Any, what: str) -> Any:
+    """Return a scale or a bias as float32 on the problem's device; None stays None."""
+    if x is None:
+        return None
+    x = _beside(problem, x, what)
+    if x.dtype.kind not in "iu" and not is_floating(x.dtype):
+        raise TypeError(f"The {what} must be of real numbers; got dtype {x.dtype}.")
+    return x.astype(np.float32, copy=False)
+
+
+def _beside(problem: _Problem, x: Any, what: str) -> Any:
+    """Return `x` as an array on the problem's device; only numbers and lists are moved there."""
+    if isinstance(x, (bool, int, float, list, tuple, np.generic)):
+        return problem.device.xp.asarray(x)
+    array = as_native(x, what)
+    if device_of(array) != problem.device:
+        raise TypeError(
+            f"The {what} must be on the operands' device, {problem.device}; got {type_name(x)} on "
+            f"{device_of(array)}. Move it there first."
+        )
+    return array
+
+
+def _per_column(
+    problem: _Problem, x: Any, kinds: str, numbers: str, what: str, dtype: np.dtype
+) -> Any:
+    """Return a threshold or a flip as an array of shape (N,); None stays None."""
+    if x is None:
+        return None
+    x = _beside(problem, x, what)
+    if x.dtype.kind not in kinds:
+        raise TypeError(f"The {what} must be of {numbers}; got dtype {x.dtype}.")
+    if x.shape not in ((), (problem.n,)):
+        raise ValueError(
+            f"The {what} must have one value a column, shape ({problem.n},); got shape {x.shape}."
+        )
+    xp = problem.device.xp
+    if dtype.kind == "i" and x.dtype != dtype:
+        # No product lies beyond int32, so a threshold there means what its limits mean.
+        limits = np.iinfo(dtype)
+        x = xp.clip(
+            x, max(limits.min, np.iinfo(x.dtype).min), min(limits.max, np.iinfo(x.dtype).max)
+        )
+    return xp.ascontiguousarray(xp.broadcast_to(x.astype(dtype, copy=False), (problem.n,)))
