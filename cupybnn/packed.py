@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn import backends, packed_io
+from cupybnn import backends
 from cupybnn.backends.devices import CPU, Device, device_of, resolve
 from cupybnn.operands import as_operand, dtype_has_sign
 
@@ -139,6 +139,8 @@ class PackedMatrix:
         path : path-like
             Used as given: no ending is added.
         """
+        from cupybnn import packed_io
+
         packed_io.write(path, self._canonical(), self.shape, self.axis)
 
     @staticmethod
@@ -158,6 +160,8 @@ class PackedMatrix:
         FileNotFoundError
             If there is no such file.
         """
+        from cupybnn import packed_io
+
         canonical, shape, axis = packed_io.read(path)
         return _from_canonical(canonical, shape, axis, resolve(device))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -84,7 +85,9 @@ def read(path: str | os.PathLike[str]) -> tuple[np.ndarray, tuple[int, ...], int
     return words, shape, axis
 
 
-def _entries(path, refuse) -> dict[str, np.ndarray]:
+def _entries(
+    path: str | os.PathLike[str], refuse: Callable[[str], ValueError]
+) -> dict[str, np.ndarray]:
     """Load every entry: the checksum that zip keeps of each is compared on the way."""
     try:
         with np.load(path, allow_pickle=False) as file:
