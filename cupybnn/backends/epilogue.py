@@ -36,30 +36,27 @@ class Epilogue:
     col_scale: Any = None
     bias: Any = None
 
-    def panel(self, batch: tuple[int, ...], rows: slice, cols: slice) -> Epilogue:
-        """Return the part that belongs to one panel of one matrix of a batch."""
+    def broadcast(self, shape: tuple[int, ...]) -> Epilogue:
+        """Return the same for a product of shape (..., M, N), with all its axes spelled out."""
+        columns = (*shape[:-2], 1, shape[-1])
         return Epilogue(
-            _part(self.row_scale, batch, rows, slice(None)),
-            _part(self.col_scale, batch, slice(None), cols),
-            _part(self.bias, batch, slice(None), cols),
+            _map(np.broadcast_to, self.row_scale, (*shape[:-1], 1)),
+            _map(np.broadcast_to, self.col_scale, columns),
+            _map(np.broadcast_to, self.bias, columns),
+        )
+
+    def part(self, lead: tuple[Any, ...], rows: slice, cols: slice) -> Epilogue:
+        """Return what belongs to one panel; `lead` indexes the leading axes, from the first."""
+        row_index, column_index = (*lead, ..., rows, slice(None)), (*lead, ..., slice(None), cols)
+        return Epilogue(
+            _map(np.ndarray.__getitem__, self.row_scale, row_index),
+            _map(np.ndarray.__getitem__, self.col_scale, column_index),
+            _map(np.ndarray.__getitem__, self.bias, column_index),
         )
 
 
-def _part(x: Any, batch: tuple[int, ...], rows: slice, cols: slice) -> Any:
-    if x is None:
-        return None
-    if x.ndim < 2:
-        x = x.reshape((1,) * (2 - x.ndim) + x.shape)
-    # Line the leading axes up with the batch as broadcasting does: from the right, 1 for any.
-    lead = x.ndim - 2
-    index = tuple(
-        0 if size == 1 else at
-        for size, at in zip(x.shape[:lead], batch[len(batch) - lead :], strict=True)
-    )
-    matrix = x[index]
-    return matrix[
-        rows if matrix.shape[0] != 1 else slice(None), cols if matrix.shape[1] != 1 else slice(None)
-    ]
+def _map(function: Any, x: Any, argument: Any) -> Any:
+    return None if x is None else function(x, argument)
 
 
 def apply(acc: np.ndarray, epilogue: Epilogue | None, out: np.ndarray) -> None:

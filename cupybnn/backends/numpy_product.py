@@ -1,26 +1,223 @@
-"""The exact product of signs on the CPU, on top of NumPy's float32 matmul."""
+"""The exact product of signs on the CPU, on top of NumPy's float32 matmul.
+
+Small products turn both operands into +1.0 and -1.0 and multiply. Larger ones go panel by panel,
+so that what is turned into floats stays in cache and scratch memory is bounded, and put two lines
+of one operand into each float: with ``w = lo + 4096 * hi``, one sum ``t = sum(x * w)`` holds two
+products, ``hi = rint(t / 4096)`` and ``lo = t - 4096 * hi``, for half the multiplications. That is
+exact over K <= 2048: |lo| <= 2048, so that t / 4096 is within 1/2 of hi, and every partial sum is
+at most 2048 * 4097 < 2**24, where float32 holds all integers. (At |lo| = 2048 the quotient lies
+half-way; but then K = 2048, hi is even as every product over an even K, and rint rounds half-way
+cases to even.) Products over a longer K are added up: in float32 to K = 2**24, in float64 beyond.
+
+A product with one or a few rows is bound by reading the other operand: it counts equal bits.
+"""
 
 from __future__ import annotations
 
+import math
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from cupybnn.backends import epilogue as epilogues
 from cupybnn.backends.epilogue import Epilogue
+from cupybnn.backends.numpy_lines import BLOCK, PAIR, Lines
+
+__all__ = ["SCRATCH_BYTES", "product"]
+
+EXACT_FLOAT32 = 1 << 24
+
+# A panel is so many lines of the one operand or the other, over so many K (the bound of the pairs).
+BLOCK_A, BLOCK_B, BLOCK_K = 1024, 2048, 2048
+# What each thread keeps of scratch memory: a panel of each operand, and their product.
+PANEL_A, PANEL_B = BLOCK_A * BLOCK_K, BLOCK_B // 2 * BLOCK_K
+PANEL_T = BLOCK_A * BLOCK_B
+SCRATCH_BYTES = 4 * (PANEL_A + PANEL_B + PANEL_T)
+
+# Below so many multiplications Python's own time counts, and fewer calls win.
+SMALL_PRODUCT = 1 << 21
+# A batch of so few elements is turned into floats all at once.
+SMALL_BATCH = 1 << 20
+# Over a shorter K, taking the pairs apart costs more than they save.
+SHORT_K = 192
+# With so few rows, counting bits is quicker than making floats.
+FEW_ROWS = 1
+FEW_ROWS_PACKED = 16
+
+WHOLE = slice(None)
+DOWN, UP = np.float32(1 / PAIR), np.float32(PAIR)
 
 
-def _signs(x: Any) -> np.ndarray:
-    if isinstance(x, np.ndarray):
-        bits = x if x.dtype.kind == "b" else x >= x.dtype.type(0)
-        return bits * np.float32(2) - np.float32(1)
-    return x.unpack(np.float32)
+class _Scratch(threading.local):
+    """Panels of each thread, kept between calls: fresh memory would cost as much as the work."""
+
+    def __init__(self) -> None:
+        self.memory: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+
+    def panels(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        if self.memory is None:
+            self.memory = (
+                np.empty(PANEL_A, np.float32),
+                np.empty(PANEL_B, np.float32),
+                np.empty(PANEL_T, np.float32),
+            )
+        return self.memory
+
+
+_scratch = _Scratch()
 
 
 def product(a: Any, b: Any, out: np.ndarray, epilogue: Epilogue | None) -> None:
-    """Write the product of the signs of `a` and `b`; see `numpy_backend.gemm`."""
-    k = a.shape[-1]
-    sa, sb = _signs(a), _signs(b)
-    if k > 1 << 24:
-        sa, sb = sa.astype(np.float64), sb.astype(np.float64)
-    epilogues.apply(sa @ sb, epilogue, out)
+    """Write the product of the signs of `a` and `b` into `out`; see `numpy_backend.gemm`."""
+    if out.size == 0:
+        return
+    if epilogue is not None:
+        epilogue = epilogue.broadcast(out.shape)
+    left, right = Lines.of(a, -1), Lines.of(b, -2)
+    if left.k == 0:
+        epilogues.apply(np.zeros(out.shape, np.float32), epilogue, out)
+    elif out.ndim == 2:
+        _matrix_product(left, right, out, epilogue)
+    else:
+        _batch_product(left, right, out, epilogue)
+
+
+def _batch_product(a: Lines, b: Lines, out: np.ndarray, epilogue: Epilogue | None) -> None:
+    contiguous = a.x.flags.c_contiguous and out.flags.c_contiguous
+    if b.x.ndim == 2 and contiguous and epilogue is None:  # one tall product
+        _matrix_product(a.flat(), b, out.reshape(-1, out.shape[-1]), None)
+        return
+    batch = out.shape[:-2]
+    a, b = a.broadcast(batch), b.broadcast(batch)
+    step = SMALL_BATCH // (max(a.count, b.count) * a.k * math.prod(batch[1:]))
+    if step and a.count * b.count * a.k <= SMALL_PRODUCT:
+        for i in range(0, batch[0], step):
+            part = slice(i, i + step)
+            acc = a.at((part,)).signs() @ b.at((part,)).signs().swapaxes(-1, -2)
+            epilogues.apply(acc, _part(epilogue, (part,), WHOLE, WHOLE), out[part])
+        return
+    for index in np.ndindex(batch):
+        _matrix_product(a.at(index), b.at(index), out[index], _part(epilogue, index, WHOLE, WHOLE))
+
+
+def _part(
+    epilogue: Epilogue | None, lead: tuple[Any, ...], rows: slice, cols: slice
+) -> Epilogue | None:
+    return None if epilogue is None else epilogue.part(lead, rows, cols)
+
+
+def _matrix_product(a: Lines, b: Lines, out: np.ndarray, epilogue: Epilogue | None) -> None:
+    few = FEW_ROWS_PACKED if a.packed and b.packed else FEW_ROWS
+    if a.count * b.count * a.k <= SMALL_PRODUCT:
+        _small_product(a, b, out, epilogue)
+    elif min(a.count, b.count) <= few:
+        acc = _count_product(a, b) if a.count <= b.count else _count_product(b, a).T
+        epilogues.apply(acc, epilogue, out)
+    else:
+        _panel_product(a, b, out, epilogue)
+
+
+def _small_product(a: Lines, b: Lines, out: np.ndarray, epilogue: Epilogue | None) -> None:
+    signs_a, signs_b = a.signs(), b.signs().T
+    if epilogue is None and out.dtype == np.float32:
+        np.matmul(signs_a, signs_b, out=out)
+    else:
+        epilogues.apply(signs_a @ signs_b, epilogue, out)
+
+
+def _count_product(a: Lines, b: Lines) -> np.ndarray:
+    """Return the product of the few lines of `a` with those of `b`, int64, by counting bits."""
+    acc = np.empty((a.count, b.count), np.int64)
+    if b.adjacent:
+        bits_a = np.empty((a.count, a.k), bool)
+        a.write_bits(slice(0, a.count), slice(0, a.k), bits_a)
+        acc[...] = 0
+        # 255 equal bits fill a byte: sums of so many rows stay bytes, and quick.
+        for cols in _blocks(b.count, BLOCK // 16):
+            step = min(255, max(1, BLOCK // (cols.stop - cols.start)))
+            bits = np.empty((step, cols.stop - cols.start), bool)
+            equal = np.empty_like(bits)
+            for ks in _blocks(b.k, step):
+                part = bits[: ks.stop - ks.start]
+                b.write_bits(cols, ks, part.T)
+                for row, bits_row in zip(acc, bits_a, strict=True):
+                    same = np.equal(part, bits_row[ks, None], out=equal[: len(part)])
+                    row[cols] += np.add.reduce(same.view(np.uint8), axis=0, dtype=np.uint8)
+        acc *= 2
+        acc -= a.k
+        return acc
+    words_a = a.words(slice(0, a.count))
+    for cols in _blocks(
+        b.count, max(1, BLOCK // 2 // words_a.shape[1] if b.packed else BLOCK // b.k)
+    ):
+        words = b.words(cols)
+        for row, words_row in zip(acc, words_a, strict=True):
+            differ = np.bitwise_count(words ^ words_row)
+            row[cols] = a.k - 2 * np.add.reduce(differ, axis=1, dtype=np.int64)
+    return acc
+
+
+def _panel_product(a: Lines, b: Lines, out: np.ndarray, epilogue: Epilogue | None) -> None:
+    # The pairs are made of the operand with more lines, called b from here on.
+    swapped = a.count > b.count
+    if swapped:
+        a, b, out = b, a, out.T
+    paired = a.k >= SHORT_K
+    one_step = a.k <= BLOCK_K and epilogue is None
+    memory_a, memory_b, memory_t = _scratch.panels()
+    total: Any = None
+    for cols in _blocks(b.count, BLOCK_B):
+        for rows in _blocks(a.count, BLOCK_A):
+            target = out[rows, cols]
+            if not one_step:
+                total = np.zeros(target.shape, np.float32 if a.k <= EXACT_FLOAT32 else np.float64)
+            for ks in _blocks(a.k, BLOCK_K):
+                panel_a = a.panel(rows, ks, memory_a)
+                if rows.start == 0 or a.k > BLOCK_K:  # else it is there already
+                    panel_b = (b.pair_panel if paired else b.panel)(cols, ks, memory_b)
+                t = _multiply(panel_a, panel_b, target, memory_t)
+                if paired:
+                    _take_apart(t, b.adjacent, target if one_step else total, not one_step)
+                elif one_step:
+                    target[...] = t
+                else:
+                    total += t
+            if not one_step:
+                if swapped:
+                    epilogues.apply(total.T, _part(epilogue, (), cols, rows), target.T)
+                else:
+                    epilogues.apply(total, _part(epilogue, (), rows, cols), target)
+
+
+def _multiply(a: np.ndarray, b: np.ndarray, target: np.ndarray, memory: np.ndarray) -> np.ndarray:
+    """Return ``a @ b.T`` in `memory`, in the order of axes that `target` has in its own."""
+    m, n = len(a), len(b)
+    if abs(target.strides[0]) < abs(target.strides[1]):
+        return np.matmul(b, a.T, out=memory[: m * n].reshape(n, m)).T
+    return np.matmul(a, b.T, out=memory[: m * n].reshape(m, n))
+
+
+def _take_apart(t: np.ndarray, adjacent: bool, target: np.ndarray, add: bool) -> None:
+    """Write or add both products that each element of `t` holds to `target`; spoils `t`."""
+    n = target.shape[1]
+    half = t.shape[1]
+    low, high = (
+        (target[:, 0::2], target[:, 1::2]) if adjacent else (target[:, :half], target[:, half:])
+    )
+    t *= DOWN
+    hi = np.rint(t)
+    t -= hi
+    t *= UP
+    if add:
+        low += t
+        high += hi[:, : n - half]
+    else:
+        low[...] = t
+        high[...] = hi[:, : n - half]
+
+
+def _blocks(size: int, block: int) -> Iterator[slice]:
+    for start in range(0, size, block):
+        yield slice(start, min(start + block, size))

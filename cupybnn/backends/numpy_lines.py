@@ -1,0 +1,201 @@
+"""Operands of a product on the CPU as lines of bits, and the floats that are made of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Lines"]
+
+PAIR = 4096
+# Elements turned into bits at a time: with bits and floats they stay in a core's L2 cache.
+BLOCK = 1 << 16
+
+BYTE_ONE = np.array(1, np.int8)
+ALL_BITS = np.array(0xFF, "<u2")
+PAIR_BITS = np.array(2 * (1 + PAIR), "<u2")
+PAIR_STEP = np.array(2 * PAIR, np.int16)
+PAIR_MIDDLE = np.array(1 + PAIR, np.int16)
+
+
+class Lines:
+    """An operand as lines over K, packed or not: the rows of `a`, the columns of `b`.
+
+    Parameters
+    ----------
+    x : ndarray, shape (..., lines, K), of numbers, or (..., lines, words) of packed words
+    k : int
+    packed : bool
+    """
+
+    __slots__ = ("k", "packed", "x")
+
+    def __init__(self, x: np.ndarray, k: int, packed: bool) -> None:
+        self.x = x
+        self.k = k
+        self.packed = packed
+
+    @classmethod
+    def of(cls, operand: Any, k_axis: int) -> Lines:
+        """Lines of an array or a PackedMatrix whose K lies along `k_axis`, -1 or -2."""
+        if isinstance(operand, np.ndarray):
+            x = operand if k_axis == -1 else operand.swapaxes(-1, -2)
+            return cls(x, x.shape[-1], False)
+        return cls(operand.words, operand.k, True)
+
+    @property
+    def count(self) -> int:
+        """Number of lines in a matrix."""
+        return self.x.shape[-2]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.x.size // max(1, self.x.shape[-1]) * self.k
+
+    @property
+    def adjacent(self) -> bool:
+        """Whether neighbours in memory belong to neighbouring lines, rather than to one line."""
+        return not self.packed and abs(self.x.strides[-2]) < abs(self.x.strides[-1])
+
+    def broadcast(self, batch: tuple[int, ...]) -> Lines:
+        """Repeat the matrices, without a copy, to leading axes `batch`."""
+        return Lines(np.broadcast_to(self.x, batch + self.x.shape[-2:]), self.k, self.packed)
+
+    def flat(self) -> Lines:
+        """All matrices of a batch as one; a view where memory allows it."""
+        return Lines(self.x.reshape(-1, self.x.shape[-1]), self.k, self.packed)
+
+    def at(self, index: tuple[Any, ...]) -> Lines:
+        """Return one matrix of a batch, or some."""
+        return Lines(self.x[index], self.k, self.packed)
+
+    def signs(self) -> np.ndarray:
+        """All of it as float32 +1 and -1, shape (..., lines, K)."""
+        if self.packed:
+            octets = np.ascontiguousarray(self.x).view(np.uint8)
+            bits = np.unpackbits(octets, axis=-1, count=self.k, bitorder="little")
+        elif self.x.dtype.kind == "b":
+            bits = self.x
+        else:
+            bits = self.x >= self.x.dtype.type(0)
+        floats = bits.astype(np.float32)
+        floats += floats
+        floats -= np.float32(1)
+        return floats
+
+    def words(self, lines: slice) -> np.ndarray:
+        """Packed words of some lines, as `PackedMatrix` stores them."""
+        if self.packed:
+            return self.x[lines]
+        count = len(range(*lines.indices(self.count)))
+        words = np.zeros((count, -(-self.k // 64)), "<u8")
+        bits = np.empty((count, self.k), bool)
+        self.write_bits(lines, slice(0, self.k), bits)
+        octets = np.packbits(bits, axis=1, bitorder="little")
+        words.view(np.uint8)[:, : octets.shape[1]] = octets
+        return words
+
+    def write_bits(self, lines: slice, ks: slice, out: np.ndarray) -> None:
+        """Write True for +1 and False for -1 into `out`, shape (lines, ks).
+
+        Parameters
+        ----------
+        lines, ks : slice
+            With both ends given; `ks` of packed lines starts at a multiple of 8.
+        out : ndarray of bool
+        """
+        if self.packed:
+            octets = self.x[lines].view(np.uint8)[:, ks.start // 8 : -(-ks.stop // 8)]
+            bits = np.unpackbits(octets, axis=1, count=ks.stop - ks.start, bitorder="little")
+            out[...] = bits.view(bool)
+        elif self.x.dtype.kind == "b":
+            out[...] = self.x[lines, ks]
+        else:
+            np.greater_equal(self.x[lines, ks], self.x.dtype.type(0), out=out)
+
+    def panel(self, lines: slice, ks: slice, memory: np.ndarray) -> np.ndarray:
+        """Return +1.0 and -1.0 of some lines and K, shape (lines, ks), kept in `memory`."""
+        n, k = lines.stop - lines.start, ks.stop - ks.start
+        rows = k if self.adjacent else n  # rows of memory
+        floats = memory[: n * k].reshape(rows, -1)
+        step = max(1, BLOCK // floats.shape[1])
+        bits = np.empty((min(step, rows), floats.shape[1]), bool)
+        for i in range(0, rows, step):
+            part = bits[: min(step, rows - i)]
+            here = slice(i, i + len(part))
+            if self.adjacent:
+                self.write_bits(lines, _within(ks, here), part.T)
+            else:
+                self.write_bits(_within(lines, here), ks, part)
+            ones = part.view(np.int8)
+            ones -= BYTE_ONE  # 0 and 1 become -1 and 0,
+            ones |= BYTE_ONE  # and those -1 and 1
+            floats[here] = ones
+        return floats.T if self.adjacent else floats
+
+    def pair_panel(self, lines: slice, ks: slice, memory: np.ndarray) -> np.ndarray:
+        """Return two lines in each float, lo + 4096 * hi, kept in `memory`.
+
+        Returns
+        -------
+        ndarray of float32, shape (ceil(lines / 2), ks)
+            Of lines that are adjacent in memory, pair j holds the lines 2j (lo) and 2j + 1 (hi);
+            of others, lines j (lo) and ceil(lines / 2) + j (hi). A hi that does not exist is -1.
+        """
+        if self.adjacent:
+            return self._adjacent_pairs(lines, ks, memory)
+        return self._distant_pairs(lines, ks, memory)
+
+    def _adjacent_pairs(self, lines: slice, ks: slice, memory: np.ndarray) -> np.ndarray:
+        # Two neighbouring bools are the bytes of one 16-bit number, so that one pass over those
+        # gives both lines their weights: no floats are made for each line.
+        n, k = lines.stop - lines.start, ks.stop - ks.start
+        half = -(-n // 2)
+        floats = memory[: half * k].reshape(k, half)
+        step = max(1, BLOCK // (2 * half))
+        bits = np.zeros((min(step, k), 2 * half), bool)
+        for i in range(0, k, step):
+            part = bits[: min(step, k - i)]
+            part[:, n:] = False
+            here = slice(i, i + len(part))
+            self.write_bits(lines, _within(ks, here), part[:, :n].T)
+            pairs = part.view("<u2")  # 0x0001 and 0x0100 for lo and hi
+            pairs *= ALL_BITS  # 0x00ff and 0xff00
+            pairs &= PAIR_BITS  # 2 and 2 * 4096
+            weights = part.view("<i2")
+            weights -= PAIR_MIDDLE  # ±1 ± 4096
+            floats[here] = weights
+        return floats.T
+
+    def _distant_pairs(self, lines: slice, ks: slice, memory: np.ndarray) -> np.ndarray:
+        n, k = lines.stop - lines.start, ks.stop - ks.start
+        half = -(-n // 2)
+        floats = memory[: half * k].reshape(half, k)
+        step = max(1, BLOCK // (2 * k))
+        bits = np.empty((2, min(step, half), k), bool)
+        weights = np.empty((2, min(step, half), k), np.int16)
+        for i in range(0, half, step):
+            rows = min(step, half - i)
+            low, high = bits[0, :rows], bits[1, :rows]
+            have_high = min(rows, n - half - i)
+            self.write_bits(_within(lines, slice(i, i + rows)), ks, low)
+            self.write_bits(
+                _within(lines, slice(half + i, half + i + have_high)), ks, high[:have_high]
+            )
+            high[have_high:] = False
+            w, w_high = weights[0, :rows], weights[1, :rows]
+            w[...] = low.view(np.int8)
+            w_high[...] = high.view(np.int8)
+            w += w
+            w_high *= PAIR_STEP
+            w += w_high
+            w -= PAIR_MIDDLE
+            floats[i : i + rows] = w
+        return floats
+
+
+def _within(outer: slice, inner: slice) -> slice:
+    """Return the part `inner` of the range `outer`."""
+    return slice(outer.start + inner.start, outer.start + inner.stop)
