@@ -20,4 +20,28 @@ class GraphError(RuntimeError):
 
 
 class NonFiniteError(ArithmeticError):
-    """A forward value or a gradient is NaN or infinite."""
+    """A forward value or a gradient is NaN or infinite.
+
+    Attributes
+    ----------
+    op : str
+        The operation that made it.
+    phase : str
+        "forward value" or "gradient of ...".
+    place : str
+        The layer, as in "hidden.fc2"; empty outside of a model.
+    shape : tuple of int
+        Shape of the array.
+    bad : int
+        How many of its values are NaN or infinite.
+    step : int or None
+        The training step, where there is one; set by the trainer.
+    """
+
+    def __init__(self, op: str, phase: str, place: str, shape: tuple[int, ...], bad: int) -> None:
+        self.op, self.phase, self.place, self.shape, self.bad = op, phase, place, shape, bad
+        self.step: int | None = None
+        where = f" in {place}" if place else ""
+        super().__init__(
+            f"{bad} value(s) of the {phase} of {op}{where}, shape {shape}, are NaN or infinite."
+        )

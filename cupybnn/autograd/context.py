@@ -1,0 +1,120 @@
+"""A node of the graph: what one operation keeps for its backward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cupybnn.autograd.storage import Storage
+from cupybnn.errors import GraphError
+
+if TYPE_CHECKING:
+    from cupybnn.autograd.function import Function
+    from cupybnn.autograd.tensor import Tensor
+
+__all__ = ["Context"]
+
+
+class Context:
+    """What one call of a `Function` keeps for its backward pass: a node of the graph.
+
+    Attributes
+    ----------
+    xp : module
+        numpy or cupy, whichever the operands' arrays belong to.
+    needs : tuple of bool
+        For each operand, whether its gradient is wanted.
+    saved : tuple
+        The arrays given to `save`.
+    shape, dtype
+        Those of the result.
+
+    A function may set further attributes in its forward pass for its backward pass.
+    """
+
+    def __init__(self, function: type[Function], xp: Any, needs: tuple[bool, ...]) -> None:
+        self.function = function
+        self.xp = xp
+        self.needs = needs
+        self.saved: tuple[Any, ...] = ()
+        self.shape: tuple[int, ...] = ()
+        self.dtype: np.dtype = np.dtype("f4")
+        # For each operand where its gradient goes: the leaf tensor or the node that made it.
+        self.edges: tuple[Any, ...] = ()
+        self.place = ""
+        self.freed = False
+        self.retain: Tensor | None = None
+        self._stamps: list[tuple[Storage, int]] = []
+
+    if TYPE_CHECKING:  # for the attributes that functions add
+
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+    def save(self, *arrays: Any) -> None:
+        """Keep `arrays` for the backward pass, as `saved`.
+
+        Operands and the result are to be saved as they are, not as views of them: the engine
+        then notices when one of them is edited before the backward pass.
+        """
+        self.saved = arrays
+
+    def fit(self, grad: Any, operand: int) -> Any:
+        """Sum `grad` down to the shape of an operand that was broadcast, and give it its dtype."""
+        edge = self.edges[operand]
+        shape = edge.shape
+        if grad.shape != shape:
+            lead = grad.ndim - len(shape)
+            stretched = tuple(i + lead for i, n in enumerate(shape) if n == 1)
+            grad = grad.sum(axis=(*range(lead), *stretched)).reshape(shape)
+        return grad if grad.dtype == edge.dtype else grad.astype(edge.dtype)
+
+    def guard(self, tensors: tuple[Tensor, ...]) -> None:
+        """Watch for edits those saved arrays that `tensors` hold."""
+        for tensor in tensors:
+            array = tensor._data
+            for saved in self.saved:
+                if saved is array:
+                    storage = tensor._storage
+                    self._stamps.append((storage, storage.version()))
+                    storage.saves += 1
+                    break
+
+    def verify(self) -> None:
+        """Refuse a backward pass that would give a wrong gradient."""
+        if self.freed:
+            raise GraphError(
+                f"The graph behind this tensor was freed at {self} by an earlier backward(). "
+                f"Compute the forward pass again, or keep the graph by "
+                f"backward(retain_graph=True)."
+            )
+        for storage, version in self._stamps:
+            if storage.version() != version:
+                raise GraphError(
+                    f"An array of shape {storage.array.shape} that {self} saved for its backward "
+                    f"pass was edited in place after the forward pass: its gradient would be "
+                    f"wrong. Edit a copy, or edit it after backward()."
+                )
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Context in which the result's device is the current one."""
+        return contextlib.nullcontext() if self.xp is np else self.device
+
+    def free(self) -> None:
+        """Let go of the saved arrays and of the rest of the graph."""
+        for storage, _ in self._stamps:
+            storage.saves -= 1
+        self._stamps = []
+        self.saved = self.edges = ()
+        self.retain = None
+        self.freed = True
+
+    def __del__(self) -> None:
+        for storage, _ in self._stamps:
+            storage.saves -= 1
+
+    def __str__(self) -> str:
+        where = f" in {self.place}" if self.place else ""
+        return f"{self.function.name}{where} (result of shape {self.shape})"

@@ -1,0 +1,73 @@
+"""Finding the operation that first makes a NaN or an infinity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+from cupybnn.autograd.state import state
+from cupybnn.autograd.storage import module_of
+from cupybnn.errors import NonFiniteError
+
+__all__ = ["check_finite", "place", "scope"]
+
+
+@contextmanager
+def check_finite() -> Iterator[None]:
+    """Context manager within which every forward value and every gradient is checked.
+
+    Raises
+    ------
+    NonFiniteError
+        At the first NaN or infinity. It says which operation made it, in which layer, in the
+        forward value or in which gradient, and the array's shape.
+
+    Notes
+    -----
+    Each check waits for the device: this is for finding a fault, not for training.
+
+    Examples
+    --------
+    >>> from cupybnn.autograd import Tensor, debug
+    >>> with debug.check_finite():
+    ...     Tensor([1.0, -1.0]).log()
+    Traceback (most recent call last):
+        ...
+    cupybnn.errors.NonFiniteError: 1 value(s) of the forward value of log, shape (2,), are NaN or \
+infinite.
+    """
+    outer = state.check
+    state.check = _check
+    try:
+        yield
+    finally:
+        state.check = outer
+
+
+@contextmanager
+def scope(module: Any) -> Iterator[None]:
+    """Within it, what is computed belongs to `module`; ``module.path_of(inner)`` names parts."""
+    state.scopes.append(module)
+    try:
+        yield
+    finally:
+        state.scopes.pop()
+
+
+def place() -> str:
+    """Return the path of the innermost module, as in "hidden.fc2", or "" outside of all."""
+    modules = state.scopes
+    if len(modules) < 2:
+        return type(modules[0]).__name__ if modules else ""
+    return ".".join(outer.path_of(inner) for outer, inner in pairwise(modules))
+
+
+def _check(op: str, array: Any, phase: str, where: str) -> None:
+    if array.dtype.kind in "biu":
+        return
+    finite = module_of(array).isfinite(array)
+    if not bool(finite.all()):
+        bad = array.size - int(finite.sum())
+        raise NonFiniteError(op, phase, where, tuple(array.shape), bad)

@@ -1,0 +1,141 @@
+"""The backward pass: walks the graph from a result to its leaves and adds up gradients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cupybnn.autograd.context import Context
+from cupybnn.autograd.state import state
+from cupybnn.autograd.storage import module_of
+from cupybnn.backends.devices import device_of
+from cupybnn.errors import GraphError
+
+if TYPE_CHECKING:
+    from cupybnn.autograd.tensor import Tensor
+
+__all__ = ["backward"]
+
+
+def backward(root: Tensor, gradient: Any, retain_graph: bool) -> None:
+    """Add the gradients of `root` to the leaves of its graph; see `Tensor.backward`."""
+    if not root.requires_grad:
+        raise GraphError(
+            f"backward() needs a tensor that depends on one with requires_grad=True; this one, of "
+            f"shape {root.shape}, does not (or was computed under no_grad)."
+        )
+    gradient = _start(root, gradient)
+    if root._node is None:
+        _add_to_leaf(root, gradient, adopt=False)
+        return
+    order = _nodes_behind(root._node)
+    for node in order:
+        node.verify()
+    pending = {root._node: (gradient, False)}
+    for node in order:
+        grad, _ = pending.pop(node)
+        with node.scope():
+            _step(node, grad, pending)
+        if not retain_graph:
+            node.free()
+
+
+def _start(root: Tensor, gradient: Any) -> Any:
+    """Return the gradient to begin with, checked against the root."""
+    xp = module_of(root._data)
+    if gradient is None:
+        if root.size != 1:
+            raise GraphError(
+                f"backward() without a gradient needs a tensor of one element; this one has shape "
+                f"{root.shape}. Reduce it (.sum(), .mean()) or give the gradient."
+            )
+        with device_of(root._data).scope():
+            return xp.ones_like(root._data)
+    if hasattr(gradient, "_data"):
+        gradient = gradient._data
+    if not isinstance(gradient, xp.ndarray):
+        raise TypeError(
+            f"The 'gradient' of backward() must be a {xp.__name__} array like the tensor's; got "
+            f"{type(gradient).__name__}."
+        )
+    if gradient.shape != root.shape or gradient.dtype != root.dtype:
+        raise ValueError(
+            f"The 'gradient' of backward() must have the tensor's shape {root.shape} and dtype "
+            f"{root.dtype}; got {gradient.shape} and {gradient.dtype}."
+        )
+    return gradient
+
+
+def _nodes_behind(root: Context) -> list[Context]:
+    """Return the nodes that `root` depends on, each before those that it depends on itself."""
+    finished: list[Context] = []
+    seen = {root}
+    stack = [(root, iter(root.edges))]
+    while stack:
+        node, edges = stack[-1]
+        for edge in edges:
+            if isinstance(edge, Context) and edge not in seen:
+                seen.add(edge)
+                stack.append((edge, iter(edge.edges)))
+                break
+        else:
+            finished.append(node)
+            stack.pop()
+    return finished[::-1]
+
+
+def _step(node: Context, grad: Any, pending: dict[Context, tuple[Any, bool]]) -> None:
+    """Run one backward function and hand its gradients on.
+
+    `pending` holds, for every node, the sum of the gradients that came so far, and whether the
+    array is ours to add to in place (the first one to come may be shared with another operand).
+    """
+    if node.retain is not None:
+        _add_to_leaf(node.retain, grad, adopt=False)
+    grads = node.function.backward(node, grad)
+    if not isinstance(grads, tuple):
+        grads = (grads,)
+    if len(grads) != len(node.edges):
+        raise GraphError(
+            f"The backward of {node} must return {len(node.edges)} gradient(s), one for each "
+            f"operand; it returned {len(grads)}."
+        )
+    for i, (edge, got) in enumerate(zip(node.edges, grads, strict=True)):
+        if edge is None:
+            continue
+        if node.xp is np and type(got) is not np.ndarray and got is not None:
+            got = np.asarray(got)  # NumPy turns results without dimensions into scalars
+        if got is None or got.shape != edge.shape or got.dtype != edge.dtype:
+            raise GraphError(
+                f"The backward of {node} must return for operand {i} a gradient of shape "
+                f"{edge.shape} and dtype {edge.dtype}; it returned "
+                + ("None." if got is None else f"shape {got.shape} and dtype {got.dtype}.")
+            )
+        if state.check is not None:
+            state.check(node.function.name, got, f"gradient of {_operand(edge, i)}", node.place)
+        if not isinstance(edge, Context):
+            shared = (grad, *node.saved, *grads[:i])
+            _add_to_leaf(edge, got, adopt=all(got is not other for other in shared))
+        elif edge not in pending:
+            pending[edge] = (got, False)
+        else:
+            so_far, ours = pending[edge]
+            if ours:
+                so_far += got
+            else:
+                so_far = node.xp.asarray(so_far + got)
+            pending[edge] = (so_far, True)
+
+
+def _add_to_leaf(leaf: Tensor, grad: Any, adopt: bool) -> None:
+    """Add `grad` to a leaf's gradient; `adopt` says that nobody else holds this array."""
+    if leaf.grad is None:
+        leaf.grad = grad if adopt and grad.base is None else grad.copy()
+    else:
+        leaf.grad += grad
+
+
+def _operand(edge: Any, i: int) -> str:
+    """Name an operand in a message: the tensor's name, or its number."""
+    return getattr(edge, "name", None) or f"operand {i}"

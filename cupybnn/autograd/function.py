@@ -1,0 +1,144 @@
+"""An operation: a forward and a backward pass below each other, on NumPy and CuPy alike."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from cupybnn.autograd.context import Context
+from cupybnn.autograd.debug import place
+from cupybnn.autograd.state import state
+from cupybnn.autograd.storage import module_of
+from cupybnn.autograd.tensor import Tensor, as_operand
+
+__all__ = ["Function"]
+
+
+class Function:
+    """Base class of differentiable operations.
+
+    A subclass defines two static methods, one below the other, that work on NumPy and CuPy arrays
+    alike: ``forward(ctx, *arrays, **params)`` returns an array, ``backward(ctx, grad)`` returns
+    the gradient of every operand (a tuple if there are several; None where ``ctx.needs`` is
+    False). A gradient has its operand's shape and dtype. It may be `grad` itself or a view of it,
+    but `grad` and the saved arrays are not written to.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn.autograd import Function, Tensor
+    >>> class Square(Function):
+    ...     @staticmethod
+    ...     def forward(ctx, x):
+    ...         ctx.save(x)
+    ...         return x * x
+    ...
+    ...     @staticmethod
+    ...     def backward(ctx, grad):
+    ...         (x,) = ctx.saved
+    ...         return 2 * x * grad
+    >>> x = Tensor(np.array([1.0, 2.0]), requires_grad=True)
+    >>> Square.apply(x).sum().backward()
+    >>> x.grad
+    array([2., 4.])
+    """
+
+    name = "function"
+    # Whether the result may be a view of the first operand.
+    may_alias = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+
+    @staticmethod
+    def forward(ctx: Context, *arrays: Any, **params: Any) -> Any:
+        """Compute the result's array from the operands' arrays."""
+        raise NotImplementedError
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        """Compute the operands' gradients from the gradient of the result."""
+        raise NotImplementedError
+
+    @classmethod
+    def apply(cls, *operands: Any, **params: Any) -> Tensor:
+        """Compute the operation and, where a gradient may be wanted, record it.
+
+        Parameters
+        ----------
+        *operands : Tensor, array or number
+            Numbers are handed to `forward` as they are, so that they do not widen the dtype.
+        **params
+            Handed to `forward`.
+
+        Raises
+        ------
+        ValueError, TypeError, IndexError
+            If the operands do not fit each other; the operation and the shapes are named.
+        """
+        return _apply(cls, operands, params)
+
+
+def _apply(function: type[Function], operands: tuple[Any, ...], params: dict[str, Any]) -> Tensor:
+    operands = tuple([x if isinstance(x, Tensor) else as_operand(x) for x in operands])
+    tensors = tuple([x for x in operands if isinstance(x, Tensor)])
+    arrays = [x._data if isinstance(x, Tensor) else x for x in operands]
+    xp = _common_module(function, tensors)
+    needs = tuple([isinstance(x, Tensor) and x.requires_grad for x in operands])
+    recording = state.recording and any(needs)
+    ctx = Context(function, xp, needs if recording else (False,) * len(needs))
+    try:
+        if xp is np:
+            array = function.forward(ctx, *arrays, **params)
+        else:
+            ctx.device = tensors[0]._data.device
+            with ctx.device:
+                array = function.forward(ctx, *arrays, **params)
+    except (ValueError, TypeError, IndexError) as error:
+        raise _explained(error, function, operands) from error
+    if xp is np and not isinstance(array, np.ndarray):
+        array = np.asarray(array)  # a reduction to one number gives a NumPy scalar
+    check = state.check
+    if check is not None:
+        ctx.place = place()
+        check(function.name, array, "forward value", ctx.place)
+    storage = None
+    if function.may_alias and xp.may_share_memory(array, arrays[0]):
+        storage = tensors[0]._storage
+    result = Tensor._of(array, storage, ctx if recording else None)
+    if recording:
+        ctx.shape = array.shape
+        ctx.dtype = array.dtype
+        ctx.edges = tuple(
+            [(x._node or x) if need else None for x, need in zip(operands, needs, strict=True)]
+        )
+        if ctx.saved:
+            ctx.guard((*tensors, result))
+    return result
+
+
+def _common_module(function: type[Function], tensors: tuple[Tensor, ...]) -> Any:
+    """Return the array module of all `tensors`; refuse operands on different devices."""
+    if all(type(tensor._data) is np.ndarray for tensor in tensors):
+        return np
+    devices = {str(tensor.device) for tensor in tensors}
+    if len(devices) > 1:
+        raise TypeError(
+            f"The operands of {function.name} must be on one device; got "
+            f"{' and '.join(str(tensor.device) for tensor in tensors)}. Move one by .to(device)."
+        )
+    return module_of(tensors[0]._data)
+
+
+def _explained(
+    error: Exception, function: type[Function], operands: tuple[Any, ...]
+) -> ValueError | TypeError | IndexError:
+    """Return `error` with the operation's name and its operands' shapes before its text."""
+    kind = next(k for k in (ValueError, TypeError, IndexError) if isinstance(error, k))
+    shapes = ", ".join(
+        f"{tuple(x.shape)} {x.dtype}" if hasattr(x, "shape") else repr(x) for x in operands
+    )
+    return kind(f"{function.name} of {shapes}: {error}")

@@ -1,0 +1,123 @@
+"""The memory behind tensors: how the engine notices that a saved array was edited.
+
+A raw array cannot tell that it was written to, and comparing every saved array before a backward
+pass would cost as much as the pass. So the engine keeps a version number for each piece of memory
+and tells two kinds of writers apart:
+
+- Writers that it knows (optimisers, ``tensor.data = ...``, ``tensor[...] = ...``) raise the
+  version; this costs nothing.
+- Anyone else has to get at the array by ``tensor.data`` first. The array handed out is *on loan*
+  for as long as it, or any view taken from it, is alive, on NumPy and CuPy alike. Only while memory
+  is both saved for a backward pass and on loan does the engine keep a copy of it, and compares the
+  two before the copy's backward pass.
+
+Training code that does not hold on to ``tensor.data`` across forward and backward pays nothing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends.devices import is_cupy
+
+__all__ = ["Storage", "module_of", "same_memory"]
+
+
+def module_of(array: Any) -> Any:
+    """Return the module, numpy or cupy, that `array` belongs to."""
+    if isinstance(array, np.ndarray):
+        return np
+    import cupy
+
+    return cupy
+
+
+def same_memory(a: Any, b: Any) -> bool:
+    """Whether two arrays of one module may lie in the same memory."""
+    return bool(module_of(a).may_share_memory(a, b))
+
+
+def _bits(array: Any) -> Any:
+    """View `array` as unsigned integers, so that NaNs compare equal and -0.0 differs from 0.0."""
+    return array.view(f"u{array.dtype.itemsize}")
+
+
+class _Owner:
+    """Keeps a CuPy array alive for the arrays lent from it; alive as long as any of them is."""
+
+    __slots__ = ("__weakref__", "array")
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+
+
+def _lend(array: Any) -> tuple[Any, Any]:
+    """Return an alias of `array`, and the object that lives as long as any view of the alias."""
+    if is_cupy(array):
+        import cupy
+
+        owner = _Owner(array)
+        memory = cupy.cuda.UnownedMemory(array.data.ptr, array.nbytes, owner, array.device.id)
+        pointer = cupy.cuda.MemoryPointer(memory, 0)
+        return cupy.ndarray(array.shape, array.dtype, pointer, array.strides), owner
+    # A view's base is the array that owns the memory, however many views lie between; a memoryview
+    # in between ends that chain, so that `bits` is the base of everything taken from it.
+    bits = np.asarray(memoryview(_bits(array)))
+    return bits.view(array.dtype), bits
+
+
+class Storage:
+    """Memory of one tensor and of the tensors that are views of it.
+
+    Parameters
+    ----------
+    array : numpy.ndarray or cupy.ndarray
+        The array of the tensor that owns the memory.
+
+    Attributes
+    ----------
+    saves : int
+        How many live graph nodes have saved this memory for their backward passes.
+    """
+
+    __slots__ = ("_copy", "_loans", "_version", "array", "saves")
+
+    def __init__(self, array: Any) -> None:
+        self.array = array
+        self.saves = 0
+        self._version = 0
+        self._copy: Any = None
+        self._loans: list[weakref.ref] = []
+
+    def touch(self) -> None:
+        """Note that the contents are being changed."""
+        self._version += 1
+
+    def lend(self, array: Any) -> Any:
+        """Return an alias of `array` (this memory or a view of it) for the outside world."""
+        if self.saves and self._copy is None:
+            self._copy = self.array.copy()
+        alias, owner = _lend(array)
+        self._loans = [loan for loan in self._loans if loan() is not None]
+        self._loans.append(weakref.ref(owner))
+        return alias
+
+    def version(self) -> int:
+        """Return a number that differs from an earlier one if the contents have changed since."""
+        if not self._loans:
+            return self._version
+        lent = any(loan() is not None for loan in self._loans)
+        changed = self._copy is not None and not bool(
+            (_bits(self.array) == _bits(self._copy)).all()
+        )
+        if changed:
+            self._version += 1
+        if not lent:
+            self._loans.clear()
+            self._copy = None
+        elif changed or self._copy is None:
+            self._copy = self.array.copy()
+        return self._version

@@ -1,0 +1,275 @@
+"""Arrays that remember how they were computed."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import numpy as np
+
+from cupybnn.autograd.context import Context
+from cupybnn.autograd.engine import backward
+from cupybnn.autograd.operators import Operators
+from cupybnn.autograd.storage import Storage, module_of, same_memory
+from cupybnn.backends.devices import Device, device_of, is_cupy, to_device
+from cupybnn.errors import GraphError
+
+__all__ = ["Tensor", "as_operand"]
+
+
+class Tensor(Operators):
+    """A NumPy or CuPy array with a gradient.
+
+    Parameters
+    ----------
+    data : array_like, number or Tensor
+        Copied, so that later edits of the caller's array cannot reach a recorded graph. Python
+        numbers and lists of floats become float32; arrays keep their dtype.
+    requires_grad : bool
+        Whether `backward` is to compute this tensor's gradient. Needs a floating dtype.
+    name : str, optional
+        Used in messages.
+
+    Attributes
+    ----------
+    grad : numpy.ndarray, cupy.ndarray or None
+        Sum of the gradients of the backward passes so far; of the tensor's shape and dtype.
+    two_valued : bool
+        Whether every element is known to be +1 or -1, as after `cupybnn.ops.sign`.
+
+    Examples
+    --------
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor([1.0, 2.0, 3.0], requires_grad=True)
+    >>> (x * x).sum().backward()
+    >>> x.grad
+    array([2., 4., 6.], dtype=float32)
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_data",
+        "_memory",
+        "_node",
+        "grad",
+        "name",
+        "requires_grad",
+        "two_valued",
+    )
+
+    def __init__(self, data: Any, requires_grad: bool = False, name: str | None = None) -> None:
+        self._data = _as_array(data)
+        self._memory: Storage | None = None
+        self._node: Context | None = None
+        self.grad: Any = None
+        self.name = name
+        self.two_valued = False
+        self.requires_grad = requires_grad
+        if requires_grad and self._data.dtype.kind in "biu":
+            raise TypeError(
+                f"A tensor that requires a gradient must have a floating dtype; got "
+                f"{self._data.dtype}."
+            )
+
+    @classmethod
+    def _of(cls, array: Any, memory: Storage | None = None, node: Context | None = None) -> Tensor:
+        """Make a tensor of `array` itself; the engine's way, without copy or checks."""
+        tensor = Tensor.__new__(Tensor)
+        tensor._data = array
+        tensor._memory = memory
+        tensor._node = node
+        tensor.grad = None
+        tensor.name = None
+        tensor.two_valued = False
+        tensor.requires_grad = node is not None
+        return tensor
+
+    @property
+    def _storage(self) -> Storage:
+        if self._memory is None:
+            self._memory = Storage(self._data)
+        return self._memory
+
+    @property
+    def data(self) -> Any:
+        """The values: a NumPy or CuPy array on this tensor's memory, without a copy.
+
+        Writing to it, or assigning (``t.data += 1``, ``t.data = array``), changes the tensor
+        outside of the graph. `backward` refuses to use what was edited after it was saved.
+        """
+        return self._storage.lend(self._data)
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        self.two_valued = False
+        xp = module_of(self._data)
+        if isinstance(value, xp.ndarray) and same_memory(value, self._data):
+            self._storage.touch()  # what is left to do of an augmented assignment
+            return
+        array = _as_array(value)
+        if self.requires_grad and array.dtype.kind in "biu":
+            raise TypeError(
+                f"The data of a tensor that requires a gradient must have a floating dtype; got "
+                f"{array.dtype}."
+            )
+        self._data = array
+        self._memory = None
+
+    def write(self) -> Any:
+        """Return the array for an edit in place by the caller, here and now.
+
+        This is the optimisers' way: cheaper than `data`, since it only notes that the contents
+        change. The array is not to be kept.
+        """
+        self.two_valued = False
+        if self._memory is not None:
+            self._memory.touch()
+        return self._data
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Length of each axis."""
+        return self._data.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """NumPy dtype of the elements."""
+        return self._data.dtype
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return self._data.ndim
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self._data.size
+
+    @property
+    def device(self) -> Device:
+        """Where the array lies."""
+        return device_of(self._data)
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether the tensor was given rather than computed by a recorded operation."""
+        return self._node is None
+
+    def backward(self, gradient: Any = None, retain_graph: bool = False) -> None:
+        """Add the gradient of this tensor to ``grad`` of every leaf that it depends on.
+
+        Parameters
+        ----------
+        gradient : array of this tensor's shape and dtype, optional
+            What the leaves' gradients are multiplied by; may be left out for one element.
+        retain_graph : bool
+            Keep what the graph saved, for another backward pass through it.
+
+        Raises
+        ------
+        GraphError
+            If the tensor depends on nothing that requires a gradient, if it has several elements
+            and no `gradient` is given, if (part of) the graph was freed by an earlier pass, if an
+            array that the graph saved was edited since, or if an operation returns a gradient of
+            the wrong shape or dtype. In the first four cases no gradient was changed.
+
+        Notes
+        -----
+        Gradients are arrays, not tensors: derivatives of higher order are not computed.
+        """
+        backward(self, gradient, retain_graph)
+
+    def retain_grad(self) -> Tensor:
+        """Have `backward` fill `grad` although the tensor is not a leaf; returns the tensor."""
+        if not self.requires_grad:
+            raise GraphError("retain_grad() needs a tensor that requires a gradient.")
+        if self._node is not None:
+            self._node.retain = self
+        return self
+
+    def zero_grad(self) -> None:
+        """Forget the gradient."""
+        self.grad = None
+
+    def detach(self) -> Tensor:
+        """Return a tensor on the same memory that belongs to no graph."""
+        tensor = Tensor._of(self._data, self._storage)
+        tensor.two_valued = self.two_valued
+        return tensor
+
+    def numpy(self) -> np.ndarray:
+        """Return the values as a NumPy array: on the CPU `data` itself, else a copy."""
+        return self._data.get() if is_cupy(self._data) else self.data
+
+    def item(self) -> float | int | bool:
+        """Return the value of a tensor of one element as a Python number."""
+        if self.size != 1:
+            raise ValueError(f"item() needs a tensor of one element; this one is {self.shape}.")
+        return self._data.item()
+
+    def move(self, device: Device) -> None:
+        """Move a leaf, and its gradient, to `device`, in place; `to` gives a new tensor."""
+        self._data = to_device(self._data, device)
+        self._memory = None
+        if self.grad is not None:
+            self.grad = to_device(self.grad, device)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if self._node is not None:
+            raise GraphError(
+                "An element of a computed tensor cannot be assigned: its graph would not know. "
+                "Assign to a leaf, or to .detach()."
+            )
+        self.write()[key] = value._data if isinstance(value, Tensor) else value
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __repr__(self) -> str:
+        words = [str(self._data)]
+        if self.dtype != np.float32:
+            words.append(f"dtype={self.dtype}")
+        if self.device.kind != "cpu":
+            words.append(f"device={self.device}")
+        if self._node is not None:
+            words.append(f"made by {self._node.function.name}")
+        elif self.requires_grad:
+            words.append("requires_grad=True")
+        if self.name:
+            words.append(f"name={self.name!r}")
+        return f"{type(self).__name__}({', '.join(words)})"
+
+
+def _as_array(data: Any) -> Any:
+    """Return a new NumPy or CuPy array of `data`; Python floats give float32."""
+    if isinstance(data, Tensor):
+        return data._data.copy()
+    if is_cupy(data):
+        with data.device:
+            array = data.copy()
+    else:
+        array = np.array(data)
+        if not hasattr(data, "dtype") and array.dtype == np.float64:
+            array = array.astype(np.float32)
+    if array.dtype.kind in "cOSUmM":
+        raise TypeError(
+            f"The 'data' of a tensor must be real numbers; got {type(data).__name__} with dtype "
+            f"{array.dtype}."
+        )
+    return array
+
+
+def as_operand(value: Any) -> Any:
+    """Turn an operand that is no tensor into a Python number or a constant tensor."""
+    if type(value) is float or type(value) is int:
+        return value
+    if isinstance(value, numbers.Real):
+        # A NumPy scalar would impose its dtype, a Python number takes the tensor's.
+        return value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, np.ndarray) or is_cupy(value):
+        return Tensor(value)
+    raise TypeError(f"must be tensors, arrays or numbers; got {type(value).__name__}")

@@ -1,0 +1,327 @@
+"""Layers."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+
+from cupybnn import ops
+from cupybnn.autograd import Tensor
+from cupybnn.backends.random import Stream
+from cupybnn.nn.module import Module, Parameter
+from cupybnn.ops import Quantizer, get_quantizer
+
+__all__ = [
+    "BatchNorm",
+    "BinaryLinear",
+    "Dropout",
+    "Linear",
+    "ReLU",
+    "Sequential",
+    "Sign",
+    "SignDropout",
+    "glorot_uniform",
+]
+
+Rng = np.random.Generator | int | None
+
+
+def glorot_uniform(shape: tuple[int, int], rng: Rng = None, dtype: Any = "float32") -> np.ndarray:
+    """Return numbers uniform within ``± sqrt(6 / (inputs + outputs))``, shape (inputs, outputs).
+
+    Notes
+    -----
+    Glorot, Bengio: Understanding the difficulty of training deep feedforward networks, 2010.
+    """
+    limit = math.sqrt(6 / max(sum(shape), 1))
+    return np.random.default_rng(rng).uniform(-limit, limit, shape).astype(dtype)
+
+
+class Linear(Module):
+    """``y = x @ weight + bias``.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        Sizes of the last axes of x and y.
+    bias : bool
+        Whether there is a bias; it starts at 0.
+    rng : numpy.random.Generator or int, optional
+        For the first weights (`glorot_uniform`), or its seed.
+    dtype : dtype
+        Of the parameters.
+
+    Attributes
+    ----------
+    weight : Parameter, shape (in_features, out_features)
+    bias : Parameter, shape (out_features,), or None
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        rng: Rng = None,
+        dtype: Any = "float32",
+    ) -> None:
+        self.weight = Parameter(glorot_uniform((in_features, out_features), rng, dtype))
+        self.bias = Parameter(np.zeros(out_features, dtype)) if bias else None
+
+    def _biased(self, y: Tensor) -> Tensor:
+        return y if self.bias is None else y + self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._biased(x @ self.weight)
+
+    def multiply_adds(self) -> tuple[int, int]:
+        return 0, self.weight.size
+
+    def _settings(self) -> str:
+        return ", ".join(str(n) for n in self.weight.shape)
+
+
+class BinaryLinear(Linear):
+    """``y = x @ sign(weight) + bias``: a product with the signs of latent weights.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        Sizes of the last axes of x and y.
+    bias : bool
+        Whether there is a (full-precision) bias; it starts at 0.
+    binary_input : bool
+        Whether x holds signs: the layer then insists on it (put a `Sign` before it), and the
+        product is one of signs. If not, x may hold any numbers.
+    xnor : bool
+        Whether a product of signs is computed by `cupybnn.xnor_gemm` or as a dense one. The
+        results are equal.
+    ste : str or Quantizer
+        Pseudo-gradient for the latent weights, and their scale if it has one; see
+        `cupybnn.ops.sign`.
+    clip : bool
+        Whether optimisers keep the latent weights within [-1, 1].
+    rng, dtype
+        As in `Linear`.
+
+    Attributes
+    ----------
+    weight : Parameter, shape (in_features, out_features)
+        The latent weights.
+    quantizer : Quantizer
+        What `ste` named.
+
+    Warns
+    -----
+    UserWarning
+        If latent weights can leave the quantizer's window, where they get no gradient and so
+        never come back.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        binary_input: bool = True,
+        xnor: bool = True,
+        ste: str | Quantizer = "ste_sign",
+        clip: bool = True,
+        rng: Rng = None,
+        dtype: Any = "float32",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, rng=rng, dtype=dtype)
+        self.weight.bits = 1
+        self.weight.limit = 1.0 if clip else None
+        self.binary_input = binary_input
+        self.xnor = xnor
+        self.quantizer = get_quantizer(ste)
+        window = self.quantizer.window
+        if window is not None and not (clip and window >= 1.0):
+            warnings.warn(
+                f"The latent weights of a BinaryLinear can leave the window |w| <= {window:g} of "
+                f"{self.quantizer!r}, and those that do stop learning. "
+                + ("Use a window of at least 1." if clip else "Clip them: clip=True."),
+                stacklevel=2,
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        signs = ops.sign(self.weight, self.quantizer, self.training)
+        if not self.binary_input:
+            y = x @ signs
+        elif x.two_valued:
+            y = ops.binary_matmul(x, signs, self.xnor)
+        else:
+            raise ValueError(
+                f"The input of a BinaryLinear must hold only +1 and -1; got a tensor of shape "
+                f"{x.shape} that may hold other values. Put a Sign layer before it, or use "
+                f"binary_input=False."
+            )
+        scale = self.quantizer.scale(self.weight._data)
+        return self._biased(y if scale is None else y * scale)
+
+    def multiply_adds(self) -> tuple[int, int]:
+        return (self.weight.size, 0) if self.binary_input else (0, self.weight.size)
+
+    def random_state(self) -> np.ndarray | None:
+        return _state_of(self.quantizer)
+
+    def _settings(self) -> str:
+        kind = "binary" if self.binary_input else "real"
+        return f"{super()._settings()}, {kind} input, {self.quantizer!r}"
+
+
+class Sign(Module):
+    """Signs of the input, with a pseudo-gradient; see `cupybnn.ops.sign`."""
+
+    def __init__(self, ste: str | Quantizer = "ste_sign") -> None:
+        self.quantizer = get_quantizer(ste)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.sign(x, self.quantizer, self.training)
+
+    def random_state(self) -> np.ndarray | None:
+        return _state_of(self.quantizer)
+
+    def _settings(self) -> str:
+        return repr(self.quantizer)
+
+
+def _state_of(quantizer: Quantizer) -> np.ndarray | None:
+    """Return the state of a stochastic quantizer's random numbers."""
+    stream = getattr(quantizer, "random", None)
+    return stream.state if isinstance(stream, Stream) else None
+
+
+class ReLU(Module):
+    """``max(x, 0)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.relu(x)
+
+
+class BatchNorm(Module):
+    """Batch normalisation of the last axis; see `cupybnn.ops.batch_norm`.
+
+    Parameters
+    ----------
+    features : int
+        Size of the last axis.
+    eps : float
+        Added to the variance.
+    decay : float
+        Of the exponential moving averages that evaluation uses.
+    dtype : dtype
+        Of parameters and statistics.
+
+    Attributes
+    ----------
+    gamma, beta : Parameter, shape (features,)
+        Scale and shift, at first 1 and 0.
+    mean, variance : ndarray, shape (features,)
+        The moving averages, at first 0 and 1.
+    """
+
+    buffers = ("mean", "variance")
+
+    def __init__(
+        self, features: int, eps: float = 1e-4, decay: float = 0.9, dtype: Any = "float32"
+    ) -> None:
+        self.gamma = Parameter(np.ones(features, dtype))
+        self.beta = Parameter(np.zeros(features, dtype))
+        self.mean = np.zeros(features, dtype)
+        self.variance = np.ones(features, dtype)
+        self.eps = eps
+        self.decay = decay
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.batch_norm(
+            x,
+            self.gamma,
+            self.beta,
+            self.mean,
+            self.variance,
+            training=self.training,
+            decay=self.decay,
+            eps=self.eps,
+        )
+
+    def _settings(self) -> str:
+        return str(self.gamma.size)
+
+
+class Dropout(Module):
+    """In training, sets elements to 0 at random; see `cupybnn.ops.dropout`.
+
+    Parameters
+    ----------
+    keep_prob : float
+        Probability of an element to be kept, in (0, 1].
+    rng : numpy.random.Generator or int, optional
+        For the seed of the counter-based random numbers, or its seed.
+    """
+
+    _drop = staticmethod(ops.dropout)
+
+    def __init__(self, keep_prob: float, *, rng: Rng = None) -> None:
+        if not 0 < keep_prob <= 1:
+            raise ValueError(f"The 'keep_prob' must be in (0, 1]; got {keep_prob!r}.")
+        self.keep_prob = keep_prob
+        self.random = Stream(int(np.random.default_rng(rng).integers(2**63)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.keep_prob == 1:
+            return x
+        seed, counter = self.random.next()
+        return self._drop(x, self.keep_prob, seed=seed, counter=counter)
+
+    def random_state(self) -> np.ndarray:
+        return self.random.state
+
+    def _settings(self) -> str:
+        return f"keep_prob={self.keep_prob}"
+
+
+class SignDropout(Dropout):
+    """In training, replaces signs by coin tosses at random; see `cupybnn.ops.sign_dropout`."""
+
+    _drop = staticmethod(ops.sign_dropout)
+
+
+class Sequential(Module):
+    """Modules one after the other.
+
+    Parameters
+    ----------
+    *modules : Module
+        Named "0", "1", ... .
+    **named : Module
+        Further ones, with names.
+    """
+
+    def __init__(self, *modules: Module, **named: Module) -> None:
+        for name, module in [*enumerate(modules), *named.items()]:
+            if not isinstance(module, Module):
+                raise TypeError(
+                    f"Sequential takes modules; got {type(module).__name__} for {name!r}."
+                )
+            setattr(self, str(name), module)
+
+    def __iter__(self) -> Any:
+        return (value for value in vars(self).values() if isinstance(value, Module))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __getitem__(self, number: int) -> Module:
+        return list(self)[number]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self:
+            x = module(x)
+        return x

@@ -1,0 +1,100 @@
+"""Dropout, of numbers and of signs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cupybnn.autograd import Context, Function, Tensor
+from cupybnn.backends.random import keep_mask, random_words
+
+__all__ = ["dropout", "sign_dropout"]
+
+
+class Dropout(Function):
+    """x times a random mask of 0 and 1/keep_prob."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Any, keep_prob: float, seed: int, counter: Any) -> Any:
+        factors = keep_mask(x.shape, keep_prob, seed, counter, ctx.xp).astype(x.dtype)
+        factors *= 1 / keep_prob
+        ctx.save(factors)
+        return x * factors
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        (factors,) = ctx.saved
+        return grad * factors
+
+
+class SignDropout(Function):
+    """Signs, of which a random part is replaced by coin tosses; the others pass the gradient."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Any, keep_prob: float, seed: int, counter: Any) -> Any:
+        kept = keep_mask(x.shape, keep_prob, seed, 2 * counter, ctx.xp)
+        tossed = random_words(x.size, seed, 2 * counter + 1, ctx.xp).reshape(x.shape) & 1
+        ctx.save(kept)
+        coins = tossed.astype(x.dtype)
+        coins += coins
+        coins -= 1
+        return coins + kept * (x - coins)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        (kept,) = ctx.saved
+        return grad * kept
+
+
+def _checked(keep_prob: float, op: str) -> None:
+    if not 0 < keep_prob <= 1:
+        raise ValueError(f"The 'keep_prob' of {op} must be in (0, 1]; got {keep_prob!r}.")
+
+
+def dropout(x: Tensor, keep_prob: float, *, seed: int, counter: Any) -> Tensor:
+    """Set elements to 0 at random, and divide the others by `keep_prob`.
+
+    The result is no longer two-valued. Before a sign, a 0 becomes +1; to drop signs, see
+    `sign_dropout`.
+
+    Parameters
+    ----------
+    x : Tensor
+        Any shape.
+    keep_prob : float
+        Probability of an element to be kept, in (0, 1].
+    seed, counter : int
+        Decide which: the same pair always drops the same elements, on NumPy and CuPy.
+
+    Notes
+    -----
+    Srivastava et al.: Dropout, JMLR 2014, in the form that needs no scaling at test time.
+    """
+    _checked(keep_prob, "dropout")
+    return Dropout.apply(x, keep_prob=keep_prob, seed=seed, counter=counter)
+
+
+def sign_dropout(x: Tensor, keep_prob: float, *, seed: int, counter: Any) -> Tensor:
+    """Replace signs by coin tosses at random: dropout that keeps the values +1 and -1.
+
+    A replaced sign tells the next layer nothing and gets no gradient, as a dropped one; the sums
+    that it enters stay sums of signs, which a 0 would end. The mean of a result is ``keep_prob``
+    times the sign: a batch norm behind the next product takes that up.
+
+    Parameters
+    ----------
+    x : Tensor
+        Signs.
+    keep_prob : float
+        Probability of a sign to be kept, in (0, 1].
+    seed, counter : int
+        Decide which: the same pair gives the same result, on NumPy and CuPy.
+    """
+    _checked(keep_prob, "sign_dropout")
+    if not x.two_valued:
+        raise ValueError(
+            f"The 'x' of sign_dropout must be known to hold only +1 and -1; got a tensor of shape "
+            f"{x.shape} that may hold other values. Take its sign first, or use dropout."
+        )
+    result = SignDropout.apply(x, keep_prob=keep_prob, seed=seed, counter=counter)
+    result.two_valued = True
+    return result

@@ -1,0 +1,288 @@
+"""Operations on each element by itself, with broadcasting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cupybnn.autograd import Context, Function, Tensor
+
+__all__ = [
+    "absolute",
+    "add",
+    "clip",
+    "divide",
+    "exp",
+    "log",
+    "multiply",
+    "negative",
+    "power",
+    "relu",
+    "sqrt",
+    "subtract",
+    "tanh",
+]
+
+
+class Add(Function):
+    """a + b."""
+
+    @staticmethod
+    def forward(ctx: Context, a: Any, b: Any) -> Any:
+        return a + b
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        return (
+            ctx.fit(grad, 0) if ctx.needs[0] else None,
+            ctx.fit(grad, 1) if ctx.needs[1] else None,
+        )
+
+
+class Subtract(Function):
+    """a - b."""
+
+    @staticmethod
+    def forward(ctx: Context, a: Any, b: Any) -> Any:
+        return a - b
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        return (
+            ctx.fit(grad, 0) if ctx.needs[0] else None,
+            ctx.fit(-grad, 1) if ctx.needs[1] else None,
+        )
+
+
+class Multiply(Function):
+    """a * b."""
+
+    @staticmethod
+    def forward(ctx: Context, a: Any, b: Any) -> Any:
+        ctx.save(a, b)
+        return a * b
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        a, b = ctx.saved
+        return (
+            ctx.fit(grad * b, 0) if ctx.needs[0] else None,
+            ctx.fit(grad * a, 1) if ctx.needs[1] else None,
+        )
+
+
+class Divide(Function):
+    """a / b."""
+
+    @staticmethod
+    def forward(ctx: Context, a: Any, b: Any) -> Any:
+        out = a / b
+        ctx.save(b, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        b, out = ctx.saved
+        grad = grad / b
+        return (
+            ctx.fit(grad, 0) if ctx.needs[0] else None,
+            ctx.fit(-grad * out, 1) if ctx.needs[1] else None,
+        )
+
+
+class Power(Function):
+    """x to a constant power."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Any, exponent: float) -> Any:
+        ctx.save(x)
+        ctx.exponent = exponent
+        return x**exponent
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        (x,) = ctx.saved
+        if ctx.exponent == 0:
+            return ctx.xp.zeros_like(x)
+        return grad * ctx.exponent * x ** (ctx.exponent - 1)
+
+
+class Negative(Function):
+    """-x."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Any) -> Any:
+        return -x
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        return -grad
+
+
+class Absolute(Function):
+    """|x|; its gradient at 0 is 0."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Any) -> Any:
+        ctx.save(x)
+        return abs(x)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        (x,) = ctx.saved
+        return grad * ctx.xp.sign(x)
+
+
+class Exp(Function):
+    """e to the power of x."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Any) -> Any:
+        out = ctx.xp.exp(x)
+        ctx.save(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        (out,) = ctx.saved
+        return grad * out
+
+
+class Log(Function):
+    """Natural logarithm."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Any) -> Any:
+        ctx.save(x)
+        return ctx.xp.log(x)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        (x,) = ctx.saved
+        return grad / x
+
+
+class Sqrt(Function):
+    """Square root."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Any) -> Any:
+        out = ctx.xp.sqrt(x)
+        ctx.save(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        (out,) = ctx.saved
+        return grad / (out + out)
+
+
+class Tanh(Function):
+    """Hyperbolic tangent."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Any) -> Any:
+        out = ctx.xp.tanh(x)
+        ctx.save(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        (out,) = ctx.saved
+        return grad * (1 - out * out)
+
+
+class Relu(Function):
+    """max(x, 0); its gradient at 0 is 0."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Any) -> Any:
+        out = ctx.xp.maximum(x, 0)
+        ctx.save(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        (out,) = ctx.saved
+        return grad * (out > 0)
+
+
+class Clip(Function):
+    """x limited to [low, high]; the gradient passes inside, the limits included."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Any, low: float, high: float) -> Any:
+        ctx.save(x)
+        ctx.low, ctx.high = low, high
+        return ctx.xp.clip(x, low, high)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        (x,) = ctx.saved
+        return grad * ((x >= ctx.low) & (x <= ctx.high))
+
+
+def add(a: Any, b: Any) -> Tensor:
+    """Return a + b."""
+    return Add.apply(a, b)
+
+
+def subtract(a: Any, b: Any) -> Tensor:
+    """Return a - b."""
+    return Subtract.apply(a, b)
+
+
+def multiply(a: Any, b: Any) -> Tensor:
+    """Return a * b."""
+    return Multiply.apply(a, b)
+
+
+def divide(a: Any, b: Any) -> Tensor:
+    """Return a / b."""
+    return Divide.apply(a, b)
+
+
+def power(x: Tensor, exponent: float) -> Tensor:
+    """Return x to a constant power."""
+    if not isinstance(exponent, int | float):
+        raise TypeError(f"The 'exponent' of power must be a number; got {type(exponent).__name__}.")
+    return Power.apply(x, exponent=exponent)
+
+
+def negative(x: Tensor) -> Tensor:
+    """Return -x."""
+    return Negative.apply(x)
+
+
+def absolute(x: Tensor) -> Tensor:
+    """Return |x|. The gradient at 0 is 0."""
+    return Absolute.apply(x)
+
+
+def exp(x: Tensor) -> Tensor:
+    """Return e to the power of x."""
+    return Exp.apply(x)
+
+
+def log(x: Tensor) -> Tensor:
+    """Return the natural logarithm of x."""
+    return Log.apply(x)
+
+
+def sqrt(x: Tensor) -> Tensor:
+    """Return the square root of x."""
+    return Sqrt.apply(x)
+
+
+def tanh(x: Tensor) -> Tensor:
+    """Return the hyperbolic tangent of x."""
+    return Tanh.apply(x)
+
+
+def relu(x: Tensor) -> Tensor:
+    """Return max(x, 0). The gradient at 0 is 0."""
+    return Relu.apply(x)
+
+
+def clip(x: Tensor, low: float, high: float) -> Tensor:
+    """Return x limited to [low, high]. The gradient passes where low <= x <= high."""
+    return Clip.apply(x, low=low, high=high)

@@ -1,0 +1,91 @@
+"""Matrix products: of real numbers and of signs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cupybnn.autograd import Context, Function, Tensor
+from cupybnn.gemm import xnor_gemm
+
+__all__ = ["binary_matmul", "matmul"]
+
+
+def _gradients(ctx: Context, grad: Any) -> tuple[Any, Any]:
+    """Return the gradients of both factors: dense products, for either kind of forward pass."""
+    a, b = ctx.saved
+    # A factor with one axis is a matrix of one row, or of one column.
+    if b.ndim == 1:
+        grad, b = grad[..., None], b[:, None]
+    if a.ndim == 1:
+        grad, a = grad[..., None, :], a[None, :]
+    grad_a = grad_b = None
+    if ctx.needs[0]:
+        grad_a = ctx.fit(ctx.xp.matmul(grad, b.swapaxes(-1, -2)), 0)
+    if ctx.needs[1]:
+        grad_b = ctx.xp.matmul(a.swapaxes(-1, -2), grad)
+        grad_b = ctx.fit(grad_b[..., 0] if len(ctx.edges[1].shape) == 1 else grad_b, 1)
+    return grad_a, grad_b
+
+
+class Matmul(Function):
+    """a @ b, by the rules of `numpy.matmul`."""
+
+    @staticmethod
+    def forward(ctx: Context, a: Any, b: Any) -> Any:
+        ctx.save(a, b)
+        return ctx.xp.matmul(a, b)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        return _gradients(ctx, grad)
+
+
+class BinaryMatmul(Function):
+    """a @ b of two arrays of +1 and -1."""
+
+    @staticmethod
+    def forward(ctx: Context, a: Any, b: Any, xnor: bool) -> Any:
+        ctx.save(a, b)
+        return xnor_gemm(a, b) if xnor else ctx.xp.matmul(a, b)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        return _gradients(ctx, grad)
+
+
+def matmul(a: Any, b: Any) -> Tensor:
+    """Return the matrix product a @ b, by the rules of `numpy.matmul`."""
+    return Matmul.apply(a, b)
+
+
+def binary_matmul(a: Tensor, b: Tensor, xnor: bool = True) -> Tensor:
+    """Return the matrix product of two tensors of signs.
+
+    Parameters
+    ----------
+    a : Tensor, shape (..., M, K)
+        +1 and -1, known to be so (``two_valued``): a result of `sign`.
+    b : Tensor, shape (..., K, N)
+        Likewise.
+    xnor : bool
+        Compute the product by `cupybnn.xnor_gemm`, else by a dense product. Both are exact while
+        the dtype holds every integer up to K (float32: 2**24), and then equal.
+
+    Returns
+    -------
+    Tensor, shape (..., M, N)
+        Its gradients are dense products with the other factor.
+
+    Raises
+    ------
+    ValueError
+        If a factor may have other values than +1 and -1.
+    """
+    for name, factor in (("a", a), ("b", b)):
+        if not factor.two_valued:
+            raise ValueError(
+                f"The {name!r} of binary_matmul must be known to hold only +1 and -1; got a tensor "
+                f"of shape {factor.shape} that may hold other values. Take its sign first: "
+                f"cupybnn.ops.sign(x)."
+            )
+    return BinaryMatmul.apply(a, b, xnor=xnor)

@@ -1,0 +1,120 @@
+"""Operations that move elements without computing: views where NumPy gives views."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cupybnn.autograd import Context, Function, Tensor
+from cupybnn.backends.devices import Device, device_of, resolve, to_device
+
+__all__ = ["index", "reshape", "to", "transpose"]
+
+
+class Reshape(Function):
+    """The same elements in another shape."""
+
+    may_alias = True
+
+    @staticmethod
+    def forward(ctx: Context, x: Any, shape: tuple[int, ...]) -> Any:
+        return x.reshape(shape)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        return grad.reshape(ctx.edges[0].shape)
+
+
+class Transpose(Function):
+    """The axes in another order."""
+
+    may_alias = True
+
+    @staticmethod
+    def forward(ctx: Context, x: Any, axes: tuple[int, ...] | None) -> Any:
+        ctx.inverse = None if axes is None else tuple(np.argsort([a % x.ndim for a in axes]))
+        return x.transpose(axes)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        return grad.transpose(ctx.inverse)
+
+
+class Index(Function):
+    """``x[key]`` for any key of NumPy's basic or advanced indexing."""
+
+    may_alias = True
+
+    @staticmethod
+    def forward(ctx: Context, x: Any, key: Any) -> Any:
+        ctx.key = key
+        return x[key]
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        out = ctx.xp.zeros(ctx.edges[0].shape, grad.dtype)
+        if _is_basic(ctx.key):
+            out[ctx.key] = grad
+        else:
+            ctx.xp.add.at(out, ctx.key, grad)  # an element may have been taken more than once
+        return out
+
+
+class Move(Function):
+    """A copy on another device; the gradient travels back."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Any, device: Device) -> Any:
+        ctx.origin = device_of(x)
+        return to_device(x, device)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        return to_device(grad, ctx.origin)
+
+
+def _is_basic(key: Any) -> bool:
+    parts = key if isinstance(key, tuple) else (key,)
+    return all(
+        part is None
+        or part is Ellipsis
+        or isinstance(part, slice)
+        or (isinstance(part, int | np.integer) and not isinstance(part, bool))
+        for part in parts
+    )
+
+
+def _arrays_of(key: Any) -> Any:
+    """Replace the tensors in an index by their arrays."""
+    if isinstance(key, tuple):
+        return tuple(_arrays_of(part) for part in key)
+    return key._data if isinstance(key, Tensor) else key
+
+
+def reshape(x: Tensor, *shape: int | tuple[int, ...]) -> Tensor:
+    """Return the elements of `x` in another shape; one length may be -1."""
+    lengths = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
+    return _still_signs(Reshape.apply(x, shape=lengths), x)
+
+
+def transpose(x: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
+    """Return `x` with its axes in the order `axes`, by default reversed."""
+    return _still_signs(Transpose.apply(x, axes=axes), x)
+
+
+def index(x: Tensor, key: Any) -> Tensor:
+    """Return ``x[key]``: slices, integers, None, ..., index arrays, masks."""
+    return _still_signs(Index.apply(x, key=_arrays_of(key)), x)
+
+
+def to(x: Tensor, device: str | Device) -> Tensor:
+    """Return `x` on `device` ("cpu", "cuda", "cuda:1"); `x` itself if it is there already."""
+    target = resolve(device)
+    return x if target == x.device else _still_signs(Move.apply(x, device=target), x)
+
+
+def _still_signs(result: Tensor, x: Tensor) -> Tensor:
+    """Mark `result` as two-valued if `x`, whose elements it has, is."""
+    result.two_valued = x.two_valued
+    return result

@@ -1,0 +1,59 @@
+"""The sign of a tensor, with a straight-through gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cupybnn.autograd import Context, Function, Tensor
+from cupybnn.ops.quantizers import Quantizer, get_quantizer
+
+__all__ = ["quantize", "sign"]
+
+
+class Sign(Function):
+    """A quantizer's signs; backward, its pseudo-gradient."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Any, quantizer: Quantizer, training: bool) -> Any:
+        ctx.save(x)
+        ctx.quantizer = quantizer
+        return quantizer.forward(x, training)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        (x,) = ctx.saved
+        return ctx.quantizer.pseudo_gradient(x, grad)
+
+
+def sign(x: Tensor, ste: str | Quantizer = "ste_sign", training: bool = True) -> Tensor:
+    """Return +1 where x >= 0 and -1 elsewhere, with a pseudo-gradient.
+
+    Parameters
+    ----------
+    x : Tensor
+        Any shape. A tensor that is two-valued already is returned as it is.
+    ste : str or Quantizer
+        What takes the place of the derivative, which is 0: a name of
+        `cupybnn.ops.quantizer_names`, or a quantizer. "ste_sign" (or "hard_tanh"), the gradient
+        where ``|x| <= 1``; "clipped_grad"; "identity"; ...
+    training : bool
+        Whether a stochastic quantizer draws.
+
+    Returns
+    -------
+    Tensor
+        Of the shape and dtype of `x`, marked as two-valued.
+    """
+    if x.two_valued:
+        return x
+    result = Sign.apply(x, quantizer=get_quantizer(ste), training=training)
+    result.two_valued = True
+    return result
+
+
+def quantize(x: Tensor, quantizer: str | Quantizer = "ste_sign", training: bool = True) -> Tensor:
+    """Return the signs of `x`, times the quantizer's scale if it has one; see `sign`."""
+    quantizer = get_quantizer(quantizer)
+    signs = sign(x, quantizer, training)
+    scale = quantizer.scale(x._data)
+    return signs if scale is None else signs * scale

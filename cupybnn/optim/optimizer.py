@@ -1,0 +1,222 @@
+"""What optimisers share: parameter groups, learning rates, clipping, state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from cupybnn.autograd.storage import module_of
+from cupybnn.backends.devices import CPU, device_of, to_device
+from cupybnn.nn import Parameter
+
+__all__ = ["Optimizer"]
+
+# Elements updated at a time on the host: all arrays of an update then stay in the cache between
+# its steps.
+_HOST_BLOCK = 16384
+
+
+class Optimizer:
+    """Base class: calls `update` for every block of every parameter that has a gradient.
+
+    Parameters
+    ----------
+    parameters : iterable of Parameter, or of dict
+        The parameters; or groups of them, each a dict with "params" and the options that are to
+        differ from the optimiser's: "lr", "lr_scale" and those of the subclass.
+    lr : float
+        Learning rate.
+    schedule : callable, optional
+        Called with the number of steps done; returns the factor for the learning rates of the
+        next one. See `cupybnn.optim.schedules`.
+    lr_scale : float or callable
+        Further factor of a group's learning rate; a callable is given each parameter.
+    **options
+        Options of the subclass.
+
+    Attributes
+    ----------
+    groups : list of dict
+        The groups, with all their options; these may be changed between steps.
+    steps : int
+        Number of steps done.
+
+    Notes
+    -----
+    A parameter that has a ``limit`` is clipped to it here, after its update.
+    """
+
+    # Names of the arrays that an optimiser keeps for each parameter, at first 0.
+    slots: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        parameters: Iterable[Parameter] | Iterable[dict[str, Any]],
+        lr: float,
+        schedule: Callable[[int], float] | None = None,
+        lr_scale: float | Callable[[Parameter], float] = 1.0,
+        **options: Any,
+    ) -> None:
+        defaults = {"lr": lr, "lr_scale": lr_scale, **options}
+        given: list[Any] = list(parameters)
+        groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+        self.groups = [_checked_group(group, defaults) for group in groups]
+        self.schedule = schedule
+        self.steps = 0
+        everything = [p for group in self.groups for p in group["params"]]
+        if len(set(everything)) < len(everything):
+            raise ValueError("A parameter must not be in two groups of an optimiser.")
+        self._slots: dict[Parameter, tuple[Any, ...]] = {}
+        self._work: dict[Any, tuple[Any, Any]] = {}
+
+    def update(
+        self,
+        group: dict[str, Any],
+        lr: float,
+        weight: Any,
+        grad: Any,
+        slots: tuple[Any, ...],
+        work: tuple[Any, Any],
+    ) -> None:
+        """Change a block of `weight` in place.
+
+        Parameters
+        ----------
+        group : dict
+            The options.
+        lr : float
+            The learning rate, with schedule and scale.
+        weight, grad : ndarray, shape (n,)
+            Block of a parameter and of its gradient (not to be changed).
+        slots : tuple of ndarray, shape (n,)
+            What `Optimizer.slots` names, to be changed in place.
+        work : tuple of two ndarrays, shape (n,)
+            Memory for in-between results.
+        """
+        raise NotImplementedError
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        factor = 1.0 if self.schedule is None else self.schedule(self.steps)
+        self.steps += 1
+        for group in self.groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    scale = group["lr_scale"]
+                    scale = scale(parameter) if callable(scale) else scale
+                    self._update_parameter(group, group["lr"] * factor * scale, parameter)
+
+    def _update_parameter(self, group: dict[str, Any], lr: float, parameter: Parameter) -> None:
+        array = parameter.write()
+        grad = parameter.grad
+        if parameter not in self._slots:
+            self._slots[parameter] = self._new_slots(array)
+        slots = self._slots[parameter]
+        limit = parameter.limit
+        with device_of(array).scope():
+            for block, work in self._blocks(array):
+                weight = array.reshape(-1)[block]
+                self.update(
+                    group,
+                    lr,
+                    weight,
+                    grad.reshape(-1)[block],
+                    tuple([slot.reshape(-1)[block] for slot in slots]),
+                    work,
+                )
+                if limit is not None:
+                    weight.clip(-limit, limit, out=weight)
+
+    def _new_slots(self, array: Any) -> tuple[Any, ...]:
+        xp = module_of(array)
+        with device_of(array).scope():
+            return tuple(xp.zeros_like(array) for _ in self.slots)
+
+    def _blocks(self, array: Any) -> Iterator[tuple[slice, tuple[Any, Any]]]:
+        """Yield slices of the flat array, each with working memory."""
+        xp = module_of(array)
+        length = _HOST_BLOCK if xp is np else array.size
+        key = (str(device_of(array)), array.dtype, length)
+        if key not in self._work:
+            self._work[key] = (xp.empty(length, array.dtype), xp.empty(length, array.dtype))
+        first, second = self._work[key]
+        for start in range(0, array.size, max(length, 1)):
+            n = min(length, array.size - start)
+            yield slice(start, start + n), (first[:n], second[:n])
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for group in self.groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of every group."""
+        for group in self.groups:
+            group["lr"] = lr
+
+    def _named_slots(self) -> Iterator[tuple[str, Parameter, int]]:
+        """Yield ("group.parameter.slot", parameter, number of the slot)."""
+        for i, group in enumerate(self.groups):
+            for j, parameter in enumerate(group["params"]):
+                for k, slot in enumerate(self.slots):
+                    yield f"{i}.{j}.{slot}", parameter, k
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return the number of steps and the arrays kept for each parameter: NumPy copies.
+
+        An array's name is "group.parameter.slot", the first two being numbers. Options such as the
+        learning rate are not included.
+        """
+        state = {"steps": np.array(self.steps)}
+        for name, parameter, k in self._named_slots():
+            if parameter not in self._slots:
+                self._slots[parameter] = self._new_slots(parameter._data)
+            state[name] = np.array(to_device(self._slots[parameter][k], CPU))
+        return state
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continue from what `state_dict` returned.
+
+        Raises
+        ------
+        ValueError
+            If names or shapes do not fit; all misfits are listed, and nothing has been changed.
+        """
+        shapes = {name: parameter.shape for name, parameter, _ in self._named_slots()}
+        shapes["steps"] = ()
+        faults = [f"missing: {name}" for name in shapes if name not in state]
+        faults += [f"unknown: {name}" for name in state if name not in shapes]
+        faults += [
+            f"{name}: must be of shape {shape}, is {np.shape(state[name])}"
+            for name, shape in shapes.items()
+            if name in state and np.shape(state[name]) != shape
+        ]
+        if faults:
+            raise ValueError(
+                f"The state does not fit this {type(self).__name__}:\n  " + "\n  ".join(faults)
+            )
+        self.steps = int(state["steps"])
+        for name, parameter, k in self._named_slots():
+            if parameter not in self._slots:
+                self._slots[parameter] = self._new_slots(parameter._data)
+            slot = self._slots[parameter][k]
+            slot[...] = to_device(np.asarray(state[name]), device_of(slot))
+
+
+def _checked_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return the group with all options, its parameters as a list."""
+    unknown = set(group) - set(defaults) - {"params", "name"}
+    if unknown or "params" not in group:
+        raise ValueError(
+            f"A parameter group must have 'params' and may have {', '.join(sorted(defaults))} and "
+            f"'name'; got {', '.join(map(repr, group))}."
+        )
+    merged = {**defaults, **group, "params": list(group["params"])}
+    if not all(isinstance(p, Parameter) for p in merged["params"]):
+        raise TypeError("An optimiser takes Parameters: model.parameters(), or groups of them.")
+    if not merged["lr"] >= 0:
+        raise ValueError(f"The 'lr' must be a number >= 0; got {merged['lr']!r}.")
+    return merged

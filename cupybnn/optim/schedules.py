@@ -1,0 +1,64 @@
+"""Learning-rate schedules: functions of the number of steps done, to be given to an optimiser.
+
+Each function here returns a schedule: called with a step's number, counted from 0, it returns the
+factor for the learning rates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+__all__ = ["Schedule", "constant", "cosine", "exponential", "step", "warm_up"]
+
+Schedule = Callable[[int], float]
+
+
+def constant(factor: float = 1.0) -> Schedule:
+    """Return a schedule that is always `factor`."""
+    return lambda number: factor
+
+
+def step(boundaries: Sequence[int], factor: float = 0.1) -> Schedule:
+    """Return a schedule that starts at 1 and is multiplied by `factor` at each of `boundaries`."""
+    return lambda number: factor ** sum(number >= boundary for boundary in boundaries)
+
+
+def exponential(steps: int, final: float) -> Schedule:
+    """Return a schedule that falls from 1, by the same factor each step, to `final` at `steps`."""
+    if steps < 1 or not final > 0:
+        raise ValueError(
+            f"An exponential schedule needs steps >= 1 and final > 0; got {steps!r} and {final!r}."
+        )
+    return lambda number: final ** min(number / steps, 1.0)
+
+
+def cosine(steps: int, final: float = 0.0) -> Schedule:
+    """Return a schedule that falls from 1 to `final` at `steps` along half a cosine.
+
+    Notes
+    -----
+    Loshchilov, Hutter: SGDR, ICLR 2017, without restarts.
+    """
+    if steps < 1:
+        raise ValueError(f"A cosine schedule needs steps >= 1; got {steps!r}.")
+
+    def factor(number: int) -> float:
+        return final + (1 - final) * (1 + math.cos(math.pi * min(number / steps, 1.0))) / 2
+
+    return factor
+
+
+def warm_up(steps: int, then: Schedule | None = None) -> Schedule:
+    """Return a schedule that rises linearly over `steps` and goes on with `then` from its start.
+
+    The first step has the factor ``1 / (steps + 1)`` times that of ``then(0)``.
+    """
+    then = constant() if then is None else then
+
+    def factor(number: int) -> float:
+        if number < steps:
+            return then(0) * (number + 1) / (steps + 1)
+        return then(number - steps)
+
+    return factor
