@@ -1,0 +1,154 @@
+"""A benchmark's record as a chart: TOPS of square products, on logarithmic axes."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+from cupybnn.files import atomic_write
+
+__all__ = ["draw", "needs_matplotlib"]
+
+#: Lines of the chart, in the order of the legend where nothing else decides.
+_STYLE: dict[str, tuple[str, str]] = {
+    "packed -> packed": ("#0b5cad", "-"),
+    "packed -> int32": ("#3f97e0", "-"),
+    "float32 -> float32": ("#00897b", "-"),
+    "torch fp8": ("#8a4f00", "--"),
+    "torch int8": ("#c77700", "--"),
+    "torch bfloat16": ("#e0a030", "--"),
+    "CuPy float16": ("#6b6b6b", "--"),
+    "CuPy TF32": ("#8f8f8f", "--"),
+    "CuPy float32": ("#b02a37", "--"),
+    "NumPy float32": ("#b02a37", "--"),
+}
+
+
+def needs_matplotlib() -> None:
+    """Check that charts can be drawn.
+
+    Raises
+    ------
+    ValueError
+        If matplotlib is not installed; the message says how to install it.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "The '--chart' needs matplotlib, which is not installed: pip install matplotlib "
+            "(or the extra cupybnn[bench])."
+        ) from error
+
+
+def _series(record: dict[str, Any]) -> dict[str, tuple[list[int], list[float]]]:
+    series: dict[str, tuple[list[int], list[float]]] = {}
+    for result in record["products"]:
+        if result["group"] != "square":
+            continue
+        for row in result["rows"]:
+            if "tops" in row and row["method"] in _STYLE:
+                sizes, tops = series.setdefault(row["method"], ([], []))
+                sizes.append(result["n"])
+                tops.append(row["tops"])
+    return series
+
+
+def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Draw the square products and write the chart as SVG and PNG.
+
+    Parameters
+    ----------
+    record : dict
+        What `cupybnn.benchmark.record.run` returned.
+    path : path-like
+        Where to write; the ending is replaced by .svg and .png.
+
+    Returns
+    -------
+    tuple of Path
+        The files written.
+
+    Raises
+    ------
+    ValueError
+        If the record holds no square products, or matplotlib is not installed.
+    """
+    needs_matplotlib()
+    series = _series(record)
+    if not series:
+        raise ValueError("The record holds no square products to draw; run the section 'square'.")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    ticks = sorted({n for sizes, _ in series.values() for n in sizes})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    for name, (sizes, tops) in series.items():
+        color, line = _STYLE[name]
+        axes.plot(sizes, tops, line, color=color, linewidth=2, marker="o", markersize=4)
+    peak = record.get("peak_operations_per_second")
+    if peak:
+        axes.axhline(peak / 1e12, color="#222222", linewidth=0.8)
+        axes.annotate(
+            "measured peak of the 1-bit instruction",
+            (ticks[0], peak / 1e12),
+            xytext=(0, 3),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    _name_lines(axes, series, ticks)
+    axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("M = N = K")
+    axes.set_ylabel("TOPS (2 M N K / second / 1e12)")
+    axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    where = record["gpu"]["name"] if record["gpu"] else record["machine"]["cpu"]
+    axes.set_title(f"Matrix products on one {where}", loc="left", fontsize=11)
+
+    stem = Path(path)
+    files = stem.with_suffix(".svg"), stem.with_suffix(".png")
+    for file in files:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=file.suffix[1:], dpi=160, metadata=_metadata(file))
+        with atomic_write(file) as out:
+            out.write(buffer.getvalue())
+    return files
+
+
+def _metadata(file: Path) -> dict[str, Any]:
+    # Without its date an SVG is the same whenever it is drawn from the same record.
+    return {"Date": None} if file.suffix == ".svg" else {}
+
+
+def _name_lines(
+    axes: Any, series: dict[str, tuple[list[int], list[float]]], ticks: list[int]
+) -> None:
+    """Write each line's name at its right end, moved apart where names would overlap."""
+    ends = sorted((tops[-1], sizes[-1], name) for name, (sizes, tops) in series.items())
+    low, high = axes.get_ylim()
+    span = high / low
+    gap = span ** (1 / 24)  # in a logarithmic axis a distance is a ratio
+    below = 0.0
+    for y, x, name in ends:
+        at = max(y, below * gap)
+        below = at
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(ticks[-1] * 1.12, at),
+            textcoords="data",
+            color=_STYLE[name][0],
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+        )
+    axes.set_ylim(low, max(high, below * gap))
+    # Room for the names, which belong to the plot as the lines do.
+    axes.set_xlim(ticks[0] / 1.12, ticks[-1] * (ticks[-1] / ticks[0]) ** 0.36)

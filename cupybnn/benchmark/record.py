@@ -1,0 +1,143 @@
+"""Run the benchmark's sections and keep what they found as one record."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from cupybnn import machine
+from cupybnn.backends.devices import Device, cuda_status
+from cupybnn.benchmark.clock import make_clock
+from cupybnn.benchmark.methods import methods_for
+from cupybnn.benchmark.original import original_table
+from cupybnn.benchmark.overheads import copy_bandwidth, first_call, host_time, packing
+from cupybnn.benchmark.products import Limits, measure, peak_operations
+from cupybnn.benchmark.shapes import GROUPS, original_sizes, shapes
+from cupybnn.files import atomic_write
+
+__all__ = ["FORMAT", "SECTIONS", "load", "run", "save"]
+
+FORMAT = 1
+SECTIONS = ("original", *GROUPS, "packing", "host", "first-call")
+
+
+def run(
+    device: Device,
+    *,
+    quick: bool = False,
+    only: Iterable[str] | None = None,
+    progress: Callable[[dict[str, Any], str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure and return the record.
+
+    Parameters
+    ----------
+    device : Device
+    quick : bool
+        Fewer and smaller products, shorter timing.
+    only : iterable of str, optional
+        Sections to run, of `SECTIONS`; all by default.
+    progress : callable(record, done), optional
+        Called whenever something was added to the record, with what that was.
+
+    Returns
+    -------
+    dict
+        Plain JSON values; times in seconds.
+
+    Raises
+    ------
+    ValueError
+        If `only` names no section.
+    """
+    wanted = list(SECTIONS) if only is None else list(only)
+    unknown = [name for name in wanted if name not in SECTIONS]
+    if unknown or not wanted:
+        raise ValueError(
+            f"The 'only' must name sections of {', '.join(SECTIONS)}; got {', '.join(unknown)!r}."
+        )
+    report = progress or (lambda record, done: None)
+    with device.scope():
+        return _run(device, quick, wanted, report)
+
+
+def _run(
+    device: Device, quick: bool, wanted: list[str], report: Callable[[dict[str, Any], str], None]
+) -> dict[str, Any]:
+    gpu = device.kind == "cuda"
+    began = time.perf_counter()
+    clock = make_clock(device)
+    facts = machine.device_facts(device.index) if gpu else None
+    methods, notes = methods_for(device)
+    if not gpu and not cuda_status().available:
+        notes.insert(
+            0, f"NumPy is measured, for there is no GPU to measure: {cuda_status().reason}"
+        )
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine.describe(),
+        "device": str(device),
+        "gpu": facts,
+        "quick": quick,
+        "notes": notes,
+    }
+    copy = copy_bandwidth(device, clock)
+    limits = Limits(peak_operations(facts) if facts else None, copy["bytes_per_second"])
+    record["copy"] = copy
+    record["peak_operations_per_second"] = limits.peak
+    report(record, "copy")
+    if "original" in wanted:
+        sizes = original_sizes(gpu, quick)
+        record["original"] = original_table(device, clock, sizes, 5 if quick else 10)
+        report(record, "original")
+    record["products"] = []
+    budget = 0.03 if quick else 0.12
+    for shape in shapes(gpu, quick):
+        if shape.group in wanted:
+            result = measure(shape, methods, device, clock, limits, budget=budget)
+            record["products"].append(result)
+            report(record, "product")
+    if "packing" in wanted:
+        size = 8192 if gpu else (512 if quick else 2048)
+        record["packing"] = packing(device, clock, limits.bandwidth, size=size, quick=quick)
+        report(record, "packing")
+    if "host" in wanted:
+        record["host"] = host_time(device, clock)
+        report(record, "host")
+    if "first-call" in wanted:
+        record["first_call"] = first_call(device)
+        report(record, "first-call")
+    record["seconds"] = time.perf_counter() - began
+    return record
+
+
+def save(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a record as JSON, atomically."""
+    with atomic_write(path) as file:
+        file.write((json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a record that `save` wrote.
+
+    Raises
+    ------
+    ValueError
+        If the file is no such record.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            record = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"The file '{path}' must be JSON; {error}.") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise ValueError(
+            f"The file '{path}' must be a record of cupybnn bench, format {FORMAT}; "
+            f"got {type(record).__name__} without that format."
+        )
+    return record

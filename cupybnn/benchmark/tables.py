@@ -1,0 +1,210 @@
+"""A benchmark's record as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+__all__ = ["heading", "host", "lines", "original", "packing", "product", "starts", "summary"]
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield the lines of a table: first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        yield "  ".join(cells).rstrip()
+
+
+def _time(seconds: float) -> str:
+    """Write a time with three digits or more: 12.3 us, 4.56 ms, 1.23 s."""
+    for unit, scale in (("us", 1e6), ("ms", 1e3)):
+        if seconds * scale < 1000:
+            return f"{seconds * scale:#.3g}".rstrip(".") + f" {unit}"
+    return f"{seconds:.3g} s"
+
+
+def _unit(record: dict[str, Any]) -> tuple[str, float]:
+    """Return the unit that rates are written in and how many of it make a TOPS."""
+    return ("TOPS", 1.0) if record["gpu"] else ("GOPS", 1e3)
+
+
+def _rate(tops: float, scale: float) -> str:
+    return f"{tops * scale:#,.4g}".rstrip(".")
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.0f} %"
+
+
+def _times(ratio: float | None) -> str:
+    if ratio is None:
+        return ""
+    return f"{ratio:.0f} x" if ratio >= 99.5 else f"{ratio:#.3g}".rstrip(".") + " x"
+
+
+def heading(record: dict[str, Any]) -> Iterator[str]:
+    """Yield what was measured, on what, when."""
+    facts = record["machine"]
+    gpu = record["gpu"]
+    if gpu:
+        cuda = facts["cuda"]
+        yield (
+            f"{gpu['name']}, {gpu['arch']}, {gpu['multiprocessors']} multiprocessors; "
+            f"driver {cuda['driver'] or 'unknown'}, CUDA {cuda.get('runtime_cuda')}, "
+            f"CuPy {cuda['cupy']}, torch {facts['torch'] or 'not installed'}"
+        )
+    else:
+        yield f"NumPy {facts['numpy']} on {facts['cpu']}, {facts['cpus']} processors"
+    yield f"cupybnn {facts['cupybnn']}, Python {facts['python']}, {record['date']}"
+    yield from record["notes"]
+    copy = record["copy"]["bytes_per_second"]
+    line = f"copy: {copy / 1e9:,.0f} GB/s read and written"
+    if record["peak_operations_per_second"]:
+        line += (
+            f"; 1-bit peak of this device: {record['peak_operations_per_second'] / 1e12:,.0f} TOPS"
+        )
+    yield line
+
+
+def original(record: dict[str, Any]) -> Iterator[str]:
+    """Yield the original program's table: seconds of single calls, arrays in, arrays out."""
+    rows = []
+    for row in record["original"]:
+        if "error" in row:
+            rows.append([str(row["n"]), str(row["runs"]), row["error"], *[""] * 7])
+            continue
+        cells = [str(row["n"]), str(row["runs"])]
+        for name in ("matmul", "xnor_gemm"):
+            cells += [f"{row[name][key] * 1e3:.4f}" for key in ("mean", "std", "median")]
+        rows.append([*cells, _times(row["speedup_average"]), _times(row["speedup_median"])])
+    yield "matmul and xnor_gemm on float32 arrays, single calls, milliseconds"
+    header = ["N", "runs"]
+    header += [f"{n} {s}" for n in ("matmul", "xnor") for s in ("avg", "std", "med")]
+    yield from _table([*header, "speedup avg", "speedup med"], rows)
+
+
+def product(record: dict[str, Any], result: dict[str, Any]) -> Iterator[str]:
+    """Yield the table of one product of a record."""
+    unit, scale = _unit(record)
+    note = f", {result['note']}" if result["note"] else ""
+    yield f"M x N x K = {result['m']} x {result['n']} x {result['k']} ({result['group']}{note})"
+    header = [
+        "",
+        "median",
+        "min",
+        "p10",
+        "p90",
+        "issued",
+        "TOPS",
+        "of peak",
+        "of memory",
+        "speedup",
+    ]
+    rows = []
+    errors = []
+    for row in result["rows"]:
+        if "error" in row:
+            errors.append(f"  {row['method']}: {row['error']}")
+        if "throughput" not in row:
+            continue
+        t = row["throughput"]
+        rows.append(
+            [
+                "  " + row["method"],
+                *(_time(t[key]) for key in ("median", "min", "p10", "p90")),
+                _time(row["issued"]["median"]),
+                _rate(row["tops"], scale),
+                _percent(row.get("of_peak")),
+                _percent(row.get("of_memory")),
+                _times(row.get("speedup_throughput")),
+            ]
+        )
+    yield from _table(header, rows)
+    yield from errors
+
+
+def packing(record: dict[str, Any]) -> Iterator[str]:
+    """Yield bandwidths of packing."""
+    size = record["packing"][0]["size"]
+    yield f"pack {size} x {size}, bytes read and written"
+    rows = []
+    for row in record["packing"]:
+        name = f"  {row['dtype']}, along {row['packed_along']}"
+        if "error" in row:
+            rows.append([name, row["error"], "", ""])
+            continue
+        rate = f"{row['bytes_per_second'] / 1e9:,.0f} GB/s"
+        rows.append([name, _time(row["median"]), rate, _percent(row.get("of_copy"))])
+    yield from _table(["", "median", "rate", "of copy"], rows)
+
+
+def host(record: dict[str, Any]) -> Iterator[str]:
+    """Yield what the host spends on a call."""
+    yield "host time of a call, 64 x 64 operands"
+    rows = [
+        ["  " + row["call"], row["error"], ""]
+        if "error" in row
+        else ["  " + row["call"], _time(row["median"]), _time(row["min"])]
+        for row in record["host"]
+    ]
+    yield from _table(["", "median", "min"], rows)
+
+
+def starts(record: dict[str, Any]) -> Iterator[str]:
+    """Yield the times of a first call in a new process."""
+    yield "first xnor_gemm of a new process (1024 x 1024 float32), import cupybnn included"
+    for row in record["first_call"]:
+        if "error" in row:
+            yield f"  {row['cache']} cache: {row['error']}"
+        else:
+            yield (
+                f"  {row['cache']} cache: {_time(row['first_call'])}; "
+                f"the second call {_time(row['second_call'])}"
+            )
+
+
+def summary(record: dict[str, Any]) -> Iterator[str]:
+    """Yield one line a product: TOPS of each method."""
+    methods: list[str] = []
+    for result in record["products"]:
+        methods += [r["method"] for r in result["rows"] if r["method"] not in methods]
+    unit, scale = _unit(record)
+    rows = []
+    for result in record["products"]:
+        tops = {r["method"]: r["tops"] for r in result["rows"] if "tops" in r}
+        cells = [_rate(tops[m], scale) if m in tops else "-" for m in methods]
+        rows.append([f"  {result['m']} x {result['n']} x {result['k']}", *cells])
+    power = "1e12" if unit == "TOPS" else "1e9"
+    yield f"{unit} (2 M N K / seconds / {power}), by medians"
+    yield from _table(["M x N x K", *methods], rows)
+    wrong = [
+        f"  {r['method']} at {p['m']} x {p['n']} x {p['k']}: {r['error']}"
+        for p in record["products"]
+        for r in p["rows"]
+        if r["ours"] and "error" in r
+    ]
+    checked = sum(bool(r.get("checked")) for p in record["products"] for r in p["rows"])
+    yield f"{checked} timed results were compared with an exact product and are equal."
+    if wrong:
+        yield f"{len(wrong)} FAILED:"
+        yield from wrong
+
+
+def lines(record: dict[str, Any]) -> Iterator[str]:
+    """Yield the whole record."""
+    yield from heading(record)
+    if "original" in record:
+        yield ""
+        yield from original(record)
+    for result in record["products"]:
+        yield ""
+        yield from product(record, result)
+    for key, section in (("packing", packing), ("host", host), ("first_call", starts)):
+        if key in record:
+            yield ""
+            yield from section(record)
+    if record["products"]:
+        yield ""
+        yield from summary(record)

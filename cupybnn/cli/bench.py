@@ -1,0 +1,149 @@
+"""``cupybnn bench``: time the 1-bit product against dense products."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from cupybnn.backends.devices import Device, resolve
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the parser of ``cupybnn bench``."""
+    from cupybnn.benchmark.record import SECTIONS
+
+    parser = subparsers.add_parser(
+        "bench",
+        help="time the 1-bit product against dense products",
+        description=(
+            "Time xnor_gemm from packed operands and from arrays against the dense products of "
+            "CuPy and, where it is installed, PyTorch; on a machine without a GPU, against NumPy. "
+            "Times are medians by CUDA events after a warm-up; operands are random and rotated so "
+            "that they do not sit in the L2 cache. The exit code is 1 if a timed result is wrong."
+        ),
+        epilog=(
+            "Sections: " + ", ".join(SECTIONS) + ". In the tables, 'median' to 'p90' are times on "
+            "the device with the queue full, 'issued' is the time of a call in a Python loop, 'of "
+            "peak' compares with the measured rate of the 1-bit instruction, 'of memory' with the "
+            "time of copying as many bytes, 'speedup' with float32."
+        ),
+    )
+    parser.add_argument("--device", default="auto", help="auto (the default), cpu, cuda or cuda:N")
+    parser.add_argument("--quick", action="store_true", help="fewer products, shorter timing")
+    parser.add_argument(
+        "--only",
+        metavar="SECTION",
+        type=_sections,
+        help="run only this section, or several with commas between",
+    )
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the record to FILE")
+    parser.add_argument(
+        "--chart", metavar="FILE", type=Path, help="draw FILE.svg and FILE.png (needs matplotlib)"
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="FILE",
+        type=Path,
+        help="measure nothing: show, and draw, the record that --json wrote",
+    )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="first measure the kernels' configurations on this GPU and keep the best in the "
+        "cache folder, where xnor_gemm finds them from then on",
+    )
+
+
+def _sections(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, and write what was asked for."""
+    # Whatever is to be written is checked first: the figures take minutes.
+    for option in ("json", "chart"):
+        path = getattr(args, option)
+        if path is not None and not path.resolve().parent.is_dir():
+            raise ValueError(f"The '--{option}' must be in a folder that exists; got '{path}'.")
+    if args.chart is not None:
+        from cupybnn.benchmark.chart import needs_matplotlib
+
+        needs_matplotlib()
+    if args.source is not None:
+        from cupybnn.benchmark import record as records
+        from cupybnn.benchmark import tables
+
+        record = records.load(args.source)
+        _print(tables.lines(record))
+    else:
+        record = _measure(args)
+    if args.chart is not None:
+        from cupybnn.benchmark.chart import draw
+
+        for file in draw(record, args.chart):
+            print(f"wrote {file}")
+    ours = [row for result in record["products"] for row in result["rows"] if row["ours"]]
+    return 1 if any("error" in row for row in ours) else 0
+
+
+def _measure(args: argparse.Namespace) -> dict[str, Any]:
+    from cupybnn.benchmark import record as records
+
+    device = resolve(args.device)
+    if args.tune:
+        _tune(device)
+
+    def progress(record: dict[str, Any], done: str) -> None:
+        _print(_lines_of(record, done))
+        if args.json is not None:  # after every step: an interrupted run keeps what it has
+            records.save(record, args.json)
+
+    record = records.run(device, quick=args.quick, only=args.only, progress=progress)
+    from cupybnn.benchmark import tables
+
+    if record["products"]:
+        _print(tables.summary(record))
+    print(f"took {record['seconds']:.0f} s", file=sys.stderr)
+    if args.json is not None:
+        records.save(record, args.json)
+        print(f"wrote {args.json}")
+    return record
+
+
+def _lines_of(record: dict[str, Any], done: str) -> Iterable[str]:
+    from cupybnn.benchmark import tables
+
+    if done == "copy":
+        yield from tables.heading(record)
+    elif done == "product":
+        yield from tables.product(record, record["products"][-1])
+    else:
+        section = {
+            "original": tables.original,
+            "packing": tables.packing,
+            "host": tables.host,
+            "first-call": tables.starts,
+        }[done]
+        yield from section(record)
+    yield ""
+
+
+def _tune(device: Device) -> None:
+    if device.kind != "cuda":
+        raise ValueError(
+            f"The '--tune' needs a CUDA device, for it measures the CUDA kernels; got {device}."
+        )
+    from cupybnn.backends.cuda import tuning
+
+    tuning.tune(device)
+
+
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line, flush=True)
