@@ -13,6 +13,7 @@ Exit codes: 0 success, 1 the work failed, 2 the command line or an argument was 
 from __future__ import annotations
 
 import argparse
+import dis
 import importlib
 import os
 import sys
@@ -90,12 +91,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether `error` was raised by a line of cupybnn (a check of an argument), not below it.
+    """Whether a ``raise`` statement of cupybnn made `error`: then it is told in one line.
 
-    A ``ValueError`` out of NumPy is a bug of ours and keeps its traceback.
+    One that came out of NumPy or another library, even straight below a line of cupybnn, is a bug
+    and keeps its traceback.
     """
     traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
+    if traceback is None:
+        return False
+    while traceback.tb_next is not None:
         traceback = traceback.tb_next
-    module = traceback.tb_frame.f_globals.get("__name__", "") if traceback is not None else ""
-    return module.split(".")[0] == "cupybnn"
+    code = traceback.tb_frame.f_code.co_code
+    module = traceback.tb_frame.f_globals.get("__name__", "")
+    raised_here = code[traceback.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return raised_here and module.split(".")[0] == "cupybnn"

@@ -102,6 +102,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a line for each comparison and a summary."""
+    if args.seed < 0:
+        raise ValueError(f"The '--seed' must be 0 or more; got {args.seed}.")
     devices = _devices(args.device)
     count = 0
     failed = 0
