@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 __all__ = [
@@ -35,6 +36,19 @@ def cache_dir() -> Path:
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "cupybnn"
+
+
+@lru_cache(maxsize=1)
+def cpu_threads() -> int:
+    """Threads for NumPy's elementwise work: ``OMP_NUM_THREADS``, else the usable cores, 8 at most.
+
+    The variable is the one by which most BLAS libraries, and so NumPy's matmul, are limited too.
+    """
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if given.isdecimal() and int(given) > 0:
+        return int(given)
+    affinity = getattr(os, "sched_getaffinity", None)
+    return min(8, len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
 def data_dir() -> Path:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Lines"]
+from cupybnn.backends import numpy_threads
+
+__all__ = ["Lines", "blocks"]
 
 PAIR = 4096
 # Elements turned into bits at a time: with bits and floats they stay in a core's L2 cache.
 BLOCK = 1 << 16
 
+FLOAT32 = np.dtype(np.float32)
+ZERO = np.array(0, FLOAT32)
 BYTE_ONE = np.array(1, np.int8)
 ALL_BITS = np.array(0xFF, "<u2")
 PAIR_BITS = np.array(2 * (1 + PAIR), "<u2")
@@ -77,13 +82,10 @@ class Lines:
             octets = np.ascontiguousarray(self.x).view(np.uint8)
             bits = np.unpackbits(octets, axis=-1, count=self.k, bitorder="little")
         elif self.x.dtype.kind == "b":
-            bits = self.x
+            bits = self.x.copy()
         else:
-            bits = self.x >= self.x.dtype.type(0)
-        floats = bits.astype(np.float32)
-        floats += floats
-        floats -= np.float32(1)
-        return floats
+            bits = np.greater_equal(self.x, ZERO if self.x.dtype == FLOAT32 else 0)
+        return _ones(bits).astype(FLOAT32)
 
     def words(self, lines: slice) -> np.ndarray:
         """Packed words of some lines, as `PackedMatrix` stores them."""
@@ -118,21 +120,19 @@ class Lines:
     def panel(self, lines: slice, ks: slice, memory: np.ndarray) -> np.ndarray:
         """Return +1.0 and -1.0 of some lines and K, shape (lines, ks), kept in `memory`."""
         n, k = lines.stop - lines.start, ks.stop - ks.start
-        rows = k if self.adjacent else n  # rows of memory
-        floats = memory[: n * k].reshape(rows, -1)
-        step = max(1, BLOCK // floats.shape[1])
-        bits = np.empty((min(step, rows), floats.shape[1]), bool)
-        for i in range(0, rows, step):
-            part = bits[: min(step, rows - i)]
-            here = slice(i, i + len(part))
-            if self.adjacent:
-                self.write_bits(lines, _within(ks, here), part.T)
-            else:
-                self.write_bits(_within(lines, here), ks, part)
-            ones = part.view(np.int8)
-            ones -= BYTE_ONE  # 0 and 1 become -1 and 0,
-            ones |= BYTE_ONE  # and those -1 and 1
-            floats[here] = ones
+        floats = memory[: n * k].reshape((k, n) if self.adjacent else (n, k))
+
+        def fill(start: int, stop: int) -> None:
+            bits = np.empty((_step(floats.shape[1], stop - start), floats.shape[1]), bool)
+            for here in blocks(start, stop, len(bits)):
+                part = bits[: here.stop - here.start]
+                if self.adjacent:
+                    self.write_bits(lines, _within(ks, here), part.T)
+                else:
+                    self.write_bits(_within(lines, here), ks, part)
+                floats[here] = _ones(part)
+
+        numpy_threads.over(len(floats), n * k, fill)
         return floats.T if self.adjacent else floats
 
     def pair_panel(self, lines: slice, ks: slice, memory: np.ndarray) -> np.ndarray:
@@ -154,46 +154,69 @@ class Lines:
         n, k = lines.stop - lines.start, ks.stop - ks.start
         half = -(-n // 2)
         floats = memory[: half * k].reshape(k, half)
-        step = max(1, BLOCK // (2 * half))
-        bits = np.zeros((min(step, k), 2 * half), bool)
-        for i in range(0, k, step):
-            part = bits[: min(step, k - i)]
-            part[:, n:] = False
-            here = slice(i, i + len(part))
-            self.write_bits(lines, _within(ks, here), part[:, :n].T)
-            pairs = part.view("<u2")  # 0x0001 and 0x0100 for lo and hi
-            pairs *= ALL_BITS  # 0x00ff and 0xff00
-            pairs &= PAIR_BITS  # 2 and 2 * 4096
-            weights = part.view("<i2")
-            weights -= PAIR_MIDDLE  # ±1 ± 4096
-            floats[here] = weights
+
+        def fill(start: int, stop: int) -> None:
+            bits = np.zeros((_step(2 * half, stop - start), 2 * half), bool)
+            for here in blocks(start, stop, len(bits)):
+                part = bits[: here.stop - here.start]
+                part[:, n:] = False
+                self.write_bits(lines, _within(ks, here), part[:, :n].T)
+                pairs = part.view("<u2")  # 0x0001 and 0x0100 for lo and hi
+                pairs *= ALL_BITS  # 0x00ff and 0xff00
+                pairs &= PAIR_BITS  # 2 and 2 * 4096
+                weights = part.view("<i2")
+                weights -= PAIR_MIDDLE  # ±1 ± 4096
+                floats[here] = weights
+
+        numpy_threads.over(k, n * k, fill)
         return floats.T
 
     def _distant_pairs(self, lines: slice, ks: slice, memory: np.ndarray) -> np.ndarray:
         n, k = lines.stop - lines.start, ks.stop - ks.start
         half = -(-n // 2)
         floats = memory[: half * k].reshape(half, k)
-        step = max(1, BLOCK // (2 * k))
-        bits = np.empty((2, min(step, half), k), bool)
-        weights = np.empty((2, min(step, half), k), np.int16)
-        for i in range(0, half, step):
-            rows = min(step, half - i)
-            low, high = bits[0, :rows], bits[1, :rows]
-            have_high = min(rows, n - half - i)
-            self.write_bits(_within(lines, slice(i, i + rows)), ks, low)
-            self.write_bits(
-                _within(lines, slice(half + i, half + i + have_high)), ks, high[:have_high]
-            )
-            high[have_high:] = False
-            w, w_high = weights[0, :rows], weights[1, :rows]
-            w[...] = low.view(np.int8)
-            w_high[...] = high.view(np.int8)
-            w += w
-            w_high *= PAIR_STEP
-            w += w_high
-            w -= PAIR_MIDDLE
-            floats[i : i + rows] = w
+
+        def fill(start: int, stop: int) -> None:
+            bits = np.empty((2, _step(2 * k, stop - start), k), bool)
+            weights = np.empty(bits.shape, np.int16)
+            for here in blocks(start, stop, bits.shape[1]):
+                rows = here.stop - here.start
+                low, high = bits[:, :rows]
+                highs = min(rows, n - half - here.start)  # the last line may have no partner
+                self.write_bits(_within(lines, here), ks, low)
+                there = slice(half + here.start, half + here.start + highs)
+                self.write_bits(_within(lines, there), ks, high[:highs])
+                high[highs:] = False
+                w, w_high = weights[:, :rows]
+                w[...] = low.view(np.int8)
+                w_high[...] = high.view(np.int8)
+                w += w
+                w_high *= PAIR_STEP
+                w += w_high
+                w -= PAIR_MIDDLE
+                floats[here] = w
+
+        numpy_threads.over(half, n * k, fill)
         return floats
+
+
+def _ones(bits: np.ndarray) -> np.ndarray:
+    """Turn the bytes 0 and 1 into -1 and 1, in place."""
+    ones = bits.view(np.int8)
+    ones -= BYTE_ONE  # -1 and 0
+    ones |= BYTE_ONE  # -1 and 1
+    return ones
+
+
+def _step(width: int, rows: int) -> int:
+    """Rows of `width` elements that make a block."""
+    return max(1, min(rows, BLOCK // width))
+
+
+def blocks(start: int, stop: int, step: int) -> Iterator[slice]:
+    """Cut ``range(start, stop)`` into slices of `step`."""
+    for i in range(start, stop, step):
+        yield slice(i, min(i + step, stop))
 
 
 def _within(outer: slice, inner: slice) -> slice:

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from cupybnn.backends import epilogue as epilogues
+from cupybnn.backends import numpy_threads
 from cupybnn.backends.epilogue import Epilogue
-from cupybnn.backends.numpy_lines import BLOCK, PAIR, Lines
+from cupybnn.backends.numpy_lines import BLOCK, PAIR, Lines, blocks
 
 __all__ = ["SCRATCH_BYTES", "product"]
 
@@ -133,29 +133,34 @@ def _count_product(a: Lines, b: Lines) -> np.ndarray:
     if b.adjacent:
         bits_a = np.empty((a.count, a.k), bool)
         a.write_bits(slice(0, a.count), slice(0, a.k), bits_a)
-        acc[...] = 0
-        # 255 equal bits fill a byte: sums of so many rows stay bytes, and quick.
-        for cols in _blocks(b.count, BLOCK // 16):
-            step = min(255, max(1, BLOCK // (cols.stop - cols.start)))
-            bits = np.empty((step, cols.stop - cols.start), bool)
-            equal = np.empty_like(bits)
-            for ks in _blocks(b.k, step):
-                part = bits[: ks.stop - ks.start]
-                b.write_bits(cols, ks, part.T)
+
+        def count(start: int, stop: int) -> None:
+            acc[:, start:stop] = 0
+            # 255 equal bits fill a byte: sums of so many rows stay bytes, and quick.
+            step = min(255, max(1, BLOCK // (stop - start)))
+            bits = np.empty((2, step, stop - start), bool)
+            for ks in blocks(0, b.k, step):
+                part, equal = bits[:, : ks.stop - ks.start]
+                b.write_bits(slice(start, stop), ks, part.T)
                 for row, bits_row in zip(acc, bits_a, strict=True):
-                    same = np.equal(part, bits_row[ks, None], out=equal[: len(part)])
-                    row[cols] += np.add.reduce(same.view(np.uint8), axis=0, dtype=np.uint8)
+                    np.equal(part, bits_row[ks, None], out=equal)
+                    row[start:stop] += np.add.reduce(equal.view(np.uint8), axis=0, dtype=np.uint8)
+
+        numpy_threads.over(b.count, b.size, count)
         acc *= 2
         acc -= a.k
-        return acc
-    words_a = a.words(slice(0, a.count))
-    for cols in _blocks(
-        b.count, max(1, BLOCK // 2 // words_a.shape[1] if b.packed else BLOCK // b.k)
-    ):
-        words = b.words(cols)
-        for row, words_row in zip(acc, words_a, strict=True):
-            differ = np.bitwise_count(words ^ words_row)
-            row[cols] = a.k - 2 * np.add.reduce(differ, axis=1, dtype=np.int64)
+    else:
+        words_a = a.words(slice(0, a.count))
+
+        def count(start: int, stop: int) -> None:
+            step = max(1, BLOCK // (a.k // 8 if b.packed else a.k))
+            for cols in blocks(start, stop, step):
+                words = b.words(cols)
+                for row, words_row in zip(acc, words_a, strict=True):
+                    differ = np.bitwise_count(words ^ words_row)
+                    row[cols] = a.k - 2 * np.add.reduce(differ, axis=1, dtype=np.int64)
+
+        numpy_threads.over(b.count, b.size // 16 if b.packed else b.size, count)
     return acc
 
 
@@ -168,12 +173,12 @@ def _panel_product(a: Lines, b: Lines, out: np.ndarray, epilogue: Epilogue | Non
     one_step = a.k <= BLOCK_K and epilogue is None
     memory_a, memory_b, memory_t = _scratch.panels()
     total: Any = None
-    for cols in _blocks(b.count, BLOCK_B):
-        for rows in _blocks(a.count, BLOCK_A):
+    for cols in blocks(0, b.count, BLOCK_B):
+        for rows in blocks(0, a.count, BLOCK_A):
             target = out[rows, cols]
             if not one_step:
                 total = np.zeros(target.shape, np.float32 if a.k <= EXACT_FLOAT32 else np.float64)
-            for ks in _blocks(a.k, BLOCK_K):
+            for ks in blocks(0, a.k, BLOCK_K):
                 panel_a = a.panel(rows, ks, memory_a)
                 if rows.start == 0 or a.k > BLOCK_K:  # else it is there already
                     panel_b = (b.pair_panel if paired else b.panel)(cols, ks, memory_b)
@@ -201,23 +206,23 @@ def _multiply(a: np.ndarray, b: np.ndarray, target: np.ndarray, memory: np.ndarr
 
 def _take_apart(t: np.ndarray, adjacent: bool, target: np.ndarray, add: bool) -> None:
     """Write or add both products that each element of `t` holds to `target`; spoils `t`."""
-    n = target.shape[1]
-    half = t.shape[1]
+    n, half = target.shape[1], t.shape[1]
     low, high = (
         (target[:, 0::2], target[:, 1::2]) if adjacent else (target[:, :half], target[:, half:])
     )
-    t *= DOWN
-    hi = np.rint(t)
-    t -= hi
-    t *= UP
-    if add:
-        low += t
-        high += hi[:, : n - half]
-    else:
-        low[...] = t
-        high[...] = hi[:, : n - half]
 
+    def split(start: int, stop: int) -> None:
+        for rows in blocks(start, stop, max(1, BLOCK // half)):
+            lo = t[rows]
+            lo *= DOWN
+            hi = np.rint(lo)
+            lo -= hi
+            lo *= UP
+            if add:
+                low[rows] += lo
+                high[rows] += hi[:, : n - half]
+            else:
+                low[rows] = lo
+                high[rows] = hi[:, : n - half]
 
-def _blocks(size: int, block: int) -> Iterator[slice]:
-    for start in range(0, size, block):
-        yield slice(start, min(start + block, size))
+    numpy_threads.over(len(t), t.size, split)
