@@ -49,16 +49,15 @@ def random_words(size: int, seed: int, counter: Any, xp: Any) -> Any:
     draw = counter if isinstance(counter, xp.ndarray) else np.uint64(counter)
     step = _HOST_BLOCKS if xp is np else max(blocks, 1)
     for start in range(0, blocks, step):
-        _philox(words[start : start + step], start, draw, seed, xp)
+        part = words[start : start + step]
+        _philox(part, xp.arange(start, start + len(part), dtype=np.uint64), draw, seed)
     return words.reshape(-1)[:size]
 
 
-def _philox(words: Any, first: int, draw: Any, seed: int, xp: Any) -> None:
-    """Fill `words`, shape (blocks, 4), with the blocks from number `first` on."""
-    index = xp.arange(first, first + len(words), dtype=np.uint64)
+def _philox(words: Any, block: Any, draw: Any, seed: int) -> None:
+    """Fill `words`, shape (n, 4), with the blocks of the numbers `block`, shape (n,)."""
     # Each 32-bit word of the counter lies in a 64-bit element, which a product of two words fits.
-    c0, c1 = index & _LOW, index >> _HALF
-    c2, c3 = draw & _LOW, draw >> _HALF
+    c0, c1, c2, c3 = block & _LOW, block >> _HALF, draw & _LOW, draw >> _HALF
     keys = [seed & 0xFFFFFFFF, seed >> 32]
     for _ in range(_ROUNDS):
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]

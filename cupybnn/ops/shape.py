@@ -85,11 +85,13 @@ def _is_basic(key: Any) -> bool:
     )
 
 
-def _arrays_of(key: Any) -> Any:
-    """Replace the tensors in an index by their arrays."""
+def _arrays_of(key: Any, xp: Any) -> Any:
+    """Replace the tensors, lists and arrays in an index by arrays of `xp`."""
     if isinstance(key, tuple):
-        return tuple(_arrays_of(part) for part in key)
-    return key._data if isinstance(key, Tensor) else key
+        return tuple(_arrays_of(part, xp) for part in key)
+    if isinstance(key, Tensor):
+        return key._data
+    return xp.asarray(key) if isinstance(key, list | np.ndarray) else key
 
 
 def reshape(x: Tensor, *shape: int | tuple[int, ...]) -> Tensor:
@@ -105,7 +107,7 @@ def transpose(x: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
 
 def index(x: Tensor, key: Any) -> Tensor:
     """Return ``x[key]``: slices, integers, None, ..., index arrays, masks."""
-    return _still_signs(Index.apply(x, key=_arrays_of(key)), x)
+    return _still_signs(Index.apply(x, key=_arrays_of(key, x.device.xp)), x)
 
 
 def to(x: Tensor, device: str | Device) -> Tensor:

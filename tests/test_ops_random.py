@@ -1,0 +1,90 @@
+"""The counter-based generator: known answers, and one stream on both backends."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cupybnn.backends.random import Stream, _philox, keep_mask, random_words, uniform
+
+
+def host(array):
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+# From the authors' known-answer file (kat_vectors of Random123): counter, key, result.
+KNOWN = [
+    (
+        (0, 0, 0, 0),
+        (0, 0),
+        (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
+    ),
+    (
+        (0xFFFFFFFF,) * 4,
+        (0xFFFFFFFF,) * 2,
+        (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+    ),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
+def test_known_answers(xp, counter, key, expected):
+    words = xp.empty((1, 4), np.uint32)
+    first = np.array([counter[0] | counter[1] << 32], np.uint64)
+    draw = np.uint64(counter[2] | counter[3] << 32)
+    _philox(words, xp.asarray(first), draw, key[0] | key[1] << 32)
+    np.testing.assert_array_equal(host(words)[0], expected)
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 5, 4 * 4096, 4 * 4096 + 1, 50_000])
+def test_length_does_not_change_the_numbers(xp, size):
+    words = host(random_words(size, 7, 11, xp))
+    assert words.shape == (size,)
+    assert words.dtype == np.uint32
+    np.testing.assert_array_equal(words, host(random_words(60_000, 7, 11, xp))[:size])
+
+
+def test_backends_agree(xp):
+    np.testing.assert_array_equal(
+        host(random_words(10_001, 2**63 + 5, 2**40, xp)), random_words(10_001, 2**63 + 5, 2**40, np)
+    )
+
+
+def test_counter_may_be_an_array_on_the_device(xp):
+    counter = xp.asarray(12, np.uint64)
+    np.testing.assert_array_equal(
+        host(random_words(100, 7, counter, xp)), host(random_words(100, 7, 12, xp))
+    )
+
+
+def test_uniform(xp):
+    u = host(uniform((300, 400), 0, 0, xp))
+    assert u.dtype == np.float32
+    assert 0 <= u.min()
+    assert u.max() < 1
+    # 120,000 numbers: mean within five standard errors, and a flat histogram (chi-squared).
+    assert abs(u.mean() - 0.5) < 5 * np.sqrt(1 / 12 / u.size)
+    counts = np.histogram(u, 100, (0, 1))[0]
+    assert ((counts - 1200) ** 2 / 1200).sum() < 99 + 5 * np.sqrt(2 * 99)
+    neighbours = np.corrcoef(u.ravel()[:-1], u.ravel()[1:])[0, 1]
+    assert abs(neighbours) < 5 / np.sqrt(u.size)
+
+
+def test_keep_mask(xp):
+    assert host(keep_mask((1000,), 1.0, 0, 0, xp)).all()
+    assert not host(keep_mask((1000,), 1e-12, 0, 0, xp)).any()
+    u = host(uniform((1000,), 5, 6, xp))
+    np.testing.assert_array_equal(host(keep_mask((1000,), 0.25, 5, 6, xp)), u < 0.25)
+
+
+def test_stream():
+    stream = Stream(2**63)
+    assert [stream.next() for _ in range(3)] == [(2**63, 0), (2**63, 1), (2**63, 2)]
+    other = Stream(0)
+    other.state[...] = stream.state
+    assert other.next() == (2**63, 3)
