@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
@@ -101,7 +100,7 @@ class Dataset:
 
 
 def load(
-    name: Literal["auto", "mnist", "digits"] = "auto",
+    name: str = "auto",
     data_dir: str | os.PathLike[str] | None = None,
     *,
     notify: Callable[[str], None] | None = None,

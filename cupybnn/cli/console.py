@@ -1,0 +1,110 @@
+"""What ``cupybnn train`` shows: lines on standard output, and a bar on a terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from cupybnn.training.records import Callback, Evaluation, TrainResult
+
+if TYPE_CHECKING:
+    from cupybnn.training import Trainer
+    from cupybnn.training.step import StepOutput
+
+__all__ = ["Console"]
+
+
+class Console(Callback):
+    """Prints the run as it goes."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def _say(self, line: str) -> None:
+        if self._bar is None:
+            print(line, flush=True)
+        else:
+            self._bar.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def on_notice(self, trainer: Trainer, sentence: str) -> None:
+        """Print it on standard error, away from the figures."""
+        if self._bar is None:
+            print(sentence, file=sys.stderr, flush=True)
+        else:
+            self._bar.write(sentence, file=sys.stderr)
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Print what is about to be trained, on what and where."""
+        config, data = trainer.config, trainer.dataset
+        if data.fallback_reason is not None:
+            self._say(
+                f"WARNING: NOT MNIST BUT THE BUNDLED 8x8 DIGITS are trained on, because MNIST "
+                f"could not be had. {data.fallback_reason}"
+            )
+        kind = "validation" if data.test_is_validation else "test"
+        self._say(
+            f"Data: {data.name}, {len(data.train_labels):,} training and "
+            f"{len(data.test_labels):,} {kind} images; device: {trainer.device}"
+        )
+        hidden = "-".join([str(config.n_hidden)] * 3)
+        details = ["full precision"]
+        if config.binary:
+            which = {(0, 0): "hidden layers", (1, 0): "first and hidden layers"}
+            which |= {(0, 1): "hidden and last layers", (1, 1): "all layers"}
+            details = [
+                f"1-bit weights and activations ({which[config.first, config.last]})",
+                "xnor_gemm" if config.xnor else "dense products of the signs",
+            ]
+        details += ["batch norm"] * config.batch_norm
+        details += [f"dropout (keep {config.keep_prob})"] * (config.keep_prob < 1)
+        self._say(f"Network: {data.features}-{hidden}-{data.classes}, {', '.join(details)}")
+        for name in ("xnor", "first", "last"):
+            if getattr(config, name) and not config.binary:
+                self.on_notice(trainer, f"--{name} has no effect without --binary.")
+        if trainer.run_folder is not None:
+            self._say(f"Logging to {trainer.run_folder}")
+        if config.restore is not None:
+            self._say(f"Going on from step {trainer.step} of {config.restore}")
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=config.max_steps, initial=trainer.step, unit="step", file=sys.stderr
+            )
+
+    def on_step(self, trainer: Trainer, step: int, output: StepOutput) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def on_evaluate(self, trainer: Trainer, evaluation: Evaluation) -> None:
+        """Print the line of a step."""
+        kind = "validation" if trainer.dataset.test_is_validation else "test"
+        self._say(
+            f"step {evaluation.step}, loss = {evaluation.train_loss:.4f}, {kind} accuracy "
+            f"{evaluation.test_accuracy:.4f} ({evaluation.examples_per_second:.1f} ex/s)"
+        )
+
+    def on_end(self, trainer: Trainer, result: TrainResult) -> None:
+        """Print the final figures, or those so far."""
+        self.close()
+        kind = "validation" if trainer.dataset.test_is_validation else "test"
+        beside = ""
+        if result.fallback_reason is not None:
+            beside = " (on the bundled 8x8 digits, NOT ON MNIST)"
+        if result.stopped:
+            self._say(f"Stopped before step {result.steps} of {result.config.max_steps}")
+            self._say(f"{kind.capitalize()} accuracy so far {result.final_accuracy:.4f}{beside}")
+        else:
+            self._say(f"Final {kind} accuracy {result.final_accuracy:.4f}{beside}")
+        self._say(f"Avg ex/s = {result.average_examples_per_second:.1f}")
+        self._say(f"Med ex/s = {result.median_examples_per_second:.1f}")
+        if result.stopped and result.run_folder is not None:
+            self._say(f"Go on with: cupybnn train --restore {result.run_folder}")
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

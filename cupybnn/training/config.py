@@ -1,0 +1,219 @@
+"""Every setting of a training run, checked, in one frozen object that goes to and from JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from cupybnn.data import DATASETS
+
+__all__ = ["DTYPES", "TrainConfig"]
+
+DTYPES = ("float32", "float64")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run; the defaults are those of ``cupybnn train``.
+
+    Attributes
+    ----------
+    data_dir : str or None
+        Folder with MNIST's IDX files.
+    dataset : {"auto", "mnist", "digits"}
+        See `cupybnn.data.load`.
+    log_dir : str or None
+        Where run folders are made; None: nothing is written.
+    n_hidden : int
+        Units in each of the three hidden layers.
+    reg : float
+        Factor of the L1 penalty, the sum of the magnitudes of all weights.
+    lr : float
+        Learning rate of Adam.
+    batch_size : int
+    max_steps : int
+        The step at which training ends, counted from the very first, also after a restore.
+    eval_every_n : int
+        Test, log and save after every so many steps.
+    binary : bool
+        Binary weights in the second and third layer and binary activations before them.
+    xnor : bool
+        Do the binary products with `cupybnn.xnor_gemm`; the numbers are the same as with dense
+        products. No effect without `binary`.
+    batch_norm : bool
+        Batch normalization after each hidden product.
+    debug : bool
+        Stop at the first NaN or infinity; slow.
+    keep_prob : float
+        Chance of a hidden unit not to be dropped, in (0, 1]; 1 means no dropout.
+    first, last : bool
+        Binary weights in the first layer; binary weights and inputs in the last. No effect
+        without `binary`.
+    restore : str or None
+        A run folder or checkpoint to go on from.
+    device : str
+        "auto", "cpu", "cuda" or "cuda:N".
+    seed : int
+        Decides initial weights, order of the images and dropout.
+    ste : str
+        Pseudo-gradient of sign: a name of `cupybnn.ops.quantizer_names`, such as "hard_tanh" (the
+        gradient where ``|x| <= 1``) or "clipped_grad" (the original program's).
+    dtype : {"float32", "float64"}
+        Of weights and arithmetic.
+    validation : int
+        Hold out the last so many training images and evaluate on them instead of on the test
+        set, to choose settings by; 0: evaluate on the test set.
+    """
+
+    data_dir: str | None = None
+    dataset: str = "auto"
+    log_dir: str | None = None
+    n_hidden: int = 512
+    reg: float = 1e-4
+    lr: float = 1e-3
+    batch_size: int = 128
+    max_steps: int = 1000
+    eval_every_n: int = 100
+    binary: bool = False
+    xnor: bool = False
+    batch_norm: bool = False
+    debug: bool = False
+    keep_prob: float = 1.0
+    first: bool = False
+    last: bool = False
+    restore: str | None = None
+    device: str = "auto"
+    seed: int = 0
+    ste: str = "hard_tanh"
+    dtype: str = "float32"
+    validation: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("data_dir", "log_dir", "restore"):
+            value = getattr(self, name)
+            if value is not None:
+                self._set(name, _path(name, value))
+        for name, least in (
+            ("n_hidden", 1),
+            ("batch_size", 1),
+            ("max_steps", 0),
+            ("eval_every_n", 1),
+            ("seed", 0),
+            ("validation", 0),
+        ):
+            self._set(name, _integer(name, getattr(self, name), least))
+        self._set("reg", _number("reg", self.reg, "at least 0", lambda x: x >= 0))
+        self._set("lr", _number("lr", self.lr, "greater than 0", lambda x: x > 0))
+        keep = _number("keep_prob", self.keep_prob, "in (0, 1]", lambda x: 0 < x <= 1)
+        self._set("keep_prob", keep)
+        for name in ("binary", "xnor", "batch_norm", "debug", "first", "last"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"The {name!r} must be True or False; got {getattr(self, name)!r}."
+                )
+        _choice("dataset", self.dataset, DATASETS)
+        _choice("dtype", self.dtype, DTYPES)
+        _choice("ste", self.ste, _ste_names())
+        if not isinstance(self.device, str):
+            self._set("device", str(self.device))
+        if self.dataset == "digits" and self.data_dir is not None:
+            raise ValueError(
+                f"The dataset 'digits' reads no data directory; got the data directory "
+                f"{self.data_dir!r}. Leave out one of the two."
+            )
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen; only __post_init__ calls
+
+    def to_json(self) -> str:
+        """Return the settings as a JSON object, one setting a line."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any], *, source: str = "settings") -> TrainConfig:
+        """Build a configuration from a mapping of names to values.
+
+        Raises
+        ------
+        ValueError
+            If a name is unknown (`source` and the name are in the message) or a value is bad.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(settings) - known)
+        if unknown:
+            raise ValueError(
+                f"The {source} must name settings of TrainConfig; got {', '.join(unknown)}. "
+                f"Known: {', '.join(sorted(known))}."
+            )
+        return cls(**settings)
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainConfig:
+        """Read what `to_json` wrote.
+
+        Raises
+        ------
+        ValueError
+            If `text` is not a JSON object of known settings with good values.
+        """
+        try:
+            settings = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"The configuration is not JSON: {error}.") from error
+        if not isinstance(settings, dict):
+            raise ValueError(
+                f"The configuration must be a JSON object; got {type(settings).__name__}."
+            )
+        return cls.from_mapping(settings, source="configuration")
+
+
+def _path(name: str, value: Any) -> str:
+    try:
+        path = os.fspath(value)
+    except TypeError:
+        path = None
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"The {name!r} must be a path or None; got {value!r}.")
+    return path
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    wrong = f"The {name!r} must be a whole number, at least {least}; got {value!r}."
+    if isinstance(value, bool):
+        raise ValueError(wrong)
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(wrong) from None
+    if number < least:
+        raise ValueError(wrong)
+    return number
+
+
+def _number(name: str, value: Any, rule: str, holds: Any) -> float:
+    wrong = f"The {name!r} must be a finite number, {rule}; got {value!r}."
+    if isinstance(value, (bool, str, bytes)):
+        raise ValueError(wrong)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(wrong) from None
+    if not math.isfinite(number) or not holds(number):
+        raise ValueError(wrong)
+    return number
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"The {name!r} must be one of {', '.join(choices)}; got {value!r}.")
+
+
+def _ste_names() -> tuple[str, ...]:
+    from cupybnn import ops
+
+    return tuple(ops.quantizer_names())

@@ -1,0 +1,129 @@
+"""What a run writes into its folder: checkpoints and TensorBoard records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cupybnn import nn
+from cupybnn.autograd import Tensor, no_grad
+from cupybnn.training.checkpoint import CheckpointFolder
+from cupybnn.training.histogram import Histogram
+from cupybnn.training.records import Callback, Evaluation, TrainResult
+
+if TYPE_CHECKING:
+    from cupybnn.training.trainer import Trainer
+
+__all__ = ["CheckpointWriter", "TensorBoardWriter"]
+
+
+class CheckpointWriter(Callback):
+    """Keeps the newest and the best checkpoint; the first is there before the first step.
+
+    Parameters
+    ----------
+    folder : Path
+    best : float
+        Best test accuracy of the runs that this one continues.
+    """
+
+    def __init__(self, folder: Path, best: float) -> None:
+        self._checkpoints = CheckpointFolder(folder, best)
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Save the state before the first step."""
+        self._checkpoints.save(trainer.state())
+
+    def on_evaluate(self, trainer: Trainer, evaluation: Evaluation) -> None:
+        """Save, and keep as the best where it is."""
+        self._checkpoints.save(trainer.state(), evaluation.test_accuracy)
+
+    def on_end(self, trainer: Trainer, result: TrainResult) -> None:
+        """Save the state after the last step."""
+        self._checkpoints.save(trainer.state(), result.final_accuracy)
+
+
+class TensorBoardWriter(Callback):
+    """Scalars and histograms for TensorBoard, at each evaluation and at the end.
+
+    Scalars: ``loss/train``, ``loss/test``, ``accuracy/train``, ``accuracy/test`` and
+    ``examples_per_second``. Histograms, for each layer such as ``fc2``: ``fc2/weight`` (the latent
+    weights where they are binary), ``fc2/weight_sign``, ``fc2/weight_gradient`` (of the last
+    step), ``fc2/product`` and ``fc2/activation`` (before and after batch norm and non-linearity,
+    on the first images of the test set), and ``logits``.
+
+    Parameters
+    ----------
+    folder : Path
+    """
+
+    _PROBE = 256  # images whose activations are counted
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: Any = None
+        self._last = -1
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Open the event file, or say once how it can be had."""
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            trainer.notice(
+                "No TensorBoard records are written, since tensorboardX is not installed: "
+                'pip install "cupybnn[tensorboard]". Checkpoints are written all the same.'
+            )
+            return
+        self._writer = SummaryWriter(str(self._folder))
+
+    def on_evaluate(self, trainer: Trainer, evaluation: Evaluation) -> None:
+        """Write everything for the step of `evaluation`."""
+        if self._writer is None:
+            return
+        step = self._last = evaluation.step
+        for tag, value in (
+            ("loss/train", evaluation.train_loss),
+            ("loss/test", evaluation.test_loss),
+            ("accuracy/train", evaluation.train_accuracy),
+            ("accuracy/test", evaluation.test_accuracy),
+            ("examples_per_second", evaluation.examples_per_second),
+        ):
+            self._writer.add_scalar(tag, value, step)
+        arrays = [*_of_weights(trainer.model), *self._of_activations(trainer)]
+        for tag, histogram in Histogram.of_all(arrays):
+            self._writer.add_histogram_raw(tag, **histogram.fields(), global_step=step)
+        self._writer.flush()
+
+    def on_end(self, trainer: Trainer, result: TrainResult) -> None:
+        """Write the state after the last step, unless that was just done."""
+        if result.final.step > self._last:
+            self.on_evaluate(trainer, result.final)
+
+    def close(self) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _of_activations(self, trainer: Trainer) -> list[tuple[str, Any, bool]]:
+        inputs = trainer.data.scale(trainer.data.test_images[: self._PROBE])
+        trainer.model.eval()
+        with no_grad():
+            return [
+                (tag, value.data, value.two_valued)
+                for tag, value in trainer.model.stages(Tensor(inputs))
+            ]
+
+
+def _of_weights(model: nn.Module) -> Iterator[tuple[str, Any, bool]]:
+    """Yield (tag, array, whether its signs are meant) for each layer's weights and gradients."""
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, nn.BinaryLinear)):
+            continue
+        weight = module.weight
+        yield f"{name}/weight", weight.data, False
+        if isinstance(module, nn.BinaryLinear):
+            yield f"{name}/weight_sign", weight.data, True
+        if weight.grad is not None:
+            yield f"{name}/weight_gradient", weight.grad, False

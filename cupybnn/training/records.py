@@ -1,0 +1,115 @@
+"""What a run reports: an evaluation, the result, and the interface of those who listen."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cupybnn.training.config import TrainConfig
+    from cupybnn.training.step import StepOutput
+    from cupybnn.training.trainer import Trainer
+
+__all__ = ["Callback", "Evaluation", "TrainResult"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The state of a run right after a step.
+
+    Attributes
+    ----------
+    step : int
+        The step, counted from 0.
+    train_loss : float
+        Loss and penalty of the step's own batch, before its update.
+    train_accuracy : float
+        Share of that batch that was classified rightly, before the update.
+    test_loss : float
+        Mean loss over the whole test set, and the penalty, after the update.
+    test_accuracy : float
+        Share of the whole test set that is classified rightly, after the update.
+    examples_per_second : float
+        Training examples a second since the evaluation before, evaluation not counted.
+    """
+
+    step: int
+    train_loss: float
+    train_accuracy: float
+    test_loss: float
+    test_accuracy: float
+    examples_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dictionary that JSON can hold."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes
+    ----------
+    config : TrainConfig
+    dataset : str
+        Name of the data set that was trained on.
+    fallback_reason : str or None
+        Why the digits were taken where "auto" could not have MNIST.
+    steps : int
+        Updates made since the very first, earlier runs that were restored included.
+    history : tuple of Evaluation
+        One for each step that is a multiple of `eval_every_n`.
+    final : Evaluation
+        After the last step.
+    average_examples_per_second, median_examples_per_second : float
+        Of this process's steps but the first, evaluation not counted.
+    run_folder : Path or None
+    stopped : bool
+        Whether the run was asked to stop before ``max_steps``.
+    notices : tuple of str
+        What the run had to say beside its figures.
+    """
+
+    config: TrainConfig
+    dataset: str
+    fallback_reason: str | None
+    steps: int
+    history: tuple[Evaluation, ...]
+    final: Evaluation
+    average_examples_per_second: float
+    median_examples_per_second: float
+    run_folder: Path | None
+    stopped: bool
+    notices: tuple[str, ...]
+
+    @property
+    def final_accuracy(self) -> float:
+        """Accuracy over the whole test set after the last step."""
+        return self.final.test_accuracy
+
+
+class Callback:
+    """Base of those who listen to a run; each method does nothing unless overridden.
+
+    What a method raises ends the run.
+    """
+
+    def on_notice(self, trainer: Trainer, sentence: str) -> None:
+        """Something a user should know beside the figures."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step; the model is ready."""
+
+    def on_step(self, trainer: Trainer, step: int, output: StepOutput) -> None:
+        """After each step; `output` is on the device, and reading it waits for the device."""
+
+    def on_evaluate(self, trainer: Trainer, evaluation: Evaluation) -> None:
+        """After each evaluation but the final one; gradients are those of the last step."""
+
+    def on_end(self, trainer: Trainer, result: TrainResult) -> None:
+        """After the final evaluation, also when the run was stopped early."""
+
+    def close(self) -> None:
+        """Release what is held; called whether the run ended well or not."""

@@ -1,0 +1,291 @@
+"""The training loop. It prints nothing: callbacks hear what happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupybnn.autograd import Tensor, debug, no_grad
+from cupybnn.backends.devices import resolve
+from cupybnn.data import BatchOrder, Dataset, DeviceData, load
+from cupybnn.errors import CheckpointError, NonFiniteError
+from cupybnn.optim import Adam
+from cupybnn.training import checkpoint as checkpoints
+from cupybnn.training.config import TrainConfig
+from cupybnn.training.network import build_network
+from cupybnn.training.records import Callback, Evaluation, TrainResult
+from cupybnn.training.restore import check_settings
+from cupybnn.training.runs import new_run_folder
+from cupybnn.training.step import Objective, PlainStep, Step, StepOutput
+from cupybnn.training.timing import StepTimer
+
+__all__ = ["Trainer", "train"]
+
+
+def train(config: TrainConfig | None = None, /, **settings: Any) -> TrainResult:
+    """Train a network; prints nothing.
+
+    Parameters
+    ----------
+    config : TrainConfig, optional
+    **settings
+        Fields of `TrainConfig`, instead of `config`.
+
+    Returns
+    -------
+    TrainResult
+
+    Raises
+    ------
+    ValueError
+        If a setting is bad.
+    DataError, DeviceError, CheckpointError
+        If the data, the device or the checkpoint to restore cannot be had.
+    NonFiniteError
+        With ``debug=True``, at the first NaN or infinity.
+
+    Examples
+    --------
+    >>> import cupybnn
+    >>> result = cupybnn.train(dataset="digits", binary=True, max_steps=200, device="cpu")
+    >>> result.final_accuracy > 0.8
+    True
+    """
+    if config is not None and settings:
+        raise ValueError("train() takes a TrainConfig or single settings, not both.")
+    if config is None:
+        config = TrainConfig.from_mapping(settings)
+    return Trainer(config).run()
+
+
+class Trainer:
+    """One run: data, network, optimiser and the loop over steps.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    callbacks : iterable of Callback, optional
+        Hear of every step and evaluation, in this order; what a log directory needs is added.
+    dataset : Dataset, optional
+        Instead of the one that the configuration names.
+
+    Attributes
+    ----------
+    config : TrainConfig
+    device : Device
+    dataset : Dataset
+    model : Module
+    optimizer : Optimizer
+    objective : Objective
+    data : DeviceData
+    step : int
+        Updates made, earlier runs that were restored included.
+    run_folder : Path or None
+        Made when `run` starts, if the configuration has a log directory.
+    history : list of Evaluation
+    timer : StepTimer
+
+    Raises
+    ------
+    DataError, DeviceError, CheckpointError
+        As for `train`.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        callbacks: Iterable[Callback] = (),
+        *,
+        dataset: Dataset | None = None,
+    ) -> None:
+        self.config = config
+        self.callbacks = list(callbacks)
+        self.notices: list[str] = []
+        self.run_folder: Path | None = None
+        self.history: list[Evaluation] = []
+        self.step = 0
+        self._stop = False
+        self.device = resolve(config.device)
+        stored = checkpoints.load(config.restore) if config.restore is not None else None
+        if stored is not None:
+            for sentence in check_settings(config, stored):
+                self.notice(sentence)
+        if dataset is None:
+            name = config.dataset
+            if stored is not None and name == "auto" and config.data_dir is None:
+                name = stored.info["dataset"]  # what "auto" came to when the run began
+            dataset = load(name, config.data_dir, notify=self.notice)
+        if config.validation:
+            dataset = dataset.with_validation(config.validation)
+        self.dataset = dataset
+        with self.device.scope():
+            self._build()
+            if stored is not None:
+                self._restore(stored)
+
+    def _build(self) -> None:
+        config = self.config
+        self.data = DeviceData(self.dataset, self.device, config.dtype)
+        self.order = BatchOrder(
+            len(self.dataset.train_labels), config.batch_size, config.seed, self.device
+        )
+        self.model = build_network(config, self.dataset.features, self.dataset.classes)
+        self.model.to(self.device)
+        self.objective = Objective(self.model, config.reg)
+        self.optimizer = Adam(self.model.parameters(), lr=config.lr)
+        self.timer = StepTimer(self.device, config.batch_size)
+        self.make_step: Step = PlainStep(
+            self.model, self.objective, self.optimizer, self.data, self.order
+        )
+
+    # State -------------------------------------------------------------------------------------
+
+    def state(self) -> checkpoints.Checkpoint:
+        """Return all that a later run needs to go on exactly from here."""
+        arrays = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+        arrays |= {f"optimizer/{k}": v for k, v in self.optimizer.state_dict().items()}
+        info = {
+            "config": {**vars(self.config)},
+            "dataset": self.dataset.name,
+            "history": [evaluation.to_dict() for evaluation in self.history],
+        }
+        return checkpoints.Checkpoint(self.step, arrays, info)
+
+    def _restore(self, stored: checkpoints.Checkpoint) -> None:
+        if stored.info["dataset"] != self.dataset.name:
+            raise CheckpointError(
+                f"The checkpoint was trained on {stored.info['dataset']}; this run would go on "
+                f"with {self.dataset.name}."
+            )
+
+        def part(prefix: str) -> dict[str, np.ndarray]:
+            return {
+                k.removeprefix(prefix): v for k, v in stored.arrays.items() if k.startswith(prefix)
+            }
+
+        try:
+            self.model.load_state_dict(part("model/"))
+            self.optimizer.load_state_dict(part("optimizer/"))
+            self.history = [Evaluation(**fields) for fields in stored.info["history"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"The checkpoint {self.config.restore} does not fit the network: {error}"
+            ) from error
+        self.step = stored.step
+
+    # The loop ----------------------------------------------------------------------------------
+
+    def request_stop(self) -> None:
+        """Ask the run to end after the step it is in; safe to call from a signal handler."""
+        self._stop = True
+
+    def notice(self, sentence: str) -> None:
+        """Tell the callbacks, and keep for the result, something beside the figures."""
+        self.notices.append(sentence)
+        for callback in self.callbacks:
+            callback.on_notice(self, sentence)
+
+    def run(self) -> TrainResult:
+        """Train to ``max_steps`` or until asked to stop, and evaluate.
+
+        Raises
+        ------
+        NonFiniteError
+            With ``debug=True``; its attribute `step` is the step.
+        """
+        if self.config.log_dir is not None:
+            self._open_log()
+        try:
+            with self.device.scope():
+                return self._run()
+        finally:
+            for callback in self.callbacks:
+                callback.close()
+
+    def _open_log(self) -> None:
+        from cupybnn.training.logs import CheckpointWriter, TensorBoardWriter
+
+        self.run_folder = new_run_folder(self.config)
+        # Checkpoints first: what goes wrong in a log must not cost one.
+        best = max((e.test_accuracy for e in self.history), default=-1.0)
+        self.callbacks[:0] = [CheckpointWriter(self.run_folder, best)]
+        self.callbacks.append(TensorBoardWriter(self.run_folder))
+
+    def _run(self) -> TrainResult:
+        output: StepOutput | None = None
+        for callback in self.callbacks:
+            callback.on_start(self)
+        while self.step < self.config.max_steps and not self._stop:
+            step = self.step
+            self.timer.start()
+            output = self._checked_step(step)
+            self.timer.stop()
+            self.step = step + 1
+            for callback in self.callbacks:
+                callback.on_step(self, step, output)
+            if step % self.config.eval_every_n == 0:
+                evaluation = self._evaluation(output)
+                self.history.append(evaluation)
+                for callback in self.callbacks:
+                    callback.on_evaluate(self, evaluation)
+        result = TrainResult(
+            config=self.config,
+            dataset=self.dataset.name,
+            fallback_reason=self.dataset.fallback_reason,
+            steps=self.step,
+            history=tuple(self.history),
+            final=self._evaluation(output),
+            average_examples_per_second=self.timer.average(),
+            median_examples_per_second=self.timer.median(),
+            run_folder=self.run_folder,
+            stopped=self.step < self.config.max_steps,
+            notices=tuple(self.notices),
+        )
+        for callback in self.callbacks:
+            callback.on_end(self, result)
+        return result
+
+    def _checked_step(self, step: int) -> StepOutput:
+        if not self.config.debug:
+            return self.make_step(step)
+        try:
+            with debug.check_finite():
+                return self.make_step(step)
+        except NonFiniteError as error:
+            error.step = step
+            raise
+
+    def _evaluation(self, output: StepOutput | None) -> Evaluation:
+        test_loss, test_accuracy = self.evaluate()
+        train_loss = train_accuracy = float("nan")
+        if output is not None:
+            train_loss = float(output.loss)
+            train_accuracy = float((output.logits.argmax(axis=1) == output.labels).mean())
+        return Evaluation(
+            step=self.step - 1,
+            train_loss=train_loss,
+            train_accuracy=train_accuracy,
+            test_loss=test_loss,
+            test_accuracy=test_accuracy,
+            examples_per_second=self.timer.interval(),
+        )
+
+    def evaluate(self) -> tuple[float, float]:
+        """Return loss (with the penalty) and accuracy over the whole test set."""
+        # On the CPU a batch's activations should fit into the cache, on a GPU launches count.
+        size = 10_000 if self.device.kind == "cuda" else 1_000
+        loss: Any = 0.0
+        correct: Any = 0
+        self.model.eval()
+        with no_grad():
+            for inputs, labels in self.data.test_batches(size):
+                logits = self.model(Tensor(inputs))
+                loss = loss + self.objective.loss(logits, labels).data * len(labels)
+                correct = correct + (logits.data.argmax(axis=1) == labels).sum()
+            penalty = self.objective.penalty()
+        count = len(self.data.test_labels)
+        total = float(loss) / count + (0.0 if penalty is None else penalty.item())
+        return total, int(correct) / count

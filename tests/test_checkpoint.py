@@ -1,0 +1,292 @@
+"""Checkpoint files: what goes in comes out, and nothing that happens to a process spoils one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cupybnn.errors import CheckpointError
+from cupybnn.files import atomic_write, remove_leftovers
+from cupybnn.training import TrainConfig
+from cupybnn.training.checkpoint import BEST, NEWEST, Checkpoint, CheckpointFolder, load, save
+from cupybnn.training.runs import CONFIG_NAME, new_run_folder, settings_folder
+
+
+def example(step: int = 7) -> Checkpoint:
+    rng = np.random.default_rng(step)
+    arrays = {
+        "model/fc1.weight": rng.standard_normal((30, 20)).astype(np.float32),
+        "model/fc2.weight": rng.standard_normal((20, 10)),
+        "optimizer/step": np.array(step),
+        "model/empty": np.zeros((0, 3), np.float32),
+    }
+    return Checkpoint(step, arrays, {"config": {"reg": 1e-4}, "history": [{"loss": 0.1 + 0.2}]})
+
+
+def assert_same(a: Checkpoint, b: Checkpoint) -> None:
+    assert (a.step, a.info, a.arrays.keys()) == (b.step, b.info, b.arrays.keys())
+    for name, array in a.arrays.items():
+        assert b.arrays[name].dtype == array.dtype
+        np.testing.assert_array_equal(b.arrays[name], array)
+
+
+class TestFile:
+    def test_round_trip(self, tmp_path):
+        save(tmp_path / "x.npz", example())
+        assert_same(load(tmp_path / "x.npz"), example())
+        assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
+
+    def test_no_pickle_is_written(self, tmp_path):
+        save(tmp_path / "x.npz", example())
+        with np.load(tmp_path / "x.npz", allow_pickle=False) as stored:
+            assert all(stored[name].dtype != object for name in stored.files)
+
+    def test_objects_are_refused_and_leave_the_old_file(self, tmp_path):
+        path = tmp_path / "x.npz"
+        save(path, example(1))
+        bad = Checkpoint(2, {"model/x": np.array([object()])}, {})
+        with pytest.raises(ValueError, match="allow_pickle"):
+            save(path, bad)
+        assert load(path).step == 1
+        assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
+
+    def test_full_disk_leaves_the_old_file(self, tmp_path, monkeypatch):
+        path = tmp_path / "x.npz"
+        save(path, example(1))
+
+        def full(file, **members):
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(np, "savez", full)
+        with pytest.raises(CheckpointError, match=r"x\.npz cannot be written: No space left"):
+            save(path, example(2))
+        monkeypatch.undo()
+        assert load(path).step == 1
+        assert [p.name for p in tmp_path.iterdir()] == ["x.npz"]
+
+    def test_every_truncation_is_noticed(self, tmp_path):
+        path = tmp_path / "x.npz"
+        save(path, example())
+        whole = path.read_bytes()
+        for length in [0, 1, 4, 100, *range(200, len(whole), 97), len(whole) - 1]:
+            path.write_bytes(whole[:length])
+            with pytest.raises(CheckpointError, match=r"x\.npz (is damaged|is not)"):
+                load(path)
+
+    def test_flipped_bits_in_the_arrays_are_noticed(self, tmp_path):
+        path = tmp_path / "x.npz"
+        save(path, example())
+        whole = path.read_bytes()
+        weights = example().arrays["model/fc1.weight"].tobytes()
+        start = whole.index(weights)
+        for position in (start, start + len(weights) // 2, start + len(weights) - 1):
+            changed = bytearray(whole)
+            changed[position] ^= 16
+            path.write_bytes(changed)
+            with pytest.raises(CheckpointError, match="is damaged"):
+                load(path)
+
+    def test_other_files(self, tmp_path):
+        path = tmp_path / "x.npz"
+        np.savez(path, a=np.zeros(3))
+        with pytest.raises(CheckpointError, match="is not a checkpoint of cupybnn"):
+            load(path)
+        np.savez(path, header=np.array(json.dumps({"format": "other"})))
+        with pytest.raises(CheckpointError, match="is not a checkpoint of cupybnn"):
+            load(path)
+        with open(path, "wb") as file:
+            np.save(file, np.zeros(3))
+        with pytest.raises(CheckpointError, match=r"x\.npz is"):
+            load(path)
+        path.write_text("hello")
+        with pytest.raises(CheckpointError, match=r"x\.npz is damaged"):
+            load(path)
+
+    def test_newer_version(self, tmp_path):
+        path = tmp_path / "x.npz"
+        header = {"format": "cupybnn-checkpoint", "version": 99, "step": 0, "info": {}}
+        np.savez(path, header=np.array(json.dumps(header)))
+        with pytest.raises(CheckpointError, match=r"version 99.*Update cupybnn"):
+            load(path)
+
+    def test_missing(self, tmp_path):
+        with pytest.raises(CheckpointError, match=r"nowhere, does not exist"):
+            load(tmp_path / "nowhere")
+        with pytest.raises(CheckpointError, match=r"holds no checkpoint: expected newest\.npz"):
+            load(tmp_path)
+        (tmp_path / "bs_1" / "1").mkdir(parents=True)
+        save(tmp_path / "bs_1" / "1" / NEWEST, example())
+        with pytest.raises(CheckpointError, match=r"There are some below it; one is .*bs_1/1"):
+            load(tmp_path)
+
+
+class TestFolder:
+    def test_newest_and_best(self, tmp_path):
+        folder = CheckpointFolder(tmp_path)
+        for step, accuracy in ((1, 0.5), (2, 0.9), (3, 0.9), (4, 0.7), (5, None)):
+            folder.save(example(step), accuracy)
+        assert load(tmp_path).step == load(tmp_path / NEWEST).step == 5
+        assert load(tmp_path / BEST).step == 2
+        assert sorted(p.name for p in tmp_path.iterdir()) == [BEST, NEWEST]
+
+    def test_best_of_the_run_that_is_continued(self, tmp_path):
+        folder = CheckpointFolder(tmp_path, best=0.8)
+        folder.save(example(1), 0.7)
+        assert not (tmp_path / BEST).exists()
+        folder.save(example(2), 0.85)
+        assert load(tmp_path / BEST).step == 2
+
+    def test_where_links_are_impossible(self, tmp_path, monkeypatch):
+        def refuse(*args):
+            raise OSError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refuse)
+        CheckpointFolder(tmp_path).save(example(3), 0.5)
+        assert load(tmp_path / BEST).step == 3
+        assert sorted(p.name for p in tmp_path.iterdir()) == [BEST, NEWEST]
+
+    def test_kill_at_any_moment_leaves_loadable_checkpoints(self, tmp_path):
+        program = """
+            import sys
+            import numpy as np
+            from cupybnn.training.checkpoint import Checkpoint, CheckpointFolder
+            folder = CheckpointFolder(sys.argv[1])
+            arrays = {f"model/{i}": np.full((300, 300), 0, np.float32) for i in range(5)}
+            step = int(sys.argv[2])
+            print("ready", flush=True)
+            while True:
+                step += 1
+                for array in arrays.values():
+                    array[:] = step
+                folder.save(Checkpoint(step, arrays, {}), float(step))
+        """
+        rng = np.random.default_rng(0)
+        last = 0
+        for _ in range(12):
+            process = subprocess.Popen(
+                [sys.executable, "-c", textwrap.dedent(program), tmp_path, str(last)],
+                stdout=subprocess.PIPE,
+            )
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(rng.uniform(0.01, 0.25))
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+            process.stdout.close()
+            if not (tmp_path / NEWEST).exists():
+                continue
+            newest = load(tmp_path / NEWEST)
+            assert newest.step >= last
+            last = newest.step
+            for checkpoint in (newest, *([load(tmp_path / BEST)] if last > 1 else [])):
+                for array in checkpoint.arrays.values():
+                    assert (array == checkpoint.step).all()
+        assert last > 12
+        CheckpointFolder(tmp_path)  # the next run clears away what the killed ones left
+        assert sorted(p.name for p in tmp_path.iterdir()) == [BEST, NEWEST]
+
+
+def test_atomic_write(tmp_path):
+    path = tmp_path / "x"
+    with atomic_write(path) as file:
+        file.write(b"one")
+        assert not path.exists()
+    assert path.read_bytes() == b"one"
+
+    def interrupted():
+        with atomic_write(path) as file:
+            file.write(b"two")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_bytes() == b"one"
+    (tmp_path / ".x.abc.tmp").write_bytes(b"left over")
+    (tmp_path / ".y.abc.tmp").write_bytes(b"somebody else's")
+    remove_leftovers(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".y.abc.tmp", "x"]
+
+
+class TestRunFolder:
+    @pytest.mark.parametrize(
+        ("settings", "expected"),
+        [
+            ({}, "fp/hid_512/bs_128/0.0001"),
+            ({"n_hidden": 1024, "batch_size": 1024, "reg": 0}, "fp/hid_1024/bs_1024/0.0"),
+            ({"binary": True, "reg": 1e-5}, "bin/matmul/hid_512/bs_128/1e-05"),
+            (
+                {
+                    "binary": True,
+                    "n_hidden": 1024,
+                    "batch_size": 1024,
+                    "reg": 0,
+                    "batch_norm": True,
+                },
+                "bin/matmul/hid_1024/batch_norm/bs_1024/0.0",
+            ),
+            ({"binary": True, "xnor": True}, "bin/xnor/hid_512/bs_128/0.0001"),
+            ({"xnor": True, "first": True}, "fp/hid_512/bs_128/0.0001"),
+            ({"binary": True, "first": True}, "bin_first/matmul/hid_512/bs_128/0.0001"),
+            ({"binary": True, "last": True}, "bin_last/matmul/hid_512/bs_128/0.0001"),
+            (
+                {"binary": True, "first": True, "last": True, "xnor": True},
+                "bin_all/xnor/hid_512/bs_128/0.0001",
+            ),
+        ],
+    )
+    def test_names(self, tmp_path, settings, expected):
+        config = TrainConfig(log_dir=str(tmp_path), **settings)
+        assert settings_folder(config) == tmp_path / expected
+        assert new_run_folder(config) == tmp_path / expected / "1"
+        stored = (tmp_path / expected / "1" / CONFIG_NAME).read_text()
+        assert TrainConfig.from_json(stored) == config
+
+    def test_counts_up_from_the_highest(self, tmp_path):
+        config = TrainConfig(log_dir=str(tmp_path))
+        assert [new_run_folder(config).name for _ in range(3)] == ["1", "2", "3"]
+        (settings_folder(config) / "12").mkdir()
+        (settings_folder(config) / "notes").mkdir()
+        assert new_run_folder(config).name == "13"
+
+    def test_runs_started_at_once_never_share(self, tmp_path):
+        context = get_context("spawn")
+        start = context.Event()
+        results = context.Queue()
+        processes = [
+            context.Process(target=_make_folders, args=(str(tmp_path), start, results))
+            for _ in range(4)
+        ]
+        for process in processes:
+            process.start()
+        for _ in processes:
+            assert results.get(timeout=60) == "ready"
+        start.set()
+        folders = [results.get(timeout=60) for _ in range(4 * 25)]
+        for process in processes:
+            process.join()
+        assert len(set(folders)) == 100
+        assert sorted(int(Path(f).name) for f in folders) == list(range(1, 101))
+
+    def test_file_in_the_way(self, tmp_path):
+        (tmp_path / "fp").write_text("a file")
+        with pytest.raises(OSError, match="fp"):
+            new_run_folder(TrainConfig(log_dir=str(tmp_path)))
+
+
+def _make_folders(log_dir, start, results) -> None:
+    config = TrainConfig(log_dir=log_dir)
+    results.put("ready")
+    start.wait()
+    for _ in range(25):
+        results.put(str(new_run_folder(config)))
