@@ -97,7 +97,7 @@ def product(record: dict[str, Any], result: dict[str, Any]) -> Iterator[str]:
         "p10",
         "p90",
         "issued",
-        "TOPS",
+        unit,
         "of peak",
         "of memory",
         "speedup",

@@ -1,0 +1,318 @@
+"""``cupybnn bench``: what it measures is right, and nothing that fails is lost or hidden."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from cupybnn.backends.devices import CPU, Device
+from cupybnn.benchmark import chart, methods, overheads, products, record, shapes, tables
+from cupybnn.benchmark.clock import HostClock, make_clock
+from cupybnn.benchmark.products import Limits, measure
+from cupybnn.benchmark.shapes import Shape
+from cupybnn.cli import main
+
+SMALL = Shape("ragged", 37, 29, 130)
+NUMPY_METHODS = methods.methods_for(CPU)[0]
+
+
+def device_for(xp):
+    return CPU if xp is np else Device("cuda", 0)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Run the command once on the CPU; return its output and its record."""
+    path = tmp_path_factory.mktemp("bench") / "record.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "cupybnn", "bench", "--quick", "--device", "cpu", "--json", path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(path.read_text())
+
+
+def test_the_record_names_machine_versions_and_date(quick):
+    _, found = quick
+    assert found["format"] == record.FORMAT
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", found["date"])
+    assert found["machine"]["numpy"] == np.__version__
+    assert found["machine"]["cpus"] >= 1
+    assert found["device"] == "cpu"
+    assert found["gpu"] is None
+
+
+def test_every_section_is_in_the_record_without_an_error(quick):
+    _, found = quick
+    assert {p["group"] for p in found["products"]} == set(shapes.GROUPS)
+    rows = [r for p in found["products"] for r in p["rows"]]
+    rows += found["original"] + found["packing"] + found["host"] + found["first_call"]
+    assert not [r for r in rows if "error" in r]
+    assert [r["n"] for r in found["original"]] == list(shapes.original_sizes(False, True))
+    assert [r["cache"] for r in found["first_call"]] == ["cold", "warm", "warm"]
+
+
+def test_every_timed_product_of_ours_was_checked(quick):
+    out, found = quick
+    ours = [r for p in found["products"] for r in p["rows"] if r["ours"]]
+    assert len(ours) == 4 * len(found["products"])
+    assert all(r["checked"] for r in ours)
+    assert f"{len(ours)} timed results were compared with an exact product and are equal." in out
+
+
+def test_figures_follow_from_times(quick):
+    _, found = quick
+    for product in found["products"]:
+        baseline = next(r for r in product["rows"] if r["method"] == "NumPy float32")
+        for row in product["rows"]:
+            seconds = row["throughput"]["median"]
+            work = 2 * product["m"] * product["n"] * product["k"]
+            assert row["tops"] == pytest.approx(work / seconds / 1e12)
+            ratio = baseline["throughput"]["median"] / seconds
+            assert row["speedup_throughput"] == pytest.approx(ratio)
+            assert row["throughput"]["min"] <= seconds <= row["throughput"]["p90"]
+    for row in found["original"]:
+        ratio = row["matmul"]["median"] / row["xnor_gemm"]["median"]
+        assert row["speedup_median"] == pytest.approx(ratio)
+
+
+def test_without_a_gpu_it_says_that_numpy_is_measured(quick):
+    out, found = quick
+    assert out.startswith("NumPy ")
+    if found["machine"]["cuda"]["available"]:
+        pytest.skip("there is a GPU here")
+    assert "NumPy is measured, for there is no GPU to measure: " in out
+
+
+def test_the_tables_can_be_shown_again_from_the_record(quick, tmp_path, capsys):
+    out, found = quick
+    path = tmp_path / "record.json"
+    record.save(found, path)
+    assert main.main(["bench", "--from", str(path)]) == 0
+    again = capsys.readouterr().out
+    for line in tables.original(found):
+        assert line in out
+        assert line in again
+
+
+def test_only_the_sections_asked_for(tmp_path):
+    found = record.run(CPU, quick=True, only=["host"])
+    assert found["products"] == []
+    assert "host" in found
+    assert not {"original", "packing", "first_call"} & set(found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "cubes"], "'only' must name sections of original, square, .*; got 'cubes'"),
+        (["--json", "nowhere/x.json"], "'--json' must be in a folder that exists"),
+        (["--chart", "nowhere/x"], "'--chart' must be in a folder that exists"),
+        (["--tune", "--device", "cpu"], "'--tune' needs a CUDA device"),
+        (["--from", __file__], "must be JSON"),
+    ],
+)
+def test_wrong_arguments_are_told_before_anything_is_measured(arguments, message, capsys, tmp_path):
+    assert main.main(["bench", "--quick", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_record_of_another_format_is_refused(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="must be a record of cupybnn bench, format 1"):
+        record.load(path)
+
+
+# --- one product
+
+
+@pytest.mark.parametrize("method", methods.OURS, ids=lambda m: m.name)
+def test_each_of_our_methods_gives_the_exact_product(xp, method):
+    device = device_for(xp)
+    for shape in (SMALL, Shape("skinny", 1, 200, 1025)):
+        prepared = method.prepare(shape, device, 3)
+        for call in prepared.calls:
+            call()
+        assert products.wrong_element(prepared, device) == ""
+        assert len({id(result) for result in prepared.results}) == 3
+
+
+@pytest.mark.parametrize("method", methods.OURS, ids=lambda m: m.name)
+def test_a_wrong_result_is_found_and_named(method):
+    prepared = method.prepare(SMALL, CPU, 1)
+    prepared.calls[0]()
+    result = prepared.results[0]
+    if method.name == "packed -> packed":
+        result.words.reshape(-1)[0] ^= 1
+        where = "[0, 0]"
+    else:
+        result[36, 28] += 2
+        where = "[36, 28]"
+    assert f"wrong result at {where}" in products.wrong_element(prepared, CPU)
+
+
+def test_a_wrong_result_makes_the_command_fail(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(products, "wrong_element", lambda *_: "wrong result at [0, 0]: 1 not 2")
+    path = tmp_path / "r.json"
+    only = ["--only", "skinny", "--quick", "--device", "cpu", "--json", str(path)]
+    assert main.main(["bench", *only]) == 1
+    assert "4 FAILED:" in capsys.readouterr().out
+    assert not any(r.get("checked") for r in json.loads(path.read_text())["products"][0]["rows"])
+
+
+def test_a_peer_that_fails_leaves_its_error_and_the_others_figures():
+    def fail(operands):
+        raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nmore words")
+
+    broken = replace(NUMPY_METHODS[-1], name="broken", make=fail)
+    result = measure(
+        SMALL, (broken, *NUMPY_METHODS), CPU, HostClock(), Limits(None, None), budget=0.001
+    )
+    rows = {row["method"]: row for row in result["rows"]}
+    assert rows["broken"]["error"] == "RuntimeError: CUBLAS_STATUS_NOT_SUPPORTED"
+    assert all("tops" in row for name, row in rows.items() if name != "broken")
+    text = "\n".join(tables.product({"gpu": None}, result))
+    assert "broken: RuntimeError: CUBLAS_STATUS_NOT_SUPPORTED" in text
+
+
+def test_a_product_that_does_not_fit_is_left_out_with_the_reason():
+    result = measure(
+        Shape("square", 1 << 20, 1 << 20, 1 << 10),
+        NUMPY_METHODS[-1:],
+        CPU,
+        HostClock(),
+        Limits(None, None),
+        budget=0.001,
+    )
+    (row,) = result["rows"]
+    assert re.match(r"needs about \d+\.\d GiB; .* are free", row["error"])
+
+
+@pytest.mark.parametrize(
+    ("set_bytes", "sets"),
+    [(1 << 10, 1024), (1 << 20, 100), (60 << 20, 2), (1 << 30, 2), (9 << 30, 1)],
+)
+def test_rotated_sets_fill_the_cache_twice_and_memory_at_most_half(set_bytes, sets):
+    assert products.rotation(set_bytes, 50 << 20, 16 << 30) == sets
+
+
+def test_shares_of_the_limits():
+    shares = Limits(1e15, 4e12).shares(2 * 10**12, 10**9, 1e-2)
+    assert shares == {"of_peak": pytest.approx(0.2), "of_memory": pytest.approx(0.025)}
+    assert Limits(None, None).shares(1, 1, 1.0) == {"of_peak": None, "of_memory": None}
+    assert products.peak_operations({"arch": "sm_90", "multiprocessors": 132}) == 15.5e15
+    assert products.peak_operations({"arch": "sm_120", "multiprocessors": 170}) is None
+
+
+@pytest.mark.parametrize("method", methods.TORCH, ids=lambda m: m.name)
+def test_torch_peers_multiply_what_they_should(method):
+    torch = pytest.importorskip("torch")
+    prepared = method.prepare(Shape("square", 32, 48, 64), CPU, 1)
+    prepared.calls[0]()
+    (result,) = prepared.results
+    assert tuple(result.shape) == (32, 48)
+    expected = {"torch int8": torch.int32}.get(method.name, torch.bfloat16)
+    assert result.dtype == expected
+    assert prepared.operand_bytes == (32 * 64 + 64 * 48) * method.operand_bits[0] // 8
+    assert prepared.bytes_moved() - prepared.operand_bytes == 32 * 48 * method.result_bits // 8
+
+
+@pytest.mark.parametrize("method", methods.TORCH[1:], ids=lambda m: m.name)
+def test_torch_peers_say_which_shapes_they_cannot_do(method):
+    pytest.importorskip("torch")
+    with pytest.raises(methods.Unsupported, match="multiples of"):
+        method.prepare(Shape("ragged", 1000, 1001, 999), CPU, 1)
+
+
+@pytest.mark.gpu
+def test_tf32_is_another_compute_type_only_inside_its_scope():
+    import cupy
+    from cupy._core import _routines_linalg as linalg
+
+    a = cupy.full((256, 256), 1 + 2.0**-12, dtype=cupy.float32)  # beyond TF32's ten bits
+    exact = float((a @ a)[0, 0])
+    with methods._cupy_float32_as("COMPUTE_TYPE_TF32"):
+        rounded = float((a @ a)[0, 0])
+    assert rounded == 256
+    assert exact > 256.1
+    assert linalg.get_compute_type(np.float32) == linalg.COMPUTE_TYPE_DEFAULT
+    assert float((a @ a)[0, 0]) == exact
+
+
+@pytest.mark.gpu
+def test_every_method_runs_on_the_gpu():
+    device = Device("cuda", 0)
+    shape = Shape("square", 256, 256, 256)
+    found, _ = methods.methods_for(device)
+    result = measure(shape, found, device, make_clock(device), Limits(None, None), budget=0.001)
+    assert {r["method"]: r["error"] for r in result["rows"] if "error" in r} == {}
+
+
+# --- around the product
+
+
+def test_packing_covers_every_dtype_along_both_axes():
+    rows = overheads.packing(CPU, HostClock(), 1e10, size=64, quick=False)
+    assert len(rows) == 2 * len(overheads.PACKED_DTYPES)
+    by_name = {(r["dtype"], r["packed_along"]): r for r in rows}
+    assert by_name["float32", "rows"]["bytes"] == 64 * 64 * 4 + 64 * 8
+    assert by_name["bool", "columns"]["bytes"] == 64 * 64 + 64 * 8
+    done = [r for r in rows if "error" not in r]
+    assert all(r["of_copy"] == pytest.approx(r["bytes_per_second"] / 1e10) for r in done)
+    assert len(done) >= 10  # bfloat16 needs ml_dtypes
+
+
+def test_a_first_call_that_fails_says_why(monkeypatch):
+    monkeypatch.setattr(overheads, "_FIRST_CALL", "raise SystemExit('no driver')")
+    rows = overheads.first_call(CPU)
+    assert [r["error"] for r in rows] == ["no driver"] * 3
+
+
+# --- chart
+
+
+def a_gpu_record():
+    products = []
+    for n in (1024, 2048, 4096, 8192):
+        rows = [
+            {"method": name, "ours": False, "tops": n * scale, "throughput": {"median": 1.0}}
+            for name, scale in [("packed -> packed", 1.2), ("torch fp8", 0.1), ("odd one", 0.2)]
+        ]
+        products.append({"group": "square", "m": n, "n": n, "k": n, "rows": rows})
+    return {
+        "products": products,
+        "gpu": {"name": "NVIDIA H200"},
+        "machine": {"cpu": "a CPU"},
+        "peak_operations_per_second": 15.5e15,
+    }
+
+
+def test_chart_is_written_as_svg_and_png(tmp_path):
+    pytest.importorskip("matplotlib")
+    files = chart.draw(a_gpu_record(), tmp_path / "square.svg")
+    assert [f.name for f in files] == ["square.svg", "square.png"]
+    svg = files[0].read_text()
+    assert svg.startswith("<?xml")
+    assert "NVIDIA H200" in svg
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+    assert sorted(os.listdir(tmp_path)) == ["square.png", "square.svg"]
+
+
+def test_chart_without_square_products_is_an_error(tmp_path):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="no square products"):
+        chart.draw({**a_gpu_record(), "products": []}, tmp_path / "x")
+
+
+def test_chart_without_matplotlib_is_told_before_measuring(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main.main(["bench", "--quick", "--chart", str(tmp_path / "x")]) == 2
+    assert "'--chart' needs matplotlib" in capsys.readouterr().err
