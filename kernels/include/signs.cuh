@@ -1,0 +1,16 @@
+// sign(x) of every accepted type as one bit: 1 for x >= 0, so for 0.0 and -0.0, and 0 for the rest,
+// so for NaN. bool has no sign of its own: true is +1.
+#pragma once
+
+struct float16_bits { unsigned short bits; };
+struct bfloat16_bits { unsigned short bits; };
+
+template <typename T> __device__ __forceinline__ bool nonnegative(T x) { return x >= T(0); }
+__device__ __forceinline__ bool nonnegative(bool x) { return x; }
+// Half precision is ordered like its bits up to +infinity; above it come NaNs, then the negatives.
+__device__ __forceinline__ bool nonnegative(float16_bits x) {
+  return x.bits <= 0x7c00u || x.bits == 0x8000u;
+}
+__device__ __forceinline__ bool nonnegative(bfloat16_bits x) {
+  return x.bits <= 0x7f80u || x.bits == 0x8000u;
+}

@@ -1,0 +1,79 @@
+// The 1-bit product on Turing's tensor cores: mma m8n8k128, which knows XOR only. With it the sum of
+// signs is K - 2 popcount(a ^ b), and no population counts of the lines are needed.
+//
+// A block of four warps computes a tile of 64 x 64 results, a warp 32 x 32. Shared memory holds one
+// chunk (1024 bits) of the tile's 64 + 64 lines, 16 KiB; while it is multiplied, the next is on its
+// way in registers. Loads from shared memory bound it: 2 words for each 8 x 8 x 128 product.
+
+#define XOR_ACC 1
+#include "product.cuh"
+
+constexpr int TILE = 64, WARP_TILE = 32, THREADS = 128;
+constexpr int PIECES = TILE * CHUNK_PIECES / THREADS;  // of each operand, that a thread loads
+constexpr int BLOCKS = WARP_TILE / 16, FRAGMENTS = WARP_TILE / 8;
+
+struct Lines {
+  uint4 piece[PIECES];
+  __device__ __forceinline__ void load(const uint4* words, i64 first, i64 lines8) {
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) {
+      const int at = threadIdx.x + i * THREADS;
+      piece[i] = first + at / CHUNK_PIECES < lines8 ? words[first * CHUNK_PIECES + at]
+                                                    : make_uint4(0, 0, 0, 0);
+    }
+  }
+  __device__ __forceinline__ void store(uint4* to) const {
+#pragma unroll
+    for (int i = 0; i < PIECES; i++) to[threadIdx.x + i * THREADS] = piece[i];
+  }
+};
+
+__device__ __forceinline__ void multiply_8x8(int* d, u32 a, u32 b) {
+  asm volatile(
+      "mma.sync.aligned.m8n8k128.row.col.s32.b1.b1.s32.xor.popc {%0, %1}, {%2}, {%3}, {%0, %1};"
+      : "+r"(d[0]), "+r"(d[1]) : "r"(a), "r"(b));
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_constant__ Product p) {
+  __shared__ uint4 shared_a[TILE * CHUNK_PIECES], shared_b[TILE * CHUNK_PIECES];
+  const Tile tile(blockIdx.x, (u32)((p.m + TILE - 1) / TILE), (u32)((p.n + TILE - 1) / TILE),
+                  (u32)p.group);
+  const i64 m = (i64)tile.m * TILE, n = (i64)tile.n * TILE;
+  const i64 a_lines = round_up_to_eight(p.m), b_lines = round_up_to_eight(p.n);
+  const uint4* from_a = p.a + tile.item * p.a_step * p.chunks * a_lines * CHUNK_PIECES;
+  const uint4* from_b = p.b + tile.item * p.b_step * p.chunks * b_lines * CHUNK_PIECES;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int warp_m = warp / 2 * WARP_TILE, warp_n = warp % 2 * WARP_TILE;
+
+  int acc[BLOCKS][4 * FRAGMENTS] = {};
+  Lines next_a, next_b;
+  next_a.load(from_a, m, a_lines);
+  next_b.load(from_b, n, b_lines);
+  for (i64 chunk = 0; chunk < p.chunks; chunk++) {
+    next_a.store(shared_a);
+    next_b.store(shared_b);
+    __syncthreads();
+    if (chunk + 1 < p.chunks) {
+      next_a.load(from_a + (chunk + 1) * a_lines * CHUNK_PIECES, m, a_lines);
+      next_b.load(from_b + (chunk + 1) * b_lines * CHUNK_PIECES, n, b_lines);
+    }
+    const u32* words_a = (const u32*)shared_a + (warp_m + lane / 4) * CHUNK_WORDS;
+    const u32* words_b = (const u32*)shared_b + (warp_n + lane / 4) * CHUNK_WORDS;
+#pragma unroll
+    for (int piece = 0; piece < CHUNK_PIECES; piece++) {
+      const int at = swizzled_piece(lane / 4, piece) * 4 + lane % 4;
+      u32 a[2 * BLOCKS], b[FRAGMENTS];
+#pragma unroll
+      for (int i = 0; i < 2 * BLOCKS; i++) a[i] = words_a[i * 8 * CHUNK_WORDS + at];
+#pragma unroll
+      for (int j = 0; j < FRAGMENTS; j++) b[j] = words_b[j * 8 * CHUNK_WORDS + at];
+#pragma unroll
+      for (int i = 0; i < 2 * BLOCKS; i++)
+#pragma unroll
+        for (int j = 0; j < FRAGMENTS; j++)
+          multiply_8x8(acc[i / 2] + 4 * j + i % 2 * 2, a[i], b[j]);
+    }
+    __syncthreads();
+  }
+  Results(p, tile.item).store_fragments<BLOCKS, FRAGMENTS>(m + warp_m, 16, n + warp_n, acc);
+}

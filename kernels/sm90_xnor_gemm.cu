@@ -1,0 +1,273 @@
+// The 1-bit product on Hopper's tensor cores: wgmma b1 and.popc, 64 x N x 256 bits an instruction.
+//
+// A block computes tiles of TILE_M x TILE_N results, one after the other, until none is left. One
+// warp feeds it: a thread keeps STAGES slots of shared memory filled with 1024 bits of K each, by
+// bulk copies of memory that is already laid out as the tensor cores read it (layout.cuh). CONSUMERS
+// warpgroups own 64 * BLOCKS_M lines of the tile each, with the accumulators in registers. While
+// they write a tile out, the next tile's slots are already being filled.
+//
+// Shared memory: STAGES x (TILE_M + TILE_N) lines of 128 bytes, then two barriers a stage: `full`
+// counts in the bytes of a slot, `empty` the warpgroups that have read it.
+//
+// What bounds it: the tensor cores do 32,768 bit products a clock, for which a tile needs
+// 4096 (1/TILE_M + 1/TILE_N) bytes a clock from the L2 cache, which has about 30 for each SM. So
+// tiles are as large as the registers allow, and CLUSTER_M x CLUSTER_N blocks share what they load:
+// each loads a part of the common lines and the copy engine writes it to all of them.
+//
+// SPLIT_K > 1: the blocks of a cluster take the same tile and a part of K each, and add up over the
+// cluster's shared memory; for products of few tiles. STAGGER: the second warpgroup starts that many
+// slots behind the first, so that one writes out while the other multiplies.
+//
+// The translation unit sets CONSUMERS, BLOCKS_M, TILE_N, STAGES, CLUSTER_M, CLUSTER_N, SPLIT_K,
+// STAGGER, and what product.cuh wants.
+
+#include "product.cuh"
+#include "hopper.cuh"
+#include "wgmma_b1.cuh"
+
+constexpr int ROWS = 64 * BLOCKS_M;  // of a consumer
+constexpr int TILE_M = ROWS * CONSUMERS;
+constexpr int THREADS = 128 * (CONSUMERS + 1);
+constexpr int CLUSTER = CLUSTER_M * CLUSTER_N;
+constexpr int A_BYTES = TILE_M * CHUNK_BYTES, B_BYTES = TILE_N * CHUNK_BYTES;
+constexpr int SLOT_BYTES = A_BYTES + B_BYTES;
+constexpr int ACC = TILE_N / 2;  // accumulators of a thread and block of 64 lines
+
+static_assert(SPLIT_K == 1 || CLUSTER == 1, "a cluster shares tiles or splits K");
+static_assert(TILE_M % (8 * CLUSTER_N) == 0 && TILE_N % (8 * CLUSTER_M) == 0, "whole swizzles");
+
+// Register budgets (a multiple of 8 each) that fill the 65,536 of an SM.
+constexpr int PRODUCER_REGISTERS = 40;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 232 : CONSUMERS == 2 ? 232 : 152;
+
+struct Slots {
+  u32 data, full, empty;  // addresses
+  __device__ __forceinline__ explicit Slots(unsigned char* raw) {
+    data = (shared_address(raw) + 1023) & ~1023u;
+    full = data + STAGES * SLOT_BYTES;
+    empty = full + STAGES * 8;
+  }
+};
+
+// A position in the ring of slots: which one, and the parity of its barriers.
+struct Turn {
+  int slot = 0, parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++slot == STAGES) { slot = 0; parity ^= 1; }
+  }
+};
+
+// This block's share of the loads of one operand for a tile: the SHARERS blocks that need the same
+// LINES lines each load an equal part of them, for all.
+template <int LINES, int SHARERS> struct Share {
+  const char* from;
+  u32 bytes;    // that this block loads
+  u32 arrives;  // bytes that arrive in a slot, from all sharers together
+  __device__ __forceinline__ Share(const uint4* words, u32 first, u32 lines8, int share) {
+    constexpr u32 PART = LINES / SHARERS;
+    const u32 lines = first < lines8 ? min(lines8 - first, (u32)LINES) : 0;
+    const u32 skip = SHARERS == 1 ? 0 : share * PART;
+    arrives = lines * CHUNK_BYTES;
+    bytes = (skip < lines ? min(lines - skip, PART) : 0) * CHUNK_BYTES;
+    from = (const char*)words + (u64)(first + skip) * CHUNK_BYTES;
+  }
+  __device__ __forceinline__ void load(u32 to, u32 bar, int share, unsigned short blocks) const {
+    if (bytes == 0) return;
+    if constexpr (SHARERS == 1)
+      bulk_load(to, from, bytes, bar);
+    else
+      bulk_load_multicast(to + share * (LINES / SHARERS * CHUNK_BYTES), from, bytes, bar, blocks);
+  }
+};
+
+struct Work {
+  u32 tiles_m, tiles_n, count;  // in tiles of a cluster; the caller keeps them below 2**31
+  __device__ __forceinline__ explicit Work(const Product& p) {
+    tiles_m = (u32)((p.m + TILE_M * CLUSTER_M - 1) / (TILE_M * CLUSTER_M));
+    tiles_n = (u32)((p.n + TILE_N * CLUSTER_N - 1) / (TILE_N * CLUSTER_N));
+    count = tiles_m * tiles_n * (u32)p.batch;
+  }
+};
+
+__device__ __forceinline__ void produce(const Product& p, const Work& work, const Slots& slots,
+                                        int rank, u32 worker, u32 workers) {
+  const u32 a_lines = (u32)round_up_to_eight(p.m), b_lines = (u32)round_up_to_eight(p.n);
+  const int rank_m = rank % CLUSTER_M, rank_n = rank / CLUSTER_M;
+  unsigned short a_blocks = 0, b_blocks = 0;
+  for (int i = 0; i < CLUSTER_N; i++) a_blocks |= 1 << (rank_m + CLUSTER_M * i);
+  for (int i = 0; i < CLUSTER_M; i++) b_blocks |= 1 << (rank_n * CLUSTER_M + i);
+  const int split = SPLIT_K > 1 ? rank : 0;
+  const int begin = (int)(p.chunks * split / SPLIT_K), end = (int)(p.chunks * (split + 1) / SPLIT_K);
+
+  Turn turn;
+  for (u32 t = worker; t < work.count; t += workers) {
+    const Tile tile(t, work.tiles_m, work.tiles_n, (u32)p.group);
+    Share<TILE_M, CLUSTER_N> a(
+        p.a + (tile.item * p.a_step * p.chunks + begin) * a_lines * CHUNK_PIECES,
+        (tile.m * CLUSTER_M + rank_m) * TILE_M, a_lines, rank_n);
+    Share<TILE_N, CLUSTER_M> b(
+        p.b + (tile.item * p.b_step * p.chunks + begin) * b_lines * CHUNK_PIECES,
+        (tile.n * CLUSTER_N + rank_n) * TILE_N, b_lines, rank_m);
+    for (int chunk = begin; chunk < end; chunk++) {
+      const u32 full = slots.full + 8 * turn.slot, data = slots.data + turn.slot * SLOT_BYTES;
+      barrier_wait(slots.empty + 8 * turn.slot, turn.parity ^ 1);
+      barrier_expect(full, a.arrives + b.arrives);
+      a.load(data, full, rank_n, a_blocks);
+      b.load(data + A_BYTES, full, rank_m, b_blocks);
+      a.from += (u64)a_lines * CHUNK_BYTES;
+      b.from += (u64)b_lines * CHUNK_BYTES;
+      turn.next();
+    }
+  }
+}
+
+// Tell the blocks that write into this slot that one more warpgroup here has read it.
+__device__ __forceinline__ void release(const Slots& slots, int slot) {
+  const int thread = threadIdx.x & 127;
+  if constexpr (CLUSTER == 1) {
+    if (thread == 0) barrier_arrive(slots.empty + 8 * slot);
+  } else {
+    if (thread < CLUSTER) barrier_arrive_at(slots.empty + 8 * slot, thread);
+  }
+}
+
+// Multiply `chunks` slots into the accumulators of consumer `wg`.
+__device__ __forceinline__ void multiply(int (&acc)[BLOCKS_M][ACC], const Slots& slots, Turn& turn,
+                                         int chunks, int wg) {
+  int last = 0;
+  for (int chunk = 0; chunk < chunks; chunk++) {
+    barrier_wait(slots.full + 8 * turn.slot, turn.parity);
+    const u32 data = slots.data + turn.slot * SLOT_BYTES;
+    const u64 a = operand_descriptor(data + wg * ROWS * CHUNK_BYTES);
+    const u64 b = operand_descriptor(data + A_BYTES);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < CHUNK_BITS / 256; step++)
+#pragma unroll
+      for (int block = 0; block < BLOCKS_M; block++)
+        WgmmaB1<TILE_N>::run(acc[block], a + 2 * step + block * (64 * CHUNK_BYTES / 16), b + 2 * step,
+                             chunk | step);
+    wgmma_commit();
+    // One group stays in flight; the one before it has let go of its slot.
+    wgmma_wait<1>();
+    if (chunk) release(slots, last);
+    last = turn.slot;
+    turn.next();
+  }
+  wgmma_wait<0>();
+  if (chunks) release(slots, last);
+}
+
+#if SPLIT_K > 1
+// Add up the parts of a tile over the cluster: each block sums and stores an equal share of rows.
+// For the consumers; the producer's warps join the two barriers of the cluster on their own.
+__device__ __forceinline__ void store_split(const int (&acc)[BLOCKS_M][ACC], const Product& p,
+                                            const Results& results, const Slots& slots, i64 m, i64 n,
+                                            int rank, int wg) {
+  constexpr int STRIDE = TILE_N + 8;  // keeps the eight rows of a store in different banks
+  static_assert(TILE_M * STRIDE * 4 <= STAGES * SLOT_BYTES, "the parts replace the slots");
+  const int lane = threadIdx.x & 31, warp = (threadIdx.x & 127) >> 5;
+  // The other consumers must have read their last slot before parts are written over it.
+  asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * 128) : "memory");
+#pragma unroll
+  for (int block = 0; block < BLOCKS_M; block++)
+#pragma unroll
+    for (int i = 0; i < ACC; i += 2) {
+      const int row = wg * ROWS + block * 64 + warp * 16 + (lane >> 2) + (i & 2) * 4;
+      const u32 to = slots.data + (row * STRIDE + (i >> 2) * 8 + 2 * (lane & 3)) * 4;
+      asm volatile("st.shared.v2.s32 [%0], {%1, %2};" ::"r"(to), "r"(acc[block][i]),
+                   "r"(acc[block][i + 1]) : "memory");
+    }
+  cluster_sync();
+  constexpr int SHARE = (TILE_M + SPLIT_K - 1) / SPLIT_K;
+  const int first = rank * SHARE, rows = min(SHARE, TILE_M - first);
+#if OUTPUT == OUTPUT_PACKED
+  // A warp sums 32 neighbours in a row, which are one word of the result.
+  static_assert(TILE_N % 32 == 0, "whole words");
+  for (int word = wg * 4 + warp; word < rows * (TILE_N / 32); word += CONSUMERS * 4) {
+    const int row = first + word / (TILE_N / 32), col = word % (TILE_N / 32) * 32 + lane;
+    int sum = 0;
+#pragma unroll
+    for (int block = 0; block < SPLIT_K; block++)
+      sum += load_from_block(slots.data + (row * STRIDE + col) * 4, block);
+    const int value = Results::product(results.row_term(m + row), results.col_term(n + col), sum);
+    const u32 bits = __ballot_sync(0xffffffffu, (value >= results.threshold(n + col)) ^
+                                                    results.flips(n + col)) &
+                     results.columns_left(n + col - lane);
+    if (lane == 0) {
+      results.store_word(m + row, (n + col) / 32, bits);
+      results.count(m + row, __popc(bits));
+    }
+  }
+#else
+  // Neighbouring threads store neighbours in the caller's memory, whichever way round it is.
+  const bool along_rows = p.out_row == 1;
+  for (int i = wg * 128 + (threadIdx.x & 127); i < rows * TILE_N; i += CONSUMERS * 128) {
+    const int row = first + (along_rows ? i % rows : i / TILE_N);
+    const int col = along_rows ? i / rows : i % TILE_N;
+    int sum = 0;
+#pragma unroll
+    for (int block = 0; block < SPLIT_K; block++)
+      sum += load_from_block(slots.data + (row * STRIDE + col) * 4, block);
+    results.store(m + row, n + col,
+                  Results::product(results.row_term(m + row), results.col_term(n + col), sum));
+  }
+#endif
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    __cluster_dims__(SPLIT_K > 1 ? SPLIT_K : CLUSTER, 1, 1)
+    xnor_gemm(const __grid_constant__ Product p) {
+  extern __shared__ unsigned char raw[];
+  const Slots slots(raw);
+  const int wg = (int)(threadIdx.x >> 7) - 1;  // -1: the producer
+  constexpr bool clustered = CLUSTER > 1 || SPLIT_K > 1;
+  const int rank = clustered ? cluster_rank() : 0;
+  constexpr int BLOCKS = SPLIT_K > 1 ? SPLIT_K : CLUSTER;
+  const u32 worker = blockIdx.x / BLOCKS, workers = gridDim.x / BLOCKS;
+  const Work work(p);
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; i++) {
+      barrier_init(slots.full + 8 * i, 1);
+      barrier_init(slots.empty + 8 * i, CONSUMERS * CLUSTER);
+    }
+    barrier_init_fence();
+  }
+  if constexpr (clustered) cluster_sync(); else __syncthreads();
+
+  if (wg < 0) {
+    if constexpr (SPLIT_K == 1) give_registers<PRODUCER_REGISTERS>();
+    if (threadIdx.x == 0) produce(p, work, slots, rank, worker, workers);
+    __syncwarp();
+    if constexpr (SPLIT_K > 1) cluster_sync();
+  } else {
+    if constexpr (SPLIT_K == 1) take_registers<CONSUMER_REGISTERS>();
+    Turn turn;
+#if SPLIT_K > 1
+    // One tile a cluster: the parts replace the slots, so nothing may be loaded after them. Each
+    // block has at least one chunk, which the caller sees to.
+    int acc[BLOCKS_M][ACC];
+    const Tile tile(worker, work.tiles_m, work.tiles_n, (u32)p.group);
+    multiply(acc, slots, turn, (int)(p.chunks * (rank + 1) / SPLIT_K - p.chunks * rank / SPLIT_K), wg);
+    store_split(acc, p, Results(p, tile.item), slots, (i64)tile.m * TILE_M, (i64)tile.n * TILE_N, rank,
+                wg);
+#else
+    const int rank_m = rank % CLUSTER_M, rank_n = rank / CLUSTER_M;
+    const int warp = (threadIdx.x & 127) >> 5;
+    if (STAGGER && wg > 0 && worker < work.count && p.chunks > STAGGER)
+      barrier_wait(slots.full + 8 * STAGGER, 0);
+    for (u32 t = worker; t < work.count; t += workers) {
+      int acc[BLOCKS_M][ACC];
+      const Tile tile(t, work.tiles_m, work.tiles_n, (u32)p.group);
+      multiply(acc, slots, turn, (int)p.chunks, wg);
+      const i64 m = (i64)(tile.m * CLUSTER_M + rank_m) * TILE_M + wg * ROWS + warp * 16;
+      const i64 n = (i64)(tile.n * CLUSTER_N + rank_n) * TILE_N;
+      Results(p, tile.item).store_fragments<BLOCKS_M, TILE_N / 8>(m, 64, n, acc);
+    }
+#endif
+  }
+  // No block may end while another of its cluster still writes to its shared memory or reads it.
+  if constexpr (clustered) cluster_sync();
+}

@@ -1,0 +1,82 @@
+// The 1-bit product on any GPU, without tensor cores: AND and population count, 32 bits at a time.
+//
+// A block computes a tile of 64 x 64 results; a thread 4 x 4 of them, 16 apart. Shared memory holds
+// one chunk (1024 bits) of the tile's 64 + 64 lines, 16 KiB, swizzled as it came (layout.cuh).
+// Population count, at 16 words a clock and SM on most GPUs, bounds it.
+
+#include "product.cuh"
+
+constexpr int TILE = 64, SIDE = 16, EACH = TILE / SIDE, THREADS = SIDE * SIDE;
+
+__device__ __forceinline__ void load_lines(uint4* to, const uint4* words, i64 first, i64 lines8) {
+  for (int i = threadIdx.x; i < TILE * CHUNK_PIECES; i += THREADS)
+    to[i] = first + i / CHUNK_PIECES < lines8 ? words[first * CHUNK_PIECES + i] : make_uint4(0, 0, 0, 0);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_constant__ Product p) {
+  __shared__ uint4 a[TILE * CHUNK_PIECES], b[TILE * CHUNK_PIECES];
+  const Tile tile(blockIdx.x, (u32)((p.m + TILE - 1) / TILE), (u32)((p.n + TILE - 1) / TILE),
+                  (u32)p.group);
+  const i64 m = (i64)tile.m * TILE, n = (i64)tile.n * TILE;
+  const i64 a_lines = round_up_to_eight(p.m), b_lines = round_up_to_eight(p.n);
+  const uint4* from_a = p.a + tile.item * p.a_step * p.chunks * a_lines * CHUNK_PIECES;
+  const uint4* from_b = p.b + tile.item * p.b_step * p.chunks * b_lines * CHUNK_PIECES;
+  const int tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
+
+  int acc[EACH][EACH] = {};
+  for (i64 chunk = 0; chunk < p.chunks; chunk++) {
+    load_lines(a, from_a + chunk * a_lines * CHUNK_PIECES, m, a_lines);
+    load_lines(b, from_b + chunk * b_lines * CHUNK_PIECES, n, b_lines);
+    __syncthreads();
+#pragma unroll 2
+    for (int piece = 0; piece < CHUNK_PIECES; piece++) {
+      uint4 x[EACH], y[EACH];
+#pragma unroll
+      for (int i = 0; i < EACH; i++) {
+        x[i] = a[(ty + SIDE * i) * CHUNK_PIECES + swizzled_piece(ty, piece)];
+        y[i] = b[(tx + SIDE * i) * CHUNK_PIECES + swizzled_piece(tx, piece)];
+      }
+#pragma unroll
+      for (int i = 0; i < EACH; i++)
+#pragma unroll
+        for (int j = 0; j < EACH; j++)
+          acc[i][j] += __popc(x[i].x & y[j].x) + __popc(x[i].y & y[j].y) +
+                       __popc(x[i].z & y[j].z) + __popc(x[i].w & y[j].w);
+    }
+    __syncthreads();
+  }
+
+  const Results results(p, tile.item);
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    const i64 row = m + ty + SIDE * i;
+    const int row_term = results.row_term(row);
+#if OUTPUT == OUTPUT_PACKED
+    int ones = 0;
+#pragma unroll
+    for (int w = 0; w < EACH / 2; w++) {
+      // Half a warp has a row: 16 columns in one ballot, the next 16 in another.
+      u32 half[2];
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const i64 col = n + 32 * w + SIDE * h + tx;
+        const int value = Results::product(row_term, results.col_term(col), acc[i][2 * w + h]);
+        half[h] = __ballot_sync(0xffffffffu,
+                                (value >= results.threshold(col)) ^ results.flips(col));
+      }
+      const int shift = threadIdx.x & 16;
+      const u32 word = (((half[0] >> shift) & 0xffffu) | ((half[1] >> shift) << 16)) &
+                       results.columns_left(n + 32 * w);
+      if (tx == 0) results.store_word(row, n / 32 + w, word);
+      ones += __popc(word);
+    }
+    if (tx == 0) results.count(row, ones);
+#else
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+      const i64 col = n + tx + SIDE * j;
+      results.store(row, col, Results::product(row_term, results.col_term(col), acc[i][j]));
+    }
+#endif
+  }
+}
