@@ -306,6 +306,20 @@ def test_chart_is_written_as_svg_and_png(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["square.png", "square.svg"]
 
 
+@pytest.mark.parametrize(
+    ("places", "apart"),
+    [
+        ([], []),
+        ([0.0, 5.0], [0.0, 5.0]),
+        ([1.0, 1.0], [0.5, 1.5]),
+        ([0.0, 3.0, 3.2, 3.4, 9.0], [0.0, 2.2, 3.2, 4.2, 9.0]),
+        ([0.0, 0.9, 1.6], [-1 / 6, 5 / 6, 11 / 6]),
+    ],
+)
+def test_names_beside_lines_stand_apart(places, apart):
+    assert chart._apart(places, 1.0) == pytest.approx(apart)
+
+
 def test_chart_without_square_products_is_an_error(tmp_path):
     pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match="no square products"):

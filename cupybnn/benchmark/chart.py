@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
         axes.plot(sizes, tops, line, color=color, linewidth=2, marker="o", markersize=4)
     peak = record.get("peak_operations_per_second")
     if peak:
-        axes.axhline(peak / 1e12, color="#222222", linewidth=0.8)
+        axes.plot(ticks[:: len(ticks) - 1 or 1], [peak / 1e12] * min(2, len(ticks)), "-k", lw=0.8)
         axes.annotate(
             "measured peak of the 1-bit instruction",
             (ticks[0], peak / 1e12),
@@ -130,25 +131,29 @@ def _metadata(file: Path) -> dict[str, Any]:
 def _name_lines(
     axes: Any, series: dict[str, tuple[list[int], list[float]]], ticks: list[int]
 ) -> None:
-    """Write each line's name at its right end, moved apart where names would overlap."""
-    ends = sorted((tops[-1], sizes[-1], name) for name, (sizes, tops) in series.items())
+    """Write each line's name beside its right end, moved apart where names would overlap."""
+    names = sorted(series, key=lambda name: series[name][1][-1])
     low, high = axes.get_ylim()
-    span = high / low
-    gap = span ** (1 / 24)  # in a logarithmic axis a distance is a ratio
-    below = 0.0
-    for y, x, name in ends:
-        at = max(y, below * gap)
-        below = at
-        axes.annotate(
-            name,
-            (x, y),
-            xytext=(ticks[-1] * 1.12, at),
-            textcoords="data",
-            color=_STYLE[name][0],
-            fontsize=9,
-            va="center",
-            annotation_clip=False,
+    # In a logarithmic axis a distance is a ratio: logarithms are what is moved.
+    gap = math.log(high / low) / 22
+    places = _apart([math.log(series[name][1][-1]) for name in names], gap)
+    for name, place in zip(names, places, strict=True):
+        axes.text(
+            ticks[-1] * 1.12, math.exp(place), name, color=_STYLE[name][0], fontsize=9, va="center"
         )
-    axes.set_ylim(low, max(high, below * gap))
+    axes.set_ylim(low, max(high, math.exp(places[-1] + gap)))
     # Room for the names, which belong to the plot as the lines do.
-    axes.set_xlim(ticks[0] / 1.12, ticks[-1] * (ticks[-1] / ticks[0]) ** 0.36)
+    axes.set_xlim(ticks[0] / 1.12, ticks[-1] * max(4.0, (ticks[-1] / ticks[0]) ** 0.36))
+
+
+def _apart(places: list[float], gap: float) -> list[float]:
+    """Return ascending `places` moved as little as need be to stand at least `gap` apart."""
+    groups: list[tuple[float, int]] = []  # middle and size of names that touch each other
+    for place in places:
+        middle, size = place, 1
+        while groups and middle - groups[-1][0] < gap * (size + groups[-1][1]) / 2:
+            before, count = groups.pop()
+            middle = (before * count + middle * size) / (count + size)
+            size += count
+        groups.append((middle, size))
+    return [middle + gap * (i - (size - 1) / 2) for middle, size in groups for i in range(size)]
