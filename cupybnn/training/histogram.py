@@ -68,6 +68,7 @@ class Histogram:
         )
 
     @classmethod
+    @np.errstate(over="ignore", invalid="ignore")  # what overflows is seen, and handled, below
     def of_values(cls, array: Any) -> Histogram | None:
         """Count the values of `array` in bins of equal width from the least to the greatest."""
         xp = array_module(array)

@@ -1,0 +1,306 @@
+"""``cupybnn train`` as a user runs it: a process, its output, its exit code, its signals."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import numpy as np
+import pytest
+
+from cupybnn.cli.main import main
+from cupybnn.training import TrainConfig
+from cupybnn.training.checkpoint import NEWEST, load
+from cupybnn.training.runs import CONFIG_NAME
+
+COMMAND = [sys.executable, "-m", "cupybnn", "train"]
+QUICK = ["--dataset", "digits", "--device", "cpu", "--n_hidden", "40", "--max_steps", "30"]
+QUICK += ["--eval_every_n", "10"]
+STEP = re.compile(r"step (\d+), loss = (\d+\.\d{4}), test accuracy (\d\.\d{4}) \(\d+\.\d ex/s\)")
+
+
+def train(*options, check=0, **kwargs):
+    done = subprocess.run(
+        [*COMMAND, *map(str, options)], capture_output=True, text=True, timeout=120, **kwargs
+    )
+    assert done.returncode == check, done.stderr
+    return done
+
+
+def trace(output):
+    return STEP.findall(output)
+
+
+class TestOutput:
+    def test_lines_of_the_original(self):
+        done = train(*QUICK)
+        lines = done.stdout.splitlines()
+        assert lines[0] == "Data: digits, 1,442 training and 355 test images; device: cpu"
+        assert lines[1] == "Network: 64-40-40-40-10, full precision"
+        assert [int(step) for step, _, _ in trace(done.stdout)] == [0, 10, 20]
+        assert re.fullmatch(r"Final test accuracy \d\.\d{4}", lines[-3])
+        assert re.fullmatch(r"Avg ex/s = \d+\.\d", lines[-2])
+        assert re.fullmatch(r"Med ex/s = \d+\.\d", lines[-1])
+        assert done.stderr == ""  # no bar where there is no terminal
+
+    def test_xnor_and_dense_print_the_same_trace(self):
+        dense = train(*QUICK, "--binary", "--batch_norm")
+        xnor = train(*QUICK, "--binary", "--batch_norm", "--xnor")
+        assert trace(dense.stdout) == trace(xnor.stdout) != []
+        assert "1-bit weights and activations (hidden layers), xnor_gemm, batch norm" in xnor.stdout
+
+    def test_hyphens(self):
+        underscores = train(*QUICK, "--keep_prob", "0.9", "--batch_norm")
+        options = [o.replace("_", "-") for o in [*QUICK, "--keep_prob", "0.9", "--batch_norm"]]
+        assert trace(train(*options).stdout) == trace(underscores.stdout)
+
+    def test_data_directory(self, mnist_dir):
+        done = train(mnist_dir, *QUICK[2:])
+        assert "Data: mnist, 60,000 training and 10,000 test images" in done.stdout
+
+    def test_auto_falls_back_in_one_loud_line_and_beside_the_figure(self, tmp_path):
+        site = tmp_path / "site"
+        site.mkdir()
+        # A process of its own without a network: name resolution fails in it.
+        (site / "sitecustomize.py").write_text(
+            "import socket\n"
+            "def refuse(*a, **k): raise socket.gaierror(-3, 'no names here')\n"
+            "socket.getaddrinfo = refuse\n"
+        )
+        env = {**os.environ, "PYTHONPATH": str(site), "CUPYBNN_DATA_DIR": str(tmp_path / "d")}
+        env["SCIKIT_LEARN_DATA"] = str(tmp_path / "s")
+        done = train(*QUICK[2:], env=env)
+        loud = [line for line in done.stdout.splitlines() if line.startswith("WARNING")]
+        assert len(loud) == 1
+        assert "NOT MNIST BUT THE BUNDLED 8x8 DIGITS" in loud[0]
+        assert "no names here" in loud[0]
+        assert re.search(r"^Final test accuracy \d\.\d{4} \(.*NOT ON MNIST\)$", done.stdout, re.M)
+        refused = train(*QUICK[2:], "--dataset", "mnist", env=env, check=1)
+        assert refused.stderr.splitlines()[-1].startswith("cupybnn train: MNIST cannot be fetched")
+        assert "Traceback" not in refused.stderr
+
+    def test_data_directory_that_is_wrong_does_not_fall_back(self, tmp_path):
+        done = train(tmp_path / "nowhere", *QUICK[2:], check=1)
+        assert done.stdout == ""
+        assert done.stderr == (
+            f"cupybnn train: The data directory {tmp_path / 'nowhere'} does not exist.\n"
+        )
+
+    def test_options_without_effect_are_said(self):
+        done = train(*QUICK, "--xnor", "--last")
+        assert "--xnor has no effect without --binary." in done.stderr
+        assert "--last has no effect without --binary." in done.stderr
+
+    def test_bar_on_a_terminal(self):
+        master, slave = os.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+        process = subprocess.Popen([*COMMAND, *QUICK], stdout=slave, stderr=slave, stdin=slave)
+        os.close(slave)
+        output = read_all(master)
+        assert process.wait() == 0
+        assert "30/30" in output
+        assert len(trace(output)) == 3
+
+    def test_closed_pipe(self):
+        done = subprocess.run(
+            f"{sys.executable} -m cupybnn train {' '.join(QUICK)} | head -1",
+            shell=True,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.stdout.startswith("Data: digits")
+        assert "Traceback" not in done.stderr
+
+
+def read_all(descriptor: int) -> str:
+    chunks = []
+    with contextlib.suppress(OSError):  # the other side is closed
+        while chunk := os.read(descriptor, 65536):
+            chunks.append(chunk)
+    os.close(descriptor)
+    return b"".join(chunks).decode()
+
+
+class TestUsage:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--lr", "0"], "The 'lr' must be a finite number, greater than 0; got 0.0."),
+            (["--reg", "nan"], "The 'reg' must be a finite number, at least 0; got nan."),
+            (["--batch_size", "0"], "The 'batch_size' must be a whole number, at least 1; got 0."),
+            (["--ste", "x"], "The 'ste' must be one of"),
+            (["somewhere"], "reads no data directory"),
+            (["--gpu", "-1"], "--gpu must be a device number"),
+            (
+                ["--gpu", "1", "--device", "cpu"],
+                "agree with --device; got --gpu 1 and --device cpu",
+            ),
+        ],
+    )
+    def test_bad_values_are_one_line(self, options, message, capsys):
+        assert main(["train", "--dataset", "digits", *options]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        assert message in captured.err
+
+    def test_gpu_names_a_cuda_device(self, monkeypatch, capsys):
+        from cupybnn.cli import train as module
+
+        assert module._config({"gpu": 1, "dataset": "digits"}).device == "cuda:1"
+        assert module._config({"gpu": 1, "device": "cuda:1"}).device == "cuda:1"
+
+    def test_unknown_option(self, capsys):
+        with pytest.raises(SystemExit) as caught:
+            main(["train", "--fast"])
+        assert caught.value.code == 2
+        assert "--fast" in capsys.readouterr().err
+
+    def test_help_names_every_setting(self, capsys):
+        with pytest.raises(SystemExit) as caught:
+            main(["train", "--help"])
+        assert caught.value.code == 0
+        text = capsys.readouterr().out
+        for name in TrainConfig.__dataclass_fields__:
+            assert (f"--{name} " in text or f"--{name}," in text) or name == "data_dir"
+
+    def test_defaults_are_the_configurations(self):
+        from cupybnn.cli import train as module
+
+        assert module._config({}) == TrainConfig()
+
+
+class TestSignals:
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_one_signal_ends_cleanly_and_restore_continues_exactly(self, tmp_path, number):
+        options = ["--dataset", "digits", "--device", "cpu", "--n_hidden", "40", "--binary"]
+        options += ["--keep_prob", "0.9", "--batch_norm", "--eval_every_n", "50"]
+        process = subprocess.Popen(
+            [*COMMAND, *options, "--max_steps", "1000000", "--log_dir", str(tmp_path)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_for_line(process, "step 150,")
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + number
+        assert "Traceback" not in errors
+        stopped = re.search(r"^Stopped before step (\d+) of 1000000$", output, re.M)
+        assert stopped is not None
+        assert re.search(r"^Test accuracy so far \d\.\d{4}$", output, re.M)
+        assert re.search(r"^Avg ex/s = \d+\.\d$", output, re.M)
+        assert re.search(r"^Med ex/s = \d+\.\d$", output, re.M)
+        folder = re.search(r"^Go on with: cupybnn train --restore (.*)$", output, re.M)[1]
+        step = int(stopped[1])
+        stored = load(folder)
+        assert stored.step == step > 150
+        end = step + 70
+        again = train("--restore", folder, "--max_steps", end)
+        assert f"Going on from step {step} of {folder}" in again.stdout
+        whole = train(*options, "--max_steps", end, "--log_dir", tmp_path / "whole")
+        after = trace(again.stdout)
+        assert after == [line for line in trace(whole.stdout) if int(line[0]) >= step] != []
+        run_again = re.search(r"^Logging to (.*)$", again.stdout, re.M)[1]
+        run_whole = re.search(r"^Logging to (.*)$", whole.stdout, re.M)[1]
+        a, b = load(run_again), load(run_whole)
+        assert a.step == b.step == end
+        for name, array in a.arrays.items():
+            np.testing.assert_array_equal(array, b.arrays[name])
+
+    def test_kill_leaves_a_checkpoint_that_restores(self, tmp_path):
+        options = [*QUICK[:-4], "--max_steps", "100000", "--eval_every_n", "1"]
+        rng = np.random.default_rng(1)
+        for number in range(1, 4):
+            process = subprocess.Popen(
+                [*COMMAND, *options, "--log_dir", str(tmp_path)],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            wait_for_line(process, "step 3,")
+            time.sleep(rng.uniform(0, 0.1))
+            process.kill()
+            process.communicate()
+            folder = tmp_path / "fp" / "hid_40" / "bs_128" / "0.0001" / str(number)
+            assert load(folder / NEWEST).step > 3
+            assert (folder / CONFIG_NAME).exists()
+        step = load(folder).step
+        done = train("--restore", folder, "--max_steps", step + 2)
+        assert [int(s) for s, _, _ in trace(done.stdout)] == [step, step + 1]
+
+    def test_interrupt_while_the_data_are_fetched(self, tmp_path):
+        program = (
+            "import sys, time\n"
+            "from cupybnn.data import mnist\n"
+            "def slow(folder):\n"
+            "    print('fetching', flush=True)\n"
+            "    time.sleep(60)\n"
+            "mnist._fetch = slow\n"
+            "from cupybnn.cli.main import main\n"
+            "sys.exit(main(['train', '--device', 'cpu']))\n"
+        )
+        process = subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "CUPYBNN_DATA_DIR": str(tmp_path)},
+        )
+        wait_for_line(process, "fetching")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+        assert process.returncode == 130
+        assert "Traceback" not in errors
+
+
+def wait_for_line(process, start: str) -> None:
+    deadline = time.monotonic() + 60
+    assert process.stdout is not None
+    while time.monotonic() < deadline:
+        line = process.stdout.readline()
+        if line.startswith(start):
+            return
+        assert line, process.stderr.read() if process.stderr else "the process ended"
+    raise AssertionError(f"no line {start!r} in 60 s")
+
+
+class TestDebug:
+    OPTIONS = ("--lr", "1e38", "--debug", *QUICK)
+
+    def test_message_and_exit_code(self):
+        done = train(*self.OPTIONS, check=1, stdin=subprocess.DEVNULL)
+        assert re.search(
+            r"^cupybnn train: not finite at step \d+: \d+ value\(s\) of the .* of \w+ in fc\w+, "
+            r"shape \(.*\), are NaN or infinite\.$",
+            done.stderr,
+            re.M,
+        )
+        assert "Traceback" not in done.stderr
+
+    def test_debugger_opens_on_a_terminal(self):
+        master, slave = os.openpty()
+        process = subprocess.Popen(
+            [*COMMAND, *self.OPTIONS], stdin=slave, stdout=slave, stderr=slave
+        )
+        os.close(slave)
+        seen = ""
+        deadline = time.monotonic() + 60
+        while "(Pdb)" not in seen and time.monotonic() < deadline:
+            if select.select([master], [], [], 1)[0]:
+                seen += os.read(master, 65536).decode()
+        assert "not finite at step" in seen
+        assert "(Pdb)" in seen
+        os.write(master, b"p error if 'error' in dir() else array.shape\nq\n")
+        rest = read_all(master)
+        assert process.wait(timeout=30) == 1
+        assert re.search(r"\(\d+(, \d+)?,?\)", rest)
