@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from cupybnn import backends
-from cupybnn.backends.devices import CPU, Device, device_of, resolve
+from cupybnn.backends.devices import CPU, Device, device_of, is_cupy, resolve
+from cupybnn.backends.numpy_bits import write_bits
 from cupybnn.operands import as_operand, dtype_has_sign
 
 __all__ = ["PackedMatrix", "pack", "sign", "unpack"]
@@ -44,12 +45,11 @@ def sign(x: Any) -> Any:
     """
     x = as_operand(x, "'x' of sign")
     dtype = np.dtype(np.int8) if x.dtype.kind == "b" else x.dtype
-    xp = device_of(x).xp
-    bits = x if x.dtype.kind == "b" else x >= x.dtype.type(0)
-    if xp is not np:
-        return xp.where(bits, dtype.type(1), dtype.type(-1)).astype(dtype, copy=False)
+    if is_cupy(x):
+        bits = x if x.dtype.kind == "b" else x >= 0
+        return device_of(x).xp.where(bits, dtype.type(1), dtype.type(-1)).astype(dtype, copy=False)
     # numpy.where takes a branch for each element: on random signs this is ten times as fast.
-    signs = bits.astype(np.int8)
+    signs = write_bits(x).view(np.int8)
     signs += signs
     signs -= 1
     return signs.astype(dtype, copy=False)

@@ -8,6 +8,7 @@ import numpy as np
 
 from cupybnn.backends import numpy_product
 from cupybnn.backends.epilogue import Epilogue
+from cupybnn.backends.numpy_bits import write_bits
 
 __all__ = ["from_canonical", "gemm", "gemm_packed", "pack", "to_canonical", "unpack"]
 
@@ -47,7 +48,7 @@ def _pack_rows(x: np.ndarray, octets: np.ndarray) -> None:
     rows, k = x.shape
     step = max(1, BLOCK // max(1, k))
     for i in range(0, rows, step):
-        bits = np.packbits(_bits(x[i : i + step]), axis=1, bitorder="little")
+        bits = np.packbits(write_bits(x[i : i + step]), axis=1, bitorder="little")
         octets[i : i + step, : bits.shape[1]] = bits
 
 
@@ -60,7 +61,7 @@ def _pack_columns(x: np.ndarray, octets: np.ndarray) -> None:
     k, lines = x.shape
     step = max(8, BLOCK // max(1, lines) // 8 * 8)
     for i in range(0, k, step):
-        bits = _bits(x[i : i + step]).view(np.uint8)
+        bits = write_bits(x[i : i + step]).view(np.uint8)
         if len(bits) % 8:
             bits = np.concatenate([bits, np.zeros((-len(bits) % 8, lines), np.uint8)])
         packed = bits[7::8].copy()
@@ -68,10 +69,6 @@ def _pack_columns(x: np.ndarray, octets: np.ndarray) -> None:
             packed <<= 1
             packed |= bits[j::8]
         octets[i // 8 : i // 8 + len(packed)] = packed
-
-
-def _bits(x: np.ndarray) -> np.ndarray:
-    return x if x.dtype.kind == "b" else x >= x.dtype.type(0)
 
 
 def unpack(words: np.ndarray, shape: tuple[int, ...], axis: int, dtype: np.dtype) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn.backends import numpy_threads
+from cupybnn.backends.numpy_bits import write_bits
 
 __all__ = ["Lines", "blocks"]
 
@@ -15,8 +16,6 @@ PAIR = 4096
 # Elements turned into bits at a time: with bits and floats they stay in a core's L2 cache.
 BLOCK = 1 << 16
 
-FLOAT32 = np.dtype(np.float32)
-ZERO = np.array(0, FLOAT32)
 BYTE_ONE = np.array(1, np.int8)
 ALL_BITS = np.array(0xFF, "<u2")
 PAIR_BITS = np.array(2 * (1 + PAIR), "<u2")
@@ -81,11 +80,9 @@ class Lines:
         if self.packed:
             octets = np.ascontiguousarray(self.x).view(np.uint8)
             bits = np.unpackbits(octets, axis=-1, count=self.k, bitorder="little")
-        elif self.x.dtype.kind == "b":
-            bits = self.x.copy()
         else:
-            bits = np.greater_equal(self.x, ZERO if self.x.dtype == FLOAT32 else 0)
-        return _ones(bits).astype(FLOAT32)
+            bits = write_bits(self.x)
+        return _ones(bits).astype(np.float32)
 
     def words(self, lines: slice) -> np.ndarray:
         """Packed words of some lines, as `PackedMatrix` stores them."""
@@ -112,10 +109,8 @@ class Lines:
             octets = self.x[lines].view(np.uint8)[:, ks.start // 8 : -(-ks.stop // 8)]
             bits = np.unpackbits(octets, axis=1, count=ks.stop - ks.start, bitorder="little")
             out[...] = bits.view(bool)
-        elif self.x.dtype.kind == "b":
-            out[...] = self.x[lines, ks]
         else:
-            np.greater_equal(self.x[lines, ks], self.x.dtype.type(0), out=out)
+            write_bits(self.x[lines, ks], out)
 
     def panel(self, lines: slice, ks: slice, memory: np.ndarray) -> np.ndarray:
         """Return +1.0 and -1.0 of some lines and K, shape (lines, ks), kept in `memory`."""
