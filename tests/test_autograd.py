@@ -93,7 +93,7 @@ class TestTensor:
 
     def test_operand_of_wrong_kind(self):
         with pytest.raises(TypeError, match="tensors, arrays or numbers; got list"):
-            Tensor([1.0]) + [1.0]
+            ops.add(Tensor([1.0]), [1.0])
 
     @pytest.mark.gpu
     def test_devices_are_not_mixed(self):
@@ -218,7 +218,7 @@ class TestRefusals:
         y = leaf(xp) * 2
         with pytest.raises(ValueError, match=r"shape \(3,\) and dtype float64; got \(2,\)"):
             y.backward(xp.ones(2))
-        with pytest.raises(ValueError, match="got .* float32"):
+        with pytest.raises(ValueError, match=r"got .* float32"):
             y.backward(xp.ones(3, "float32"))
         with pytest.raises(TypeError, match="array like the tensor's; got list"):
             y.backward([1, 1, 1])
@@ -228,7 +228,7 @@ class TestRefusals:
         y = (x * x).sum()
         y.backward()
         before = host(x.grad).copy()
-        with pytest.raises(GraphError, match="freed at sum .* by an earlier backward"):
+        with pytest.raises(GraphError, match=r"freed at sum .* by an earlier backward"):
             y.backward()
         np.testing.assert_array_equal(host(x.grad), before)
 
@@ -334,7 +334,7 @@ class TestEditsInPlace:
         x = leaf(xp)
         y = (x * x).sum()
         edit(x)
-        with pytest.raises(GraphError, match="multiply .* edited in place"):
+        with pytest.raises(GraphError, match=r"multiply .* edited in place"):
             y.backward()
         assert x.grad is None
 
@@ -370,7 +370,7 @@ class TestEditsInPlace:
         y = x.exp()
         z = y.sum()
         y.data[0] = 0
-        with pytest.raises(GraphError, match="exp .* edited in place"):
+        with pytest.raises(GraphError, match=r"exp .* edited in place"):
             z.backward()
 
     def test_edit_of_a_view_of_a_saved_array(self, xp):
@@ -517,7 +517,7 @@ class TestCheckFinite:
         x = Tensor(xp.asarray([0.0, 4.0]), requires_grad=True, name="x")
         with np.errstate(all="ignore"), debug.check_finite():
             y = x.sqrt().sum()
-            with pytest.raises(NonFiniteError, match="1 value.*gradient of x of sqrt") as caught:
+            with pytest.raises(NonFiniteError, match=r"1 value.*gradient of x of sqrt") as caught:
                 y.backward()
         assert caught.value.phase == "gradient of x"
 

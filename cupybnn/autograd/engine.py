@@ -54,6 +54,8 @@ def _start(root: Tensor, gradient: Any) -> Any:
             return xp.ones_like(root._data)
     if hasattr(gradient, "_data"):
         gradient = gradient._data
+    if isinstance(gradient, np.generic) and xp is np:
+        gradient = np.asarray(gradient)
     if not isinstance(gradient, xp.ndarray):
         raise TypeError(
             f"The 'gradient' of backward() must be a {xp.__name__} array like the tensor's; got "

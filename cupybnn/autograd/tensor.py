@@ -245,14 +245,14 @@ class Tensor(Operators):
 
 
 def _as_array(data: Any) -> Any:
-    """Return a new NumPy or CuPy array of `data`; Python floats give float32."""
+    """Return a new, contiguous NumPy or CuPy array of `data`; Python floats give float32."""
     if isinstance(data, Tensor):
         return data._data.copy()
     if is_cupy(data):
         with data.device:
-            array = data.copy()
+            array = data.copy(order="C")
     else:
-        array = np.array(data)
+        array = np.array(data, order="C")
         if not hasattr(data, "dtype") and array.dtype == np.float64:
             array = array.astype(np.float32)
     if array.dtype.kind in "cOSUmM":

@@ -1,16 +1,7 @@
 """Layers, and the models made of them."""
 
-from cupybnn.nn.layers import (
-    BatchNorm,
-    BinaryLinear,
-    Dropout,
-    Linear,
-    ReLU,
-    Sequential,
-    Sign,
-    SignDropout,
-    glorot_uniform,
-)
+from cupybnn.nn.binary import BinaryLinear, Sign, SignDropout, set_progress
+from cupybnn.nn.layers import BatchNorm, Dropout, Linear, ReLU, Sequential, glorot_uniform
 from cupybnn.nn.module import Module, Parameter
 from cupybnn.nn.summary import Row, Summary
 
@@ -28,4 +19,5 @@ __all__ = [
     "SignDropout",
     "Summary",
     "glorot_uniform",
+    "set_progress",
 ]

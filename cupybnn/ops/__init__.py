@@ -19,18 +19,36 @@ from cupybnn.ops.elementwise import (
 from cupybnn.ops.losses import bipolar_penalty, l1, softmax_cross_entropy, squared_hinge
 from cupybnn.ops.matmul import binary_matmul, matmul
 from cupybnn.ops.norm import batch_norm
-from cupybnn.ops.quantizers import (
+from cupybnn.ops.quantizer import (
     Quantizer,
     get_quantizer,
     quantizer_names,
     register_quantizer,
+)
+from cupybnn.ops.quantizers import (
+    ApproxSign,
+    ClippedGrad,
+    EdeSign,
+    IdentitySign,
+    MagnitudeAwareSign,
+    SteSign,
+    StochasticSign,
+    SwishSign,
 )
 from cupybnn.ops.reduce import max, mean, min, sum
 from cupybnn.ops.shape import index, reshape, to, transpose
 from cupybnn.ops.sign import quantize, sign
 
 __all__ = [
+    "ApproxSign",
+    "ClippedGrad",
+    "EdeSign",
+    "IdentitySign",
+    "MagnitudeAwareSign",
     "Quantizer",
+    "SteSign",
+    "StochasticSign",
+    "SwishSign",
     "absolute",
     "add",
     "batch_norm",

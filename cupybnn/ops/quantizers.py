@@ -3,18 +3,16 @@
 The derivative of the sign is 0 almost everywhere and would stop all learning. A straight-through
 estimator (STE) uses another function of x in its place. The sketches below show that function, the
 pseudo-gradient, for a gradient of 1, from x = -2 to 2.
-
-A quantizer of your own is a subclass of `Quantizer`, made known by `register_quantizer`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from cupybnn.autograd.storage import module_of
 from cupybnn.backends.random import Stream, uniform
-from cupybnn.packed import sign as signs
+from cupybnn.ops.quantizer import Quantizer, register_quantizer
+from cupybnn.packed import sign
 
 __all__ = [
     "ApproxSign",
@@ -22,109 +20,10 @@ __all__ = [
     "EdeSign",
     "IdentitySign",
     "MagnitudeAwareSign",
-    "Quantizer",
     "SteSign",
     "StochasticSign",
     "SwishSign",
-    "get_quantizer",
-    "quantizer_names",
-    "register_quantizer",
 ]
-
-_TABLE: dict[str, Callable[[], Quantizer]] = {}
-
-
-class Quantizer:
-    """Base class: ``forward(x) = sign(x)``, and a pseudo-gradient that a subclass defines.
-
-    Attributes
-    ----------
-    window : float or None
-        The pseudo-gradient is 0 where ``|x| > window``: a latent weight out there has stopped
-        learning. None if it is 0 nowhere.
-    """
-
-    window: float | None = None
-
-    def forward(self, x: Any, training: bool = True) -> Any:
-        """Return +1 and -1 for an array `x`, in its dtype and shape."""
-        return signs(x)
-
-    def pseudo_gradient(self, x: Any, grad: Any) -> Any:
-        """Return the gradient for `x` from `grad`, the gradient for its sign; a new array."""
-        raise NotImplementedError
-
-    def scale(self, x: Any) -> Any | None:
-        """Return factors for the signs, one for each element of the last axis, or None for 1."""
-        return None
-
-    def __repr__(self) -> str:
-        settings = ", ".join(f"{k}={v!r}" for k, v in vars(self).items())
-        return f"{type(self).__name__}({settings})"
-
-    def plot(self, axes: Any = None) -> Any:
-        """Draw the quantizer and its pseudo-gradient over [-2, 2]; needs matplotlib.
-
-        Parameters
-        ----------
-        axes : matplotlib.axes.Axes, optional
-            Where to draw; a new figure by default.
-
-        Returns
-        -------
-        matplotlib.axes.Axes
-        """
-        import matplotlib.pyplot as plt
-        import numpy as np
-
-        axes = plt.subplots()[1] if axes is None else axes
-        x = np.linspace(-2, 2, 801)
-        axes.plot(x, self.forward(x, training=False), "k-", label="forward")
-        axes.plot(x, self.pseudo_gradient(x, np.ones_like(x)), "C0--", label="pseudo-gradient")
-        axes.set(xlabel="x", ylabel="value for a gradient of 1", title=type(self).__name__)
-        axes.legend()
-        return axes
-
-
-def register_quantizer(*names: str) -> Callable[[Any], Any]:
-    """Class decorator that makes a quantizer known by one or more names.
-
-    Examples
-    --------
-    >>> from cupybnn.ops import Quantizer, register_quantizer
-    >>> @register_quantizer("half_window")
-    ... class HalfWindow(Quantizer):
-    ...     window = 0.5
-    ...
-    ...     def pseudo_gradient(self, x, grad):
-    ...         return grad * (abs(x) <= 0.5)
-    """
-
-    def register(factory: Any) -> Any:
-        for name in names:
-            if name in _TABLE:
-                raise ValueError(f"A quantizer named {name!r} is registered already.")
-            _TABLE[name] = factory
-        return factory
-
-    return register
-
-
-def quantizer_names() -> list[str]:
-    """Return the names that `get_quantizer` knows."""
-    return sorted(_TABLE)
-
-
-def get_quantizer(quantizer: str | Quantizer) -> Quantizer:
-    """Return a new quantizer of the given name; a quantizer itself is returned as it is."""
-    if isinstance(quantizer, Quantizer):
-        return quantizer
-    if quantizer not in _TABLE:
-        raise ValueError(
-            f"A quantizer must be one of {', '.join(quantizer_names())} or a Quantizer; got "
-            f"{quantizer!r}."
-        )
-    return _TABLE[quantizer]()
 
 
 @register_quantizer("ste_sign", "hard_tanh")
@@ -324,7 +223,7 @@ class StochasticSign(SteSign):
 
     def forward(self, x: Any, training: bool = True) -> Any:
         if not training:
-            return signs(x)
+            return sign(x)
         draws = uniform(x.shape, *self.random.next(), module_of(x))
         # Not >=: a draw of 0 would make x = -1 uncertain.
         return 2 * (x + 1 > 2 * draws).astype(x.dtype) - 1
@@ -344,19 +243,11 @@ class EdeSign(Quantizer):
         0  ───────────────╯│╰───────────────
                 -1         0         1
 
-    Parameters
-    ----------
-    progress : float
-        How much of training is done, from 0 to 1; to be set at every step.
-
     Notes
     -----
     Qin et al.: Forward and backward information retention for accurate binary neural networks
     (IR-Net), CVPR 2020.
     """
-
-    def __init__(self, progress: float = 0.0) -> None:
-        self.progress = progress
 
     def pseudo_gradient(self, x: Any, grad: Any) -> Any:
         t = 0.1 * 100.0**self.progress

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cupybnn.autograd import Context, Function, Tensor
-from cupybnn.ops.quantizers import Quantizer, get_quantizer
+from cupybnn.ops.quantizer import Quantizer, get_quantizer
 
 __all__ = ["quantize", "sign"]
 

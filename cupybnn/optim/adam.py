@@ -52,8 +52,8 @@ class Adam(Optimizer):
         lr: float,
         weight: Any,
         grad: Any,
-        slots: tuple[Any, ...],
-        work: tuple[Any, Any],
+        slots: list[Any],
+        work: Any,
     ) -> None:
         xp = module_of(weight)
         mean, square = slots
@@ -104,8 +104,8 @@ class AdamW(Adam):
         lr: float,
         weight: Any,
         grad: Any,
-        slots: tuple[Any, ...],
-        work: tuple[Any, Any],
+        slots: list[Any],
+        work: Any,
     ) -> None:
         weight *= 1 - lr * group["weight_decay"]
         super().update(group, lr, weight, grad, slots, work)

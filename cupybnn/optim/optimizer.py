@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from cupybnn.autograd.storage import module_of
+from cupybnn.backends import numpy_threads
 from cupybnn.backends.devices import CPU, device_of, to_device
 from cupybnn.nn import Parameter
 
@@ -16,6 +17,8 @@ __all__ = ["Optimizer"]
 # Elements updated at a time on the host: all arrays of an update then stay in the cache between
 # its steps.
 _HOST_BLOCK = 16384
+# How many passes over an array an update is worth, roughly, when threads are shared out.
+_PASSES = 8
 
 
 class Optimizer:
@@ -69,7 +72,6 @@ class Optimizer:
         if len(set(everything)) < len(everything):
             raise ValueError("A parameter must not be in two groups of an optimiser.")
         self._slots: dict[Parameter, tuple[Any, ...]] = {}
-        self._work: dict[Any, tuple[Any, Any]] = {}
 
     def update(
         self,
@@ -77,8 +79,8 @@ class Optimizer:
         lr: float,
         weight: Any,
         grad: Any,
-        slots: tuple[Any, ...],
-        work: tuple[Any, Any],
+        slots: list[Any],
+        work: Any,
     ) -> None:
         """Change a block of `weight` in place.
 
@@ -90,9 +92,9 @@ class Optimizer:
             The learning rate, with schedule and scale.
         weight, grad : ndarray, shape (n,)
             Block of a parameter and of its gradient (not to be changed).
-        slots : tuple of ndarray, shape (n,)
+        slots : list of ndarray, shape (n,)
             What `Optimizer.slots` names, to be changed in place.
-        work : tuple of two ndarrays, shape (n,)
+        work : ndarray, shape (2, n)
             Memory for in-between results.
         """
         raise NotImplementedError
@@ -103,48 +105,47 @@ class Optimizer:
         self.steps += 1
         for group in self.groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
+                if parameter.grad is not None and parameter.size:
                     scale = group["lr_scale"]
                     scale = scale(parameter) if callable(scale) else scale
                     self._update_parameter(group, group["lr"] * factor * scale, parameter)
 
     def _update_parameter(self, group: dict[str, Any], lr: float, parameter: Parameter) -> None:
-        array = parameter.write()
-        grad = parameter.grad
-        if parameter not in self._slots:
-            self._slots[parameter] = self._new_slots(array)
-        slots = self._slots[parameter]
+        arrays = (parameter.write(), parameter.grad, *self._slots_of(parameter))
+        weight, grad, *slots = (array.reshape(-1) for array in arrays)
         limit = parameter.limit
-        with device_of(array).scope():
-            for block, work in self._blocks(array):
-                weight = array.reshape(-1)[block]
+        xp = module_of(weight)
+
+        def update(start: int, stop: int) -> None:
+            length = min(_HOST_BLOCK, stop - start) if xp is np else stop - start
+            work = xp.empty((2, length), weight.dtype)
+            for first in range(start, stop, length):
+                block = slice(first, min(first + length, stop))
+                part = weight[block]
                 self.update(
-                    group,
-                    lr,
-                    weight,
-                    grad.reshape(-1)[block],
-                    tuple([slot.reshape(-1)[block] for slot in slots]),
-                    work,
+                    group, lr, part, grad[block], [s[block] for s in slots], work[:, : part.size]
                 )
                 if limit is not None:
-                    weight.clip(-limit, limit, out=weight)
+                    part.clip(-limit, limit, out=part)
 
-    def _new_slots(self, array: Any) -> tuple[Any, ...]:
-        xp = module_of(array)
-        with device_of(array).scope():
-            return tuple(xp.zeros_like(array) for _ in self.slots)
+        if xp is np:
+            numpy_threads.over(weight.size, weight.size * _PASSES, update)
+        else:
+            with device_of(weight).scope():
+                update(0, weight.size)
 
-    def _blocks(self, array: Any) -> Iterator[tuple[slice, tuple[Any, Any]]]:
-        """Yield slices of the flat array, each with working memory."""
-        xp = module_of(array)
-        length = _HOST_BLOCK if xp is np else array.size
-        key = (str(device_of(array)), array.dtype, length)
-        if key not in self._work:
-            self._work[key] = (xp.empty(length, array.dtype), xp.empty(length, array.dtype))
-        first, second = self._work[key]
-        for start in range(0, array.size, max(length, 1)):
-            n = min(length, array.size - start)
-            yield slice(start, start + n), (first[:n], second[:n])
+    def _slots_of(self, parameter: Parameter) -> tuple[Any, ...]:
+        """Return the arrays kept for a parameter, on its device; zeros at first."""
+        array = parameter._data
+        device = device_of(array)
+        kept = self._slots.get(parameter)
+        with device.scope():
+            if kept is None:
+                kept = tuple(module_of(array).zeros_like(array) for _ in self.slots)
+            elif kept and device_of(kept[0]) != device:
+                kept = tuple(to_device(slot, device) for slot in kept)
+        self._slots[parameter] = kept
+        return kept
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -172,9 +173,7 @@ class Optimizer:
         """
         state = {"steps": np.array(self.steps)}
         for name, parameter, k in self._named_slots():
-            if parameter not in self._slots:
-                self._slots[parameter] = self._new_slots(parameter._data)
-            state[name] = np.array(to_device(self._slots[parameter][k], CPU))
+            state[name] = np.array(to_device(self._slots_of(parameter)[k], CPU))
         return state
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
@@ -200,9 +199,7 @@ class Optimizer:
             )
         self.steps = int(state["steps"])
         for name, parameter, k in self._named_slots():
-            if parameter not in self._slots:
-                self._slots[parameter] = self._new_slots(parameter._data)
-            slot = self._slots[parameter][k]
+            slot = self._slots_of(parameter)[k]
             slot[...] = to_device(np.asarray(state[name]), device_of(slot))
 
 

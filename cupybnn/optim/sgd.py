@@ -37,8 +37,8 @@ class SGD(Optimizer):
         lr: float,
         weight: Any,
         grad: Any,
-        slots: tuple[Any, ...],
-        work: tuple[Any, Any],
+        slots: list[Any],
+        work: Any,
     ) -> None:
         (velocity,), (change, _) = slots, work
         velocity *= group["momentum"]

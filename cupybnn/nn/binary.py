@@ -1,0 +1,147 @@
+"""Layers of signs."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from cupybnn import ops
+from cupybnn.autograd import Tensor
+from cupybnn.backends.random import Stream
+from cupybnn.nn.layers import Dropout, Linear, Rng
+from cupybnn.nn.module import Module
+from cupybnn.ops import Quantizer, get_quantizer
+
+__all__ = ["BinaryLinear", "Sign", "SignDropout", "set_progress"]
+
+
+class BinaryLinear(Linear):
+    """``y = x @ sign(weight) + bias``: a product with the signs of latent weights.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        Sizes of the last axes of x and y.
+    bias : bool
+        Whether there is a (full-precision) bias; it starts at 0.
+    binary_input : bool
+        Whether x holds signs: the layer then insists on it (put a `Sign` before it), and the
+        product is one of signs. If not, x may hold any numbers.
+    xnor : bool
+        Whether a product of signs is computed by `cupybnn.xnor_gemm` or as a dense one. The
+        results are equal.
+    ste : str or Quantizer
+        Pseudo-gradient for the latent weights, and their scale if it has one; see
+        `cupybnn.ops.sign`.
+    clip : bool
+        Whether optimisers keep the latent weights within [-1, 1].
+    rng, dtype
+        As in `Linear`.
+
+    Attributes
+    ----------
+    weight : Parameter, shape (in_features, out_features)
+        The latent weights.
+    quantizer : Quantizer
+        What `ste` named.
+
+    Warns
+    -----
+    UserWarning
+        If latent weights can leave the quantizer's window, where they get no gradient and so
+        never come back.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        binary_input: bool = True,
+        xnor: bool = True,
+        ste: str | Quantizer = "ste_sign",
+        clip: bool = True,
+        rng: Rng = None,
+        dtype: Any = "float32",
+    ) -> None:
+        super().__init__(in_features, out_features, bias, rng=rng, dtype=dtype)
+        self.weight.bits = 1
+        self.weight.limit = 1.0 if clip else None
+        self.binary_input = binary_input
+        self.xnor = xnor
+        self.quantizer = get_quantizer(ste)
+        window = self.quantizer.window
+        if window is not None and not (clip and window >= 1.0):
+            warnings.warn(
+                f"The latent weights of a BinaryLinear can leave the window |w| <= {window:g} of "
+                f"{self.quantizer!r}, and those that do stop learning. "
+                + ("Use a window of at least 1." if clip else "Clip them: clip=True."),
+                stacklevel=2,
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        signs = ops.sign(self.weight, self.quantizer, self.training)
+        if not self.binary_input:
+            y = x @ signs
+        elif x.two_valued:
+            y = ops.binary_matmul(x, signs, self.xnor)
+        else:
+            raise ValueError(
+                f"The input of a BinaryLinear must hold only +1 and -1; got a tensor of shape "
+                f"{x.shape} that may hold other values. Put a Sign layer before it, or use "
+                f"binary_input=False."
+            )
+        scale = self.quantizer.scale(self.weight._data)
+        return self._biased(y if scale is None else y * scale)
+
+    def multiply_adds(self) -> tuple[int, int]:
+        return (self.weight.size, 0) if self.binary_input else (0, self.weight.size)
+
+    def random_state(self) -> np.ndarray | None:
+        return _state_of(self.quantizer)
+
+    def _settings(self) -> str:
+        kind = "binary" if self.binary_input else "real"
+        return f"{super()._settings()}, {kind} input, {self.quantizer!r}"
+
+
+class Sign(Module):
+    """Signs of the input, with a pseudo-gradient; see `cupybnn.ops.sign`."""
+
+    def __init__(self, ste: str | Quantizer = "ste_sign") -> None:
+        self.quantizer = get_quantizer(ste)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.sign(x, self.quantizer, self.training)
+
+    def random_state(self) -> np.ndarray | None:
+        return _state_of(self.quantizer)
+
+    def _settings(self) -> str:
+        return repr(self.quantizer)
+
+
+def _state_of(quantizer: Quantizer) -> np.ndarray | None:
+    """Return the state of a stochastic quantizer's random numbers."""
+    stream = getattr(quantizer, "random", None)
+    return stream.state if isinstance(stream, Stream) else None
+
+
+class SignDropout(Dropout):
+    """In training, replaces signs by coin tosses at random; see `cupybnn.ops.sign_dropout`."""
+
+    _drop = staticmethod(ops.sign_dropout)
+
+
+def set_progress(model: Module, progress: float) -> None:
+    """Tell the quantizers of `model` how much of the training is done, from 0 to 1.
+
+    To be called before each step where a quantizer changes over training ("ede_sign").
+    """
+    for _, module in model.named_modules():
+        quantizer = getattr(module, "quantizer", None)
+        if isinstance(quantizer, Quantizer):
+            quantizer.progress = progress

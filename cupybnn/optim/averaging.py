@@ -1,0 +1,95 @@
+"""Averages of the weights over training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends.devices import CPU, device_of, to_device
+from cupybnn.nn import Parameter
+
+__all__ = ["WeightAverage"]
+
+
+class WeightAverage:
+    """A running average of parameters: exponential, or of equal weights.
+
+    Of binary weights the latent ones are averaged. The statistics of batch norm belong to the
+    weights of the moment: train a few batches' statistics anew for the averaged weights if they
+    matter.
+
+    Parameters
+    ----------
+    parameters : iterable of Parameter
+        The parameters.
+    decay : float, optional
+        ``average = decay * average + (1 - decay) * weight``. None: the mean of all updates (SWA).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import nn, optim
+    >>> model = nn.Linear(2, 1, rng=0)
+    >>> average = optim.WeightAverage(model.parameters(), decay=0.99)
+    >>> average.update()  # after each step of the optimiser
+    >>> with average.applied():
+    ...     pass  # evaluate, or save, the averaged model
+
+    Notes
+    -----
+    Polyak, Juditsky: Acceleration of stochastic approximation by averaging, 1992; Izmailov et al.:
+    Averaging weights leads to wider optima and better generalization (SWA), UAI 2018.
+    """
+
+    def __init__(self, parameters: Iterable[Parameter], decay: float | None = None) -> None:
+        if decay is not None and not 0 <= decay < 1:
+            raise ValueError(f"The 'decay' must be None or in [0, 1); got {decay!r}.")
+        self.parameters = list(parameters)
+        self.decay = decay
+        self.updates = 0
+        self.averages = [p._data.copy() for p in self.parameters]
+
+    def update(self) -> None:
+        """Take the present weights into the average; the first ones are the whole of it."""
+        self.updates += 1
+        part = 1 / self.updates if self.decay is None or self.updates == 1 else 1 - self.decay
+        for average, parameter in zip(self.averages, self.parameters, strict=True):
+            with device_of(average).scope():
+                average += part * (parameter._data - average)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Context within which the parameters have their averaged values."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for i, parameter in enumerate(self.parameters):
+            present = parameter.write()
+            kept = present.copy()
+            present[...] = self.averages[i]
+            self.averages[i] = kept
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return the number of updates and the averages: NumPy copies."""
+        state = {str(i): np.array(to_device(a, CPU)) for i, a in enumerate(self.averages)}
+        return {"updates": np.array(self.updates), **state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned; ValueError if it does not fit."""
+        shapes = {"updates": (), **{str(i): a.shape for i, a in enumerate(self.averages)}}
+        given = {name: np.shape(array) for name, array in state.items()}
+        if given != shapes:
+            raise ValueError(
+                f"The state does not fit this WeightAverage: it must have the arrays and shapes "
+                f"{shapes}; got {given}."
+            )
+        self.updates = int(state["updates"])
+        for i, average in enumerate(self.averages):
+            average[...] = to_device(np.asarray(state[str(i)]), device_of(average))

@@ -1,0 +1,69 @@
+"""Bop, the binary optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from cupybnn.autograd.storage import module_of
+from cupybnn.optim.optimizer import Optimizer
+from cupybnn.packed import sign
+
+__all__ = ["Bop"]
+
+
+class Bop(Optimizer):
+    """Flips binary weights, without latent ones behind them.
+
+    The weights are set to their signs at the start and stay +1 and -1. One flips when the running
+    mean of its gradient has its own sign (so that a flip lowers the loss) and is large enough. Give
+    parameters of full precision, such as those of batch norm, to another optimiser.
+
+    Parameters
+    ----------
+    parameters, **common
+        As in `Optimizer`.
+    lr : float
+        The adaptivity rate, gamma in the paper: the part of the newest gradient in the mean. A
+        schedule lowers it over training.
+    threshold : float
+        How large the mean must be.
+
+    Notes
+    -----
+    Helwegen et al.: Latent weights do not exist, NeurIPS 2019, algorithm 1::
+
+        mean   = (1 - lr) * mean + lr * grad
+        weight = -weight where mean * weight > threshold
+    """
+
+    slots = ("mean",)
+
+    def __init__(
+        self, parameters: Iterable[Any], lr: float = 1e-4, threshold: float = 1e-8, **common: Any
+    ) -> None:
+        super().__init__(parameters, lr, threshold=threshold, **common)
+        for group in self.groups:
+            for parameter in group["params"]:
+                weight = parameter.write()
+                weight[...] = sign(weight)
+
+    def update(
+        self,
+        group: dict[str, Any],
+        lr: float,
+        weight: Any,
+        grad: Any,
+        slots: list[Any],
+        work: Any,
+    ) -> None:
+        xp = module_of(weight)
+        (mean,), (a, b) = slots, work
+        xp.subtract(grad, mean, out=a)
+        a *= lr
+        mean += a
+        xp.multiply(mean, weight, out=a)
+        xp.greater(a, group["threshold"], out=b)
+        b *= -2
+        b += 1
+        weight *= b
