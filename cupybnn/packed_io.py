@@ -90,9 +90,11 @@ def _entries(
 ) -> dict[str, np.ndarray]:
     """Load every entry: the checksum that zip keeps of each is compared on the way."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if isinstance(file, np.lib.npyio.NpzFile):
-                return {name: file[name] for name in file.files}
+        with open(path, "rb") as file:  # closed here also where np.load fails on it
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.lib.npyio.NpzFile):
+                with loaded:
+                    return {name: loaded[name] for name in loaded.files}
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
