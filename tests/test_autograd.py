@@ -7,6 +7,7 @@ import weakref
 
 import numpy as np
 import pytest
+from arrays import host
 
 from cupybnn import ops
 from cupybnn.autograd import (
@@ -24,10 +25,6 @@ from cupybnn.autograd import (
 def leaf(xp, shape=(3,), seed=0, dtype="float64"):
     values = np.random.default_rng(seed).standard_normal(shape).astype(dtype)
     return Tensor(xp.asarray(values), requires_grad=True)
-
-
-def host(array):
-    return array if isinstance(array, np.ndarray) else array.get()
 
 
 class TestTensor:

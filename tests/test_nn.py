@@ -6,13 +6,10 @@ import warnings
 
 import numpy as np
 import pytest
+from arrays import host
 
 from cupybnn import nn, ops, optim
 from cupybnn.autograd import NonFiniteError, Tensor, debug, no_grad
-
-
-def host(array):
-    return array if isinstance(array, np.ndarray) else array.get()
 
 
 def device_name(xp):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from arrays import host
 
 from cupybnn import ops
 from cupybnn.autograd import Tensor, gradcheck
@@ -14,10 +15,6 @@ RNG = np.random.default_rng(0)
 def tensor(xp, *shape, low=-2.0, high=2.0, seed=0, dtype="float64"):
     values = np.random.default_rng(seed).uniform(low, high, shape).astype(dtype)
     return Tensor(xp.asarray(values), requires_grad=True)
-
-
-def host(array):
-    return array if isinstance(array, np.ndarray) else array.get()
 
 
 UNARY = {

@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 import pytest
+from arrays import host
 
 from cupybnn import ops
 from cupybnn.autograd import Tensor
@@ -19,10 +20,6 @@ POINTS = np.array(
     [0.0, -0.0, 1.0, -1.0, *BESIDE, *np.negative(BESIDE), 0.5, -0.25, 1e-300, -1e-300, 3, -40, 1e4]
 )
 GRADS = np.random.default_rng(0).uniform(-3, 3, POINTS.shape)
-
-
-def host(array):
-    return array if isinstance(array, np.ndarray) else array.get()
 
 
 def reference_ste(x, g, window=1.0):

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from arrays import host
 
 from cupybnn.backends.random import Stream, _philox, keep_mask, random_words, uniform
-
-
-def host(array):
-    return array if isinstance(array, np.ndarray) else array.get()
-
 
 # From the authors' known-answer file (kat_vectors of Random123): counter, key, result.
 KNOWN = [

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from arrays import host
 
 from cupybnn import nn, optim
 from cupybnn.autograd import GraphError
@@ -13,10 +14,6 @@ from cupybnn.optim import schedules
 
 # Longer than a block of the host's updates, and no multiple of it.
 SHAPE = (5, 4001)
-
-
-def host(array):
-    return array if isinstance(array, np.ndarray) else array.get()
 
 
 def make(xp, shape=SHAPE, seed=0, **options):

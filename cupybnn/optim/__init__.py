@@ -5,13 +5,14 @@ from cupybnn.optim.adam import Adam, AdamW
 from cupybnn.optim.averaging import WeightAverage
 from cupybnn.optim.bop import Bop
 from cupybnn.optim.groups import binarynet_scale, is_binary, parameter_groups
-from cupybnn.optim.optimizer import Optimizer
+from cupybnn.optim.optimizer import Block, Optimizer
 from cupybnn.optim.sgd import SGD
 
 __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "Block",
     "Bop",
     "Optimizer",
     "WeightAverage",

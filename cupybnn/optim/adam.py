@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from cupybnn.autograd.storage import module_of
-from cupybnn.optim.optimizer import Optimizer
+from cupybnn.optim.optimizer import Block, Optimizer
 
 __all__ = ["Adam", "AdamW"]
 
@@ -46,18 +45,9 @@ class Adam(Optimizer):
     ) -> None:
         super().__init__(parameters, lr, betas=betas, eps=eps, **common)
 
-    def update(
-        self,
-        group: dict[str, Any],
-        lr: float,
-        weight: Any,
-        grad: Any,
-        slots: list[Any],
-        work: Any,
-    ) -> None:
-        xp = module_of(weight)
-        mean, square = slots
-        (b1, b2), (a, b) = group["betas"], work
+    def update(self, block: Block) -> None:
+        xp, grad, (mean, square), (a, b) = block.xp, block.grad, block.slots, block.work
+        b1, b2 = block.options["betas"]
         xp.subtract(grad, mean, out=a)
         a *= 1 - b1
         mean += a
@@ -68,10 +58,10 @@ class Adam(Optimizer):
         # The corrections of both means, taken together: two passes over the memory less.
         root = (1 - b2**self.steps) ** 0.5
         xp.sqrt(square, out=a)
-        a += group["eps"] * root
+        a += block.options["eps"] * root
         xp.divide(mean, a, out=b)
-        b *= lr * root / (1 - b1**self.steps)
-        weight -= b
+        b *= block.lr * root / (1 - b1**self.steps)
+        block.weight -= b
 
 
 class AdamW(Adam):
@@ -98,14 +88,6 @@ class AdamW(Adam):
     ) -> None:
         super().__init__(parameters, lr, weight_decay=weight_decay, **common)
 
-    def update(
-        self,
-        group: dict[str, Any],
-        lr: float,
-        weight: Any,
-        grad: Any,
-        slots: list[Any],
-        work: Any,
-    ) -> None:
-        weight *= 1 - lr * group["weight_decay"]
-        super().update(group, lr, weight, grad, slots, work)
+    def update(self, block: Block) -> None:
+        block.weight *= 1 - block.lr * block.options["weight_decay"]
+        super().update(block)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from cupybnn.autograd.storage import module_of
-from cupybnn.optim.optimizer import Optimizer
+from cupybnn.optim.optimizer import Block, Optimizer
 from cupybnn.packed import sign
 
 __all__ = ["Bop"]
@@ -48,22 +47,13 @@ class Bop(Optimizer):
                 weight = parameter.write()
                 weight[...] = sign(weight)
 
-    def update(
-        self,
-        group: dict[str, Any],
-        lr: float,
-        weight: Any,
-        grad: Any,
-        slots: list[Any],
-        work: Any,
-    ) -> None:
-        xp = module_of(weight)
-        (mean,), (a, b) = slots, work
-        xp.subtract(grad, mean, out=a)
-        a *= lr
+    def update(self, block: Block) -> None:
+        xp, (mean,), (a, b) = block.xp, block.slots, block.work
+        xp.subtract(block.grad, mean, out=a)
+        a *= block.lr
         mean += a
-        xp.multiply(mean, weight, out=a)
-        xp.greater(a, group["threshold"], out=b)
+        xp.multiply(mean, block.weight, out=a)
+        xp.greater(a, block.options["threshold"], out=b)
         b *= -2
         b += 1
-        weight *= b
+        block.weight *= b

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,13 +13,44 @@ from cupybnn.backends import numpy_threads
 from cupybnn.backends.devices import CPU, device_of, to_device
 from cupybnn.nn import Parameter
 
-__all__ = ["Optimizer"]
+__all__ = ["Block", "Optimizer"]
 
 # Elements updated at a time on the host: all arrays of an update then stay in the cache between
 # its steps.
 _HOST_BLOCK = 16384
 # How many passes over an array an update is worth, roughly, when threads are shared out.
 _PASSES = 8
+
+
+@dataclass(slots=True)
+class Block:
+    """Part of a parameter, flat, with what is needed to update it.
+
+    Attributes
+    ----------
+    xp : module
+        numpy or cupy.
+    options : dict
+        The parameter's group.
+    lr : float
+        The learning rate, with schedule and scale.
+    weight : ndarray, shape (n,)
+        To be changed in place.
+    grad : ndarray, shape (n,)
+        The gradient, not to be changed.
+    slots : list of ndarray, shape (n,)
+        What `Optimizer.slots` names, to be changed in place.
+    work : ndarray, shape (2, n)
+        Memory for in-between results.
+    """
+
+    xp: Any
+    options: dict[str, Any]
+    lr: float
+    weight: Any
+    grad: Any
+    slots: list[Any]
+    work: Any
 
 
 class Optimizer:
@@ -73,30 +105,8 @@ class Optimizer:
             raise ValueError("A parameter must not be in two groups of an optimiser.")
         self._slots: dict[Parameter, tuple[Any, ...]] = {}
 
-    def update(
-        self,
-        group: dict[str, Any],
-        lr: float,
-        weight: Any,
-        grad: Any,
-        slots: list[Any],
-        work: Any,
-    ) -> None:
-        """Change a block of `weight` in place.
-
-        Parameters
-        ----------
-        group : dict
-            The options.
-        lr : float
-            The learning rate, with schedule and scale.
-        weight, grad : ndarray, shape (n,)
-            Block of a parameter and of its gradient (not to be changed).
-        slots : list of ndarray, shape (n,)
-            What `Optimizer.slots` names, to be changed in place.
-        work : ndarray, shape (2, n)
-            Memory for in-between results.
-        """
+    def update(self, block: Block) -> None:
+        """Change ``block.weight`` in place."""
         raise NotImplementedError
 
     def step(self) -> None:
@@ -120,11 +130,10 @@ class Optimizer:
             length = min(_HOST_BLOCK, stop - start) if xp is np else stop - start
             work = xp.empty((2, length), weight.dtype)
             for first in range(start, stop, length):
-                block = slice(first, min(first + length, stop))
-                part = weight[block]
-                self.update(
-                    group, lr, part, grad[block], [s[block] for s in slots], work[:, : part.size]
-                )
+                at = slice(first, min(first + length, stop))
+                part = weight[at]
+                kept = [slot[at] for slot in slots]
+                self.update(Block(xp, group, lr, part, grad[at], kept, work[:, : part.size]))
                 if limit is not None:
                     part.clip(-limit, limit, out=part)
 

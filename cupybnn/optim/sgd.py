@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from cupybnn.autograd.storage import module_of
-from cupybnn.optim.optimizer import Optimizer
+from cupybnn.optim.optimizer import Block, Optimizer
 
 __all__ = ["SGD"]
 
@@ -31,17 +30,9 @@ class SGD(Optimizer):
     ) -> None:
         super().__init__(parameters, lr, momentum=momentum, **common)
 
-    def update(
-        self,
-        group: dict[str, Any],
-        lr: float,
-        weight: Any,
-        grad: Any,
-        slots: list[Any],
-        work: Any,
-    ) -> None:
-        (velocity,), (change, _) = slots, work
-        velocity *= group["momentum"]
-        velocity += grad
-        module_of(weight).multiply(velocity, lr, out=change)
-        weight -= change
+    def update(self, block: Block) -> None:
+        (velocity,), (change, _) = block.slots, block.work
+        velocity *= block.options["momentum"]
+        velocity += block.grad
+        block.xp.multiply(velocity, block.lr, out=change)
+        block.weight -= change

@@ -1,0 +1,136 @@
+"""What happens to the signs in training: flips, weights that no longer learn, entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cupybnn import nn
+from cupybnn.autograd import Tensor
+from cupybnn.autograd.storage import module_of
+from cupybnn.training.records import Callback
+
+if TYPE_CHECKING:
+    from cupybnn.training.records import StepOutput
+    from cupybnn.training.trainer import Trainer
+
+__all__ = ["FlipCounter", "FlipRecord", "Flips", "outside_window", "sign_entropy"]
+
+
+class Flips(NamedTuple):
+    """Shares of a layer's binary weights, from 0 to 1, that have another sign than before."""
+
+    since_last: float
+    since_start: float
+
+
+def _binary_weights(model: nn.Module) -> Iterator[tuple[str, nn.BinaryLinear, Any]]:
+    """Yield (name of the weight, layer, latent weights' array) for each binary layer."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BinaryLinear):
+            yield f"{name}.weight" if name else "weight", module, module.weight.data
+
+
+class FlipCounter:
+    """Counts the binary weights that flip.
+
+    Parameters
+    ----------
+    model : Module
+        Its weights at this moment are the start.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._start = {name: array >= 0 for name, _, array in _binary_weights(model)}
+        self._last = dict(self._start)
+
+    def update(self) -> dict[str, Flips]:
+        """Return, for each binary layer's weight by name, the flips since the last call.
+
+        Reads the counts from the device, and so waits for it.
+        """
+        flips = {}
+        for name, _, array in _binary_weights(self._model):
+            signs = array >= 0
+            shares = (_share(signs != then[name]) for then in (self._last, self._start))
+            flips[name] = Flips(*shares)
+            self._last[name] = signs
+        return flips
+
+
+def outside_window(model: nn.Module) -> dict[str, float]:
+    """Return, for each binary layer's weight by name, the share that gets no gradient any more.
+
+    These are the latent weights beyond the quantizer's window; 0 for a quantizer without one.
+    """
+    return {
+        name: 0.0 if layer.quantizer.window is None else _share(abs(array) > layer.quantizer.window)
+        for name, layer, array in _binary_weights(model)
+    }
+
+
+def sign_entropy(activations: Tensor | Any) -> float:
+    """Return the mean entropy, in bits, of the signs of each unit over a batch.
+
+    Parameters
+    ----------
+    activations : Tensor or ndarray, shape (..., units)
+        Signs, or what they are taken of.
+
+    Returns
+    -------
+    float
+        ``mean(-p log2(p) - (1 - p) log2(1 - p))`` over the units, p being a unit's share of +1:
+        1 if every unit is +1 for half of the batch, 0 if every unit is always the same.
+    """
+    array = activations.data if isinstance(activations, Tensor) else activations
+    if array.ndim < 1 or array.size == 0:
+        raise ValueError(
+            f"The 'activations' of sign_entropy must have shape (..., units) and not be empty; got "
+            f"{array.shape}."
+        )
+    xp = module_of(array)
+    p = (array.reshape(-1, array.shape[-1]) >= 0).mean(axis=0)
+    entropy = xp.zeros_like(p)
+    for share in (p, 1 - p):
+        entropy -= share * xp.log2(xp.where(share > 0, share, 1))
+    return float(entropy.mean())
+
+
+def _share(mask: Any) -> float:
+    """Return the share of True in `mask`; 0 if it is empty."""
+    return float(mask.mean()) if mask.size else 0.0
+
+
+class FlipRecord(Callback):
+    """Keeps the flips of each step and the share outside the window, by layer.
+
+    Attributes
+    ----------
+    steps : list of int
+        Numbers of the steps.
+    flips : dict of str to list of Flips
+        By the weight's name, one for each step.
+    outside : dict of str to list of float
+        Likewise, the share of latent weights outside the quantizer's window.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.flips: dict[str, list[Flips]] = {}
+        self.outside: dict[str, list[float]] = {}
+        self._counter: FlipCounter | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Take the weights before the first step as the start."""
+        self._counter = FlipCounter(trainer.model)
+
+    def on_step(self, trainer: Trainer, step: int, output: StepOutput) -> None:
+        """Count."""
+        assert self._counter is not None
+        self.steps.append(step)
+        for name, flips in self._counter.update().items():
+            self.flips.setdefault(name, []).append(flips)
+        for name, share in outside_window(trainer.model).items():
+            self.outside.setdefault(name, []).append(share)
