@@ -97,8 +97,8 @@ def _cupy_for(x: Any, what: str) -> Any:
 
 
 def _from_dlpack(x: Any, what: str) -> Any:
-    device_type = int(x.__dlpack_device__()[0])
     try:
+        device_type = int(x.__dlpack_device__()[0])
         if device_type in _DLPACK_CUDA:
             return _cupy_for(x, what).from_dlpack(x)
         if device_type in _DLPACK_HOST:

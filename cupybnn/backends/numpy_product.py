@@ -153,7 +153,7 @@ def _count_product(a: Lines, b: Lines) -> np.ndarray:
         words_a = a.words(slice(0, a.count))
 
         def count(start: int, stop: int) -> None:
-            step = max(1, BLOCK // (a.k // 8 if b.packed else a.k))
+            step = max(1, BLOCK // (words_a.shape[1] * (2 if b.packed else 64)))
             for cols in blocks(start, stop, step):
                 words = b.words(cols)
                 for row, words_row in zip(acc, words_a, strict=True):
@@ -172,28 +172,29 @@ def _panel_product(a: Lines, b: Lines, out: np.ndarray, epilogue: Epilogue | Non
     paired = a.k >= SHORT_K
     one_step = a.k <= BLOCK_K and epilogue is None
     memory_a, memory_b, memory_t = _scratch.panels()
-    total: Any = None
+    if not one_step:
+        dtype = np.float32 if a.k <= EXACT_FLOAT32 else np.float64
+        memory_sums = np.empty(min(a.count, BLOCK_A) * min(b.count, BLOCK_B), dtype)
     for cols in blocks(0, b.count, BLOCK_B):
         for rows in blocks(0, a.count, BLOCK_A):
             target = out[rows, cols]
-            if not one_step:
-                total = np.zeros(target.shape, np.float32 if a.k <= EXACT_FLOAT32 else np.float64)
+            sums = target if one_step else memory_sums[: target.size].reshape(target.shape)
             for ks in blocks(0, a.k, BLOCK_K):
                 panel_a = a.panel(rows, ks, memory_a)
                 if rows.start == 0 or a.k > BLOCK_K:  # else it is there already
                     panel_b = (b.pair_panel if paired else b.panel)(cols, ks, memory_b)
-                t = _multiply(panel_a, panel_b, target, memory_t)
+                t = _multiply(panel_a, panel_b, sums, memory_t)
                 if paired:
-                    _take_apart(t, b.adjacent, target if one_step else total, not one_step)
-                elif one_step:
-                    target[...] = t
+                    _take_apart(t, b.adjacent, sums, add=ks.start > 0)
+                elif ks.start > 0:
+                    sums += t
                 else:
-                    total += t
+                    sums[...] = t
             if not one_step:
                 if swapped:
-                    epilogues.apply(total.T, _part(epilogue, (), cols, rows), target.T)
+                    epilogues.apply(sums.T, _part(epilogue, (), cols, rows), target.T)
                 else:
-                    epilogues.apply(total, _part(epilogue, (), rows, cols), target)
+                    epilogues.apply(sums, _part(epilogue, (), rows, cols), target)
 
 
 def _multiply(a: np.ndarray, b: np.ndarray, target: np.ndarray, memory: np.ndarray) -> np.ndarray:
