@@ -35,6 +35,7 @@ __device__ __forceinline__ void multiply_8x8(int* d, u32 a, u32 b) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_constant__ Product p) {
+  __shared__ Terms<TILE, TILE> terms;
   __shared__ uint4 shared_a[TILE * CHUNK_PIECES], shared_b[TILE * CHUNK_PIECES];
   const Tile tile(blockIdx.x, (u32)((p.m + TILE - 1) / TILE), (u32)((p.n + TILE - 1) / TILE),
                   (u32)p.group);
@@ -45,6 +46,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_con
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int warp_m = warp / 2 * WARP_TILE, warp_n = warp % 2 * WARP_TILE;
 
+  terms.fill(p, tile.item, m, n, threadIdx.x, THREADS);
   int acc[BLOCKS][4 * FRAGMENTS] = {};
   Lines next_a, next_b;
   next_a.load(from_a, m, a_lines);
@@ -75,5 +77,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_con
     }
     __syncthreads();
   }
-  Results(p, tile.item).store_fragments<BLOCKS, FRAGMENTS>(m + warp_m, 16, n + warp_n, acc);
+  Results<TILE, TILE>(p, terms, tile.item, m, n)
+      .store_fragments<BLOCKS, FRAGMENTS>(warp_m, 16, warp_n, acc);
 }

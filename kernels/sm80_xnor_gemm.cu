@@ -47,6 +47,7 @@ __device__ __forceinline__ void multiply_16x8(int* d, const u32* a, const u32* b
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) xnor_gemm(const __grid_constant__ Product p) {
   extern __shared__ __align__(1024) unsigned char raw[];
+  __shared__ Terms<TILE_M, TILE_N> terms;
   const u32 slots = (u32)__cvta_generic_to_shared(raw);
   const Tile tile(blockIdx.x, (u32)((p.m + TILE_M - 1) / TILE_M), (u32)((p.n + TILE_N - 1) / TILE_N),
                   (u32)p.group);
@@ -76,6 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) xnor_gemm(const __grid_
   const int a_line = warp_m + (lane & 15), a_piece = lane >> 4;
   const int b_line = warp_n + (lane & 7) + (lane >> 4) * 8, b_piece = (lane >> 3) & 1;
 
+  terms.fill(p, tile.item, m, n, threadIdx.x, THREADS);
   int acc[BLOCKS_M][4 * BLOCKS_N] = {};
   for (int i = 0; i < STAGES - 1; i++) fetch();
   for (int chunk = 0; chunk < chunks; chunk++) {
@@ -101,5 +103,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) xnor_gemm(const __grid_
     }
   }
   asm volatile("cp.async.wait_group 0;" ::: "memory");
-  Results(p, tile.item).store_fragments<BLOCKS_M, BLOCKS_N>(m + warp_m, 16, n + warp_n, acc);
+  Results<TILE_M, TILE_N>(p, terms, tile.item, m, n)
+      .store_fragments<BLOCKS_M, BLOCKS_N>(warp_m, 16, warp_n, acc);
 }

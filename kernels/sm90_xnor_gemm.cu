@@ -1,13 +1,15 @@
 // The 1-bit product on Hopper's tensor cores: wgmma b1 and.popc, 64 x N x 256 bits an instruction.
 //
-// A block computes tiles of TILE_M x TILE_N results, one after the other, until none is left. One
-// warp feeds it: a thread keeps STAGES slots of shared memory filled with 1024 bits of K each, by
-// bulk copies of memory that is already laid out as the tensor cores read it (layout.cuh). CONSUMERS
-// warpgroups own 64 * BLOCKS_M lines of the tile each, with the accumulators in registers. While
-// they write a tile out, the next tile's slots are already being filled.
+// A block computes tiles of TILE_M x TILE_N results, one after the other, until none is left. The
+// first warpgroup feeds it: a thread keeps STAGES slots of shared memory filled with 1024 bits of K
+// each, by bulk copies of memory that is already laid out as the tensor cores read it (layout.cuh);
+// its second warp brings the terms of a tile's rows and columns. CONSUMERS warpgroups own
+// 64 * BLOCKS_M lines of the tile each, with the accumulators in registers. While they write a tile
+// out, the next tile's slots are already being filled.
 //
-// Shared memory: STAGES x (TILE_M + TILE_N) lines of 128 bytes, then two barriers a stage: `full`
-// counts in the bytes of a slot, `empty` the warpgroups that have read it.
+// Shared memory: STAGES x (TILE_M + TILE_N) lines of 128 bytes; two barriers a stage, where `full`
+// counts in the bytes of a slot and `empty` the warpgroups that have read it; two for the terms; the
+// terms.
 //
 // What bounds it: the tensor cores do 32,768 bit products a clock, for which a tile needs
 // 4096 (1/TILE_M + 1/TILE_N) bytes a clock from the L2 cache, which has about 30 for each SM. So
@@ -40,13 +42,13 @@ static_assert(TILE_M % (8 * CLUSTER_N) == 0 && TILE_N % (8 * CLUSTER_M) == 0, "w
 constexpr int PRODUCER_REGISTERS = 40;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 232 : CONSUMERS == 2 ? 232 : 152;
 
-struct Slots {
-  u32 data, full, empty;  // addresses
-  __device__ __forceinline__ explicit Slots(unsigned char* raw) {
-    data = (shared_address(raw) + 1023) & ~1023u;
-    full = data + STAGES * SLOT_BYTES;
-    empty = full + STAGES * 8;
-  }
+typedef Terms<TILE_M, TILE_N> TileTerms;
+typedef Results<TILE_M, TILE_N> TileResults;
+
+struct Shared {
+  unsigned char slots[STAGES][SLOT_BYTES];
+  u64 full[STAGES], empty[STAGES], terms_full, terms_empty;
+  TileTerms terms;
 };
 
 // A position in the ring of slots: which one, and the parity of its barriers.
@@ -89,10 +91,14 @@ struct Work {
   }
 };
 
-__device__ __forceinline__ void produce(const Product& p, const Work& work, const Slots& slots,
+// This block's place in a cluster that shares tiles; blocks that split K have the same tile.
+__device__ __forceinline__ int rank_in_m(int rank) { return SPLIT_K > 1 ? 0 : rank % CLUSTER_M; }
+__device__ __forceinline__ int rank_in_n(int rank) { return SPLIT_K > 1 ? 0 : rank / CLUSTER_M; }
+
+__device__ __forceinline__ void produce(const Product& p, const Work& work, Shared& shared,
                                         int rank, u32 worker, u32 workers) {
   const u32 a_lines = (u32)round_up_to_eight(p.m), b_lines = (u32)round_up_to_eight(p.n);
-  const int rank_m = rank % CLUSTER_M, rank_n = rank / CLUSTER_M;
+  const int rank_m = rank_in_m(rank), rank_n = rank_in_n(rank);
   unsigned short a_blocks = 0, b_blocks = 0;
   for (int i = 0; i < CLUSTER_N; i++) a_blocks |= 1 << (rank_m + CLUSTER_M * i);
   for (int i = 0; i < CLUSTER_M; i++) b_blocks |= 1 << (rank_n * CLUSTER_M + i);
@@ -109,8 +115,9 @@ __device__ __forceinline__ void produce(const Product& p, const Work& work, cons
         p.b + (tile.item * p.b_step * p.chunks + begin) * b_lines * CHUNK_PIECES,
         (tile.n * CLUSTER_N + rank_n) * TILE_N, b_lines, rank_m);
     for (int chunk = begin; chunk < end; chunk++) {
-      const u32 full = slots.full + 8 * turn.slot, data = slots.data + turn.slot * SLOT_BYTES;
-      barrier_wait(slots.empty + 8 * turn.slot, turn.parity ^ 1);
+      const u32 full = shared_address(&shared.full[turn.slot]);
+      const u32 data = shared_address(shared.slots[turn.slot]);
+      barrier_wait(shared_address(&shared.empty[turn.slot]), turn.parity ^ 1);
       barrier_expect(full, a.arrives + b.arrives);
       a.load(data, full, rank_n, a_blocks);
       b.load(data + A_BYTES, full, rank_m, b_blocks);
@@ -121,23 +128,39 @@ __device__ __forceinline__ void produce(const Product& p, const Work& work, cons
   }
 }
 
+// Bring the terms of each tile, once the consumers have let go of the last tile's. For one warp.
+__device__ __forceinline__ void bring_terms(const Product& p, const Work& work, Shared& shared, int rank,
+                                            u32 worker, u32 workers) {
+  int parity = 0;
+  for (u32 t = worker; t < work.count; t += workers) {
+    const Tile tile(t, work.tiles_m, work.tiles_n, (u32)p.group);
+    barrier_wait(shared_address(&shared.terms_empty), parity ^ 1);
+    shared.terms.fill(p, tile.item, (i64)(tile.m * CLUSTER_M + rank_in_m(rank)) * TILE_M,
+                      (i64)(tile.n * CLUSTER_N + rank_in_n(rank)) * TILE_N, threadIdx.x & 31, 32);
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared.terms_full));
+    parity ^= 1;
+  }
+}
+
 // Tell the blocks that write into this slot that one more warpgroup here has read it.
-__device__ __forceinline__ void release(const Slots& slots, int slot) {
+__device__ __forceinline__ void release(Shared& shared, int slot) {
   const int thread = threadIdx.x & 127;
+  const u32 empty = shared_address(&shared.empty[slot]);
   if constexpr (CLUSTER == 1) {
-    if (thread == 0) barrier_arrive(slots.empty + 8 * slot);
+    if (thread == 0) barrier_arrive(empty);
   } else {
-    if (thread < CLUSTER) barrier_arrive_at(slots.empty + 8 * slot, thread);
+    if (thread < CLUSTER) barrier_arrive_at(empty, thread);
   }
 }
 
 // Multiply `chunks` slots into the accumulators of consumer `wg`.
-__device__ __forceinline__ void multiply(int (&acc)[BLOCKS_M][ACC], const Slots& slots, Turn& turn,
+__device__ __forceinline__ void multiply(int (&acc)[BLOCKS_M][ACC], Shared& shared, Turn& turn,
                                          int chunks, int wg) {
   int last = 0;
   for (int chunk = 0; chunk < chunks; chunk++) {
-    barrier_wait(slots.full + 8 * turn.slot, turn.parity);
-    const u32 data = slots.data + turn.slot * SLOT_BYTES;
+    barrier_wait(shared_address(&shared.full[turn.slot]), turn.parity);
+    const u32 data = shared_address(shared.slots[turn.slot]);
     const u64 a = operand_descriptor(data + wg * ROWS * CHUNK_BYTES);
     const u64 b = operand_descriptor(data + A_BYTES);
     wgmma_fence();
@@ -150,23 +173,23 @@ __device__ __forceinline__ void multiply(int (&acc)[BLOCKS_M][ACC], const Slots&
     wgmma_commit();
     // One group stays in flight; the one before it has let go of its slot.
     wgmma_wait<1>();
-    if (chunk) release(slots, last);
+    if (chunk) release(shared, last);
     last = turn.slot;
     turn.next();
   }
   wgmma_wait<0>();
-  if (chunks) release(slots, last);
+  release(shared, last);
 }
 
 #if SPLIT_K > 1
 // Add up the parts of a tile over the cluster: each block sums and stores an equal share of rows.
-// For the consumers; the producer's warps join the two barriers of the cluster on their own.
-__device__ __forceinline__ void store_split(const int (&acc)[BLOCKS_M][ACC], const Product& p,
-                                            const Results& results, const Slots& slots, i64 m, i64 n,
-                                            int rank, int wg) {
+// For the consumers; the producer's warps join the barrier of the cluster on their own.
+__device__ __forceinline__ void store_split(const int (&acc)[BLOCKS_M][ACC], Shared& shared,
+                                            const TileResults& results, int rank, int wg) {
   constexpr int STRIDE = TILE_N + 8;  // keeps the eight rows of a store in different banks
   static_assert(TILE_M * STRIDE * 4 <= STAGES * SLOT_BYTES, "the parts replace the slots");
   const int lane = threadIdx.x & 31, warp = (threadIdx.x & 127) >> 5;
+  const u32 parts = shared_address(shared.slots);
   // The other consumers must have read their last slot before parts are written over it.
   asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * 128) : "memory");
 #pragma unroll
@@ -174,7 +197,7 @@ __device__ __forceinline__ void store_split(const int (&acc)[BLOCKS_M][ACC], con
 #pragma unroll
     for (int i = 0; i < ACC; i += 2) {
       const int row = wg * ROWS + block * 64 + warp * 16 + (lane >> 2) + (i & 2) * 4;
-      const u32 to = slots.data + (row * STRIDE + (i >> 2) * 8 + 2 * (lane & 3)) * 4;
+      const u32 to = parts + (row * STRIDE + (i >> 2) * 8 + 2 * (lane & 3)) * 4;
       asm volatile("st.shared.v2.s32 [%0], {%1, %2};" ::"r"(to), "r"(acc[block][i]),
                    "r"(acc[block][i + 1]) : "memory");
     }
@@ -184,33 +207,30 @@ __device__ __forceinline__ void store_split(const int (&acc)[BLOCKS_M][ACC], con
 #if OUTPUT == OUTPUT_PACKED
   // A warp sums 32 neighbours in a row, which are one word of the result.
   static_assert(TILE_N % 32 == 0, "whole words");
-  for (int word = wg * 4 + warp; word < rows * (TILE_N / 32); word += CONSUMERS * 4) {
-    const int row = first + word / (TILE_N / 32), col = word % (TILE_N / 32) * 32 + lane;
+  for (int i = wg * 4 + warp; i < rows * (TILE_N / 32); i += CONSUMERS * 4) {
+    const int row = first + i / (TILE_N / 32), w = i % (TILE_N / 32), col = w * 32 + lane;
     int sum = 0;
 #pragma unroll
     for (int block = 0; block < SPLIT_K; block++)
-      sum += load_from_block(slots.data + (row * STRIDE + col) * 4, block);
-    const int value = Results::product(results.row_term(m + row), results.col_term(n + col), sum);
-    const u32 bits = __ballot_sync(0xffffffffu, (value >= results.threshold(n + col)) ^
-                                                    results.flips(n + col)) &
-                     results.columns_left(n + col - lane);
+      sum += load_from_block(parts + (row * STRIDE + col) * 4, block);
+    const int value = results.product(shared.terms.row[row], shared.terms.col[col], sum);
+    const u32 bits = results.word_of_signs(w, __ballot_sync(0xffffffffu, value < 0));
     if (lane == 0) {
-      results.store_word(m + row, (n + col) / 32, bits);
-      results.count(m + row, __popc(bits));
+      results.store_word(row, w, bits);
+      results.count(row, __popc(bits));
     }
   }
 #else
   // Neighbouring threads store neighbours in the caller's memory, whichever way round it is.
-  const bool along_rows = p.out_row == 1;
+  const bool along_rows = results.p.out_row == 1;
   for (int i = wg * 128 + (threadIdx.x & 127); i < rows * TILE_N; i += CONSUMERS * 128) {
     const int row = first + (along_rows ? i % rows : i / TILE_N);
     const int col = along_rows ? i / rows : i % TILE_N;
     int sum = 0;
 #pragma unroll
     for (int block = 0; block < SPLIT_K; block++)
-      sum += load_from_block(slots.data + (row * STRIDE + col) * 4, block);
-    results.store(m + row, n + col,
-                  Results::product(results.row_term(m + row), results.col_term(n + col), sum));
+      sum += load_from_block(parts + (row * STRIDE + col) * 4, block);
+    results.store(row, col, sum);
   }
 #endif
 }
@@ -219,27 +239,30 @@ __device__ __forceinline__ void store_split(const int (&acc)[BLOCKS_M][ACC], con
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __cluster_dims__(SPLIT_K > 1 ? SPLIT_K : CLUSTER, 1, 1)
     xnor_gemm(const __grid_constant__ Product p) {
-  extern __shared__ unsigned char raw[];
-  const Slots slots(raw);
-  const int wg = (int)(threadIdx.x >> 7) - 1;  // -1: the producer
+  extern __shared__ __align__(1024) unsigned char raw[];
+  Shared& shared = *(Shared*)raw;
+  const int wg = (int)(threadIdx.x >> 7) - 1, warp = (threadIdx.x & 127) >> 5;  // wg -1: producer
   constexpr bool clustered = CLUSTER > 1 || SPLIT_K > 1;
-  const int rank = clustered ? cluster_rank() : 0;
   constexpr int BLOCKS = SPLIT_K > 1 ? SPLIT_K : CLUSTER;
+  const int rank = clustered ? cluster_rank() : 0;
   const u32 worker = blockIdx.x / BLOCKS, workers = gridDim.x / BLOCKS;
   const Work work(p);
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
-      barrier_init(slots.full + 8 * i, 1);
-      barrier_init(slots.empty + 8 * i, CONSUMERS * CLUSTER);
+      barrier_init(shared_address(&shared.full[i]), 1);
+      barrier_init(shared_address(&shared.empty[i]), CONSUMERS * CLUSTER);
     }
+    barrier_init(shared_address(&shared.terms_full), 1);
+    barrier_init(shared_address(&shared.terms_empty), CONSUMERS * 4);
     barrier_init_fence();
   }
   if constexpr (clustered) cluster_sync(); else __syncthreads();
 
   if (wg < 0) {
     if constexpr (SPLIT_K == 1) give_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0) produce(p, work, slots, rank, worker, workers);
+    if (threadIdx.x == 0) produce(p, work, shared, rank, worker, workers);
+    if (warp == 1) bring_terms(p, work, shared, rank, worker, workers);
     __syncwarp();
     if constexpr (SPLIT_K > 1) cluster_sync();
   } else {
@@ -250,21 +273,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     // block has at least one chunk, which the caller sees to.
     int acc[BLOCKS_M][ACC];
     const Tile tile(worker, work.tiles_m, work.tiles_n, (u32)p.group);
-    multiply(acc, slots, turn, (int)(p.chunks * (rank + 1) / SPLIT_K - p.chunks * rank / SPLIT_K), wg);
-    store_split(acc, p, Results(p, tile.item), slots, (i64)tile.m * TILE_M, (i64)tile.n * TILE_N, rank,
-                wg);
+    multiply(acc, shared, turn,
+             (int)(p.chunks * (rank + 1) / SPLIT_K - p.chunks * rank / SPLIT_K), wg);
+    barrier_wait(shared_address(&shared.terms_full), 0);
+    store_split(acc, shared,
+                TileResults(p, shared.terms, tile.item, (i64)tile.m * TILE_M, (i64)tile.n * TILE_N),
+                rank, wg);
 #else
-    const int rank_m = rank % CLUSTER_M, rank_n = rank / CLUSTER_M;
-    const int warp = (threadIdx.x & 127) >> 5;
     if (STAGGER && wg > 0 && worker < work.count && p.chunks > STAGGER)
-      barrier_wait(slots.full + 8 * STAGGER, 0);
+      barrier_wait(shared_address(&shared.full[STAGGER]), 0);
+    int parity = 0;
     for (u32 t = worker; t < work.count; t += workers) {
       int acc[BLOCKS_M][ACC];
+      multiply(acc, shared, turn, (int)p.chunks, wg);
       const Tile tile(t, work.tiles_m, work.tiles_n, (u32)p.group);
-      multiply(acc, slots, turn, (int)p.chunks, wg);
-      const i64 m = (i64)(tile.m * CLUSTER_M + rank_m) * TILE_M + wg * ROWS + warp * 16;
-      const i64 n = (i64)(tile.n * CLUSTER_N + rank_n) * TILE_N;
-      Results(p, tile.item).store_fragments<BLOCKS_M, TILE_N / 8>(m, 64, n, acc);
+      barrier_wait(shared_address(&shared.terms_full), parity);
+      TileResults(p, shared.terms, tile.item, (i64)(tile.m * CLUSTER_M + rank_in_m(rank)) * TILE_M,
+                  (i64)(tile.n * CLUSTER_N + rank_in_n(rank)) * TILE_N)
+          .store_fragments<BLOCKS_M, TILE_N / 8>(wg * ROWS + warp * 16, 64, 0, acc);
+      __syncwarp();
+      if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared.terms_empty));
+      parity ^= 1;
     }
 #endif
   }

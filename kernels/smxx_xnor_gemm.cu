@@ -15,6 +15,7 @@ __device__ __forceinline__ void load_lines(uint4* to, const uint4* words, i64 fi
 
 extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_constant__ Product p) {
   __shared__ uint4 a[TILE * CHUNK_PIECES], b[TILE * CHUNK_PIECES];
+  __shared__ Terms<TILE, TILE> terms;
   const Tile tile(blockIdx.x, (u32)((p.m + TILE - 1) / TILE), (u32)((p.n + TILE - 1) / TILE),
                   (u32)p.group);
   const i64 m = (i64)tile.m * TILE, n = (i64)tile.n * TILE;
@@ -23,6 +24,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_con
   const uint4* from_b = p.b + tile.item * p.b_step * p.chunks * b_lines * CHUNK_PIECES;
   const int tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
 
+  terms.fill(p, tile.item, m, n, threadIdx.x, THREADS);
   int acc[EACH][EACH] = {};
   for (i64 chunk = 0; chunk < p.chunks; chunk++) {
     load_lines(a, from_a + chunk * a_lines * CHUNK_PIECES, m, a_lines);
@@ -46,11 +48,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_con
     __syncthreads();
   }
 
-  const Results results(p, tile.item);
+  const Results<TILE, TILE> results(p, terms, tile.item, m, n);
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
-    const i64 row = m + ty + SIDE * i;
-    const int row_term = results.row_term(row);
+    const int row = ty + SIDE * i;
 #if OUTPUT == OUTPUT_PACKED
     int ones = 0;
 #pragma unroll
@@ -59,24 +60,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_con
       u32 half[2];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const i64 col = n + 32 * w + SIDE * h + tx;
-        const int value = Results::product(row_term, results.col_term(col), acc[i][2 * w + h]);
-        half[h] = __ballot_sync(0xffffffffu,
-                                (value >= results.threshold(col)) ^ results.flips(col));
+        const int value = results.product(terms.row[row], terms.col[32 * w + SIDE * h + tx],
+                                          acc[i][2 * w + h]);
+        half[h] = __ballot_sync(0xffffffffu, value < 0) >> (threadIdx.x & 16);
       }
-      const int shift = threadIdx.x & 16;
-      const u32 word = (((half[0] >> shift) & 0xffffu) | ((half[1] >> shift) << 16)) &
-                       results.columns_left(n + 32 * w);
-      if (tx == 0) results.store_word(row, n / 32 + w, word);
+      const u32 word = results.word_of_signs(w, (half[0] & 0xffffu) | (half[1] << 16));
+      if (tx == 0) results.store_word(row, w, word);
       ones += __popc(word);
     }
     if (tx == 0) results.count(row, ones);
 #else
 #pragma unroll
-    for (int j = 0; j < EACH; j++) {
-      const i64 col = n + tx + SIDE * j;
-      results.store(row, col, Results::product(row_term, results.col_term(col), acc[i][j]));
-    }
+    for (int j = 0; j < EACH; j++) results.store(row, tx + SIDE * j, acc[i][j]);
 #endif
   }
 }

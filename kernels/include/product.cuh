@@ -61,30 +61,6 @@ typedef unsigned short out_t;
 typedef int out_t;
 #endif
 
-template <typename T> struct alignas(2 * sizeof(T)) Pair { T x, y; };
-
-// Loads and stores of an epilogue keep their order: a compiler that is free to move them loads the
-// terms of a whole tile first, and spills accumulators to make room for them.
-__device__ __forceinline__ int load_in_turn(const int* from) {
-  int value;
-  asm volatile("ld.global.nc.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
-  return value;
-}
-__device__ __forceinline__ u32 load_in_turn(const unsigned char* from) {
-  u32 value;
-  asm volatile("ld.global.nc.u8 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
-  return value;
-}
-__device__ __forceinline__ void store_in_turn(int* to, int v) {
-  asm volatile("st.global.s32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
-}
-__device__ __forceinline__ void store_in_turn(float* to, float v) {
-  asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(v) : "memory");
-}
-__device__ __forceinline__ void store_in_turn(unsigned short* to, unsigned short v) {
-  asm volatile("st.global.u16 [%0], %1;" ::"l"(to), "h"(v) : "memory");
-}
-
 #if OUTPUT != OUTPUT_INT32 && OUTPUT != OUTPUT_PACKED
 __device__ __forceinline__ out_t round_to_output(float v) {
 #if OUTPUT == OUTPUT_FLOAT32
@@ -102,199 +78,228 @@ __device__ __forceinline__ out_t round_to_output(float v) {
 }
 #endif
 
-// Results of one batch item, with the pointers moved to it.
-struct Results {
+// The terms of a tile's rows and columns, in shared memory: what an epilogue adds to accumulators.
+template <int HEIGHT, int WIDTH> struct Terms {
+  int row[HEIGHT];  // K - 2 popcount(a_row)
+  int col[WIDTH];  // -2 popcount(b_col); OUTPUT_PACKED: minus the threshold
+#if OUTPUT == OUTPUT_PACKED
+  u32 flip[(WIDTH + 31) / 32];
+#elif SCALED
+  // What is left out is 1 to multiply with and -0 to add: both change nothing.
+  float row_scale[HEIGHT], col_scale[WIDTH], row_bias[HEIGHT], col_bias[WIDTH];
+#endif
+
+  // Filled by whole warps, `threads` threads in all, from the tile's first row and column.
+  __device__ __forceinline__ void fill(const Product& p, i64 item, i64 m, i64 n, int thread,
+                                       int threads) {
+    const int* pop_a = p.pop_a + item * p.a_step * p.m;
+    const int* pop_b = p.pop_b + item * p.b_step * p.n;
+    for (int i = thread; i < HEIGHT; i += threads)
+      row[i] = (int)p.k - (!XOR_ACC && m + i < p.m ? 2 * __ldg(pop_a + m + i) : 0);
+    for (int i = thread; i < (WIDTH + 31) / 32 * 32; i += threads) {
+      const bool exists = n + i < p.n;
+      int term = !XOR_ACC && exists ? -2 * __ldg(pop_b + n + i) : 0;
+#if OUTPUT == OUTPUT_PACKED
+      // No product exceeds K: with the threshold held to [-K, K + 1] their difference fits an int32
+      // for every K below 2**30.
+      if (p.threshold && exists)
+        term -= (int)max(-p.k, min(p.k + 1, (i64)__ldg(p.threshold + n + i)));
+      const u32 flips = __ballot_sync(0xffffffffu, p.flip && exists && __ldg(p.flip + n + i));
+      if ((i & 31) == 0) flip[i / 32] = flips;
+#endif
+      if (i < WIDTH) col[i] = term;
+    }
+#if OUTPUT != OUTPUT_PACKED && SCALED
+    const float* rows = p.row_scale ? p.row_scale + item * p.row_scale_batch : nullptr;
+    const float* cols = p.col_scale ? p.col_scale + item * p.col_scale_batch : nullptr;
+    const float* bias = p.bias ? p.bias + item * p.bias_batch : nullptr;
+    for (int i = thread; i < HEIGHT; i += threads) {
+      row_scale[i] = rows && m + i < p.m ? rows[m + i] : 1.0f;
+      row_bias[i] = bias && p.swapped && m + i < p.m ? bias[m + i] : -0.0f;
+    }
+    for (int i = thread; i < WIDTH; i += threads) {
+      col_scale[i] = cols && n + i < p.n ? cols[n + i] : 1.0f;
+      col_bias[i] = bias && !p.swapped && n + i < p.n ? bias[n + i] : -0.0f;
+    }
+#endif
+  }
+};
+
+// Loads and stores of an epilogue keep their order: a compiler that is free to move them loads the
+// terms of a whole tile first, and spills accumulators to make room for them.
+__device__ __forceinline__ int2 load_pair_in_turn(const int* from) {
+  int2 v;
+  asm volatile("ld.shared.v2.s32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y) : "r"((u32)__cvta_generic_to_shared(from)) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_in_turn(int* to, int v) {
+  asm volatile("st.global.s32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+}
+__device__ __forceinline__ void store_in_turn(float* to, float v) {
+  asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(v) : "memory");
+}
+__device__ __forceinline__ void store_in_turn(unsigned short* to, unsigned short v) {
+  asm volatile("st.global.u16 [%0], %1;" ::"l"(to), "h"(v) : "memory");
+}
+
+// The results of one tile: from accumulators to the caller's memory.
+template <int HEIGHT, int WIDTH> struct Results {
   const Product& p;
-  const int* pop_a;
-  const int* pop_b;
-  out_t* out;
-  const float* row_scale;
-  const float* col_scale;
-  const float* bias;
-  i64 item;
+  const Terms<HEIGHT, WIDTH>& terms;
+  const i64 item, m, n;  // of the batch, and the tile's first row and column
+  out_t* const out;      // the tile's first result
 
-  __device__ __forceinline__ Results(const Product& product, i64 batch_item)
-      : p(product), item(batch_item) {
-    pop_a = p.pop_a + item * p.a_step * p.m;
-    pop_b = p.pop_b + item * p.b_step * p.n;
-    out = (out_t*)p.out + item * p.out_batch;
-#if SCALED
-    row_scale = p.row_scale ? p.row_scale + item * p.row_scale_batch : nullptr;
-    col_scale = p.col_scale ? p.col_scale + item * p.col_scale_batch : nullptr;
-    bias = p.bias ? p.bias + item * p.bias_batch : nullptr;
-#endif
-  }
+  __device__ __forceinline__ Results(const Product& product, const Terms<HEIGHT, WIDTH>& tile_terms,
+                                     i64 batch_item, i64 first_row, i64 first_col)
+      : p(product), terms(tile_terms), item(batch_item), m(first_row), n(first_col),
+        out((out_t*)product.out + batch_item * product.out_batch + first_row * product.out_row +
+            first_col * product.out_col) {}
 
-  // The part of the product that depends on the row alone; 0 outside the matrix.
-  __device__ __forceinline__ int row_term(i64 row) const {
-#if XOR_ACC
-    return (int)p.k;
-#else
-    return row < p.m ? (int)p.k - 2 * __ldg(pop_a + row) : 0;
-#endif
-  }
-  // The part that depends on the column alone.
-  __device__ __forceinline__ int col_term(i64 col) const {
-#if XOR_ACC
-    return 0;
-#else
-    return col < p.n ? -2 * load_in_turn(pop_b + col) : 0;
-#endif
-  }
+  // The product, or OUTPUT_PACKED: the product minus its threshold.
   static __device__ __forceinline__ int product(int row_term, int col_term, int acc) {
 #if XOR_ACC
-    return (int)((u32)row_term - 2u * (u32)acc);
+    return (int)((u32)row_term + (u32)col_term - 2u * (u32)acc);
 #else
     return (int)((u32)row_term + (u32)col_term + 4u * (u32)acc);
 #endif
   }
 
 #if OUTPUT != OUTPUT_PACKED
-  __device__ __forceinline__ out_t value(i64 row, i64 col, int product) const {
+  // The result of a product; rows and columns count from the tile's first.
+  __device__ __forceinline__ out_t value(int row, int col, int product) const {
 #if OUTPUT == OUTPUT_INT32
     return product;
 #else
     float v = __int2float_rn(product);
 #if SCALED
     // The caller's rows come first, whichever side they are on here: rounding depends on order.
-    const float r = row_scale ? row_scale[row] : 1.0f, c = col_scale ? col_scale[col] : 1.0f;
+    const float r = terms.row_scale[row], c = terms.col_scale[col];
     v = __fmul_rn(__fmul_rn(v, p.swapped ? c : r), p.swapped ? r : c);
-    if (bias) v = __fadd_rn(v, bias[p.swapped ? row : col]);
+    v = __fadd_rn(__fadd_rn(v, terms.row_bias[row]), terms.col_bias[col]);
 #endif
     return round_to_output(v);
 #endif
   }
 
-  __device__ __forceinline__ void store(i64 row, i64 col, int product) const {
-    if (row < p.m && col < p.n)
-      out[row * p.out_row + col * p.out_col] = value(row, col, product);
+  __device__ __forceinline__ void store(int row, int col, int acc) const {
+    if (m + row < p.m && n + col < p.n)
+      out[row * p.out_row + col * p.out_col] =
+          value(row, col, product(terms.row[row], terms.col[col], acc));
   }
 
   // Two neighbours of one row in one store. Results are written once and not read here: they should
   // not push the operands out of the L2 cache.
   static __device__ __forceinline__ void store_pair(out_t* to, out_t x, out_t y) {
-    const Pair<out_t> both = {x, y};
     if constexpr (sizeof(out_t) == 4)
-      asm volatile("st.global.cs.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(*(const u32*)&both.x),
-                   "r"(*(const u32*)&both.y) : "memory");
+      asm volatile("st.global.cs.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(*(const u32*)&x),
+                   "r"(*(const u32*)&y) : "memory");
     else
-      asm volatile("st.global.cs.b32 [%0], %1;" ::"l"(to), "r"(*(const u32*)&both) : "memory");
-  }
-
-  // Whether all of a warp's fragments lie in the matrix and neighbours can be stored together.
-  __device__ __forceinline__ bool whole(i64 row, i64 col, int rows, int columns) const {
-    return row + rows <= p.m && col + columns <= p.n && p.out_col == 1 && (p.out_row & 1) == 0 &&
-           ((u64)out & (2 * sizeof(out_t) - 1)) == 0;
+      asm volatile("st.global.cs.b32 [%0], %1;" ::"l"(to), "r"((u32)x | (u32)y << 16) : "memory");
   }
 #else
-  // A column's threshold and whether its bit is flipped; outside the matrix anything that is safe
-  // to load, since columns_left clears those bits.
-  __device__ __forceinline__ int threshold(i64 col) const {
-    return p.threshold && col < p.n ? load_in_turn(p.threshold + col) : 0;
-  }
-  __device__ __forceinline__ u32 flips(i64 col) const {
-    return p.flip && col < p.n ? load_in_turn(p.flip + col) : 0;
-  }
-  // Mask of the word whose first column is `col`: a bit for each column of the matrix.
-  __device__ __forceinline__ u32 columns_left(i64 col) const {
-    const i64 left = p.n - col;
-    return left >= 32 ? 0xffffffffu : left <= 0 ? 0u : (1u << left) - 1;
-  }
-
-  // Store word w (32 columns) of a row; the caller stores each word once.
-  __device__ __forceinline__ void store_word(i64 row, i64 w, u32 bits) const {
-    const i64 chunks = (p.n + CHUNK_BITS - 1) / CHUNK_BITS;
-    if (row >= p.m || w >= chunks * CHUNK_WORDS) return;
+  // Store word w (32 columns) of a row of the tile; the caller stores each word once.
+  __device__ __forceinline__ void store_word(int row, int w, u32 bits) const {
+    const u32 chunks = (u32)((p.n + CHUNK_BITS - 1) / CHUNK_BITS), word = (u32)(n / 32) + w;
+    const i64 line = m + row;
+    if (line >= p.m || word >= chunks * CHUNK_WORDS) return;
     u32* to = (u32*)p.out +
-              line_chunk(item, chunks, w / CHUNK_WORDS, round_up_to_eight(p.m), row);
-    to[swizzled_word(row, (int)(w % CHUNK_WORDS))] = bits;
+              line_chunk(item, chunks, word / CHUNK_WORDS, round_up_to_eight(p.m), line);
+    to[swizzled_word(line, word % CHUNK_WORDS)] = bits;
   }
-  __device__ __forceinline__ void count(i64 row, int ones) const {
-    if (row < p.m && ones) atomicAdd(p.out_pop + item * p.m + row, ones);
+  __device__ __forceinline__ void count(int row, int ones) const {
+    if (m + row < p.m && ones) atomicAdd(p.out_pop + item * p.m + m + row, ones);
+  }
+  // The bits of word w of the tile from the signs of (product - threshold): 1 for a negative one.
+  __device__ __forceinline__ u32 word_of_signs(int w, u32 negative) const {
+    const i64 left = p.n - n - 32 * w;
+    const u32 exist = left >= 32 ? 0xffffffffu : left <= 0 ? 0u : (1u << left) - 1;
+    return (~negative ^ terms.flip[w]) & exist;
   }
 #endif
 
   // Store a warp's accumulators: FRAGMENTS of the tensor cores side by side, for BLOCKS times 16
   // rows that lie `block_rows` apart. Of 16 rows a lane holds lane / 4 and lane / 4 + 8, and of
-  // eight columns 2 (lane % 4) and the next (PTX ISA, matrix fragments of mma.m16n8k256). A few
-  // fragments at a time: a group's loads are in flight together, and nothing is kept for the next.
+  // eight columns 2 (lane % 4) and the next (PTX ISA, matrix fragments of mma.m16n8k256).
   template <int BLOCKS, int FRAGMENTS>
-  __device__ __forceinline__ void store_fragments(i64 row, int block_rows, i64 col,
+  __device__ __forceinline__ void store_fragments(int row, int block_rows, int col,
                                                   const int (&acc)[BLOCKS][4 * FRAGMENTS]) const {
     constexpr int ROWS = 2 * BLOCKS;
     const int lane = threadIdx.x & 31, quad = lane & 3;
-    const i64 first = row + (lane >> 2), c0 = col + 2 * quad;
+    const int r0 = row + (lane >> 2), c0 = col + 2 * quad;
     int t[ROWS];
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) t[r] = row_term(first + r / 2 * block_rows + r % 2 * 8);
+    for (int r = 0; r < ROWS; r++) t[r] = terms.row[r0 + r / 2 * block_rows + r % 2 * 8];
 #if OUTPUT != OUTPUT_PACKED
-    constexpr int GROUP = FRAGMENTS < 2 ? 1 : 2;
-    out_t* to = out + first * p.out_row + c0 * p.out_col;
-    const bool all = whole(row, col, (BLOCKS - 1) * block_rows + 16, 8 * FRAGMENTS);
+    out_t* to = out + r0 * p.out_row + c0 * p.out_col;
+    // Whether the warp's part lies in the matrix, and neighbours can be stored together.
+    const bool whole = m + row + (BLOCKS - 1) * block_rows + 16 <= p.m &&
+                       n + col + 8 * FRAGMENTS <= p.n && p.out_col == 1 && (p.out_row & 1) == 0 &&
+                       ((u64)to & (2 * sizeof(out_t) - 1)) == 0;
+    if (whole) {
 #pragma unroll
-    for (int g = 0; g < FRAGMENTS; g += GROUP) {
-      int u[2 * GROUP];
+      for (int j = 0; j < FRAGMENTS; j++) {
+        const int2 u = load_pair_in_turn(terms.col + c0 + 8 * j);
 #pragma unroll
-      for (int i = 0; i < 2 * GROUP; i++) u[i] = col_term(c0 + 8 * (g + i / 2) + i % 2);
-      if (all) {
+        for (int r = 0; r < ROWS; r++) {
+          const int down = r / 2 * block_rows + r % 2 * 8;
+          const int* d = acc[r / 2] + 4 * j + r % 2 * 2;
+          store_pair(to + down * p.out_row, value(r0 + down, c0 + 8 * j, product(t[r], u.x, d[0])),
+                     value(r0 + down, c0 + 8 * j + 1, product(t[r], u.y, d[1])));
+        }
+        to += 8;
+      }
+    } else {
 #pragma unroll
-        for (int i = 0; i < GROUP; i++)
+      for (int j = 0; j < FRAGMENTS; j++) {
+        const int2 u = load_pair_in_turn(terms.col + c0 + 8 * j);
 #pragma unroll
-          for (int r = 0; r < ROWS; r++) {
-            const i64 at = first + r / 2 * block_rows + r % 2 * 8, c = c0 + 8 * (g + i);
-            const int* d = acc[r / 2] + 4 * (g + i) + r % 2 * 2;
-            store_pair(to + (r / 2 * block_rows + r % 2 * 8) * p.out_row + 8 * i, value(at, c, product(t[r], u[2 * i], d[0])),
-                       value(at, c + 1, product(t[r], u[2 * i + 1], d[1])));
-          }
-        to += 8 * GROUP;
-      } else {
-#pragma unroll
-        for (int i = 0; i < 2 * GROUP; i++)
+        for (int i = 0; i < 2; i++) {
+          const int c = c0 + 8 * j + i;
 #pragma unroll
           for (int r = 0; r < ROWS; r++) {
             const int down = r / 2 * block_rows + r % 2 * 8;
-            const i64 c = c0 + 8 * (g + i / 2) + i % 2;
-            if (first + down < p.m && c < p.n)
-              store_in_turn(to + down * p.out_row + (8 * (i / 2) + i % 2) * p.out_col,
-                            value(first + down, c,
-                                  product(t[r], u[i], acc[r / 2][4 * (g + i / 2) + r % 2 * 2 + i % 2])));
+            if (m + r0 + down < p.m && n + c < p.n)
+              store_in_turn(to + down * p.out_row + i * p.out_col,
+                            value(r0 + down, c,
+                                  product(t[r], i ? u.y : u.x, acc[r / 2][4 * j + r % 2 * 2 + i])));
           }
-        to += 8 * GROUP * p.out_col;
+        }
+        to += 8 * p.out_col;
       }
     }
 #else
-    constexpr int GROUP = 4;
-    static_assert(FRAGMENTS % GROUP == 0, "a word is 32 columns, four fragments");
+    static_assert(FRAGMENTS % 4 == 0, "a word is 32 columns, four fragments");
     int ones[BLOCKS] = {};
 #pragma unroll
-    for (int g = 0; g < FRAGMENTS; g += GROUP) {
-      u32 word[ROWS] = {};
+    for (int w = 0; w < FRAGMENTS / 4; w++) {
+      // Signs are shifted in from the last column to the first: two of eight are this lane's.
+      u32 signs[ROWS] = {};
 #pragma unroll
-      for (int i = 0; i < 2 * GROUP; i++) {
-        const int at = 8 * (i / 2) + i % 2;  // of this column's bit, before the lane's shift
-        const i64 c = c0 + 8 * g + at;
-        const int u = col_term(c), least = threshold(c);
-        const u32 flip = flips(c);
+      for (int j = 4 * w + 3; j >= 4 * w; j--) {
+        const int2 u = load_pair_in_turn(terms.col + c0 + 8 * j);
 #pragma unroll
-        for (int r = 0; r < ROWS; r++)
-          word[r] |= ((u32)(product(t[r], u, acc[r / 2][4 * (g + i / 2) + r % 2 * 2 + i % 2]) >=
-                            least) ^ flip) << at;
+        for (int r = 0; r < ROWS; r++) {
+          const int* d = acc[r / 2] + 4 * j + r % 2 * 2;
+          if (j % 4 != 3) signs[r] <<= 6;
+          signs[r] = __funnelshift_l((u32)product(t[r], u.y, d[1]), signs[r], 1);
+          signs[r] = __funnelshift_l((u32)product(t[r], u.x, d[0]), signs[r], 1);
+        }
       }
 #pragma unroll
       for (int block = 0; block < BLOCKS; block++) {
         // Four lanes hold parts of both rows' words: even lanes gather the first, odd the second.
-        const u32 w0 = word[2 * block] << 2 * quad, w1 = word[2 * block + 1] << 2 * quad;
-        const u32 got = __shfl_xor_sync(0xffffffffu, quad & 1 ? w0 : w1, 1);
-        u32 mine = (quad & 1 ? w1 : w0) | got;
+        const u32 w0 = signs[2 * block] << 2 * quad, w1 = signs[2 * block + 1] << 2 * quad;
+        u32 mine = (quad & 1 ? w1 : w0) | __shfl_xor_sync(0xffffffffu, quad & 1 ? w0 : w1, 1);
         mine |= __shfl_xor_sync(0xffffffffu, mine, 2);
-        mine &= columns_left(col + 8 * g);
-        if (quad < 2) store_word(first + block * block_rows + quad * 8, (col + 8 * g) / 32, mine);
+        mine = word_of_signs(col / 32 + w, mine);
+        if (quad < 2) store_word(r0 + block * block_rows + quad * 8, col / 32 + w, mine);
         ones[block] += __popc(mine);
       }
     }
 #pragma unroll
     for (int block = 0; block < BLOCKS; block++)
-      if (quad < 2) count(first + block * block_rows + quad * 8, ones[block]);
+      if (quad < 2) count(r0 + block * block_rows + quad * 8, ones[block]);
 #endif
   }
 };

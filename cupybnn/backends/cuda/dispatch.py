@@ -41,8 +41,10 @@ class Config:
         Blocks that share the tiles they load.
     split_k : int
         Blocks that share a tile's K.
-    threads, shared_bytes : int
+    threads : int
         Of a block.
+    slot_bytes, stages : int
+        Dynamic shared memory for operands: bytes of a slot, and slots. 0 where none is asked for.
     persistent : bool
         Whether a block goes on to further tiles, so that the GPU is filled only once.
     swap : bool
@@ -56,7 +58,8 @@ class Config:
     tile_m: int
     tile_n: int
     threads: int
-    shared_bytes: int = 0
+    slot_bytes: int = 0
+    stages: int = 0
     cluster_m: int = 1
     cluster_n: int = 1
     split_k: int = 1
@@ -76,6 +79,14 @@ class Config:
                 f" {k.lower()} {v}" for k, v in self.defines if k in ("STAGES", "STAGGER") and v
             )
         )
+
+    def shared_bytes(self, scaled: bool) -> int:
+        """Bytes of dynamic shared memory that a block asks for."""
+        if self.kernel != "sm90":
+            return self.stages * self.slot_bytes
+        # struct Shared of sm90_xnor_gemm.cu: slots, barriers, terms.
+        terms = (12 if scaled else 4) * (self.tile_m + self.tile_n) + 4 * -(-self.tile_n // 32)
+        return self.stages * (self.slot_bytes + 16) + 16 + terms + 8
 
     def blocks(self, m: int, n: int, batch: int, multiprocessors: int) -> int:
         """Blocks to launch for `batch` products of m x n results (after any swap)."""
@@ -112,8 +123,8 @@ def sm80(
         ("WARPS_M", warps_m),
         ("WARPS_N", warps_n),
     )
-    shared = stages * (tile_m + tile_n) * 128
-    return Config("sm80", defines, tile_m, tile_n, 32 * warps_m * warps_n, shared)
+    slot = (tile_m + tile_n) * 128
+    return Config("sm80", defines, tile_m, tile_n, 32 * warps_m * warps_n, slot, stages)
 
 
 def sm90(
@@ -140,9 +151,9 @@ def sm90(
         ("STAGGER", stagger),
         ("TILE_N", tile_n),
     )
-    shared = 1024 + stages * ((tile_m + tile_n) * 128 + 16)
+    slot = (tile_m + tile_n) * 128
     return Config(
-        "sm90", defines, tile_m, tile_n, 128 * (consumers + 1), shared,
+        "sm90", defines, tile_m, tile_n, 128 * (consumers + 1), slot, stages,
         cluster[0], cluster[1], split_k, split_k == 1, swap, group,
     )  # fmt: skip
 
@@ -152,7 +163,7 @@ def kernels_for(capability: int) -> list[str]:
     return [name for name, capabilities in KERNELS.items() if capability in capabilities]
 
 
-def _sm90(m: int, n: int, k: int, batch: int, packed: bool) -> Config:
+def _sm90(m: int, n: int, k: int, batch: int, packed: bool, scaled: bool) -> Config:
     chunks = -(-k // 1024)
     if min(m, n) <= 64:
         swap = m <= 64 and not packed
@@ -170,7 +181,7 @@ def _sm90(m: int, n: int, k: int, batch: int, packed: bool) -> Config:
         return sm90(1, 128, 6)
     if tiles <= 264:
         return sm90(1, 256, 4)
-    return sm90(2, 192, 4, cluster=(1, 2))
+    return sm90(2, 128 if scaled else 192, 4)
 
 
 def _split(tiles: int, chunks: int) -> int:
@@ -193,11 +204,11 @@ def _sm80(capability: int, m: int, n: int, batch: int) -> Config:
 
 
 def shipped(
-    kernel: str, capability: int, m: int, n: int, k: int, batch: int, packed: bool
+    kernel: str, capability: int, m: int, n: int, k: int, batch: int, packed: bool, scaled: bool
 ) -> Config:
     """Return the configuration that the shipped table has for a shape."""
     if kernel == "sm90":
-        return _sm90(m, n, k, batch, packed)
+        return _sm90(m, n, k, batch, packed, scaled)
     if kernel == "sm80":
         return _sm80(capability, m, n, batch)
     return sm75() if kernel == "sm75" else smxx()
@@ -237,8 +248,8 @@ def candidates(kernel: str, capability: int, m: int, n: int, k: int, packed: boo
             (4, 2, 4, 8, 3),
         ]
         room = 99 * 1024 if capability in (86, 89) or capability >= 120 else 163 * 1024
-        return [c for c in (sm80(*t) for t in tiles) if c.shared_bytes <= room]
-    return [shipped(kernel, capability, m, n, k, 1, packed)]
+        return [c for c in (sm80(*t) for t in tiles) if c.shared_bytes(False) <= room]
+    return [shipped(kernel, capability, m, n, k, 1, packed, False)]
 
 
 _local = threading.local()
@@ -280,7 +291,14 @@ def forced() -> str | Config | None:
 
 
 def choose(
-    capability: int, m: int, n: int, k: int, batch: int, packed: bool, tuned: dict[str, Config]
+    capability: int,
+    m: int,
+    n: int,
+    k: int,
+    batch: int,
+    packed: bool,
+    scaled: bool,
+    tuned: dict[str, Config],
 ) -> Config:
     """Return the configuration for `batch` products of (m, k) by (k, n).
 
@@ -291,8 +309,8 @@ def choose(
     ----------
     capability : int
         90 for 9.0.
-    packed : bool
-        Whether the result is packed.
+    packed, scaled : bool
+        Whether the result is packed, or scaled.
     tuned : dict
         Measured winners by `tuning.shape_key`.
     """
@@ -307,8 +325,8 @@ def choose(
                 f"The kernel {kernel!r} does not run on compute capability "
                 f"{capability // 10}.{capability % 10}; here run {', '.join(applicable)}."
             )
-        measured = None if asked else tuned.get(shape_key(m, n, k, batch, packed))
-        config = measured or shipped(kernel, capability, m, n, k, batch, packed)
+        measured = None if asked or scaled else tuned.get(shape_key(m, n, k, batch, packed))
+        config = measured or shipped(kernel, capability, m, n, k, batch, packed, scaled)
     if settings.debug():
         print(
             f"cupybnn: {batch} x ({m}, {k}) @ ({k}, {n}){' packed' if packed else ''}: {config}",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn.backends.cuda.compiler import load_kernel
+from cupybnn.backends.cuda.compiler import by_value, load_kernel
 
 __all__ = [
     "CHUNK_BITS",
@@ -24,6 +24,8 @@ __all__ = [
 CHUNK_BITS = 1024
 CHUNK_WORDS = CHUNK_BITS // 32
 _WARPS = 8  # of a block of smxx_pack.cu
+
+_OPERANDS = np.dtype((np.void, 8 * 28))  # struct Operands of smxx_pack.cu
 
 # Element types as smxx_pack.cu names them, by dtype name: bfloat16 is not NumPy's own.
 _C_TYPES = {
@@ -93,7 +95,7 @@ def pack_into(operands: list[tuple[Any, int, int, int]], device: int) -> None:
         (("TYPE_A", _C_TYPES[first]), ("TYPE_B", _C_TYPES[last])),
         device,
     )
-    kernel((blocks,), (32 * _WARPS,), (np.array(fields, np.int64),))
+    kernel((blocks,), (32 * _WARPS,), (by_value(fields, _OPERANDS),))
 
 
 def _operand(x: Any, axis: int, words: int, popcounts: int) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupybnn.backends.cuda import dispatch, tuning
-from cupybnn.backends.cuda.compiler import architecture, load_kernel
+from cupybnn.backends.cuda.compiler import architecture, by_value, load_kernel
 from cupybnn.backends.cuda.packing import (
     chunk_count,
     geometry,
@@ -22,6 +22,7 @@ __all__ = ["gemm", "gemm_packed"]
 # OUTPUT_* of product.cuh, by dtype name.
 _OUTPUTS = {"int32": 0, "float32": 1, "float16": 2, "bfloat16": 3}
 _PACKED = 4
+_PRODUCT = np.dtype((np.void, 8 * 26))  # struct Product of product.cuh
 
 
 class Plan(NamedTuple):
@@ -52,7 +53,7 @@ def plan_for(device: int, m: int, n: int, k: int, batch: int, output: int, scale
 
         packed = output == _PACKED
         config = dispatch.choose(
-            architecture(device), m, n, k, batch, packed, tuning.winners(device)
+            architecture(device), m, n, k, batch, packed, scaled, tuning.winners(device)
         )
         if packed and config.swap:
             raise ValueError(f"The configuration {config} cannot write packed results.")
@@ -61,7 +62,7 @@ def plan_for(device: int, m: int, n: int, k: int, batch: int, output: int, scale
             "xnor_gemm",
             (*config.defines, ("OUTPUT", output), ("SCALED", int(scaled))),
             device,
-            config.shared_bytes,
+            config.shared_bytes(scaled),
         )
         rows, columns = (n, m) if config.swap else (m, n)
         multiprocessors = cupy.cuda.Device(device).attributes["MultiProcessorCount"]
@@ -71,7 +72,7 @@ def plan_for(device: int, m: int, n: int, k: int, batch: int, output: int, scale
                 f"A product of {batch} times ({m}, {k}) by ({k}, {n}) has more tiles than a launch "
                 f"can have blocks; multiply it in parts."
             )
-        threads, shared = (config.threads,), config.shared_bytes
+        threads, shared = (config.threads,), config.shared_bytes(scaled)
         plan = Plan(kernel, (blocks,), threads, shared, config.swap, config.group)
         _plans[key] = plan
     return plan
@@ -201,7 +202,7 @@ def gemm(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> None:
         row_stride, col_stride, batch_stride, row_scale[1], col_scale[1], bias[1],
         plan.swap, plan.group,
     ]  # fmt: skip
-    plan.kernel(plan.grid, plan.block, (np.array(fields, np.int64),), shared_mem=plan.shared)
+    plan.kernel(plan.grid, plan.block, (by_value(fields, _PRODUCT),), shared_mem=plan.shared)
 
 
 _NO_SCALE = (0, 0)
@@ -264,6 +265,11 @@ def gemm_packed(a: Any, b: Any, threshold: Any, flip: Any) -> tuple[Any, Any]:
     batch = math.prod(batch_shape)
     m, k = a.shape[-2:]
     n = b.shape[-1]
+    if k >= 2**30:
+        raise ValueError(
+            f"A product with a packed result must have K below 2**30, for its distance from the "
+            f"threshold must fit an int32; got K = {k}. Use xnor_gemm and pack its signs."
+        )
     shape = words_shape(batch, m, n)
     # Words that no tile covers, and lines that make up the last eight, are zeros.
     covered = n % 1024 == 0 and m % 8 == 0
@@ -286,5 +292,5 @@ def gemm_packed(a: Any, b: Any, threshold: Any, flip: Any) -> tuple[Any, Any]:
         m, n, k, chunk_count(k), batch, left.step, right.step,
         0, 0, 0, 0, 0, 0, 0, plan.group,
     ]  # fmt: skip
-    plan.kernel(plan.grid, plan.block, (np.array(fields, np.int64),), shared_mem=plan.shared)
+    plan.kernel(plan.grid, plan.block, (by_value(fields, _PRODUCT),), shared_mem=plan.shared)
     return words, popcounts

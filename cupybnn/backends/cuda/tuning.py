@@ -133,7 +133,7 @@ def tune(
             m, n, k, packed = shape
             kernel = dispatch.kernels_for(capability)[0]
             kernel = "sm80" if kernel == "sm75" else kernel
-            shipped = dispatch.shipped(kernel, capability, m, n, k, 1, packed)
+            shipped = dispatch.shipped(kernel, capability, m, n, k, 1, packed, False)
             configs = dispatch.candidates(kernel, capability, m, n, k, packed)
             run = _Runner(m, n, k, packed)
             times: dict[Config, float] = {}
