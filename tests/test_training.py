@@ -215,6 +215,11 @@ class TestRun:
         assert result.final.step == 10
         assert recorder.calls[-2:] == ["end", "close"]
 
+    def test_runs_once(self):
+        trainer, _, _ = run(max_steps=1)
+        with pytest.raises(RuntimeError, match="A Trainer runs once"):
+            trainer.run()
+
     def test_callback_that_raises_ends_the_run_and_all_are_closed(self):
         class Raises(Callback):
             def on_step(self, trainer, step, output):

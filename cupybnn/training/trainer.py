@@ -107,7 +107,7 @@ class Trainer:
         self.run_folder: Path | None = None
         self.history: list[Evaluation] = []
         self.step = 0
-        self._stop = False
+        self._stop = self._started = False
         self.device = resolve(config.device)
         stored = checkpoints.load(config.restore) if config.restore is not None else None
         if stored is not None:
@@ -196,6 +196,9 @@ class Trainer:
         NonFiniteError
             With ``debug=True``; its attribute `step` is the step.
         """
+        if self._started:
+            raise RuntimeError("A Trainer runs once; restore its checkpoint in a new one to go on.")
+        self._started = True
         if self.config.log_dir is not None:
             self._open_log()
         try:
