@@ -11,6 +11,6 @@ extern "C" __global__ void __launch_bounds__(256)
     const i64 line = i / k % lines, item = i / k / lines, bit = i % k;
     const u32* from = words + line_chunk(item, chunks, bit / CHUNK_BITS, lines8, line);
     const u32 word = from[swizzled_word(line, (int)(bit % CHUNK_BITS / 32))];
-    out[i] = (word >> (bit & 31)) & 1 ? TYPE(ONE) : TYPE(MINUS_ONE);
+    out[i] = (word >> (bit & 31)) & 1 ? (TYPE)(ONE) : (TYPE)(MINUS_ONE);
   }
 }
