@@ -59,6 +59,10 @@ class TestTensor:
         with pytest.raises(TypeError, match="must be real numbers"):
             Tensor(data)
 
+    def test_no_masked_arrays(self):
+        with pytest.raises(TypeError, match="must not be a masked array"):
+            Tensor(np.ma.array([1.0, 2.0], mask=[True, False]))
+
     def test_integers_have_no_gradient(self):
         with pytest.raises(TypeError, match="floating dtype; got int64"):
             Tensor([1, 2], requires_grad=True)
@@ -89,7 +93,9 @@ class TestTensor:
             (leaf(xp) * 2)[0] = 1
 
     def test_operand_of_wrong_kind(self):
-        with pytest.raises(TypeError, match="tensors, arrays or numbers; got list"):
+        with pytest.raises(
+            TypeError, match="operands of add must be tensors, arrays or numbers; got list"
+        ):
             ops.add(Tensor([1.0]), [1.0])
 
     @pytest.mark.gpu
@@ -167,6 +173,12 @@ class TestBackward:
             y = y + 1
         y.backward()
         assert x.grad == [1]
+
+    def test_deep_graph_is_forgotten_without_recursion(self):
+        y = Tensor(np.ones(1), requires_grad=True)
+        for _ in range(100_000):
+            y = y + 1
+        del y
 
     def test_no_grad(self, xp):
         x = leaf(xp)
@@ -374,6 +386,31 @@ class TestEditsInPlace:
         x = leaf(xp, (2, 3))
         y = (x.T * x.T).sum()
         x.data[0, 0] = 5
+        with pytest.raises(GraphError, match="edited in place"):
+            y.backward()
+
+    def test_edit_of_a_result_that_is_its_operand(self, xp):
+        class Same(Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x
+
+            @staticmethod
+            def backward(ctx, grad):
+                return grad
+
+        x = leaf(xp)
+        y = (x * x).sum()
+        Same.apply(x).data[0] = 5
+        with pytest.raises(GraphError, match="edited in place"):
+            y.backward()
+
+    def test_edit_of_a_strided_view(self, xp):
+        x = leaf(xp, (4, 6))
+        view = x[::-1, ::2]
+        y = (x * x).sum()
+        view.data[0, 0] = 5
+        assert float(x.data[3, 0]) == 5
         with pytest.raises(GraphError, match="edited in place"):
             y.backward()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import numpy as np
@@ -56,6 +57,15 @@ class TestLayers:
         x, _ = batch(xp)
         expected = host(x.data) @ host(layer.weight.data) + 1
         np.testing.assert_allclose(host(layer(x).data), expected, rtol=1e-5, atol=1e-6)
+
+    @pytest.mark.parametrize("kind", [nn.Linear, nn.BinaryLinear])
+    @pytest.mark.parametrize("shape", [(16, 5), ()])
+    def test_input_of_wrong_width(self, kind, shape):
+        message = (
+            rf"{kind.__name__}\(6, 4.*must have shape \(\.\.\., 6\); got {re.escape(str(shape))}"
+        )
+        with pytest.raises(ValueError, match=message):
+            kind(6, 4)(ops.sign(Tensor(np.ones(shape))))
 
     def test_glorot(self):
         w = nn.glorot_uniform((300, 200), 0)

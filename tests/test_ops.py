@@ -132,16 +132,17 @@ def test_matmul(xp, shapes):
 
 
 @pytest.mark.parametrize("shapes", MATMULS)
-def test_binary_matmul_is_the_product_of_signs_either_way(xp, shapes):
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_binary_matmul_is_the_product_of_signs_either_way(xp, shapes, dtype):
     gradients = []
     for xnor in (True, False):
-        leaves = [tensor(xp, *s, seed=i, dtype="float32") for i, s in enumerate(shapes)]
+        leaves = [tensor(xp, *s, seed=i, dtype=dtype) for i, s in enumerate(shapes)]
         signs = [ops.sign(x, "identity") for x in leaves]
         y = ops.binary_matmul(*signs, xnor=xnor)
         a, b = (np.where(host(x.data) >= 0, 1, -1) for x in leaves)
-        assert y.dtype == np.float32
+        assert y.dtype == dtype
         np.testing.assert_array_equal(host(y.data), a @ b)
-        y.backward(xp.asarray(np.random.default_rng(5).standard_normal(y.shape), "float32"))
+        y.backward(xp.asarray(np.random.default_rng(5).standard_normal(y.shape), dtype))
         gradients.append([host(x.grad) for x in leaves])
     for by_xnor, dense in zip(*gradients, strict=True):
         np.testing.assert_array_equal(by_xnor, dense)
@@ -155,6 +156,13 @@ def test_binary_matmul_has_the_gradient_of_the_dense_product(xp):
     (c @ d).sum().backward()
     np.testing.assert_array_equal(host(a.grad), host(c.grad))
     np.testing.assert_array_equal(host(b.grad), host(d.grad))
+
+
+def test_arrays_are_constants(xp):
+    x, w = xp.asarray([[0.5, -2.0]]), tensor(xp, 2, 3)
+    product = ops.binary_matmul(ops.sign(x), ops.sign(w, "identity"))
+    product.sum().backward()
+    np.testing.assert_array_equal(host(w.grad), [[1] * 3, [-1] * 3])
 
 
 def test_binary_matmul_insists_on_signs(xp):

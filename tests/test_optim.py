@@ -13,7 +13,7 @@ from cupybnn.autograd import GraphError
 from cupybnn.optim import schedules
 
 # Longer than a block of the host's updates, and no multiple of it.
-SHAPE = (5, 4001)
+SHAPE = (7, 10_001)
 
 
 def make(xp, shape=SHAPE, seed=0, **options):

@@ -10,7 +10,7 @@ import numpy as np
 from cupybnn.autograd.context import Context
 from cupybnn.autograd.debug import place
 from cupybnn.autograd.state import state
-from cupybnn.autograd.storage import module_of
+from cupybnn.autograd.storage import Storage, module_of, same_memory
 from cupybnn.autograd.tensor import Tensor, as_operand
 
 __all__ = ["Function"]
@@ -46,8 +46,6 @@ class Function:
     """
 
     name = "function"
-    # Whether the result may be a view of the first operand.
-    may_alias = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -83,7 +81,7 @@ class Function:
 
 
 def _apply(function: type[Function], operands: tuple[Any, ...], params: dict[str, Any]) -> Tensor:
-    operands = tuple([x if isinstance(x, Tensor) else as_operand(x) for x in operands])
+    operands = tuple([as_operand(x, function.name) for x in operands])
     tensors = tuple([x for x in operands if isinstance(x, Tensor)])
     arrays = [x._data if isinstance(x, Tensor) else x for x in operands]
     xp = _common_module(function, tensors)
@@ -105,10 +103,7 @@ def _apply(function: type[Function], operands: tuple[Any, ...], params: dict[str
     if check is not None:
         ctx.place = place()
         check(function.name, array, "forward value", ctx.place)
-    storage = None
-    if function.may_alias and xp.may_share_memory(array, arrays[0]):
-        storage = tensors[0]._storage
-    result = Tensor._of(array, storage, ctx if recording else None)
+    result = Tensor._of(array, _shared_storage(array, tensors), ctx if recording else None)
     if recording:
         ctx.shape = array.shape
         ctx.dtype = array.dtype
@@ -131,6 +126,15 @@ def _common_module(function: type[Function], tensors: tuple[Tensor, ...]) -> Any
             f"{' and '.join(str(tensor.device) for tensor in tensors)}. Move one by .to(device)."
         )
     return module_of(tensors[0]._data)
+
+
+def _shared_storage(array: Any, tensors: tuple[Tensor, ...]) -> Storage | None:
+    """Return the storage of the operand that a result is, or is a view of, if there is one."""
+    for tensor in tensors:
+        operand = tensor._data
+        if array is operand or (array.base is not None and same_memory(array, operand)):
+            return tensor._storage
+    return None
 
 
 def _explained(

@@ -248,6 +248,8 @@ def _as_array(data: Any) -> Any:
     """Return a new, contiguous NumPy or CuPy array of `data`; Python floats give float32."""
     if isinstance(data, Tensor):
         return data._data.copy()
+    if isinstance(data, np.ma.MaskedArray):
+        raise TypeError("The 'data' of a tensor must not be a masked array: fill it first.")
     if is_cupy(data):
         with data.device:
             array = data.copy(order="C")
@@ -263,8 +265,10 @@ def _as_array(data: Any) -> Any:
     return array
 
 
-def as_operand(value: Any) -> Any:
-    """Turn an operand that is no tensor into a Python number or a constant tensor."""
+def as_operand(value: Any, op: str) -> Any:
+    """Turn an operand of the operation named `op` into a tensor or a Python number."""
+    if isinstance(value, Tensor):
+        return value
     if type(value) is float or type(value) is int:
         return value
     if isinstance(value, numbers.Real):
@@ -272,4 +276,6 @@ def as_operand(value: Any) -> Any:
         return value.item() if isinstance(value, np.generic) else value
     if isinstance(value, np.ndarray) or is_cupy(value):
         return Tensor(value)
-    raise TypeError(f"must be tensors, arrays or numbers; got {type(value).__name__}")
+    raise TypeError(
+        f"The operands of {op} must be tensors, arrays or numbers; got {type(value).__name__}."
+    )

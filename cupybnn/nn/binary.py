@@ -83,6 +83,7 @@ class BinaryLinear(Linear):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self._checked(x)
         signs = ops.sign(self.weight, self.quantizer, self.training)
         if not self.binary_input:
             y = x @ signs

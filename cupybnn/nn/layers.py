@@ -70,8 +70,16 @@ class Linear(Module):
     def _biased(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self.bias
 
+    def _checked(self, x: Tensor) -> Tensor:
+        if x.ndim == 0 or x.shape[-1] != self.weight.shape[0]:
+            raise ValueError(
+                f"The input of {type(self).__name__}({self._settings()}) must have shape "
+                f"(..., {self.weight.shape[0]}); got {x.shape}."
+            )
+        return x
+
     def forward(self, x: Tensor) -> Tensor:
-        return self._biased(x @ self.weight)
+        return self._biased(self._checked(x) @ self.weight)
 
     def multiply_adds(self) -> tuple[int, int]:
         return 0, self.weight.size

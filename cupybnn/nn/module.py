@@ -56,15 +56,15 @@ class Module:
     training = True
     buffers: ClassVar[tuple[str, ...]] = ()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute the module's result."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute the module's result, from a tensor for most."""
         raise NotImplementedError
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if engine.check is None:
-            return self.forward(x)
+            return self.forward(*args, **kwargs)
         with scope(self):
-            return self.forward(x)
+            return self.forward(*args, **kwargs)
 
     def path_of(self, inner: Module) -> str:
         """Return the name of a module within this one, or its class if it is elsewhere."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cupybnn.autograd import Context, Function, Tensor
+from cupybnn.autograd import Context, Function, Tensor, as_operand
 from cupybnn.gemm import xnor_gemm
 
 __all__ = ["binary_matmul", "matmul"]
@@ -46,7 +46,10 @@ class BinaryMatmul(Function):
     @staticmethod
     def forward(ctx: Context, a: Any, b: Any, xnor: bool) -> Any:
         ctx.save(a, b)
-        return xnor_gemm(a, b) if xnor else ctx.xp.matmul(a, b)
+        if not xnor:
+            return ctx.xp.matmul(a, b)
+        # By itself xnor_gemm would return no less than float32.
+        return xnor_gemm(a, b, dtype=a.dtype if a.dtype.itemsize < 4 else None)
 
     @staticmethod
     def backward(ctx: Context, grad: Any) -> Any:
@@ -81,6 +84,7 @@ def binary_matmul(a: Tensor, b: Tensor, xnor: bool = True) -> Tensor:
     ValueError
         If a factor may have other values than +1 and -1.
     """
+    a, b = as_operand(a, "binary_matmul"), as_operand(b, "binary_matmul")
     for name, factor in (("a", a), ("b", b)):
         if not factor.two_valued:
             raise ValueError(

@@ -15,8 +15,6 @@ __all__ = ["index", "reshape", "to", "transpose"]
 class Reshape(Function):
     """The same elements in another shape."""
 
-    may_alias = True
-
     @staticmethod
     def forward(ctx: Context, x: Any, shape: tuple[int, ...]) -> Any:
         return x.reshape(shape)
@@ -28,8 +26,6 @@ class Reshape(Function):
 
 class Transpose(Function):
     """The axes in another order."""
-
-    may_alias = True
 
     @staticmethod
     def forward(ctx: Context, x: Any, axes: tuple[int, ...] | None) -> Any:
@@ -43,8 +39,6 @@ class Transpose(Function):
 
 class Index(Function):
     """``x[key]`` for any key of NumPy's basic or advanced indexing."""
-
-    may_alias = True
 
     @staticmethod
     def forward(ctx: Context, x: Any, key: Any) -> Any:

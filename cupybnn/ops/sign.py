@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cupybnn.autograd import Context, Function, Tensor
+from cupybnn.autograd import Context, Function, Tensor, as_operand
 from cupybnn.ops.quantizer import Quantizer, get_quantizer
 
 __all__ = ["quantize", "sign"]
@@ -44,6 +44,7 @@ def sign(x: Tensor, ste: str | Quantizer = "ste_sign", training: bool = True) ->
     Tensor
         Of the shape and dtype of `x`, marked as two-valued.
     """
+    x = as_operand(x, "sign")
     if x.two_valued:
         return x
     result = Sign.apply(x, quantizer=get_quantizer(ste), training=training)
@@ -53,6 +54,7 @@ def sign(x: Tensor, ste: str | Quantizer = "ste_sign", training: bool = True) ->
 
 def quantize(x: Tensor, quantizer: str | Quantizer = "ste_sign", training: bool = True) -> Tensor:
     """Return the signs of `x`, times the quantizer's scale if it has one; see `sign`."""
+    x = as_operand(x, "quantize")
     quantizer = get_quantizer(quantizer)
     signs = sign(x, quantizer, training)
     scale = quantizer.scale(x._data)

@@ -15,9 +15,9 @@ from cupybnn.nn import Parameter
 
 __all__ = ["Block", "Optimizer"]
 
-# Elements updated at a time on the host: all arrays of an update then stay in the cache between
-# its steps.
-_HOST_BLOCK = 16384
+# Elements updated at a time on the host: the arrays of an update then stay in the cache between its
+# steps. Much smaller blocks lose as much to the calls.
+_HOST_BLOCK = 65536
 # How many passes over an array an update is worth, roughly, when threads are shared out.
 _PASSES = 8
 
