@@ -136,6 +136,25 @@ class TestLayers:
         np.testing.assert_array_equal(host(layer.mean), before)
         np.testing.assert_allclose(host(layer(x).data)[:1], host(single.data), rtol=1e-6)
 
+    def test_statistics_are_refreshed(self, xp):
+        net = nn.Sequential(
+            nn.Dropout(0.5, rng=0), nn.Linear(6, 4, rng=0), nn.BatchNorm(4, decay=0.5)
+        ).to(device_name(xp))
+        net[1].train(False)
+        batches = [batch(xp, seed=s)[0] for s in range(3)]
+        before = net.state_dict()
+        nn.refresh_statistics(net, iter(batches))
+        products = [host(b.data) @ before["1.weight"] for b in batches]
+        expected = np.mean([p.mean(0) for p in products], 0)
+        np.testing.assert_allclose(host(net[2].mean), expected, rtol=1e-5, atol=1e-6)
+        expected = np.mean([p.var(0) for p in products], 0)
+        np.testing.assert_allclose(host(net[2].variance), expected, rtol=1e-5)
+        assert [m.training for m in net] == [True, False, True]
+        assert net[2].decay == 0.5
+        for name, array in net.state_dict().items():
+            if name not in ("2.mean", "2.variance"):
+                np.testing.assert_array_equal(array, before[name])
+
     def test_dropout_only_in_training(self, xp):
         x = Tensor(xp.ones((50, 50), "float32"))
         layer = nn.Dropout(0.5, rng=0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from arrays import host
 
-from cupybnn.backends.random import Stream, _philox, keep_mask, random_words, uniform
+from cupybnn.backends.random import Stream, _philox, chosen, random_words, uniform
 
 # From the authors' known-answer file (kat_vectors of Random123): counter, key, result.
 KNOWN = [
@@ -39,22 +39,23 @@ def test_known_answers(xp, counter, key, expected):
 
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 5, 4 * 4096, 4 * 4096 + 1, 50_000])
 def test_length_does_not_change_the_numbers(xp, size):
-    words = host(random_words(size, 7, 11, xp))
+    words = host(random_words((size,), 7, 11, xp))
     assert words.shape == (size,)
     assert words.dtype == np.uint32
-    np.testing.assert_array_equal(words, host(random_words(60_000, 7, 11, xp))[:size])
+    np.testing.assert_array_equal(words, host(random_words((60_000,), 7, 11, xp))[:size])
 
 
 def test_backends_agree(xp):
     np.testing.assert_array_equal(
-        host(random_words(10_001, 2**63 + 5, 2**40, xp)), random_words(10_001, 2**63 + 5, 2**40, np)
+        host(random_words((10_001,), 2**63 + 5, 2**40, xp)),
+        random_words((10_001,), 2**63 + 5, 2**40, np),
     )
 
 
 def test_counter_may_be_an_array_on_the_device(xp):
     counter = xp.asarray(12, np.uint64)
     np.testing.assert_array_equal(
-        host(random_words(100, 7, counter, xp)), host(random_words(100, 7, 12, xp))
+        host(random_words((100,), 7, counter, xp)), host(random_words((100,), 7, 12, xp))
     )
 
 
@@ -71,11 +72,14 @@ def test_uniform(xp):
     assert abs(neighbours) < 5 / np.sqrt(u.size)
 
 
-def test_keep_mask(xp):
-    assert host(keep_mask((1000,), 1.0, 0, 0, xp)).all()
-    assert not host(keep_mask((1000,), 1e-12, 0, 0, xp)).any()
-    u = host(uniform((1000,), 5, 6, xp))
-    np.testing.assert_array_equal(host(keep_mask((1000,), 0.25, 5, 6, xp)), u < 0.25)
+def test_chosen(xp):
+    words = random_words((40_000,), 5, 6, xp)
+    assert host(chosen(words, 1.0)).all()
+    assert not host(chosen(words, 1e-12)).any()
+    mask = host(chosen(words, 0.25))
+    np.testing.assert_array_equal(mask, host(uniform((40_000,), 5, 6, xp)) < 0.25)
+    for part in (mask, ~mask):  # five standard errors
+        assert abs((host(words)[part] & 1).mean() - 0.5) < 2.5 / np.sqrt(part.sum())
 
 
 def test_stream():

@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Stream", "keep_mask", "random_words", "uniform"]
+from cupybnn.backends import numpy_threads
+
+__all__ = ["Stream", "chosen", "random_words", "uniform"]
 
 _ROUNDS = 10
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
@@ -24,15 +26,17 @@ _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 # Blocks computed at a time on the host, so that the temporary arrays stay in its cache.
 _HOST_BLOCKS = 4096
+# How many passes over an array its computation is worth, roughly, when threads are shared out.
+_PASSES = 100
 
 
-def random_words(size: int, seed: int, counter: Any, xp: Any) -> Any:
-    """Return `size` random words.
+def random_words(shape: tuple[int, ...], seed: int, counter: Any, xp: Any) -> Any:
+    """Return random 32-bit words.
 
     Parameters
     ----------
-    size : int
-        How many.
+    shape : tuple of int
+        Shape of the result.
     seed : int
         From 0 to 2**64 - 1.
     counter : int or 0-d uint64 array
@@ -42,16 +46,24 @@ def random_words(size: int, seed: int, counter: Any, xp: Any) -> Any:
 
     Returns
     -------
-    ndarray of uint32, shape (size,)
+    ndarray of uint32
     """
+    size = math.prod(shape)
     blocks = -(-size // 4)
     words = xp.empty((blocks, 4), np.uint32)
     draw = counter if isinstance(counter, xp.ndarray) else np.uint64(counter)
     step = _HOST_BLOCKS if xp is np else max(blocks, 1)
-    for start in range(0, blocks, step):
-        part = words[start : start + step]
-        _philox(part, xp.arange(start, start + len(part), dtype=np.uint64), draw, seed)
-    return words.reshape(-1)[:size]
+
+    def fill(start: int, stop: int) -> None:
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            _philox(words[first:last], xp.arange(first, last, dtype=np.uint64), draw, seed)
+
+    if xp is np:
+        numpy_threads.over(blocks, blocks * _PASSES, fill)
+    else:
+        fill(0, blocks)
+    return words.reshape(-1)[:size].reshape(shape)
 
 
 def _philox(words: Any, block: Any, draw: Any, seed: int) -> None:
@@ -71,14 +83,16 @@ def _philox(words: Any, block: Any, draw: Any, seed: int) -> None:
 
 def uniform(shape: tuple[int, ...], seed: int, counter: Any, xp: Any) -> Any:
     """Return float32 numbers, multiples of 2**-24, uniform in [0, 1); see `random_words`."""
-    words = random_words(math.prod(shape), seed, counter, xp) >> np.uint32(8)
-    return (words.astype(np.float32) * np.float32(2.0**-24)).reshape(shape)
+    words = random_words(shape, seed, counter, xp) >> np.uint32(8)
+    return words.astype(np.float32) * np.float32(2.0**-24)
 
 
-def keep_mask(shape: tuple[int, ...], keep_prob: float, seed: int, counter: Any, xp: Any) -> Any:
-    """Return a bool array of which each element is True with probability `keep_prob` > 0."""
-    words = random_words(math.prod(shape), seed, counter, xp).reshape(shape)
-    return words <= np.uint32(max(round(keep_prob * 2**32), 1) - 1)
+def chosen(words: Any, probability: float) -> Any:
+    """Return a bool array that is True where a random word lies in the given part of its range.
+
+    The lowest bits of the chosen words, and of the others, are still random.
+    """
+    return words <= np.uint32(max(round(probability * 2**32), 1) - 1)
 
 
 class Stream:

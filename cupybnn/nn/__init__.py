@@ -1,7 +1,15 @@
 """Layers, and the models made of them."""
 
 from cupybnn.nn.binary import BinaryLinear, Sign, SignDropout, set_progress
-from cupybnn.nn.layers import BatchNorm, Dropout, Linear, ReLU, Sequential, glorot_uniform
+from cupybnn.nn.layers import (
+    BatchNorm,
+    Dropout,
+    Linear,
+    ReLU,
+    Sequential,
+    glorot_uniform,
+    refresh_statistics,
+)
 from cupybnn.nn.module import Module, Parameter
 from cupybnn.nn.summary import Row, Summary
 
@@ -19,5 +27,6 @@ __all__ = [
     "SignDropout",
     "Summary",
     "glorot_uniform",
+    "refresh_statistics",
     "set_progress",
 ]

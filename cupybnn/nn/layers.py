@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from cupybnn import ops
-from cupybnn.autograd import Tensor
+from cupybnn.autograd import Tensor, no_grad
 from cupybnn.backends.random import Stream
 from cupybnn.nn.module import Module, Parameter
 
@@ -19,6 +20,7 @@ __all__ = [
     "ReLU",
     "Sequential",
     "glorot_uniform",
+    "refresh_statistics",
 ]
 
 Rng = np.random.Generator | int | None
@@ -143,6 +145,38 @@ class BatchNorm(Module):
 
     def _settings(self) -> str:
         return str(self.gamma.size)
+
+
+def refresh_statistics(model: Module, batches: Iterable[Tensor]) -> None:
+    """Compute the statistics of the batch norms in `model` anew: the means over `batches`.
+
+    For weights that were not trained with the present statistics, such as averaged ones. All else
+    in the model behaves as in use, and its weights stay as they are.
+
+    Parameters
+    ----------
+    model : Module
+        Called with each batch.
+    batches : iterable of Tensor
+        Inputs, alike in size.
+    """
+    norms = [module for _, module in model.named_modules() if isinstance(module, BatchNorm)]
+    modes = [(module, module.training) for _, module in model.named_modules()]
+    decays = [norm.decay for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.training = True
+    try:
+        with no_grad():
+            for number, batch in enumerate(batches):
+                for norm in norms:
+                    norm.decay = number / (number + 1)
+                model(batch)
+    finally:
+        for norm, decay in zip(norms, decays, strict=True):
+            norm.decay = decay
+        for module, training in modes:
+            module.training = training
 
 
 class Dropout(Module):

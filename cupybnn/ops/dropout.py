@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from cupybnn.autograd import Context, Function, Tensor
-from cupybnn.backends.random import keep_mask, random_words
+from cupybnn.backends.random import chosen, random_words
 
 __all__ = ["dropout", "sign_dropout"]
 
@@ -15,7 +17,8 @@ class Dropout(Function):
 
     @staticmethod
     def forward(ctx: Context, x: Any, keep_prob: float, seed: int, counter: Any) -> Any:
-        factors = keep_mask(x.shape, keep_prob, seed, counter, ctx.xp).astype(x.dtype)
+        words = random_words(x.shape, seed, counter, ctx.xp)
+        factors = chosen(words, keep_prob).astype(x.dtype)
         factors *= 1 / keep_prob
         ctx.save(factors)
         return x * factors
@@ -31,10 +34,10 @@ class SignDropout(Function):
 
     @staticmethod
     def forward(ctx: Context, x: Any, keep_prob: float, seed: int, counter: Any) -> Any:
-        kept = keep_mask(x.shape, keep_prob, seed, 2 * counter, ctx.xp)
-        tossed = random_words(x.size, seed, 2 * counter + 1, ctx.xp).reshape(x.shape) & 1
+        words = random_words(x.shape, seed, counter, ctx.xp)
+        kept = chosen(words, keep_prob)
         ctx.save(kept)
-        coins = tossed.astype(x.dtype)
+        coins = (words & np.uint32(1)).astype(x.dtype)
         coins += coins
         coins -= 1
         return coins + kept * (x - coins)

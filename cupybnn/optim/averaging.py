@@ -18,8 +18,7 @@ class WeightAverage:
     """A running average of parameters: exponential, or of equal weights.
 
     Of binary weights the latent ones are averaged. The statistics of batch norm belong to the
-    weights of the moment: train a few batches' statistics anew for the averaged weights if they
-    matter.
+    weights of the moment: see `cupybnn.nn.refresh_statistics`.
 
     Parameters
     ----------
@@ -36,7 +35,7 @@ class WeightAverage:
     >>> average = optim.WeightAverage(model.parameters(), decay=0.99)
     >>> average.update()  # after each step of the optimiser
     >>> with average.applied():
-    ...     pass  # evaluate, or save, the averaged model
+    ...     state = model.state_dict()  # of the averaged model
 
     Notes
     -----
