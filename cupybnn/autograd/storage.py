@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn.backends.devices import is_cupy
+from cupybnn.backends.devices import device_of, is_cupy
 
 __all__ = ["Storage", "module_of", "same_memory"]
 
@@ -110,9 +110,7 @@ class Storage:
         if not self._loans:
             return self._version
         lent = any(loan() is not None for loan in self._loans)
-        changed = self._copy is not None and not bool(
-            (_bits(self.array) == _bits(self._copy)).all()
-        )
+        changed = self._copy is not None and self._differs()
         if changed:
             self._version += 1
         if not lent:
@@ -121,3 +119,7 @@ class Storage:
         elif changed or self._copy is None:
             self._copy = self.array.copy()
         return self._version
+
+    def _differs(self) -> bool:
+        with device_of(self.array).scope():
+            return not bool((_bits(self.array) == _bits(self._copy)).all())

@@ -157,7 +157,9 @@ class Module:
         parameters = dict(self.named_parameters())
         for name in common:
             target = parameters[name].write() if name in parameters else own[name]
-            target[...] = to_device(state[name], device_of(target))
+            device = device_of(target)
+            with device.scope():
+                target[...] = to_device(state[name], device)
 
     def train(self: _M, training: bool = True) -> _M:
         """Make this module and all within it behave as in training; returns the module."""

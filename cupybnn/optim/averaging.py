@@ -71,8 +71,9 @@ class WeightAverage:
     def _swap(self) -> None:
         for i, parameter in enumerate(self.parameters):
             present = parameter.write()
-            kept = present.copy()
-            present[...] = self.averages[i]
+            with device_of(present).scope():
+                kept = present.copy()
+                present[...] = self.averages[i]
             self.averages[i] = kept
 
     def state_dict(self) -> dict[str, np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from cupybnn.backends.devices import device_of
 from cupybnn.optim.optimizer import Block, Optimizer
 from cupybnn.packed import sign
 
@@ -45,7 +46,8 @@ class Bop(Optimizer):
         for group in self.groups:
             for parameter in group["params"]:
                 weight = parameter.write()
-                weight[...] = sign(weight)
+                with device_of(weight).scope():
+                    weight[...] = sign(weight)
 
     def update(self, block: Block) -> None:
         xp, (mean,), (a, b) = block.xp, block.slots, block.work
