@@ -14,7 +14,7 @@ __all__ = ["Lines", "blocks"]
 
 PAIR = 4096
 # Elements turned into bits at a time: with bits and floats they stay in a core's L2 cache.
-BLOCK = 1 << 16
+BLOCK = 1 << 17
 
 BYTE_ONE = np.array(1, np.int8)
 ALL_BITS = np.array(0xFF, "<u2")

@@ -42,9 +42,11 @@ SMALL_PRODUCT = 1 << 21
 SMALL_BATCH = 1 << 20
 # Over a shorter K, taking the pairs apart costs more than they save.
 SHORT_K = 192
-# With so few rows, counting bits is quicker than making floats.
-FEW_ROWS = 1
-FEW_ROWS_PACKED = 16
+# With so few lines in one operand, to count bits is quicker than to make floats of the other: of
+# one whose lines lie side by side, of one whose lines lie in a row each, of a packed one. To add up
+# the counts of a short row takes as long as those of K = 256.
+FEW_FOR_ADJACENT, FEW_FOR_ROWS, FEW_FOR_PACKED = 4, 24, 32
+K_FOR_EACH = 256
 
 WHOLE = slice(None)
 DOWN, UP = np.float32(1 / PAIR), np.float32(PAIR)
@@ -109,14 +111,20 @@ def _part(
 
 
 def _matrix_product(a: Lines, b: Lines, out: np.ndarray, epilogue: Epilogue | None) -> None:
-    few = FEW_ROWS_PACKED if a.packed and b.packed else FEW_ROWS
     if a.count * b.count * a.k <= SMALL_PRODUCT:
         _small_product(a, b, out, epilogue)
-    elif min(a.count, b.count) <= few:
-        acc = _count_product(a, b) if a.count <= b.count else _count_product(b, a).T
-        epilogues.apply(acc, epilogue, out)
+    elif a.count <= b.count and a.count <= _few_for(b):
+        epilogues.apply(_count_product(a, b), epilogue, out)
+    elif b.count < a.count and b.count <= _few_for(a):
+        epilogues.apply(_count_product(b, a).T, epilogue, out)
     else:
         _panel_product(a, b, out, epilogue)
+
+
+def _few_for(many: Lines) -> int:
+    if many.packed:
+        return FEW_FOR_PACKED
+    return FEW_FOR_ADJACENT if many.adjacent else min(FEW_FOR_ROWS, many.k // K_FOR_EACH)
 
 
 def _small_product(a: Lines, b: Lines, out: np.ndarray, epilogue: Epilogue | None) -> None:
@@ -129,38 +137,43 @@ def _small_product(a: Lines, b: Lines, out: np.ndarray, epilogue: Epilogue | Non
 
 def _count_product(a: Lines, b: Lines) -> np.ndarray:
     """Return the product of the few lines of `a` with those of `b`, int64, by counting bits."""
-    acc = np.empty((a.count, b.count), np.int64)
     if b.adjacent:
+        acc = np.zeros((a.count, b.count), np.int64)
         bits_a = np.empty((a.count, a.k), bool)
         a.write_bits(slice(0, a.count), slice(0, a.k), bits_a)
+        lock = threading.Lock()
 
-        def count(start: int, stop: int) -> None:
-            acc[:, start:stop] = 0
+        # Shared out along K, for only whole rows are read at the full speed of memory.
+        def count_equal(start: int, stop: int) -> None:
             # 255 equal bits fill a byte: sums of so many rows stay bytes, and quick.
-            step = min(255, max(1, BLOCK // (stop - start)))
-            bits = np.empty((2, step, stop - start), bool)
-            for ks in blocks(0, b.k, step):
+            step = min(255, max(1, 8 * BLOCK // b.count))
+            bits = np.empty((2, min(step, stop - start), b.count), bool)
+            sums = np.zeros_like(acc)
+            for ks in blocks(start, stop, step):
                 part, equal = bits[:, : ks.stop - ks.start]
-                b.write_bits(slice(start, stop), ks, part.T)
-                for row, bits_row in zip(acc, bits_a, strict=True):
+                b.write_bits(slice(0, b.count), ks, part.T)
+                for row, bits_row in zip(sums, bits_a, strict=True):
                     np.equal(part, bits_row[ks, None], out=equal)
-                    row[start:stop] += np.add.reduce(equal.view(np.uint8), axis=0, dtype=np.uint8)
+                    row += np.add.reduce(equal.view(np.uint8), axis=0, dtype=np.uint8)
+            with lock:
+                np.add(acc, sums, out=acc)
 
-        numpy_threads.over(b.count, b.size, count)
+        numpy_threads.over(b.k, b.size, count_equal)
         acc *= 2
         acc -= a.k
-    else:
-        words_a = a.words(slice(0, a.count))
+        return acc
+    acc = np.empty((a.count, b.count), np.int64)
+    words_a = a.words(slice(0, a.count))
 
-        def count(start: int, stop: int) -> None:
-            step = max(1, BLOCK // (words_a.shape[1] * (2 if b.packed else 64)))
-            for cols in blocks(start, stop, step):
-                words = b.words(cols)
-                for row, words_row in zip(acc, words_a, strict=True):
-                    differ = np.bitwise_count(words ^ words_row)
-                    row[cols] = a.k - 2 * np.add.reduce(differ, axis=1, dtype=np.int64)
+    def count_different(start: int, stop: int) -> None:
+        step = max(1, 2 * BLOCK // (words_a.shape[1] * (2 if b.packed else 64)))
+        for cols in blocks(start, stop, step):
+            words = b.words(cols)
+            for row, words_row in zip(acc, words_a, strict=True):
+                differ = np.bitwise_count(words ^ words_row)
+                row[cols] = a.k - 2 * np.add.reduce(differ, axis=1, dtype=np.int64)
 
-        numpy_threads.over(b.count, b.size // 16 if b.packed else b.size, count)
+    numpy_threads.over(b.count, b.size // 16 if b.packed else b.size, count_different)
     return acc
 
 
@@ -170,18 +183,23 @@ def _panel_product(a: Lines, b: Lines, out: np.ndarray, epilogue: Epilogue | Non
     if swapped:
         a, b, out = b, a, out.T
     paired = a.k >= SHORT_K
-    one_step = a.k <= BLOCK_K and epilogue is None
+    block_b, block_k = BLOCK_B, BLOCK_K
+    if b.adjacent and a.count <= BLOCK_A // 4:
+        # To make floats of b is much of the work, and quickest along whole rows of memory.
+        block_b = min(max(b.count, BLOCK_B), 4 * BLOCK_B)
+        block_k = BLOCK_K * BLOCK_B // block_b // 64 * 64
+    one_step = a.k <= block_k and epilogue is None
     memory_a, memory_b, memory_t = _scratch.panels()
     if not one_step:
         dtype = np.float32 if a.k <= EXACT_FLOAT32 else np.float64
-        memory_sums = np.empty(min(a.count, BLOCK_A) * min(b.count, BLOCK_B), dtype)
-    for cols in blocks(0, b.count, BLOCK_B):
+        memory_sums = np.empty(min(a.count, BLOCK_A) * min(b.count, block_b), dtype)
+    for cols in blocks(0, b.count, block_b):
         for rows in blocks(0, a.count, BLOCK_A):
             target = out[rows, cols]
             sums = target if one_step else memory_sums[: target.size].reshape(target.shape)
-            for ks in blocks(0, a.k, BLOCK_K):
+            for ks in blocks(0, a.k, block_k):
                 panel_a = a.panel(rows, ks, memory_a)
-                if rows.start == 0 or a.k > BLOCK_K:  # else it is there already
+                if rows.start == 0 or a.k > block_k:  # else it is there already
                     panel_b = (b.pair_panel if paired else b.panel)(cols, ks, memory_b)
                 t = _multiply(panel_a, panel_b, sums, memory_t)
                 if paired:
