@@ -6,15 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn.backends import numpy_product
+from cupybnn.backends import numpy_product, numpy_threads
 from cupybnn.backends.epilogue import Epilogue
 from cupybnn.backends.numpy_bits import write_bits
+from cupybnn.backends.numpy_lines import BLOCK, blocks, ones
 
 __all__ = ["from_canonical", "gemm", "gemm_packed", "pack", "to_canonical", "unpack"]
 
 WORD = np.dtype("<u8")
-# Elements that are turned into bits at a time: with their bools they stay in a core's L2 cache.
-BLOCK = 1 << 16
 
 
 def pack(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
@@ -46,10 +45,13 @@ def pack(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
 def _pack_rows(x: np.ndarray, octets: np.ndarray) -> None:
     """Pack each row of `x`, whose rows lie in memory one after the other, into bytes."""
     rows, k = x.shape
-    step = max(1, BLOCK // max(1, k))
-    for i in range(0, rows, step):
-        bits = np.packbits(write_bits(x[i : i + step]), axis=1, bitorder="little")
-        octets[i : i + step, : bits.shape[1]] = bits
+
+    def work(start: int, stop: int) -> None:
+        for part in blocks(start, stop, max(1, BLOCK // max(1, k))):
+            bits = np.packbits(write_bits(x[part]), axis=1, bitorder="little")
+            octets[part, : bits.shape[1]] = bits
+
+    numpy_threads.over(rows, x.size, work)
 
 
 def _pack_columns(x: np.ndarray, octets: np.ndarray) -> None:
@@ -59,16 +61,27 @@ def _pack_columns(x: np.ndarray, octets: np.ndarray) -> None:
     the bits of a column one by one.
     """
     k, lines = x.shape
-    step = max(8, BLOCK // max(1, lines) // 8 * 8)
-    for i in range(0, k, step):
-        bits = write_bits(x[i : i + step]).view(np.uint8)
-        if len(bits) % 8:
-            bits = np.concatenate([bits, np.zeros((-len(bits) % 8, lines), np.uint8)])
-        packed = bits[7::8].copy()
-        for j in range(6, -1, -1):
-            packed <<= 1
-            packed |= bits[j::8]
-        octets[i // 8 : i // 8 + len(packed)] = packed
+    full = k // 8
+
+    def work(start: int, stop: int) -> None:
+        for part in blocks(start, stop, max(1, BLOCK // 4 // max(1, lines))):
+            bits = write_bits(x[8 * part.start : 8 * part.stop]).view(np.uint8)
+            octets[part] = _eight_rows(bits)
+
+    numpy_threads.over(full, x.size, work)
+    if k % 8:
+        last = np.zeros((8, lines), bool)
+        write_bits(x[8 * full :], last[: k % 8])
+        octets[full] = _eight_rows(last.view(np.uint8))[0]
+
+
+def _eight_rows(bits: np.ndarray) -> np.ndarray:
+    """Put the 0 and 1 of each eight rows into bytes, the first row into bit 0."""
+    packed = bits[7::8].copy()
+    for j in range(6, -1, -1):
+        packed += packed
+        packed |= bits[j::8]
+    return packed
 
 
 def unpack(words: np.ndarray, shape: tuple[int, ...], axis: int, dtype: np.dtype) -> np.ndarray:
@@ -78,14 +91,12 @@ def unpack(words: np.ndarray, shape: tuple[int, ...], axis: int, dtype: np.dtype
     """
     out = np.empty(shape, dtype)
     k, lines = shape[axis], shape[-3 - axis]
-    values = np.array([False, True] if out.dtype.kind == "b" else [-1, 1]).astype(dtype)
-    step = max(1, BLOCK // max(1, k))
     for index in np.ndindex(words.shape[:-2]):
         by_line = out[index] if axis == -1 else out[index].T
         octets = words[index].view(np.uint8)
-        for i in range(0, lines, step):
-            bits = np.unpackbits(octets[i : i + step], axis=1, count=k, bitorder="little")
-            by_line[i : i + step] = values[bits]
+        for part in blocks(0, lines, max(1, BLOCK // max(1, k))):
+            bits = np.unpackbits(octets[part], axis=1, count=k, bitorder="little")
+            by_line[part] = bits.view(bool) if out.dtype.kind == "b" else ones(bits)
     return out
 
 

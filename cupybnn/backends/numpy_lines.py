@@ -10,7 +10,7 @@ import numpy as np
 from cupybnn.backends import numpy_threads
 from cupybnn.backends.numpy_bits import write_bits
 
-__all__ = ["Lines", "blocks"]
+__all__ = ["BLOCK", "PAIR", "Lines", "blocks", "ones"]
 
 PAIR = 4096
 # Elements turned into bits at a time: with bits and floats they stay in a core's L2 cache.
@@ -82,7 +82,7 @@ class Lines:
             bits = np.unpackbits(octets, axis=-1, count=self.k, bitorder="little")
         else:
             bits = write_bits(self.x)
-        return _ones(bits).astype(np.float32)
+        return ones(bits).astype(np.float32)
 
     def words(self, lines: slice) -> np.ndarray:
         """Packed words of some lines, as `PackedMatrix` stores them."""
@@ -125,7 +125,7 @@ class Lines:
                     self.write_bits(lines, _within(ks, here), part.T)
                 else:
                     self.write_bits(_within(lines, here), ks, part)
-                floats[here] = _ones(part)
+                floats[here] = ones(part)
 
         numpy_threads.over(len(floats), n * k, fill)
         return floats.T if self.adjacent else floats
@@ -195,12 +195,12 @@ class Lines:
         return floats
 
 
-def _ones(bits: np.ndarray) -> np.ndarray:
+def ones(bits: np.ndarray) -> np.ndarray:
     """Turn the bytes 0 and 1 into -1 and 1, in place."""
-    ones = bits.view(np.int8)
-    ones -= BYTE_ONE  # -1 and 0
-    ones |= BYTE_ONE  # -1 and 1
-    return ones
+    signs = bits.view(np.int8)
+    signs -= BYTE_ONE  # -1 and 0
+    signs |= BYTE_ONE  # -1 and 1
+    return signs
 
 
 def _step(width: int, rows: int) -> int:
