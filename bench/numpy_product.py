@@ -1,6 +1,9 @@
 """Time xnor_gemm on NumPy against numpy.matmul of the same float32 matrices of +1 and -1.
 
     python bench/numpy_product.py [--json FILE]
+    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python bench/numpy_product.py --cpu-time
+
+The second form counts processor time of one thread: for a machine that is busy with other things.
 
 Three products of every shape, timed in turn within one loop so that they share whatever else the
 machine does: matmul of +1 and -1 (converted beforehand), xnor_gemm of random float32 (conversion of
@@ -44,7 +47,9 @@ SHAPES = [
 ]
 
 
-def time_in_turn(calls: list[Callable[[], object]], seconds: float) -> np.ndarray:
+def time_in_turn(
+    calls: list[Callable[[], object]], seconds: float, clock: Callable[[], float]
+) -> np.ndarray:
     """Seconds of each call, shape (rounds, calls): at least 7 rounds, about `seconds` in all."""
     for call in calls:
         call()
@@ -53,14 +58,16 @@ def time_in_turn(calls: list[Callable[[], object]], seconds: float) -> np.ndarra
     while len(rounds) < 7 or (time.perf_counter() < end and len(rounds) < 2000):
         row = []
         for call in calls:
-            start = time.perf_counter()
+            start = clock()
             call()
-            row.append(time.perf_counter() - start)
+            row.append(clock() - start)
         rounds.append(row)
     return np.array(rounds)
 
 
-def measure(m: int, k: int, n: int, seconds: float) -> dict[str, object]:
+def measure(
+    m: int, k: int, n: int, seconds: float, clock: Callable[[], float]
+) -> dict[str, object]:
     rng = np.random.default_rng(0)
     a = rng.standard_normal((m, k), dtype=np.float32)
     b = rng.standard_normal((k, n), dtype=np.float32)
@@ -76,6 +83,7 @@ def measure(m: int, k: int, n: int, seconds: float) -> dict[str, object]:
             lambda: cupybnn.xnor_gemm(packed_a, packed_b),
         ],
         seconds,
+        clock,
     )
     matmul, arrays, packed = np.median(times, axis=0)
     return {
@@ -93,15 +101,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each shape")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread")
     args = parser.parse_args()
+    clock = time.thread_time if args.cpu_time else time.perf_counter
     machine = describe()
-    print(f"{machine['cpu']}, {machine['cpus']} cores, NumPy {machine['numpy']}")
+    print(
+        f"{machine['cpu']}, {machine['cpus']} cores, NumPy {machine['numpy']}, "
+        f"{'processor time of one thread' if args.cpu_time else 'time on the clock'}"
+    )
     print(
         f"{'M, K, N':>18}  {'matmul':>10}  {'arrays':>10} {'ratio':>6}  {'packed':>10} {'ratio':>6}"
     )
     rows = []
     for shape in SHAPES:
-        row = measure(*shape, args.seconds)
+        row = measure(*shape, args.seconds, clock)
         rows.append(row)
         name = ", ".join(map(str, shape))
         print(
@@ -111,7 +124,7 @@ def main() -> None:
         )
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": machine, "rows": rows}, file, indent=1)
+            json.dump({"machine": machine, "cpu_time": args.cpu_time, "rows": rows}, file, indent=1)
 
 
 if __name__ == "__main__":

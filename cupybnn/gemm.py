@@ -134,7 +134,7 @@ def xnor_gemm_packed(a: Any, b: Any, *, threshold: Any = None, flip: Any = None)
         another shape than (N,).
     """
     home = _usual_home(a, b)
-    if home is None or not (threshold is None is flip):
+    if home is None or threshold is not None or flip is not None:
         return problem.general_packed_product(a, b, threshold, flip)
     backend = numpy_backend if home == HOST else _cuda()[0]
     words, popcounts = backend.gemm_packed(a, b, None, None)
