@@ -14,11 +14,11 @@ constexpr int BLOCKS = WARP_TILE / 16, FRAGMENTS = WARP_TILE / 8;
 
 struct Lines {
   uint4 piece[PIECES];
-  __device__ __forceinline__ void load(const uint4* words, i64 first, i64 lines8) {
+  __device__ __forceinline__ void load(const uint4* words, i64 first, i64 lines) {
 #pragma unroll
     for (int i = 0; i < PIECES; i++) {
       const int at = threadIdx.x + i * THREADS;
-      piece[i] = first + at / CHUNK_PIECES < lines8 ? words[first * CHUNK_PIECES + at]
+      piece[i] = first + at / CHUNK_PIECES < lines ? words[first * CHUNK_PIECES + at]
                                                     : make_uint4(0, 0, 0, 0);
     }
   }
@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_con
   const Tile tile(blockIdx.x, (u32)((p.m + TILE - 1) / TILE), (u32)((p.n + TILE - 1) / TILE),
                   (u32)p.group);
   const i64 m = (i64)tile.m * TILE, n = (i64)tile.n * TILE;
-  const i64 a_lines = round_up_to_eight(p.m), b_lines = round_up_to_eight(p.n);
+  const i64 a_lines = padded_lines(p.m), b_lines = padded_lines(p.n);
   const uint4* from_a = p.a + tile.item * p.a_step * p.chunks * a_lines * CHUNK_PIECES;
   const uint4* from_b = p.b + tile.item * p.b_step * p.chunks * b_lines * CHUNK_PIECES;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;

@@ -21,12 +21,12 @@ static_assert(TILE_M * CHUNK_PIECES % THREADS == 0 && TILE_N * CHUNK_PIECES % TH
 
 // Copy LINES lines of one chunk into a slot; lines that do not exist become zeros.
 template <int LINES>
-__device__ __forceinline__ void copy_lines(u32 to, const uint4* words, i64 first, i64 lines8) {
+__device__ __forceinline__ void copy_lines(u32 to, const uint4* words, i64 first, i64 lines) {
   const uint4* from = words + first * CHUNK_PIECES + threadIdx.x;
 #pragma unroll
   for (int i = 0; i < LINES * CHUNK_PIECES / THREADS; i++) {
     const int at = threadIdx.x + i * THREADS;
-    const bool exists = first + at / CHUNK_PIECES < lines8;
+    const bool exists = first + at / CHUNK_PIECES < lines;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + 16 * at),
                  "l"(exists ? from + i * THREADS : words), "r"(exists ? 16 : 0) : "memory");
   }
@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) xnor_gemm(const __grid_
   const Tile tile(blockIdx.x, (u32)((p.m + TILE_M - 1) / TILE_M), (u32)((p.n + TILE_N - 1) / TILE_N),
                   (u32)p.group);
   const i64 m = (i64)tile.m * TILE_M, n = (i64)tile.n * TILE_N;
-  const i64 a_lines = round_up_to_eight(p.m), b_lines = round_up_to_eight(p.n);
+  const i64 a_lines = padded_lines(p.m), b_lines = padded_lines(p.n);
   const uint4* from_a = p.a + tile.item * p.a_step * p.chunks * a_lines * CHUNK_PIECES;
   const uint4* from_b = p.b + tile.item * p.b_step * p.chunks * b_lines * CHUNK_PIECES;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;

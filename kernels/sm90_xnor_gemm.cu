@@ -17,11 +17,10 @@
 // each loads a part of the common lines and the copy engine writes it to all of them.
 //
 // SPLIT_K > 1: the blocks of a cluster take the same tile and a part of K each, and add up over the
-// cluster's shared memory; for products of few tiles. STAGGER: the second warpgroup starts that many
-// slots behind the first, so that one writes out while the other multiplies.
+// cluster's shared memory; for products of few tiles.
 //
-// The translation unit sets CONSUMERS, BLOCKS_M, TILE_N, STAGES, CLUSTER_M, CLUSTER_N, SPLIT_K,
-// STAGGER, and what product.cuh wants.
+// The translation unit sets CONSUMERS, BLOCKS_M, TILE_N, STAGES, CLUSTER_M, CLUSTER_N, SPLIT_K, and
+// what product.cuh wants.
 
 #include "product.cuh"
 #include "hopper.cuh"
@@ -65,9 +64,9 @@ template <int LINES, int SHARERS> struct Share {
   const char* from;
   u32 bytes;    // that this block loads
   u32 arrives;  // bytes that arrive in a slot, from all sharers together
-  __device__ __forceinline__ Share(const uint4* words, u32 first, u32 lines8, int share) {
+  __device__ __forceinline__ Share(const uint4* words, u32 first, u32 padded, int share) {
     constexpr u32 PART = LINES / SHARERS;
-    const u32 lines = first < lines8 ? min(lines8 - first, (u32)LINES) : 0;
+    const u32 lines = first < padded ? min(padded - first, (u32)LINES) : 0;
     const u32 skip = SHARERS == 1 ? 0 : share * PART;
     arrives = lines * CHUNK_BYTES;
     bytes = (skip < lines ? min(lines - skip, PART) : 0) * CHUNK_BYTES;
@@ -97,7 +96,7 @@ __device__ __forceinline__ int rank_in_n(int rank) { return SPLIT_K > 1 ? 0 : ra
 
 __device__ __forceinline__ void produce(const Product& p, const Work& work, Shared& shared,
                                         int rank, u32 worker, u32 workers) {
-  const u32 a_lines = (u32)round_up_to_eight(p.m), b_lines = (u32)round_up_to_eight(p.n);
+  const u32 a_lines = (u32)padded_lines(p.m), b_lines = (u32)padded_lines(p.n);
   const int rank_m = rank_in_m(rank), rank_n = rank_in_n(rank);
   unsigned short a_blocks = 0, b_blocks = 0;
   for (int i = 0; i < CLUSTER_N; i++) a_blocks |= 1 << (rank_m + CLUSTER_M * i);
@@ -196,8 +195,9 @@ __device__ __forceinline__ void store_split(const int (&acc)[BLOCKS_M][ACC], Sha
   for (int block = 0; block < BLOCKS_M; block++)
 #pragma unroll
     for (int i = 0; i < ACC; i += 2) {
-      const int row = wg * ROWS + block * 64 + warp * 16 + (lane >> 2) + (i & 2) * 4;
-      const u32 to = parts + (row * STRIDE + (i >> 2) * 8 + 2 * (lane & 3)) * 4;
+      const int row = wg * ROWS + block * 64 + warp * 16 + line_at(lane >> 2) + (i & 2);
+      const int col = (i >> 3) * 16 + 4 * (lane & 3) + 2 * (i >> 2 & 1);
+      const u32 to = parts + (row * STRIDE + col) * 4;
       asm volatile("st.shared.v2.s32 [%0], {%1, %2};" ::"r"(to), "r"(acc[block][i]),
                    "r"(acc[block][i + 1]) : "memory");
     }
@@ -280,8 +280,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 TileResults(p, shared.terms, tile.item, (i64)tile.m * TILE_M, (i64)tile.n * TILE_N),
                 rank, wg);
 #else
-    if (STAGGER && wg > 0 && worker < work.count && p.chunks > STAGGER)
-      barrier_wait(shared_address(&shared.full[STAGGER]), 0);
     int parity = 0;
     for (u32 t = worker; t < work.count; t += workers) {
       int acc[BLOCKS_M][ACC];

@@ -6,11 +6,12 @@
 
 extern "C" __global__ void __launch_bounds__(256)
     unpack_lines(const u32* words, TYPE* out, i64 batch, i64 lines, i64 k, i64 chunks) {
-  const i64 lines8 = round_up_to_eight(lines), count = batch * lines * k;
+  const i64 count = batch * lines * k;
   for (i64 i = blockIdx.x * 256ll + threadIdx.x; i < count; i += gridDim.x * 256ll) {
     const i64 line = i / k % lines, item = i / k / lines, bit = i % k;
-    const u32* from = words + line_chunk(item, chunks, bit / CHUNK_BITS, lines8, line);
-    const u32 word = from[swizzled_word(line, (int)(bit % CHUNK_BITS / 32))];
+    const i64 position = position_of(line);
+    const u32* from = words + line_chunk(item, chunks, bit / CHUNK_BITS, lines, position);
+    const u32 word = from[swizzled_word(position, (int)(bit % CHUNK_BITS / 32))];
     out[i] = (word >> (bit & 31)) & 1 ? (TYPE)(ONE) : (TYPE)(MINUS_ONE);
   }
 }

@@ -8,9 +8,9 @@
 
 constexpr int TILE = 64, SIDE = 16, EACH = TILE / SIDE, THREADS = SIDE * SIDE;
 
-__device__ __forceinline__ void load_lines(uint4* to, const uint4* words, i64 first, i64 lines8) {
+__device__ __forceinline__ void load_lines(uint4* to, const uint4* words, i64 first, i64 lines) {
   for (int i = threadIdx.x; i < TILE * CHUNK_PIECES; i += THREADS)
-    to[i] = first + i / CHUNK_PIECES < lines8 ? words[first * CHUNK_PIECES + i] : make_uint4(0, 0, 0, 0);
+    to[i] = first + i / CHUNK_PIECES < lines ? words[first * CHUNK_PIECES + i] : make_uint4(0, 0, 0, 0);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_constant__ Product p) {
@@ -19,10 +19,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_con
   const Tile tile(blockIdx.x, (u32)((p.m + TILE - 1) / TILE), (u32)((p.n + TILE - 1) / TILE),
                   (u32)p.group);
   const i64 m = (i64)tile.m * TILE, n = (i64)tile.n * TILE;
-  const i64 a_lines = round_up_to_eight(p.m), b_lines = round_up_to_eight(p.n);
+  const i64 a_lines = padded_lines(p.m), b_lines = padded_lines(p.n);
   const uint4* from_a = p.a + tile.item * p.a_step * p.chunks * a_lines * CHUNK_PIECES;
   const uint4* from_b = p.b + tile.item * p.b_step * p.chunks * b_lines * CHUNK_PIECES;
   const int tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
+  const int px = (int)position_of(tx), py = (int)position_of(ty);
 
   terms.fill(p, tile.item, m, n, threadIdx.x, THREADS);
   int acc[EACH][EACH] = {};
@@ -35,8 +36,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_con
       uint4 x[EACH], y[EACH];
 #pragma unroll
       for (int i = 0; i < EACH; i++) {
-        x[i] = a[(ty + SIDE * i) * CHUNK_PIECES + swizzled_piece(ty, piece)];
-        y[i] = b[(tx + SIDE * i) * CHUNK_PIECES + swizzled_piece(tx, piece)];
+        x[i] = a[(py + SIDE * i) * CHUNK_PIECES + swizzled_piece(py, piece)];
+        y[i] = b[(px + SIDE * i) * CHUNK_PIECES + swizzled_piece(px, piece)];
       }
 #pragma unroll
       for (int i = 0; i < EACH; i++)

@@ -4,12 +4,16 @@
 // Bit i of a line is 1 where element i is >= 0, and 0 for padding. A line is cut into chunks of
 // 1024 bits (128 bytes), and all lines' first chunks lie together, then all second chunks, ...:
 //
-//     words[batch][chunk][line, rounded up to a multiple of eight][32 words]
+//     words[batch][chunk][position of the line, of a multiple of 16][32 words]
 //
-// so that any run of lines of one chunk is one contiguous piece of memory, which the copy engine
-// of a Hopper GPU fetches in one instruction without a tensor map. Inside a chunk's 128 bytes the
-// 16-byte pieces are permuted, piece p of line r stands at p ^ (r & 7): the 128-byte swizzle that
-// the tensor cores of Hopper read, and that keeps ldmatrix free of bank conflicts elsewhere.
+// so that a tile's lines of one chunk are one contiguous piece of memory, which the copy engine of a
+// Hopper GPU fetches in one instruction without a tensor map. Inside a chunk's 128 bytes the
+// 16-byte pieces are permuted, piece i of the line at position p stands at i ^ (p & 7): the 128-byte
+// swizzle that Hopper's tensor cores read, and that keeps ldmatrix free of bank conflicts elsewhere.
+//
+// Sixteen lines stand in the order 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15. Tensor cores give a lane
+// two neighbouring columns of every eight; of lines in this order, two fragments side by side give
+// it four neighbours, and a result is stored 16 bytes at a time.
 #pragma once
 
 typedef unsigned int u32;
@@ -21,17 +25,24 @@ constexpr int CHUNK_BYTES = CHUNK_BITS / 8;
 constexpr int CHUNK_WORDS = CHUNK_BITS / 32;
 constexpr int CHUNK_PIECES = CHUNK_BYTES / 16;
 
-// Where word w (0..31) of a line stands within the line's 128 bytes, in words.
-__device__ __forceinline__ int swizzled_word(i64 line, int w) {
-  return (((w >> 2) ^ (int)(line & 7)) << 2) | (w & 3);
+// Where a line stands among the lines, and which line stands at a position.
+__device__ __forceinline__ i64 position_of(i64 line) {
+  return (line & ~15ll) | ((line & 2) << 2) | ((line & 12) >> 1) | (line & 1);
+}
+__device__ __forceinline__ int line_at(int position) {
+  return (position & ~15) | ((position & 6) << 1) | ((position & 8) >> 2) | (position & 1);
+}
+__device__ __forceinline__ i64 padded_lines(i64 lines) { return (lines + 15) & ~15ll; }
+
+// Where 16-byte piece i (0..7) of the line at a position stands within its 128 bytes, in pieces.
+__device__ __forceinline__ int swizzled_piece(i64 position, int i) { return i ^ (int)(position & 7); }
+// The same for word i (0..31), in words.
+__device__ __forceinline__ int swizzled_word(i64 position, int i) {
+  return (swizzled_piece(position, i >> 2) << 2) | (i & 3);
 }
 
-// Where 16-byte piece p (0..7) of a line stands within the line's 128 bytes, in pieces.
-__device__ __forceinline__ int swizzled_piece(i64 line, int p) { return p ^ (int)(line & 7); }
-
-__device__ __forceinline__ i64 round_up_to_eight(i64 lines) { return (lines + 7) & ~7ll; }
-
-// First word of one line's chunk.
-__device__ __forceinline__ i64 line_chunk(i64 batch, i64 chunks, i64 chunk, i64 lines8, i64 line) {
-  return ((batch * chunks + chunk) * lines8 + line) * CHUNK_WORDS;
+// First word of a chunk of the line at a position.
+__device__ __forceinline__ i64 line_chunk(i64 batch, i64 chunks, i64 chunk, i64 lines,
+                                          i64 position) {
+  return ((batch * chunks + chunk) * padded_lines(lines) + position) * CHUNK_WORDS;
 }

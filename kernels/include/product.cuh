@@ -81,7 +81,7 @@ __device__ __forceinline__ out_t round_to_output(float v) {
 // The terms of a tile's rows and columns, in shared memory: what an epilogue adds to accumulators.
 template <int HEIGHT, int WIDTH> struct Terms {
   int row[HEIGHT];  // K - 2 popcount(a_row)
-  int col[WIDTH];  // -2 popcount(b_col); OUTPUT_PACKED: minus the threshold
+  alignas(16) int col[WIDTH];  // -2 popcount(b_col); OUTPUT_PACKED: minus the threshold
 #if OUTPUT == OUTPUT_PACKED
   u32 flip[(WIDTH + 31) / 32];
 #elif SCALED
@@ -127,10 +127,11 @@ template <int HEIGHT, int WIDTH> struct Terms {
 
 // Loads and stores of an epilogue keep their order: a compiler that is free to move them loads the
 // terms of a whole tile first, and spills accumulators to make room for them.
-__device__ __forceinline__ int2 load_pair_in_turn(const int* from) {
-  int2 v;
-  asm volatile("ld.shared.v2.s32 {%0, %1}, [%2];"
-               : "=r"(v.x), "=r"(v.y) : "r"((u32)__cvta_generic_to_shared(from)) : "memory");
+__device__ __forceinline__ int4 load_in_turn(const int* from) {
+  int4 v;
+  asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"((u32)__cvta_generic_to_shared(from)) : "memory");
   return v;
 }
 __device__ __forceinline__ void store_in_turn(int* to, int v) {
@@ -188,24 +189,25 @@ template <int HEIGHT, int WIDTH> struct Results {
           value(row, col, product(terms.row[row], terms.col[col], acc));
   }
 
-  // Two neighbours of one row in one store. Results are written once and not read here: they should
-  // not push the operands out of the L2 cache.
-  static __device__ __forceinline__ void store_pair(out_t* to, out_t x, out_t y) {
+  // Four neighbours of one row in one store. Results are written once and not read here: they
+  // should not push the operands out of the L2 cache.
+  static __device__ __forceinline__ void store_four(out_t* to, const out_t (&v)[4]) {
+    const u32* w = (const u32*)v;
     if constexpr (sizeof(out_t) == 4)
-      asm volatile("st.global.cs.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(*(const u32*)&x),
-                   "r"(*(const u32*)&y) : "memory");
+      asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(w[0]), "r"(w[1]),
+                   "r"(w[2]), "r"(w[3]) : "memory");
     else
-      asm volatile("st.global.cs.b32 [%0], %1;" ::"l"(to), "r"((u32)x | (u32)y << 16) : "memory");
+      asm volatile("st.global.cs.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"((u32)v[0] | (u32)v[1] << 16),
+                   "r"((u32)v[2] | (u32)v[3] << 16) : "memory");
   }
 #else
   // Store word w (32 columns) of a row of the tile; the caller stores each word once.
   __device__ __forceinline__ void store_word(int row, int w, u32 bits) const {
     const u32 chunks = (u32)((p.n + CHUNK_BITS - 1) / CHUNK_BITS), word = (u32)(n / 32) + w;
-    const i64 line = m + row;
-    if (line >= p.m || word >= chunks * CHUNK_WORDS) return;
-    u32* to = (u32*)p.out +
-              line_chunk(item, chunks, word / CHUNK_WORDS, round_up_to_eight(p.m), line);
-    to[swizzled_word(line, word % CHUNK_WORDS)] = bits;
+    if (m + row >= p.m || word >= chunks * CHUNK_WORDS) return;
+    const i64 position = position_of(m + row);
+    u32* to = (u32*)p.out + line_chunk(item, chunks, word / CHUNK_WORDS, p.m, position);
+    to[swizzled_word(position, word % CHUNK_WORDS)] = bits;
   }
   __device__ __forceinline__ void count(int row, int ones) const {
     if (m + row < p.m && ones) atomicAdd(p.out_pop + item * p.m + m + row, ones);
@@ -219,87 +221,83 @@ template <int HEIGHT, int WIDTH> struct Results {
 #endif
 
   // Store a warp's accumulators: FRAGMENTS of the tensor cores side by side, for BLOCKS times 16
-  // rows that lie `block_rows` apart. Of 16 rows a lane holds lane / 4 and lane / 4 + 8, and of
-  // eight columns 2 (lane % 4) and the next (PTX ISA, matrix fragments of mma.m16n8k256).
+  // positions that lie `block_rows` apart. Of 16 positions of rows a lane holds lane / 4 and
+  // lane / 4 + 8, and of eight of columns 2 (lane % 4) and the next (PTX ISA, matrix fragments of
+  // mma.m16n8k256): rows two apart, and of two fragments four neighbouring columns (layout.cuh).
   template <int BLOCKS, int FRAGMENTS>
   __device__ __forceinline__ void store_fragments(int row, int block_rows, int col,
                                                   const int (&acc)[BLOCKS][4 * FRAGMENTS]) const {
     constexpr int ROWS = 2 * BLOCKS;
+    static_assert(FRAGMENTS % 2 == 0, "two fragments make four neighbours");
     const int lane = threadIdx.x & 31, quad = lane & 3;
-    const int r0 = row + (lane >> 2), c0 = col + 2 * quad;
+    const int r0 = row + line_at(lane >> 2), c0 = col + 4 * quad;
     int t[ROWS];
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) t[r] = terms.row[r0 + r / 2 * block_rows + r % 2 * 8];
+    for (int r = 0; r < ROWS; r++) t[r] = terms.row[r0 + r / 2 * block_rows + r % 2 * 2];
 #if OUTPUT != OUTPUT_PACKED
     out_t* to = out + r0 * p.out_row + c0 * p.out_col;
     // Whether the warp's part lies in the matrix, and neighbours can be stored together.
     const bool whole = m + row + (BLOCKS - 1) * block_rows + 16 <= p.m &&
-                       n + col + 8 * FRAGMENTS <= p.n && p.out_col == 1 && (p.out_row & 1) == 0 &&
-                       ((u64)to & (2 * sizeof(out_t) - 1)) == 0;
-    if (whole) {
+                       n + col + 8 * FRAGMENTS <= p.n && p.out_col == 1 && (p.out_row & 3) == 0 &&
+                       ((u64)to & (4 * sizeof(out_t) - 1)) == 0;
 #pragma unroll
-      for (int j = 0; j < FRAGMENTS; j++) {
-        const int2 u = load_pair_in_turn(terms.col + c0 + 8 * j);
+    for (int j = 0; j < FRAGMENTS; j += 2) {
+      const int4 four = load_in_turn(terms.col + c0 + 8 * j);
+      const int u[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-          const int down = r / 2 * block_rows + r % 2 * 8;
-          const int* d = acc[r / 2] + 4 * j + r % 2 * 2;
-          store_pair(to + down * p.out_row, value(r0 + down, c0 + 8 * j, product(t[r], u.x, d[0])),
-                     value(r0 + down, c0 + 8 * j + 1, product(t[r], u.y, d[1])));
+      for (int r = 0; r < ROWS; r++) {
+        const int down = r / 2 * block_rows + r % 2 * 2;
+        out_t v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          v[i] = value(r0 + down, c0 + 8 * j + i,
+                       product(t[r], u[i], acc[r / 2][4 * (j + i / 2) + r % 2 * 2 + i % 2]));
+        if (whole) {
+          store_four(to + down * p.out_row, v);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; i++)
+            if (m + r0 + down < p.m && n + c0 + 8 * j + i < p.n)
+              store_in_turn(to + down * p.out_row + i * p.out_col, v[i]);
         }
-        to += 8;
       }
-    } else {
-#pragma unroll
-      for (int j = 0; j < FRAGMENTS; j++) {
-        const int2 u = load_pair_in_turn(terms.col + c0 + 8 * j);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const int c = c0 + 8 * j + i;
-#pragma unroll
-          for (int r = 0; r < ROWS; r++) {
-            const int down = r / 2 * block_rows + r % 2 * 8;
-            if (m + r0 + down < p.m && n + c < p.n)
-              store_in_turn(to + down * p.out_row + i * p.out_col,
-                            value(r0 + down, c,
-                                  product(t[r], i ? u.y : u.x, acc[r / 2][4 * j + r % 2 * 2 + i])));
-          }
-        }
-        to += 8 * p.out_col;
-      }
+      to += 16 * p.out_col;
     }
 #else
     static_assert(FRAGMENTS % 4 == 0, "a word is 32 columns, four fragments");
     int ones[BLOCKS] = {};
 #pragma unroll
     for (int w = 0; w < FRAGMENTS / 4; w++) {
-      // Signs are shifted in from the last column to the first: two of eight are this lane's.
+      // Signs are shifted in from the last column to the first: four of 16 are this lane's.
       u32 signs[ROWS] = {};
 #pragma unroll
-      for (int j = 4 * w + 3; j >= 4 * w; j--) {
-        const int2 u = load_pair_in_turn(terms.col + c0 + 8 * j);
+      for (int j = 4 * w + 2; j >= 4 * w; j -= 2) {
+        const int4 four = load_in_turn(terms.col + c0 + 8 * j);
+        const int u[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
         for (int r = 0; r < ROWS; r++) {
-          const int* d = acc[r / 2] + 4 * j + r % 2 * 2;
-          if (j % 4 != 3) signs[r] <<= 6;
-          signs[r] = __funnelshift_l((u32)product(t[r], u.y, d[1]), signs[r], 1);
-          signs[r] = __funnelshift_l((u32)product(t[r], u.x, d[0]), signs[r], 1);
+          if (j % 4 == 0) signs[r] <<= 12;
+#pragma unroll
+          for (int i = 3; i >= 0; i--)
+            signs[r] = __funnelshift_l(
+                (u32)product(t[r], u[i], acc[r / 2][4 * (j + i / 2) + r % 2 * 2 + i % 2]), signs[r],
+                1);
         }
       }
 #pragma unroll
       for (int block = 0; block < BLOCKS; block++) {
         // Four lanes hold parts of both rows' words: even lanes gather the first, odd the second.
-        const u32 w0 = signs[2 * block] << 2 * quad, w1 = signs[2 * block + 1] << 2 * quad;
+        const u32 w0 = signs[2 * block] << 4 * quad, w1 = signs[2 * block + 1] << 4 * quad;
         u32 mine = (quad & 1 ? w1 : w0) | __shfl_xor_sync(0xffffffffu, quad & 1 ? w0 : w1, 1);
         mine |= __shfl_xor_sync(0xffffffffu, mine, 2);
         mine = word_of_signs(col / 32 + w, mine);
-        if (quad < 2) store_word(r0 + block * block_rows + quad * 8, col / 32 + w, mine);
+        if (quad < 2) store_word(r0 + block * block_rows + quad * 2, col / 32 + w, mine);
         ones[block] += __popc(mine);
       }
     }
 #pragma unroll
     for (int block = 0; block < BLOCKS; block++)
-      if (quad < 2) count(r0 + block * block_rows + quad * 8, ones[block]);
+      if (quad < 2) count(r0 + block * block_rows + quad * 2, ones[block]);
 #endif
   }
 };

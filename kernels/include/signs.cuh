@@ -14,3 +14,9 @@ __device__ __forceinline__ bool nonnegative(float16_bits x) {
 __device__ __forceinline__ bool nonnegative(bfloat16_bits x) {
   return x.bits <= 0x7f80u || x.bits == 0x8000u;
 }
+
+// What stands for an element that does not exist: padding is 0 bits, so something negative.
+template <typename T> __device__ __forceinline__ T missing() { return T(-1); }
+template <> __device__ __forceinline__ bool missing<bool>() { return false; }
+template <> __device__ __forceinline__ float16_bits missing<float16_bits>() { return {0xbc00u}; }
+template <> __device__ __forceinline__ bfloat16_bits missing<bfloat16_bits>() { return {0xbf80u}; }

@@ -6,17 +6,6 @@
 
 template <int N> struct WgmmaB1;
 
-template <> struct WgmmaB1<8> {
-  static __device__ __forceinline__ void run(int* d, u64 a, u64 b, int accumulate) {
-    asm volatile(
-        "{ .reg .pred keep;\nsetp.ne.b32 keep, %6, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n8k256.s32.b1.b1.and.popc {"
-        "%0, %1, %2, %3"
-        "}, %4, %5, keep; }"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "l"(a), "l"(b), "r"(accumulate));
-  }
-};
 template <> struct WgmmaB1<16> {
   static __device__ __forceinline__ void run(int* d, u64 a, u64 b, int accumulate) {
     asm volatile(

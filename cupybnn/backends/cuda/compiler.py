@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numpy as np
-
 from cupybnn.backends.cuda.sources import translation_unit
 
-__all__ = ["Resources", "architecture", "by_value", "compile_cubin", "load_kernel"]
+__all__ = ["Resources", "architecture", "compile_cubin", "load_kernel"]
 
 Defines = tuple[tuple[str, int | str], ...]
 
@@ -70,11 +68,6 @@ def load_kernel(source: str, function: str, defines: Defines, device: int, share
                     kernel.max_dynamic_shared_size_bytes = shared
                 _kernels[key] = kernel
     return kernel
-
-
-def by_value(fields: list[int], struct: np.dtype[np.void]) -> np.ndarray:
-    """Return 64-bit fields as a kernel takes a struct by value: one element of a void dtype."""
-    return np.array(fields, np.int64).view(struct)
 
 
 @dataclass(frozen=True)

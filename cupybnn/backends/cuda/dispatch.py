@@ -22,7 +22,7 @@ KERNELS = {
 
 
 # Of a configuration's defines, those that its tile and cluster do not show.
-_TOLD = ("STAGES", "STAGGER")
+_TOLD = ("STAGES",)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,6 @@ def sm90(
     consumers: int = 2,
     cluster: tuple[int, int] = (1, 1),
     split_k: int = 1,
-    stagger: int = 0,
     swap: bool = False,
     group: int = 8,
 ) -> Config:
@@ -148,7 +147,6 @@ def sm90(
         ("CONSUMERS", consumers),
         ("SPLIT_K", split_k),
         ("STAGES", stages),
-        ("STAGGER", stagger),
         ("TILE_N", tile_n),
     )
     slot = (tile_m + tile_n) * 128
@@ -169,8 +167,8 @@ def _sm90(m: int, n: int, k: int, batch: int, packed: bool, scaled: bool) -> Con
         swap = m <= 64 and not packed
         narrow, wide = (m, n) if swap else (n, m)
         if narrow <= 64:
-            least = 32 if packed else 8
-            tile_n = next(t for t in (8, 16, 32, 64) if t >= max(narrow, least))
+            least = 32 if packed else 16
+            tile_n = next(t for t in (16, 32, 64) if t >= max(narrow, least))
             tiles = -(-wide // 128) * batch
             split = _split(tiles, chunks)
             return sm90(1, tile_n, 8, split_k=split, swap=swap)
@@ -222,8 +220,8 @@ def candidates(kernel: str, capability: int, m: int, n: int, k: int, packed: boo
         narrow = min(m, n)
         if narrow <= 64 and (m > 64 or not packed or n <= 64):
             swap = m <= 64 and not packed
-            least = 32 if packed else 8
-            tile_n = next(t for t in (8, 16, 32, 64) if t >= max(narrow, least))
+            least = 32 if packed else 16
+            tile_n = next(t for t in (16, 32, 64) if t >= max(narrow, least))
             if swap or n <= 64:
                 return [
                     sm90(1, tile_n, stages, consumers=consumers, split_k=split, swap=swap)

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn.backends.cuda.compiler import by_value, load_kernel
+from cupybnn.backends.cuda.compiler import load_kernel
 
 __all__ = [
     "CHUNK_BITS",
+    "PackPlan",
     "chunk_count",
     "from_canonical",
     "geometry",
     "pack",
-    "pack_into",
     "to_canonical",
     "unpack",
     "words_shape",
@@ -25,7 +25,15 @@ CHUNK_BITS = 1024
 CHUNK_WORDS = CHUNK_BITS // 32
 _WARPS = 8  # of a block of smxx_pack.cu
 
-_OPERANDS = np.dtype((np.void, 8 * 28))  # struct Operands of smxx_pack.cu
+# struct Operand of smxx_pack.cu.
+_FIELDS = (
+    "x", "words", "pops", "lines", "k", "chunks", "batch", "line_stride", "k_stride",
+    "batch_stride", "across", "wide", "parts", "blocks",
+)  # fmt: skip
+_ACROSS, _PARTS = _FIELDS.index("across"), _FIELDS.index("parts")
+_SECOND = slice(len(_FIELDS), len(_FIELDS) + 3)  # the second operand's addresses
+_OPERANDS = np.dtype((np.void, 2 * 8 * len(_FIELDS)))
+_THREADS = (32 * _WARPS,)
 
 # Element types as smxx_pack.cu names them, by dtype name: bfloat16 is not NumPy's own.
 _C_TYPES = {
@@ -48,7 +56,7 @@ def chunk_count(k: int) -> int:
 
 def words_shape(batch: int, lines: int, k: int) -> tuple[int, int, int, int]:
     """Shape of the uint32 words of `batch` times `lines` lines of `k` bits (layout.cuh)."""
-    return batch, chunk_count(k), (lines + 7) & ~7, CHUNK_WORDS
+    return batch, chunk_count(k), (lines + 15) & ~15, CHUNK_WORDS
 
 
 def pack(x: Any, axis: int) -> tuple[Any, Any]:
@@ -65,41 +73,61 @@ def pack(x: Any, axis: int) -> tuple[Any, Any]:
     words = cupy.empty(words_shape(batch, lines, k), np.uint32)
     popcounts = cupy.empty((*x.shape[:-2], lines), np.int32)
     if popcounts.size:
-        matrices = x if x.ndim <= 3 else x.reshape(batch, *x.shape[-2:])
-        pack_into([(matrices, axis, words.data.ptr, popcounts.data.ptr)], x.device.id)
+        x = x if x.ndim <= 3 else x.reshape(batch, *x.shape[-2:])
+        PackPlan([(x, axis)], x.device.id).launch(
+            [(x.data.ptr, words.data.ptr, popcounts.data.ptr)]
+        )
     return words, popcounts
 
 
-def pack_into(operands: list[tuple[Any, int, int, int]], device: int) -> None:
-    """Pack one or two arrays in one launch.
+class PackPlan:
+    """A launch that packs one array, or both of a product's, of a given kind.
 
     Parameters
     ----------
-    operands : list of (x, axis, words, popcounts)
+    operands : list of (x, axis)
         A CuPy array of shape (rows, columns) or (batch, rows, columns), none of them 0 except along
-        `axis`; -1 or -2; addresses of the memory to fill.
+        `axis`, and -1 or -2. The plan serves all arrays of the same shape, strides, dtype and
+        alignment to 16 bytes.
     device : int
         The current device.
     """
-    fields: list[int] = []
-    blocks = 0
-    for x, axis, words, popcounts in operands:
-        fields += _operand(x, axis, words, popcounts)
-        blocks += fields[-1]
-    first, last = operands[0][0].dtype.name, operands[-1][0].dtype.name
-    if len(operands) == 1:
-        fields += [0] * len(fields)
-    kernel = load_kernel(
-        "smxx_pack",
-        "pack_operands",
-        (("TYPE_A", _C_TYPES[first]), ("TYPE_B", _C_TYPES[last])),
-        device,
-    )
-    kernel((blocks,), (32 * _WARPS,), (by_value(fields, _OPERANDS),))
+
+    __slots__ = ("_blocks", "_fields", "_kernel", "_zeros")
+
+    def __init__(self, operands: list[tuple[Any, int]], device: int) -> None:
+        fields: list[int] = []
+        self._zeros: list[tuple[int, int]] = []  # which operand, and bytes of popcounts to clear
+        blocks = 0
+        for i, (x, axis) in enumerate(operands):
+            fields += _operand(x, axis)
+            blocks += fields[-1]
+            batch, lines, _ = geometry(x.shape, axis)
+            if fields[_ACROSS - len(_FIELDS)] and fields[_PARTS - len(_FIELDS)] > 1:
+                self._zeros.append((i, 4 * batch * lines))
+        first, last = operands[0][0].dtype.name, operands[-1][0].dtype.name
+        self._fields = np.array(fields + [0] * (2 * len(_FIELDS) - len(fields)), np.int64)
+        self._kernel = load_kernel(
+            "smxx_pack",
+            "pack_operands",
+            (("TYPE_A", _C_TYPES[first]), ("TYPE_B", _C_TYPES[last])),
+            device,
+        )
+        self._blocks = (blocks,)
+
+    def launch(self, addresses: list[tuple[int, int, int]]) -> None:
+        """Pack operands at the given addresses: of the array, the words and the popcounts."""
+        fields = self._fields.copy()
+        fields[:3] = addresses[0]
+        if len(addresses) > 1:
+            fields[_SECOND] = addresses[1]
+        for i, size in self._zeros:
+            _zero(addresses[i][2], size)
+        self._kernel(self._blocks, _THREADS, (fields.view(_OPERANDS),))
 
 
-def _operand(x: Any, axis: int, words: int, popcounts: int) -> list[int]:
-    """Return the fields of struct Operand in smxx_pack.cu."""
+def _operand(x: Any, axis: int) -> list[int]:
+    """Return the fields of struct Operand in smxx_pack.cu, without the three addresses."""
     shape, strides = x.shape, x.strides
     batch, batch_stride = (1, 0) if len(shape) == 2 else (shape[0], strides[0])
     if axis == -1:
@@ -107,29 +135,25 @@ def _operand(x: Any, axis: int, words: int, popcounts: int) -> list[int]:
     else:
         lines, k, line_stride, k_stride = shape[-1], shape[-2], strides[-1], strides[-2]
     chunks = chunk_count(k)
-    itemsize, address = x.itemsize, x.data.ptr
+    itemsize = x.itemsize
     across = line_stride == itemsize and k_stride != itemsize and lines > 1
-    vector = 1
-    if itemsize < 4 and not (address | batch_stride) & 3:
-        fits = 4 // itemsize
-        if across:
-            if not (k_stride & 3 or lines % fits):
-                vector = fits
-        elif k_stride == itemsize and not line_stride & 3:
-            vector = fits
     if across:
-        groups = batch * -(-lines // (32 * vector))
+        neighbours = 4 if itemsize < 4 else 16 // itemsize
+        aligned = itemsize * neighbours - 1
+        wide = not ((x.data.ptr | batch_stride | k_stride) & aligned or lines % neighbours)
+        # Wide loads make few blocks: not where that would leave most of a large GPU idle.
+        wide = wide and batch * lines * chunks >= 132 * 32 * neighbours
+        groups = batch * -(-lines // (32 * (neighbours if wide else 1)))
         # Two blocks for each SM of a large GPU, where one for each group of lines is fewer.
         parts = 1 if groups >= 264 else min(chunks, -(-264 // groups))
         blocks = groups * parts
-        if parts > 1:
-            _zero(popcounts, 4 * batch * lines)
     else:
+        wide = k_stride == itemsize and not (x.data.ptr | batch_stride | line_stride) & 15
         parts = 1 if chunks == 1 else 2 if chunks == 2 else 4 if chunks <= 4 else 8
-        blocks = -(-batch * ((lines + 7) & ~7) * parts // _WARPS)
+        blocks = -(-batch * ((lines + 15) & ~15) * parts // _WARPS)
     return [
-        address, words, popcounts, lines, k, chunks, batch, line_stride, k_stride, batch_stride,
-        across, vector, parts, blocks,
+        0, 0, 0, lines, k, chunks, batch, line_stride, k_stride, batch_stride,
+        across, wide, parts, blocks,
     ]  # fmt: skip
 
 
@@ -169,18 +193,25 @@ def geometry(shape: tuple[int, ...], axis: int) -> tuple[int, int, int]:
     return math.prod(shape[:-2]), lines, k
 
 
-def _pieces(lines8: int) -> np.ndarray:
-    """Where piece p of each line stands: index array of shape (lines8, 8)."""
-    return np.arange(8)[None] ^ (np.arange(lines8) & 7)[:, None]
+def _positions(padded: int) -> np.ndarray:
+    """Where each line stands (layout.cuh, position_of)."""
+    line = np.arange(padded)
+    return (line & ~15) | ((line & 2) << 2) | ((line & 12) >> 1) | (line & 1)
+
+
+def _pieces(positions: np.ndarray) -> np.ndarray:
+    """Where piece i of the line at each position stands: index array of shape (positions, 8)."""
+    return np.arange(8)[None] ^ (positions & 7)[:, None]
 
 
 def to_canonical(words: Any, shape: tuple[int, ...], axis: int) -> np.ndarray:
     """Return the words as '<u8' on the host, (*batch, lines, ceil(k / 64)), zero padded."""
     batch, lines, k = geometry(shape, axis)
     host = words.get().reshape(*words_shape(batch, lines, k)[:3], 8, 4)
-    lines8 = host.shape[2]
-    host = np.take_along_axis(host, _pieces(lines8)[None, None, :, :, None], axis=3)
-    host = np.moveaxis(host, 1, 2).reshape(batch, lines8, -1)[:, :lines]
+    positions = _positions(host.shape[2])
+    host = host[:, :, positions]
+    host = np.take_along_axis(host, _pieces(positions)[None, None, :, :, None], axis=3)
+    host = np.moveaxis(host, 1, 2).reshape(batch, len(positions), -1)[:, :lines]
     canonical = np.ascontiguousarray(host).view("<u8")[..., : -(-k // 64)]
     return np.ascontiguousarray(canonical).reshape(*shape[:-2], lines, -(-k // 64))
 
@@ -190,10 +221,14 @@ def from_canonical(canonical: np.ndarray, shape: tuple[int, ...], axis: int) -> 
     import cupy
 
     batch, lines, k = geometry(shape, axis)
-    _, chunks, lines8, _ = words_shape(batch, lines, k)
-    host = np.zeros((batch, lines8, chunks * 16), "<u8")
+    _, chunks, padded, _ = words_shape(batch, lines, k)
+    host = np.zeros((batch, padded, chunks * 16), "<u8")
     host[:, :lines, : canonical.shape[-1]] = canonical.reshape(batch, lines, -1)
-    pieces = np.moveaxis(host.view(np.uint32).reshape(batch, lines8, chunks, 8, 4), 2, 1)
-    # The permutation is its own inverse.
-    swizzled = np.take_along_axis(pieces, _pieces(lines8)[None, None, :, :, None], axis=3)
-    return cupy.asarray(np.ascontiguousarray(swizzled).reshape(batch, chunks, lines8, CHUNK_WORDS))
+    pieces = np.moveaxis(host.view(np.uint32).reshape(batch, padded, chunks, 8, 4), 2, 1)
+    positions = _positions(padded)
+    placed = np.empty(pieces.shape, np.uint32)
+    # The permutation of the pieces is its own inverse.
+    placed[:, :, positions] = np.take_along_axis(
+        pieces, _pieces(positions)[None, None, :, :, None], axis=3
+    )
+    return cupy.asarray(placed.reshape(batch, chunks, padded, CHUNK_WORDS))

@@ -1,39 +1,150 @@
-"""Launching a product: operands packed where they are not, one kernel, whatever its result."""
+"""Launching a product: operands packed where they are not, one kernel, whatever its result.
+
+What a call needs beyond addresses depends on shapes, strides and dtypes alone. It is worked out at
+the first call of its kind and kept, since the host's time is most of a small product's.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from cupybnn.backends.cuda import dispatch, tuning
-from cupybnn.backends.cuda.compiler import architecture, by_value, load_kernel
-from cupybnn.backends.cuda.packing import (
-    chunk_count,
-    geometry,
-    pack_into,
-    words_shape,
-)
+from cupybnn.backends.cuda.compiler import architecture, load_kernel
+from cupybnn.backends.cuda.packing import PackPlan, chunk_count, geometry, words_shape
+from cupybnn.backends.devices import is_cupy
 from cupybnn.backends.epilogue import Epilogue
 
-__all__ = ["gemm", "gemm_packed"]
+__all__ = ["forget_plans", "gemm", "gemm_packed"]
 
 # OUTPUT_* of product.cuh, by dtype name.
 _OUTPUTS = {"int32": 0, "float32": 1, "float16": 2, "bfloat16": 3}
 _PACKED = 4
-_PRODUCT = np.dtype((np.void, 8 * 26))  # struct Product of product.cuh
+
+# struct Product of product.cuh: 11 addresses, 7 sizes, 8 strides and choices.
+_PRODUCT = np.dtype((np.void, 8 * 26))
+_SCALE_BATCHES = slice(21, 24)
 
 
-class Plan(NamedTuple):
-    """All of a launch that the shape decides."""
+class Plan:
+    """All of a product's launches that shapes, strides and dtypes decide."""
 
-    kernel: Any
-    grid: tuple[int]
-    block: tuple[int]
-    shared: int
-    swap: bool
-    group: int
+    __slots__ = (
+        "_arrays",
+        "_block",
+        "_bytes",
+        "_fields",
+        "_grid",
+        "_kernel",
+        "_pack",
+        "_shared",
+        "swap",
+    )
+
+    def __init__(
+        self,
+        a: Any,
+        b: Any,
+        batch_shape: tuple[int, ...],
+        strides: tuple[int, int, int],
+        output: int,
+        scaled: bool,
+        device: int,
+    ) -> None:
+        import cupy
+
+        (m, k), n, batch = a.shape[-2:], b.shape[-1], math.prod(batch_shape)
+        packed = output == _PACKED
+        config = dispatch.choose(
+            architecture(device), m, n, k, batch, packed, scaled, tuning.winners(device)
+        )
+        if packed and config.swap:
+            raise ValueError(f"The configuration {config} cannot write packed results.")
+        self.swap = config.swap
+        self._shared = config.shared_bytes(scaled)
+        self._kernel = load_kernel(
+            f"{config.kernel}_xnor_gemm",
+            "xnor_gemm",
+            (*config.defines, ("OUTPUT", output), ("SCALED", int(scaled))),
+            device,
+            self._shared,
+        )
+        steps = tuple(1 if x.shape[:-2] == batch_shape else 0 for x in (a, b))
+        row, col, item = strides
+        if config.swap:
+            m, n, steps, row, col = n, m, steps[::-1], col, row
+        multiprocessors = cupy.cuda.Device(device).attributes["MultiProcessorCount"]
+        blocks = config.blocks(m, n, batch, multiprocessors)
+        if blocks >= 2**31 or max(m, n) >= 2**31:
+            raise ValueError(
+                f"A product of {batch} times ({m}, {k}) by ({k}, {n}) has more tiles than a launch "
+                f"can have blocks; multiply it in parts."
+            )
+        self._grid, self._block = (blocks,), (config.threads,)
+        fields = [0] * 11 + [
+            m, n, k, chunk_count(k), batch, *steps,
+            row, col, item, 0, 0, 0, config.swap, config.group,
+        ]  # fmt: skip
+        self._fields = np.array(fields, np.int64)
+        self._plan_packing(a, b, device)
+
+    def _plan_packing(self, a: Any, b: Any, device: int) -> None:
+        # Words, then popcounts of each operand that is an array, from offsets in one allocation.
+        self._arrays: list[tuple[int, int, int]] = []
+        self._bytes = 0
+        operands = []
+        for i, (x, axis) in enumerate(((a, -1), (b, -2))):
+            if not is_cupy(x):
+                continue
+            operands.append((x, axis))
+            batch, lines, k = geometry(x.shape, axis)
+            words = 4 * math.prod(words_shape(batch, lines, k))
+            self._arrays.append((i, self._bytes, self._bytes + words))
+            # The next operand starts at a multiple of 256 bytes, as memory from a pool does.
+            self._bytes += (words + 4 * batch * lines + 255) & ~255
+        self._pack = PackPlan(operands, device) if operands else None
+
+    def launch(self, a: Any, b: Any, out: tuple[int, int], columns: tuple[int, ...]) -> None:
+        """Launch for operands of the planned kind.
+
+        Parameters
+        ----------
+        a, b : cupy.ndarray or packed matrix
+        out : (int, int)
+            Addresses of the result, and of its popcounts if it is packed.
+        columns : tuple of int
+            Addresses of row scale, column scale, bias, threshold and flip, then the first three's
+            batch strides; empty for none.
+        """
+        fields = self._fields.copy()
+        sides: list[Any] = [a, b]
+        if self._pack is not None:
+            # Freed on return, for work that the stream does after this.
+            workspace = _alloc(self._bytes)
+            base = workspace.ptr
+            addresses = []
+            for i, words, popcounts in self._arrays:
+                addresses.append((sides[i].data.ptr, base + words, base + popcounts))
+                sides[i] = (base + words, base + popcounts)
+            self._pack.launch(addresses)
+        for i in (0, 1):
+            side = sides[i]
+            if type(side) is not tuple:
+                sides[i] = (side.words.data.ptr, side.popcounts.data.ptr)
+        left, right = sides[::-1] if self.swap else sides
+        fields[:6] = (left[0], right[0], left[1], right[1], *out)
+        if columns:
+            fields[6:11] = columns[:5]
+            fields[_SCALE_BATCHES] = columns[5:]
+        self._kernel(self._grid, self._block, (fields.view(_PRODUCT),), shared_mem=self._shared)
+
+
+def _alloc(size: int) -> Any:
+    import cupy
+
+    return cupy.cuda.alloc(size)
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}
@@ -44,114 +155,22 @@ def forget_plans() -> None:
     _plans.clear()
 
 
-def plan_for(device: int, m: int, n: int, k: int, batch: int, output: int, scaled: bool) -> Plan:
-    """Return the kernel and its launch for a shape on a device; looked up once a shape."""
-    key = (device, m, n, k, batch, output, scaled, dispatch.forced())
+def _kind(x: Any) -> Any:
+    """Return what a plan depends on in an operand."""
+    if is_cupy(x):
+        return x.shape, x.strides, x.dtype, x.data.ptr & 15
+    return x.shape
+
+
+def _plan(
+    a: Any, b: Any, batch_shape: tuple[int, ...], strides: tuple[int, int, int],
+    output: int, scaled: bool, device: int,
+) -> Plan:  # fmt: skip
+    key = (_kind(a), _kind(b), batch_shape, strides, output, scaled, device, dispatch.forced())
     plan = _plans.get(key)
     if plan is None:
-        import cupy
-
-        packed = output == _PACKED
-        config = dispatch.choose(
-            architecture(device), m, n, k, batch, packed, scaled, tuning.winners(device)
-        )
-        if packed and config.swap:
-            raise ValueError(f"The configuration {config} cannot write packed results.")
-        kernel = load_kernel(
-            f"{config.kernel}_xnor_gemm",
-            "xnor_gemm",
-            (*config.defines, ("OUTPUT", output), ("SCALED", int(scaled))),
-            device,
-            config.shared_bytes(scaled),
-        )
-        rows, columns = (n, m) if config.swap else (m, n)
-        multiprocessors = cupy.cuda.Device(device).attributes["MultiProcessorCount"]
-        blocks = config.blocks(rows, columns, batch, multiprocessors)
-        if blocks >= 2**31:
-            raise ValueError(
-                f"A product of {batch} times ({m}, {k}) by ({k}, {n}) has more tiles than a launch "
-                f"can have blocks; multiply it in parts."
-            )
-        threads, shared = (config.threads,), config.shared_bytes(scaled)
-        plan = Plan(kernel, (blocks,), threads, shared, config.swap, config.group)
-        _plans[key] = plan
+        plan = _plans[key] = Plan(a, b, batch_shape, strides, output, scaled, device)
     return plan
-
-
-class _Side(NamedTuple):
-    """An operand in packed form: addresses, and 1, or 0 if one matrix serves a whole batch."""
-
-    words: int
-    popcounts: int
-    step: int
-
-
-def _sides(a: Any, b: Any, batch_shape: tuple[int, ...], device: int) -> tuple[_Side, _Side, Any]:
-    """Return both operands packed; those that are arrays in one launch, into one allocation.
-
-    The third is what must stay referenced until the product is launched.
-    """
-    sides: list[_Side | None] = []
-    pending: list[tuple[Any, int, int, int, int]] = []
-    keep: list[Any] = []
-    total = 0
-    for x, axis in ((a, -1), (b, -2)):
-        own = x.shape[:-2]
-        step = 1 if own == batch_shape else 0
-        if not step and math.prod(own) > 1:
-            # A batch that is repeated along some axes only: spelled out.
-            x = _repeated(x, axis, batch_shape)
-            step = 1
-        if hasattr(x, "popcounts"):
-            sides.append(_Side(x.words.data.ptr, x.popcounts.data.ptr, step))
-            keep.append(x)
-            continue
-        batch, lines, k = geometry(x.shape, axis)
-        if x.ndim > 3:
-            x = x.reshape(batch, *x.shape[-2:])
-        words = 4 * math.prod(words_shape(batch, lines, k))
-        pending.append((x, axis, total, total + words, step))
-        sides.append(None)
-        # The next operand starts at a multiple of 256 bytes, as memory from a pool does.
-        total += (words + 4 * batch * lines + 255) & ~255
-    if pending:
-        import cupy
-
-        workspace = cupy.cuda.alloc(total)
-        base = workspace.ptr
-        keep.append(workspace)
-        pack_into([(x, axis, base + w, base + p) for x, axis, w, p, _ in pending], device)
-        fill = iter(pending)
-        for i, side in enumerate(sides):
-            if side is None:
-                _, _, w, p, step = next(fill)
-                sides[i] = _Side(base + w, base + p, step)
-    left, right = sides
-    assert left is not None
-    assert right is not None
-    return left, right, keep
-
-
-class _Repeated(NamedTuple):
-    words: Any
-    popcounts: Any
-    shape: tuple[int, ...]
-
-
-def _repeated(x: Any, axis: int, batch_shape: tuple[int, ...]) -> Any:
-    import cupy
-
-    if not hasattr(x, "popcounts"):
-        return cupy.broadcast_to(x, (*batch_shape, *x.shape[-2:]))
-    own = x.shape[:-2]
-    words = x.words.reshape(*own, *x.words.shape[1:])
-    return _Repeated(
-        cupy.ascontiguousarray(cupy.broadcast_to(words, (*batch_shape, *words.shape[len(own) :]))),
-        cupy.ascontiguousarray(
-            cupy.broadcast_to(x.popcounts, (*batch_shape, x.popcounts.shape[-1]))
-        ),
-        (*batch_shape, *x.shape[-2:]),
-    )
 
 
 def gemm(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> None:
@@ -169,59 +188,84 @@ def gemm(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> None:
     """
     if out.size == 0:
         return
+    shape = out.shape
     output = _OUTPUTS.get(out.dtype.name)
-    if output is None or (out.ndim > 3 and not out.flags.c_contiguous):
+    if output is None or (len(shape) > 3 and not out.flags.c_contiguous):
         _by_way_of_a_copy(a, b, out, epilogue)
         return
-    shape, strides, itemsize = out.shape, out.strides, out.itemsize
-    if len(shape) == 2:
-        batch, batch_stride = 1, 0
-    else:
-        batch = math.prod(shape[:-2])
-        batch_stride = strides[-3] // itemsize
-    m, n = shape[-2:]
-    k = a.shape[-1]
-    device = out.data.device_id
-    scaled = epilogue is not None
-    plan = plan_for(device, m, n, k, batch, output, scaled)
-    left, right, keep = _sides(a, b, shape[:-2], device)
-    row_scale = col_scale = bias = _NO_SCALE
+    strides, itemsize = out.strides, out.itemsize
+    batch_shape = shape[:-2]
+    batch_stride = strides[-3] // itemsize if batch_shape else 0
+    if batch_shape:
+        a, b = _batched(a, -1, batch_shape), _batched(b, -2, batch_shape)
+        batch_shape = (math.prod(batch_shape),)
+    steps = (strides[-2] // itemsize, strides[-1] // itemsize, batch_stride)
+    plan = _plan(a, b, batch_shape, steps, output, epilogue is not None, out.data.device_id)
+    columns: tuple[int, ...] = ()
     if epilogue is not None:
-        row_scale = _scale(epilogue.row_scale, shape[:-2], m, keep)
-        col_scale = _scale(epilogue.col_scale, shape[:-2], n, keep)
-        bias = _scale(epilogue.bias, shape[:-2], n, keep)
-    row_stride, col_stride = strides[-2] // itemsize, strides[-1] // itemsize
-    if plan.swap:
-        left, right, m, n = right, left, n, m
-        row_scale, col_scale = col_scale, row_scale
-        row_stride, col_stride = col_stride, row_stride
-    fields = [
-        left.words, right.words, left.popcounts, right.popcounts, out.data.ptr, 0,
-        row_scale[0], col_scale[0], bias[0], 0, 0,
-        m, n, k, chunk_count(k), batch, left.step, right.step,
-        row_stride, col_stride, batch_stride, row_scale[1], col_scale[1], bias[1],
-        plan.swap, plan.group,
-    ]  # fmt: skip
-    plan.kernel(plan.grid, plan.block, (by_value(fields, _PRODUCT),), shared_mem=plan.shared)
+        # Referenced until the launch.
+        rows = _scale(epilogue.row_scale, shape[:-2], shape[-2])
+        cols = _scale(epilogue.col_scale, shape[:-2], shape[-1])
+        bias = _scale(epilogue.bias, shape[:-2], shape[-1])
+        if plan.swap:
+            rows, cols = cols, rows
+        columns = (rows[1], cols[1], bias[1], 0, 0, rows[2], cols[2], bias[2])
+    plan.launch(a, b, (out.data.ptr, 0), columns)
 
 
-_NO_SCALE = (0, 0)
+class _Batch:
+    """A packed operand with its batch axes made one."""
+
+    __slots__ = ("popcounts", "shape", "words")
+
+    def __init__(self, words: Any, popcounts: Any, shape: tuple[int, ...]) -> None:
+        self.words, self.popcounts, self.shape = words, popcounts, shape
 
 
-def _scale(x: Any, batch_shape: tuple[int, ...], length: int, keep: Any) -> tuple[int, int]:
-    """Return address and batch stride of a scale or bias as `length` float32 a product."""
+def _batched(x: Any, axis: int, batch_shape: tuple[int, ...]) -> Any:
+    """Return an operand with one batch axis, or with none if one matrix serves the whole batch.
+
+    An operand that is repeated along some of several batch axes is spelled out.
+    """
+    own = x.shape[:-2]
+    matrix = x.shape[-2:]
+    count = math.prod(batch_shape)
+    if math.prod(own) == 1 and count > 1:
+        if is_cupy(x):
+            return x.reshape(matrix)
+        return _Batch(x.words, x.popcounts, matrix)
+    if is_cupy(x):
+        if own != batch_shape:
+            import cupy
+
+            x = cupy.broadcast_to(x, (*batch_shape, *matrix))
+        return x if x.ndim == 3 else x.reshape(count, *matrix)
+    words, popcounts = x.words, x.popcounts
+    if own != batch_shape:
+        import cupy
+
+        lines = matrix[0] if axis == -1 else matrix[1]
+        words = words.reshape(*own, -1)
+        words = cupy.ascontiguousarray(cupy.broadcast_to(words, (*batch_shape, words.shape[-1])))
+        popcounts = cupy.ascontiguousarray(
+            cupy.broadcast_to(popcounts.reshape(*own, lines), (*batch_shape, lines))
+        )
+    return _Batch(words, popcounts, (count, *matrix))
+
+
+def _scale(x: Any, batch_shape: tuple[int, ...], length: int) -> tuple[Any, int, int]:
+    """Return a scale or bias as `length` float32 a product, with its address and batch stride."""
     if x is None:
-        return _NO_SCALE
+        return None, 0, 0
     import cupy
 
     varies = math.prod(x.shape[:-2]) > 1
-    x = x.reshape((*x.shape[:-2], -1))  # (..., M, 1) or (..., 1, N)
-    shape = (*batch_shape, length) if varies else (length,)
-    if not varies:
-        x = x.reshape(-1)
-    x = cupy.ascontiguousarray(cupy.broadcast_to(x, shape), dtype=np.float32)
-    keep.append(x)
-    return x.data.ptr, length if varies else 0
+    if varies:  # (*batch, M, 1) or (*batch, 1, N)
+        x = cupy.broadcast_to(x.reshape(*x.shape[:-2], -1), (*batch_shape, length))
+    else:
+        x = cupy.broadcast_to(x.reshape(-1), (length,))
+    x = cupy.ascontiguousarray(x, dtype=np.float32)
+    return x, x.data.ptr, length if varies else 0
 
 
 def _by_way_of_a_copy(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> None:
@@ -233,13 +277,12 @@ def _by_way_of_a_copy(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> No
     gemm(a, b, result, epilogue if native else None)
     if epilogue is not None and not native:
         # Wider than float32: the same steps, in that precision.
-        wide = result.astype(np.result_type(out.dtype, np.float32))
+        result = result.astype(np.result_type(out.dtype, np.float32))
         for scale in (epilogue.row_scale, epilogue.col_scale):
             if scale is not None:
-                wide *= scale
+                result *= scale
         if epilogue.bias is not None:
-            wide += epilogue.bias
-        result = wide
+            result += epilogue.bias
     out[...] = result
 
 
@@ -258,39 +301,38 @@ def gemm_packed(a: Any, b: Any, threshold: Any, flip: Any) -> tuple[Any, Any]:
     -------
     words, popcounts : cupy.ndarray
         Of the (*batch, M, N) result, packed along its last axis.
+
+    Raises
+    ------
+    ValueError
+        If K is 2**30 or more.
     """
     import cupy
 
+    (m, k), n = a.shape[-2:], b.shape[-1]
     batch_shape = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    batch = math.prod(batch_shape)
-    m, k = a.shape[-2:]
-    n = b.shape[-1]
     if k >= 2**30:
         raise ValueError(
             f"A product with a packed result must have K below 2**30, for its distance from the "
             f"threshold must fit an int32; got K = {k}. Use xnor_gemm and pack its signs."
         )
-    shape = words_shape(batch, m, n)
-    # Words that no tile covers, and lines that make up the last eight, are zeros.
-    covered = n % 1024 == 0 and m % 8 == 0
-    words = (cupy.empty if covered and k else cupy.zeros)(shape, np.uint32)
+    # Words that no tile covers, and lines that make up the last 16, are zeros.
+    covered = n % 1024 == 0 and m % 16 == 0 and n
+    words = (cupy.empty if covered else cupy.zeros)(
+        words_shape(math.prod(batch_shape), m, n), np.uint32
+    )
     popcounts = cupy.zeros((*batch_shape, m), np.int32)
     if popcounts.size == 0 or n == 0:
         return words, popcounts
-    device = words.data.device_id
-    plan = plan_for(device, m, n, k, batch, _PACKED, False)
-    left, right, keep = _sides(a, b, batch_shape, device)
-    columns = []
-    for x, dtype in ((threshold, np.int32), (flip, np.bool_)):
-        if x is not None:
-            x = cupy.ascontiguousarray(x, dtype=dtype)
-            keep.append(x)
-        columns.append(0 if x is None else x.data.ptr)
-    fields = [
-        left.words, right.words, left.popcounts, right.popcounts, words.data.ptr,
-        popcounts.data.ptr, 0, 0, 0, *columns,
-        m, n, k, chunk_count(k), batch, left.step, right.step,
-        0, 0, 0, 0, 0, 0, 0, plan.group,
-    ]  # fmt: skip
-    plan.kernel(plan.grid, plan.block, (by_value(fields, _PRODUCT),), shared_mem=plan.shared)
+    if batch_shape:
+        a, b = _batched(a, -1, batch_shape), _batched(b, -2, batch_shape)
+        batch_shape = (math.prod(batch_shape),)
+    plan = _plan(a, b, batch_shape, (0, 0, 0), _PACKED, False, words.data.device_id)
+    columns: tuple[int, ...] = ()
+    if threshold is not None or flip is not None:
+        threshold = None if threshold is None else cupy.ascontiguousarray(threshold, np.int32)
+        flip = None if flip is None else cupy.ascontiguousarray(flip, np.bool_)
+        addresses = (0 if x is None else x.data.ptr for x in (threshold, flip))
+        columns = (0, 0, 0, *addresses, 0, 0, 0)
+    plan.launch(a, b, (words.data.ptr, popcounts.data.ptr), columns)
     return words, popcounts
