@@ -181,8 +181,21 @@ class TestUsage:
 
 
 class TestSignals:
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_one_signal_ends_cleanly_and_restore_continues_exactly(self, tmp_path, number):
+    def test_sigterm_ends_as_cleanly(self, tmp_path):
+        process = subprocess.Popen(
+            [*COMMAND, *QUICK[:-4], "--max_steps", "1000000"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_for_line(process, "step 100,")
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGTERM
+        assert "Traceback" not in errors
+        assert "Test accuracy so far" in output
+
+    def test_ctrl_c_ends_cleanly_and_restore_continues_exactly(self, tmp_path):
         options = ["--dataset", "digits", "--device", "cpu", "--n_hidden", "40", "--binary"]
         options += ["--keep_prob", "0.9", "--batch_norm", "--eval_every_n", "50"]
         process = subprocess.Popen(
@@ -191,10 +204,10 @@ class TestSignals:
             stderr=subprocess.PIPE,
             text=True,
         )
-        wait_for_line(process, "step 150,")
-        process.send_signal(number)
+        wait_for_line(process, "step 100,")
+        process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
-        assert process.returncode == 128 + number
+        assert process.returncode == 130
         assert "Traceback" not in errors
         stopped = re.search(r"^Stopped before step (\d+) of 1000000$", output, re.M)
         assert stopped is not None
@@ -204,7 +217,7 @@ class TestSignals:
         folder = re.search(r"^Go on with: cupybnn train --restore (.*)$", output, re.M)[1]
         step = int(stopped[1])
         stored = load(folder)
-        assert stored.step == step > 150
+        assert stored.step == step > 100
         end = step + 70
         again = train("--restore", folder, "--max_steps", end)
         assert f"Going on from step {step} of {folder}" in again.stdout
@@ -221,7 +234,7 @@ class TestSignals:
     def test_kill_leaves_a_checkpoint_that_restores(self, tmp_path):
         options = [*QUICK[:-4], "--max_steps", "100000", "--eval_every_n", "1"]
         rng = np.random.default_rng(1)
-        for number in range(1, 4):
+        for number in (1, 2):
             process = subprocess.Popen(
                 [*COMMAND, *options, "--log_dir", str(tmp_path)],
                 stdout=subprocess.PIPE,

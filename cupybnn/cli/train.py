@@ -27,48 +27,67 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train",
         help="train a full-precision or binarized network",
-        description="Train a network of three hidden layers on MNIST or on the bundled digits.",
+        description="Train a multilayer perceptron on MNIST or on the bundled digits.",
         epilog="Every option may be spelled with hyphens too (--log-dir), and every switch can be "
-        "turned off again, over a recipe or a restored run, with --no_ before its name.",
+        "turned off again, over a recipe or a restored run, with --no_ before its name. Defaults "
+        "are in parentheses.",
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(
         "data_dir", nargs="?", help="folder with MNIST's four IDX files, plain or .gz"
     )
-    _option(parser, "dataset", "DATA", "auto, mnist or digits (default: auto)")
-    _option(parser, "log_dir", "DIR", "make a numbered run folder below DIR: records, checkpoints")
-    _option(parser, "restore", "DIR", "go on from the newest checkpoint of a run folder")
-    _option(parser, "n_hidden", "H", "units in each hidden layer (default: 512)", int)
-    _option(parser, "reg", "R", "factor of the L1 penalty on weights (default: 1e-4)", float)
-    _option(parser, "lr", "LR", "learning rate of Adam (default: 1e-3)", float)
-    _option(parser, "keep_prob", "P", "chance of a unit not to be dropped (default: 1.0)", float)
-    _option(parser, "batch_size", "B", "images in a step (default: 128)", int)
-    _option(parser, "max_steps", "N", "step at which training ends (default: 1000)", int)
-    _option(parser, "eval_every_n", "N", "steps between evaluations (default: 100)", int)
-    _switch(parser, "binary", "binary weights and activations in the hidden layers")
-    _switch(parser, "first", "with --binary: binary weights in the first layer too")
-    _switch(parser, "last", "with --binary: binary weights and inputs in the last layer too")
-    _switch(parser, "xnor", "with --binary: do the binary products with xnor_gemm")
-    _switch(parser, "batch_norm", "batch normalization after each hidden product")
+    about = parser.add_argument_group
+    group = about("what to train on")
+    _option(group, "dataset", "DATA", "auto, mnist or digits (default: auto)")
+    _option(group, "validation", "N", "evaluate on the last N training images, held out (0)", int)
+    _option(group, "batch_size", "B", "images in a step (128)", int)
+    _option(group, "seed", "S", "of weights, order and dropout (0)", int)
+
+    group = about("the network")
+    _option(group, "n_hidden", "H", "units in each hidden layer (512)", int)
+    _option(group, "hidden_layers", "N", "number of hidden layers (3)", int)
+    _switch(group, "binary", "binary weights and activations in the hidden layers")
+    _switch(group, "first", "with --binary: binary weights in the first layer too")
+    _switch(group, "last", "with --binary: binary weights and inputs in the last layer too")
+    _switch(group, "xnor", "with --binary: do the binary products with xnor_gemm")
     _option(
-        parser,
+        group,
         "ste",
-        "STE",
-        "pseudo-gradient of sign: hard_tanh, clipped_grad (the original "
-        "program's), identity (default: hard_tanh)",
+        "NAME",
+        "pseudo-gradient of sign: hard_tanh, clipped_grad (the original program's), identity, "
+        "approx_sign, swish_sign, magnitude_aware_sign, stochastic_sign, ... (hard_tanh)",
     )
-    _option(parser, "dtype", "T", "float32 or float64 (default: float32)")
-    _option(parser, "device", "D", "auto, cpu, cuda or cuda:N (default: auto)")
-    _option(parser, "gpu", "N", "the same as --device cuda:N", int)
-    _option(parser, "seed", "S", "of weights, order and dropout (default: 0)", int)
-    _option(
-        parser,
-        "validation",
-        "N",
-        "evaluate on the last N training images, which are held out, instead of on the test set",
-        int,
+    _switch(group, "batch_norm", "batch normalization after each hidden product")
+    _option(group, "keep_prob", "P", "chance of a hidden unit not to be dropped (1.0)", float)
+    _option(group, "input_keep_prob", "P", "chance of a pixel not to be dropped (1.0)", float)
+
+    group = about("how it learns")
+    _option(group, "max_steps", "N", "step at which training ends (1000)", int)
+    _option(group, "loss", "NAME", "cross_entropy or squared_hinge (cross_entropy)")
+    _option(group, "label_smoothing", "S", "share of a label spread over all classes (0)", float)
+    _option(group, "penalty", "NAME", "l1, or bipolar: sum(1 - w**2) of binary layers (l1)")
+    _option(group, "reg", "R", "factor of the penalty (1e-4)", float)
+    _option(group, "optimizer", "NAME", "adam, adamw or sgd (adam)")
+    _option(group, "momentum", "M", "of sgd (0.9)", float)
+    _option(group, "weight_decay", "D", "of adamw (0)", float)
+    _option(group, "lr", "LR", "learning rate (1e-3)", float)
+    _option(group, "lr_scale", "NAME", "none, or binarynet: larger for binary weights (none)")
+    _option(group, "schedule", "NAME", "constant, cosine or exponential (constant)")
+    _option(group, "final_lr", "F", "last factor of a falling learning rate (0)", float)
+    _option(group, "warm_up", "N", "steps over which the learning rate first rises (0)", int)
+
+    group = about("the run")
+    group.add_argument(*_spellings("recipe"), metavar="NAME", help="start from settings in a file")
+    group.add_argument(
+        *_spellings("list_recipes"), action="store_true", help="list the recipes and exit"
     )
-    _switch(parser, "debug", "stop at the first NaN or infinity, in the debugger on a terminal")
+    _option(group, "log_dir", "DIR", "make a numbered run folder below DIR: records, checkpoints")
+    _option(group, "restore", "DIR", "go on from the newest checkpoint of a run folder")
+    _option(group, "eval_every_n", "N", "steps between evaluations (100)", int)
+    _option(group, "device", "D", "auto, cpu, cuda or cuda:N (auto)")
+    _option(group, "gpu", "N", "the same as --device cuda:N", int)
+    _option(group, "dtype", "T", "float32 or float64 (float32)")
+    _switch(group, "debug", "stop at the first NaN or infinity, in the debugger on a terminal")
 
 
 def _option(parser: Any, name: str, metavar: str, text: str, kind: Any = str) -> None:
@@ -92,6 +111,8 @@ def _spellings(name: str) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     """Train as `args` say; return the exit code."""
+    if "list_recipes" in args:
+        return _list_recipes()
     from cupybnn.cli.console import Console
     from cupybnn.errors import NonFiniteError
     from cupybnn.training import Trainer
@@ -109,12 +130,22 @@ def run(args: argparse.Namespace) -> int:
     return 128 + received[0] if received else 0
 
 
+def _list_recipes() -> int:
+    from cupybnn.training import recipes
+
+    for name in recipes.names():
+        print(f"{name:12} {recipes.load(name).summary}")
+    return 0
+
+
 def _config(given: dict[str, Any]) -> TrainConfig:
-    """Put the options that were given over the defaults or the restored run's settings."""
-    from cupybnn.training import TrainConfig, restored_config
+    """Put the options over those of the recipe, these over the restored run's or the defaults."""
+    from cupybnn.training import TrainConfig, recipes, restored_config
 
     known = {field.name for field in fields(TrainConfig)}
     settings = {name: value for name, value in given.items() if name in known}
+    if "recipe" in given:
+        settings = {**recipes.load(given["recipe"]).settings, **settings}
     if "gpu" in given:
         device = f"cuda:{given['gpu']}"
         if given["gpu"] < 0 or settings.get("device", device) not in (device, "cuda"):

@@ -6,7 +6,7 @@ import json
 import math
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -15,6 +15,25 @@ from cupybnn.data import DATASETS
 __all__ = ["DTYPES", "TrainConfig"]
 
 DTYPES = ("float32", "float64")
+_CHOICES = {
+    "dataset": DATASETS,
+    "dtype": DTYPES,
+    "loss": ("cross_entropy", "squared_hinge"),
+    "penalty": ("l1", "bipolar"),
+    "optimizer": ("adam", "adamw", "sgd"),
+    "lr_scale": ("none", "binarynet"),
+    "schedule": ("constant", "cosine", "exponential"),
+}
+_NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "reg": ("at least 0", lambda x: x >= 0),
+    "lr": ("greater than 0", lambda x: x > 0),
+    "keep_prob": ("in (0, 1]", lambda x: 0 < x <= 1),
+    "input_keep_prob": ("in (0, 1]", lambda x: 0 < x <= 1),
+    "label_smoothing": ("in [0, 1)", lambda x: 0 <= x < 1),
+    "momentum": ("in [0, 1)", lambda x: 0 <= x < 1),
+    "weight_decay": ("at least 0", lambda x: x >= 0),
+    "final_lr": ("in [0, 1]", lambda x: 0 <= x <= 1),
+}
 
 
 @dataclass(frozen=True)
@@ -30,11 +49,11 @@ class TrainConfig:
     log_dir : str or None
         Where run folders are made; None: nothing is written.
     n_hidden : int
-        Units in each of the three hidden layers.
+        Units in each hidden layer.
     reg : float
-        Factor of the L1 penalty, the sum of the magnitudes of all weights.
+        Factor of the penalty.
     lr : float
-        Learning rate of Adam.
+        Learning rate.
     batch_size : int
     max_steps : int
         The step at which training ends, counted from the very first, also after a restore.
@@ -68,6 +87,30 @@ class TrainConfig:
     validation : int
         Hold out the last so many training images and evaluate on them instead of on the test
         set, to choose settings by; 0: evaluate on the test set.
+    hidden_layers : int
+        Number of hidden layers.
+    input_keep_prob : float
+        Chance of a pixel not to be dropped, in (0, 1].
+    loss : {"cross_entropy", "squared_hinge"}
+        See `cupybnn.ops.softmax_cross_entropy` and `cupybnn.ops.squared_hinge`.
+    label_smoothing : float
+        Share of each label that is spread over all classes, in [0, 1); for the cross-entropy.
+    penalty : {"l1", "bipolar"}
+        What `reg` is the factor of: the sum of the magnitudes of all weights, or Tang et al.'s
+        ``sum(1 - w**2)`` over the latent weights of binary layers.
+    optimizer : {"adam", "adamw", "sgd"}
+    momentum : float
+        Of "sgd", in [0, 1).
+    weight_decay : float
+        Of "adamw".
+    lr_scale : {"none", "binarynet"}
+        "binarynet": learning rates of latent weights times `cupybnn.optim.binarynet_scale`.
+    schedule : {"constant", "cosine", "exponential"}
+        How the learning rate goes from `lr` to ``lr * final_lr`` at `max_steps`.
+    final_lr : float
+        Last factor of the learning rate, in [0, 1]; for "exponential" greater than 0.
+    warm_up : int
+        Steps over which the learning rate first rises.
     """
 
     data_dir: str | None = None
@@ -92,6 +135,18 @@ class TrainConfig:
     ste: str = "hard_tanh"
     dtype: str = "float32"
     validation: int = 0
+    hidden_layers: int = 3
+    input_keep_prob: float = 1.0
+    loss: str = "cross_entropy"
+    label_smoothing: float = 0.0
+    penalty: str = "l1"
+    optimizer: str = "adam"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    lr_scale: str = "none"
+    schedule: str = "constant"
+    final_lr: float = 0.0
+    warm_up: int = 0
 
     def __post_init__(self) -> None:
         for name in ("data_dir", "log_dir", "restore"):
@@ -105,19 +160,19 @@ class TrainConfig:
             ("eval_every_n", 1),
             ("seed", 0),
             ("validation", 0),
+            ("hidden_layers", 1),
+            ("warm_up", 0),
         ):
             self._set(name, _integer(name, getattr(self, name), least))
-        self._set("reg", _number("reg", self.reg, "at least 0", lambda x: x >= 0))
-        self._set("lr", _number("lr", self.lr, "greater than 0", lambda x: x > 0))
-        keep = _number("keep_prob", self.keep_prob, "in (0, 1]", lambda x: 0 < x <= 1)
-        self._set("keep_prob", keep)
+        for name, (rule, holds) in _NUMBERS.items():
+            self._set(name, _number(name, getattr(self, name), rule, holds))
         for name in ("binary", "xnor", "batch_norm", "debug", "first", "last"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(
                     f"The {name!r} must be True or False; got {getattr(self, name)!r}."
                 )
-        _choice("dataset", self.dataset, DATASETS)
-        _choice("dtype", self.dtype, DTYPES)
+        for name, choices in _CHOICES.items():
+            _choice(name, getattr(self, name), choices)
         _choice("ste", self.ste, _ste_names())
         if not isinstance(self.device, str):
             self._set("device", str(self.device))
@@ -125,6 +180,10 @@ class TrainConfig:
             raise ValueError(
                 f"The dataset 'digits' reads no data directory; got the data directory "
                 f"{self.data_dir!r}. Leave out one of the two."
+            )
+        if self.schedule == "exponential" and self.final_lr == 0:
+            raise ValueError(
+                "The 'final_lr' must be greater than 0 for the schedule 'exponential'; got 0.0."
             )
 
     def _set(self, name: str, value: Any) -> None:
@@ -195,7 +254,7 @@ def _integer(name: str, value: Any, least: int) -> int:
     return number
 
 
-def _number(name: str, value: Any, rule: str, holds: Any) -> float:
+def _number(name: str, value: Any, rule: str, holds: Callable[[float], bool]) -> float:
     wrong = f"The {name!r} must be a finite number, {rule}; got {value!r}."
     if isinstance(value, (bool, str, bytes)):
         raise ValueError(wrong)

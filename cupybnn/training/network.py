@@ -13,7 +13,6 @@ from cupybnn.training.config import TrainConfig
 
 __all__ = ["Perceptron", "Scale", "build_network"]
 
-_HIDDEN_LAYERS = 3
 _BATCH_NORM_EPS = 1e-4
 _BATCH_NORM_DECAY = 0.9
 #: Where the trained factors of a layer with binary weights begin; products of signs are about
@@ -40,13 +39,13 @@ class Scale(nn.Module):
 
 
 class Perceptron(nn.Module):
-    """``fc1``, ``fc2``, ``fc3`` and ``fcout``, and what stands between them.
+    """``fc1``, ``fc2``, ... and ``fcout``, and what stands between them.
 
     Full precision: each hidden layer is product, batch norm, ReLU, dropout.
 
     Binary: product, dropout, batch norm, sign. Dropout comes before the sign, so that what enters
     the next product is two-valued. Weights of the first and the last layer and the input of the
-    last are real, and nothing but batch norm stands between the third product and the last layer.
+    last are real, and nothing but batch norm stands between the last hidden product and it.
     With `first` the first layer's weights are binary too, and a trained factor brings its products
     into the window of the sign; with `last` input and weights of the last layer are binary and a
     trained factor scales the logits.
@@ -54,8 +53,8 @@ class Perceptron(nn.Module):
     Parameters
     ----------
     config : TrainConfig
-        Its fields `n_hidden`, `binary`, `xnor`, `first`, `last`, `batch_norm`, `keep_prob`, `ste`,
-        `dtype` and `seed`.
+        Its fields `hidden_layers`, `n_hidden`, `binary`, `xnor`, `first`, `last`, `batch_norm`,
+        `keep_prob`, `input_keep_prob`, `ste`, `dtype` and `seed`.
     features, classes : int
         Inputs and outputs.
     """
@@ -66,8 +65,10 @@ class Perceptron(nn.Module):
         self._weights = np.random.default_rng([config.seed, 0x1417])
         self._noise = np.random.default_rng([config.seed, 0x2015E])
         inputs = features
-        for number in range(1, _HIDDEN_LAYERS + 1):
-            first, last = number == 1, number == _HIDDEN_LAYERS
+        if config.input_keep_prob < 1:
+            self.dropout0 = nn.Dropout(config.input_keep_prob, rng=self._noise)
+        for number in range(1, config.hidden_layers + 1):
+            first, last = number == 1, number == config.hidden_layers
             binary = config.binary and (config.first or not first)
             self._add_linear(f"fc{number}", inputs, config.n_hidden, binary, not first)
             if config.binary:

@@ -26,7 +26,7 @@ _FREE = {
 }
 #: Settings that change how training goes on, but fit any checkpoint: they may differ, and it is
 #: said.
-_CHANGEABLE = {"lr", "reg"}
+_CHANGEABLE = {"lr", "max_steps", "reg"}  # a falling learning rate falls until max_steps
 
 
 def restored_config(path: str, **changes: Any) -> TrainConfig:
@@ -72,7 +72,8 @@ def check_settings(config: TrainConfig, stored: Checkpoint) -> list[str]:
     """
     before = _stored_config(stored.info)
     old, new = asdict(before), asdict(config)
-    differing = [name for name in new if name not in _FREE and old[name] != new[name]]
+    free = _FREE if config.schedule == "constant" else _FREE - {"max_steps"}
+    differing = [name for name in new if name not in free and old[name] != new[name]]
     wrong = [name for name in differing if name not in _CHANGEABLE]
     if wrong:
         listing = "; ".join(f"{n}: checkpoint {old[n]!r}, this run {new[n]!r}" for n in wrong)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cupybnn import nn, ops
+from cupybnn import nn, ops, optim
 from cupybnn.autograd import Tensor
 from cupybnn.data import BatchOrder, DeviceData
-from cupybnn.optim import Optimizer
+from cupybnn.training.config import TrainConfig
 
-__all__ = ["Objective", "PlainStep", "Step", "StepOutput"]
+__all__ = ["Objective", "PlainStep", "Step", "StepOutput", "make_optimizer"]
 
 
 @dataclass(frozen=True)
@@ -38,42 +38,64 @@ class Step(Protocol):
 
 
 class Objective:
-    """What training minimises: the mean softmax cross-entropy and ``reg`` times the L1 penalty.
+    """What training minimises: the mean loss of a batch and ``reg`` times a penalty.
 
     Parameters
     ----------
     model : Module
-        The penalty is the sum of the magnitudes of the weights (latent ones where they are
-        binary) of its linear layers.
-    reg : float
-        At 0 no penalty is computed.
+        Whose weights (latent ones where they are binary) the penalty is of.
+    config : TrainConfig
+        Its fields `loss`, `label_smoothing`, `reg` and `penalty`. At ``reg = 0`` no penalty is
+        computed.
     """
 
-    def __init__(self, model: nn.Module, reg: float) -> None:
-        self.reg = reg
-        self._weights = [
-            module.weight
-            for _, module in model.named_modules()
-            if isinstance(module, (nn.Linear, nn.BinaryLinear))
-        ]
+    def __init__(self, model: nn.Module, config: TrainConfig) -> None:
+        self.config = config
+        bipolar = config.penalty == "bipolar"
+        kinds = (nn.BinaryLinear,) if bipolar else (nn.Linear, nn.BinaryLinear)
+        self._penalty = ops.bipolar_penalty if bipolar else ops.l1
+        self._weights = [m.weight for _, m in model.named_modules() if isinstance(m, kinds)]
 
     def loss(self, logits: Tensor, labels: Any) -> Tensor:
-        """Mean cross-entropy of a batch, without the penalty."""
-        return ops.softmax_cross_entropy(logits, labels)
+        """Mean loss of a batch, without the penalty."""
+        if self.config.loss == "squared_hinge":
+            return ops.squared_hinge(logits, labels)
+        return ops.softmax_cross_entropy(logits, labels, self.config.label_smoothing)
 
     def penalty(self) -> Tensor | None:
-        """``reg * sum |W|``, or None where `reg` is 0."""
-        if self.reg == 0:
+        """``reg`` times the penalty, or None where there is none."""
+        if self.config.reg == 0 or not self._weights:
             return None
-        total = ops.l1(self._weights[0])
+        total = self._penalty(self._weights[0])
         for weight in self._weights[1:]:
-            total = total + ops.l1(weight)
-        return total * self.reg
+            total = total + self._penalty(weight)
+        return total * self.config.reg
 
     def __call__(self, logits: Tensor, labels: Any) -> Tensor:
         """Loss and penalty."""
         loss, penalty = self.loss(logits, labels), self.penalty()
         return loss if penalty is None else loss + penalty
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> optim.Optimizer:
+    """Return the optimiser that `config` describes, with its schedule."""
+    schedule = optim.schedules.constant()
+    falling = max(config.max_steps - config.warm_up, 1)
+    if config.schedule == "cosine":
+        schedule = optim.schedules.cosine(falling, config.final_lr)
+    elif config.schedule == "exponential":
+        schedule = optim.schedules.exponential(falling, config.final_lr)
+    if config.warm_up:
+        schedule = optim.schedules.warm_up(config.warm_up, schedule)
+    common: dict[str, Any] = {"lr": config.lr, "schedule": schedule}
+    if config.lr_scale == "binarynet":
+        common["lr_scale"] = optim.binarynet_scale
+    parameters = list(model.parameters())
+    if config.optimizer == "sgd":
+        return optim.SGD(parameters, momentum=config.momentum, **common)
+    if config.optimizer == "adamw":
+        return optim.AdamW(parameters, weight_decay=config.weight_decay, **common)
+    return optim.Adam(parameters, **common)
 
 
 class PlainStep:
@@ -86,7 +108,7 @@ class PlainStep:
         self,
         model: nn.Module,
         objective: Objective,
-        optimizer: Optimizer,
+        optimizer: optim.Optimizer,
         data: DeviceData,
         order: BatchOrder,
     ) -> None:

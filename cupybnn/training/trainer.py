@@ -12,14 +12,13 @@ from cupybnn.autograd import Tensor, debug, no_grad
 from cupybnn.backends.devices import resolve
 from cupybnn.data import BatchOrder, Dataset, DeviceData, load
 from cupybnn.errors import CheckpointError, NonFiniteError
-from cupybnn.optim import Adam
 from cupybnn.training import checkpoint as checkpoints
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.network import build_network
 from cupybnn.training.records import Callback, Evaluation, TrainResult
 from cupybnn.training.restore import check_settings
 from cupybnn.training.runs import new_run_folder
-from cupybnn.training.step import Objective, PlainStep, Step, StepOutput
+from cupybnn.training.step import Objective, PlainStep, Step, StepOutput, make_optimizer
 from cupybnn.training.timing import StepTimer
 
 __all__ = ["Trainer", "train"]
@@ -50,8 +49,8 @@ def train(config: TrainConfig | None = None, /, **settings: Any) -> TrainResult:
     Examples
     --------
     >>> import cupybnn
-    >>> result = cupybnn.train(dataset="digits", binary=True, max_steps=200, device="cpu")
-    >>> result.final_accuracy > 0.8
+    >>> result = cupybnn.train(dataset="digits", batch_norm=True, max_steps=100, device="cpu")
+    >>> result.final_accuracy > 0.9
     True
     """
     if config is not None and settings:
@@ -134,8 +133,8 @@ class Trainer:
         )
         self.model = build_network(config, self.dataset.features, self.dataset.classes)
         self.model.to(self.device)
-        self.objective = Objective(self.model, config.reg)
-        self.optimizer = Adam(self.model.parameters(), lr=config.lr)
+        self.objective = Objective(self.model, config)
+        self.optimizer = make_optimizer(self.model, config)
         self.timer = StepTimer(self.device, config.batch_size)
         self.make_step: Step = PlainStep(
             self.model, self.objective, self.optimizer, self.data, self.order
