@@ -59,7 +59,12 @@ def test_every_tag_with_the_right_steps(tmp_path, binary):
     expected |= {"logits", *(f"{n}/activation" for n in layers[:3])}
     if binary:
         expected |= {"fc2/weight_sign", "fc3/weight_sign"}
-    assert set(scalars) == SCALARS
+    measures = set()
+    if binary:
+        kinds = ("flips", "flips_since_start", "outside_window")
+        measures = {f"{kind}/{name}" for kind in kinds for name in ("fc2", "fc3")}
+        measures |= {"sign_entropy/fc1", "sign_entropy/fc2"}
+    assert set(scalars) == SCALARS | measures
     assert set(histograms) == expected
     for tag, entries in {**scalars, **histograms}.items():
         assert [step for step, _ in entries] == STEPS, tag
@@ -94,6 +99,21 @@ def test_histograms_are_those_of_the_arrays(tmp_path):
     assert histograms["fc2/weight_gradient"][-1][1].max == gradient.max()
     activation = histograms["fc1/activation"][-1][1]
     assert (activation.min, activation.max, activation.num) == (-1, 1, 256 * 32)
+
+
+def test_measures_are_those_of_the_weights(tmp_path):
+    config = TrainConfig(**SETTINGS, binary=True, batch_norm=True, log_dir=str(tmp_path))
+    trainer = Trainer(config)
+    start = trainer.model.fc3.weight.numpy() >= 0
+    result = trainer.run()
+    scalars, _ = events(result.run_folder)
+    end = trainer.model.fc3.weight.numpy() >= 0
+    flipped = (start != end).mean()
+    assert 0 < flipped < 0.5
+    assert scalars["flips_since_start/fc3"][-1][1] == pytest.approx(flipped)
+    assert scalars["flips/fc3"][-1][1] <= flipped
+    assert scalars["outside_window/fc3"][-1][1] == 0
+    assert 0.5 < scalars["sign_entropy/fc1"][-1][1] <= 1
 
 
 def test_files_of_a_run(tmp_path):

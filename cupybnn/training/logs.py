@@ -10,6 +10,7 @@ from cupybnn import nn
 from cupybnn.autograd import Tensor, no_grad
 from cupybnn.training.checkpoint import CheckpointFolder
 from cupybnn.training.histogram import Histogram
+from cupybnn.training.measures import FlipCounter, outside_window, sign_entropy
 from cupybnn.training.records import Callback, Evaluation, TrainResult
 
 if TYPE_CHECKING:
@@ -53,6 +54,11 @@ class TensorBoardWriter(Callback):
     step), ``fc2/product`` and ``fc2/activation`` (before and after batch norm and non-linearity,
     on the first images of the test set), and ``logits``.
 
+    Of binary layers also, as shares from 0 to 1: ``flips/fc2`` and ``flips_since_start/fc2``
+    (binary weights with another sign than at the record before, and than when this process
+    started), ``outside_window/fc2`` (latent weights that get no gradient any more), and in bits
+    ``sign_entropy/fc1`` (of the activations' signs, a unit's mean).
+
     Parameters
     ----------
     folder : Path
@@ -63,6 +69,7 @@ class TensorBoardWriter(Callback):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._writer: Any = None
+        self._flips: FlipCounter | None = None
         self._last = -1
 
     def on_start(self, trainer: Trainer) -> None:
@@ -76,22 +83,25 @@ class TensorBoardWriter(Callback):
             )
             return
         self._writer = SummaryWriter(str(self._folder))
+        self._flips = FlipCounter(trainer.model)
 
     def on_evaluate(self, trainer: Trainer, evaluation: Evaluation) -> None:
         """Write everything for the step of `evaluation`."""
         if self._writer is None:
             return
         step = self._last = evaluation.step
-        for tag, value in (
+        activations = self._of_activations(trainer)
+        scalars = [
             ("loss/train", evaluation.train_loss),
             ("loss/test", evaluation.test_loss),
             ("accuracy/train", evaluation.train_accuracy),
             ("accuracy/test", evaluation.test_accuracy),
             ("examples_per_second", evaluation.examples_per_second),
-        ):
+            *self._measures(trainer.model, activations),
+        ]
+        for tag, value in scalars:
             self._writer.add_scalar(tag, value, step)
-        arrays = [*_of_weights(trainer.model), *self._of_activations(trainer)]
-        for tag, histogram in Histogram.of_all(arrays):
+        for tag, histogram in Histogram.of_all([*_of_weights(trainer.model), *activations]):
             self._writer.add_histogram_raw(tag, **histogram.fields(), global_step=step)
         self._writer.flush()
 
@@ -105,6 +115,21 @@ class TensorBoardWriter(Callback):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+    def _measures(
+        self, model: nn.Module, activations: list[tuple[str, Any, bool]]
+    ) -> Iterator[tuple[str, float]]:
+        """Yield (tag, value) of what happens to the signs."""
+        assert self._flips is not None
+        for name, flips in self._flips.update().items():
+            layer = name.removesuffix(".weight")
+            yield f"flips/{layer}", flips.since_last
+            yield f"flips_since_start/{layer}", flips.since_start
+        for name, share in outside_window(model).items():
+            yield f"outside_window/{name.removesuffix('.weight')}", share
+        for tag, array, two_valued in activations:
+            if two_valued:
+                yield f"sign_entropy/{tag.removesuffix('/activation')}", sign_entropy(array)
 
     def _of_activations(self, trainer: Trainer) -> list[tuple[str, Any, bool]]:
         inputs = trainer.data.scale(trainer.data.test_images[: self._PROBE])
