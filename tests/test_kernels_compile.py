@@ -1,0 +1,160 @@
+"""Every CUDA kernel compiles for every architecture it is meant for, and keeps to its registers.
+
+NVRTC, which comes with CuPy's wheels, needs no GPU for this.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from cupybnn.backends.cuda import dispatch, packing, tuning
+from cupybnn.backends.cuda.compiler import compile_cubin
+from cupybnn.backends.cuda.sources import kernel_names
+
+ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
+
+#: Products of every kind the dispatch tells apart, (m, n, k): few rows, few columns, few tiles with
+#: a short and a long K, up to large ones.
+SHAPES = [
+    *((m, n, k) for m, n, k, _ in tuning.SHAPES),
+    *((size, size, k) for size in (65, 256, 768, 1024, 1500, 3000) for k in (100, 2048, 20000)),
+    *((few, 4096, k) for few in (1, 8, 9, 17, 33, 64) for k in (1000, 2048, 4096, 9000)),
+    *((4096, few, k) for few in (1, 8, 9, 17, 33, 64) for k in (1000, 2048, 4096, 9000)),
+    *((few, few, 100_000) for few in (1, 16, 64)),
+]
+INT32, FLOAT32, FLOAT16, BFLOAT16, PACKED = range(5)  # OUTPUT_* of product.cuh
+#: (OUTPUT, SCALED)
+EVERY_RESULT = [(o, s) for o in (INT32, FLOAT32, FLOAT16, BFLOAT16) for s in (0, 1)] + [(PACKED, 0)]
+SOME_RESULTS = [(INT32, 0), (FLOAT32, 1), (PACKED, 0)]
+
+
+def capability(arch: str) -> int:
+    return int(arch.removeprefix("sm_").removesuffix("a"))
+
+
+def known_architectures() -> set[int]:
+    """Compute capabilities that the installed NVRTC compiles for."""
+    pytest.importorskip("cupy", reason="CuPy is not installed")
+    from cupy.cuda import nvrtc
+
+    try:
+        return set(nvrtc.getSupportedArchs())
+    except Exception as error:  # CuPy is here without the library, which its extra [ctk] brings
+        pytest.skip(f"NVRTC is not installed: {error}")
+
+
+def require(arch: str) -> None:
+    known = known_architectures()
+    if capability(arch) not in known:
+        pytest.skip(f"this NVRTC compiles for {sorted(known)} only")
+
+
+def compile_all(source: str, arch: str, variants: list[dict], *, spills: bool = False) -> None:
+    """Compile each variant; unless `spills`, check that it uses registers alone."""
+
+    def one(defines: dict) -> str:
+        try:
+            cubin, used = compile_cubin(source, arch, defines)
+        except RuntimeError as error:
+            return f"{defines}: " + "\n".join(str(error).splitlines()[:3])
+        problems = []
+        if not cubin.startswith(b"\x7fELF"):
+            problems.append("no cubin")
+        if used.registers == 0:
+            problems.append("ptxas did not say how many registers it uses")
+        if not spills and (used.spill_bytes or used.stack_bytes):
+            problems.append(f"{used.spill_bytes} bytes spilled, {used.stack_bytes} bytes of stack")
+        if used.serialized_wgmma:
+            problems.append("wgmma serialised")
+        return f"{defines}: {'; '.join(problems)}" if problems else ""
+
+    assert variants
+    with ThreadPoolExecutor(2) as pool:
+        problems = [problem for problem in pool.map(one, variants) if problem]
+    assert not problems, "\n".join(problems)
+
+
+def runs_on(kernel: str, arch: str) -> bool:
+    return kernel in dispatch.kernels_for(capability(arch))
+
+
+PRODUCTS = [(k, a) for k in dispatch.KERNELS for a in ARCHITECTURES if runs_on(k, a)]
+
+
+def home_of(kernel: str) -> str:
+    """Return the oldest architecture that a kernel runs on: there, more is compiled."""
+    return next(a for a in ARCHITECTURES if runs_on(kernel, a))
+
+
+@pytest.mark.parametrize(("kernel", "arch"), PRODUCTS, ids=["-".join(pair) for pair in PRODUCTS])
+def test_products_that_the_shipped_table_chooses(kernel, arch):
+    require(arch)
+    chosen = set()
+    for shape in SHAPES:
+        for output, scaled in EVERY_RESULT if arch == home_of(kernel) else SOME_RESULTS:
+            config = dispatch.shipped(
+                kernel, capability(arch), *shape, 1, output == PACKED, bool(scaled)
+            )
+            chosen.add((config.defines, output, scaled))
+    variants = [{**dict(d), "OUTPUT": output, "SCALED": scaled} for d, output, scaled in chosen]
+    compile_all(f"{kernel}_xnor_gemm", arch, variants)
+
+
+@pytest.mark.parametrize("kernel", dispatch.KERNELS)
+def test_products_that_tuning_may_choose(kernel):
+    arch = home_of(kernel)
+    require(arch)
+    chosen = {
+        config.defines
+        for shape in SHAPES
+        for packed in (False, True)
+        for config in dispatch.candidates(kernel, capability(arch), *shape, packed)
+    }
+    # One that spills is a bad choice, which measuring it will show; but it must compile.
+    variants = [{**dict(defines), "OUTPUT": INT32, "SCALED": 0} for defines in chosen]
+    compile_all(f"{kernel}_xnor_gemm", arch, variants, spills=True)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_pack(arch):
+    require(arch)
+    types = sorted(set(packing._C_TYPES.values()))
+    pairs = [("float", "float"), ("bool", "float16_bits")]
+    if arch in ("sm_75", "sm_90a"):  # seconds each: every type on one old and one new architecture
+        pairs += [(t, t) for t in types if t != "float"]
+    compile_all("smxx_pack", arch, [{"TYPE_A": a, "TYPE_B": b} for a, b in pairs])
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_unpack(arch):
+    require(arch)
+    types = [("float", 1, -1), ("unsigned short", 0x3C00, 0xBC00), ("signed char", 1, -1)]
+    types += [("double", 1, -1), ("long long", 1, -1)]
+    names = ("TYPE", "ONE", "MINUS_ONE")
+    compile_all("smxx_unpack", arch, [dict(zip(names, t, strict=True)) for t in types])
+
+
+def test_every_source_is_compiled_here():
+    covered = {f"{kernel}_xnor_gemm" for kernel, _ in PRODUCTS} | {"smxx_pack", "smxx_unpack"}
+    assert covered == set(kernel_names())
+
+
+def test_every_architecture_has_a_kernel_and_hopper_its_own():
+    assert {arch for _, arch in PRODUCTS} == set(ARCHITECTURES)
+    assert [arch for kernel, arch in PRODUCTS if kernel == "sm90"] == ["sm_90a"]
+
+
+def test_a_kernel_that_does_not_compile_is_told_with_the_compilers_words():
+    require("sm_80")
+    with pytest.raises(
+        RuntimeError, match=r"sm80_xnor_gemm.cu does not compile for sm_80: .*error"
+    ):
+        compile_cubin("sm80_xnor_gemm", "sm_80", {})
+
+
+def test_a_kernel_that_spills_is_found(monkeypatch):
+    require("sm_80")
+    # Eight times sixteen fragments do not fit in registers.
+    defines = {"WARPS_M": 2, "WARPS_N": 2, "BLOCKS_M": 8, "BLOCKS_N": 16, "STAGES": 2}
+    with pytest.raises(AssertionError, match="bytes spilled"):
+        compile_all("sm80_xnor_gemm", "sm_80", [{**defines, "OUTPUT": 0, "SCALED": 0}])
