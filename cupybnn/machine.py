@@ -54,8 +54,8 @@ def _driver_version() -> str | None:
 
 
 def _cuda_version(number: int) -> str:
-    """Write CUDA's version number 13000 as 13.0."""
-    return f"{number // 1000}.{number % 1000 // 10}"
+    """Write CUDA's version number 13000 as 13.0; 0 stands for no driver."""
+    return "none" if number == 0 else f"{number // 1000}.{number % 1000 // 10}"
 
 
 def cuda_facts() -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cupybnn.backends.cuda import dispatch
 from cupybnn.backends.devices import CPU, Device
 from cupybnn.benchmark import chart, methods, overheads, products, record, shapes, tables
 from cupybnn.benchmark.clock import HostClock, make_clock
@@ -254,6 +255,43 @@ def test_every_method_runs_on_the_gpu():
     found, _ = methods.methods_for(device)
     result = measure(shape, found, device, make_clock(device), Limits(None, None), budget=0.001)
     assert {r["method"]: r["error"] for r in result["rows"] if "error" in r} == {}
+
+
+@pytest.mark.gpu
+def test_the_record_names_the_configuration_that_ran(capfd, monkeypatch):
+    device = Device("cuda", 0)
+    shape = Shape("square", 264, 264, 264)  # a shape that no other test has planned for
+    monkeypatch.setenv("CUPYBNN_DEBUG", "1")
+    result = measure(
+        shape, methods.OURS[1:2], device, make_clock(device), Limits(None, None), budget=0.001
+    )
+    monkeypatch.delenv("CUPYBNN_DEBUG")
+    (row,) = result["rows"]
+    assert f"(264, 264) @ (264, 264): {row['configuration']}" in capfd.readouterr().err
+
+
+def test_tuning_is_told_a_line_a_shape(monkeypatch, capsys):
+    from cupybnn.backends.cuda import tuning
+    from cupybnn.cli import bench
+
+    shape = (64, 32, 1000, True)
+    config = dispatch.shipped("smxx", 75, *shape[:3], 1, True, False)
+    trials = [
+        tuning.Trial(shape, config, 20e-6, True),
+        tuning.Trial(shape, replace(config, tile_m=128), 15e-6, False),
+        tuning.Trial(shape, replace(config, tile_m=256), None, False),
+        tuning.Trial((8, 8, 8, False), config, None, True),
+    ]
+    monkeypatch.setattr(tuning, "tune", lambda device: iter(trials))
+    monkeypatch.setattr(tuning, "table_path", lambda device: f"/cache/tuned-{device}.json")
+    bench._tune(Device("cuda", 1))
+    assert capsys.readouterr().out.splitlines() == [
+        "tune 64 x 32 x 1000 packed: best of 2 smxx 128x64 15.0 us, "
+        "shipped smxx 64x64 20.0 us, 1 failed",
+        "tune 8 x 8 x 8: none of 1 configurations ran",
+        "wrote /cache/tuned-1.json",
+        "",
+    ]
 
 
 # --- around the product

@@ -211,8 +211,21 @@ def _one(
     }
     if method.ours:
         row |= limits.shares(shape.operations, moved, throughput.median)
+        row["configuration"] = _configuration(shape, device, method.result_bits == 1)
         problem = wrong_element(prepared, device)
         row["checked"] = not problem
         if problem:
             row["error"] = problem
     return row
+
+
+def _configuration(shape: Shape, device: Device, packed: bool) -> str:
+    """Return what the dispatch chooses for a product: the kernel and its tile, for the record."""
+    if device.kind == "cpu":
+        return "numpy"
+    from cupybnn.backends.cuda import dispatch, tuning
+    from cupybnn.backends.cuda.compiler import architecture
+
+    capability = architecture(device.index)
+    tuned = tuning.winners(device.index)
+    return str(dispatch.choose(capability, shape.m, shape.n, shape.k, 1, packed, False, tuned))

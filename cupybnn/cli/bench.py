@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -141,7 +142,25 @@ def _tune(device: Device) -> None:
         )
     from cupybnn.backends.cuda import tuning
 
-    tuning.tune(device)
+    for shape, trials in itertools.groupby(tuning.tune(device.index), key=lambda t: t.shape):
+        print(_tuned_line(shape, list(trials)), flush=True)
+    print(f"wrote {tuning.table_path(device.index)}\n")
+
+
+def _tuned_line(shape: tuple[int, int, int, bool], trials: list[Any]) -> str:
+    m, n, k, packed = shape
+    what = f"tune {m} x {n} x {k}{' packed' if packed else ''}:"
+    measured = [t for t in trials if t.seconds is not None]
+    if not measured:
+        return f"{what} none of {len(trials)} configurations ran"
+    best = min(measured, key=lambda t: t.seconds)
+    shipped = next((t for t in measured if t.shipped), None)
+    before = f", shipped {shipped.config} {shipped.seconds * 1e6:.1f} us" if shipped else ""
+    failed = len(trials) - len(measured)
+    without = f", {failed} failed" if failed else ""
+    return (
+        f"{what} best of {len(measured)} {best.config} {best.seconds * 1e6:.1f} us{before}{without}"
+    )
 
 
 def _print(lines: Iterable[str]) -> None:

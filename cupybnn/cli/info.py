@@ -80,7 +80,7 @@ def lines() -> Iterator[str]:
     if cuda["cupy"]:
         yield _row("  NVRTC", cuda["nvrtc"])
         yield _row("  runtime", f"CUDA {cuda['runtime_cuda']}")
-        yield _row("  driver", f"{cuda['driver'] or 'not found'}, CUDA {cuda['driver_cuda']}")
+        yield _row("  driver", f"{cuda['driver'] or 'not found'}, up to CUDA {cuda['driver_cuda']}")
     yield ""
     yield _row("CUDA", cuda["reason"])
     yield _row("cpu", f"{facts['cpu']}, {facts['cpus']} processors")
