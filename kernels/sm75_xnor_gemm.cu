@@ -78,5 +78,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_con
     __syncthreads();
   }
   Results<TILE, TILE>(p, terms, tile.item, m, n)
-      .store_fragments<BLOCKS, FRAGMENTS>(warp_m, 16, warp_n, acc);
+      .store_all(warp_m, 16, warp_n, acc);
 }

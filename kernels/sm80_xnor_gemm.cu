@@ -104,5 +104,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) xnor_gemm(const __grid_
   }
   asm volatile("cp.async.wait_group 0;" ::: "memory");
   Results<TILE_M, TILE_N>(p, terms, tile.item, m, n)
-      .store_fragments<BLOCKS_M, BLOCKS_N>(warp_m, 16, warp_n, acc);
+      .store_all(warp_m, 16, warp_n, acc);
 }

@@ -19,8 +19,13 @@
 // SPLIT_K > 1: the blocks of a cluster take the same tile and a part of K each, and add up over the
 // cluster's shared memory; for products of few tiles.
 //
-// The translation unit sets CONSUMERS, BLOCKS_M, TILE_N, STAGES, CLUSTER_M, CLUSTER_N, SPLIT_K, and
-// what product.cuh wants.
+// DEFERRED: a tile is written out while the next one is multiplied. Its accumulators, none above K, are
+// kept as 16-bit numbers, two to a register, and a quarter of them is stored behind each of the next
+// tile's first four products. For four to 63 chunks of K. Without it the tensor cores wait for every
+// tile to be written out, a third of the time at K = 8192.
+//
+// The translation unit sets CONSUMERS, BLOCKS_M, TILE_N, STAGES, CLUSTER_M, CLUSTER_N, SPLIT_K,
+// DEFERRED, and what product.cuh wants.
 
 #include "product.cuh"
 #include "hopper.cuh"
@@ -34,7 +39,7 @@ constexpr int A_BYTES = TILE_M * CHUNK_BYTES, B_BYTES = TILE_N * CHUNK_BYTES;
 constexpr int SLOT_BYTES = A_BYTES + B_BYTES;
 constexpr int ACC = TILE_N / 2;  // accumulators of a thread and block of 64 lines
 
-static_assert(SPLIT_K == 1 || CLUSTER == 1, "a cluster shares tiles or splits K");
+static_assert(SPLIT_K == 1 || (CLUSTER == 1 && !DEFERRED), "a cluster shares tiles or splits K");
 static_assert(TILE_M % (8 * CLUSTER_N) == 0 && TILE_N % (8 * CLUSTER_M) == 0, "whole swizzles");
 
 // Register budgets (a multiple of 8 each) that fill the 65,536 of an SM.
@@ -44,19 +49,23 @@ constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 232 : CONSUMERS == 2 ? 232 :
 typedef Terms<TILE_M, TILE_N> TileTerms;
 typedef Results<TILE_M, TILE_N> TileResults;
 
+// Deferred, two tiles' terms are there at a time: one is still written out, one multiplied.
+constexpr int TERMS = DEFERRED ? 2 : 1;
+
 struct Shared {
   unsigned char slots[STAGES][SLOT_BYTES];
-  u64 full[STAGES], empty[STAGES], terms_full, terms_empty;
-  TileTerms terms;
+  u64 full[STAGES], empty[STAGES], terms_full[TERMS], terms_empty[TERMS];
+  TileTerms terms[TERMS];
 };
 
-// A position in the ring of slots: which one, and the parity of its barriers.
-struct Turn {
+// A position in a ring of slots: which one, and the parity of its barriers.
+template <int SLOTS> struct Ring {
   int slot = 0, parity = 0;
   __device__ __forceinline__ void next() {
-    if (++slot == STAGES) { slot = 0; parity ^= 1; }
+    if (++slot == SLOTS) { slot = 0; parity ^= 1; }
   }
 };
+typedef Ring<STAGES> Turn;
 
 // This block's share of the loads of one operand for a tile: the SHARERS blocks that need the same
 // LINES lines each load an equal part of them, for all.
@@ -127,18 +136,19 @@ __device__ __forceinline__ void produce(const Product& p, const Work& work, Shar
   }
 }
 
-// Bring the terms of each tile, once the consumers have let go of the last tile's. For one warp.
+// Bring the terms of each tile, once the consumers have let go of what stood there. For one warp.
 __device__ __forceinline__ void bring_terms(const Product& p, const Work& work, Shared& shared, int rank,
                                             u32 worker, u32 workers) {
-  int parity = 0;
+  Ring<TERMS> ring;
   for (u32 t = worker; t < work.count; t += workers) {
     const Tile tile(t, work.tiles_m, work.tiles_n, (u32)p.group);
-    barrier_wait(shared_address(&shared.terms_empty), parity ^ 1);
-    shared.terms.fill(p, tile.item, (i64)(tile.m * CLUSTER_M + rank_in_m(rank)) * TILE_M,
-                      (i64)(tile.n * CLUSTER_N + rank_in_n(rank)) * TILE_N, threadIdx.x & 31, 32);
+    barrier_wait(shared_address(&shared.terms_empty[ring.slot]), ring.parity ^ 1);
+    shared.terms[ring.slot].fill(p, tile.item, (i64)(tile.m * CLUSTER_M + rank_in_m(rank)) * TILE_M,
+                                 (i64)(tile.n * CLUSTER_N + rank_in_n(rank)) * TILE_N,
+                                 threadIdx.x & 31, 32);
     __syncwarp();
-    if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared.terms_full));
-    parity ^= 1;
+    if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared.terms_full[ring.slot]));
+    ring.next();
   }
 }
 
@@ -153,32 +163,138 @@ __device__ __forceinline__ void release(Shared& shared, int slot) {
   }
 }
 
-// Multiply `chunks` slots into the accumulators of consumer `wg`.
+// Start the product of the chunk in the slot whose turn it is.
+__device__ __forceinline__ void start_chunk(int (&acc)[BLOCKS_M][ACC], Shared& shared, const Turn& turn,
+                                            int chunk, int wg) {
+  barrier_wait(shared_address(&shared.full[turn.slot]), turn.parity);
+  const u32 data = shared_address(shared.slots[turn.slot]);
+  const u64 a = operand_descriptor(data + wg * ROWS * CHUNK_BYTES);
+  const u64 b = operand_descriptor(data + A_BYTES);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < CHUNK_BITS / 256; step++)
+#pragma unroll
+    for (int block = 0; block < BLOCKS_M; block++)
+      WgmmaB1<TILE_N>::run(acc[block], a + 2 * step + block * (64 * CHUNK_BYTES / 16), b + 2 * step,
+                           chunk | step);
+  wgmma_commit();
+}
+
+// Let go of the slot before: one group of instructions stays in flight, the one before it has read
+// slot `last`.
+__device__ __forceinline__ void finish_before(Shared& shared, Turn& turn, int chunk, int& last) {
+  wgmma_wait<1>();
+  if (chunk) release(shared, last);
+  last = turn.slot;
+  turn.next();
+}
+
+// Multiply chunks `first` to `chunks` into the accumulators of consumer `wg`.
 __device__ __forceinline__ void multiply(int (&acc)[BLOCKS_M][ACC], Shared& shared, Turn& turn,
-                                         int chunks, int wg) {
-  int last = 0;
-  for (int chunk = 0; chunk < chunks; chunk++) {
-    barrier_wait(shared_address(&shared.full[turn.slot]), turn.parity);
-    const u32 data = shared_address(shared.slots[turn.slot]);
-    const u64 a = operand_descriptor(data + wg * ROWS * CHUNK_BYTES);
-    const u64 b = operand_descriptor(data + A_BYTES);
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < CHUNK_BITS / 256; step++)
-#pragma unroll
-      for (int block = 0; block < BLOCKS_M; block++)
-        WgmmaB1<TILE_N>::run(acc[block], a + 2 * step + block * (64 * CHUNK_BYTES / 16), b + 2 * step,
-                             chunk | step);
-    wgmma_commit();
-    // One group stays in flight; the one before it has let go of its slot.
-    wgmma_wait<1>();
-    if (chunk) release(shared, last);
-    last = turn.slot;
-    turn.next();
+                                         int first, int chunks, int wg, int last) {
+  for (int chunk = first; chunk < chunks; chunk++) {
+    start_chunk(acc, shared, turn, chunk, wg);
+    finish_before(shared, turn, chunk, last);
   }
   wgmma_wait<0>();
   release(shared, last);
 }
+
+// The warp's place in a tile, for Results.
+__device__ __forceinline__ int first_row(int wg) { return wg * ROWS + ((threadIdx.x & 127) >> 5) * 16; }
+
+__device__ __forceinline__ TileResults results_of(const Product& p, const Work& work,
+                                                  const TileTerms& terms, u32 t, int rank) {
+  const Tile tile(t, work.tiles_m, work.tiles_n, (u32)p.group);
+  return TileResults(p, terms, tile.item, (i64)(tile.m * CLUSTER_M + rank_in_m(rank)) * TILE_M,
+                     (i64)(tile.n * CLUSTER_N + rank_in_n(rank)) * TILE_N);
+}
+
+#if DEFERRED
+constexpr int PIECES = 4;
+
+// A finished tile that is still to be written out.
+struct Pending {
+  u32 acc[BLOCKS_M][ACC / 2];
+  int ones[BLOCKS_M];
+
+  __device__ __forceinline__ void take(const int (&from)[BLOCKS_M][ACC]) {
+#pragma unroll
+    for (int block = 0; block < BLOCKS_M; block++) {
+      ones[block] = 0;
+#pragma unroll
+      for (int i = 0; i < ACC / 2; i++)
+        acc[block][i] = __byte_perm(from[block][2 * i], from[block][2 * i + 1], 0x5410);
+    }
+  }
+
+  template <int PIECE>
+  __device__ __forceinline__ void store(const TileResults& results, int wg) {
+    constexpr int COUNT = TILE_N / 8 / PIECES;
+    results.store_fragments<PIECE * COUNT, COUNT>(
+        first_row(wg), 64, 0,
+        [&](int block, int i) { return (int)(acc[block][i / 2] >> (i % 2 * 16) & 0xffffu); }, ones);
+    if (PIECE == PIECES - 1) results.count_fragments(first_row(wg), 64, ones);
+  }
+};
+
+// Consume all tiles, each written out under the next one's first products.
+__device__ __forceinline__ void consume(const Product& p, const Work& work, Shared& shared, int rank,
+                                        u32 worker, u32 workers, int wg) {
+  if (worker >= work.count) return;
+  Turn turn;
+  Ring<TERMS> ring;  // of the pending tile
+  Pending pending;
+  int acc[BLOCKS_M][ACC];
+  multiply(acc, shared, turn, 0, (int)p.chunks, wg, 0);
+  pending.take(acc);
+  u32 t = worker;
+  for (u32 next = t + workers; next < work.count; t = next, next += workers) {
+    barrier_wait(shared_address(&shared.terms_full[ring.slot]), ring.parity);
+    const TileResults results = results_of(p, work, shared.terms[ring.slot], t, rank);
+    int last = 0;
+    start_chunk(acc, shared, turn, 0, wg);
+    pending.store<0>(results, wg);
+    finish_before(shared, turn, 0, last);
+    start_chunk(acc, shared, turn, 1, wg);
+    pending.store<1>(results, wg);
+    finish_before(shared, turn, 1, last);
+    start_chunk(acc, shared, turn, 2, wg);
+    pending.store<2>(results, wg);
+    finish_before(shared, turn, 2, last);
+    start_chunk(acc, shared, turn, 3, wg);
+    pending.store<3>(results, wg);
+    finish_before(shared, turn, 3, last);
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared.terms_empty[ring.slot]));
+    ring.next();
+    multiply(acc, shared, turn, PIECES, (int)p.chunks, wg, last);
+    pending.take(acc);
+  }
+  barrier_wait(shared_address(&shared.terms_full[ring.slot]), ring.parity);
+  const TileResults results = results_of(p, work, shared.terms[ring.slot], t, rank);
+  pending.store<0>(results, wg);
+  pending.store<1>(results, wg);
+  pending.store<2>(results, wg);
+  pending.store<3>(results, wg);
+}
+#elif SPLIT_K == 1
+// Consume all tiles, each written out before the next is begun.
+__device__ __forceinline__ void consume(const Product& p, const Work& work, Shared& shared, int rank,
+                                        u32 worker, u32 workers, int wg) {
+  Turn turn;
+  Ring<TERMS> ring;
+  for (u32 t = worker; t < work.count; t += workers) {
+    int acc[BLOCKS_M][ACC];
+    multiply(acc, shared, turn, 0, (int)p.chunks, wg, 0);
+    barrier_wait(shared_address(&shared.terms_full[ring.slot]), ring.parity);
+    results_of(p, work, shared.terms[ring.slot], t, rank).store_all(first_row(wg), 64, 0, acc);
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared.terms_empty[ring.slot]));
+    ring.next();
+  }
+}
+#endif
 
 #if SPLIT_K > 1
 // Add up the parts of a tile over the cluster: each block sums and stores an equal share of rows.
@@ -213,7 +329,7 @@ __device__ __forceinline__ void store_split(const int (&acc)[BLOCKS_M][ACC], Sha
 #pragma unroll
     for (int block = 0; block < SPLIT_K; block++)
       sum += load_from_block(parts + (row * STRIDE + col) * 4, block);
-    const int value = results.product(shared.terms.row[row], shared.terms.col[col], sum);
+    const int value = results.product(results.terms.row[row], results.terms.col[col], sum);
     const u32 bits = results.word_of_signs(w, __ballot_sync(0xffffffffu, value < 0));
     if (lane == 0) {
       results.store_word(row, w, bits);
@@ -253,8 +369,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       barrier_init(shared_address(&shared.full[i]), 1);
       barrier_init(shared_address(&shared.empty[i]), CONSUMERS * CLUSTER);
     }
-    barrier_init(shared_address(&shared.terms_full), 1);
-    barrier_init(shared_address(&shared.terms_empty), CONSUMERS * 4);
+    for (int i = 0; i < TERMS; i++) {
+      barrier_init(shared_address(&shared.terms_full[i]), 1);
+      barrier_init(shared_address(&shared.terms_empty[i]), CONSUMERS * 4);
+    }
     barrier_init_fence();
   }
   if constexpr (clustered) cluster_sync(); else __syncthreads();
@@ -267,32 +385,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if constexpr (SPLIT_K > 1) cluster_sync();
   } else {
     if constexpr (SPLIT_K == 1) take_registers<CONSUMER_REGISTERS>();
-    Turn turn;
 #if SPLIT_K > 1
     // One tile a cluster: the parts replace the slots, so nothing may be loaded after them. Each
     // block has at least one chunk, which the caller sees to.
+    Turn turn;
     int acc[BLOCKS_M][ACC];
-    const Tile tile(worker, work.tiles_m, work.tiles_n, (u32)p.group);
-    multiply(acc, shared, turn,
-             (int)(p.chunks * (rank + 1) / SPLIT_K - p.chunks * rank / SPLIT_K), wg);
-    barrier_wait(shared_address(&shared.terms_full), 0);
-    store_split(acc, shared,
-                TileResults(p, shared.terms, tile.item, (i64)tile.m * TILE_M, (i64)tile.n * TILE_N),
-                rank, wg);
+    multiply(acc, shared, turn, 0,
+             (int)(p.chunks * (rank + 1) / SPLIT_K - p.chunks * rank / SPLIT_K), wg, 0);
+    barrier_wait(shared_address(&shared.terms_full[0]), 0);
+    store_split(acc, shared, results_of(p, work, shared.terms[0], worker, rank), rank, wg);
 #else
-    int parity = 0;
-    for (u32 t = worker; t < work.count; t += workers) {
-      int acc[BLOCKS_M][ACC];
-      multiply(acc, shared, turn, (int)p.chunks, wg);
-      const Tile tile(t, work.tiles_m, work.tiles_n, (u32)p.group);
-      barrier_wait(shared_address(&shared.terms_full), parity);
-      TileResults(p, shared.terms, tile.item, (i64)(tile.m * CLUSTER_M + rank_in_m(rank)) * TILE_M,
-                  (i64)(tile.n * CLUSTER_N + rank_in_n(rank)) * TILE_N)
-          .store_fragments<BLOCKS_M, TILE_N / 8>(wg * ROWS + warp * 16, 64, 0, acc);
-      __syncwarp();
-      if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared.terms_empty));
-      parity ^= 1;
-    }
+    consume(p, work, shared, rank, worker, workers, wg);
 #endif
   }
   // No block may end while another of its cluster still writes to its shared memory or reads it.

@@ -102,18 +102,20 @@ __device__ __forceinline__ u32 pack_chunk(const char* x, i64 stride, i64 left, i
 }
 
 template <typename T>
-__device__ __forceinline__ void pack_along(const Operand& p, i64 block, int* shared) {
+__device__ __forceinline__ void pack_along(const Operand& p, u32 block, int* shared) {
   constexpr int V = 16 / sizeof(T);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int parts = (int)p.parts, part = warp % parts, lines_here = WARPS / parts;
-  const i64 padded = padded_lines(p.lines);
-  const i64 index = block * lines_here + warp / parts;
-  const i64 item = index / padded, line = index % padded, position = position_of(line);
+  // 32 bits, which divide ten times as fast as 64: the caller keeps the number of lines below 2**31.
+  const u32 padded = (u32)padded_lines(p.lines);
+  const u32 index = block * lines_here + warp / parts;
+  const u32 item = index / padded;
+  const i64 line = index - item * padded, position = position_of(line);
   int ones = 0;
   if (item < p.batch) {
     const char* x = p.x + item * p.batch_stride + line * p.line_stride;
-    for (i64 chunk = part; chunk < p.chunks; chunk += parts) {
-      const i64 start = chunk * CHUNK_BITS, left = line < p.lines ? p.k - start : 0;
+    for (u32 chunk = part; chunk < (u32)p.chunks; chunk += parts) {
+      const i64 start = (i64)chunk * CHUNK_BITS, left = line < p.lines ? p.k - start : 0;
       u32 word = 0;
       if (left > 0)
         word = p.wide ? pack_chunk_wide<T, V>(x + start * sizeof(T), left, lane)
@@ -134,17 +136,17 @@ __device__ __forceinline__ void pack_along(const Operand& p, i64 block, int* sha
 }
 
 template <typename T, int V>
-__device__ __forceinline__ void pack_across(const Operand& p, i64 block, int* shared) {
-  constexpr int BATCH = V == 1 ? 32 : 8;  // loads in flight
+__device__ __forceinline__ void pack_across(const Operand& p, u32 block, int* shared) {
+  constexpr int BATCH = V == 1 ? 16 : 4;  // loads in flight
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const i64 groups = (p.lines + 32 * V - 1) / (32 * V);
-  const i64 part = block % p.parts, group = block / p.parts % groups, item = block / p.parts / groups;
-  const i64 line = (group * 32 + lane) * V;
+  const u32 groups = (u32)((p.lines + 32 * V - 1) / (32 * V)), parts = (u32)p.parts;
+  const u32 part = block % parts, group = block / parts % groups, item = block / parts / groups;
+  const i64 line = ((i64)group * 32 + lane) * V;
   const char* x = p.x + item * p.batch_stride + line * p.line_stride;
   const bool inside = line + V <= p.lines;  // V divides the number of lines
   int ones[V] = {};
-  for (i64 chunk = part; chunk < p.chunks; chunk += p.parts) {
-    const i64 start = chunk * CHUNK_BITS + warp * 128;
+  for (u32 chunk = part; chunk < (u32)p.chunks; chunk += parts) {
+    const i64 start = (i64)chunk * CHUNK_BITS + warp * 128;
     const i64 left = inside ? p.k - start : 0;
     const char* from = x + start * p.k_stride;
     u32 piece[V][4] = {};
@@ -201,16 +203,16 @@ __device__ __forceinline__ void pack_across(const Operand& p, i64 block, int* sh
   }
 }
 
-template <typename T> __device__ __forceinline__ void pack(const Operand& p, i64 block, int* shared) {
+template <typename T> __device__ __forceinline__ void pack(const Operand& p, u32 block, int* shared) {
   // More than four lines to a lane would need too many registers for their words.
   if (!p.across) pack_along<T>(p, block, shared);
   else if (p.wide) pack_across<T, sizeof(T) < 4 ? 4 : 16 / sizeof(T)>(p, block, shared);
   else pack_across<T, 1>(p, block, shared);
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, 3)
     pack_operands(const __grid_constant__ Operands p) {
   __shared__ int shared[WARPS * 32];
   if (blockIdx.x < p.a.blocks) pack<TYPE_A>(p.a, blockIdx.x, shared);
-  else pack<TYPE_B>(p.b, blockIdx.x - p.a.blocks, shared);
+  else pack<TYPE_B>(p.b, blockIdx.x - (u32)p.a.blocks, shared);
 }

@@ -220,28 +220,30 @@ template <int HEIGHT, int WIDTH> struct Results {
   }
 #endif
 
-  // Store a warp's accumulators: FRAGMENTS of the tensor cores side by side, for BLOCKS times 16
-  // positions that lie `block_rows` apart. Of 16 positions of rows a lane holds lane / 4 and
-  // lane / 4 + 8, and of eight of columns 2 (lane % 4) and the next (PTX ISA, matrix fragments of
-  // mma.m16n8k256): rows two apart, and of two fragments four neighbouring columns (layout.cuh).
-  template <int BLOCKS, int FRAGMENTS>
-  __device__ __forceinline__ void store_fragments(int row, int block_rows, int col,
-                                                  const int (&acc)[BLOCKS][4 * FRAGMENTS]) const {
+  // Store COUNT of a warp's fragments from the FIRST, of the tensor cores' fragments side by side, for
+  // BLOCKS times 16 positions that lie `block_rows` apart. Of 16 positions of rows a lane holds
+  // lane / 4 and lane / 4 + 8, and of eight of columns 2 (lane % 4) and the next (PTX ISA, matrix
+  // fragments of mma.m16n8k256): rows two apart, and of two fragments four neighbouring columns
+  // (layout.cuh). acc(block, i) is accumulator i of a lane, four to a fragment. OUTPUT_PACKED:
+  // `ones` counts the bits of the lane's rows, for count_fragments.
+  template <int FIRST, int COUNT, int BLOCKS, typename Acc>
+  __device__ __forceinline__ void store_fragments(int row, int block_rows, int col, const Acc& acc,
+                                                  int (&ones)[BLOCKS]) const {
     constexpr int ROWS = 2 * BLOCKS;
-    static_assert(FRAGMENTS % 2 == 0, "two fragments make four neighbours");
+    static_assert(FIRST % 2 == 0 && COUNT % 2 == 0, "two fragments make four neighbours");
     const int lane = threadIdx.x & 31, quad = lane & 3;
     const int r0 = row + line_at(lane >> 2), c0 = col + 4 * quad;
     int t[ROWS];
 #pragma unroll
     for (int r = 0; r < ROWS; r++) t[r] = terms.row[r0 + r / 2 * block_rows + r % 2 * 2];
 #if OUTPUT != OUTPUT_PACKED
-    out_t* to = out + r0 * p.out_row + c0 * p.out_col;
-    // Whether the warp's part lies in the matrix, and neighbours can be stored together.
+    out_t* to = out + r0 * p.out_row + (c0 + 8 * FIRST) * p.out_col;
+    // Whether these results lie in the matrix, and neighbours can be stored together.
     const bool whole = m + row + (BLOCKS - 1) * block_rows + 16 <= p.m &&
-                       n + col + 8 * FRAGMENTS <= p.n && p.out_col == 1 && (p.out_row & 3) == 0 &&
-                       ((u64)to & (4 * sizeof(out_t) - 1)) == 0;
+                       n + col + 8 * (FIRST + COUNT) <= p.n && p.out_col == 1 &&
+                       (p.out_row & 3) == 0 && ((u64)to & (4 * sizeof(out_t) - 1)) == 0;
 #pragma unroll
-    for (int j = 0; j < FRAGMENTS; j += 2) {
+    for (int j = FIRST; j < FIRST + COUNT; j += 2) {
       const int4 four = load_in_turn(terms.col + c0 + 8 * j);
       const int u[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
@@ -251,7 +253,7 @@ template <int HEIGHT, int WIDTH> struct Results {
 #pragma unroll
         for (int i = 0; i < 4; i++)
           v[i] = value(r0 + down, c0 + 8 * j + i,
-                       product(t[r], u[i], acc[r / 2][4 * (j + i / 2) + r % 2 * 2 + i % 2]));
+                       product(t[r], u[i], acc(r / 2, 4 * (j + i / 2) + r % 2 * 2 + i % 2)));
         if (whole) {
           store_four(to + down * p.out_row, v);
         } else {
@@ -264,10 +266,9 @@ template <int HEIGHT, int WIDTH> struct Results {
       to += 16 * p.out_col;
     }
 #else
-    static_assert(FRAGMENTS % 4 == 0, "a word is 32 columns, four fragments");
-    int ones[BLOCKS] = {};
+    static_assert(FIRST % 4 == 0 && COUNT % 4 == 0, "a word is 32 columns, four fragments");
 #pragma unroll
-    for (int w = 0; w < FRAGMENTS / 4; w++) {
+    for (int w = FIRST / 4; w < (FIRST + COUNT) / 4; w++) {
       // Signs are shifted in from the last column to the first: four of 16 are this lane's.
       u32 signs[ROWS] = {};
 #pragma unroll
@@ -280,7 +281,7 @@ template <int HEIGHT, int WIDTH> struct Results {
 #pragma unroll
           for (int i = 3; i >= 0; i--)
             signs[r] = __funnelshift_l(
-                (u32)product(t[r], u[i], acc[r / 2][4 * (j + i / 2) + r % 2 * 2 + i % 2]), signs[r],
+                (u32)product(t[r], u[i], acc(r / 2, 4 * (j + i / 2) + r % 2 * 2 + i % 2)), signs[r],
                 1);
         }
       }
@@ -295,10 +296,29 @@ template <int HEIGHT, int WIDTH> struct Results {
         ones[block] += __popc(mine);
       }
     }
+#endif
+  }
+
+  // Add what store_fragments has counted to the popcounts of the result's rows.
+  template <int BLOCKS>
+  __device__ __forceinline__ void count_fragments(int row, int block_rows,
+                                                  const int (&ones)[BLOCKS]) const {
+#if OUTPUT == OUTPUT_PACKED
+    const int lane = threadIdx.x & 31, quad = lane & 3;
 #pragma unroll
     for (int block = 0; block < BLOCKS; block++)
-      if (quad < 2) count(r0 + block * block_rows + quad * 2, ones[block]);
+      if (quad < 2) count(row + line_at(lane >> 2) + block * block_rows + quad * 2, ones[block]);
 #endif
+  }
+
+  // Store all of a warp's fragments.
+  template <int BLOCKS, int ACC>
+  __device__ __forceinline__ void store_all(int row, int block_rows, int col,
+                                            const int (&acc)[BLOCKS][ACC]) const {
+    int ones[BLOCKS] = {};
+    store_fragments<0, ACC / 4>(
+        row, block_rows, col, [&](int block, int i) { return acc[block][i]; }, ones);
+    count_fragments(row, block_rows, ones);
   }
 };
 

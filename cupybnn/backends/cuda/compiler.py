@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -13,7 +13,7 @@ from cupybnn.backends.cuda.sources import translation_unit
 
 __all__ = ["Resources", "architecture", "compile_cubin", "load_kernel"]
 
-Defines = tuple[tuple[str, int | str], ...]
+Defines = Sequence[tuple[str, int | str]]
 
 # wgmma and setmaxnreg exist only in code that runs on Hopper alone.
 _ARCHITECTURE_SPECIFIC = {"sm90_xnor_gemm": "sm_90a"}
@@ -47,7 +47,7 @@ def load_kernel(source: str, function: str, defines: Defines, device: int, share
     shared : int
         Bytes of dynamic shared memory that launches will ask for.
     """
-    key = (source, function, defines, device)
+    key = (source, function, tuple(defines), device)
     kernel = _kernels.get(key)
     if kernel is None:
         import cupy

@@ -22,7 +22,7 @@ KERNELS = {
 
 
 # Of a configuration's defines, those that its tile and cluster do not show.
-_TOLD = ("STAGES",)
+_TOLD = ("STAGES", "DEFERRED")
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Config:
     """
 
     kernel: str
-    defines: tuple[tuple[str, int | str], ...]
+    defines: tuple[tuple[str, int], ...]
     tile_m: int
     tile_n: int
     threads: int
@@ -86,7 +86,8 @@ class Config:
             return self.stages * self.slot_bytes
         # struct Shared of sm90_xnor_gemm.cu: slots, barriers, terms.
         terms = (12 if scaled else 4) * (self.tile_m + self.tile_n) + 4 * -(-self.tile_n // 32)
-        return self.stages * (self.slot_bytes + 16) + 16 + terms + 8
+        tiles = 1 + dict(self.defines)["DEFERRED"]
+        return self.stages * (self.slot_bytes + 16) + tiles * (16 + (terms + 15 & ~15))
 
     def blocks(self, m: int, n: int, batch: int, multiprocessors: int) -> int:
         """Blocks to launch for `batch` products of m x n results (after any swap)."""
@@ -135,6 +136,7 @@ def sm90(
     consumers: int = 2,
     cluster: tuple[int, int] = (1, 1),
     split_k: int = 1,
+    deferred: bool = False,
     swap: bool = False,
     group: int = 8,
 ) -> Config:
@@ -145,6 +147,7 @@ def sm90(
         ("CLUSTER_M", cluster[0]),
         ("CLUSTER_N", cluster[1]),
         ("CONSUMERS", consumers),
+        ("DEFERRED", int(deferred)),
         ("SPLIT_K", split_k),
         ("STAGES", stages),
         ("TILE_N", tile_n),
@@ -179,7 +182,8 @@ def _sm90(m: int, n: int, k: int, batch: int, packed: bool, scaled: bool) -> Con
         return sm90(1, 128, 6)
     if tiles <= 264:
         return sm90(1, 256, 4)
-    return sm90(2, 128 if scaled else 192, 4)
+    # Deferred, an accumulator must fit 16 bits and four products must follow.
+    return sm90(1, 256, 4, deferred=4 <= chunks <= 63)
 
 
 def _split(tiles: int, chunks: int) -> int:

@@ -7,6 +7,7 @@ the first call of its kind and kept, since the host's time is most of a small pr
 from __future__ import annotations
 
 import math
+import struct
 from typing import Any
 
 import numpy as np
@@ -19,13 +20,18 @@ from cupybnn.backends.epilogue import Epilogue
 
 __all__ = ["forget_plans", "gemm", "gemm_packed"]
 
-# OUTPUT_* of product.cuh, by dtype name.
-_OUTPUTS = {"int32": 0, "float32": 1, "float16": 2, "bfloat16": 3}
+# OUTPUT_* of product.cuh, by the dtype's character, which is quicker to ask for than its name.
+_OUTPUTS = {np.dtype(np.int32).char: 0, "f": 1, "e": 2, "E": 3}
 _PACKED = 4
 
-# struct Product of product.cuh: 11 addresses, 7 sizes, 8 strides and choices.
+# struct Product of product.cuh: addresses, sizes and strides, strides of scales, choices.
+_ADDRESSES = struct.Struct("11q")
+_SIZES = struct.Struct("10q")
+_SCALES = struct.Struct("3q")
+_CHOICES = struct.Struct("2q")
 _PRODUCT = np.dtype((np.void, 8 * 26))
-_SCALE_BATCHES = slice(21, 24)
+_NO_COLUMNS = (0,) * 5
+_NO_STRIDES = (0,) * 3
 
 
 class Plan:
@@ -35,11 +41,13 @@ class Plan:
         "_arrays",
         "_block",
         "_bytes",
+        "_choices",
         "_fields",
         "_grid",
         "_kernel",
         "_pack",
         "_shared",
+        "_sizes",
         "swap",
     )
 
@@ -83,11 +91,8 @@ class Plan:
                 f"can have blocks; multiply it in parts."
             )
         self._grid, self._block = (blocks,), (config.threads,)
-        fields = [0] * 11 + [
-            m, n, k, chunk_count(k), batch, *steps,
-            row, col, item, 0, 0, 0, config.swap, config.group,
-        ]  # fmt: skip
-        self._fields = np.array(fields, np.int64)
+        self._sizes = _SIZES.pack(m, n, k, chunk_count(k), batch, *steps, row, col, item)
+        self._choices = _CHOICES.pack(config.swap, config.group)
         self._plan_packing(a, b, device)
 
     def _plan_packing(self, a: Any, b: Any, device: int) -> None:
@@ -106,7 +111,14 @@ class Plan:
             self._bytes += (words + 4 * batch * lines + 255) & ~255
         self._pack = PackPlan(operands, device) if operands else None
 
-    def launch(self, a: Any, b: Any, out: tuple[int, int], columns: tuple[int, ...]) -> None:
+    def launch(
+        self,
+        a: Any,
+        b: Any,
+        out: tuple[int, int],
+        columns: tuple[int, ...] = _NO_COLUMNS,
+        strides: tuple[int, ...] = _NO_STRIDES,
+    ) -> None:
         """Launch for operands of the planned kind.
 
         Parameters
@@ -115,10 +127,10 @@ class Plan:
         out : (int, int)
             Addresses of the result, and of its popcounts if it is packed.
         columns : tuple of int
-            Addresses of row scale, column scale, bias, threshold and flip, then the first three's
-            batch strides; empty for none.
+            Addresses of row scale, column scale, bias, threshold and flip, or 0.
+        strides : tuple of int
+            Batch strides of the first three.
         """
-        fields = self._fields.copy()
         sides: list[Any] = [a, b]
         if self._pack is not None:
             # Freed on return, for work that the stream does after this.
@@ -134,11 +146,18 @@ class Plan:
             if type(side) is not tuple:
                 sides[i] = (side.words.data.ptr, side.popcounts.data.ptr)
         left, right = sides[::-1] if self.swap else sides
-        fields[:6] = (left[0], right[0], left[1], right[1], *out)
-        if columns:
-            fields[6:11] = columns[:5]
-            fields[_SCALE_BATCHES] = columns[5:]
-        self._kernel(self._grid, self._block, (fields.view(_PRODUCT),), shared_mem=self._shared)
+        # Bytes, of which NumPy then makes one struct: much quicker than setting array elements.
+        product = b"".join(
+            (
+                _ADDRESSES.pack(left[0], right[0], left[1], right[1], *out, *columns),
+                self._sizes,
+                _SCALES.pack(*strides),
+                self._choices,
+            )
+        )
+        self._kernel(
+            self._grid, self._block, (np.frombuffer(product, _PRODUCT),), shared_mem=self._shared
+        )
 
 
 def _alloc(size: int) -> Any:
@@ -189,7 +208,7 @@ def gemm(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> None:
     if out.size == 0:
         return
     shape = out.shape
-    output = _OUTPUTS.get(out.dtype.name)
+    output = _OUTPUTS.get(out.dtype.char)
     if output is None or (len(shape) > 3 and not out.flags.c_contiguous):
         _by_way_of_a_copy(a, b, out, epilogue)
         return
@@ -201,16 +220,17 @@ def gemm(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> None:
         batch_shape = (math.prod(batch_shape),)
     steps = (strides[-2] // itemsize, strides[-1] // itemsize, batch_stride)
     plan = _plan(a, b, batch_shape, steps, output, epilogue is not None, out.data.device_id)
-    columns: tuple[int, ...] = ()
-    if epilogue is not None:
+    if epilogue is None:
+        plan.launch(a, b, (out.data.ptr, 0))
+    else:
         # Referenced until the launch.
         rows = _scale(epilogue.row_scale, shape[:-2], shape[-2])
         cols = _scale(epilogue.col_scale, shape[:-2], shape[-1])
         bias = _scale(epilogue.bias, shape[:-2], shape[-1])
         if plan.swap:
             rows, cols = cols, rows
-        columns = (rows[1], cols[1], bias[1], 0, 0, rows[2], cols[2], bias[2])
-    plan.launch(a, b, (out.data.ptr, 0), columns)
+        columns = (rows[1], cols[1], bias[1], 0, 0)
+        plan.launch(a, b, (out.data.ptr, 0), columns, (rows[2], cols[2], bias[2]))
 
 
 class _Batch:
@@ -272,7 +292,7 @@ def _by_way_of_a_copy(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> No
     """Multiply into memory that the kernels can write, and convert from there."""
     import cupy
 
-    native = out.dtype.name in _OUTPUTS
+    native = out.dtype.char in _OUTPUTS
     result = cupy.empty(out.shape, out.dtype if native else np.int32)
     gemm(a, b, result, epilogue if native else None)
     if epilogue is not None and not native:
@@ -293,9 +313,9 @@ def gemm_packed(a: Any, b: Any, threshold: Any, flip: Any) -> tuple[Any, Any]:
     ----------
     a, b : cupy.ndarray or PackedMatrix
         As for `gemm`.
-    threshold : cupy.ndarray of int32, shape (N,), or None
+    threshold : cupy.ndarray of int32, shape (N,), contiguous, or None
         A result's bit is 1 where it is at least this (None: 0), unless flipped.
-    flip : cupy.ndarray of bool, shape (N,), or None
+    flip : cupy.ndarray of bool, shape (N,), contiguous, or None
 
     Returns
     -------
@@ -328,11 +348,6 @@ def gemm_packed(a: Any, b: Any, threshold: Any, flip: Any) -> tuple[Any, Any]:
         a, b = _batched(a, -1, batch_shape), _batched(b, -2, batch_shape)
         batch_shape = (math.prod(batch_shape),)
     plan = _plan(a, b, batch_shape, (0, 0, 0), _PACKED, False, words.data.device_id)
-    columns: tuple[int, ...] = ()
-    if threshold is not None or flip is not None:
-        threshold = None if threshold is None else cupy.ascontiguousarray(threshold, np.int32)
-        flip = None if flip is None else cupy.ascontiguousarray(flip, np.bool_)
-        addresses = (0 if x is None else x.data.ptr for x in (threshold, flip))
-        columns = (0, 0, 0, *addresses, 0, 0, 0)
-    plan.launch(a, b, (words.data.ptr, popcounts.data.ptr), columns)
+    columns = [0 if x is None else x.data.ptr for x in (threshold, flip)]
+    plan.launch(a, b, (words.data.ptr, popcounts.data.ptr), (0, 0, 0, *columns))
     return words, popcounts
