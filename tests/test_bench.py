@@ -110,6 +110,17 @@ def test_only_the_sections_asked_for(tmp_path):
     assert not {"original", "packing", "first_call"} & set(found)
 
 
+def test_a_section_that_fails_leaves_a_note_and_the_others(monkeypatch):
+    def fail(device, clock):
+        raise RuntimeError("the GPU has fallen off the bus")
+
+    monkeypatch.setattr(record, "host_time", fail)
+    found = record.run(CPU, quick=True, only=["host", "packing"])
+    assert "host failed: RuntimeError: the GPU has fallen off the bus" in found["notes"]
+    assert "host" not in found
+    assert "bytes_per_second" in found["packing"][0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -12,7 +12,7 @@ from typing import Any
 from cupybnn import machine
 from cupybnn.backends.devices import Device, cuda_status
 from cupybnn.benchmark.clock import make_clock
-from cupybnn.benchmark.methods import methods_for
+from cupybnn.benchmark.methods import in_short, methods_for
 from cupybnn.benchmark.original import original_table
 from cupybnn.benchmark.overheads import copy_bandwidth, first_call, host_time, packing
 from cupybnn.benchmark.products import Limits, measure, peak_operations
@@ -102,16 +102,23 @@ def _run(
             result = measure(shape, methods, device, clock, limits, budget=budget)
             record["products"].append(result)
             report(record, "product")
-    if "packing" in wanted:
-        size = 8192 if gpu else (512 if quick else 2048)
-        record["packing"] = packing(device, clock, limits.bandwidth, size=size, quick=quick)
-        report(record, "packing")
-    if "host" in wanted:
-        record["host"] = host_time(device, clock)
-        report(record, "host")
-    if "first-call" in wanted:
-        record["first_call"] = first_call(device)
-        report(record, "first-call")
+    size = 8192 if gpu else (512 if quick else 2048)
+    sections: dict[str, tuple[str, Callable[[], Any]]] = {
+        "packing": (
+            "packing",
+            lambda: packing(device, clock, limits.bandwidth, size=size, quick=quick),
+        ),
+        "host": ("host", lambda: host_time(device, clock)),
+        "first-call": ("first_call", lambda: first_call(device)),
+    }
+    for section, (key, work) in sections.items():
+        if section in wanted:
+            try:
+                record[key] = work()
+            except Exception as error:  # a GPU that has failed must not lose the figures so far
+                record["notes"].append(f"{section} failed: {in_short(error)}")
+                continue
+            report(record, section)
     record["seconds"] = time.perf_counter() - began
     return record
 
