@@ -22,18 +22,21 @@ __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
 __device__ __forceinline__ void barrier_arrive(u32 bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
-// Arrive on the same barrier of another block of the cluster.
+// Arrive on the same barrier of another block of the cluster. Not with release at cluster scope, which
+// would wait for all results that were stored before.
 __device__ __forceinline__ void barrier_arrive_at(u32 bar, int block) {
   asm volatile(
       "{ .reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(bar), "r"(block)
+      "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(bar), "r"(block)
       : "memory");
 }
+// Not with acquire at cluster scope, which would empty the L1 cache at every wait: what other blocks
+// have to say through a barrier is that they have finished reading, and no data comes with it.
 __device__ __forceinline__ void barrier_wait(u32 bar, int parity) {
   asm volatile(
       "{ .reg .pred done;\n"
-      "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again; }" ::"r"(bar), "r"(parity)
       : "memory");
 }

@@ -1,0 +1,216 @@
+// What the kernels of a training step share: element types, neighbours loaded together, the way a
+// matrix is walked by columns, sums over its rows.
+//
+// The translation unit sets
+//     T        the type of what dense products read and gradients are kept in: float or
+//              bfloat16_bits
+//     Z        the type of a hidden product: float, or float16_bits where that holds its integers
+//     VECTOR   neighbouring columns of a lane: 1, 2 or 4; it divides the number of columns
+//     NORM     1: there is batch norm
+//     DROP     DROP_*: where dropout stands, if there is any
+#pragma once
+
+#include "layout.cuh"
+#include "signs.cuh"
+
+#define DROP_NONE 0
+#define DROP_PRODUCT 1     // hidden products are dropped, before batch norm and sign
+#define DROP_ACTIVATION 2  // activations are dropped, after batch norm and ReLU
+
+constexpr int WARPS = 8;
+constexpr int THREADS = 32 * WARPS;
+constexpr u32 ALL = 0xffffffffu;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(bfloat16_bits x) {
+  return __uint_as_float((u32)x.bits << 16);
+}
+__device__ __forceinline__ float to_float(float16_bits x) {
+  float v;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(x.bits));
+  return v;
+}
+
+__device__ __forceinline__ void from_float(float v, float& to) { to = v; }
+__device__ __forceinline__ void from_float(float v, bfloat16_bits& to) {
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(v));
+#else
+  const u32 bits = __float_as_uint(v);  // to nearest even; a NaN stays one
+  to.bits = (bits & 0x7fffffffu) > 0x7f800000u
+                ? (unsigned short)((bits >> 16) | 0x40u)
+                : (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+#endif
+}
+
+template <typename E, int V> struct alignas(sizeof(E) * V) Vector { E at[V]; };
+
+template <int V, typename E> __device__ __forceinline__ void load(const E* from, float (&v)[V]) {
+  const Vector<E, V> x = *(const Vector<E, V>*)from;
+#pragma unroll
+  for (int i = 0; i < V; i++) v[i] = to_float(x.at[i]);
+}
+template <int V, typename E> __device__ __forceinline__ void store(E* to, const float (&v)[V]) {
+  Vector<E, V> x;
+#pragma unroll
+  for (int i = 0; i < V; i++) from_float(v[i], x.at[i]);
+  *(Vector<E, V>*)to = x;
+}
+
+// Masks of one bit an element: row by row, a row being whole words.
+__device__ __forceinline__ i64 mask_words(i64 cols) { return (cols + 31) >> 5; }
+// The bits of a lane's columns, from the lowest on.
+__device__ __forceinline__ u32 mask_bits(const u32* mask, i64 row, i64 col, i64 cols) {
+  return mask[row * mask_words(cols) + (col >> 5)] >> (col & 31);
+}
+
+// The word that the V bits of each lane make up, 32 columns of 32 / V lanes, in each of these lanes.
+template <int V> __device__ __forceinline__ u32 join_bits(u32 bits, int lane) {
+  if constexpr (V == 1) return __ballot_sync(ALL, bits);
+  bits <<= lane % (32 / V) * V;
+#pragma unroll
+  for (int apart = 1; apart < 32 / V; apart <<= 1) bits |= __shfl_xor_sync(ALL, bits, apart);
+  return bits;
+}
+
+__device__ __forceinline__ float sum_of_warp(float v) {
+#pragma unroll
+  for (int apart = 16; apart; apart >>= 1) v += __shfl_xor_sync(ALL, v, apart);
+  return v;
+}
+
+// Whether this block is the last of `blocks` to arrive; it then sees what the others wrote before.
+// The ticket is 0 again afterwards.
+__device__ __forceinline__ bool is_last_block(u32* ticket, u32 blocks) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicInc(ticket, blocks - 1) == blocks - 1;
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
+// The sum of `count` numbers that other blocks wrote, in an order that does not change; in thread 0.
+__device__ __forceinline__ double sum_of_partials(const float* partials, i64 count) {
+  __shared__ double sums[THREADS];
+  double sum = 0;
+  for (i64 i = threadIdx.x; i < count; i += THREADS) sum += __ldcg(partials + i);
+  sums[threadIdx.x] = sum;
+#pragma unroll
+  for (int half = THREADS / 2; half; half >>= 1) {
+    __syncthreads();
+    if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+  }
+  return sums[0];
+}
+
+// A hidden layer's product and its batch norm: what the activation is made of.
+// Filled by cupybnn/backends/cuda/fused.py, field by field in this order.
+struct Layer {
+  const Z* z;
+  const u32* kept;  // DROP: mask of what is not dropped
+  const float* mean;
+  const float* inverse;  // 1 / standard deviation
+  const float* gamma;
+  const float* beta;
+  i64 rows, cols;
+  double keep_scale;  // 1 / keep_prob
+};
+
+#if NORM
+constexpr bool HAS_NORM = true;
+#else
+constexpr bool HAS_NORM = false;
+#endif
+
+// The product of V neighbouring columns, after dropout where that comes first.
+template <int V>
+__device__ __forceinline__ void load_product(const Layer& p, i64 row, i64 col, float (&z)[V]) {
+  load<V>(p.z + row * p.cols + col, z);
+#if DROP == DROP_PRODUCT
+  const u32 kept = mask_bits(p.kept, row, col, p.cols);
+#pragma unroll
+  for (int i = 0; i < V; i++) z[i] = kept >> i & 1 ? __fmul_rn(z[i], (float)p.keep_scale) : 0.0f;
+#endif
+}
+
+// Mean, deviation and so on of V neighbouring columns. Each step is rounded as in the plain engine:
+// where a normalised product is 0, the last bit decides its sign.
+template <int V> struct Normal {
+  float mean[V], inverse[V], gamma[V], beta[V];
+  __device__ __forceinline__ Normal(const Layer& p, i64 col) {
+    if constexpr (HAS_NORM) {
+      load<V>(p.mean + col, mean);
+      load<V>(p.inverse + col, inverse);
+      load<V>(p.gamma + col, gamma);
+      load<V>(p.beta + col, beta);
+    }
+  }
+  __device__ __forceinline__ float normal(int i, float z) const {
+    return __fmul_rn(__fadd_rn(z, -mean[i]), inverse[i]);
+  }
+  // What enters sign or ReLU.
+  __device__ __forceinline__ float operator()(int i, float z) const {
+    if constexpr (HAS_NORM) return __fadd_rn(__fmul_rn(normal(i, z), gamma[i]), beta[i]);
+    return z;
+  }
+};
+
+// By columns: a warp owns 32 * VECTOR columns, the warps of a block and the blocks of one blockIdx.x
+// share the rows. For results that are sums over rows, or that need numbers kept for each column.
+struct ByColumns {
+  int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  i64 col = ((i64)blockIdx.x * 32 + lane) * VECTOR;
+  i64 first_row = (i64)blockIdx.y * WARPS + warp, step = (i64)gridDim.y * WARPS;
+};
+
+// Sums over all rows of N numbers for each column. True in the last block of these columns, and there
+// `total` holds the sums; the order of summation does not depend on which block comes last.
+template <int N, int V>
+__device__ __forceinline__ bool sum_over_rows(const float (&mine)[N][V], float* partials,
+                                              u32* tickets, i64 cols,
+                                              double (&total)[N][32 * V]) {
+  constexpr int COLS = 32 * V, PAIRS = N * COLS;
+  constexpr int SHARERS = PAIRS < THREADS ? THREADS / PAIRS : 1;
+  __shared__ float parts[WARPS][COLS];
+  __shared__ double shares[SHARERS > 1 ? SHARERS : 1][SHARERS > 1 ? PAIRS : 1];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const i64 first = (i64)blockIdx.x * COLS;
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+#pragma unroll
+    for (int i = 0; i < V; i++) parts[warp][lane * V + i] = mine[n][i];
+    __syncthreads();
+    if (threadIdx.x < COLS && first + threadIdx.x < cols) {
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) sum += parts[w][threadIdx.x];
+      partials[((i64)blockIdx.y * N + n) * cols + first + threadIdx.x] = sum;
+    }
+    __syncthreads();
+  }
+  if (!is_last_block(tickets + blockIdx.x, gridDim.y)) return false;
+  for (int i = threadIdx.x; i < PAIRS * SHARERS; i += THREADS) {
+    const int share = i / PAIRS, n = i % PAIRS / COLS, c = i % COLS;
+    double sum = 0;
+    if (first + c < cols) {
+#pragma unroll 8
+      for (u32 s = share; s < gridDim.y; s += SHARERS)
+        sum += __ldcg(partials + ((i64)s * N + n) * cols + first + c);
+    }
+    if constexpr (SHARERS > 1) shares[share][i % PAIRS] = sum;
+    else total[n][c] = sum;
+  }
+  __syncthreads();
+  if constexpr (SHARERS > 1) {
+    if (threadIdx.x < PAIRS) {
+      double sum = 0;
+#pragma unroll
+      for (int share = 0; share < SHARERS; share++) sum += shares[share][threadIdx.x];
+      total[threadIdx.x / COLS][threadIdx.x % COLS] = sum;
+    }
+    __syncthreads();
+  }
+  return true;
+}

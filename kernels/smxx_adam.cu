@@ -1,0 +1,185 @@
+// The update of all parameters in one launch: Adam or AdamW, the penalty and its gradient, clipping
+// of latent weights, and what the next step's products read instead of the weights.
+//
+// A block takes 32 rows x 128 columns of one parameter, a warp four of the rows, a lane four
+// neighbours of each. Of binary weights it writes the signs, dense for the backward products and
+// packed along the rows (a product's right operand, layout.cuh): 32 rows are one word of a column.
+// A column's popcount changes by what flipped. Parameters that are not packed are taken as flat,
+// 128 elements a row. The last block adds up the penalty and counts the step.
+//
+// Learning rate and the corrections of Adam's means come from a table on the device, by the number of
+// the step.
+//
+// What bounds it: reading four arrays and writing three.
+//
+// The translation unit sets T; PENALTY, one of PENALTY_*; and WRITE_GRADIENT, 1 to leave the gradient
+// with the penalty's part in it.
+
+#define PENALTY_NONE 0
+#define PENALTY_L1 1
+#define PENALTY_BIPOLAR 2  // sum(1 - w**2)
+
+#define VECTOR 4
+#define NORM 0
+#define DROP 0
+#define Z float
+#include "training.cuh"
+
+constexpr int TILE_ROWS = 32, TILE_COLS = 128, EACH = TILE_ROWS / WARPS;
+
+constexpr i64 BINARY = 1;   // the copy holds signs
+constexpr i64 CLIPPED = 2;  // pseudo-gradient: limited to [-1, 1]
+constexpr i64 WINDOW = 4;   // pseudo-gradient: 0 where the weight is beyond [-1, 1]
+constexpr i64 ALIGNED = 8;  // four neighbours can be moved together
+
+// Filled by cupybnn/backends/cuda/fused.py, field by field in this order.
+struct Parameter {
+  float* weight;
+  float* grad;
+  float* mean;
+  float* square;
+  T* copy;     // or null
+  u32* words;  // or null
+  int* pops;
+  i64 rows, cols, count, first_block, flags;
+  double limit;  // 0: none
+  double lr_scale, penalty, weight_decay;
+};
+
+// Of one step, from the host.
+struct Rates {
+  float lr, factor, eps, unused;  // lr; lr * root / (1 - b1**t) and eps * root, root = sqrt(1 - b2**t)
+};
+
+__device__ __forceinline__ void load_some(const float* from, int count, bool aligned,
+                                          float (&v)[4]) {
+  if (aligned && count == 4) {
+    load<4>(from, v);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = i < count ? from[i] : 0.0f;
+  }
+}
+template <typename E>
+__device__ __forceinline__ void store_some(E* to, int count, bool aligned, const float (&v)[4]) {
+  if (aligned && count == 4) {
+    store<4>(to, v);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (i < count) from_float(v[i], to[i]);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    adam(const Parameter* __restrict__ parameters, int count, const Rates* __restrict__ rates,
+         i64 ring, i64* step, float gain_mean, float gain_square, const float* mean_loss, float* loss,
+         float* partials, u32* ticket) {
+  __shared__ unsigned char nibbles[WARPS][TILE_COLS];  // signs of four rows: after, and before
+  __shared__ float sums[WARPS];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  int which = 0;
+  while (which + 1 < count && (i64)blockIdx.x >= parameters[which + 1].first_block) which++;
+  const Parameter p = parameters[which];
+  const Rates rate = rates[*step % ring];
+  const bool aligned = p.flags & ALIGNED;
+  const i64 tiles = (p.cols + TILE_COLS - 1) / TILE_COLS, tile = blockIdx.x - p.first_block;
+  const i64 row0 = tile / tiles * TILE_ROWS, row = row0 + warp * EACH;
+  const i64 col = tile % tiles * TILE_COLS + lane * 4;
+  const float lr_factor = rate.factor * (float)p.lr_scale;
+  const float shrink = 1.0f - rate.lr * (float)p.lr_scale * (float)p.weight_decay;
+  const float penalty = (float)p.penalty, limit = (float)p.limit;
+
+  float w[EACH][4], g[EACH][4], m[EACH][4], s[EACH][4];
+  int exist[EACH];
+#pragma unroll
+  for (int r = 0; r < EACH; r++) {
+    const i64 at = (row + r) * p.cols + col;
+    exist[r] = row + r < p.rows ? (int)max((i64)0, min((i64)4, min(p.cols - col, p.count - at))) : 0;
+    load_some(p.weight + at, exist[r], aligned, w[r]);
+    load_some(p.grad + at, exist[r], aligned, g[r]);
+    load_some(p.mean + at, exist[r], aligned, m[r]);
+    load_some(p.square + at, exist[r], aligned, s[r]);
+  }
+  float sum = 0;
+  u32 signs[4] = {};
+#pragma unroll
+  for (int r = 0; r < EACH; r++) {
+    const i64 at = (row + r) * p.cols + col;
+    float copy[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float v = w[r][i], d = g[r][i];
+      const bool before = i < exist[r] && nonnegative(v);
+      if (p.flags & CLIPPED) d = d > 1 ? 1.0f : d < -1 ? -1.0f : d;
+      if (p.flags & WINDOW) d = fabsf(v) <= 1 ? d : 0.0f;
+#if PENALTY == PENALTY_L1
+      sum += penalty * fabsf(v);
+      d += v > 0 ? penalty : v < 0 ? -penalty : 0.0f;
+#elif PENALTY == PENALTY_BIPOLAR
+      if (i < exist[r]) sum += penalty * (1.0f - v * v);
+      d -= 2.0f * penalty * v;
+#endif
+      g[r][i] = d;
+      m[r][i] += (d - m[r][i]) * gain_mean;
+      s[r][i] += (d * d - s[r][i]) * gain_square;
+      v = v * shrink - m[r][i] / (sqrtf(s[r][i]) + rate.eps) * lr_factor;
+      if (limit > 0) v = v > limit ? limit : v < -limit ? -limit : v;
+      w[r][i] = v;
+      const bool after = i < exist[r] && nonnegative(v);
+      signs[i] |= (u32)after << r | (u32)before << (4 + r);
+      copy[i] = p.flags & BINARY ? (after ? 1.0f : -1.0f) : v;
+    }
+    if (exist[r] == 0) continue;
+    store_some(p.weight + at, exist[r], aligned, w[r]);
+    store_some(p.mean + at, exist[r], aligned, m[r]);
+    store_some(p.square + at, exist[r], aligned, s[r]);
+#if WRITE_GRADIENT
+    store_some(p.grad + at, exist[r], aligned, g[r]);
+#endif
+    if (p.copy) store_some(p.copy + at, exist[r], aligned, copy);
+  }
+
+  if (p.words) {  // the same for the whole block
+#pragma unroll
+    for (int i = 0; i < 4; i++) nibbles[warp][lane * 4 + i] = (unsigned char)signs[i];
+    __syncthreads();
+    const i64 line = tile % tiles * TILE_COLS + threadIdx.x;
+    if (threadIdx.x < TILE_COLS && line < p.cols) {
+      u32 after = 0, before = 0;
+#pragma unroll
+      for (int i = 0; i < WARPS; i++) {
+        const u32 both = nibbles[i][threadIdx.x];
+        after |= (both & 15) << (4 * i);
+        before |= (both >> 4) << (4 * i);
+      }
+      if (after != before) {
+        const i64 position = position_of(line), word = row0 / 32;
+        const i64 chunks = (p.rows + CHUNK_BITS - 1) / CHUNK_BITS;
+        p.words[line_chunk(0, chunks, word / CHUNK_WORDS, p.cols, position) +
+                swizzled_word(position, (int)(word % CHUNK_WORDS))] = after;
+        const int more = __popc(after) - __popc(before);
+        if (more) atomicAdd(p.pops + line, more);
+      }
+    }
+  }
+
+#if PENALTY != PENALTY_NONE
+  sum = sum_of_warp(sum);
+  if (lane == 0) sums[warp] = sum;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int i = 1; i < WARPS; i++) sum += sums[i];
+    partials[blockIdx.x] = sum;
+  }
+#endif
+  if (!is_last_block(ticket, gridDim.x)) return;
+  double total = 0;
+#if PENALTY != PENALTY_NONE
+  total = sum_of_partials(partials, gridDim.x);
+#endif
+  if (threadIdx.x == 0) {
+    *loss = *mean_loss + (float)total;
+    ++*step;
+  }
+}
