@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -69,9 +68,10 @@ def fresh(tmp_path):
     site = Path(
         execute(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")[:-1]
     )
-    # The dependencies come from the environment of these tests. It is added as a plain folder: its
+    # The dependencies come from the environment of these tests. It is added as plain folders: their
     # own .pth files, an editable cupybnn's among them, have no effect.
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    folders = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (site / "dependencies.pth").write_text("\n".join(folders) + "\n")
     return python
 
 
@@ -82,7 +82,8 @@ def look(python, folder, **env) -> dict:
 
 def install(python, *arguments):
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--quiet"]
-    execute(*pip, "--no-index", "--no-build-isolation", *arguments)
+    # --ignore-installed: a cupybnn among the dependencies' folder is not the one to be tested.
+    execute(*pip, "--no-index", "--no-build-isolation", "--ignore-installed", *arguments)
 
 
 def is_under(path, folder) -> bool:
