@@ -4,6 +4,7 @@ NVRTC, which comes with CuPy's wheels, needs no GPU for this.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -134,8 +135,11 @@ def test_unpack(arch):
     compile_all("smxx_unpack", arch, [dict(zip(names, t, strict=True)) for t in types])
 
 
-def test_every_source_is_compiled_here():
-    covered = {f"{kernel}_xnor_gemm" for kernel, _ in PRODUCTS} | {"smxx_pack", "smxx_unpack"}
+def test_every_source_is_compiled_by_a_test():
+    covered = {f"{kernel}_xnor_gemm" for kernel, _ in PRODUCTS}
+    # Kernels of other subjects have tests of their own beside this one.
+    texts = [p.read_text() for p in Path(__file__).parent.glob("test_kernels_compile*.py")]
+    covered |= {name for name in kernel_names() if any(f'"{name}"' in text for text in texts)}
     assert covered == set(kernel_names())
 
 
