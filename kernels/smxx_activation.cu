@@ -70,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 #ifdef OUTPUT
 extern "C" __global__ void __launch_bounds__(THREADS)
-    activate(const __grid_constant__ Layer p, T* dense, u32* words, int* pops, u32* gate,
+    activate(const __grid_constant__ Layer p, real_t* dense, u32* words, int* pops, u32* gate,
              float window) {
   __shared__ int shared[WARPS][ROWS];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = warp % PARTS;
@@ -88,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int r = 0; r < ROWS; r++) {
       const i64 row = row0 + r;
-      if (row >= p.rows) break;  // the same for the whole warp
+      if (row >= p.rows) continue;  // the same for the whole warp
       u32 signs = 0, passes = 0;
       if (inside) {
         float out[VECTOR];

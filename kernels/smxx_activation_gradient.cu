@@ -22,7 +22,7 @@ constexpr int BATCH = 4;  // rows whose loads are in flight
 
 // What comes through the gate of V neighbouring columns.
 template <int V>
-__device__ __forceinline__ void load_gradient(const Layer& p, const T* grad, const u32* gate, i64 row,
+__device__ __forceinline__ void load_gradient(const Layer& p, const real_t* grad, const u32* gate, i64 row,
                                               i64 col, float (&dy)[V]) {
   load<V>(grad + row * p.cols + col, dy);
 #if GATE == GATE_MASK
@@ -43,7 +43,7 @@ __device__ __forceinline__ void load_gradient(const Layer& p, const T* grad, con
 
 #if NORM
 extern "C" __global__ void __launch_bounds__(THREADS)
-    gradient_sums(const __grid_constant__ Layer p, const T* __restrict__ grad,
+    gradient_sums(const __grid_constant__ Layer p, const real_t* __restrict__ grad,
                   const u32* __restrict__ gate, float* partials, u32* tickets, float* grad_gamma,
                   float* grad_beta) {
   __shared__ double total[2][32 * VECTOR];
@@ -82,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    gradient(const __grid_constant__ Layer p, T* grad, const u32* gate, const float* grad_gamma,
+    gradient(const __grid_constant__ Layer p, real_t* grad, const u32* gate, const float* grad_gamma,
              const float* grad_beta) {
   const ByColumns at;
   if (at.col >= p.cols) return;
@@ -117,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
       const i64 row = first + b * at.step;
-      if (row >= p.rows) break;
+      if (row >= p.rows) continue;
 #if DROP == DROP_PRODUCT
       const u32 kept = mask_bits(p.kept, row, at.col, p.cols);
 #endif

@@ -12,7 +12,7 @@
 //
 // What bounds it: reading four arrays and writing three.
 //
-// The translation unit sets T; PENALTY, one of PENALTY_*; and WRITE_GRADIENT, 1 to leave the gradient
+// The translation unit sets REAL; PENALTY, one of PENALTY_*; and WRITE_GRADIENT, 1 to leave the gradient
 // with the penalty's part in it.
 
 #define PENALTY_NONE 0
@@ -22,7 +22,7 @@
 #define VECTOR 4
 #define NORM 0
 #define DROP 0
-#define Z float
+#define PRODUCT float
 #include "training.cuh"
 
 constexpr int TILE_ROWS = 32, TILE_COLS = 128, EACH = TILE_ROWS / WARPS;
@@ -38,7 +38,7 @@ struct Parameter {
   float* grad;
   float* mean;
   float* square;
-  T* copy;     // or null
+  real_t* copy;     // or null
   u32* words;  // or null
   int* pops;
   i64 rows, cols, count, first_block, flags;

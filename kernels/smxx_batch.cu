@@ -9,17 +9,17 @@
 //
 // The number of the step is read from the device, so that a captured graph draws anew at each launch.
 //
-// The translation unit sets T, VECTOR, and DROP to whether pixels are dropped.
+// The translation unit sets REAL, VECTOR, and DROP to whether pixels are dropped.
 
 #define NORM 0
-#define Z float
+#define PRODUCT float
 #include "training.cuh"
 #include "philox.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     gather(const unsigned char* __restrict__ images, const i64* __restrict__ all_labels,
            const int* __restrict__ order, i64 ring, const i64* __restrict__ step, i64 rows, i64 cols,
-           u64 seed, i64 draw, u32 last, T* __restrict__ x, i64* __restrict__ labels) {
+           u64 seed, i64 draw, u32 last, real_t* __restrict__ x, i64* __restrict__ labels) {
   const int* batch = order + *step % ring * rows;
   const u32 groups = (u32)cols / VECTOR;
   const i64 count = rows * groups;

@@ -70,7 +70,8 @@ __device__ __forceinline__ float loss_of(const float (&logit)[CLASSES], int labe
 #pragma unroll
   for (int c = 0; c < CLASSES; c++) {
     const float target = c == label ? 1.0f : -1.0f;
-    const float margin = 1.0f - target * logit[c], over = margin > 0 ? margin : margin != margin ? margin : 0.0f;
+    const float margin = 1.0f - target * logit[c];
+    const float over = margin > 0 || margin != margin ? margin : 0.0f;
     loss += over * over / CLASSES;
     grad[c] = target * over * (-2.0f / ((float)rows * CLASSES));
   }
@@ -97,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll 2
     for (int skip = lane * VECTOR; skip < WIDTH; skip += 32 * VECTOR) {
       const i64 col = col0 + skip;
-      if (col >= p.cols) break;
+      if (col >= p.cols) continue;
       const Normal<VECTOR> norm(p, col);
       float h[ROWS][VECTOR];
 #pragma unroll
@@ -124,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     const i64 row = row0 + r;
-    if (row >= p.rows) break;
+    if (row >= p.rows) continue;
     float of_logits[CLASSES];
 #pragma unroll
     for (int c = 0; c < CLASSES; c++) acc[r][c] = sum_of_warp(acc[r][c]);
@@ -216,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 extern "C" __global__ void __launch_bounds__(THREADS)
     head_gradient(const __grid_constant__ Layer p, const float* __restrict__ weight,
                   const float* __restrict__ grad, const float* __restrict__ grad_gamma,
-                  const float* __restrict__ grad_beta, T* __restrict__ out) {
+                  const float* __restrict__ grad_beta, real_t* __restrict__ out) {
   const ByColumns at;
   if (at.col >= p.cols) return;
   const Normal<VECTOR> norm(p, at.col);

@@ -2,15 +2,15 @@
 //
 // A thread turns one byte into eight neighbours, 16 or 32 bytes. What bounds it: writing them.
 //
-// The translation unit sets T, and VECTOR: 8 where that divides the number of columns, else 1.
+// The translation unit sets REAL, and VECTOR: 8 where that divides the number of columns, else 1.
 
 #define NORM 0
 #define DROP 0
-#define Z float
+#define PRODUCT float
 #include "training.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    unpack_rows(const unsigned char* __restrict__ words, i64 rows, i64 cols, T* __restrict__ out) {
+    unpack_rows(const unsigned char* __restrict__ words, i64 rows, i64 cols, real_t* __restrict__ out) {
   const i64 chunks = (cols + CHUNK_BITS - 1) / CHUNK_BITS;
   const u32 groups = (u32)((cols + 7) / 8);
   const i64 count = rows * groups;
@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float v[8];
 #pragma unroll
     for (int e = 0; e < 8; e++) v[e] = bits >> e & 1 ? 1.0f : -1.0f;
-    T* to = out + row * cols + group * 8;
+    real_t* to = out + row * cols + group * 8;
     if constexpr (VECTOR == 8) {
       store<8>(to, v);
     } else {

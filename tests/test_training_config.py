@@ -40,7 +40,7 @@ def test_defaults_are_the_original_programs():
         ("keep_prob", 1.01, r"a finite number, in \(0, 1\]; got 1.01"),
         ("binary", 1, "True or False; got 1"),
         ("dataset", "cifar", "one of auto, mnist, digits; got 'cifar'"),
-        ("dtype", "int8", "one of float32, float64; got 'int8'"),
+        ("dtype", "int8", "one of float32, float64, tf32, bfloat16; got 'int8'"),
         ("ste", "nothing", "one of .*hard_tanh.*; got 'nothing'"),
         ("log_dir", "", "a path or None; got ''"),
         ("data_dir", 3, "a path or None; got 3"),

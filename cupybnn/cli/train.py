@@ -86,7 +86,14 @@ def add_parser(subparsers: Any) -> None:
     _option(group, "eval_every_n", "N", "steps between evaluations (100)", int)
     _option(group, "device", "D", "auto, cpu, cuda or cuda:N (auto)")
     _option(group, "gpu", "N", "the same as --device cuda:N", int)
-    _option(group, "dtype", "T", "float32 or float64 (float32)")
+    _option(
+        group,
+        "dtype",
+        "T",
+        "float32, float64, or on a GPU tf32 or bfloat16: how dense products are rounded (float32)",
+    )
+    _switch(group, "graph", "on a GPU, replay a step as a CUDA graph (the default; --no_graph)")
+    _switch(group, "fused", "on a GPU, make steps by fused kernels (the default; --no_fused)")
     _switch(group, "debug", "stop at the first NaN or infinity, in the debugger on a terminal")
 
 

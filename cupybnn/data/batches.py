@@ -78,6 +78,8 @@ class DeviceData:
     ----------
     train_images, test_images : array of uint8, shape (images, pixels)
     train_labels, test_labels : array of int64, shape (images,)
+    pixel_scale : floating
+        What a pixel is multiplied with to make the network's input.
     """
 
     def __init__(self, dataset: Dataset, device: Device, dtype: Any = np.float32) -> None:
@@ -89,12 +91,12 @@ class DeviceData:
         self.train_labels = to_device(dataset.train_labels.astype(np.int64), device)
         self.test_images = to_device(dataset.test_images, device)
         self.test_labels = to_device(dataset.test_labels.astype(np.int64), device)
-        self._scale = self.dtype.type(1.0 / dataset.pixel_max)
+        self.pixel_scale = self.dtype.type(1.0 / dataset.pixel_max)
 
     def scale(self, images: Any) -> Any:
         """Turn pixels into the network's input: ``images / pixel_max``, numbers from 0 to 1."""
         # A pixel of 8 bits times the factor: one pass, and no float64 on the way.
-        return self.device.xp.multiply(images, self._scale, dtype=self.dtype)
+        return self.device.xp.multiply(images, self.pixel_scale, dtype=self.dtype)
 
     def batch(self, indices: Any) -> tuple[Any, Any]:
         """Gather training images by number.

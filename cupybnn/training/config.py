@@ -14,7 +14,7 @@ from cupybnn.data import DATASETS
 
 __all__ = ["DTYPES", "TrainConfig"]
 
-DTYPES = ("float32", "float64")
+DTYPES = ("float32", "float64", "tf32", "bfloat16")
 _CHOICES = {
     "dataset": DATASETS,
     "dtype": DTYPES,
@@ -24,6 +24,7 @@ _CHOICES = {
     "lr_scale": ("none", "binarynet"),
     "schedule": ("constant", "cosine", "exponential"),
 }
+_SWITCHES = ("binary", "xnor", "batch_norm", "debug", "first", "last", "fused", "graph")
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "reg": ("at least 0", lambda x: x >= 0),
     "lr": ("greater than 0", lambda x: x > 0),
@@ -82,8 +83,9 @@ class TrainConfig:
     ste : str
         Pseudo-gradient of sign: a name of `cupybnn.ops.quantizer_names`, such as "hard_tanh" (the
         gradient where ``|x| <= 1``) or "clipped_grad" (the original program's).
-    dtype : {"float32", "float64"}
-        Of weights and arithmetic.
+    dtype : {"float32", "float64", "tf32", "bfloat16"}
+        Of weights and arithmetic. "tf32" and "bfloat16" keep weights and all else in float32, but
+        let the tensor cores of a GPU round the factors of dense products; they need the fused step.
     validation : int
         Hold out the last so many training images and evaluate on them instead of on the test
         set, to choose settings by; 0: evaluate on the test set.
@@ -111,6 +113,11 @@ class TrainConfig:
         Last factor of the learning rate, in [0, 1]; for "exponential" greater than 0.
     warm_up : int
         Steps over which the learning rate first rises.
+    fused : bool
+        On a GPU, make steps by the fused kernels where these can (`cupybnn.training.fast`);
+        otherwise operation by operation.
+    graph : bool
+        Capture the fused step as a CUDA graph.
     """
 
     data_dir: str | None = None
@@ -147,6 +154,13 @@ class TrainConfig:
     schedule: str = "constant"
     final_lr: float = 0.0
     warm_up: int = 0
+    fused: bool = True
+    graph: bool = True
+
+    @property
+    def storage_dtype(self) -> str:
+        """The dtype of weights: float32 or float64."""
+        return "float64" if self.dtype == "float64" else "float32"
 
     def __post_init__(self) -> None:
         for name in ("data_dir", "log_dir", "restore"):
@@ -166,7 +180,7 @@ class TrainConfig:
             self._set(name, _integer(name, getattr(self, name), least))
         for name, (rule, holds) in _NUMBERS.items():
             self._set(name, _number(name, getattr(self, name), rule, holds))
-        for name in ("binary", "xnor", "batch_norm", "debug", "first", "last"):
+        for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(
                     f"The {name!r} must be True or False; got {getattr(self, name)!r}."

@@ -75,7 +75,7 @@ class Perceptron(nn.Module):
                 self._add_dropout(f"dropout{number}")
                 self._add_batch_norm(f"bn{number}")
                 if first and config.first:
-                    setattr(self, f"scale{number}", Scale(_FIRST_SCALE, config.dtype))
+                    setattr(self, f"scale{number}", Scale(_FIRST_SCALE, config.storage_dtype))
                 if not last or config.last:
                     setattr(self, f"sign{number}", nn.Sign(self._quantizer()))
             else:
@@ -86,7 +86,7 @@ class Perceptron(nn.Module):
         binary = config.binary and config.last
         self._add_linear("fcout", inputs, classes, binary, True)
         if binary:
-            self.scaleout = Scale(_FIRST_SCALE, config.dtype)
+            self.scaleout = Scale(_FIRST_SCALE, config.storage_dtype)
 
     def _quantizer(self) -> ops.Quantizer:
         quantizer = ops.get_quantizer(self._config.ste)
@@ -99,7 +99,7 @@ class Perceptron(nn.Module):
     ) -> None:
         config, rng = self._config, self._weights
         if not binary:
-            setattr(self, name, nn.Linear(inputs, outputs, rng=rng, dtype=config.dtype))
+            setattr(self, name, nn.Linear(inputs, outputs, rng=rng, dtype=config.storage_dtype))
             return
         quantizer = self._quantizer()
         layer = nn.BinaryLinear(
@@ -111,7 +111,7 @@ class Perceptron(nn.Module):
             # As in the original program, unless weights could leave the window for good.
             clip=quantizer.window is not None,
             rng=rng,
-            dtype=config.dtype,
+            dtype=config.storage_dtype,
         )
         setattr(self, name, layer)
 
@@ -125,7 +125,7 @@ class Perceptron(nn.Module):
                 self._config.n_hidden,
                 eps=_BATCH_NORM_EPS,
                 decay=_BATCH_NORM_DECAY,
-                dtype=self._config.dtype,
+                dtype=self._config.storage_dtype,
             )
             setattr(self, name, layer)
 

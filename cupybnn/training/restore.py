@@ -19,6 +19,7 @@ _FREE = {
     "debug",
     "device",
     "eval_every_n",
+    "graph",
     "log_dir",
     "max_steps",
     "restore",
@@ -26,7 +27,7 @@ _FREE = {
 }
 #: Settings that change how training goes on, but fit any checkpoint: they may differ, and it is
 #: said.
-_CHANGEABLE = {"lr", "max_steps", "reg"}  # a falling learning rate falls until max_steps
+_CHANGEABLE = {"fused", "lr", "max_steps", "reg"}  # a falling learning rate falls until max_steps
 
 
 def restored_config(path: str, **changes: Any) -> TrainConfig:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cupybnn import optim
 from cupybnn.autograd import Tensor, debug, no_grad
 from cupybnn.backends.devices import resolve
 from cupybnn.data import BatchOrder, Dataset, DeviceData, load
@@ -127,7 +128,7 @@ class Trainer:
 
     def _build(self) -> None:
         config = self.config
-        self.data = DeviceData(self.dataset, self.device, config.dtype)
+        self.data = DeviceData(self.dataset, self.device, config.storage_dtype)
         self.order = BatchOrder(
             len(self.dataset.train_labels), config.batch_size, config.seed, self.device
         )
@@ -136,9 +137,8 @@ class Trainer:
         self.objective = Objective(self.model, config)
         self.optimizer = make_optimizer(self.model, config)
         self.timer = StepTimer(self.device, config.batch_size)
-        self.make_step: Step = PlainStep(
-            self.model, self.objective, self.optimizer, self.data, self.order
-        )
+        # Chosen when the first step is made: it takes up weights that were restored.
+        self._step: Step | None = None
 
     # State -------------------------------------------------------------------------------------
 
@@ -249,6 +249,33 @@ class Trainer:
         for callback in self.callbacks:
             callback.on_end(self, result)
         return result
+
+    def make_step(self, step: int) -> StepOutput:
+        """Make step number `step`: by fused kernels where these can, else by operations."""
+        if self._step is None:
+            self._step = self._fused_step() or PlainStep(
+                self.model, self.objective, self.optimizer, self.data, self.order
+            )
+        return self._step(step)
+
+    def _fused_step(self) -> Step | None:
+        config = self.config
+        reason = "there is no GPU" if self.device.kind == "cpu" else None
+        if reason is None and config.fused:
+            from cupybnn.backends.cuda.compiler import architecture
+            from cupybnn.training.fast import FusedStep, obstacle
+
+            capability = architecture(self.device.index)
+            reason = obstacle(config, self.model, self.optimizer, capability)
+            if reason is None:
+                assert isinstance(self.optimizer, optim.Adam)
+                return FusedStep(
+                    self.model, self.optimizer, self.data, self.order, config, self.notice
+                )
+        if config.dtype in ("tf32", "bfloat16"):
+            reason = reason or "fused is False"
+            self.notice(f"Dense products are in float32, not {config.dtype}: {reason}.")
+        return None
 
     def _checked_step(self, step: int) -> StepOutput:
         if not self.config.debug:

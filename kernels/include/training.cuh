@@ -2,9 +2,8 @@
 // matrix is walked by columns, sums over its rows.
 //
 // The translation unit sets
-//     T        the type of what dense products read and gradients are kept in: float or
-//              bfloat16_bits
-//     Z        the type of a hidden product: float, or float16_bits where that holds its integers
+//     REAL     what dense products read and gradients are kept in: float or bfloat16_bits
+//     PRODUCT  what a hidden product is: float, or float16_bits where that holds its integers
 //     VECTOR   neighbouring columns of a lane: 1, 2 or 4; it divides the number of columns
 //     NORM     1: there is batch norm
 //     DROP     DROP_*: where dropout stands, if there is any
@@ -12,6 +11,9 @@
 
 #include "layout.cuh"
 #include "signs.cuh"
+
+typedef REAL real_t;
+typedef PRODUCT product_t;
 
 #define DROP_NONE 0
 #define DROP_PRODUCT 1     // hidden products are dropped, before batch norm and sign
@@ -108,7 +110,7 @@ __device__ __forceinline__ double sum_of_partials(const float* partials, i64 cou
 // A hidden layer's product and its batch norm: what the activation is made of.
 // Filled by cupybnn/backends/cuda/fused.py, field by field in this order.
 struct Layer {
-  const Z* z;
+  const product_t* z;
   const u32* kept;  // DROP: mask of what is not dropped
   const float* mean;
   const float* inverse;  // 1 / standard deviation

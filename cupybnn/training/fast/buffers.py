@@ -1,0 +1,153 @@
+"""The memory of a fused step, all of it taken once: a captured graph goes on using it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cupybnn import nn
+from cupybnn.backends.cuda import fused
+from cupybnn.backends.cuda.blas import operand_dtype
+from cupybnn.backends.cuda.packing import words_shape
+from cupybnn.backends.devices import Device
+from cupybnn.packed import PackedMatrix, pack
+from cupybnn.training.fast.plan import HiddenPlan, NetworkPlan
+
+__all__ = ["Buffers", "HiddenBuffers"]
+
+
+class HiddenBuffers:
+    """What one hidden layer keeps from the forward pass for the backward pass.
+
+    Attributes
+    ----------
+    plan : HiddenPlan
+    layer : fused.Layer
+        Product, dropout mask, batch norm.
+    dense : cupy.ndarray or None
+        Activations that are not packed, in the operands' dtype.
+    packed : PackedMatrix or None
+        Activations that are.
+    mask : cupy.ndarray or None
+        Where the gradient passes, a bit each.
+    weight : cupy.ndarray
+        What dense products read as the weights: themselves, rounded, or their signs.
+    packed_weight : PackedMatrix or None
+    copied : bool
+        Whether `weight` is other memory than the parameter's.
+    """
+
+    def __init__(
+        self, plan: HiddenPlan, network: NetworkPlan, model: nn.Module, device: Device
+    ) -> None:
+        import cupy
+
+        self.plan = plan
+        shape = (network.batch, plan.units)
+        real = operand_dtype(network.precision)
+        drop = fused.DROP_NONE
+        if network.keep_prob < 1:
+            drop = fused.DROP_ACTIVATION if network.relu else fused.DROP_PRODUCT
+        norm = None
+        if network.batch_norm:
+            batch_norm = getattr(model, f"bn{plan.number}")
+            own = (cupy.empty(plan.units, np.float32) for _ in range(2))
+            norm = (*own, batch_norm.gamma._data, batch_norm.beta._data)
+        mask_shape = fused.mask_shape(*shape)
+        self.layer = fused.Layer(
+            cupy.empty(shape, plan.product_dtype),
+            cupy.empty(mask_shape, np.uint32) if drop else None,
+            norm,
+            drop,
+            network.keep_prob,
+        )
+        last = plan.number == len(network.hidden)
+        self.dense = self.packed = self.mask = None
+        if not last:
+            if plan.activation == "packed_sign":
+                # Zeros stay where no row and no column is.
+                words = cupy.zeros(words_shape(1, *shape), np.uint32)
+                pops = cupy.zeros(network.batch, np.int32)
+                self.packed = PackedMatrix(words, pops, shape, -1, device)
+            else:
+                self.dense = cupy.empty(shape, real)
+            if plan.gate == "mask":
+                self.mask = cupy.empty(mask_shape, np.uint32)
+        latent = getattr(model, f"fc{plan.number}").weight._data
+        self.copied = plan.product != "dense" or real != latent.dtype
+        self.weight = cupy.empty(latent.shape, real) if self.copied else latent
+        self.packed_weight = pack(latent, axis=-2) if plan.product == "xnor" else None
+        self.refresh(latent)
+
+    def refresh(self, latent: Any) -> None:
+        """Make what products read anew from the latent weights."""
+        import cupy
+
+        if self.packed_weight is not None:
+            packed = pack(latent, axis=-2)
+            self.packed_weight.words[...] = packed.words
+            self.packed_weight.popcounts[...] = packed.popcounts
+        if not self.copied:
+            return
+        value = latent
+        if self.plan.product != "dense":
+            value = cupy.where(latent >= 0, np.float32(1), np.float32(-1))
+        if self.weight.dtype == np.uint16:
+            # To nearest even, on the bit patterns; a NaN stays one.
+            bits = value.view(np.uint32)
+            rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16
+            quiet = (bits >> 16) | np.uint32(0x40)
+            value = cupy.where(cupy.isnan(value), quiet, rounded).astype(np.uint16)
+        self.weight[...] = value
+
+
+class Buffers:
+    """Everything that a step writes beside parameters and optimiser state.
+
+    Attributes
+    ----------
+    inputs : cupy.ndarray, shape (batch, features)
+        Pixels as whole numbers, in the operands' dtype.
+    labels : cupy.ndarray of int64, shape (batch,)
+    logits, of_logits : cupy.ndarray of float32, shape (batch, classes)
+        And the loss's gradient for them.
+    mean_loss, loss : cupy.ndarray of float32, shape (1,)
+        Without and with the penalty.
+    hidden : list of HiddenBuffers
+    gradients : dict of str to cupy.ndarray
+        By the parameter's name.
+    """
+
+    def __init__(self, plan: NetworkPlan, model: nn.Module, device: Device) -> None:
+        import cupy
+
+        real = operand_dtype(plan.precision)
+        self.inputs = cupy.empty((plan.batch, plan.features), real)
+        self.labels = cupy.empty(plan.batch, np.int64)
+        self.logits = cupy.empty((plan.batch, plan.classes), np.float32)
+        self.of_logits = cupy.empty((plan.batch, plan.classes), np.float32)
+        self.mean_loss = cupy.zeros(1, np.float32)
+        self.loss = cupy.zeros(1, np.float32)
+        self.hidden = [HiddenBuffers(hidden, plan, model, device) for hidden in plan.hidden]
+        self.gradients = {
+            name: cupy.zeros(parameter.shape, np.float32)
+            for name, parameter in model.named_parameters()
+        }
+        # A layer's gradient is read by two products, and written over when both are done: two
+        # buffers are enough, one for each layer saves waiting.
+        layers, units = len(plan.hidden), plan.hidden[-1].units
+        count = layers if plan.roomy else min(layers, 2)
+        self._gradients = [cupy.empty((plan.batch, units), real) for _ in range(count)]
+        packed = [h for h in self.hidden if h.packed is not None]
+        count = len(packed) if plan.roomy else min(len(packed), 1)
+        self._signs = [cupy.empty((plan.batch, units), real) for _ in range(count)]
+
+    def gradient_of(self, number: int) -> tuple[int, Any]:
+        """Return the buffer for the gradient of hidden layer `number`, with the buffer's number."""
+        which = number % len(self._gradients)
+        return which, self._gradients[which]
+
+    def signs_of(self, number: int) -> Any:
+        """Return the buffer for the unpacked activations of hidden layer `number`."""
+        return self._signs[number % len(self._signs)]

@@ -1,0 +1,97 @@
+"""What each step needs from the host: which images, and how far to go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cupybnn import optim
+from cupybnn.data import BatchOrder
+
+__all__ = ["Feed"]
+
+#: Images and steps whose numbers lie on the device at a time.
+_IMAGES, _STEPS = 1 << 18, 1024
+
+
+class Feed:
+    """Tables on the device with a row a step, written ahead for many steps at once.
+
+    Row ``s % ring`` is that of step s: a captured graph looks there by the number of the step,
+    which the device counts itself. The host writes when a step begins another round of the ring.
+
+    Parameters
+    ----------
+    order : BatchOrder
+    optimizer : Adam
+
+    Attributes
+    ----------
+    ring : int
+        Rows.
+    images : cupy.ndarray of int32, shape (ring, batch)
+        Numbers of the images of each step.
+    rates : cupy.ndarray of float32, shape (ring, 4)
+        ``lr``, ``lr * root / (1 - b1**t)`` and ``eps * root``, where ``root = sqrt(1 - b2**t)``, of
+        each step's update, with the schedule's factor in ``lr``; see `cupybnn.optim.Adam`.
+    step : cupy.ndarray of int64, shape (1,)
+        The step that comes next.
+    """
+
+    def __init__(self, order: BatchOrder, optimizer: optim.Adam) -> None:
+        import cupy
+
+        self._order = order
+        self._optimizer = optimizer
+        self.ring = max(1, min(_STEPS, _IMAGES // order.batch_size))
+        self.images = cupy.empty((self.ring, order.batch_size), np.int32)
+        self.rates = cupy.empty((self.ring, 4), np.float32)
+        self.step = cupy.zeros(1, np.int64)
+        self._next: int | None = None
+        self._updates: int | None = None
+        self._options: tuple[Any, ...] = ()
+
+    def prepare(self, step: int) -> None:
+        """Make sure that the device finds what `step` needs."""
+        optimizer = self._optimizer
+        jump = step != self._next
+        if jump:
+            self.step.fill(step)
+        group = optimizer.groups[0]
+        options = (group["lr"], group["betas"], group["eps"], optimizer.schedule)
+        if jump or step % self.ring == 0:
+            self._write_images(step - step % self.ring)
+        stale = optimizer.steps != self._updates or options != self._options
+        if jump or stale or step % self.ring == 0:
+            self._options = options
+            self._write_rates(step)
+        self._next, self._updates = step + 1, optimizer.steps + 1
+
+    def _write_images(self, first: int) -> None:
+        """Write the numbers of the images of `ring` steps from `first` on."""
+        flat = self.images.reshape(-1)
+        size = self._order.images
+        epoch, start = divmod(first * self._order.batch_size, size)
+        done = 0
+        while done < flat.size:
+            part = self._order.permutation(epoch)[start : start + flat.size - done]
+            flat[done : done + len(part)] = part
+            done += len(part)
+            epoch, start = epoch + 1, 0
+
+    def _write_rates(self, step: int) -> None:
+        """Write the rates from `step` to the end of its round."""
+        import cupy
+
+        optimizer = self._optimizer
+        group = optimizer.groups[0]
+        b1, b2 = group["betas"]
+        first = step % self.ring
+        rows = np.zeros((self.ring - first, 4))
+        for i, row in enumerate(rows):
+            done = optimizer.steps + i
+            lr = group["lr"] * (1.0 if optimizer.schedule is None else optimizer.schedule(done))
+            root = (1 - b2 ** (done + 1)) ** 0.5
+            row[:3] = lr, lr * root / (1 - b1 ** (done + 1)), group["eps"] * root
+        self.rates[first:] = cupy.asarray(rows.astype(np.float32))

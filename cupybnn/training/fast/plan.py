@@ -1,0 +1,197 @@
+"""Which networks and settings the fused step can train, and what it must do for one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cupybnn import nn, ops, optim
+from cupybnn.backends.cuda.blas import PRECISIONS
+from cupybnn.training.config import TrainConfig
+from cupybnn.training.network import Perceptron
+
+__all__ = ["HiddenPlan", "NetworkPlan", "exact_product_dtype", "obstacle"]
+
+_MAX_CLASSES = 32
+_MAX_ELEMENTS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class HiddenPlan:
+    """One hidden layer.
+
+    Attributes
+    ----------
+    number : int
+        From 1.
+    inputs, units : int
+    product : {"dense", "sign", "xnor"}
+        "dense": real weights; "sign": a dense product with the signs of the weights; "xnor": a
+        packed product.
+    activation : {"packed_sign", "sign", "relu", "none"}
+        What the next layer reads; "none" for the product itself, after batch norm. Of the last
+        layer nothing is stored.
+    gate : {"none", "mask", "clip"}
+        How the gradient comes through the activation.
+    window : float
+        Half the width of the window of sign.
+    weight_gate : {"none", "window", "clip"}
+        Pseudo-gradient of latent weights.
+    product_dtype : dtype
+        float16 where it holds every integer that can occur, else float32.
+    """
+
+    number: int
+    inputs: int
+    units: int
+    product: str
+    activation: str
+    gate: str
+    window: float
+    weight_gate: str
+    product_dtype: np.dtype
+
+
+def exact_product_dtype(k: int) -> np.dtype:
+    """Return the smallest floating dtype that holds each product of `k` signs by `k` signs.
+
+    These are integers between -k and k that are odd or even as k is: float16 holds them up to 2048,
+    and the even ones up to 4096.
+    """
+    return np.dtype(np.float16 if k <= (4096 if k % 2 == 0 else 2048) else np.float32)
+
+
+@dataclass(frozen=True)
+class NetworkPlan:
+    """What the fused step does for a network, from its settings alone.
+
+    Attributes
+    ----------
+    batch, features, classes : int
+    hidden : tuple of HiddenPlan
+    precision : {"float32", "tf32", "bfloat16"}
+        Of dense products.
+    batch_norm : bool
+    relu : bool
+        Full precision: dropout comes after ReLU. Otherwise before batch norm.
+    keep_prob, input_keep_prob : float
+    roomy : bool
+        Whether buffers are small enough not to be shared.
+    """
+
+    batch: int
+    features: int
+    classes: int
+    hidden: tuple[HiddenPlan, ...]
+    precision: str
+    batch_norm: bool
+    relu: bool
+    keep_prob: float
+    input_keep_prob: float
+    roomy: bool
+
+    @classmethod
+    def of(cls, config: TrainConfig, features: int, classes: int) -> NetworkPlan:
+        """Plan a network of `config` that `obstacle` has nothing against."""
+        hidden = tuple(_hidden(config, number, features) for number in _numbers(config))
+        itemsize = 2 if config.dtype == "bfloat16" else 4
+        return cls(
+            batch=config.batch_size,
+            features=features,
+            classes=classes,
+            hidden=hidden,
+            precision=config.dtype,
+            batch_norm=config.batch_norm,
+            relu=not config.binary,
+            keep_prob=config.keep_prob,
+            input_keep_prob=config.input_keep_prob,
+            roomy=config.batch_size * config.n_hidden * itemsize <= 32 << 20,
+        )
+
+
+def _numbers(config: TrainConfig) -> Iterator[int]:
+    return iter(range(1, config.hidden_layers + 1))
+
+
+def _hidden(config: TrainConfig, number: int, features: int) -> HiddenPlan:
+    first, last = number == 1, number == config.hidden_layers
+    inputs = features if first else config.n_hidden
+    product, activation, gate, weight_gate = "dense", "relu", "mask", "none"
+    window = 0.0
+    if config.binary:
+        quantizer = ops.get_quantizer(config.ste)
+        if not first:
+            product = "xnor" if config.xnor else "sign"
+            weight_gate = _gate(quantizer, "window")
+        gate, activation = _gate(quantizer, "mask"), "none"
+        window = quantizer.window or 0.0
+        if not last:
+            activation = "packed_sign" if config.xnor else "sign"
+    exact = exact_product_dtype(inputs) if product == "xnor" else np.dtype(np.float32)
+    return HiddenPlan(
+        number, inputs, config.n_hidden, product, activation, gate, window, weight_gate, exact
+    )
+
+
+def _gate(quantizer: ops.Quantizer, window: str) -> str:
+    if isinstance(quantizer, ops.SteSign):
+        return window
+    return "clip" if isinstance(quantizer, ops.ClippedGrad) else "none"
+
+
+def obstacle(
+    config: TrainConfig, model: nn.Module, optimizer: optim.Optimizer, capability: int
+) -> str | None:
+    """Return why the fused step cannot train this, as the end of a sentence; None if it can.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    model : Module
+    optimizer : Optimizer
+    capability : int
+        Compute capability of the device, 90 for 9.0.
+    """
+    return next(_obstacles(config, model, optimizer, capability), None)
+
+
+def _obstacles(
+    config: TrainConfig, model: nn.Module, optimizer: Any, capability: int
+) -> Iterator[str]:
+    if type(model) is not Perceptron:
+        yield "it knows only the network of the command line"
+        return
+    if config.dtype not in PRECISIONS:
+        yield f"it has no {config.dtype}"
+    elif capability < PRECISIONS[config.dtype]:
+        least = PRECISIONS[config.dtype]
+        yield (
+            f"{config.dtype} needs compute capability {least // 10}.{least % 10}, and this device "
+            f"has {capability // 10}.{capability % 10}"
+        )
+    if config.binary and (config.first or config.last):
+        yield "it takes the first and the last layer with real weights"
+    if config.binary:
+        quantizer = ops.get_quantizer(config.ste)
+        if type(quantizer) not in (ops.SteSign, ops.ClippedGrad, ops.IdentitySign):
+            yield f"it does not know the pseudo-gradient {config.ste!r}"
+    if type(optimizer) not in (optim.Adam, optim.AdamW):
+        yield f"it does not know the optimiser {type(optimizer).__name__}"
+    elif len(optimizer.groups) != 1:
+        yield "it takes one group of parameters"
+    if config.debug:
+        yield "--debug looks at every operation"
+    features, classes = next(_ends(model))
+    if classes > _MAX_CLASSES:
+        yield f"it takes up to {_MAX_CLASSES} classes"
+    widest = max(features, config.n_hidden)
+    if config.batch_size * widest > _MAX_ELEMENTS or config.n_hidden * widest > _MAX_ELEMENTS:
+        yield "its kernels count elements in 32 bits"
+
+
+def _ends(model: nn.Module) -> Iterator[tuple[int, int]]:
+    shapes = [m.weight.shape for _, m in model.named_modules() if isinstance(m, nn.Linear)]
+    yield shapes[0][0], shapes[-1][1]

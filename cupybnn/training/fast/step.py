@@ -1,0 +1,342 @@
+"""One training step as few launches as the mathematics allows, captured as a CUDA graph."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from cupybnn import optim
+from cupybnn.backends import cuda
+from cupybnn.backends.cuda import blas, fused
+from cupybnn.backends.cuda.graph import Fork, capture
+from cupybnn.data import BatchOrder, DeviceData
+from cupybnn.training.config import TrainConfig
+from cupybnn.training.fast.buffers import Buffers, HiddenBuffers
+from cupybnn.training.fast.feed import Feed
+from cupybnn.training.fast.plan import NetworkPlan
+from cupybnn.training.network import Perceptron
+from cupybnn.training.step import StepOutput
+
+__all__ = ["FusedStep"]
+
+
+class FusedStep:
+    """Makes the steps that `PlainStep` defines, in float32 within rounding.
+
+    Parameters, batch norm's running statistics and the optimiser's arrays are worked on where they
+    are, so that evaluation, records and checkpoints see each step. After one of them was changed
+    from outside, call `refresh`.
+
+    Parameters
+    ----------
+    model : Perceptron
+        On the current CUDA device; `obstacle` has nothing against it.
+    optimizer : Adam or AdamW
+    data : DeviceData
+    order : BatchOrder
+    config : TrainConfig
+    notify : callable, optional
+        Told in a sentence when steps cannot be captured.
+
+    Notes
+    -----
+    What a step returns is overwritten by the next one.
+    """
+
+    def __init__(
+        self,
+        model: Perceptron,
+        optimizer: optim.Adam,
+        data: DeviceData,
+        order: BatchOrder,
+        config: TrainConfig,
+        notify: Callable[[str], None] | None = None,
+    ) -> None:
+        import cupy
+
+        self.plan = NetworkPlan.of(config, data.features, data.classes)
+        self._config = config
+        self._model, self._optimizer, self._data = model, optimizer, data
+        self._notify = notify or (lambda sentence: None)
+        self.buffers = Buffers(self.plan, model, data.device)
+        self.feed = Feed(order, optimizer)
+        real = blas.operand_dtype(config.dtype)
+        self._launcher = fused.Launcher(
+            data.device.index, real, config.batch_size, config.n_hidden, data.classes
+        )
+        # One for each stream: products of both may run at the same time.
+        self._blas, self._blas_aside = blas.Blas(config.dtype), blas.Blas(config.dtype)
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._stream_aside = cupy.cuda.Stream(non_blocking=True)
+        self._graph: Any = None
+        self._capture = config.graph
+        if config.graph and not blas.capturable():
+            self._capture = False
+            self._notify(
+                "Steps are launched kernel by kernel, since CuPy's dense products cannot be put in "
+                "a CUDA graph: pip install nvmath-python."
+            )
+        self._warm = False
+        self._offsets: tuple[int, ...] = ()
+        self._penalty = "none" if config.reg == 0 else config.penalty
+        self._span: Callable[[str], Any] = _no_span
+        self._parameters = list(model.named_parameters())
+        self._plan_update()
+
+    def _plan_update(self) -> None:
+        group = self._optimizer.groups[0]
+        binary = {f"fc{h.plan.number}.weight": h for h in self.buffers.hidden}
+        updated = []
+        for name, parameter in self._parameters:
+            mean, square = self._optimizer._slots_of(parameter)
+            hidden = binary.get(name)
+            scale = group["lr_scale"]
+            latent = hidden is not None and hidden.plan.product != "dense"
+            penalised = name.endswith("weight") and (self._penalty == "l1" or latent)
+            updated.append(
+                fused.Updated(
+                    parameter._data,
+                    self.buffers.gradients[name],
+                    mean,
+                    square,
+                    copy=hidden.weight if hidden is not None and hidden.copied else None,
+                    packed=hidden.packed_weight if hidden is not None else None,
+                    binary=latent,
+                    gate=hidden.plan.weight_gate if hidden is not None else "none",
+                    limit=parameter.limit,
+                    lr_scale=scale(parameter) if callable(scale) else scale,
+                    penalty=self._config.reg if penalised else 0.0,
+                    weight_decay=group.get("weight_decay", 0.0),
+                )
+            )
+        self._launcher.plan_update(updated)
+
+    def refresh(self) -> None:
+        """Take up weights that were changed from outside."""
+        for hidden in self.buffers.hidden:
+            hidden.refresh(getattr(self._model, f"fc{hidden.plan.number}").weight._data)
+
+    def __call__(self, step: int) -> StepOutput:
+        """Make step number `step`."""
+        self.feed.prepare(step)
+        self._count_draws(step)
+        if self._capture and self._graph is None and self._warm:
+            self._graph = self._captured()
+        if self._graph is not None:
+            self._graph.launch()
+        else:
+            self._launch(Fork(None))
+            self._warm = True
+        self._optimizer.steps += 1
+        for name, parameter in self._parameters:
+            parameter.write()  # notes that it changed
+            parameter.grad = self.buffers.gradients[name]
+        buffers = self.buffers
+        return StepOutput(buffers.loss, buffers.logits, buffers.labels)
+
+    def _captured(self) -> Any:
+        """Return the graph of a step, or None, and say so, where it cannot be had."""
+        try:
+            return capture(self._stream, lambda: self._launch(Fork(self._stream_aside)))
+        except RuntimeError as error:
+            self._capture = False
+            self._notify(f"Steps are launched kernel by kernel, since {error}.")
+            return None
+
+    def spans(self, step: int) -> dict[str, float]:
+        """Make step number `step`, kernel by kernel.
+
+        Returns
+        -------
+        dict of str to float
+            Seconds on the device by what was launched. Small ones are mostly the gap to the next.
+        """
+        import cupy
+
+        events: list[tuple[str, Any, Any]] = []
+
+        @contextlib.contextmanager
+        def span(name: str) -> Iterator[None]:
+            begin, end = cupy.cuda.Event(), cupy.cuda.Event()
+            begin.record()
+            yield
+            end.record()
+            events.append((name, begin, end))
+
+        graph, self._graph, capturing, self._capture = self._graph, None, self._capture, False
+        self._span = span
+        try:
+            self(step)
+        finally:
+            self._graph, self._capture, self._span = graph, capturing, _no_span
+        seconds: dict[str, float] = {}
+        for name, begin, end in events:
+            end.synchronize()
+            elapsed = cupy.cuda.get_elapsed_time(begin, end) / 1e3
+            seconds[name] = seconds.get(name, 0.0) + elapsed
+        return seconds
+
+    # Random numbers ----------------------------------------------------------------------------
+
+    def _dropouts(self) -> list[Any]:
+        """Return the dropout layers in use, that of the pixels first."""
+        plan = self.plan
+        names = ["dropout0"] * (plan.input_keep_prob < 1)
+        if plan.keep_prob < 1:
+            names += [f"dropout{hidden.number}" for hidden in plan.hidden]
+        return [getattr(self._model, name) for name in names]
+
+    def _count_draws(self, step: int) -> None:
+        """Move the dropout layers' counters on; their draws of this step have `step + offset`."""
+        counters = [layer.random.next()[1] for layer in self._dropouts()]
+        offsets = tuple(counter - step for counter in counters)
+        if offsets != self._offsets:
+            self._offsets, self._graph = offsets, None
+
+    def _draws(self) -> Iterator[fused.Draw]:
+        for layer, offset in zip(self._dropouts(), self._offsets, strict=True):
+            yield fused.Draw(int(layer.random.state[0]), offset, layer.keep_prob)
+
+    # The launches of a step --------------------------------------------------------------------
+
+    def _launch(self, fork: Fork) -> None:
+        """Launch a step on the current stream, with what can wait aside."""
+        plan, buffers, launcher, data = self.plan, self.buffers, self._launcher, self._data
+        span = self._span
+        draws = self._draws()
+        with span("gather"):
+            launcher.gather(
+                data.train_images,
+                data.train_labels,
+                self.feed.images,
+                self.feed.step,
+                next(draws) if plan.input_keep_prob < 1 else None,
+                buffers.inputs,
+                buffers.labels,
+            )
+        for i, hidden in enumerate(buffers.hidden):
+            layer = hidden.layer
+            if layer.kept is not None:
+                with span("dropout"):
+                    launcher.dropout_mask(self.feed.step, next(draws), layer.shape, layer.kept)
+            self._multiply(i)
+            self._normalise(hidden)
+            if plan.roomy and hidden.packed is not None:
+                with fork.aside(), span("unpack signs"):
+                    launcher.unpack_rows(hidden.packed, buffers.signs_of(i))
+        self._head()
+        self._backward(fork)
+        fork.join()
+        with span("update"):
+            launcher.adam(
+                self.feed.rates,
+                self.feed.step,
+                self._optimizer.groups[0]["betas"],
+                self._penalty,
+                self._config.log_dir is not None,
+                buffers.mean_loss,
+                buffers.loss,
+            )
+
+    def _input_scale(self) -> float:
+        """Factor that makes pixels of the whole numbers in `Buffers.inputs`."""
+        return float(self._data.pixel_scale) / self.plan.input_keep_prob
+
+    def _multiply(self, i: int) -> None:
+        """Compute the product of hidden layer `i`, counted from 0."""
+        hidden = self.buffers.hidden[i]
+        before = self.buffers.hidden[i - 1] if i else None
+        with self._span(f"fc{i + 1}"):
+            if before is None:
+                scale = self._input_scale()
+                self._blas.multiply(
+                    self.buffers.inputs, hidden.weight, hidden.layer.product, scale=scale
+                )
+            elif hidden.plan.product == "xnor":
+                cuda.gemm(before.packed, hidden.packed_weight, hidden.layer.product, None)
+            else:
+                self._blas.multiply(before.dense, hidden.weight, hidden.layer.product)
+
+    def _normalise(self, hidden: HiddenBuffers) -> None:
+        number = hidden.plan.number
+        if hidden.layer.norm is not None:
+            norm = getattr(self._model, f"bn{number}")
+            running = (norm.mean, norm.variance)
+            with self._span("batch statistics"):
+                self._launcher.statistics(hidden.layer, running, norm.decay, norm.eps)
+        if number < len(self.plan.hidden):
+            with self._span("activation"):
+                self._launcher.activate(
+                    hidden.layer,
+                    hidden.plan.activation,
+                    hidden.dense,
+                    hidden.packed,
+                    hidden.mask,
+                    hidden.plan.window,
+                )
+
+    def _norm_gradients(self, number: int) -> tuple[Any, Any] | None:
+        if not self.plan.batch_norm:
+            return None
+        gradients = self.buffers.gradients
+        return gradients[f"bn{number}.gamma"], gradients[f"bn{number}.beta"]
+
+    def _head(self) -> None:
+        """From the last hidden product to the loss, and back to that product's gradient."""
+        buffers, last = self.buffers, self.buffers.hidden[-1]
+        number = len(buffers.hidden)
+        weight = dict(self._parameters)["fcout.weight"]._data
+        kind, smoothing = self._config.loss, self._config.label_smoothing
+        with self._span("logits and loss"):
+            self._launcher.logits(
+                last.layer, self.plan.relu, weight, buffers.labels, kind, smoothing, buffers.logits,
+                buffers.of_logits, buffers.mean_loss,
+            )  # fmt: skip
+        with self._span("gradient of the head"):
+            self._launcher.head_gradient(
+                last.layer, self.plan.relu, kind, weight, buffers.of_logits,
+                buffers.gradients["fcout.weight"], self._norm_gradients(number),
+                buffers.gradient_of(number - 1)[1],
+            )  # fmt: skip
+
+    def _backward(self, fork: Fork) -> None:
+        """Gradients of the hidden layers' weights, from the last layer to the first."""
+        buffers, launcher = self.buffers, self._launcher
+        in_use: dict[int, Any] = {}  # events after which a gradient's buffer is free
+        for i in reversed(range(len(buffers.hidden))):
+            hidden = buffers.hidden[i]
+            which, gradient = buffers.gradient_of(i)
+            with fork.aside():
+                self._weight_gradient(i, gradient)
+            in_use[which] = fork.mark()
+            if i == 0:
+                return
+            before = buffers.hidden[i - 1]
+            which, below = buffers.gradient_of(i - 1)
+            fork.wait(in_use.pop(which, None))
+            with self._span(f"gradient of fc{i + 1}'s input"):
+                self._blas.multiply(gradient, hidden.weight, below, transpose_b=True)
+            with self._span("gradient of activation"):
+                launcher.gradient(
+                    before.layer, before.plan.gate, before.mask, below, self._norm_gradients(i)
+                )
+
+    def _weight_gradient(self, i: int, gradient: Any) -> None:
+        out = self.buffers.gradients[f"fc{i + 1}.weight"]
+        left, scale = self.buffers.inputs, self._input_scale()
+        if i:
+            before, scale = self.buffers.hidden[i - 1], 1.0
+            left = before.dense
+            if before.packed is not None:
+                left = self.buffers.signs_of(i - 1)
+                if not self.plan.roomy:
+                    with self._span("unpack signs"):
+                        self._launcher.unpack_rows(before.packed, left)
+        with self._span(f"gradient of fc{i + 1}'s weights"):
+            self._blas_aside.multiply(left, gradient, out, transpose_a=True, scale=scale)
+
+
+@contextlib.contextmanager
+def _no_span(name: str) -> Iterator[None]:
+    yield
