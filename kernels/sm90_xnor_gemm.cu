@@ -20,9 +20,9 @@
 // cluster's shared memory; for products of few tiles.
 //
 // DEFERRED: a tile is written out while the next one is multiplied. Its accumulators, none above K, are
-// kept as 16-bit numbers, two to a register, and a quarter of them is stored behind each of the next
-// tile's first four products. For four to 63 chunks of K. Without it the tensor cores wait for every
-// tile to be written out, a third of the time at K = 8192.
+// kept as 16-bit numbers, two to a register, and 64 columns of them are stored behind each of the next
+// tile's first products. For K up to 63 chunks, and no fewer than TILE_N has times 64 columns. Without
+// it the tensor cores wait for every tile to be written out, a third of the time at K = 8192.
 //
 // The translation unit sets CONSUMERS, BLOCKS_M, TILE_N, STAGES, CLUSTER_M, CLUSTER_N, SPLIT_K,
 // DEFERRED, and what product.cuh wants.
@@ -43,7 +43,7 @@ static_assert(SPLIT_K == 1 || (CLUSTER == 1 && !DEFERRED), "a cluster shares til
 static_assert(TILE_M % (8 * CLUSTER_N) == 0 && TILE_N % (8 * CLUSTER_M) == 0, "whole swizzles");
 
 // Register budgets (a multiple of 8 each) that fill the 65,536 of an SM.
-constexpr int PRODUCER_REGISTERS = 40;
+constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 48 : 40;
 constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 232 : CONSUMERS == 2 ? 232 : 152;
 
 typedef Terms<TILE_M, TILE_N> TileTerms;
@@ -211,7 +211,8 @@ __device__ __forceinline__ TileResults results_of(const Product& p, const Work& 
 }
 
 #if DEFERRED
-constexpr int PIECES = 4;
+constexpr int PIECES = TILE_N / 64;
+static_assert(TILE_N % 64 == 0, "whole pieces");
 
 // A finished tile that is still to be written out.
 struct Pending {
@@ -238,6 +239,24 @@ struct Pending {
   }
 };
 
+// The next tile's first chunks from PIECE on, a piece of the pending tile stored behind each.
+template <int PIECE>
+__device__ __forceinline__ void multiply_and_store(int (&acc)[BLOCKS_M][ACC], Shared& shared, Turn& turn,
+                                                   Pending& pending, const TileResults& results, int wg,
+                                                   int& last) {
+  start_chunk(acc, shared, turn, PIECE, wg);
+  pending.store<PIECE>(results, wg);
+  finish_before(shared, turn, PIECE, last);
+  if constexpr (PIECE + 1 < PIECES)
+    multiply_and_store<PIECE + 1>(acc, shared, turn, pending, results, wg, last);
+}
+
+template <int PIECE>
+__device__ __forceinline__ void store_from(Pending& pending, const TileResults& results, int wg) {
+  pending.store<PIECE>(results, wg);
+  if constexpr (PIECE + 1 < PIECES) store_from<PIECE + 1>(pending, results, wg);
+}
+
 // Consume all tiles, each written out under the next one's first products.
 __device__ __forceinline__ void consume(const Product& p, const Work& work, Shared& shared, int rank,
                                         u32 worker, u32 workers, int wg) {
@@ -253,18 +272,7 @@ __device__ __forceinline__ void consume(const Product& p, const Work& work, Shar
     barrier_wait(shared_address(&shared.terms_full[ring.slot]), ring.parity);
     const TileResults results = results_of(p, work, shared.terms[ring.slot], t, rank);
     int last = 0;
-    start_chunk(acc, shared, turn, 0, wg);
-    pending.store<0>(results, wg);
-    finish_before(shared, turn, 0, last);
-    start_chunk(acc, shared, turn, 1, wg);
-    pending.store<1>(results, wg);
-    finish_before(shared, turn, 1, last);
-    start_chunk(acc, shared, turn, 2, wg);
-    pending.store<2>(results, wg);
-    finish_before(shared, turn, 2, last);
-    start_chunk(acc, shared, turn, 3, wg);
-    pending.store<3>(results, wg);
-    finish_before(shared, turn, 3, last);
+    multiply_and_store<0>(acc, shared, turn, pending, results, wg, last);
     __syncwarp();
     if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared.terms_empty[ring.slot]));
     ring.next();
@@ -272,11 +280,7 @@ __device__ __forceinline__ void consume(const Product& p, const Work& work, Shar
     pending.take(acc);
   }
   barrier_wait(shared_address(&shared.terms_full[ring.slot]), ring.parity);
-  const TileResults results = results_of(p, work, shared.terms[ring.slot], t, rank);
-  pending.store<0>(results, wg);
-  pending.store<1>(results, wg);
-  pending.store<2>(results, wg);
-  pending.store<3>(results, wg);
+  store_from<0>(pending, results_of(p, work, shared.terms[ring.slot], t, rank), wg);
 }
 #elif SPLIT_K == 1
 // Consume all tiles, each written out before the next is begun.

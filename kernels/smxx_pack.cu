@@ -4,14 +4,14 @@
 // costs one launch for both. An operand is read in one of two ways, whichever is contiguous:
 //   along lines    (a row-major left operand) a warp takes 1024 elements of a line: lanes read
 //                  neighbours, and together form words;
-//   across lines   (a row-major right operand) a lane takes a line, or up to four neighbouring ones,
+//   across lines   (a row-major right operand) a lane takes a line, or two neighbouring ones,
 //                  and a warp 128 elements of it: one 16-byte piece.
 // Any other strides work in the first way, slower.
 //
 // What bounds it: reading the arrays. Loads are up to 16 bytes wide where alignment allows it, and
 // all of a batch are issued before the first is used.
 //
-// The translation unit sets TYPE_A and TYPE_B, the element types.
+// The translation unit sets TYPE_A and TYPE_B, the element types, and SAME_TYPE where they are one.
 
 #include "layout.cuh"
 #include "signs.cuh"
@@ -110,7 +110,7 @@ __device__ __forceinline__ void pack_along(const Operand& p, u32 block, int* sha
   const u32 padded = (u32)padded_lines(p.lines);
   const u32 index = block * lines_here + warp / parts;
   const u32 item = index / padded;
-  const i64 line = index - item * padded, position = position_of(line);
+  const u32 line = index - item * padded, position = position_of(line);
   int ones = 0;
   if (item < p.batch) {
     const char* x = p.x + item * p.batch_stride + line * p.line_stride;
@@ -137,11 +137,12 @@ __device__ __forceinline__ void pack_along(const Operand& p, u32 block, int* sha
 
 template <typename T, int V>
 __device__ __forceinline__ void pack_across(const Operand& p, u32 block, int* shared) {
-  constexpr int BATCH = V == 1 ? 16 : 4;  // loads in flight
+  constexpr int IN_16_REGISTERS = 64 / (V * (int)sizeof(T));
+  constexpr int BATCH = V == 1 || IN_16_REGISTERS > 16 ? 16 : IN_16_REGISTERS;  // loads in flight
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const u32 groups = (u32)((p.lines + 32 * V - 1) / (32 * V)), parts = (u32)p.parts;
   const u32 part = block % parts, group = block / parts % groups, item = block / parts / groups;
-  const i64 line = ((i64)group * 32 + lane) * V;
+  const u32 line = (group * 32 + lane) * V;
   const char* x = p.x + item * p.batch_stride + line * p.line_stride;
   const bool inside = line + V <= p.lines;  // V divides the number of lines
   int ones[V] = {};
@@ -158,18 +159,19 @@ __device__ __forceinline__ void pack_across(const Operand& p, u32 block, int* sh
         if (left >= 128) {
 #pragma unroll
           for (int i = 0; i < BATCH; i++)
-            v[i] = *(const Vector<T, V>*)(from + (w * 32 + bit + i) * p.k_stride);
+            v[i] = *(const Vector<T, V>*)(from + i * p.k_stride);
         } else {
 #pragma unroll
           for (int i = 0; i < BATCH; i++) {
             if (w * 32 + bit + i < left) {
-              v[i] = *(const Vector<T, V>*)(from + (w * 32 + bit + i) * p.k_stride);
+              v[i] = *(const Vector<T, V>*)(from + i * p.k_stride);
             } else {
 #pragma unroll
               for (int e = 0; e < V; e++) v[i].at[e] = missing<T>();
             }
           }
         }
+        from += BATCH * p.k_stride;
 #pragma unroll
         for (int i = 0; i < BATCH; i++)
 #pragma unroll
@@ -181,7 +183,7 @@ __device__ __forceinline__ void pack_across(const Operand& p, u32 block, int* sh
       const uint4 bits = make_uint4(piece[e][0], piece[e][1], piece[e][2], piece[e][3]);
       ones[e] += __popc(bits.x) + __popc(bits.y) + __popc(bits.z) + __popc(bits.w);
       if (line + e < padded_lines(p.lines)) {
-        const i64 position = position_of(line + e);
+        const u32 position = position_of(line + e);
         uint4* to = (uint4*)(p.words + line_chunk(item, p.chunks, chunk, p.lines, position));
         to[swizzled_piece(position, warp)] = bits;
       }
@@ -204,15 +206,20 @@ __device__ __forceinline__ void pack_across(const Operand& p, u32 block, int* sh
 }
 
 template <typename T> __device__ __forceinline__ void pack(const Operand& p, u32 block, int* shared) {
-  // More than four lines to a lane would need too many registers for their words.
+  // More lines to a lane would need too many registers for their words.
   if (!p.across) pack_along<T>(p, block, shared);
-  else if (p.wide) pack_across<T, sizeof(T) < 4 ? 4 : 16 / sizeof(T)>(p, block, shared);
+  else if (p.wide) pack_across<T, 2>(p, block, shared);
   else pack_across<T, 1>(p, block, shared);
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 3)
     pack_operands(const __grid_constant__ Operands p) {
   __shared__ int shared[WARPS * 32];
-  if (blockIdx.x < p.a.blocks) pack<TYPE_A>(p.a, blockIdx.x, shared);
+  const bool first = blockIdx.x < p.a.blocks;
+#if SAME_TYPE
+  pack<TYPE_A>(first ? p.a : p.b, blockIdx.x - (first ? 0 : (u32)p.a.blocks), shared);
+#else
+  if (first) pack<TYPE_A>(p.a, blockIdx.x, shared);
   else pack<TYPE_B>(p.b, blockIdx.x - (u32)p.a.blocks, shared);
+#endif
 }

@@ -9,7 +9,7 @@ extern "C" __global__ void __launch_bounds__(256)
   const i64 count = batch * lines * k;
   for (i64 i = blockIdx.x * 256ll + threadIdx.x; i < count; i += gridDim.x * 256ll) {
     const i64 line = i / k % lines, item = i / k / lines, bit = i % k;
-    const i64 position = position_of(line);
+    const u32 position = position_of((u32)line);
     const u32* from = words + line_chunk(item, chunks, bit / CHUNK_BITS, lines, position);
     const u32 word = from[swizzled_word(position, (int)(bit % CHUNK_BITS / 32))];
     out[i] = (word >> (bit & 31)) & 1 ? (TYPE)(ONE) : (TYPE)(MINUS_ONE);

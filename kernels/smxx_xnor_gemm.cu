@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_con
   const uint4* from_a = p.a + tile.item * p.a_step * p.chunks * a_lines * CHUNK_PIECES;
   const uint4* from_b = p.b + tile.item * p.b_step * p.chunks * b_lines * CHUNK_PIECES;
   const int tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
-  const int px = (int)position_of(tx), py = (int)position_of(ty);
+  const int px = position_of(tx), py = position_of(ty);
 
   terms.fill(p, tile.item, m, n, threadIdx.x, THREADS);
   int acc[EACH][EACH] = {};
@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_con
     load_lines(a, from_a + chunk * a_lines * CHUNK_PIECES, m, a_lines);
     load_lines(b, from_b + chunk * b_lines * CHUNK_PIECES, n, b_lines);
     __syncthreads();
-#pragma unroll 2
+#pragma unroll 1
     for (int piece = 0; piece < CHUNK_PIECES; piece++) {
       uint4 x[EACH], y[EACH];
 #pragma unroll

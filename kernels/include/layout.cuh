@@ -25,9 +25,10 @@ constexpr int CHUNK_BYTES = CHUNK_BITS / 8;
 constexpr int CHUNK_WORDS = CHUNK_BITS / 32;
 constexpr int CHUNK_PIECES = CHUNK_BYTES / 16;
 
-// Where a line stands among the lines, and which line stands at a position.
-__device__ __forceinline__ i64 position_of(i64 line) {
-  return (line & ~15ll) | ((line & 2) << 2) | ((line & 12) >> 1) | (line & 1);
+// Where a line stands among the lines, and which line stands at a position. 32 bits: a matrix has
+// fewer than 2**31 lines.
+__device__ __forceinline__ u32 position_of(u32 line) {
+  return (line & ~15u) | ((line & 2) << 2) | ((line & 12) >> 1) | (line & 1);
 }
 __device__ __forceinline__ int line_at(int position) {
   return (position & ~15) | ((position & 6) << 1) | ((position & 8) >> 2) | (position & 1);
@@ -35,14 +36,14 @@ __device__ __forceinline__ int line_at(int position) {
 __device__ __forceinline__ i64 padded_lines(i64 lines) { return (lines + 15) & ~15ll; }
 
 // Where 16-byte piece i (0..7) of the line at a position stands within its 128 bytes, in pieces.
-__device__ __forceinline__ int swizzled_piece(i64 position, int i) { return i ^ (int)(position & 7); }
+__device__ __forceinline__ int swizzled_piece(u32 position, int i) { return i ^ (int)(position & 7); }
 // The same for word i (0..31), in words.
-__device__ __forceinline__ int swizzled_word(i64 position, int i) {
+__device__ __forceinline__ int swizzled_word(u32 position, int i) {
   return (swizzled_piece(position, i >> 2) << 2) | (i & 3);
 }
 
 // First word of a chunk of the line at a position.
 __device__ __forceinline__ i64 line_chunk(i64 batch, i64 chunks, i64 chunk, i64 lines,
-                                          i64 position) {
+                                          u32 position) {
   return ((batch * chunks + chunk) * padded_lines(lines) + position) * CHUNK_WORDS;
 }

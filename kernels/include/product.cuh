@@ -205,7 +205,7 @@ template <int HEIGHT, int WIDTH> struct Results {
   __device__ __forceinline__ void store_word(int row, int w, u32 bits) const {
     const u32 chunks = (u32)((p.n + CHUNK_BITS - 1) / CHUNK_BITS), word = (u32)(n / 32) + w;
     if (m + row >= p.m || word >= chunks * CHUNK_WORDS) return;
-    const i64 position = position_of(m + row);
+    const u32 position = position_of((u32)(m + row));
     u32* to = (u32*)p.out + line_chunk(item, chunks, word / CHUNK_WORDS, p.m, position);
     to[swizzled_word(position, word % CHUNK_WORDS)] = bits;
   }

@@ -21,10 +21,6 @@ KERNELS = {
 }
 
 
-# Of a configuration's defines, those that its tile and cluster do not show.
-_TOLD = ("STAGES", "DEFERRED")
-
-
 @dataclass(frozen=True)
 class Config:
     """One way to compile and launch a product kernel.
@@ -75,10 +71,14 @@ class Config:
             + (f" split-K {self.split_k}" if self.split_k > 1 else "")
             + (" swapped" if self.swap else "")
             + (f" group {self.group}" if self.group != 8 else "")
-            + "".join(
-                f" {k.lower()} {v}" for k, v in self.defines if k in ("STAGES", "STAGGER") and v
-            )
+            + (" deferred" if self.deferred else "")
+            + (f", {self.stages} stages" if self.stages else "")
         )
+
+    @property
+    def deferred(self) -> bool:
+        """Whether a tile is written out while the next one is multiplied."""
+        return ("DEFERRED", 1) in self.defines
 
     def shared_bytes(self, scaled: bool) -> int:
         """Bytes of dynamic shared memory that a block asks for."""
@@ -86,7 +86,7 @@ class Config:
             return self.stages * self.slot_bytes
         # struct Shared of sm90_xnor_gemm.cu: slots, barriers, terms.
         terms = (12 if scaled else 4) * (self.tile_m + self.tile_n) + 4 * -(-self.tile_n // 32)
-        tiles = 1 + dict(self.defines)["DEFERRED"]
+        tiles = 2 if self.deferred else 1
         return self.stages * (self.slot_bytes + 16) + tiles * (16 + (terms + 15 & ~15))
 
     def blocks(self, m: int, n: int, batch: int, multiprocessors: int) -> int:
@@ -178,12 +178,16 @@ def _sm90(m: int, n: int, k: int, batch: int, packed: bool, scaled: bool) -> Con
     tiles = -(-m // 128) * -(-n // 128) * batch
     if tiles * 2 <= 132 and chunks > 1:
         return sm90(1, 128, 6, split_k=_split(tiles, chunks))
-    if tiles <= 132:
+    if tiles <= 132 or (tiles <= 264 and not packed):
         return sm90(1, 128, 6)
-    if tiles <= 264:
-        return sm90(1, 256, 4)
-    # Deferred, an accumulator must fit 16 bits and four products must follow.
-    return sm90(1, 256, 4, deferred=4 <= chunks <= 63)
+    # Measured at 4096, 8192 and 16384 cubed (bench/NOTES.md). With a long K the tensor cores take most
+    # of the time, and the tile with the least traffic wins; with a short one writing out does, which
+    # deferring hides. Deferred, an accumulator must fit 16 bits and four products must follow.
+    if k >= 12288 or chunks < 4:
+        return sm90(2, 128 if scaled else 192, 4)
+    if packed and k < 6144:
+        return sm90(2, 128, 4, deferred=True)
+    return sm90(1, 256, 4, deferred=True, group=16 if packed else 8)
 
 
 def _split(tiles: int, chunks: int) -> int:
@@ -235,11 +239,14 @@ def candidates(kernel: str, capability: int, m: int, n: int, k: int, packed: boo
         small = [sm90(1, 128, 6, split_k=split) for split in splits]
         small += [sm90(1, 64, 8, split_k=split) for split in splits]
         large = [
-            sm90(blocks_m, tile_n, 4, cluster=cluster, group=group)
-            for blocks_m, tile_n in ((1, 256), (2, 128), (2, 192))
+            sm90(blocks_m, tile_n, 4, cluster=cluster, deferred=deferred, group=group)
+            for blocks_m, tile_n, deferred in (
+                (1, 256, True), (2, 128, True), (1, 256, False), (2, 128, False), (2, 192, False),
+            )
             for cluster in ((1, 1), (2, 1), (1, 2))
-            for group in (4, 8, 16)
-        ]
+            for group in (8, 16)
+            if not deferred or 4 <= chunks <= 63
+        ]  # fmt: skip
         return small if m * n <= 1024 * 1024 else small[:1] + large
     if kernel == "sm80":
         tiles = [

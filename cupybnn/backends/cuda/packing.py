@@ -115,7 +115,11 @@ class PackPlan:
         self._kernel = load_kernel(
             "smxx_pack",
             "pack_operands",
-            (("TYPE_A", _C_TYPES[first]), ("TYPE_B", _C_TYPES[last])),
+            (
+                ("SAME_TYPE", int(first == last)),
+                ("TYPE_A", _C_TYPES[first]),
+                ("TYPE_B", _C_TYPES[last]),
+            ),
             device,
         )
         self._blocks = (blocks,)
@@ -142,7 +146,7 @@ def _operand(x: Any, axis: int) -> list[int]:
     itemsize = x.itemsize
     across = line_stride == itemsize and k_stride != itemsize and lines > 1
     if across:
-        neighbours = 4 if itemsize < 4 else 16 // itemsize
+        neighbours = 2
         aligned = itemsize * neighbours - 1
         wide = not ((x.data.ptr | batch_stride | k_stride) & aligned or lines % neighbours)
         # Wide loads make few blocks: not where that would leave most of a large GPU idle.

@@ -1,0 +1,291 @@
+"""Every product kernel and configuration on a GPU, by name, exactly."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+
+import cupybnn
+from cupybnn.backends.cuda import dispatch
+from cupybnn.backends.cuda.dispatch import Config, force_kernel, sm75, sm80, sm90, smxx
+
+pytestmark = pytest.mark.gpu
+
+POISON = -(2**31)
+
+# All kinds of configuration in the shipped table and the tuning space.
+GENERAL = {
+    "smxx": smxx(),
+    "sm75": sm75(),
+    "sm80 small": sm80(2, 2, 2, 4, 4),
+    "sm80 middle": sm80(2, 4, 4, 4, 3),
+    "sm80 middle, two stages": sm80(2, 4, 4, 4, 2),
+    "sm80 large": sm80(4, 2, 4, 8, 3),
+    "sm80 large, two stages": sm80(4, 2, 4, 8, 2),
+    "sm90 128x64": sm90(1, 64, 8),
+    "sm90 64x32": sm90(1, 32, 8, consumers=1),
+    "sm90 128x128": sm90(1, 128, 6),
+    "sm90 128x256": sm90(1, 256, 4),
+    "sm90 256x128": sm90(2, 128, 4),
+    "sm90 256x192": sm90(2, 192, 4),
+    "sm90 256x192, cluster 1x2": sm90(2, 192, 4, cluster=(1, 2)),
+    "sm90 256x128, cluster 2x1": sm90(2, 128, 4, cluster=(2, 1)),
+}
+DEFERRED = {
+    "sm90 128x256": sm90(1, 256, 4, deferred=True),
+    "sm90 256x128": sm90(2, 128, 4, deferred=True),
+    "sm90 128x256, cluster 2x1": sm90(1, 256, 4, deferred=True, cluster=(2, 1)),
+    "sm90 256x128, cluster 1x2": sm90(2, 128, 4, deferred=True, cluster=(1, 2)),
+}
+SPLIT = {
+    "sm90 128x128 / 2": sm90(1, 128, 6, split_k=2),
+    "sm90 128x128 / 8": sm90(1, 128, 6, split_k=8),
+    "sm90 128x64 / 4": sm90(1, 64, 8, split_k=4),
+}
+SWAPPED = {
+    "sm90 128x16": sm90(1, 16, 8, swap=True),
+    "sm90 128x64": sm90(1, 64, 8, swap=True),
+    "sm90 128x16 / 4": sm90(1, 16, 8, split_k=4, swap=True),
+    "sm90 64x16 / 2": sm90(1, 16, 10, consumers=1, split_k=2, swap=True),
+}
+
+EDGES = [
+    (1, 1, 1), (2, 3, 70), (15, 17, 31), (16, 16, 1024), (63, 65, 1023), (64, 64, 1025),
+    (65, 63, 33), (127, 129, 127), (128, 128, 2048), (129, 127, 2049), (191, 193, 784), (192, 255, 256),
+    (255, 257, 3000), (256, 192, 4096), (257, 191, 4097), (300, 1000, 513), (1, 1000, 70_000),
+]  # fmt: skip
+LONG_EDGES = [
+    (1, 1, 3073), (127, 129, 4096), (128, 255, 4097), (256, 257, 8191), (300, 1000, 5000),
+    (1025, 2000, 8192), (2049, 3000, 4000), (129, 128, 64_000),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cupy():
+    import cupy
+
+    return cupy
+
+
+@pytest.fixture(scope="module")
+def capability(cupy):
+    return int(cupy.cuda.Device().compute_capability)
+
+
+def operands(cupy, m, n, k, seed=0):
+    random = cupy.random.default_rng(m * 31 + n * 17 + k + seed)
+    a = random.standard_normal((m, k), dtype=np.float32)
+    return a, random.standard_normal((k, n), dtype=np.float32)
+
+
+def expected(cupy, a, b):
+    """The product of the signs in float64, which holds every sum here exactly."""
+    signs = [cupy.where(x >= 0, 1.0, -1.0) for x in (a, b)]
+    return cupy.rint(signs[0] @ signs[1]).astype(np.int32)
+
+
+def require(config: Config, capability: int) -> None:
+    if capability not in dispatch.KERNELS[config.kernel]:
+        pytest.skip(f"{config.kernel} does not run on compute capability {capability}")
+
+
+def check(cupy, config, shape, *, packed=True):
+    m, n, k = shape
+    a, b = operands(cupy, m, n, k)
+    want = expected(cupy, a, b)
+    out = cupy.full((m, n), POISON, np.int32)
+    with force_kernel(config):
+        cupybnn.xnor_gemm(a, b, out=out)
+        result = cupybnn.xnor_gemm_packed(a, b) if packed else None
+    wrong = cupy.argwhere(out != want)
+    assert not len(wrong), f"{config} {shape}: first wrong at {wrong[0]}, {len(wrong)} of {m * n}"
+    if result is not None:
+        bits = want >= 0
+        assert bool((result.unpack(np.int8) == cupy.where(bits, 1, -1)).all()), (config, shape)
+        assert bool((result.popcounts == bits.sum(1)).all()), (config, shape)
+
+
+@pytest.mark.parametrize("name", GENERAL)
+def test_a_configuration_is_exact_around_its_tile_edges(cupy, capability, name):
+    require(GENERAL[name], capability)
+    for shape in EDGES:
+        check(cupy, GENERAL[name], shape)
+
+
+@pytest.mark.parametrize("name", DEFERRED)
+def test_a_deferred_configuration_is_exact(cupy, capability, name):
+    require(DEFERRED[name], capability)
+    for shape in LONG_EDGES:
+        check(cupy, DEFERRED[name], shape)
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_a_split_configuration_is_exact(cupy, capability, name):
+    require(SPLIT[name], capability)
+    for shape in ((1, 1, 8192), (129, 127, 8193), (300, 200, 70_000), (64, 64, 10_000)):
+        check(cupy, SPLIT[name], shape)
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_a_swapped_configuration_is_exact(cupy, capability, name):
+    require(SWAPPED[name], capability)
+    narrow = SWAPPED[name].tile_n
+    for m, n, k in ((1, 1, 4096), (narrow, 129, 4097), (narrow - 1, 3000, 5000), (3, 128, 70_000)):
+        check(cupy, SWAPPED[name], (m, n, k), packed=False)
+
+
+def test_every_k_up_to_a_chunk_and_beyond(cupy, capability):
+    for kernel in dispatch.kernels_for(capability):
+        for k in [*range(1, 70), *range(1020, 1030), 2047, 2048, 2049]:
+            a, b = operands(cupy, 33, 17, k)
+            with force_kernel(kernel):
+                got = cupybnn.xnor_gemm(a, b, dtype=np.int32)
+            assert bool((got == expected(cupy, a, b)).all()), (kernel, k)
+
+
+def test_the_named_kernel_is_the_one_that_runs(cupy, capability, capfd, monkeypatch):
+    monkeypatch.setenv("CUPYBNN_DEBUG", "1")
+    for number, kernel in enumerate(dispatch.kernels_for(capability)):
+        a, b = operands(cupy, 40 + number, 50, 60)
+        with force_kernel(kernel):
+            cupybnn.xnor_gemm(a, b)
+        assert f": {kernel} " in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float32", "float16", "float64", "int16"])
+def test_results_of_any_strides(cupy, dtype):
+    for m, n, k in ((130, 260, 4100), (7, 300, 100), (33, 33, 33)):
+        a, b = operands(cupy, m, n, k)
+        want = expected(cupy, a, b)
+        for out in (
+            cupy.full((n, m), 77, dtype).T,
+            cupy.full((m, 2 * n + 1), 77, dtype)[:, 1 : 2 * n + 1 : 2],
+            cupy.full((m, n + 3), 77, dtype)[:, 3:],
+            cupy.full((m, n), 77, dtype)[::-1],
+        ):
+            cupybnn.xnor_gemm(a, b, out=out)
+            assert bool((out == want.astype(dtype)).all())
+
+
+def test_a_view_is_written_and_nothing_around_it(cupy):
+    a, b = operands(cupy, 200, 300, 5000)
+    around = cupy.full((204, 308), POISON, np.int32)
+    cupybnn.xnor_gemm(a, b, out=around[2:202, 4:304])
+    assert bool((around[2:202, 4:304] == expected(cupy, a, b)).all())
+    around[2:202, 4:304] = POISON
+    assert bool((around == POISON).all())
+
+
+def test_on_a_stream_of_its_own(cupy):
+    a, b = operands(cupy, 500, 600, 4500)
+    want = expected(cupy, a, b)
+    cupy.cuda.Device().synchronize()
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        got = cupybnn.xnor_gemm(a, b)
+        packed = cupybnn.xnor_gemm_packed(a, b)
+        bits = packed.unpack(np.int8)
+        stream.synchronize()
+    assert bool((got == want).all())
+    assert bool((bits == cupy.where(want >= 0, 1, -1)).all())
+
+
+def test_from_several_threads(cupy):
+    shapes = [(100 + 7 * i, 200 + 3 * i, 1000 + 500 * i) for i in range(8)]
+    wrong: list[object] = []
+
+    def work(shape):
+        try:
+            a, b = operands(cupy, *shape)
+            want = expected(cupy, a, b)
+            with cupy.cuda.Stream(non_blocking=True) as stream:
+                stream.wait_event(cupy.cuda.Stream.null.record())
+                for _ in range(20):
+                    got = cupybnn.xnor_gemm(a, b)
+                stream.synchronize()
+            if not bool((got == want).all()):
+                wrong.append(shape)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(shape,)) for shape in shapes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_in_a_cuda_graph(cupy):
+    a, b = operands(cupy, 300, 400, 5000)
+    weights = cupybnn.pack(b, axis=-2)
+    out = cupy.full((300, 400), POISON, np.int32)
+    cupybnn.xnor_gemm(a, weights, out=out)
+    pool = cupy.cuda.MemoryPool()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream, cupy.cuda.using_allocator(pool.malloc):
+        cupybnn.xnor_gemm(a, weights, out=out)
+        stream.synchronize()
+        stream.begin_capture()
+        cupybnn.xnor_gemm(a, weights, out=out)
+        graph = stream.end_capture()
+    for seed in range(3):
+        a[...] = operands(cupy, 300, 400, 5000, seed)[0]
+        out.fill(POISON)
+        cupy.cuda.Device().synchronize()
+        graph.launch(stream)
+        stream.synchronize()
+        assert bool((out == expected(cupy, a, b)).all())
+
+
+@pytest.mark.parametrize("kernel", ["sm90", "sm80", "smxx"])
+def test_more_than_2_to_the_31_results(cupy, capability, kernel):
+    if capability not in dispatch.KERNELS[kernel]:
+        pytest.skip(f"{kernel} does not run on compute capability {capability}")
+    m, n, k = 40_000, 60_000, 64
+    if cupy.cuda.runtime.memGetInfo()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free GPU memory")
+    a, b = operands(cupy, m, n, k)
+    out = cupy.full((m, n), 127, np.float16)
+    with force_kernel(kernel):
+        cupybnn.xnor_gemm(a, b, out=out)
+    for first in (0, 17_777, m - 64):
+        rows = slice(first, first + 64)
+        assert bool((out[rows] == expected(cupy, a[rows], b)).all())
+    cupy.get_default_memory_pool().free_all_blocks()
+
+
+def test_threshold_and_flip_in_every_kernel(cupy, capability):
+    for kernel in dispatch.kernels_for(capability):
+        for m, n, k in ((70, 300, 500), (300, 1100, 4500)):
+            a, b = operands(cupy, m, n, k)
+            want = expected(cupy, a, b)
+            random = cupy.random.default_rng(3)
+            threshold = random.integers(-40, 40, n, dtype=np.int32)
+            threshold[:2] = (2**31 - 1, -(2**31))
+            flip = random.random(n) < 0.5
+            with force_kernel(kernel):
+                got = cupybnn.xnor_gemm_packed(a, b, threshold=threshold, flip=flip)
+            bits = (want >= threshold) ^ flip
+            assert bool((got.unpack(np.int8) == cupy.where(bits, 1, -1)).all()), kernel
+            assert bool((got.popcounts == bits.sum(1)).all()), kernel
+
+
+def test_a_packed_result_is_the_next_products_operand(cupy):
+    a, b = operands(cupy, 300, 777, 5000)
+    c = cupy.random.default_rng(1).standard_normal((777, 60), dtype=np.float32)
+    hidden = cupybnn.xnor_gemm_packed(a, b)
+    want = expected(cupy, expected(cupy, a, b).astype(np.float32), c)
+    assert bool((cupybnn.xnor_gemm(hidden, c) == want).all())
+
+
+def test_a_kernel_of_another_architecture_is_refused(cupy, capability):
+    if capability in dispatch.KERNELS["sm90"]:
+        pytest.skip("all kernels run here")
+    a, b = operands(cupy, 10, 10, 10)
+    with (
+        force_kernel("sm90"),
+        pytest.raises(ValueError, match="does not run on compute capability"),
+    ):
+        cupybnn.xnor_gemm(a, b)
