@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from dataclasses import dataclass
 from functools import lru_cache
@@ -70,7 +71,7 @@ def _cupy_wheels() -> list[str]:
     import importlib.metadata  # 40 ms, which `import cupybnn` need not cost
 
     names = {(dist.metadata["Name"] or "").lower() for dist in importlib.metadata.distributions()}
-    return sorted(n for n in names if n == "cupy" or n.startswith("cupy-"))
+    return sorted(n for n in names if re.fullmatch(r"cupy(-cuda\d+x?|-rocm-.+)?", n))
 
 
 @lru_cache(maxsize=1)

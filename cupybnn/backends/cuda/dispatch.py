@@ -180,9 +180,9 @@ def _sm90(m: int, n: int, k: int, batch: int, packed: bool, scaled: bool) -> Con
         return sm90(1, 128, 6, split_k=_split(tiles, chunks))
     if tiles <= 132 or (tiles <= 264 and not packed):
         return sm90(1, 128, 6)
-    # Measured at 4096, 8192 and 16384 cubed (bench/NOTES.md). With a long K the tensor cores take most
-    # of the time, and the tile with the least traffic wins; with a short one writing out does, which
-    # deferring hides. Deferred, an accumulator must fit 16 bits and four products must follow.
+    # Measured at 4096, 8192 and 16384 cubed (bench/NOTES.md). With a long K the tensor cores take
+    # most of the time, and the tile with the least traffic wins; with a short one writing out does,
+    # which deferring hides. Deferred, an accumulator must fit 16 bits and four products follow.
     if k >= 12288 or chunks < 4:
         return sm90(2, 128 if scaled else 192, 4)
     if packed and k < 6144:
