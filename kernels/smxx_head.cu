@@ -84,21 +84,20 @@ extern "C" __global__ void __launch_bounds__(THREADS)
            const i64* __restrict__ labels, float smoothing, float* out, float* grad, float* partials,
            u32* ticket, float* loss) {
   constexpr int WIDTH = 256, STRIDE = WIDTH + 4;
-  __shared__ alignas(16) float w[CLASSES][STRIDE];
+  __shared__ __align__(16) float w[CLASSES][STRIDE];
   __shared__ float losses[WARPS];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const i64 row0 = ((i64)blockIdx.x * WARPS + warp) * ROWS;
   float acc[ROWS][CLASSES] = {};
   for (i64 col0 = 0; col0 < p.cols; col0 += WIDTH) {
     __syncthreads();
-    const int here = (int)min((i64)WIDTH, p.cols - col0) * CLASSES;
-    for (int i = threadIdx.x; i < here; i += THREADS)
+    const int width = (int)min((i64)WIDTH, p.cols - col0);
+    for (int i = threadIdx.x; i < width * CLASSES; i += THREADS)
       w[i % CLASSES][i / CLASSES] = weight[col0 * CLASSES + i];
     __syncthreads();
 #pragma unroll 2
-    for (int skip = lane * VECTOR; skip < WIDTH; skip += 32 * VECTOR) {
+    for (int skip = lane * VECTOR; skip < width; skip += 32 * VECTOR) {
       const i64 col = col0 + skip;
-      if (col >= p.cols) continue;
       const Normal<VECTOR> norm(p, col);
       float h[ROWS][VECTOR];
 #pragma unroll
@@ -125,7 +124,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     const i64 row = row0 + r;
-    if (row >= p.rows) continue;
+    if (row >= p.rows) continue;  // the same for the whole warp
     float of_logits[CLASSES];
 #pragma unroll
     for (int c = 0; c < CLASSES; c++) acc[r][c] = sum_of_warp(acc[r][c]);
