@@ -88,15 +88,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   if (at.col >= p.cols) return;
 #if NORM
   const Normal<VECTOR> norm(p, at.col);
-  const float n = (float)p.rows;
   float factor[VECTOR], of_gamma[VECTOR], of_beta[VECTOR];
   load<VECTOR>(grad_gamma + at.col, of_gamma);
   load<VECTOR>(grad_beta + at.col, of_beta);
 #pragma unroll
   for (int i = 0; i < VECTOR; i++) {
     factor[i] = norm.gamma[i] * norm.inverse[i];
-    of_gamma[i] /= n;
-    of_beta[i] /= n;
+    of_gamma[i] *= (float)p.share;
+    of_beta[i] *= (float)p.share;
   }
 #endif
   for (i64 first = at.first_row; first < p.rows; first += BATCH * at.step) {

@@ -16,7 +16,7 @@
 //     CLASSES  at most 32
 //     RELU     1: the last activation is ReLU. 0: there is none
 //     LOSS     LOSS_*
-//     ROWS     for `logits`
+//     ROWS     for `logits`; without it the unit holds the other two
 
 #define LOSS_CROSS_ENTROPY 0
 #define LOSS_SQUARED_HINGE 1
@@ -51,7 +51,7 @@ __device__ __forceinline__ u32 kept_bits(const Layer& p, i64 row, i64 col) {
 
 // Loss of one example, the same in every lane, and the gradient of the mean loss for its logits.
 __device__ __forceinline__ float loss_of(const float (&logit)[CLASSES], int label, float smoothing,
-                                         i64 rows, float (&grad)[CLASSES]) {
+                                         float share, float (&grad)[CLASSES]) {
   float loss = 0;
 #if LOSS == LOSS_CROSS_ENTROPY
   float greatest = logit[0], total = 0;
@@ -59,12 +59,12 @@ __device__ __forceinline__ float loss_of(const float (&logit)[CLASSES], int labe
   for (int c = 1; c < CLASSES; c++) greatest = logit[c] > greatest ? logit[c] : greatest;
 #pragma unroll
   for (int c = 0; c < CLASSES; c++) total += grad[c] = expf(logit[c] - greatest);
-  const float log_total = logf(total);
+  const float log_total = logf(total), per_total = __fdividef(1.0f, total);
 #pragma unroll
   for (int c = 0; c < CLASSES; c++) {
     const float target = (c == label ? 1.0f - smoothing : 0.0f) + smoothing / CLASSES;
     loss += target * (log_total - (logit[c] - greatest));
-    grad[c] = (grad[c] / total - target) / (float)rows;
+    grad[c] = (grad[c] * per_total - target) * share;
   }
 #else
 #pragma unroll
@@ -73,12 +73,13 @@ __device__ __forceinline__ float loss_of(const float (&logit)[CLASSES], int labe
     const float margin = 1.0f - target * logit[c];
     const float over = margin > 0 || margin != margin ? margin : 0.0f;
     loss += over * over / CLASSES;
-    grad[c] = target * over * (-2.0f / ((float)rows * CLASSES));
+    grad[c] = target * over * (-2.0f / CLASSES * share);
   }
 #endif
   return loss;
 }
 
+#ifdef ROWS
 extern "C" __global__ void __launch_bounds__(THREADS)
     logits(const __grid_constant__ Layer p, const float* __restrict__ weight,
            const i64* __restrict__ labels, float smoothing, float* out, float* grad, float* partials,
@@ -128,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float of_logits[CLASSES];
 #pragma unroll
     for (int c = 0; c < CLASSES; c++) acc[r][c] = sum_of_warp(acc[r][c]);
-    sum += loss_of(acc[r], (int)labels[row], smoothing, p.rows, of_logits);
+    sum += loss_of(acc[r], (int)labels[row], smoothing, (float)p.share, of_logits);
 #pragma unroll
     for (int c = 0; c < CLASSES; c++)
       if (lane == c) {
@@ -144,8 +145,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
   if (!is_last_block(ticket, gridDim.x)) return;
   const double total = sum_of_partials(partials, gridDim.x);
-  if (threadIdx.x == 0) *loss = (float)(total / (double)p.rows);
+  if (threadIdx.x == 0) *loss = (float)(total * p.share);
 }
+#else
 
 // The weights of V neighbouring columns, and the gradient of their activations in a row.
 template <int V> struct Weights {
@@ -222,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const Normal<VECTOR> norm(p, at.col);
   const Weights<VECTOR> weights(weight, at.col);
 #if NORM
-  const float n = (float)p.rows;
+  const float share = (float)p.share;
   float of_gamma[VECTOR], of_beta[VECTOR];
   load<VECTOR>(grad_gamma + at.col, of_gamma);
   load<VECTOR>(grad_beta + at.col, of_beta);
@@ -237,7 +239,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int i = 0; i < VECTOR; i++) {
       dz[i] = weights.gradient(i, of_logits) * Activation(p, norm(i, z[i]), kept >> i).passes;
 #if NORM
-      dz[i] = (dz[i] - of_beta[i] / n - norm.normal(i, z[i]) * (of_gamma[i] / n)) *
+      dz[i] = (dz[i] - of_beta[i] * share - norm.normal(i, z[i]) * (of_gamma[i] * share)) *
               (norm.gamma[i] * norm.inverse[i]);
 #endif
 #if DROP == DROP_PRODUCT
@@ -247,3 +249,4 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     store<VECTOR>(out + row * p.cols + at.col, dz);
   }
 }
+#endif

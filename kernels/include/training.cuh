@@ -118,6 +118,7 @@ struct Layer {
   const float* beta;
   i64 rows, cols;
   double keep_scale;  // 1 / keep_prob
+  double share;       // 1 / rows: divisions call for a stack
 };
 
 #if NORM

@@ -39,7 +39,7 @@ _REAL = {"float32": "float", "uint16": "bfloat16_bits"}
 _PRODUCT = {"float32": "float", "float16": "float16_bits"}
 _TILE_ROWS, _TILE_COLS = 32, 128  # of smxx_adam.cu
 
-_LAYER = np.dtype((np.void, 8 * 9))  # struct Layer of training.cuh
+_LAYER = np.dtype((np.void, 8 * 10))  # struct Layer of training.cuh
 _PARAMETER = np.dtype(
     [(n, np.int64) for n in ("weight", "grad", "mean", "square", "copy", "words", "pops")]
     + [(n, np.int64) for n in ("rows", "cols", "count", "first_block", "flags")]
@@ -108,10 +108,10 @@ class Layer:
     def argument(self) -> Any:
         """Return struct Layer, as a kernel is given it."""
         addresses = [self.product, self.kept, *(self.norm or (None,) * 4)]
-        fields = np.zeros(9, np.int64)
+        fields = np.zeros(10, np.int64)
         fields[:6] = [0 if x is None else x.data.ptr for x in addresses]
         fields[6:8] = self.shape
-        fields[8:].view(np.float64)[0] = 1 / self.keep_prob
+        fields[8:].view(np.float64)[:] = 1 / self.keep_prob, 1 / self.shape[0]
         return fields.view(_LAYER)
 
 
@@ -376,9 +376,9 @@ class Launcher:
 
     # The head ----------------------------------------------------------------------------------
 
-    def _head(self, layer: Layer, relu: bool, loss: str, vector: int, rows: int) -> Defines:
+    def _head(self, layer: Layer, relu: bool, loss: str, vector: int) -> Defines:
         head = (("CLASSES", self.classes), ("LOSS", LOSSES[loss]), ("RELU", int(relu)))
-        return (*self._kind(layer, vector), *head, ("ROWS", rows))
+        return (*self._kind(layer, vector), *head)
 
     def logits(
         self, layer: Layer, relu: bool, weight: Any, labels: Any, loss: str, smoothing: float,
@@ -409,7 +409,7 @@ class Launcher:
         self._launch(
             "smxx_head",
             "logits",
-            self._head(layer, relu, loss, vector, at_a_time),
+            (*self._head(layer, relu, loss, vector), ("ROWS", at_a_time)),
             (-(-rows // (_WARPS * at_a_time)),),
             (
                 layer.argument(), weight, labels, np.float32(smoothing), out, grad,
@@ -423,7 +423,7 @@ class Launcher:
     ) -> None:  # fmt: skip
         """Go from the logits' gradient to those of the last weights and the last hidden product."""
         vector = self._vector(layer.shape[1], 2)
-        defines = self._head(layer, relu, loss, vector, 1)
+        defines = self._head(layer, relu, loss, vector)
         grid = self._grid(*layer.shape, vector)
         arguments = (layer.argument(), weight, of_logits)
         addresses = [np.uintp(_address(x)) for x in grads or (None, None)]
