@@ -42,9 +42,13 @@ constexpr int ACC = TILE_N / 2;  // accumulators of a thread and block of 64 lin
 static_assert(SPLIT_K == 1 || (CLUSTER == 1 && !DEFERRED), "a cluster shares tiles or splits K");
 static_assert(TILE_M % (8 * CLUSTER_N) == 0 && TILE_N % (8 * CLUSTER_M) == 0, "whole swizzles");
 
-// Register budgets (a multiple of 8 each) that fill the 65,536 of an SM.
-constexpr int PRODUCER_REGISTERS = CONSUMERS == 2 ? 48 : 40;
-constexpr int CONSUMER_REGISTERS = CONSUMERS == 1 ? 232 : CONSUMERS == 2 ? 232 : 152;
+// Registers of a thread by role, multiples of 8. Together they must not exceed what the block was
+// launched with, or the last warpgroup to ask for more waits for ever.
+constexpr int PRODUCER_REGISTERS = 40;
+constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 152 : 232;
+constexpr int LAUNCH_REGISTERS = CONSUMERS == 1 ? 232 : 65536 / THREADS / 8 * 8;
+static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (CONSUMERS + 1) * LAUNCH_REGISTERS,
+              "the roles share the block's registers");
 
 typedef Terms<TILE_M, TILE_N> TileTerms;
 typedef Results<TILE_M, TILE_N> TileResults;

@@ -92,18 +92,19 @@ template <int HEIGHT, int WIDTH> struct Terms {
   // Filled by whole warps, `threads` threads in all, from the tile's first row and column.
   __device__ __forceinline__ void fill(const Product& p, i64 item, i64 m, i64 n, int thread,
                                        int threads) {
-    const int* pop_a = p.pop_a + item * p.a_step * p.m;
-    const int* pop_b = p.pop_b + item * p.b_step * p.n;
+    const int* pop_a = p.pop_a + item * p.a_step * p.m + m;
+    const int rows_left = (int)min(p.m - m, (i64)HEIGHT), cols_left = (int)min(p.n - n, (i64)WIDTH);
     for (int i = thread; i < HEIGHT; i += threads)
-      row[i] = (int)p.k - (!XOR_ACC && m + i < p.m ? 2 * __ldg(pop_a + m + i) : 0);
+      row[i] = (int)p.k - (!XOR_ACC && i < rows_left ? 2 * __ldg(pop_a + i) : 0);
+    const int* pop_b = p.pop_b + item * p.b_step * p.n + n;
     for (int i = thread; i < (WIDTH + 31) / 32 * 32; i += threads) {
-      const bool exists = n + i < p.n;
-      int term = !XOR_ACC && exists ? -2 * __ldg(pop_b + n + i) : 0;
+      const bool exists = i < cols_left;
+      int term = !XOR_ACC && exists ? -2 * __ldg(pop_b + i) : 0;
 #if OUTPUT == OUTPUT_PACKED
       // No product exceeds K: with the threshold held to [-K, K + 1] their difference fits an int32
       // for every K below 2**30.
       if (p.threshold && exists)
-        term -= (int)max(-p.k, min(p.k + 1, (i64)__ldg(p.threshold + n + i)));
+        term -= max(-(int)p.k, min((int)p.k + 1, __ldg(p.threshold + n + i)));
       const u32 flips = __ballot_sync(0xffffffffu, p.flip && exists && __ldg(p.flip + n + i));
       if ((i & 31) == 0) flip[i / 32] = flips;
 #endif
@@ -114,12 +115,12 @@ template <int HEIGHT, int WIDTH> struct Terms {
     const float* cols = p.col_scale ? p.col_scale + item * p.col_scale_batch : nullptr;
     const float* bias = p.bias ? p.bias + item * p.bias_batch : nullptr;
     for (int i = thread; i < HEIGHT; i += threads) {
-      row_scale[i] = rows && m + i < p.m ? rows[m + i] : 1.0f;
-      row_bias[i] = bias && p.swapped && m + i < p.m ? bias[m + i] : -0.0f;
+      row_scale[i] = rows && i < rows_left ? rows[m + i] : 1.0f;
+      row_bias[i] = bias && p.swapped && i < rows_left ? bias[m + i] : -0.0f;
     }
     for (int i = thread; i < WIDTH; i += threads) {
-      col_scale[i] = cols && n + i < p.n ? cols[n + i] : 1.0f;
-      col_bias[i] = bias && !p.swapped && n + i < p.n ? bias[n + i] : -0.0f;
+      col_scale[i] = cols && i < cols_left ? cols[n + i] : 1.0f;
+      col_bias[i] = bias && !p.swapped && i < cols_left ? bias[n + i] : -0.0f;
     }
 #endif
   }
