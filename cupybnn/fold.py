@@ -20,12 +20,13 @@ def fold_batch_norm(
     """Turn a batch norm followed by a sign into a threshold and a flip for each column.
 
     For every integer s from -2**24 to 2**24, ``(s >= threshold) != flip`` is exactly
-    ``y >= 0`` of ``y = (s - mean) / sqrt(var + eps) * gamma + beta`` computed in float32, each
-    step rounded. Each step is monotone, rounded or not, so y changes its sign at one integer at
-    most: that one is found by bisection on the formula itself. For gamma > 0 a column is +1 from
-    its threshold on; for gamma < 0 it is +1 below it, and flip is set; for gamma = 0 it is the
-    sign of beta throughout. (The idea: Umuroglu et al., FINN, 2017,
-    https://arxiv.org/abs/1612.07119, section 4.2.2.)
+    ``y >= 0`` of ``y = s * scale + (beta - mean * scale)`` with
+    ``scale = gamma * (1 / sqrt(var + eps))``, computed in float32, each step rounded: what
+    `cupybnn.ops.batch_norm` computes outside of training. Each step is monotone, rounded or not,
+    so y changes its sign at one integer at most: that one is found by bisection on the formula
+    itself. For gamma > 0 a column is +1 from its threshold on; for gamma < 0 it is +1 below it, and
+    flip is set; for gamma = 0 it is the sign of beta throughout. (The idea: Umuroglu et al., FINN,
+    2017, https://arxiv.org/abs/1612.07119, section 4.2.2.)
 
     Parameters
     ----------
@@ -53,12 +54,14 @@ def fold_batch_norm(
             "The 'mean', 'var', 'gamma' and 'beta' of fold_batch_norm must be vectors of one "
             f"length; got shapes {', '.join(map(str, shapes))}."
         )
-    deviation = xp.sqrt(var + np.float32(eps))
+    # A variance of 0 without eps divides by 0: infinities are in order, NaN is -1.
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        scale = gamma * (1 / xp.sqrt(var + np.float32(eps)))
+        shift = beta - mean * scale
 
     def is_plus(s: Any) -> Any:
-        # A variance of 0 without eps divides by 0: infinities are in order, NaN is -1.
-        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-            return (s.astype(np.float32) - mean) / deviation * gamma + beta >= 0
+        with np.errstate(invalid="ignore", over="ignore"):
+            return s.astype(np.float32) * scale + shift >= 0
 
     low = xp.full(mean.shape, -LIMIT, np.int32)
     high = xp.full(mean.shape, LIMIT, np.int32)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from gemm_cases import BFLOAT16, array, assert_product, host, reference
 
-from cupybnn import fold_batch_norm, pack, xnor_gemm, xnor_gemm_packed
+from cupybnn import fold_batch_norm, ops, pack, xnor_gemm, xnor_gemm_packed
+from cupybnn.autograd import Tensor, no_grad
 
 SHAPES = [(3, 70, 5), (130, 257, 140), (70, 4097, 300), (300, 100, 70), (1, 3000, 1030)]
 
@@ -166,7 +167,21 @@ def batch_norm_sign(s, mean, var, gamma, beta, eps):
     """The formula, step by step in float32."""
     f = np.float32
     with np.errstate(all="ignore"):
-        return (s.astype(f) - f(mean)) / np.sqrt(f(var) + f(eps)) * f(gamma) + f(beta) >= 0
+        scale = f(gamma) * (f(1) / np.sqrt(f(var) + f(eps)))
+        return s.astype(f) * scale + (f(beta) - f(mean) * scale) >= 0
+
+
+def test_folding_is_what_batch_norm_does_outside_of_training():
+    rng = np.random.default_rng(11)
+    n, k = 300, 400
+    mean, var = rng.integers(-k, k, n).astype("f4"), rng.integers(0, 50, n).astype("f4")
+    gamma, beta = rng.standard_normal(n).astype("f4"), (rng.integers(-2, 3, n) / 2).astype("f4")
+    threshold, flip = fold_batch_norm(mean, var, gamma, beta, 1e-4)
+    s = np.arange(-k, k + 1, dtype="f4")[:, None]
+    x = Tensor(np.broadcast_to(s, (len(s), n)))
+    with no_grad():
+        y = ops.batch_norm(x, Tensor(gamma), Tensor(beta), mean, var, training=False, eps=1e-4)
+    np.testing.assert_array_equal((s >= threshold) != flip, y.numpy() >= 0)
 
 
 @pytest.mark.parametrize("seed", range(8))

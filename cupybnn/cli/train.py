@@ -93,7 +93,7 @@ def add_parser(subparsers: Any) -> None:
         "float32, float64, or on a GPU tf32 or bfloat16: how dense products are rounded (float32)",
     )
     _switch(group, "graph", "on a GPU, replay a step as a CUDA graph (the default; --no_graph)")
-    _switch(group, "fused", "on a GPU, make steps by fused kernels (the default; --no_fused)")
+    _switch(group, "fused", "on a GPU, make steps by fused kernels, an experiment")
     _switch(group, "debug", "stop at the first NaN or infinity, in the debugger on a terminal")
 
 

@@ -114,8 +114,8 @@ class TrainConfig:
     warm_up : int
         Steps over which the learning rate first rises.
     fused : bool
-        On a GPU, make steps by the fused kernels where these can (`cupybnn.training.fast`);
-        otherwise operation by operation.
+        On a GPU, make steps by the fused kernels where these can (`cupybnn.training.fast`), an
+        experiment; otherwise operation by operation.
     graph : bool
         Capture the fused step as a CUDA graph.
     """
@@ -154,7 +154,7 @@ class TrainConfig:
     schedule: str = "constant"
     final_lr: float = 0.0
     warm_up: int = 0
-    fused: bool = True
+    fused: bool = False
     graph: bool = True
 
     @property

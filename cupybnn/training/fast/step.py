@@ -133,7 +133,7 @@ class FusedStep:
             parameter.write()  # notes that it changed
             parameter.grad = self.buffers.gradients[name]
         buffers = self.buffers
-        return StepOutput(buffers.loss, buffers.logits, buffers.labels)
+        return StepOutput(buffers.loss.reshape(()), buffers.logits, buffers.labels)
 
     def _captured(self) -> Any:
         """Return the graph of a step, or None, and say so, where it cannot be had."""
