@@ -282,7 +282,8 @@ def test_the_record_names_the_configuration_that_ran(capfd, monkeypatch):
 
 
 def test_tuning_is_told_a_line_a_shape(monkeypatch, capsys):
-    from cupybnn.backends.cuda import tuning
+    from cupybnn.backends.cuda import tuning as table
+    from cupybnn.benchmark import tuning
     from cupybnn.cli import bench
 
     shape = (64, 32, 1000, True)
@@ -294,7 +295,7 @@ def test_tuning_is_told_a_line_a_shape(monkeypatch, capsys):
         tuning.Trial((8, 8, 8, False), config, None, True),
     ]
     monkeypatch.setattr(tuning, "tune", lambda device: iter(trials))
-    monkeypatch.setattr(tuning, "table_path", lambda device: f"/cache/tuned-{device}.json")
+    monkeypatch.setattr(table, "table_path", lambda device: f"/cache/tuned-{device}.json")
     bench._tune(Device("cuda", 1))
     assert capsys.readouterr().out.splitlines() == [
         "tune 64 x 32 x 1000 packed: best of 2 smxx 128x64 15.0 us, "

@@ -140,11 +140,12 @@ def _tune(device: Device) -> None:
         raise ValueError(
             f"The '--tune' needs a CUDA device, for it measures the CUDA kernels; got {device}."
         )
-    from cupybnn.backends.cuda import tuning
+    from cupybnn.backends.cuda.tuning import table_path
+    from cupybnn.benchmark import tuning
 
     for shape, trials in itertools.groupby(tuning.tune(device.index), key=lambda t: t.shape):
         print(_tuned_line(shape, list(trials)), flush=True)
-    print(f"wrote {tuning.table_path(device.index)}\n")
+    print(f"wrote {table_path(device.index)}\n")
 
 
 def _tuned_line(shape: tuple[int, int, int, bool], trials: list[Any]) -> str:

@@ -10,7 +10,15 @@ from dataclasses import dataclass
 
 from cupybnn import settings
 
-__all__ = ["KERNELS", "Config", "candidates", "choose", "force_kernel", "kernels_for"]
+__all__ = [
+    "KERNELS",
+    "Config",
+    "candidates",
+    "choose",
+    "default_kernel",
+    "force_kernel",
+    "kernels_for",
+]
 
 # Kernels by the source file's prefix, fastest first, with the compute capabilities they run on.
 KERNELS = {
@@ -162,6 +170,13 @@ def sm90(
 def kernels_for(capability: int) -> list[str]:
     """Return the kernels that run on a compute capability (90 for 9.0), fastest first."""
     return [name for name, capabilities in KERNELS.items() if capability in capabilities]
+
+
+def default_kernel(capability: int) -> str:
+    """Return the kernel that products use on a compute capability unless told otherwise."""
+    applicable = kernels_for(capability)
+    # From Hopper on XOR is emulated, slower than counting bits; sm75 is for sm_75 alone.
+    return next(name for name in applicable if name != "sm75" or "sm80" not in applicable)
 
 
 def _sm90(m: int, n: int, k: int, batch: int, packed: bool, scaled: bool) -> Config:
@@ -328,14 +343,21 @@ def choose(
         config = asked
     else:
         applicable = kernels_for(capability)
-        kernel = _check(asked) if asked else _default(applicable)
+        kernel = _check(asked) if asked else default_kernel(capability)
         if kernel not in applicable:
             raise ValueError(
                 f"The kernel {kernel!r} does not run on compute capability "
                 f"{capability // 10}.{capability % 10}; here run {', '.join(applicable)}."
             )
-        measured = None if asked or scaled else tuned.get(shape_key(m, n, k, batch, packed))
-        config = measured or shipped(kernel, capability, m, n, k, batch, packed, scaled)
+        config = shipped(kernel, capability, m, n, k, batch, packed, scaled)
+        measured = tuned.get(shape_key(m, n, k, batch, packed))
+        # A file may say anything: only a configuration that could have been measured is launched.
+        if (
+            measured is not None
+            and not (asked or scaled)
+            and measured in candidates(kernel, capability, m, n, k, packed)
+        ):
+            config = measured
     if settings.debug():
         print(
             f"cupybnn: {batch} x ({m}, {k}) @ ({k}, {n}){' packed' if packed else ''}: {config}",
@@ -347,8 +369,3 @@ def choose(
 def shape_key(m: int, n: int, k: int, batch: int, packed: bool) -> str:
     """Name of a shape in a tuned table."""
     return f"{batch}x{m}x{n}x{k}{'p' if packed else ''}"
-
-
-def _default(applicable: list[str]) -> str:
-    # From Hopper on XOR is emulated, slower than counting bits; sm75 is for sm_75 alone.
-    return next(name for name in applicable if name != "sm75" or "sm80" not in applicable)

@@ -1,0 +1,123 @@
+"""Which kernel a shape gets, as data: no GPU is needed to look it up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from cupybnn.backends.cuda import dispatch, tuning
+from cupybnn.backends.cuda.dispatch import choose, force_kernel, kernels_for, sm90
+
+SQUARES = [128, 512, 1024, 2048, 4096, 8192, 16384, 32768]
+SHAPES = [
+    *((n, n, n) for n in SQUARES),
+    (1, 16384, 16384), (16, 16384, 16384), (64, 64, 70_000), (16384, 10, 784), (300, 200, 65_536),
+    (8192, 8192, 1_000_000), (1, 1, 1), (4096, 4096, 100),
+]  # fmt: skip
+
+
+def picked(capability, m, n, k, *, packed=False, scaled=False, tuned=None):
+    return choose(capability, m, n, k, 1, packed, scaled, tuned or {})
+
+
+@pytest.mark.parametrize(("packed", "scaled"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_shipped_table_keeps_the_kernels_rules(shape, packed, scaled):
+    m, n, k = shape
+    chunks = -(-k // 1024)
+    for capability in (61, 70, 75, 80, 86, 89, 90, 100, 120, 130):
+        config = picked(capability, m, n, k, packed=packed, scaled=scaled)
+        assert capability in dispatch.KERNELS[config.kernel]
+        limit = 99 if capability in (86, 89) or capability >= 120 else 163
+        limit = 227 if capability == 90 else limit
+        assert config.shared_bytes(scaled) <= limit * 1024
+        assert config.split_k <= chunks, "each block that splits K must have a chunk"
+        assert not config.deferred or 4 <= chunks <= 63
+        assert not (packed and config.swap)
+        assert not packed or config.tile_n % 32 == 0
+        assert config.blocks(m, n, 1, 132) > 0
+
+
+def test_an_architecture_gets_its_own_kernel():
+    kernels = {c: picked(c, 4096, 4096, 4096).kernel for c in (60, 75, 80, 86, 90, 100, 120, 999)}
+    assert kernels == {
+        60: "smxx", 75: "sm75", 80: "sm80", 86: "sm80", 90: "sm90", 100: "sm80", 120: "sm80",
+        999: "sm80",
+    }  # fmt: skip
+    assert kernels_for(90) == ["sm90", "sm80", "sm75", "smxx"]
+
+
+def test_every_candidate_fits_the_device():
+    for capability, kernel, limit in ((80, "sm80", 163), (86, "sm80", 99), (90, "sm90", 227)):
+        for m, n, k in SHAPES:
+            for packed in (False, True):
+                for config in dispatch.candidates(kernel, capability, m, n, k, packed):
+                    assert config.shared_bytes(False) <= limit * 1024
+                    assert config.split_k <= -(-k // 1024)
+                    assert not (packed and config.swap)
+
+
+def test_forcing_a_kernel_or_a_configuration():
+    mine = sm90(1, 128, 6)
+    with force_kernel("smxx"):
+        assert picked(90, 4096, 4096, 4096).kernel == "smxx"
+        with force_kernel(mine):
+            assert picked(90, 4096, 4096, 4096) is mine
+        assert picked(90, 4096, 4096, 4096).kernel == "smxx"
+    assert picked(90, 4096, 4096, 4096).kernel == "sm90"
+    with pytest.raises(ValueError, match="must be one of sm90, sm80, sm75, smxx; got 'sm70'"):
+        force_kernel("sm70").__enter__()
+    with force_kernel("sm90"), pytest.raises(ValueError, match=r"'sm90' does not run on .* 8\.6"):
+        picked(86, 10, 10, 10)
+
+
+def test_the_choice_is_told(capsys, monkeypatch):
+    monkeypatch.setenv("CUPYBNN_DEBUG", "1")
+    picked(90, 8192, 8192, 8192, packed=True)
+    told = capsys.readouterr().err
+    assert told.startswith("cupybnn: 1 x (8192, 8192) @ (8192, 8192) packed: sm90 128x256 ")
+    assert told.endswith(" deferred, 4 stages\n")
+
+
+class TestTunedTable:
+    @pytest.fixture(autouse=True)
+    def table(self, tmp_path, monkeypatch):
+        path = tmp_path / "cache" / "tuned.json"
+        monkeypatch.setattr(tuning, "table_path", lambda device: path)
+        tuning.winners.cache_clear()
+        yield path
+        tuning.winners.cache_clear()
+
+    def test_winners_are_kept_and_used(self):
+        assert tuning.winners(0) == {}
+        best = dispatch.candidates("sm90", 90, 8192, 8192, 8192, False)[5]
+        key = dispatch.shape_key(8192, 8192, 8192, 1, False)
+        tuning.save(0, {key: best})
+        assert tuning.winners(0) == {key: best}
+        assert picked(90, 8192, 8192, 8192, tuned=tuning.winners(0)) == best
+        assert picked(90, 8192, 8192, 8192, packed=True, tuned=tuning.winners(0)) != best
+        with force_kernel("sm80"):
+            assert picked(90, 8192, 8192, 8192, tuned=tuning.winners(0)).kernel == "sm80"
+
+    @pytest.mark.parametrize(
+        "text", ["", "{", "[]", '{"a": 1}', '{"a": {"kernel": "sm90"}}', '{"a": {"defines": 3}}']
+    )
+    def test_a_damaged_table_is_no_table(self, table, text):
+        table.parent.mkdir()
+        table.write_text(text)
+        assert tuning.winners(0) == {}
+
+    def test_a_configuration_that_nobody_measured_is_not_launched(self, table):
+        key = dispatch.shape_key(8192, 8192, 8192, 1, False)
+        fields = dataclasses.asdict(sm90(1, 256, 4))
+        fields["tile_m"] = 64  # not what its defines compile to
+        table.parent.mkdir()
+        table.write_text(json.dumps({key: fields}))
+        config = picked(90, 8192, 8192, 8192, tuned=tuning.winners(0))
+        assert config == dispatch.shipped("sm90", 90, 8192, 8192, 8192, 1, False, False)
+
+
+def test_the_digest_covers_every_source():
+    assert len(tuning.sources_digest()) == 16
