@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cupybnn.backends.cuda import dispatch, packing, tuning
+from cupybnn.backends.cuda import dispatch, packing
 from cupybnn.backends.cuda.compiler import compile_cubin
 from cupybnn.backends.cuda.sources import kernel_names
+from cupybnn.benchmark import tuning
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 
@@ -123,7 +124,9 @@ def test_pack(arch):
     pairs = [("float", "float"), ("bool", "float16_bits")]
     if arch in ("sm_75", "sm_90a"):  # seconds each: every type on one old and one new architecture
         pairs += [(t, t) for t in types if t != "float"]
-    compile_all("smxx_pack", arch, [{"TYPE_A": a, "TYPE_B": b} for a, b in pairs])
+    compile_all(
+        "smxx_pack", arch, [{"SAME_TYPE": int(a == b), "TYPE_A": a, "TYPE_B": b} for a, b in pairs]
+    )
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
