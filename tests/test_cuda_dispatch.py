@@ -7,8 +7,9 @@ import json
 
 import pytest
 
-from cupybnn.backends.cuda import dispatch, tuning
-from cupybnn.backends.cuda.dispatch import choose, force_kernel, kernels_for, sm90
+from cupybnn.backends.cuda import configs, dispatch, tuning
+from cupybnn.backends.cuda.configs import kernels_for, sm90
+from cupybnn.backends.cuda.dispatch import choose, force_kernel
 
 SQUARES = [128, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 SHAPES = [
@@ -29,7 +30,7 @@ def test_the_shipped_table_keeps_the_kernels_rules(shape, packed, scaled):
     chunks = -(-k // 1024)
     for capability in (61, 70, 75, 80, 86, 89, 90, 100, 120, 130):
         config = picked(capability, m, n, k, packed=packed, scaled=scaled)
-        assert capability in dispatch.KERNELS[config.kernel]
+        assert capability in configs.KERNELS[config.kernel]
         limit = 99 if capability in (86, 89) or capability >= 120 else 163
         limit = 227 if capability == 90 else limit
         assert config.shared_bytes(scaled) <= limit * 1024

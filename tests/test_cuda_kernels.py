@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import cupybnn
-from cupybnn.backends.cuda import dispatch
-from cupybnn.backends.cuda.dispatch import Config, force_kernel, sm75, sm80, sm90, smxx
+from cupybnn.backends.cuda import configs
+from cupybnn.backends.cuda.configs import Config, sm75, sm80, sm90, smxx
+from cupybnn.backends.cuda.dispatch import force_kernel
 
 pytestmark = pytest.mark.gpu
 
@@ -88,7 +89,7 @@ def expected(cupy, a, b):
 
 
 def require(config: Config, capability: int) -> None:
-    if capability not in dispatch.KERNELS[config.kernel]:
+    if capability not in configs.KERNELS[config.kernel]:
         pytest.skip(f"{config.kernel} does not run on compute capability {capability}")
 
 
@@ -138,7 +139,7 @@ def test_a_swapped_configuration_is_exact(cupy, capability, name):
 
 
 def test_every_k_up_to_a_chunk_and_beyond(cupy, capability):
-    for kernel in dispatch.kernels_for(capability):
+    for kernel in configs.kernels_for(capability):
         for k in [*range(1, 70), *range(1020, 1030), 2047, 2048, 2049]:
             a, b = operands(cupy, 33, 17, k)
             with force_kernel(kernel):
@@ -148,7 +149,7 @@ def test_every_k_up_to_a_chunk_and_beyond(cupy, capability):
 
 def test_the_named_kernel_is_the_one_that_runs(cupy, capability, capfd, monkeypatch):
     monkeypatch.setenv("CUPYBNN_DEBUG", "1")
-    for number, kernel in enumerate(dispatch.kernels_for(capability)):
+    for number, kernel in enumerate(configs.kernels_for(capability)):
         a, b = operands(cupy, 40 + number, 50, 60)
         with force_kernel(kernel):
             cupybnn.xnor_gemm(a, b)
@@ -242,7 +243,7 @@ def test_in_a_cuda_graph(cupy):
 
 @pytest.mark.parametrize("kernel", ["sm90", "sm80", "smxx"])
 def test_more_than_2_to_the_31_results(cupy, capability, kernel):
-    if capability not in dispatch.KERNELS[kernel]:
+    if capability not in configs.KERNELS[kernel]:
         pytest.skip(f"{kernel} does not run on compute capability {capability}")
     m, n, k = 40_000, 60_000, 64
     if cupy.cuda.runtime.memGetInfo()[0] < 12 * 2**30:
@@ -258,7 +259,7 @@ def test_more_than_2_to_the_31_results(cupy, capability, kernel):
 
 
 def test_threshold_and_flip_in_every_kernel(cupy, capability):
-    for kernel in dispatch.kernels_for(capability):
+    for kernel in configs.kernels_for(capability):
         for m, n, k in ((70, 300, 500), (300, 1100, 4500)):
             a, b = operands(cupy, m, n, k)
             want = expected(cupy, a, b)
@@ -282,7 +283,7 @@ def test_a_packed_result_is_the_next_products_operand(cupy):
 
 
 def test_a_kernel_of_another_architecture_is_refused(cupy, capability):
-    if capability in dispatch.KERNELS["sm90"]:
+    if capability in configs.KERNELS["sm90"]:
         pytest.skip("all kernels run here")
     a, b = operands(cupy, 10, 10, 10)
     with (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cupybnn.backends.cuda import dispatch, packing
+from cupybnn.backends.cuda import configs, dispatch, packing
 from cupybnn.backends.cuda.compiler import compile_cubin
 from cupybnn.backends.cuda.sources import kernel_names
 from cupybnn.benchmark import tuning
@@ -77,10 +77,10 @@ def compile_all(source: str, arch: str, variants: list[dict], *, spills: bool = 
 
 
 def runs_on(kernel: str, arch: str) -> bool:
-    return kernel in dispatch.kernels_for(capability(arch))
+    return kernel in configs.kernels_for(capability(arch))
 
 
-PRODUCTS = [(k, a) for k in dispatch.KERNELS for a in ARCHITECTURES if runs_on(k, a)]
+PRODUCTS = [(k, a) for k in configs.KERNELS for a in ARCHITECTURES if runs_on(k, a)]
 
 
 def home_of(kernel: str) -> str:
@@ -102,7 +102,7 @@ def test_products_that_the_shipped_table_chooses(kernel, arch):
     compile_all(f"{kernel}_xnor_gemm", arch, variants)
 
 
-@pytest.mark.parametrize("kernel", dispatch.KERNELS)
+@pytest.mark.parametrize("kernel", configs.KERNELS)
 def test_products_that_tuning_may_choose(kernel):
     arch = home_of(kernel)
     require(arch)

@@ -10,7 +10,7 @@ import numpy as np
 
 from cupybnn.backends.cuda import dispatch, product, tuning
 from cupybnn.backends.cuda.compiler import architecture
-from cupybnn.backends.cuda.dispatch import Config
+from cupybnn.backends.cuda.configs import Config, default_kernel
 from cupybnn.benchmark.clock import CudaClock
 from cupybnn.packed import PackedMatrix, pack
 
@@ -62,7 +62,7 @@ def tune(
 
     with cupy.cuda.Device(device):
         capability = architecture(device)
-        kernel = dispatch.default_kernel(capability)
+        kernel = default_kernel(capability)
         found = dict(tuning.winners(device))
         clock = CudaClock(cupy)
         for shape in shapes:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from cupybnn import settings
-from cupybnn.backends.cuda import dispatch
-from cupybnn.backends.cuda.dispatch import Config
+from cupybnn.backends.cuda import configs
+from cupybnn.backends.cuda.configs import Config
 from cupybnn.backends.cuda.sources import kernels_dir
 from cupybnn.files import atomic_write
 
@@ -28,7 +28,7 @@ __all__ = ["save", "sources_digest", "table_path", "winners"]
 def sources_digest() -> str:
     """Digest of everything that decides what a configuration compiles to."""
     digest = hashlib.sha256()
-    for path in [*sorted(kernels_dir().rglob("*.cu*")), Path(dispatch.__file__)]:
+    for path in [*sorted(kernels_dir().rglob("*.cu*")), Path(configs.__file__)]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
