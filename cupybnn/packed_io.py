@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
-from collections.abc import Callable
 
 import numpy as np
 
-from cupybnn.files import atomic_write
+from cupybnn.files import atomic_write, read_npz
 
 __all__ = ["canonical_shape", "read", "write"]
 
@@ -58,7 +55,10 @@ def read(path: str | os.PathLike[str]) -> tuple[np.ndarray, tuple[int, ...], int
     def refuse(why: str) -> ValueError:
         return ValueError(f"{os.fspath(path)!r} cannot be read as a PackedMatrix: {why}.")
 
-    entry = _entries(path, refuse)
+    try:
+        entry = read_npz(path)
+    except ValueError as error:
+        raise refuse(f"it is truncated, damaged or of another kind ({error})") from error
     if missing := [name for name in ENTRIES if name not in entry]:
         raise refuse(f"it has no entry {missing[0]!r}")
     if str(entry["format"]) != FORMAT:
@@ -83,20 +83,3 @@ def read(path: str | os.PathLike[str]) -> tuple[np.ndarray, tuple[int, ...], int
     if tail and (words[..., -1] >> np.uint64(tail)).any():
         raise refuse("there are bits beyond the end of a line, where only zeros may be")
     return words, shape, axis
-
-
-def _entries(
-    path: str | os.PathLike[str], refuse: Callable[[str], ValueError]
-) -> dict[str, np.ndarray]:
-    """Load every entry: the checksum that zip keeps of each is compared on the way."""
-    try:
-        with open(path, "rb") as file:  # closed here also where np.load fails on it
-            loaded = np.load(file, allow_pickle=False)
-            if isinstance(loaded, np.lib.npyio.NpzFile):
-                with loaded:
-                    return {name: loaded[name] for name in loaded.files}
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise refuse(f"it is truncated, damaged or of another kind ({error})") from error
-    raise refuse("it is not an .npz file")

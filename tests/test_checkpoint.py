@@ -97,6 +97,22 @@ class TestFile:
             with pytest.raises(CheckpointError, match="is damaged"):
                 load(path)
 
+    def test_flipped_bits_anywhere_else_are_noticed_or_harmless(self, tmp_path):
+        path = tmp_path / "x.npz"
+        save(path, example())
+        whole, expected = path.read_bytes(), load(path)
+        for position in range(len(whole)):
+            changed = bytearray(whole)
+            changed[position] ^= 1 << position % 8
+            path.write_bytes(changed)
+            try:
+                found = load(path)
+            except CheckpointError:
+                continue
+            assert (found.step, found.info) == (expected.step, expected.info)
+            for name, array in expected.arrays.items():
+                np.testing.assert_array_equal(found.arrays[name], array)
+
     def test_other_files(self, tmp_path):
         path = tmp_path / "x.npz"
         np.savez(path, a=np.zeros(3))

@@ -69,6 +69,26 @@ def test_a_flipped_bit_is_noticed(good):
         PackedMatrix.load(path)
 
 
+def test_every_byte_matters_or_nothing_changes(good):
+    """A wrong byte anywhere, in what zip and NumPy write around the words too, is one error."""
+    path, _ = good
+    whole, expected = path.read_bytes(), PackedMatrix.load(path).unpack()
+    for position in range(len(whole)):
+        changed = bytearray(whole)
+        changed[position] ^= 1 << position % 8
+        path.write_bytes(changed)
+        try:
+            found = PackedMatrix.load(path)
+        except ValueError:
+            continue
+        np.testing.assert_array_equal(found.unpack(), expected)
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere/p\.npz'$"):
+        pack(np.ones((2, 2))).save(tmp_path / "nowhere" / "p.npz")
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
@@ -106,7 +126,7 @@ def test_other_files(tmp_path):
     with pytest.raises(FileNotFoundError):
         PackedMatrix.load(tmp_path / "none")
     np.save(tmp_path / "x.npy", np.ones(3))
-    with pytest.raises(ValueError, match=r"it is not an \.npz file"):
+    with pytest.raises(ValueError, match=r"not an \.npz file"):
         PackedMatrix.load(tmp_path / "x.npy")
     (tmp_path / "text").write_text("hello")
     with pytest.raises(ValueError, match="of another kind"):

@@ -7,7 +7,6 @@ import shutil
 import socket
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from cupybnn import settings
 from cupybnn.data.dataset import Dataset
 from cupybnn.errors import DataError
-from cupybnn.files import atomic_write
+from cupybnn.files import atomic_write, read_npz
 
 __all__ = ["CACHE_NAME", "load"]
 
@@ -89,10 +88,11 @@ def _cause(error: BaseException) -> str:
 
 def _read_cache(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in _MEMBERS}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        arrays = read_npz(path, tuple(_MEMBERS))
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} is corrupt: {_cause(error)}.") from error
+    if missing := [name for name in _MEMBERS if name not in arrays]:
+        raise DataError(f"{path} is corrupt: it has no entry '{missing[0]}'.")
     _check(arrays, str(path))
     return arrays
 

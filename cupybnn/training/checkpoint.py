@@ -7,8 +7,7 @@ import json
 import os
 import secrets
 import shutil
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn.errors import CheckpointError
-from cupybnn.files import atomic_write, remove_leftovers
+from cupybnn.files import atomic_write, read_npz, remove_leftovers
 
 __all__ = ["BEST", "NEWEST", "Checkpoint", "CheckpointFolder", "find", "load", "load_info", "save"]
 
@@ -109,42 +108,49 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         If there is none, or it is damaged, or not a checkpoint of cupybnn, or of a newer version.
     """
     path = find(path)
-    with _opened(path) as stored:
-        header = _header(path, stored)
-        # Reading a member to its end checks its CRC.
-        arrays = {name: stored[_PREFIX + name] for name in header["arrays"]}
+    entries = _entries(path)
+    header = _header(path, entries)
+    try:
+        arrays = {name: entries[_PREFIX + name] for name in header["arrays"]}
         return Checkpoint(int(header["step"]), arrays, header["info"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"The checkpoint {path} is damaged: {error}.") from error
 
 
 def load_info(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     """Read a checkpoint's `info` alone; arguments and errors as for `load`."""
     path = find(path)
-    with _opened(path) as stored:
-        info: Mapping[str, Any] = _header(path, stored)["info"]
-        return info
+    info: Mapping[str, Any] = _header(path, _entries(path, (_HEADER,)))["info"]
+    return info
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """Open a .npz file; what goes wrong with it in the block becomes a `CheckpointError`."""
+def _entries(path: Path, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            yield stored
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        return read_npz(path, names)
+    except OSError as error:
+        raise CheckpointError(
+            f"The checkpoint {path} cannot be read: {error.strerror or error}."
+        ) from error
+    except ValueError as error:
         raise CheckpointError(f"The checkpoint {path} is damaged: {error}.") from error
 
 
-def _header(path: Path, stored: Any) -> dict[str, Any]:
-    named = _HEADER in getattr(stored, "files", ())
-    header = json.loads(str(stored[_HEADER])) if named else None
-    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+def _header(path: Path, entries: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    try:
+        header = json.loads(str(entries[_HEADER]))
+        version = header["version"] if header["format"] == _FORMAT else None
+    except (KeyError, TypeError, ValueError):
+        version = None
+    if not isinstance(version, int):
         raise CheckpointError(f"{path} is not a checkpoint of cupybnn.")
-    if header["version"] > _VERSION:
+    if version > _VERSION:
         raise CheckpointError(
-            f"{path} is a checkpoint of version {header['version']}; this cupybnn reads versions "
-            f"up to {_VERSION}. Update cupybnn."
+            f"{path} is a checkpoint of version {version}; this cupybnn reads versions up to "
+            f"{_VERSION}. Update cupybnn."
         )
-    return header
+    if not isinstance(header.get("info"), dict):
+        raise CheckpointError(f"The checkpoint {path} is damaged: its header has no 'info'.")
+    return dict(header)
 
 
 class CheckpointFolder:
