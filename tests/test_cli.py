@@ -58,6 +58,13 @@ def test_a_wrong_argument_is_told_in_one_line():
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_too_little_memory_is_told_in_one_line():
+    done = command("train", "--dataset", "digits", "--n_hidden", str(10**12))
+    assert done.returncode == 1
+    assert done.stderr.startswith("cupybnn train: out of memory. Unable to allocate")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_an_error_below_cupybnn_keeps_its_traceback(monkeypatch):
     # Only a check of our own may be told in one line: this one would be a bug.
     monkeypatch.setattr(info, "lines", lambda: np.zeros(3).reshape(2))

@@ -87,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except _PLAIN_ERRORS as error:
         print(f"cupybnn {args.command}: {error}", file=sys.stderr)
         return 1
+    except MemoryError as error:  # of the host, or CuPy's of a GPU
+        print(f"cupybnn {args.command}: out of memory. {error}", file=sys.stderr)
+        return 1
     return int(code)
 
 
