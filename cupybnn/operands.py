@@ -89,8 +89,10 @@ def default_dtype(a: np.dtype, b: np.dtype) -> np.dtype:
 
 
 @lru_cache(maxsize=256)
-def check_result_dtype(dtype: Any, k: int, scaled: bool, function: str) -> np.dtype:
-    """Return `dtype` as a dtype that a product over K = `k` elements may have.
+def check_result_dtype(
+    dtype: Any, k: int, scaled: bool, function: str, what: str = "'dtype'"
+) -> np.dtype:
+    """Return `dtype`, which errors call `what`, as one that a product over K = `k` may have.
 
     Raises
     ------
@@ -104,23 +106,23 @@ def check_result_dtype(dtype: Any, k: int, scaled: bool, function: str) -> np.dt
         checked = np.dtype(dtype)
     except TypeError as error:
         raise TypeError(
-            f"The 'dtype' of {function} must be a NumPy dtype; got {dtype!r}."
+            f"The {what} of {function} must be a NumPy dtype; got {dtype!r}."
         ) from error
     if is_floating(checked):
         return checked
     if checked.kind != "i":
         raise TypeError(
-            f"The 'dtype' of {function} must be a real floating or signed integer type, for the "
+            f"The {what} of {function} must be a real floating or signed integer type, for the "
             f"product has negative values; got {checked}."
         )
     if scaled:
         raise TypeError(
-            f"The 'dtype' of {function} must be a floating type when a scale or a bias is given; "
+            f"The {what} of {function} must be a floating type when a scale or a bias is given; "
             f"got {checked}."
         )
     if k > np.iinfo(checked).max:
         raise ValueError(
-            f"The 'dtype' of {function} must hold every integer from -K to K; got {checked} "
+            f"The {what} of {function} must hold every integer from -K to K; got {checked} "
             f"(at most {np.iinfo(checked).max}) for K = {k}. Use a wider integer type or a "
             f"floating one."
         )

@@ -216,7 +216,7 @@ def _result_dtype(problem: _Problem, dtype: Any, out: Any, scaled: bool, functio
             raise TypeError(
                 f"The 'out' of {function} must be a NumPy or CuPy array; got {type_name(out)}."
             )
-        return check_result_dtype(out.dtype, problem.k, scaled, function)
+        return check_result_dtype(out.dtype, problem.k, scaled, function, "dtype of 'out'")
     default = default_dtype(
         *(INT32 if isinstance(x, PackedMatrix) else x.dtype for x in (problem.a, problem.b))
     )

@@ -109,7 +109,7 @@ def test_result_dtypes_that_cannot_be(dtype):
         TypeError, "'dtype' of xnor_gemm", "real floating or signed", f"got {np.dtype(dtype)}"
     ):
         xnor_gemm(a, a, dtype=dtype)
-    with pytest.raises(TypeError):
+    with raises(TypeError, "The dtype of 'out' of xnor_gemm must be a real floating or signed"):
         xnor_gemm(a, a, out=np.empty((3, 3), dtype))
 
 
