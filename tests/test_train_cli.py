@@ -230,6 +230,11 @@ class TestSignals:
         assert a.step == b.step == end
         for name, array in a.arrays.items():
             np.testing.assert_array_equal(array, b.arrays[name])
+        at_the_end = train("--restore", run_again)
+        assert (
+            f"Nothing is left to train: --max_steps, counted from the very first step, is {end}."
+            in at_the_end.stderr
+        )
 
     def test_kill_leaves_a_checkpoint_that_restores(self, tmp_path):
         options = [*QUICK[:-4], "--max_steps", "100000", "--eval_every_n", "1"]

@@ -66,6 +66,12 @@ class Console(Callback):
             self._say(f"Logging to {trainer.run_folder}")
         if config.restore is not None:
             self._say(f"Going on from step {trainer.step} of {config.restore}")
+            if trainer.step >= config.max_steps:
+                self.on_notice(
+                    trainer,
+                    f"Nothing is left to train: --max_steps, counted from the very first step, is "
+                    f"{config.max_steps}.",
+                )
         if sys.stderr.isatty():
             from tqdm import tqdm
 
