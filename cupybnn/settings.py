@@ -9,6 +9,7 @@ from pathlib import Path
 
 __all__ = [
     "cache_dir",
+    "cpu_threads",
     "data_dir",
     "debug",
     "kernel_override",
