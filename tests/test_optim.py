@@ -313,6 +313,74 @@ class TestWeightAverage:
             optim.WeightAverage([], 1)
 
 
+class TestCombined:
+    def parts(self, xp):
+        binary, real = make(xp, seed=1), make(xp, seed=2)
+        optimizers = optim.Bop([binary], lr=0.5, threshold=0.2), optim.Adam([real], lr=0.01)
+        return (binary, real), optimizers
+
+    def test_each_does_what_it_does_alone(self, xp):
+        alone, optimizers = self.parts(xp)
+        for parameter, optimizer in zip(alone, optimizers, strict=True):
+            run(optimizer, parameter, xp, gradients())
+        together, parts = self.parts(xp)
+        combined = optim.Combined(*parts)
+        for grad in gradients():
+            for parameter in together:
+                parameter.grad = xp.asarray(grad.astype(parameter.dtype))
+            combined.step()
+        combined.zero_grad()
+        for a, b in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(host(a.data), host(b.data))
+            assert b.grad is None
+        assert combined.steps == parts[0].steps == len(gradients())
+
+    def test_groups_are_those_of_the_parts(self):
+        _, parts = self.parts(np)
+        combined = optim.Combined(*parts)
+        combined.groups[1]["lr"] = 7.0
+        assert [group["lr"] for group in parts[1].groups] == [7.0]
+        combined.set_lr(0.5)
+        assert [part.groups[0]["lr"] for part in parts] == [0.5, 0.5]
+
+    def test_state(self, xp):
+        parameters, parts = self.parts(xp)
+        combined = optim.Combined(*parts)
+        for parameter in parameters:
+            parameter.grad = xp.ones_like(parameter.data)
+        combined.step()
+        state = combined.state_dict()
+        assert set(state) == {
+            "steps",
+            "0/steps",
+            "0/0.0.mean",
+            "1/steps",
+            "1/0.0.mean",
+            "1/0.0.square",
+        }
+        other = optim.Combined(*self.parts(xp)[1])
+        other.load_state_dict(state)
+        assert other.steps == other.optimizers[1].steps == 1
+        for name, array in other.state_dict().items():
+            np.testing.assert_array_equal(array, state[name])
+
+    def test_state_that_does_not_fit_changes_nothing(self):
+        combined = optim.Combined(*self.parts(np)[1])
+        state = combined.state_dict()
+        bad = {**state, "0/0.0.mean": state["0/0.0.mean"] + 1, "2/x": np.zeros(1)}
+        bad["1/0.0.square"] = np.zeros((1, 1))
+        with pytest.raises(ValueError, match=r"(?s)Combined:.*unknown: 2/x.*1/ 0.0.square: must"):
+            combined.load_state_dict(bad)
+        np.testing.assert_array_equal(combined.state_dict()["0/0.0.mean"], state["0/0.0.mean"])
+
+    def test_bad_parts(self):
+        with pytest.raises(ValueError, match="at least one optimiser; got none"):
+            optim.Combined()
+        parameter = make(np)
+        with pytest.raises(ValueError, match="two groups"):
+            optim.Combined(optim.SGD([parameter], lr=0.1), optim.Adam([parameter]))
+
+
 def test_bop_trains_without_latent_weights():
     """A binary layer learns a known matrix of signs, and its weights stay +1 and -1."""
     from cupybnn import ops

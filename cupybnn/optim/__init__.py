@@ -4,6 +4,7 @@ from cupybnn.optim import schedules
 from cupybnn.optim.adam import Adam, AdamW
 from cupybnn.optim.averaging import WeightAverage
 from cupybnn.optim.bop import Bop
+from cupybnn.optim.combined import Combined
 from cupybnn.optim.groups import binarynet_scale, is_binary, parameter_groups
 from cupybnn.optim.optimizer import Block, Optimizer
 from cupybnn.optim.sgd import SGD
@@ -14,6 +15,7 @@ __all__ = [
     "AdamW",
     "Block",
     "Bop",
+    "Combined",
     "Optimizer",
     "WeightAverage",
     "binarynet_scale",

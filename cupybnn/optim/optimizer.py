@@ -193,6 +193,17 @@ class Optimizer:
         ValueError
             If names or shapes do not fit; all misfits are listed, and nothing has been changed.
         """
+        if faults := self._faults(state):
+            raise ValueError(
+                f"The state does not fit this {type(self).__name__}:\n  " + "\n  ".join(faults)
+            )
+        self.steps = int(state["steps"])
+        for name, parameter, k in self._named_slots():
+            slot = self._slots_of(parameter)[k]
+            slot[...] = to_device(np.asarray(state[name]), device_of(slot))
+
+    def _faults(self, state: Mapping[str, np.ndarray]) -> list[str]:
+        """Return what of `state` does not fit."""
         shapes = {name: parameter.shape for name, parameter, _ in self._named_slots()}
         shapes["steps"] = ()
         faults = [f"missing: {name}" for name in shapes if name not in state]
@@ -202,14 +213,7 @@ class Optimizer:
             for name, shape in shapes.items()
             if name in state and np.shape(state[name]) != shape
         ]
-        if faults:
-            raise ValueError(
-                f"The state does not fit this {type(self).__name__}:\n  " + "\n  ".join(faults)
-            )
-        self.steps = int(state["steps"])
-        for name, parameter, k in self._named_slots():
-            slot = self._slots_of(parameter)[k]
-            slot[...] = to_device(np.asarray(state[name]), device_of(slot))
+        return faults
 
 
 def _checked_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
