@@ -146,6 +146,11 @@ def test_products_are_kept_in_a_type_that_holds_them(k):
         ({"binary": True, "ste": "approx_sign"}, 90, "'approx_sign'"),
         ({"optimizer": "sgd"}, 90, "SGD"),
         ({"debug": True}, 90, "--debug"),
+        ({"augment_shift": 1.0}, 90, "'augment_shift'"),
+        ({"augment_elastic": 1.0}, 90, "'augment_elastic'"),
+        ({"binary": True, "sign_keep_prob": 0.9}, 90, "'sign_keep_prob'"),
+        ({"binary": True, "optimizer": "bop"}, 90, "Combined"),
+        ({"schedule": "step", "milestones": (5,), "average": "ema", "latent_lr": 0.5}, 90, None),
     ],
 )
 def test_what_stands_against_the_fused_step(settings, capability, words):

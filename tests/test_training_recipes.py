@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+import numpy as np
 import pytest
 
+from cupybnn import nn
+from cupybnn.autograd import Tensor
 from cupybnn.cli import train as command
 from cupybnn.cli.main import main
+from cupybnn.errors import CheckpointError
 from cupybnn.training import TrainConfig, Trainer, recipes, train
 
 
@@ -98,6 +104,20 @@ class TestSettings:
             {"loss": "squared_hinge", "binary": True, "penalty": "bipolar", "reg": 1e-6},
             {"label_smoothing": 0.1, "input_keep_prob": 0.8},
             {"hidden_layers": 1},
+            {"schedule": "step", "milestones": [10, 20], "milestone_factor": 0.2, "warm_up": 3},
+            {"average": "ema", "average_decay": 0.9, "batch_norm": True, "binary": True},
+            {"average": "swa", "average_from": 12, "augment_shift": 1.0},
+            {"optimizer": "bop", "binary": True, "batch_norm": True, "bop_rate": 0.05},
+            {"binary": True, "first": True, "last": True, "batch_norm": True, "latent_lr": 3.0},
+            {"binary": True, "batch_norm": True, "sign_keep_prob": 0.8},
+            {"binary": True, "batch_norm": True, "ste": "ede_sign"},
+            {
+                "augment_shift": 0.5,
+                "augment_rotation": 10,
+                "augment_scale": 0.1,
+                "augment_shear": 0.1,
+                "augment_elastic": 0.3,
+            },
             {"hidden_layers": 5, "binary": True, "batch_norm": True, "lr_scale": "binarynet"},
         ],
         ids=lambda s: "-".join(map(str, s.values())),
@@ -137,12 +157,176 @@ class TestSettings:
         scales = sorted({group["lr_scale"](p) for p in group["params"]})
         assert scales == pytest.approx([1, (48 / 1.5) ** 0.5])
 
+    def test_milestones_count_from_the_first_step(self):
+        config = TrainConfig(
+            **QUICK, schedule="step", milestones=(10, 20), milestone_factor=0.5, warm_up=4
+        )
+        schedule = Trainer(config).optimizer.schedule
+        assert [schedule(step) for step in (4, 9, 10, 19, 20)] == [1, 1, 0.5, 0.5, 0.25]
+
+    def test_latent_weights_have_a_factor_of_their_own(self):
+        settings = {**QUICK, "binary": True, "latent_lr": 0.1}
+        for scale, hidden in (("none", 0.1), ("binarynet", 0.1 * (48 / 1.5) ** 0.5)):
+            trainer = Trainer(TrainConfig(**settings, lr_scale=scale))
+            (group,) = trainer.optimizer.groups
+            assert group["lr_scale"](trainer.model.fc2.weight) == pytest.approx(hidden)
+            assert group["lr_scale"](trainer.model.fc1.weight) == 1
+
+    def test_bop_flips_binary_weights_and_leaves_the_rest_to_adam(self):
+        settings = {**QUICK, "binary": True, "optimizer": "bop", "bop_rate": 0.05}
+        trainer = Trainer(TrainConfig(**settings, batch_norm=True, reg=1e-3))
+        binary, real = trainer.model.fc2.weight, trainer.model.fc1.weight
+        before, before_real = binary.numpy().copy(), real.numpy().copy()
+        assert set(np.unique(before)) == {-1.0, 1.0}
+        # The penalty is of the two real layers alone: the magnitudes of signs say nothing.
+        magnitudes = sum(
+            abs(m.weight.numpy()).sum() for m in (trainer.model.fc1, trainer.model.fcout)
+        )
+        assert trainer.objective.penalty().item() == pytest.approx(1e-3 * magnitudes, rel=1e-5)
+        trainer.run()
+        assert set(np.unique(binary.numpy())) == {-1.0, 1.0}
+        assert 0 < (binary.numpy() != before).mean() < 0.9
+        assert (real.numpy() != before_real).mean() > 0.9
+
+    def test_bop_learns(self):
+        settings = {**QUICK, "binary": True, "batch_norm": True, "reg": 0.0, "max_steps": 200}
+        settings |= {"n_hidden": 64, "lr": 3e-3}
+        still = train(**settings, optimizer="bop", bop_threshold=1e9)  # no weight ever flips
+        result = train(**settings, optimizer="bop", bop_rate=1e-2, bop_threshold=1e-6)
+        assert result.final.train_loss < still.final.train_loss
+        assert result.final_accuracy > 0.8
+
+    def test_sharpening_pseudo_gradient_hears_how_far_training_is(self):
+        trainer = Trainer(TrainConfig(**QUICK, binary=True, ste="ede_sign"))
+        heard = []
+        step = trainer.make_step
+
+        def listen(number):
+            output = step(number)
+            heard.append(trainer.model.sign1.quantizer.progress)
+            return output
+
+        trainer.make_step = listen
+        trainer.run()
+        assert heard == [number / 30 for number in range(30)]
+        assert trainer.model.fc2.quantizer.progress == heard[-1]
+
+    def test_other_end_of_a_sharpening_pseudo_gradient_is_said(self, tmp_path):
+        settings = {**QUICK, "binary": True, "ste": "ede_sign"}
+        first = train(**settings, log_dir=str(tmp_path))
+        longer = {**settings, "max_steps": 40, "restore": str(first.run_folder)}
+        assert "max_steps is 40 instead of 30" in train(**longer).notices[0]
+
+    def test_coin_tosses_keep_activations_two_valued(self):
+        config = TrainConfig(**QUICK, binary=True, xnor=True, last=True, sign_keep_prob=0.5)
+        model = Trainer(config).model
+        x = Tensor(np.random.default_rng(0).random((50, 64), np.float32))
+        kept = {}
+        for training in (True, False):
+            model.train(training)
+            kept[training] = {n: t for n, t in model.stages(x) if n.endswith("/activation")}
+            assert len(kept[training]) == 3
+            for activation in kept[training].values():
+                assert activation.two_valued
+                assert set(np.unique(activation.numpy())) == {-1.0, 1.0}
+        changed = kept[True]["fc1/activation"].numpy() != kept[False]["fc1/activation"].numpy()
+        assert 0.2 < changed.mean() < 0.3  # half of the coins show what was there
+
     def test_falling_schedule_and_other_max_steps_is_said(self, tmp_path):
         settings = {**QUICK, "schedule": "cosine"}
         first = train(**settings, log_dir=str(tmp_path))
         longer = {**settings, "max_steps": 40, "restore": str(first.run_folder)}
         assert "max_steps is 40 instead of 30" in train(**longer).notices[0]
 
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"schedule": "step"}, "The 'milestones' must be given for the schedule 'step'"),
+            ({"schedule": "step", "milestones": [5, 5]}, "must be rising whole numbers.*got .5, 5"),
+            ({"milestones": "12"}, "must be rising whole numbers, at least 1; got '12'"),
+            ({"milestones": [0]}, "must be rising whole numbers, at least 1; got .0"),
+            ({"optimizer": "bop"}, "'bop' must have binary weights to flip; .*binary=False"),
+            (
+                {"optimizer": "bop", "binary": True, "hidden_layers": 1},
+                "binary=True, hidden_layers=1",
+            ),
+            ({"average": "mean"}, "The 'average' must be one of none, ema, swa; got 'mean'"),
+            ({"average_decay": 1.0}, r"'average_decay' must be a finite number, in \[0, 1\)"),
+            ({"sign_keep_prob": 0}, r"'sign_keep_prob' must be a finite number, in \(0, 1\]"),
+            ({"augment_shift": -1}, "'augment_shift' must be a finite number, at least 0; got -1"),
+            ({"augment_scale": 1.0}, r"'augment_scale' must be a finite number, in \[0, 1\)"),
+        ],
+    )
+    def test_refused(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            TrainConfig(**settings)
+
+    def test_milestones_on_the_command_line(self, capsys):
+        quick = ["train", "--dataset", "digits", "--device", "cpu", "--max_steps", "1"]
+        assert main([*quick, "--schedule", "step", "--milestones", "5,9"]) == 0
+        with pytest.raises(SystemExit):
+            main([*quick, "--milestones", "5,x"])
+        assert (
+            "must be whole numbers with commas between them; got '5,x'" in capsys.readouterr().err
+        )
+        config = TrainConfig(schedule="step", milestones=[5, 9])
+        assert TrainConfig.from_json(config.to_json()) == config
+
     def test_exponential_needs_an_end_above_zero(self):
         with pytest.raises(ValueError, match="'final_lr' must be greater than 0"):
             TrainConfig(schedule="exponential")
+
+
+class TestAverage:
+    SETTINGS: ClassVar = {**QUICK, "binary": True, "batch_norm": True}
+
+    def test_what_is_evaluated(self):
+        trainer = Trainer(TrainConfig(**self.SETTINGS, average="swa", average_from=20))
+        seen = []
+        step = trainer.make_step
+
+        def keep(number):
+            output = step(number)
+            seen.append(trainer.model.state_dict())
+            return output
+
+        trainer.make_step = keep
+        result = trainer.run()
+        model, last = trainer.model, seen[-1]
+        for name, array in model.state_dict().items():  # outside, all is as training left it
+            np.testing.assert_array_equal(array, last[name], err_msg=name)
+        with trainer.averaged():
+            inside = model.state_dict()
+        for name, _ in model.named_parameters():
+            mean = np.mean([state[name] for state in seen[20:]], axis=0)
+            np.testing.assert_allclose(inside[name], mean, rtol=1e-4, atol=1e-6, err_msg=name)
+        # Batch norm's statistics are those of the averaged weights on training images.
+        alone = Trainer(TrainConfig(**self.SETTINGS))
+        alone.model.load_state_dict(inside)
+        images = alone.data.scale(alone.data.train_images[:1000])
+        nn.refresh_statistics(alone.model, [Tensor(images)])
+        for name, array in alone.model.named_buffers():
+            np.testing.assert_allclose(inside[name], array, rtol=1e-5, err_msg=name)
+        assert alone.evaluate() == pytest.approx(
+            (result.final.test_loss, result.final.test_accuracy), rel=1e-5
+        )
+
+    def test_nothing_to_average_yet(self):
+        plain = train(**self.SETTINGS)
+        late = train(**self.SETTINGS, average="ema", average_from=1000)
+        assert late.final.test_loss == plain.final.test_loss
+
+    def test_training_goes_on_with_its_own_weights(self):
+        plain = Trainer(TrainConfig(**self.SETTINGS))
+        averaged = Trainer(TrainConfig(**self.SETTINGS, average="ema", average_decay=0.5))
+        results = plain.run(), averaged.run()
+        assert results[0].final.train_loss == results[1].final.train_loss
+        assert results[0].final.test_loss != results[1].final.test_loss
+        for name, array in plain.state().arrays.items():
+            np.testing.assert_array_equal(averaged.state().arrays[name], array, err_msg=name)
+
+    def test_other_average_is_not_restored(self, tmp_path):
+        settings = {**self.SETTINGS, "average": "ema"}
+        first = train(**settings, log_dir=str(tmp_path))
+        with pytest.raises(CheckpointError, match="average: checkpoint 'ema', this run 'swa'"):
+            train(**{**settings, "average": "swa", "restore": str(first.run_folder)})

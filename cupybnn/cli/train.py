@@ -60,6 +60,20 @@ def add_parser(subparsers: Any) -> None:
     _switch(group, "batch_norm", "batch normalization after each hidden product")
     _option(group, "keep_prob", "P", "chance of a hidden unit not to be dropped (1.0)", float)
     _option(group, "input_keep_prob", "P", "chance of a pixel not to be dropped (1.0)", float)
+    _option(
+        group,
+        "sign_keep_prob",
+        "P",
+        "with --binary: chance of an activation not to be replaced by a coin toss (1.0)",
+        float,
+    )
+
+    group = about("random deformations of training images")
+    _option(group, "augment_shift", "PIXELS", "move by up to so much (0)", float)
+    _option(group, "augment_rotation", "DEGREES", "turn by up to so much (0)", float)
+    _option(group, "augment_scale", "SHARE", "stretch height and width by up to so much (0)", float)
+    _option(group, "augment_shear", "SHARE", "shear by up to so much (0)", float)
+    _option(group, "augment_elastic", "PIXELS", "elastic displacements, typical size (0)", float)
 
     group = about("how it learns")
     _option(group, "max_steps", "N", "step at which training ends (1000)", int)
@@ -67,14 +81,28 @@ def add_parser(subparsers: Any) -> None:
     _option(group, "label_smoothing", "S", "share of a label spread over all classes (0)", float)
     _option(group, "penalty", "NAME", "l1, or bipolar: sum(1 - w**2) of binary layers (l1)")
     _option(group, "reg", "R", "factor of the penalty (1e-4)", float)
-    _option(group, "optimizer", "NAME", "adam, adamw or sgd (adam)")
+    _option(group, "optimizer", "NAME", "adam, adamw, sgd, or bop: flips binary weights (adam)")
     _option(group, "momentum", "M", "of sgd (0.9)", float)
     _option(group, "weight_decay", "D", "of adamw (0)", float)
+    _option(group, "bop_rate", "R", "of bop: part of the newest gradient in the mean (1e-4)", float)
+    _option(group, "bop_threshold", "T", "of bop: least mean for a flip (1e-8)", float)
     _option(group, "lr", "LR", "learning rate (1e-3)", float)
+    _option(group, "latent_lr", "F", "factor of the learning rate of latent weights (1.0)", float)
     _option(group, "lr_scale", "NAME", "none, or binarynet: larger for binary weights (none)")
-    _option(group, "schedule", "NAME", "constant, cosine or exponential (constant)")
+    _option(group, "schedule", "NAME", "constant, cosine, exponential or step (constant)")
     _option(group, "final_lr", "F", "last factor of a falling learning rate (0)", float)
+    _option(
+        group,
+        "milestones",
+        "N,...",
+        "with --schedule step: steps at which the learning rate falls",
+        _numbers,
+    )
+    _option(group, "milestone_factor", "F", "factor of the learning rate at each (0.1)", float)
     _option(group, "warm_up", "N", "steps over which the learning rate first rises (0)", int)
+    _option(group, "average", "NAME", "evaluate averaged weights: none, ema or swa (none)")
+    _option(group, "average_decay", "D", "of ema (0.999)", float)
+    _option(group, "average_from", "N", "step after which the average begins (0)", int)
 
     group = about("the run")
     group.add_argument(*_spellings("recipe"), metavar="NAME", help="start from settings in a file")
@@ -99,6 +127,15 @@ def add_parser(subparsers: Any) -> None:
 
 def _option(parser: Any, name: str, metavar: str, text: str, kind: Any = str) -> None:
     parser.add_argument(*_spellings(name), dest=name, metavar=metavar, type=kind, help=text)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(",") if number.strip())
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be whole numbers with commas between them; got {text!r}"
+        ) from None
 
 
 def _switch(parser: Any, name: str, text: str) -> None:

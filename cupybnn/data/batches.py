@@ -78,6 +78,8 @@ class DeviceData:
     ----------
     train_images, test_images : array of uint8, shape (images, pixels)
     train_labels, test_labels : array of int64, shape (images,)
+    image_shape : tuple of int
+        (height, width).
     pixel_scale : floating
         What a pixel is multiplied with to make the network's input.
     """
@@ -86,6 +88,7 @@ class DeviceData:
         self.device = device
         self.dtype = np.dtype(dtype)
         self.features = dataset.features
+        self.image_shape = dataset.image_shape
         self.classes = dataset.classes
         self.train_images = to_device(dataset.train_images, device)
         self.train_labels = to_device(dataset.train_labels.astype(np.int64), device)

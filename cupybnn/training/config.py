@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
-import operator
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from cupybnn.data import DATASETS
+from cupybnn.training import checks
 
 __all__ = ["DTYPES", "TrainConfig"]
 
@@ -20,9 +18,10 @@ _CHOICES = {
     "dtype": DTYPES,
     "loss": ("cross_entropy", "squared_hinge"),
     "penalty": ("l1", "bipolar"),
-    "optimizer": ("adam", "adamw", "sgd"),
+    "optimizer": ("adam", "adamw", "sgd", "bop"),
     "lr_scale": ("none", "binarynet"),
-    "schedule": ("constant", "cosine", "exponential"),
+    "schedule": ("constant", "cosine", "exponential", "step"),
+    "average": ("none", "ema", "swa"),
 }
 _SWITCHES = ("binary", "xnor", "batch_norm", "debug", "first", "last", "fused", "graph")
 _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -34,6 +33,17 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "momentum": ("in [0, 1)", lambda x: 0 <= x < 1),
     "weight_decay": ("at least 0", lambda x: x >= 0),
     "final_lr": ("in [0, 1]", lambda x: 0 <= x <= 1),
+    "milestone_factor": ("in (0, 1]", lambda x: 0 < x <= 1),
+    "latent_lr": ("greater than 0", lambda x: x > 0),
+    "bop_rate": ("in (0, 1]", lambda x: 0 < x <= 1),
+    "bop_threshold": ("at least 0", lambda x: x >= 0),
+    "sign_keep_prob": ("in (0, 1]", lambda x: 0 < x <= 1),
+    "average_decay": ("in [0, 1)", lambda x: 0 <= x < 1),
+    "augment_shift": ("at least 0", lambda x: x >= 0),
+    "augment_rotation": ("at least 0", lambda x: x >= 0),
+    "augment_scale": ("in [0, 1)", lambda x: 0 <= x < 1),
+    "augment_shear": ("at least 0", lambda x: x >= 0),
+    "augment_elastic": ("at least 0", lambda x: x >= 0),
 }
 
 
@@ -100,19 +110,47 @@ class TrainConfig:
     penalty : {"l1", "bipolar"}
         What `reg` is the factor of: the sum of the magnitudes of all weights, or Tang et al.'s
         ``sum(1 - w**2)`` over the latent weights of binary layers.
-    optimizer : {"adam", "adamw", "sgd"}
+    optimizer : {"adam", "adamw", "sgd", "bop"}
+        "bop": binary weights are flipped by `cupybnn.optim.Bop`, all others learn by Adam; no
+        penalty is taken of binary weights, which have no magnitudes then.
     momentum : float
         Of "sgd", in [0, 1).
     weight_decay : float
         Of "adamw".
     lr_scale : {"none", "binarynet"}
         "binarynet": learning rates of latent weights times `cupybnn.optim.binarynet_scale`.
-    schedule : {"constant", "cosine", "exponential"}
-        How the learning rate goes from `lr` to ``lr * final_lr`` at `max_steps`.
+    latent_lr : float
+        Further factor of the learning rates of latent weights.
+    bop_rate, bop_threshold : float
+        Of "bop": the part of the newest gradient in the running mean, which follows the schedule,
+        and how large the mean must be for a flip.
+    schedule : {"constant", "cosine", "exponential", "step"}
+        How the learning rate goes from `lr` to ``lr * final_lr`` at `max_steps`; "step": it is
+        multiplied by `milestone_factor` at each of `milestones`.
     final_lr : float
         Last factor of the learning rate, in [0, 1]; for "exponential" greater than 0.
+    milestones : tuple of int
+        Rising numbers of steps, for the schedule "step".
+    milestone_factor : float
+        In (0, 1].
     warm_up : int
         Steps over which the learning rate first rises.
+    sign_keep_prob : float
+        Chance of a binary activation not to be replaced by a coin toss
+        (`cupybnn.nn.SignDropout`), in (0, 1]. No effect without `binary`.
+    average : {"none", "ema", "swa"}
+        Evaluate with averages of the weights over the steps, exponential or of equal weights, and
+        with batch norm's statistics taken for them anew.
+    average_decay : float
+        Of "ema", in [0, 1).
+    average_from : int
+        Number of the step after which the average begins.
+    augment_shift, augment_elastic : float
+        Random deformations of training images, in pixels; see `cupybnn.data.Augmentation`. 0: off.
+    augment_rotation : float
+        In degrees.
+    augment_scale, augment_shear : float
+        As shares.
     fused : bool
         On a GPU, make steps by the fused kernels where these can (`cupybnn.training.fast`), an
         experiment; otherwise operation by operation.
@@ -156,6 +194,20 @@ class TrainConfig:
     warm_up: int = 0
     fused: bool = False
     graph: bool = True
+    latent_lr: float = 1.0
+    bop_rate: float = 1e-4
+    bop_threshold: float = 1e-8
+    milestones: tuple[int, ...] = ()
+    milestone_factor: float = 0.1
+    sign_keep_prob: float = 1.0
+    average: str = "none"
+    average_decay: float = 0.999
+    average_from: int = 0
+    augment_shift: float = 0.0
+    augment_rotation: float = 0.0
+    augment_scale: float = 0.0
+    augment_shear: float = 0.0
+    augment_elastic: float = 0.0
 
     @property
     def storage_dtype(self) -> str:
@@ -166,7 +218,7 @@ class TrainConfig:
         for name in ("data_dir", "log_dir", "restore"):
             value = getattr(self, name)
             if value is not None:
-                self._set(name, _path(name, value))
+                self._set(name, checks.path(name, value))
         for name, least in (
             ("n_hidden", 1),
             ("batch_size", 1),
@@ -176,18 +228,20 @@ class TrainConfig:
             ("validation", 0),
             ("hidden_layers", 1),
             ("warm_up", 0),
+            ("average_from", 0),
         ):
-            self._set(name, _integer(name, getattr(self, name), least))
+            self._set(name, checks.integer(name, getattr(self, name), least))
+        self._set("milestones", checks.integers("milestones", self.milestones, 1))
         for name, (rule, holds) in _NUMBERS.items():
-            self._set(name, _number(name, getattr(self, name), rule, holds))
+            self._set(name, checks.number(name, getattr(self, name), rule, holds))
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(
                     f"The {name!r} must be True or False; got {getattr(self, name)!r}."
                 )
         for name, choices in _CHOICES.items():
-            _choice(name, getattr(self, name), choices)
-        _choice("ste", self.ste, _ste_names())
+            checks.choice(name, getattr(self, name), choices)
+        checks.choice("ste", self.ste, _ste_names())
         if not isinstance(self.device, str):
             self._set("device", str(self.device))
         if self.dataset == "digits" and self.data_dir is not None:
@@ -198,6 +252,17 @@ class TrainConfig:
         if self.schedule == "exponential" and self.final_lr == 0:
             raise ValueError(
                 "The 'final_lr' must be greater than 0 for the schedule 'exponential'; got 0.0."
+            )
+        if self.schedule == "step" and not self.milestones:
+            raise ValueError(
+                "The 'milestones' must be given for the schedule 'step': the steps at which the "
+                "learning rate falls; got none."
+            )
+        layers = self.first + self.last + self.hidden_layers - 1 if self.binary else 0
+        if self.optimizer == "bop" and layers == 0:
+            raise ValueError(
+                f"The 'optimizer' 'bop' must have binary weights to flip; got a network without "
+                f"any (binary={self.binary}, hidden_layers={self.hidden_layers})."
             )
 
     def _set(self, name: str, value: Any) -> None:
@@ -243,47 +308,6 @@ class TrainConfig:
                 f"The configuration must be a JSON object; got {type(settings).__name__}."
             )
         return cls.from_mapping(settings, source="configuration")
-
-
-def _path(name: str, value: Any) -> str:
-    try:
-        path = os.fspath(value)
-    except TypeError:
-        path = None
-    if not isinstance(path, str) or not path:
-        raise ValueError(f"The {name!r} must be a path or None; got {value!r}.")
-    return path
-
-
-def _integer(name: str, value: Any, least: int) -> int:
-    wrong = f"The {name!r} must be a whole number, at least {least}; got {value!r}."
-    if isinstance(value, bool):
-        raise ValueError(wrong)
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(wrong) from None
-    if number < least:
-        raise ValueError(wrong)
-    return number
-
-
-def _number(name: str, value: Any, rule: str, holds: Callable[[float], bool]) -> float:
-    wrong = f"The {name!r} must be a finite number, {rule}; got {value!r}."
-    if isinstance(value, (bool, str, bytes)):
-        raise ValueError(wrong)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(wrong) from None
-    if not math.isfinite(number) or not holds(number):
-        raise ValueError(wrong)
-    return number
-
-
-def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"The {name!r} must be one of {', '.join(choices)}; got {value!r}.")
 
 
 def _ste_names() -> tuple[str, ...]:

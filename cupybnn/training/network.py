@@ -43,18 +43,19 @@ class Perceptron(nn.Module):
 
     Full precision: each hidden layer is product, batch norm, ReLU, dropout.
 
-    Binary: product, dropout, batch norm, sign. Dropout comes before the sign, so that what enters
-    the next product is two-valued. Weights of the first and the last layer and the input of the
-    last are real, and nothing but batch norm stands between the last hidden product and it.
-    With `first` the first layer's weights are binary too, and a trained factor brings its products
-    into the window of the sign; with `last` input and weights of the last layer are binary and a
-    trained factor scales the logits.
+    Binary: product, dropout, batch norm, sign, dropout of signs. The first dropout comes before the
+    sign, and the second makes signs of signs, so that what enters the next product is two-valued.
+    Weights of the first and the last layer and the input of the last are real, and nothing but
+    batch norm stands between the last hidden product and it. With `first` the first layer's weights
+    are binary too, and where there is no batch norm, a trained factor brings its products into the
+    window of the sign; with `last` input and weights of the last layer are binary and a trained
+    factor scales the logits.
 
     Parameters
     ----------
     config : TrainConfig
         Its fields `hidden_layers`, `n_hidden`, `binary`, `xnor`, `first`, `last`, `batch_norm`,
-        `keep_prob`, `input_keep_prob`, `ste`, `dtype` and `seed`.
+        `keep_prob`, `input_keep_prob`, `sign_keep_prob`, `ste`, `dtype` and `seed`.
     features, classes : int
         Inputs and outputs.
     """
@@ -74,10 +75,13 @@ class Perceptron(nn.Module):
             if config.binary:
                 self._add_dropout(f"dropout{number}")
                 self._add_batch_norm(f"bn{number}")
-                if first and config.first:
+                if first and config.first and not config.batch_norm:
                     setattr(self, f"scale{number}", Scale(_FIRST_SCALE, config.storage_dtype))
                 if not last or config.last:
                     setattr(self, f"sign{number}", nn.Sign(self._quantizer()))
+                    if config.sign_keep_prob < 1:
+                        coins = nn.SignDropout(config.sign_keep_prob, rng=self._noise)
+                        setattr(self, f"signdropout{number}", coins)
             else:
                 self._add_batch_norm(f"bn{number}")
                 setattr(self, f"relu{number}", nn.ReLU())

@@ -27,7 +27,7 @@ _FREE = {
 }
 #: Settings that change how training goes on, but fit any checkpoint: they may differ, and it is
 #: said.
-_CHANGEABLE = {"fused", "lr", "max_steps", "reg"}  # a falling learning rate falls until max_steps
+_CHANGEABLE = {"fused", "lr", "max_steps", "reg"}  # some schedules go until max_steps
 
 
 def restored_config(path: str, **changes: Any) -> TrainConfig:
@@ -73,7 +73,8 @@ def check_settings(config: TrainConfig, stored: Checkpoint) -> list[str]:
     """
     before = _stored_config(stored.info)
     old, new = asdict(before), asdict(config)
-    free = _FREE if config.schedule == "constant" else _FREE - {"max_steps"}
+    to_the_end = config.schedule in ("cosine", "exponential") or config.ste == "ede_sign"
+    free = _FREE - {"max_steps"} if to_the_end else _FREE
     differing = [name for name in new if name not in free and old[name] != new[name]]
     wrong = [name for name in differing if name not in _CHANGEABLE]
     if wrong:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from cupybnn import nn, ops, optim
 from cupybnn.autograd import Tensor
-from cupybnn.data import BatchOrder, DeviceData
+from cupybnn.data import Augmentation, BatchOrder, DeviceData
 from cupybnn.training.config import TrainConfig
 
 __all__ = ["Objective", "PlainStep", "Step", "StepOutput", "make_optimizer"]
@@ -45,8 +48,8 @@ class Objective:
     model : Module
         Whose weights (latent ones where they are binary) the penalty is of.
     config : TrainConfig
-        Its fields `loss`, `label_smoothing`, `reg` and `penalty`. At ``reg = 0`` no penalty is
-        computed.
+        Its fields `loss`, `label_smoothing`, `reg`, `penalty` and `optimizer`. At ``reg = 0`` no
+        penalty is computed, and with "bop" none of binary weights.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
@@ -54,7 +57,8 @@ class Objective:
         bipolar = config.penalty == "bipolar"
         kinds = (nn.BinaryLinear,) if bipolar else (nn.Linear, nn.BinaryLinear)
         self._penalty = ops.bipolar_penalty if bipolar else ops.l1
-        self._weights = [m.weight for _, m in model.named_modules() if isinstance(m, kinds)]
+        weights = [m.weight for _, m in model.named_modules() if isinstance(m, kinds)]
+        self._weights = [w for w in weights if w.bits > 1 or config.optimizer != "bop"]
 
     def loss(self, logits: Tensor, labels: Any) -> Tensor:
         """Mean loss of a batch, without the penalty."""
@@ -79,17 +83,14 @@ class Objective:
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> optim.Optimizer:
     """Return the optimiser that `config` describes, with its schedule."""
-    schedule = optim.schedules.constant()
-    falling = max(config.max_steps - config.warm_up, 1)
-    if config.schedule == "cosine":
-        schedule = optim.schedules.cosine(falling, config.final_lr)
-    elif config.schedule == "exponential":
-        schedule = optim.schedules.exponential(falling, config.final_lr)
-    if config.warm_up:
-        schedule = optim.schedules.warm_up(config.warm_up, schedule)
+    schedule = _schedule(config)
     common: dict[str, Any] = {"lr": config.lr, "schedule": schedule}
-    if config.lr_scale == "binarynet":
-        common["lr_scale"] = optim.binarynet_scale
+    if config.optimizer == "bop":
+        binary, real = optim.parameter_groups(model, (optim.is_binary, {}))
+        bop = optim.Bop([binary], config.bop_rate, config.bop_threshold, schedule=schedule)
+        return optim.Combined(bop, optim.Adam([real], **common))
+    if config.lr_scale != "none" or config.latent_lr != 1:
+        common["lr_scale"] = _latent_scale(config)
     parameters = list(model.parameters())
     if config.optimizer == "sgd":
         return optim.SGD(parameters, momentum=config.momentum, **common)
@@ -98,10 +99,46 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> optim.Optimizer:
     return optim.Adam(parameters, **common)
 
 
+def _schedule(config: TrainConfig) -> optim.schedules.Schedule:
+    schedule = optim.schedules.constant()
+    falling = max(config.max_steps - config.warm_up, 1)
+    if config.schedule == "cosine":
+        schedule = optim.schedules.cosine(falling, config.final_lr)
+    elif config.schedule == "exponential":
+        schedule = optim.schedules.exponential(falling, config.final_lr)
+    elif config.schedule == "step":
+        # What follows a warm-up counts from its end; milestones count from the very first step.
+        boundaries = [milestone - config.warm_up for milestone in config.milestones]
+        schedule = optim.schedules.step(boundaries, config.milestone_factor)
+    if config.warm_up:
+        schedule = optim.schedules.warm_up(config.warm_up, schedule)
+    return schedule
+
+
+def _latent_scale(config: TrainConfig) -> Callable[[nn.Parameter], float]:
+    """Return the factor of a parameter's learning rate."""
+
+    def scale(parameter: nn.Parameter) -> float:
+        factor = config.latent_lr if parameter.bits == 1 else 1.0
+        return factor * (optim.binarynet_scale(parameter) if config.lr_scale != "none" else 1.0)
+
+    return scale
+
+
 class PlainStep:
     """The step as the autograd engine does it, operation by operation.
 
     Every faster step must give what this one gives.
+
+    Parameters
+    ----------
+    model : Module
+    objective : Objective
+    optimizer : Optimizer
+    data : DeviceData
+    order : BatchOrder
+    config : TrainConfig
+        Its fields `augment_...`, `seed` and `max_steps`.
     """
 
     def __init__(
@@ -111,17 +148,25 @@ class PlainStep:
         optimizer: optim.Optimizer,
         data: DeviceData,
         order: BatchOrder,
+        config: TrainConfig,
     ) -> None:
         self._model = model
         self._objective = objective
         self._optimizer = optimizer
         self._data = data
         self._order = order
+        self._max_steps = max(config.max_steps, 1)
+        amounts = ("shift", "rotation", "scale", "shear", "elastic")
+        self._augment = Augmentation(*(getattr(config, f"augment_{name}") for name in amounts))
+        # Seed and step decide how images are deformed: a checkpoint has nothing to keep of it.
+        self._seed = int(np.random.default_rng([config.seed, 0xA6]).integers(2**63))
 
     def __call__(self, step: int) -> StepOutput:
-        """Make step number `step`: gather its batch, forward, backward, update."""
+        """Make step number `step`: gather its batch, deform, forward, backward, update."""
         inputs, labels = self._data.batch(self._order.indices(step))
+        inputs = self._augment(inputs, self._data.image_shape, self._seed, step)
         self._model.train()
+        nn.set_progress(self._model, min(step / self._max_steps, 1.0))
         self._optimizer.zero_grad()
         logits = self._model(Tensor(inputs))
         loss = self._objective(logits, labels)

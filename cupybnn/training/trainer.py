@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cupybnn import optim
-from cupybnn.autograd import Tensor, debug, no_grad
+from cupybnn.autograd import debug
 from cupybnn.backends.devices import resolve
 from cupybnn.data import BatchOrder, Dataset, DeviceData, load
 from cupybnn.errors import CheckpointError, NonFiniteError
 from cupybnn.training import checkpoint as checkpoints
 from cupybnn.training.config import TrainConfig
+from cupybnn.training.evaluation import Averaging, evaluate
 from cupybnn.training.network import build_network
 from cupybnn.training.records import Callback, Evaluation, TrainResult
 from cupybnn.training.restore import check_settings
@@ -136,6 +138,7 @@ class Trainer:
         self.model.to(self.device)
         self.objective = Objective(self.model, config)
         self.optimizer = make_optimizer(self.model, config)
+        self._averaging = Averaging(self.model, self.data, config)
         self.timer = StepTimer(self.device, config.batch_size)
         # Chosen when the first step is made: it takes up weights that were restored.
         self._step: Step | None = None
@@ -146,6 +149,7 @@ class Trainer:
         """Return all that a later run needs to go on exactly from here."""
         arrays = {f"model/{k}": v for k, v in self.model.state_dict().items()}
         arrays |= {f"optimizer/{k}": v for k, v in self.optimizer.state_dict().items()}
+        arrays |= {f"average/{k}": v for k, v in self._averaging.state_dict().items()}
         info = {
             "config": {**vars(self.config)},
             "dataset": self.dataset.name,
@@ -168,6 +172,7 @@ class Trainer:
         try:
             self.model.load_state_dict(part("model/"))
             self.optimizer.load_state_dict(part("optimizer/"))
+            self._averaging.load_state_dict(part("average/"))
             self.history = [Evaluation(**fields) for fields in stored.info["history"]]
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
@@ -225,6 +230,7 @@ class Trainer:
             self.timer.start()
             output = self._checked_step(step)
             self.timer.stop()
+            self._averaging.update(step)
             self.step = step + 1
             for callback in self.callbacks:
                 callback.on_step(self, step, output)
@@ -254,7 +260,7 @@ class Trainer:
         """Make step number `step`: by fused kernels where these can, else by operations."""
         if self._step is None:
             self._step = self._fused_step() or PlainStep(
-                self.model, self.objective, self.optimizer, self.data, self.order
+                self.model, self.objective, self.optimizer, self.data, self.order, self.config
             )
         return self._step(step)
 
@@ -303,18 +309,16 @@ class Trainer:
         )
 
     def evaluate(self) -> tuple[float, float]:
-        """Return loss (with the penalty) and accuracy over the whole test set."""
-        # On the CPU a batch's activations should fit into the cache, on a GPU launches count.
-        size = 10_000 if self.device.kind == "cuda" else 1_000
-        loss: Any = 0.0
-        correct: Any = 0
-        self.model.eval()
-        with no_grad():
-            for inputs, labels in self.data.test_batches(size):
-                logits = self.model(Tensor(inputs))
-                loss = loss + self.objective.loss(logits, labels).data * len(labels)
-                correct = correct + (logits.data.argmax(axis=1) == labels).sum()
-            penalty = self.objective.penalty()
-        count = len(self.data.test_labels)
-        total = float(loss) / count + (0.0 if penalty is None else penalty.item())
-        return total, int(correct) / count
+        """Return loss (with the penalty) and accuracy over the whole test set.
+
+        They are those of the averaged weights, if the configuration wants an average.
+        """
+        with self.averaged():
+            return evaluate(self.model, self.objective, self.data)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Context within which `model` is the one that is evaluated: with averaged weights, if any.
+
+        To fold or save it, say. Outside it has the weights that training goes on with.
+        """
+        return self._averaging.applied()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,14 @@ __all__ = ["HiddenPlan", "NetworkPlan", "exact_product_dtype", "obstacle"]
 
 _MAX_CLASSES = 32
 _MAX_ELEMENTS = 2**31 - 1
+#: Settings that the fused step follows, or that are judged or done outside of it.
+_KNOWN = (
+    "data_dir dataset log_dir n_hidden reg lr batch_size max_steps eval_every_n binary xnor "
+    "batch_norm debug keep_prob first last restore device seed ste dtype validation hidden_layers "
+    "input_keep_prob loss label_smoothing penalty optimizer momentum weight_decay lr_scale "
+    "schedule final_lr warm_up fused graph latent_lr bop_rate bop_threshold milestones "
+    "milestone_factor average average_decay average_from"
+)
 
 
 @dataclass(frozen=True)
@@ -182,6 +190,11 @@ def _obstacles(
         yield f"it does not know the optimiser {type(optimizer).__name__}"
     elif len(optimizer.groups) != 1:
         yield "it takes one group of parameters"
+    # A list of what it knows: a setting that is new is refused until someone thinks of it here.
+    for setting in fields(config):
+        value = getattr(config, setting.name)
+        if setting.name not in _KNOWN.split() and value != setting.default:
+            yield f"it does not know the setting {setting.name!r}"
     if config.debug:
         yield "--debug looks at every operation"
     features, classes = next(_ends(model))

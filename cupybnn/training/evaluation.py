@@ -1,0 +1,97 @@
+"""Loss and accuracy over the test set, of the weights of the moment or of their averages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from cupybnn import nn, optim
+from cupybnn.autograd import Tensor, no_grad
+from cupybnn.data import DeviceData
+from cupybnn.training.config import TrainConfig
+from cupybnn.training.step import Objective
+
+__all__ = ["Averaging", "evaluate"]
+
+#: Batches of training images, and images in each, for batch norm's statistics of averaged weights.
+_BATCHES, _IMAGES = 10, 1000
+
+
+def evaluate(model: nn.Module, objective: Objective, data: DeviceData) -> tuple[float, float]:
+    """Return loss (with the penalty) and accuracy over the whole test set."""
+    # On the CPU a batch's activations should fit into the cache, on a GPU launches count.
+    size = 10_000 if data.device.kind == "cuda" else 1_000
+    loss: Any = 0.0
+    correct: Any = 0
+    model.eval()
+    with no_grad():
+        for inputs, labels in data.test_batches(size):
+            logits = model(Tensor(inputs))
+            loss = loss + objective.loss(logits, labels).data * len(labels)
+            correct = correct + (logits.data.argmax(axis=1) == labels).sum()
+        penalty = objective.penalty()
+    count = len(data.test_labels)
+    total = float(loss) / count + (0.0 if penalty is None else penalty.item())
+    return total, int(correct) / count
+
+
+class Averaging:
+    """The average of a model's weights over training, if its configuration wants one.
+
+    Parameters
+    ----------
+    model : Module
+    data : DeviceData
+        Batch norm's statistics are those of its first training images, as they are.
+    config : TrainConfig
+        Its fields `average`, `average_decay` and `average_from`.
+    """
+
+    def __init__(self, model: nn.Module, data: DeviceData, config: TrainConfig) -> None:
+        self._model, self._data = model, data
+        self._from = config.average_from
+        self._average: optim.WeightAverage | None = None
+        if config.average != "none":
+            decay = config.average_decay if config.average == "ema" else None
+            self._average = optim.WeightAverage(model.parameters(), decay)
+
+    def update(self, step: int) -> None:
+        """Take up the weights after step number `step`."""
+        if self._average is not None and step >= self._from:
+            self._average.update()
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Context within which the model has averaged weights and the statistics to them.
+
+        Where there is no average, or none yet, the model is as it is.
+        """
+        if self._average is None or self._average.updates == 0:
+            yield
+            return
+        before = [(array, array.copy()) for _, array in self._model.named_buffers()]
+        with self._average.applied():
+            try:
+                nn.refresh_statistics(self._model, self._batches())
+                yield
+            finally:
+                for array, kept in before:
+                    array[...] = kept
+
+    def _batches(self) -> Iterator[Tensor]:
+        images = self._data.train_images
+        size = min(_IMAGES, len(images))
+        for start in range(0, min(_BATCHES * size, len(images) - size + 1), size):
+            yield Tensor(self._data.scale(images[start : start + size]))
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return the average's state; nothing where there is none."""
+        return {} if self._average is None else self._average.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Continue from what `state_dict` returned; ValueError if it does not fit."""
+        if self._average is not None:
+            self._average.load_state_dict(state)
