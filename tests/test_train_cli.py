@@ -52,6 +52,15 @@ class TestOutput:
         assert re.fullmatch(r"Med ex/s = \d+\.\d", lines[-1])
         assert done.stderr == ""  # no bar where there is no terminal
 
+    def test_a_loss_that_is_no_longer_finite_is_told_once(self):
+        done = train(*QUICK, "--lr", "1e30")
+        assert [line.split()[1] for line in done.stdout.splitlines() if "loss = nan" in line] == [
+            "10,",
+            "20,",
+        ]
+        assert done.stderr.count("The loss is no longer finite. --debug stops") == 1
+        assert "no longer finite" not in train(*QUICK).stderr
+
     def test_xnor_and_dense_print_the_same_trace(self):
         dense = train(*QUICK, "--binary", "--batch_norm")
         xnor = train(*QUICK, "--binary", "--batch_norm", "--xnor")

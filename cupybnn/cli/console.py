@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ class Console(Callback):
 
     def __init__(self) -> None:
         self._bar: Any = None
+        self._finite = True
 
     def _say(self, line: str) -> None:
         if self._bar is None:
@@ -91,6 +93,13 @@ class Console(Callback):
             f"step {evaluation.step}, loss = {evaluation.train_loss:.4f}, {kind} accuracy "
             f"{evaluation.test_accuracy:.4f} ({evaluation.examples_per_second:.1f} ex/s)"
         )
+        if self._finite and not math.isfinite(evaluation.train_loss):
+            self._finite = False
+            self.on_notice(
+                trainer,
+                "The loss is no longer finite. --debug stops where the first NaN or infinity is "
+                "made; a smaller --lr often avoids it.",
+            )
 
     def on_end(self, trainer: Trainer, result: TrainResult) -> None:
         """Print the final figures, or those so far."""
