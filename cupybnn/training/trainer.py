@@ -103,6 +103,11 @@ class Trainer:
         *,
         dataset: Dataset | None = None,
     ) -> None:
+        if not isinstance(config, TrainConfig):
+            raise TypeError(
+                f"The 'config' must be a TrainConfig; got {type(config).__name__}. A dict of "
+                f"settings becomes one by TrainConfig.from_mapping."
+            )
         self.config = config
         self.callbacks = list(callbacks)
         self.notices: list[str] = []
