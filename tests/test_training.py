@@ -103,7 +103,7 @@ class TestRun:
             cupybnn.train(TrainConfig(), max_steps=3)
         with pytest.raises(ValueError, match="got steps"):
             cupybnn.train(steps=3)
-        with pytest.raises(TypeError, match=r"must be a TrainConfig; got dict\. .* from_mapping"):
+        with pytest.raises(TypeError, match=r"must be a TrainConfig; got dict\. .*from_mapping"):
             cupybnn.train(QUICK)
 
     def test_learns(self):
