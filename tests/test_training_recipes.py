@@ -31,6 +31,45 @@ def test_original_is_the_defaults():
     assert TrainConfig.from_mapping(recipes.load("original").settings) == TrainConfig()
 
 
+AUGMENT = tuple(f"augment_{name}" for name in ("shift", "rotation", "scale", "shear", "elastic"))
+
+
+def test_what_the_names_promise():
+    configs = {n: TrainConfig.from_mapping(recipes.load(n).settings) for n in recipes.names()}
+    for name in ("binarynet", "augmented", "tiny"):
+        config = configs[name]
+        assert config.binary
+        assert config.first
+        assert config.last
+        assert config.dataset == "mnist"
+        assert any(getattr(config, a) for a in AUGMENT) == (name != "binarynet")
+    assert configs["tiny"].n_hidden <= 256
+    network = ("n_hidden", "hidden_layers", "batch_norm", "ste")
+    for setting in network:
+        assert getattr(configs["binarynet"], setting) == getattr(configs["augmented"], setting)
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_each_learns_when_made_small(name):
+    small = {"dataset": "digits", "device": "cpu", "n_hidden": 128, "batch_size": 64}
+    small |= {"max_steps": 300, "eval_every_n": 1000}
+    deformed = dict.fromkeys(AUGMENT, 0.0)  # as much as this is too much for 8x8 pixels
+    result = train(TrainConfig.from_mapping({**recipes.load(name).settings, **small, **deformed}))
+    assert result.history[0].test_accuracy < 0.5
+    assert result.final_accuracy > 0.65  # strong dropout is slow at first
+
+
+def test_deformed_are_images_in_training_alone():
+    plain = Trainer(TrainConfig(**QUICK))
+    deforming = Trainer(TrainConfig(**QUICK, augment_shift=2.0))
+    assert plain.evaluate() == deforming.evaluate()
+    first, second = plain.make_step(0), deforming.make_step(0)
+    assert (first.labels == second.labels).all()
+    assert (first.logits != second.logits).any()
+    again = Trainer(TrainConfig(**QUICK, augment_shift=2.0)).make_step(0)
+    assert (again.logits == second.logits).all()
+
+
 def test_options_override_a_recipe():
     recipe = recipes.load("digits").settings
     config = command._config({"recipe": "digits", "n_hidden": 33, "binary": False})
@@ -81,7 +120,9 @@ def test_bad_files(tmp_path, content, message):
 def test_unknown_name(capsys):
     for name in ("nothing", "../config", "", str("x" * 300)):
         assert main(["train", "--recipe", name]) == 2
-        assert "must be one of digits, original" in capsys.readouterr().err
+        assert (
+            "must be one of augmented, binarynet, digits, original, tiny" in capsys.readouterr().err
+        )
 
 
 QUICK = {
