@@ -302,6 +302,17 @@ class TestSettings:
         with pytest.raises(ValueError, match=message):
             TrainConfig(**settings)
 
+    def test_what_is_said_of_them(self, capsys):
+        quick = ["train", "--dataset", "digits", "--device", "cpu", "--max_steps", "1"]
+        assert main([*quick, "--binary", "--sign_keep_prob", "0.9", "--average", "ema"]) == 0
+        out = capsys.readouterr().out
+        assert "coin tosses for signs (keep 0.9)\n" in out
+        assert "averages of the weights (exponential, decay 0.999), from step 0 on\n" in out
+        assert main([*quick, "--sign_keep_prob", "0.9"]) == 0
+        captured = capsys.readouterr()
+        assert "--sign_keep_prob has no effect without --binary." in captured.err
+        assert "coin tosses" not in captured.out
+
     def test_milestones_on_the_command_line(self, capsys):
         quick = ["train", "--dataset", "digits", "--device", "cpu", "--max_steps", "1"]
         assert main([*quick, "--schedule", "step", "--milestones", "5,9"]) == 0

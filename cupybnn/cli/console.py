@@ -60,10 +60,18 @@ class Console(Callback):
             ]
         details += ["batch norm"] * config.batch_norm
         details += [f"dropout (keep {config.keep_prob})"] * (config.keep_prob < 1)
+        if config.binary and config.sign_keep_prob < 1:
+            details.append(f"coin tosses for signs (keep {config.sign_keep_prob})")
         self._say(f"Network: {data.features}-{hidden}-{data.classes}, {', '.join(details)}")
         for name in ("xnor", "first", "last"):
             if getattr(config, name) and not config.binary:
                 self.on_notice(trainer, f"--{name} has no effect without --binary.")
+        if config.sign_keep_prob < 1 and not config.binary:
+            self.on_notice(trainer, "--sign_keep_prob has no effect without --binary.")
+        if config.average != "none":
+            kind_of = {"ema": f"exponential, decay {config.average_decay}", "swa": "equal weights"}
+            since = f"from step {config.average_from} on"
+            self._say(f"Evaluated: averages of the weights ({kind_of[config.average]}), {since}")
         if trainer.run_folder is not None:
             self._say(f"Logging to {trainer.run_folder}")
         if config.restore is not None:
