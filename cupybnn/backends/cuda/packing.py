@@ -179,9 +179,11 @@ def unpack(words: Any, shape: tuple[int, ...], axis: int, dtype: Any) -> Any:
     batch, lines, k = geometry(shape, axis)
     out = cupy.empty((batch, lines, k), dtype)
     if out.size:
-        bits = {"float16": ("unsigned short", 0x3C00, 0xBC00),
-                "bfloat16": ("unsigned short", 0x3F80, 0xBF80)}  # fmt: skip
-        c_type, one, minus_one = bits.get(dtype.name) or (_C_TYPES[dtype.name], 1, -1)
+        # Half precision by its bits; of bool, -1 is false, to which a cast would not take it.
+        special = {"float16": ("unsigned short", 0x3C00, 0xBC00),
+                   "bfloat16": ("unsigned short", 0x3F80, 0xBF80),
+                   "bool": ("bool", 1, 0)}  # fmt: skip
+        c_type, one, minus_one = special.get(dtype.name) or (_C_TYPES[dtype.name], 1, -1)
         kernel = load_kernel(
             "smxx_unpack",
             "unpack_lines",
@@ -215,11 +217,12 @@ def _pieces(positions: np.ndarray) -> np.ndarray:
 def to_canonical(words: Any, shape: tuple[int, ...], axis: int) -> np.ndarray:
     """Return the words as '<u8' on the host, (*batch, lines, ceil(k / 64)), zero padded."""
     batch, lines, k = geometry(shape, axis)
-    host = words.get().reshape(*words_shape(batch, lines, k)[:3], 8, 4)
-    positions = _positions(host.shape[2])
+    _, chunks, padded, _ = words_shape(batch, lines, k)
+    host = words.get().reshape(batch, chunks, padded, 8, 4)
+    positions = _positions(padded)
     host = host[:, :, positions]
     host = np.take_along_axis(host, _pieces(positions)[None, None, :, :, None], axis=3)
-    host = np.moveaxis(host, 1, 2).reshape(batch, len(positions), -1)[:, :lines]
+    host = np.moveaxis(host, 1, 2).reshape(batch, padded, chunks * CHUNK_WORDS)[:, :lines]
     canonical = np.ascontiguousarray(host).view("<u8")[..., : -(-k // 64)]
     return np.ascontiguousarray(canonical).reshape(*shape[:-2], lines, -(-k // 64))
 
@@ -231,7 +234,7 @@ def from_canonical(canonical: np.ndarray, shape: tuple[int, ...], axis: int) -> 
     batch, lines, k = geometry(shape, axis)
     _, chunks, padded, _ = words_shape(batch, lines, k)
     host = np.zeros((batch, padded, chunks * 16), "<u8")
-    host[:, :lines, : canonical.shape[-1]] = canonical.reshape(batch, lines, -1)
+    host[:, :lines, : -(-k // 64)] = canonical.reshape(batch, lines, -(-k // 64))
     pieces = np.moveaxis(host.view(np.uint32).reshape(batch, padded, chunks, 8, 4), 2, 1)
     positions = _positions(padded)
     placed = np.empty(pieces.shape, np.uint32)

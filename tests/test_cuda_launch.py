@@ -1,0 +1,409 @@
+"""What Python hands to the CUDA kernels, byte by byte, with no GPU and no CuPy.
+
+Kernels and arrays are recorded instead of launched and read: an array here has an address, a shape
+and strides. The structs are read from the kernels' sources, so that a field that moves on one side
+alone is found.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cupybnn.backends.cuda import dispatch, packing, product
+from cupybnn.backends.cuda.dispatch import force_kernel
+from cupybnn.backends.cuda.sources import translation_unit
+from cupybnn.backends.epilogue import Epilogue
+
+WORDS, POPCOUNTS = 0x2000_0000, 0x3000_0000
+# The order in which layout.cuh says that sixteen lines stand.
+LINE_AT = np.array([0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15])
+
+
+class Array:
+    """What the launch code asks of a CuPy array; strides in elements."""
+
+    def __init__(self, shape, dtype=np.float32, strides=None, address=0x1000_0000):
+        self.shape, self.dtype, self.ndim = tuple(shape), np.dtype(dtype), len(shape)
+        self.itemsize, self.size = self.dtype.itemsize, int(np.prod(shape))
+        contiguous = np.empty(shape, dtype).strides
+        self.strides = contiguous
+        if strides is not None:
+            self.strides = tuple(s * self.itemsize for s in strides)
+        self.flags = SimpleNamespace(c_contiguous=self.strides == contiguous)
+        self.data = SimpleNamespace(ptr=address, device_id=0)
+        self.device = SimpleNamespace(id=0)
+
+    def transpose(self, *axes):
+        return Array([self.shape[i] for i in axes], self.dtype)
+
+    def reshape(self, *shape):
+        shape = np.empty(self.shape, bool).reshape(*shape).shape
+        return Array(shape, self.dtype, address=self.data.ptr)
+
+
+class Packed:
+    """What the launch code asks of a packed matrix."""
+
+    def __init__(self, shape, address):
+        self.shape = shape
+        self.words = SimpleNamespace(data=SimpleNamespace(ptr=address))
+        self.popcounts = SimpleNamespace(data=SimpleNamespace(ptr=address + 0x1000))
+
+
+class Launches(list):
+    """Launches in order, and what was cleared before each."""
+
+    cleared: list[tuple[int, int]]
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Record launches, on a machine that has an H100 as far as the launch code can tell."""
+    recorded = Launches()
+    recorded.cleared = []
+
+    def load_kernel(source, function, defines, device, shared=0):
+        def launch(grid, block, arguments, shared_mem=0):
+            assert shared_mem == shared
+            (blocks,), (threads,) = grid, block
+            recorded.append(
+                SimpleNamespace(
+                    source=source, function=function, defines=dict(defines), blocks=blocks,
+                    threads=threads, arguments=arguments,
+                )
+            )  # fmt: skip
+
+        return launch
+
+    def clear(address, value, size, stream):
+        assert value == 0
+        recorded.cleared.append((address, size))
+
+    cupy: Any = ModuleType("cupy")
+    cupy.ndarray = Array
+    cupy.empty = cupy.zeros = lambda shape, dtype: Array(shape, dtype, address=WORDS)
+    cupy.asarray = np.asarray
+    cupy.ascontiguousarray = lambda x, dtype=None: x
+    cupy.broadcast_to = lambda x, shape: Array(shape, x.dtype, address=x.data.ptr)
+    cupy.cuda = SimpleNamespace(
+        Device=lambda number: SimpleNamespace(attributes={"MultiProcessorCount": 132}),
+        alloc=lambda size: SimpleNamespace(ptr=WORDS, size=size),
+        get_current_stream=lambda: SimpleNamespace(ptr=0),
+        runtime=SimpleNamespace(memsetAsync=clear),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    for module in (packing, product):
+        monkeypatch.setattr(module, "load_kernel", load_kernel)
+    monkeypatch.setattr(product, "architecture", lambda device: 90)
+    monkeypatch.setattr(product.tuning, "winners", lambda device: {})
+    monkeypatch.setattr(product, "_plans", {})
+    return recorded
+
+
+def fields_of(source: str, struct: str) -> list[str]:
+    """Names of a struct's fields in a kernel's source; every one must take eight bytes."""
+    text = re.sub(r"//.*", "", translation_unit(source))
+    body = re.search(rf"struct {struct} \{{(.*?)\}};", text, re.DOTALL)
+    assert body is not None
+    names = []
+    for declaration in body[1].replace("\n", " ").split(";"):
+        if not declaration.strip():
+            continue
+        pointer = re.fullmatch(r"\s*(?:const )?[\w ]+\* ?(\w+)", declaration)
+        numbers = re.fullmatch(r"\s*i64 ([\w, ]+)", declaration)
+        assert pointer or numbers, f"{declaration!r} is neither a pointer nor of i64"
+        names += [pointer[1]] if pointer else re.split(r",\s*", numbers[1])
+    return names
+
+
+def decode(argument: np.ndarray, names: list[str]) -> dict[str, int]:
+    assert argument.size == 1
+    assert argument.dtype.itemsize == 8 * len(names)
+    return dict(zip(names, argument.view(np.int64).tolist(), strict=True))
+
+
+def operands_of(launch) -> tuple[dict[str, int], dict[str, int]]:
+    names = fields_of("smxx_pack", "Operand")
+    (argument,) = launch.arguments
+    both = decode(argument, [f"{side}.{name}" for side in "ab" for name in names])
+    a, b = ({n: both[f"{side}.{n}"] for n in names} for side in "ab")
+    return a, b
+
+
+def product_of(launch) -> dict[str, int]:
+    (argument,) = launch.arguments
+    return decode(argument, fields_of(launch.source, "Product"))
+
+
+def test_packing_one_array(launches):
+    x = Array((3, 70, 1100), strides=(90_000, 1200, 1))
+    packing.PackPlan([(x, -1)], 0).launch([(x.data.ptr, WORDS, POPCOUNTS)])
+    (launch,) = launches
+    a, b = operands_of(launch)
+    # Two chunks: two warps to a line, so four lines of 80 x 3 to a block.
+    assert a == {
+        "x": x.data.ptr, "words": WORDS, "pops": POPCOUNTS, "lines": 70, "k": 1100, "chunks": 2,
+        "batch": 3, "line_stride": 4800, "k_stride": 4, "batch_stride": 360_000, "across": 0,
+        "wide": 1, "parts": 2, "blocks": 60,
+    }  # fmt: skip
+    assert b["blocks"] == 0
+    assert (launch.blocks, launch.threads) == (60, 256)
+    assert launch.defines == {"SAME_TYPE": 1, "TYPE_A": "float", "TYPE_B": "float"}
+    assert not launches.cleared
+
+
+def test_packing_both_operands_in_one_launch(launches):
+    a, b = Array((33, 2000), np.int8), Array((2000, 50), np.float16, address=0x5000_0000)
+    plan = packing.PackPlan([(a, -1), (b, -2)], 0)
+    plan.launch([(a.data.ptr, WORDS, POPCOUNTS), (b.data.ptr, WORDS + 64, POPCOUNTS + 64)])
+    (launch,) = launches
+    first, second = operands_of(launch)
+    assert (first["x"], first["words"], first["pops"]) == (a.data.ptr, WORDS, POPCOUNTS)
+    assert (first["lines"], first["k"], first["line_stride"], first["k_stride"]) == (
+        33,
+        2000,
+        2000,
+        1,
+    )
+    assert (first["across"], first["batch"], first["batch_stride"]) == (0, 1, 0)
+    assert (second["x"], second["words"], second["pops"]) == (
+        b.data.ptr, WORDS + 64, POPCOUNTS + 64,
+    )  # fmt: skip
+    assert (second["lines"], second["k"]) == (50, 2000)
+    assert (second["line_stride"], second["k_stride"]) == (2, 100)
+    # Few lines, so that blocks share a line's two chunks and add up in what was cleared.
+    assert (second["across"], second["wide"], second["parts"], second["blocks"]) == (1, 0, 2, 4)
+    assert launches.cleared == [(POPCOUNTS + 64, 4 * 50)]
+    assert launch.blocks == first["blocks"] + second["blocks"]
+    assert launch.defines == {"SAME_TYPE": 0, "TYPE_A": "signed char", "TYPE_B": "float16_bits"}
+
+
+@pytest.mark.parametrize(
+    ("address", "strides", "wide"),
+    [
+        (0, (1000, 1), 1),
+        (16, (1000, 1), 1),
+        (4, (1000, 1), 0),  # misaligned
+        (0, (1001, 1), 0),  # lines that are
+        (0, (-1000, 1), 1),  # lines upside down
+        (0, (0, 1), 1),  # one line for all
+        (0, (1000, 2), 0),
+        (0, (1000, -1), 0),
+        (0, (1000, 0), 0),
+    ],
+)
+def test_wide_loads_along_lines_are_aligned(launches, address, strides, wide):
+    x = Array((40, 1000), strides=strides, address=0x1000_0000 + address)
+    fields = packing._operand(x, -1)
+    names = fields_of("smxx_pack", "Operand")[3:]
+    got = dict(zip(names, fields, strict=True))
+    assert (got["across"], got["wide"]) == (0, wide)
+
+
+@pytest.mark.parametrize(
+    ("lines", "address", "pitch", "wide"),
+    [
+        (4096, 0, 4096, 1),
+        (4096, 8, 4096, 1),
+        (4096, 4, 4096, 0),  # misaligned
+        (4096, 0, 4097, 0),  # every second row is
+        (4095, 0, 4096, 0),  # one line is left over
+    ],
+)
+def test_wide_loads_across_lines_are_aligned_and_leave_no_line(
+    launches, lines, address, pitch, wide
+):
+    x = Array((5000, lines), strides=(pitch, 1), address=0x1000_0000 + address)
+    names = fields_of("smxx_pack", "Operand")[3:]
+    got = dict(zip(names, packing._operand(x, -2), strict=True))
+    assert (got["across"], got["wide"]) == (1, wide)
+    assert got["blocks"] == -(-lines // (64 if wide else 32)) * got["parts"]
+
+
+def test_every_line_has_warps_or_blocks_of_its_own():
+    """As smxx_pack.cu deals them out: 8 / parts lines to a block, or 32 or 64 to `parts` blocks."""
+    names = fields_of("smxx_pack", "Operand")[3:]
+    for batch, lines, k, axis in itertools.product(
+        (1, 3), (1, 2, 16, 17, 33, 64, 130, 4000), (1, 1024, 1025, 3000, 9000, 70_000), (-1, -2)
+    ):
+        shape = (batch, lines, k) if axis == -1 else (batch, k, lines)
+        got = dict(zip(names, packing._operand(Array(shape), axis), strict=True))
+        assert (got["lines"], got["k"], got["batch"]) == (lines, k, batch)
+        assert got["chunks"] * 1024 >= k > (got["chunks"] - 1) * 1024
+        assert 1 <= got["parts"] <= got["chunks"] or not got["across"]
+        if got["across"]:
+            groups = -(-lines // (64 if got["wide"] else 32))
+            assert got["blocks"] == batch * groups * got["parts"]
+        else:
+            padded = -(-lines // 16) * 16
+            assert 8 % got["parts"] == 0
+            assert got["blocks"] * (8 // got["parts"]) >= batch * padded
+            assert (got["blocks"] - 1) * (8 // got["parts"]) < batch * padded
+
+
+def test_as_many_lines_as_32_bits_do_not_count_are_refused(launches):
+    x = SimpleNamespace(
+        shape=(2**15, 2**16, 4), strides=(2**18, 4, 1), itemsize=1, dtype=np.dtype(np.int8),
+        data=SimpleNamespace(ptr=0),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"fewer than 2\*\*31 lines; got 32768 times 65536"):
+        packing.PackPlan([(x, -1)], 0)
+
+
+def test_a_product_of_packed_matrices(launches):
+    a, b = Packed((100, 3000), 0x4000_0000), Packed((3000, 200), 0x5000_0000)
+    out = Array((100, 200), np.float32, strides=(1, 100), address=0x6000_0000)
+    with force_kernel("smxx"):
+        product.gemm(a, b, out, None)
+    (launch,) = launches
+    assert product_of(launch) == {
+        "a": 0x4000_0000, "b": 0x5000_0000, "pop_a": 0x4000_1000, "pop_b": 0x5000_1000,
+        "out": 0x6000_0000, "out_pop": 0, "row_scale": 0, "col_scale": 0, "bias": 0,
+        "threshold": 0, "flip": 0, "m": 100, "n": 200, "k": 3000, "chunks": 3, "batch": 1,
+        "a_step": 1, "b_step": 1, "out_row": 1, "out_col": 100, "out_batch": 0,
+        "row_scale_batch": 0, "col_scale_batch": 0, "bias_batch": 0, "swapped": 0, "group": 8,
+    }  # fmt: skip
+    assert launch.defines == {"OUTPUT": 1, "SCALED": 0}
+    assert (launch.blocks, launch.threads) == (2 * 4, 256)
+
+
+def test_a_swapped_product_of_a_batch_with_scales(launches):
+    config = dispatch.sm90(1, 16, 8, split_k=2, swap=True, group=3)
+    a, b = Packed((5, 9, 4096), 0x4000_0000), Packed((4096, 300), 0x5000_0000)
+    out = Array((5, 9, 300), np.float16, address=0x6000_0000)
+    rows = Array((5, 9, 1), np.float32, address=0x7000_0000)
+    columns = Array((1, 300), np.float32, address=0x7100_0000)
+    bias = Array((5, 1, 300), np.float32, address=0x7200_0000)
+    with force_kernel(config):
+        product.gemm(a, b, out, Epilogue(rows, columns, bias))
+    (launch,) = launches
+    got = product_of(launch)
+    assert (got["a"], got["b"]) == (0x5000_0000, 0x4000_0000)
+    assert (got["pop_a"], got["pop_b"]) == (0x5000_1000, 0x4000_1000)
+    assert (got["m"], got["n"], got["a_step"], got["b_step"], got["batch"]) == (300, 9, 0, 1, 5)
+    assert (got["out_row"], got["out_col"], got["out_batch"]) == (1, 300, 2700)
+    assert got["swapped"] == 1
+    assert got["group"] == 3
+    assert launch.defines == {**dict(config.defines), "OUTPUT": 2, "SCALED": 1}
+    assert launch.blocks == 3 * 1 * 5 * 2
+    assert (got["k"], got["chunks"]) == (4096, 4)
+
+
+def test_scales_follow_the_rows_and_columns_of_the_launch(launches, monkeypatch):
+    """The row scale is of the kernel's rows, which are the caller's columns once swapped."""
+    found = {"rows": (None, 11, 1), "columns": (None, 22, 2), "bias": (None, 33, 3)}
+    monkeypatch.setattr(product, "_scale", lambda x, batch_shape, length: found[x])
+    names = ("row_scale", "col_scale", "bias", "row_scale_batch", "col_scale_batch", "bias_batch")
+    for swap, want in ((False, (11, 22, 33, 1, 2, 3)), (True, (22, 11, 33, 2, 1, 3))):
+        with force_kernel(dispatch.sm90(1, 16, 8, swap=swap)):
+            product.gemm(
+                Packed((9, 64), WORDS), Packed((64, 9), WORDS), Array((9, 9)),
+                Epilogue("rows", "columns", "bias"),
+            )  # fmt: skip
+        got = product_of(launches[-1])
+        assert tuple(got[name] for name in names) == want, swap
+
+
+def test_operands_that_are_arrays_are_packed_into_one_workspace(launches):
+    a, b = Array((7, 2000)), Array((2000, 20), address=0x5000_0000)
+    with force_kernel("smxx"):
+        product.gemm(a, b, Array((7, 20), np.int32), None)
+    pack, multiply = launches
+    first, second = operands_of(pack)
+    got = product_of(multiply)
+    assert (first["words"], first["pops"]) == (got["a"], got["pop_a"]) == (WORDS, WORDS + 4096)
+    assert (second["words"], second["pops"]) == (got["b"], got["pop_b"])
+    # 2 chunks x 16 and 32 lines x 128 bytes; popcounts follow, and nothing overlaps.
+    assert got["b"] % 256 == 0
+    assert got["b"] >= got["pop_a"] + 4 * 7
+    assert got["pop_b"] == got["b"] + 2 * 32 * 128
+    assert launches.cleared == [(got["pop_b"], 4 * 20)]
+
+
+def test_a_packed_result(launches):
+    a, b = Packed((70, 500), 0x4000_0000), Packed((500, 90), 0x5000_0000)
+    threshold = Array((90,), np.int32, address=0x7000_0000)
+    flip = Array((90,), bool, address=0x7100_0000)
+    with force_kernel("smxx"):
+        product.gemm_packed(a, b, threshold, flip)
+    got = product_of(launches[-1])
+    assert (got["threshold"], got["flip"]) == (0x7000_0000, 0x7100_0000)
+    assert got["out"] == got["out_pop"] == WORDS  # what the recorded allocator gives
+    assert (got["row_scale"], got["col_scale"], got["bias"]) == (0, 0, 0)
+    assert launches[-1].defines == {"OUTPUT": 4, "SCALED": 0}
+
+
+def test_output_numbers_are_those_of_the_kernels():
+    text = translation_unit("smxx_xnor_gemm")
+    numbers = {k: int(v) for k, v in re.findall(r"#define OUTPUT_(\w+) (\d+)", text)}
+    assert numbers.pop("PACKED") == product._PACKED
+    assert numbers.pop("BFLOAT16") == product._OUTPUTS["E"]
+    assert {np.dtype(name.lower()).char: v for name, v in numbers.items()} == {
+        char: v for char, v in product._OUTPUTS.items() if char != "E"
+    }
+
+
+@pytest.mark.parametrize(
+    ("dtype", "c_type", "one", "minus_one"),
+    [
+        ("bool", "bool", 1, 0),
+        ("int8", "signed char", 1, -1),
+        ("int64", "long long", 1, -1),
+        ("float64", "double", 1, -1),
+        ("float16", "unsigned short", 0x3C00, 0xBC00),
+    ],
+)
+def test_unpacking_writes_plus_and_minus_one_of_the_dtype(launches, dtype, c_type, one, minus_one):
+    words = object()
+    packing.unpack(words, (2, 30, 1500), -2, dtype)
+    (launch,) = launches
+    assert launch.defines == {"TYPE": c_type, "ONE": one, "MINUS_ONE": minus_one}
+    assert launch.arguments[0] is words
+    assert launch.arguments[2:] == (2, 1500, 30, 1)
+    assert launch.blocks * launch.threads >= 2 * 30 * 1500
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 64), (33, 1025), (2, 3, 17, 3000)])
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_words_lie_where_the_layout_says(launches, shape, axis):
+    *lead, rows, columns = shape
+    lines, k = (rows, columns) if axis == -1 else (columns, rows)
+    batch, words, padded = int(np.prod(lead)), -(-k // 64), -(-lines // 16) * 16
+    bits = np.random.default_rng(0).integers(0, 2, (batch, lines, 64 * words), np.uint8)
+    bits[..., k:] = 0
+    canonical = np.packbits(bits, axis=-1, bitorder="little").view("<u8")
+    placed = packing.from_canonical(canonical.reshape(*lead, lines, words), shape, axis)
+    chunks = -(-k // 1024)
+    assert placed.shape == (batch, chunks, padded, 32)
+    assert placed.dtype == np.uint32
+    whole = np.zeros((batch, padded, chunks * 1024), np.uint8)
+    whole[:, :lines, : 64 * words] = bits
+    pieces = np.packbits(whole, axis=-1, bitorder="little").view(np.uint32)
+    pieces = pieces.reshape(batch, padded, chunks, 8, 4)
+    for position in range(padded):
+        line = position // 16 * 16 + LINE_AT[position % 16]
+        for i in range(8):
+            stands = placed.reshape(batch, chunks, padded, 8, 4)[:, :, position, i ^ position % 8]
+            np.testing.assert_array_equal(stands, pieces[:, line, :, i])
+    on_device = SimpleNamespace(get=lambda: placed)
+    back = packing.to_canonical(on_device, shape, axis)
+    np.testing.assert_array_equal(back, canonical.reshape(*lead, lines, words))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0), (0, 3, 70), (2, 0, 70), (2, 3, 0)])
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_an_empty_matrix_goes_there_and_back(launches, shape, axis):
+    batch, lines, k = packing.geometry(shape, axis)
+    canonical = np.zeros((*shape[:-2], lines, -(-k // 64)), np.uint64)
+    placed = packing.from_canonical(canonical, shape, axis)
+    assert placed.shape == packing.words_shape(batch, lines, k)
+    back = packing.to_canonical(SimpleNamespace(get=lambda: placed), shape, axis)
+    assert back.shape == canonical.shape
+    assert not placed.any()
