@@ -118,9 +118,9 @@ def add_parser(subparsers: Any) -> None:
         group,
         "dtype",
         "T",
-        "float32, float64, or on a GPU tf32 or bfloat16: how dense products are rounded (float32)",
+        "float32, float64; or tf32, bfloat16 with --fused: how dense products are rounded (float32)",
     )
-    _switch(group, "graph", "on a GPU, replay a step as a CUDA graph (the default; --no_graph)")
+    _switch(group, "graph", "replay a fused step as a CUDA graph (the default; --no_graph)")
     _switch(group, "fused", "on a GPU, make steps by fused kernels, an experiment")
     _switch(group, "debug", "stop at the first NaN or infinity, in the debugger on a terminal")
 
