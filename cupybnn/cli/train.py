@@ -118,7 +118,7 @@ def add_parser(subparsers: Any) -> None:
         group,
         "dtype",
         "T",
-        "float32, float64; or tf32, bfloat16 with --fused: how dense products are rounded (float32)",
+        "float32, float64; or tf32, bfloat16 with --fused: rounding of dense products (float32)",
     )
     _switch(group, "graph", "replay a fused step as a CUDA graph (the default; --no_graph)")
     _switch(group, "fused", "on a GPU, make steps by fused kernels, an experiment")
