@@ -167,6 +167,7 @@ def _alloc(size: int) -> Any:
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}
+_MOST_PLANS = 10_000  # a program whose shapes never repeat should not grow for ever
 
 
 def forget_plans() -> None:
@@ -188,6 +189,8 @@ def _plan(
     key = (_kind(a), _kind(b), batch_shape, strides, output, scaled, device, dispatch.forced())
     plan = _plans.get(key)
     if plan is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
         plan = _plans[key] = Plan(a, b, batch_shape, strides, output, scaled, device)
     return plan
 
