@@ -45,8 +45,9 @@ static_assert(TILE_M % (8 * CLUSTER_N) == 0 && TILE_N % (8 * CLUSTER_M) == 0, "w
 // Registers of a thread by role, multiples of 8. Together they must not exceed what the block was
 // launched with, or the last warpgroup to ask for more waits for ever.
 constexpr int PRODUCER_REGISTERS = 40;
-constexpr int CONSUMER_REGISTERS = CONSUMERS == 3 ? 152 : 232;
+constexpr int CONSUMER_REGISTERS = 232;
 constexpr int LAUNCH_REGISTERS = CONSUMERS == 1 ? 232 : 65536 / THREADS / 8 * 8;
+static_assert(CONSUMERS <= 2, "three would be left with too few registers for their accumulators");
 static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (CONSUMERS + 1) * LAUNCH_REGISTERS,
               "the roles share the block's registers");
 
