@@ -37,27 +37,22 @@ __device__ __forceinline__ void multiply_8x8(int* d, u32 a, u32 b) {
 extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_constant__ Product p) {
   __shared__ Terms<TILE, TILE> terms;
   __shared__ uint4 shared_a[TILE * CHUNK_PIECES], shared_b[TILE * CHUNK_PIECES];
-  const Tile tile(blockIdx.x, (u32)((p.m + TILE - 1) / TILE), (u32)((p.n + TILE - 1) / TILE),
-                  (u32)p.group);
-  const i64 m = (i64)tile.m * TILE, n = (i64)tile.n * TILE;
-  const i64 a_lines = padded_lines(p.m), b_lines = padded_lines(p.n);
-  const uint4* from_a = p.a + tile.item * p.a_step * p.chunks * a_lines * CHUNK_PIECES;
-  const uint4* from_b = p.b + tile.item * p.b_step * p.chunks * b_lines * CHUNK_PIECES;
+  const BlockTile<TILE, TILE> tile(p);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int warp_m = warp / 2 * WARP_TILE, warp_n = warp % 2 * WARP_TILE;
 
-  terms.fill(p, tile.item, m, n, threadIdx.x, THREADS);
+  terms.fill(p, tile.item, tile.m, tile.n, threadIdx.x, THREADS);
   int acc[BLOCKS][4 * FRAGMENTS] = {};
   Lines next_a, next_b;
-  next_a.load(from_a, m, a_lines);
-  next_b.load(from_b, n, b_lines);
+  next_a.load(tile.a, tile.m, tile.a_lines);
+  next_b.load(tile.b, tile.n, tile.b_lines);
   for (i64 chunk = 0; chunk < p.chunks; chunk++) {
     next_a.store(shared_a);
     next_b.store(shared_b);
     __syncthreads();
     if (chunk + 1 < p.chunks) {
-      next_a.load(from_a + (chunk + 1) * a_lines * CHUNK_PIECES, m, a_lines);
-      next_b.load(from_b + (chunk + 1) * b_lines * CHUNK_PIECES, n, b_lines);
+      next_a.load(tile.a + (chunk + 1) * tile.a_lines * CHUNK_PIECES, tile.m, tile.a_lines);
+      next_b.load(tile.b + (chunk + 1) * tile.b_lines * CHUNK_PIECES, tile.n, tile.b_lines);
     }
     const u32* words_a = (const u32*)shared_a + (warp_m + lane / 4) * CHUNK_WORDS;
     const u32* words_b = (const u32*)shared_b + (warp_n + lane / 4) * CHUNK_WORDS;
@@ -77,6 +72,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_con
     }
     __syncthreads();
   }
-  Results<TILE, TILE>(p, terms, tile.item, m, n)
+  Results<TILE, TILE>(p, terms, tile.item, tile.m, tile.n)
       .store_all(warp_m, 16, warp_n, acc);
 }

@@ -49,12 +49,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) xnor_gemm(const __grid_
   extern __shared__ __align__(1024) unsigned char raw[];
   __shared__ Terms<TILE_M, TILE_N> terms;
   const u32 slots = (u32)__cvta_generic_to_shared(raw);
-  const Tile tile(blockIdx.x, (u32)((p.m + TILE_M - 1) / TILE_M), (u32)((p.n + TILE_N - 1) / TILE_N),
-                  (u32)p.group);
-  const i64 m = (i64)tile.m * TILE_M, n = (i64)tile.n * TILE_N;
-  const i64 a_lines = padded_lines(p.m), b_lines = padded_lines(p.n);
-  const uint4* from_a = p.a + tile.item * p.a_step * p.chunks * a_lines * CHUNK_PIECES;
-  const uint4* from_b = p.b + tile.item * p.b_step * p.chunks * b_lines * CHUNK_PIECES;
+  BlockTile<TILE_M, TILE_N> tile(p);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int warp_m = warp / WARPS_N * WARP_M, warp_n = warp % WARPS_N * WARP_N;
   const int chunks = (int)p.chunks;
@@ -63,10 +58,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) xnor_gemm(const __grid_
   auto fetch = [&]() {
     if (fetched < chunks) {
       const u32 to = slots + fetched % STAGES * SLOT_BYTES;
-      copy_lines<TILE_M>(to, from_a, m, a_lines);
-      copy_lines<TILE_N>(to + A_BYTES, from_b, n, b_lines);
-      from_a += a_lines * CHUNK_PIECES;
-      from_b += b_lines * CHUNK_PIECES;
+      copy_lines<TILE_M>(to, tile.a, tile.m, tile.a_lines);
+      copy_lines<TILE_N>(to + A_BYTES, tile.b, tile.n, tile.b_lines);
+      tile.a += tile.a_lines * CHUNK_PIECES;
+      tile.b += tile.b_lines * CHUNK_PIECES;
       fetched++;
     }
     asm volatile("cp.async.commit_group;" ::: "memory");  // an empty one keeps the count right
@@ -77,7 +72,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) xnor_gemm(const __grid_
   const int a_line = warp_m + (lane & 15), a_piece = lane >> 4;
   const int b_line = warp_n + (lane & 7) + (lane >> 4) * 8, b_piece = (lane >> 3) & 1;
 
-  terms.fill(p, tile.item, m, n, threadIdx.x, THREADS);
+  terms.fill(p, tile.item, tile.m, tile.n, threadIdx.x, THREADS);
   int acc[BLOCKS_M][4 * BLOCKS_N] = {};
   for (int i = 0; i < STAGES - 1; i++) fetch();
   for (int chunk = 0; chunk < chunks; chunk++) {
@@ -103,6 +98,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) xnor_gemm(const __grid_
     }
   }
   asm volatile("cp.async.wait_group 0;" ::: "memory");
-  Results<TILE_M, TILE_N>(p, terms, tile.item, m, n)
+  Results<TILE_M, TILE_N>(p, terms, tile.item, tile.m, tile.n)
       .store_all(warp_m, 16, warp_n, acc);
 }

@@ -16,20 +16,15 @@ __device__ __forceinline__ void load_lines(uint4* to, const uint4* words, i64 fi
 extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_constant__ Product p) {
   __shared__ uint4 a[TILE * CHUNK_PIECES], b[TILE * CHUNK_PIECES];
   __shared__ Terms<TILE, TILE> terms;
-  const Tile tile(blockIdx.x, (u32)((p.m + TILE - 1) / TILE), (u32)((p.n + TILE - 1) / TILE),
-                  (u32)p.group);
-  const i64 m = (i64)tile.m * TILE, n = (i64)tile.n * TILE;
-  const i64 a_lines = padded_lines(p.m), b_lines = padded_lines(p.n);
-  const uint4* from_a = p.a + tile.item * p.a_step * p.chunks * a_lines * CHUNK_PIECES;
-  const uint4* from_b = p.b + tile.item * p.b_step * p.chunks * b_lines * CHUNK_PIECES;
+  const BlockTile<TILE, TILE> tile(p);
   const int tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
   const int px = position_of(tx), py = position_of(ty);
 
-  terms.fill(p, tile.item, m, n, threadIdx.x, THREADS);
+  terms.fill(p, tile.item, tile.m, tile.n, threadIdx.x, THREADS);
   int acc[EACH][EACH] = {};
   for (i64 chunk = 0; chunk < p.chunks; chunk++) {
-    load_lines(a, from_a + chunk * a_lines * CHUNK_PIECES, m, a_lines);
-    load_lines(b, from_b + chunk * b_lines * CHUNK_PIECES, n, b_lines);
+    load_lines(a, tile.a + chunk * tile.a_lines * CHUNK_PIECES, tile.m, tile.a_lines);
+    load_lines(b, tile.b + chunk * tile.b_lines * CHUNK_PIECES, tile.n, tile.b_lines);
     __syncthreads();
 #pragma unroll 1
     for (int piece = 0; piece < CHUNK_PIECES; piece++) {
@@ -49,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_con
     __syncthreads();
   }
 
-  const Results<TILE, TILE> results(p, terms, tile.item, m, n);
+  const Results<TILE, TILE> results(p, terms, tile.item, tile.m, tile.n);
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
     const int row = ty + SIDE * i;

@@ -336,3 +336,21 @@ struct Tile {
     n = within / height;
   }
 };
+
+// What a block that computes one tile of HEIGHT x WIDTH results starts from: which of the batch and
+// its first row and column, and the operands' words and number of lines, padding included.
+template <int HEIGHT, int WIDTH> struct BlockTile {
+  i64 item, m, n, a_lines, b_lines;
+  const uint4 *a, *b;
+  __device__ __forceinline__ explicit BlockTile(const Product& p) {
+    const Tile tile(blockIdx.x, (u32)((p.m + HEIGHT - 1) / HEIGHT), (u32)((p.n + WIDTH - 1) / WIDTH),
+                    (u32)p.group);
+    item = tile.item;
+    m = (i64)tile.m * HEIGHT;
+    n = (i64)tile.n * WIDTH;
+    a_lines = padded_lines(p.m);
+    b_lines = padded_lines(p.n);
+    a = p.a + item * p.a_step * p.chunks * a_lines * CHUNK_PIECES;
+    b = p.b + item * p.b_step * p.chunks * b_lines * CHUNK_PIECES;
+  }
+};
