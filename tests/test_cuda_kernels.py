@@ -265,7 +265,7 @@ def test_threshold_and_flip_in_every_kernel(cupy, capability):
             want = expected(cupy, a, b)
             random = cupy.random.default_rng(3)
             threshold = random.integers(-40, 40, n, dtype=np.int32)
-            threshold[:2] = (2**31 - 1, -(2**31))
+            threshold[:2] = cupy.asarray([2**31 - 1, -(2**31)], np.int32)
             flip = random.random(n) < 0.5
             with force_kernel(kernel):
                 got = cupybnn.xnor_gemm_packed(a, b, threshold=threshold, flip=flip)

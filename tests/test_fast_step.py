@@ -257,7 +257,9 @@ class TestAgainstThePlainStep:
         _, exact = run(**settings, max_steps=40)
         _, rounded = run(**settings, max_steps=40, dtype=dtype)
         assert np.isfinite(rounded).all()
-        np.testing.assert_allclose(np.mean(rounded[20:]), np.mean(exact[20:]), rtol=0.2)
+        # What is left of the loss; of next to nothing, a fifth says nothing.
+        left = 0.01 * exact[0]
+        np.testing.assert_allclose(np.mean(rounded[20:]), np.mean(exact[20:]), rtol=0.2, atol=left)
 
 
 @pytest.mark.gpu

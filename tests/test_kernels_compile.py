@@ -138,6 +138,15 @@ def test_unpack(arch):
     compile_all("smxx_unpack", arch, [dict(zip(names, t, strict=True)) for t in types])
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_sign(arch):
+    require(arch)
+    names = ("TYPE", "RESULT", "ONE", "MINUS_ONE")
+    types = [("float", "float", 1, -1), ("float16_bits", "unsigned short", 0x3C00, 0xBC00)]
+    types += [("double", "double", 1, -1), ("bool", "signed char", 1, -1)]
+    compile_all("smxx_sign", arch, [dict(zip(names, t, strict=True)) for t in types])
+
+
 def test_every_source_is_compiled_by_a_test():
     covered = {f"{kernel}_xnor_gemm" for kernel, _ in PRODUCTS}
     # Kernels of other subjects have tests of their own beside this one.

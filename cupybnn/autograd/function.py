@@ -97,7 +97,7 @@ def _apply(function: type[Function], operands: tuple[Any, ...], params: dict[str
                 array = function.forward(ctx, *arrays, **params)
     except (ValueError, TypeError, IndexError) as error:
         raise _explained(error, function, operands) from error
-    if xp is np and not isinstance(array, np.ndarray):
+    if isinstance(array, np.generic):
         array = np.asarray(array)  # a reduction to one number gives a NumPy scalar
     check = state.check
     if check is not None:

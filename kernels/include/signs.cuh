@@ -6,8 +6,13 @@ struct float16_bits { unsigned short bits; };
 struct bfloat16_bits { unsigned short bits; };
 
 template <typename T> __device__ __forceinline__ bool nonnegative(T x) { return x >= T(0); }
+// By its bits, for CuPy compiles with -ftz=true, under which the least negative numbers compare as 0:
+// ordered up to +infinity; above it come NaNs, then the negatives, of which only -0.0 counts as +1.
+__device__ __forceinline__ bool nonnegative(float x) {
+  const unsigned int bits = __float_as_uint(x);
+  return bits <= 0x7f800000u || bits == 0x80000000u;
+}
 __device__ __forceinline__ bool nonnegative(bool x) { return x; }
-// Half precision is ordered like its bits up to +infinity; above it come NaNs, then the negatives.
 __device__ __forceinline__ bool nonnegative(float16_bits x) {
   return x.bits <= 0x7c00u || x.bits == 0x8000u;
 }

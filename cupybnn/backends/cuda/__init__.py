@@ -3,7 +3,7 @@
 from cupybnn.backends.cuda import configs
 from cupybnn.backends.cuda.compiler import architecture
 from cupybnn.backends.cuda.dispatch import force_kernel
-from cupybnn.backends.cuda.packing import from_canonical, pack, to_canonical, unpack
+from cupybnn.backends.cuda.packing import from_canonical, pack, sign, to_canonical, unpack
 from cupybnn.backends.cuda.product import gemm, gemm_packed
 from cupybnn.backends.devices import Device
 
@@ -14,6 +14,7 @@ __all__ = [
     "gemm_packed",
     "kernels_for",
     "pack",
+    "sign",
     "to_canonical",
     "unpack",
 ]

@@ -17,6 +17,7 @@ __all__ = [
     "from_canonical",
     "geometry",
     "pack",
+    "sign",
     "to_canonical",
     "unpack",
     "words_shape",
@@ -171,6 +172,42 @@ def _zero(address: int, size: int) -> None:
     cupy.cuda.runtime.memsetAsync(address, 0, size, cupy.cuda.get_current_stream().ptr)
 
 
+def _plus_and_minus_one(dtype: np.dtype) -> tuple[str, int, int]:
+    """Return the C type of a dtype, and +1 and -1 in it."""
+    # Half precision by its bits; of bool, -1 is false, to which a cast would not take it.
+    special = {"float16": ("unsigned short", 0x3C00, 0xBC00),
+               "bfloat16": ("unsigned short", 0x3F80, 0xBF80),
+               "bool": ("bool", 1, 0)}  # fmt: skip
+    return special.get(dtype.name) or (_C_TYPES[dtype.name], 1, -1)
+
+
+def _flat_grid(count: int) -> tuple[int]:
+    return (min(-(-count // 256), 1 << 16),)
+
+
+def sign(x: Any, dtype: np.dtype) -> Any:
+    """Return +1 where the CuPy array `x` is not negative and -1 elsewhere, in `dtype`."""
+    import cupy
+
+    x = cupy.ascontiguousarray(x)
+    out = cupy.empty(x.shape, dtype)
+    if out.size:
+        c_type, one, minus_one = _plus_and_minus_one(dtype)
+        kernel = load_kernel(
+            "smxx_sign",
+            "sign",
+            (
+                ("TYPE", _C_TYPES[x.dtype.name]),
+                ("RESULT", c_type),
+                ("ONE", one),
+                ("MINUS_ONE", minus_one),
+            ),
+            out.device.id,
+        )
+        kernel(_flat_grid(out.size), (256,), (x, out, out.size))
+    return out
+
+
 def unpack(words: Any, shape: tuple[int, ...], axis: int, dtype: Any) -> Any:
     """Return the array of +1 and -1 of the given logical shape that `words` hold."""
     import cupy
@@ -179,19 +216,14 @@ def unpack(words: Any, shape: tuple[int, ...], axis: int, dtype: Any) -> Any:
     batch, lines, k = geometry(shape, axis)
     out = cupy.empty((batch, lines, k), dtype)
     if out.size:
-        # Half precision by its bits; of bool, -1 is false, to which a cast would not take it.
-        special = {"float16": ("unsigned short", 0x3C00, 0xBC00),
-                   "bfloat16": ("unsigned short", 0x3F80, 0xBF80),
-                   "bool": ("bool", 1, 0)}  # fmt: skip
-        c_type, one, minus_one = special.get(dtype.name) or (_C_TYPES[dtype.name], 1, -1)
+        c_type, one, minus_one = _plus_and_minus_one(dtype)
         kernel = load_kernel(
             "smxx_unpack",
             "unpack_lines",
             (("TYPE", c_type), ("ONE", one), ("MINUS_ONE", minus_one)),
             out.device.id,
         )
-        blocks = min(-(-out.size // 256), 1 << 16)
-        kernel((blocks,), (256,), (words, out, batch, lines, k, chunk_count(k)))
+        kernel(_flat_grid(out.size), (256,), (words, out, batch, lines, k, chunk_count(k)))
     if axis == -2:
         out = out.transpose(0, 2, 1)
     return cupy.ascontiguousarray(out).reshape(shape)

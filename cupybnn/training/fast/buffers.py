@@ -11,7 +11,7 @@ from cupybnn.backends.cuda import fused
 from cupybnn.backends.cuda.blas import operand_dtype
 from cupybnn.backends.cuda.packing import words_shape
 from cupybnn.backends.devices import Device
-from cupybnn.packed import PackedMatrix, pack
+from cupybnn.packed import PackedMatrix, pack, sign
 from cupybnn.training.fast.plan import HiddenPlan, NetworkPlan
 
 __all__ = ["Buffers", "HiddenBuffers"]
@@ -92,7 +92,7 @@ class HiddenBuffers:
             return
         value = latent
         if self.plan.product != "dense":
-            value = cupy.where(latent >= 0, np.float32(1), np.float32(-1))
+            value = sign(latent)
         if self.weight.dtype == np.uint16:
             # To nearest even, on the bit patterns; a NaN stays one.
             bits = value.view(np.uint32)
