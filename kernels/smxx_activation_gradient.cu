@@ -5,10 +5,11 @@
 //     beta' = sum(dy),  gamma' = sum(dy * normal),
 //     z' = gamma / deviation * (dy - (beta' + normal * gamma') / n)
 //
-// gradient_sums: the two sums; gradient: z', in place of the gradient that came. Both go by columns
-// (training.cuh). Without batch norm only the second is needed, for the gate.
+// gradient_sums: the two sums, by strips (training.cuh); in clusters it goes on to z'. gradient: z', in
+// place of the gradient that came. Without batch norm only the second is needed, for the gate.
 //
-// What bounds both: reading gradients and products once each.
+// What bounds both: reading gradients and products, once where they stay in the cache between the
+// passes.
 //
 // The translation unit sets what training.cuh wants, and GATE, one of GATE_*.
 
@@ -20,16 +21,15 @@
 
 constexpr int BATCH = 4;  // rows whose loads are in flight
 
-// What comes through the gate of V neighbouring columns.
-template <int V>
+// What comes through the gate of a thread's columns.
 __device__ __forceinline__ void load_gradient(const Layer& p, const real_t* grad, const u32* gate, i64 row,
-                                              i64 col, float (&dy)[V]) {
-  load<V>(grad + row * p.cols + col, dy);
+                                              i64 col, float (&dy)[VECTOR]) {
+  load<VECTOR>(grad + row * p.cols + col, dy);
 #if GATE == GATE_MASK
   const u32 passes = mask_bits(gate, row, col, p.cols);
 #endif
 #pragma unroll
-  for (int i = 0; i < V; i++) {
+  for (int i = 0; i < VECTOR; i++) {
 #if GATE == GATE_MASK
     dy[i] = passes >> i & 1 ? dy[i] : 0.0f;
 #elif GATE == GATE_CLIP
@@ -41,81 +41,46 @@ __device__ __forceinline__ void load_gradient(const Layer& p, const real_t* grad
   }
 }
 
-#if NORM
-extern "C" __global__ void __launch_bounds__(THREADS)
-    gradient_sums(const __grid_constant__ Layer p, const real_t* __restrict__ grad,
-                  const u32* __restrict__ gate, float* partials, u32* tickets, float* grad_gamma,
-                  float* grad_beta) {
-  __shared__ double total[2][32 * VECTOR];
-  const ByColumns at;
-  float sums[2][VECTOR] = {};
-  if (at.col < p.cols) {
-    const Normal<VECTOR> norm(p, at.col);
-    for (i64 first = at.first_row; first < p.rows; first += BATCH * at.step) {
-      float z[BATCH][VECTOR], dy[BATCH][VECTOR];
+// Load gradients and products of the BATCH rows from `first` on; 0 where there is no such row.
+__device__ __forceinline__ void load_rows(const Layer& p, const Strip& at, const real_t* grad,
+                                          const u32* gate, i64 first, float (&z)[BATCH][VECTOR],
+                                          float (&dy)[BATCH][VECTOR]) {
 #pragma unroll
-      for (int b = 0; b < BATCH; b++) {
-        const i64 row = first + b * at.step;
-        if (row < p.rows) {
-          load_product<VECTOR>(p, row, at.col, z[b]);
-          load_gradient<VECTOR>(p, grad, gate, row, at.col, dy[b]);
-        } else {
+  for (int b = 0; b < BATCH; b++) {
+    const i64 row = first + b * at.step + at.skip;
+    if (row < p.rows && at.col < p.cols) {
+      if (HAS_NORM) load_product<VECTOR>(p, row, at.col, z[b]);
+      load_gradient(p, grad, gate, row, at.col, dy[b]);
+    } else {
 #pragma unroll
-          for (int i = 0; i < VECTOR; i++) z[b][i] = dy[b][i] = 0.0f;
-        }
-      }
-#pragma unroll
-      for (int b = 0; b < BATCH; b++)
-#pragma unroll
-        for (int i = 0; i < VECTOR; i++) {
-          sums[0][i] += dy[b][i];
-          sums[1][i] += dy[b][i] * norm.normal(i, z[b][i]);
-        }
+      for (int i = 0; i < VECTOR; i++) z[b][i] = dy[b][i] = 0.0f;
     }
   }
-  if (!sum_over_rows<2, VECTOR>(sums, partials, tickets, p.cols, total)) return;
-  const i64 col = (i64)blockIdx.x * 32 * VECTOR + threadIdx.x;
-  if (threadIdx.x >= 32 * VECTOR || col >= p.cols) return;
-  grad_beta[col] = (float)total[0][threadIdx.x];
-  grad_gamma[col] = (float)total[1][threadIdx.x];
 }
-#endif
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    gradient(const __grid_constant__ Layer p, real_t* grad, const u32* gate, const float* grad_gamma,
-             const float* grad_beta) {
-  const ByColumns at;
+// `of_gamma` and `of_beta` are those of the thread's columns.
+__device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at, real_t* grad,
+                                                const u32* gate, const float* of_gamma,
+                                                const float* of_beta) {
   if (at.col >= p.cols) return;
 #if NORM
   const Normal<VECTOR> norm(p, at.col);
-  float factor[VECTOR], of_gamma[VECTOR], of_beta[VECTOR];
-  load<VECTOR>(grad_gamma + at.col, of_gamma);
-  load<VECTOR>(grad_beta + at.col, of_beta);
+  float factor[VECTOR], gammas[VECTOR], betas[VECTOR];
+  load<VECTOR>(of_gamma, gammas);
+  load<VECTOR>(of_beta, betas);
 #pragma unroll
   for (int i = 0; i < VECTOR; i++) {
     factor[i] = norm.gamma[i] * norm.inverse[i];
-    of_gamma[i] *= (float)p.share;
-    of_beta[i] *= (float)p.share;
+    gammas[i] *= (float)p.share;
+    betas[i] *= (float)p.share;
   }
 #endif
   for (i64 first = at.first_row; first < p.rows; first += BATCH * at.step) {
-    float dy[BATCH][VECTOR];
-#if NORM
-    float z[BATCH][VECTOR];
-#endif
+    float z[BATCH][VECTOR], dy[BATCH][VECTOR];
+    load_rows(p, at, grad, gate, first, z, dy);
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
-      const i64 row = first + b * at.step;
-      if (row < p.rows) {
-        load_gradient<VECTOR>(p, grad, gate, row, at.col, dy[b]);
-#if NORM
-        load_product<VECTOR>(p, row, at.col, z[b]);
-#endif
-      }
-    }
-#pragma unroll
-    for (int b = 0; b < BATCH; b++) {
-      const i64 row = first + b * at.step;
+      const i64 row = first + b * at.step + at.skip;
       if (row >= p.rows) continue;
 #if DROP == DROP_PRODUCT
       const u32 kept = mask_bits(p.kept, row, at.col, p.cols);
@@ -123,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
 #if NORM
-        dy[b][i] = (dy[b][i] - of_beta[i] - norm.normal(i, z[b][i]) * of_gamma[i]) * factor[i];
+        dy[b][i] = (dy[b][i] - betas[i] - norm.normal(i, z[b][i]) * gammas[i]) * factor[i];
 #endif
 #if DROP == DROP_PRODUCT
         dy[b][i] = kept >> i & 1 ? dy[b][i] * (float)p.keep_scale : 0.0f;
@@ -132,4 +97,50 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       store<VECTOR>(grad + row * p.cols + at.col, dy[b]);
     }
   }
+}
+
+#if NORM
+extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
+    gradient_sums(const __grid_constant__ Layer p, real_t* grad, const u32* gate, float* partials,
+                  u32* tickets, float* grad_gamma, float* grad_beta) {
+  __shared__ double total[2][COLS];
+  __shared__ __align__(16) float gammas[COLS], betas[COLS];
+  const Strip at;
+  float sums[2][VECTOR] = {};
+  const Normal<VECTOR> norm(p, at.col < p.cols ? at.col : 0);
+  for (i64 first = at.first_row; first < p.rows; first += BATCH * at.step) {
+    float z[BATCH][VECTOR], dy[BATCH][VECTOR];
+    load_rows(p, at, grad, gate, first, z, dy);
+#pragma unroll
+    for (int b = 0; b < BATCH; b++)
+#pragma unroll
+      for (int i = 0; i < VECTOR; i++) {
+        sums[0][i] += dy[b][i];
+        sums[1][i] += dy[b][i] * norm.normal(i, z[b][i]);
+      }
+  }
+  if (!sum_over_rows<2>(sums, partials, tickets, p.cols, total)) return;
+  const i64 col = at.first_col + threadIdx.x;
+  if (threadIdx.x < COLS) {
+    betas[threadIdx.x] = (float)total[0][threadIdx.x];
+    gammas[threadIdx.x] = (float)total[1][threadIdx.x];
+    if (writes_sums() && col < p.cols) {
+      grad_beta[col] = betas[threadIdx.x];
+      grad_gamma[col] = gammas[threadIdx.x];
+    }
+  }
+#if CLUSTER > 1
+  __syncthreads();
+  write_gradients(p, at, grad, gate, gammas + at.lane * VECTOR, betas + at.lane * VECTOR);
+  __syncwarp();
+#endif
+  leave_sums();
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gradient(const __grid_constant__ Layer p, real_t* grad, const u32* gate, const float* grad_gamma,
+             const float* grad_beta) {
+  const Strip at;
+  write_gradients(p, at, grad, gate, grad_gamma + at.col, grad_beta + at.col);
 }

@@ -1,14 +1,17 @@
-// The update of all parameters in one launch: Adam or AdamW, the penalty and its gradient, clipping
+// The update of parameters, several in one launch: Adam or AdamW, the penalty and its gradient, clipping
 // of latent weights, and what the next step's products read instead of the weights.
 //
 // A block takes 32 rows x 128 columns of one parameter, a warp four of the rows, a lane four
 // neighbours of each. Of binary weights it writes the signs, dense for the backward products and
 // packed along the rows (a product's right operand, layout.cuh): 32 rows are one word of a column.
 // A column's popcount changes by what flipped. Parameters that are not packed are taken as flat,
-// 128 elements a row. The last block adds up the penalty and counts the step.
+// 128 elements a row. A step may have several launches; the last block of the final one adds up the
+// penalty over all and counts the step.
 //
 // Learning rate and the corrections of Adam's means come from a table on the device, by the number of
 // the step.
+//
+// `owners` names each block's parameter, `earlier` counts the blocks of the launches before.
 //
 // What bounds it: reading four arrays and writing three.
 //
@@ -72,15 +75,13 @@ __device__ __forceinline__ void store_some(E* to, int count, bool aligned, const
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    adam(const Parameter* __restrict__ parameters, int count, const Rates* __restrict__ rates,
-         i64 ring, i64* step, float gain_mean, float gain_square, const float* mean_loss, float* loss,
-         float* partials, u32* ticket) {
+    adam(const Parameter* __restrict__ parameters, const int* __restrict__ owners,
+         const Rates* __restrict__ rates, i64 ring, i64* step, float gain_mean, float gain_square,
+         const float* mean_loss, float* loss, float* partials, i64 earlier, int final, u32* ticket) {
   __shared__ unsigned char nibbles[WARPS][TILE_COLS];  // signs of four rows: after, and before
   __shared__ float sums[WARPS];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  int which = 0;
-  while (which + 1 < count && (i64)blockIdx.x >= parameters[which + 1].first_block) which++;
-  const Parameter p = parameters[which];
+  const Parameter p = parameters[owners[blockIdx.x]];
   const Rates rate = rates[*step % ring];
   const bool aligned = p.flags & ALIGNED;
   const i64 tiles = (p.cols + TILE_COLS - 1) / TILE_COLS, tile = blockIdx.x - p.first_block;
@@ -170,13 +171,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   __syncthreads();
   if (threadIdx.x == 0) {
     for (int i = 1; i < WARPS; i++) sum += sums[i];
-    partials[blockIdx.x] = sum;
+    partials[earlier + blockIdx.x] = sum;
   }
 #endif
-  if (!is_last_block(ticket, gridDim.x)) return;
+  if (!final || !is_last_block(ticket, gridDim.x, PENALTY != PENALTY_NONE)) return;
   double total = 0;
 #if PENALTY != PENALTY_NONE
-  total = sum_of_partials(partials, gridDim.x);
+  total = sum_of_partials(partials, earlier + gridDim.x);
 #endif
   if (threadIdx.x == 0) {
     *loss = *mean_loss + (float)total;

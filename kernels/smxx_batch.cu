@@ -2,42 +2,143 @@
 //
 // gather: a thread copies VECTOR neighbouring pixels of an image of the batch. Pixels stay the whole
 // numbers that they are, exact in any type; the first product multiplies by their scale. Bounded by
-// latency: rows of the data set are read at random.
+// latency: rows of the data set are read at random. Popcounts that later kernels add to are cleared.
+//
+// gather_deformed: the same, each image deformed in its own way (cupybnn/data/augmentation.py has the
+// formulas). A block takes an image; it is sampled from shared memory. Bounded by the arithmetic.
 //
 // dropout_mask: a thread makes one word, 32 elements of a row. Bounded by the integer multiplications
 // of Philox, about 20 for each element.
 //
 // The number of the step is read from the device, so that a captured graph draws anew at each launch.
 //
-// The translation unit sets REAL, VECTOR, and DROP to whether pixels are dropped.
+// The translation unit sets REAL, VECTOR (for gather), and DROP to whether pixels are dropped.
 
 #define NORM 0
 #define PRODUCT float
 #include "training.cuh"
 #include "philox.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    gather(const unsigned char* __restrict__ images, const i64* __restrict__ all_labels,
-           const int* __restrict__ order, i64 ring, const i64* __restrict__ step, i64 rows, i64 cols,
-           u64 seed, i64 draw, u32 last, real_t* __restrict__ x, i64* __restrict__ labels) {
-  const int* batch = order + *step % ring * rows;
-  const u32 groups = (u32)cols / VECTOR;
-  const i64 count = rows * groups;
+// Filled by cupybnn/backends/cuda/fused.py, field by field in this order.
+struct Batch {
+  const unsigned char* images;
+  const i64* all_labels;
+  const int* order;  // (ring, rows): numbers of the images of each step
+  const i64* step;
+  real_t* x;
+  i64* labels;
+  int* pops;  // to be cleared
+  i64 ring, rows, cols, pop_count;
+  u64 seed;   // of the dropped pixels
+  i64 draw, last;
+};
+
+__device__ __forceinline__ const int* images_of_step(const Batch& p) {
+  return p.order + *p.step % p.ring * p.rows;
+}
+__device__ __forceinline__ void clear_pops(const Batch& p) {
+  for (i64 i = (i64)blockIdx.x * THREADS + threadIdx.x; i < p.pop_count; i += (i64)gridDim.x * THREADS)
+    p.pops[i] = 0;
+}
+
+// Set to 0 which of N neighbouring pixels are dropped.
+template <int N>
+__device__ __forceinline__ void drop_pixels(const Batch& p, i64 first, float (&v)[N]) {
+  if (!DROP) return;
+  const u32 kept = Draw{p.seed, (u64)(*p.step + p.draw), (u32)p.last}.kept(first, N);
+#pragma unroll
+  for (int e = 0; e < N; e++) v[e] = kept >> e & 1 ? v[e] : 0.0f;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) gather(const __grid_constant__ Batch p) {
+  const int* batch = images_of_step(p);
+  const u32 groups = (u32)p.cols / VECTOR;
+  const i64 count = p.rows * groups;
   for (i64 i = (i64)blockIdx.x * THREADS + threadIdx.x; i < count; i += (i64)gridDim.x * THREADS) {
     const i64 row = i / groups, col = (i - row * groups) * VECTOR, image = batch[row];
     const Vector<unsigned char, VECTOR> pixels =
-        *(const Vector<unsigned char, VECTOR>*)(images + image * cols + col);
+        *(const Vector<unsigned char, VECTOR>*)(p.images + image * p.cols + col);
     float v[VECTOR];
 #pragma unroll
     for (int e = 0; e < VECTOR; e++) v[e] = pixels.at[e];
-    if (DROP) {
-      const u32 kept = Draw{seed, (u64)(*step + draw), last}.kept(row * cols + col, VECTOR);
-#pragma unroll
-      for (int e = 0; e < VECTOR; e++) v[e] = kept >> e & 1 ? v[e] : 0.0f;
-    }
-    store<VECTOR>(x + row * cols + col, v);
-    if (col == 0) labels[row] = all_labels[image];
+    drop_pixels<VECTOR>(p, row * p.cols + col, v);
+    store<VECTOR>(p.x + row * p.cols + col, v);
+    if (col == 0) p.labels[row] = p.all_labels[image];
   }
+  clear_pops(p);
+}
+
+struct Deformation {
+  i64 height, width;
+  u64 seed;
+  double shift, rotation, scale, shear;  // rotation in radians
+};
+
+// Where the pixels of one deformed image come from.
+struct Sampling {
+  float cosine, sine, tall, wide, shear, down, right;
+  Sampling() = default;
+  __device__ __forceinline__ Sampling(const Deformation& d, u64 step, u32 image) {
+    float draw[8];
+    // Six numbers an image, in [-1, 1).
+    const u64 first = (u64)image * 6, skip = first & 3;
+#pragma unroll
+    for (int block = 0; block < 3; block++) {
+      const uint4 words = philox(d.seed, 2 * step, (first >> 2) + block);
+      const u32 four[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const int at = block * 4 + i - (int)skip;
+#pragma unroll
+        for (int j = 0; j < 6; j++)
+          if (at == j) draw[j] = 2.0f * ((float)(four[i] >> 8) * 0x1p-24f) - 1.0f;
+      }
+    }
+    const float angle = draw[0] * (float)d.rotation;
+    cosine = cosf(angle);
+    sine = sinf(angle);
+    tall = 1.0f + (float)d.scale * draw[1];
+    wide = 1.0f + (float)d.scale * draw[2];
+    shear = (float)d.shear * draw[3];
+    down = (float)d.shift * draw[4];
+    right = (float)d.shift * draw[5];
+  }
+};
+
+__device__ __forceinline__ float pixel(const unsigned char* image, const Deformation& d, int row, int col) {
+  return row >= 0 && row < d.height && col >= 0 && col < d.width ? image[row * (int)d.width + col] : 0;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    gather_deformed(const __grid_constant__ Batch p, const __grid_constant__ Deformation d) {
+  extern __shared__ unsigned char image[];
+  __shared__ Sampling shared;
+  const i64 row = blockIdx.x, number = images_of_step(p)[row];
+  if (threadIdx.x == 0) {
+    shared = Sampling(d, (u64)*p.step, (u32)row);
+    p.labels[row] = p.all_labels[number];
+  }
+  for (int i = threadIdx.x; i < p.cols; i += THREADS) image[i] = p.images[number * p.cols + i];
+  __syncthreads();
+  const Sampling s = shared;
+  const float middle_y = (d.height - 1) * 0.5f, middle_x = (d.width - 1) * 0.5f;
+  for (int i = threadIdx.x; i < p.cols; i += THREADS) {
+    const float y0 = i / (int)d.width - middle_y - s.down, x0 = i % (int)d.width - middle_x - s.right;
+    const float y1 = s.cosine * y0 + s.sine * x0;
+    const float x1 = s.cosine * x0 - s.sine * y0 - s.shear * y1;
+    // Further out than a frame of zeros there is nothing but zeros.
+    const float y = fminf(fmaxf(y1 / s.tall + middle_y, -1.0f), (float)d.height);
+    const float x = fminf(fmaxf(x1 / s.wide + middle_x, -1.0f), (float)d.width);
+    const float top = floorf(y), left = floorf(x);
+    const int r = (int)top, c = (int)left;
+    const float a = pixel(image, d, r, c), b = pixel(image, d, r + 1, c);
+    const float above = a + (x - left) * (pixel(image, d, r, c + 1) - a);
+    const float below = b + (x - left) * (pixel(image, d, r + 1, c + 1) - b);
+    float v[1] = {above + (y - top) * (below - above)};
+    drop_pixels<1>(p, row * p.cols + i, v);
+    store<1>(p.x + row * p.cols + i, v);
+  }
+  clear_pops(p);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)

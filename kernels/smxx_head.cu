@@ -1,37 +1,60 @@
 // The end of the network, for a few classes: last activation, last layer, loss, and all the way back
 // to the last hidden product, without ever storing the activation or its gradient.
 //
-// logits: a warp computes ROWS rows' logits, with the weights of 256 columns at a time in shared
-// memory, transposed; then their loss and its gradient. The last block adds up the loss.
+// logits: a warp computes ROWS rows' logits, with the weights of WIDTH columns at a time in shared
+// memory, transposed, while the rows' products are on their way; then their loss and its gradient.
+// The last block adds up the loss.
 //
-// head_sums: by columns (training.cuh). An activation's gradient is the product of a row of CLASSES
+// head_sums: by strips (training.cuh). An activation's gradient is the product of a row of CLASSES
 // numbers and the column's CLASSES weights, made on the way. Sums over rows: the gradients of the
-// weights, and those of batch norm.
+// weights, and those of batch norm. In clusters it goes on to the gradient of the hidden product.
 //
-// head_gradient: by columns; the gradient of the hidden product.
+// head_gradient: that alone, by strips.
 //
 // What bounds all three: reading the products once, and 2 CLASSES operations for each.
 //
 // The translation unit sets what training.cuh wants, and
 //     CLASSES  at most 32
-//     RELU     1: the last activation is ReLU. 0: there is none
+//     HEAD     HEAD_*: what the last layer reads
 //     LOSS     LOSS_*
 //     ROWS     for `logits`; without it the unit holds the other two
 
+#define HEAD_NONE 0  // the hidden product, after batch norm
+#define HEAD_RELU 1
+#define HEAD_SIGN 2  // signs, by the signs of the weights, times a factor: all binary
 #define LOSS_CROSS_ENTROPY 0
 #define LOSS_SQUARED_HINGE 1
+#define GATE_NONE 0
+#define GATE_WINDOW 1
+#define GATE_CLIP 2
 
 #include "training.cuh"
+
+// Rows of the logits' gradient are padded, to be read 16 bytes at a time.
+constexpr int GRAD_STRIDE = (CLASSES + 3) / 4 * 4;
+constexpr int UNROLL = CLASSES <= 12 ? 4 : 1;
+
+// A weight as the product takes it.
+__device__ __forceinline__ float as_read(float w) {
+#if HEAD == HEAD_SIGN
+  return nonnegative(w) ? 1.0f : -1.0f;
+#else
+  return w;
+#endif
+}
 
 // The last activation of an element, and by how much its gradient is multiplied on the way back.
 struct Activation {
   float value, passes;
-  __device__ __forceinline__ Activation(const Layer& p, float y, u32 kept) {
+  __device__ __forceinline__ Activation(const Layer& p, float y, u32 kept, float window) {
     value = y;
     passes = 1.0f;
-#if RELU
+#if HEAD == HEAD_RELU
     passes = y > 0 ? 1.0f : 0.0f;
     value = y > 0 ? y : y != y ? y : 0.0f;
+#elif HEAD == HEAD_SIGN
+    passes = fabsf(y) <= window ? 1.0f : 0.0f;
+    value = nonnegative(y) ? 1.0f : -1.0f;
 #endif
 #if DROP == DROP_ACTIVATION
     const float factor = kept & 1 ? (float)p.keep_scale : 0.0f;
@@ -40,6 +63,15 @@ struct Activation {
 #endif
   }
 };
+
+// A product after dropout, where that comes first.
+__device__ __forceinline__ float dropped(const Layer& p, float z, u32 kept) {
+#if DROP == DROP_PRODUCT
+  return kept & 1 ? __fmul_rn(z, (float)p.keep_scale) : 0.0f;
+#else
+  return z;
+#endif
+}
 
 __device__ __forceinline__ u32 kept_bits(const Layer& p, i64 row, i64 col) {
 #if DROP != DROP_NONE
@@ -80,35 +112,47 @@ __device__ __forceinline__ float loss_of(const float (&logit)[CLASSES], int labe
 }
 
 #ifdef ROWS
+constexpr int WIDTH = CLASSES <= 20 ? 512 : 256, STRIDE = WIDTH + 4, TURNS = WIDTH / (32 * VECTOR);
+
 extern "C" __global__ void __launch_bounds__(THREADS)
     logits(const __grid_constant__ Layer p, const float* __restrict__ weight,
-           const i64* __restrict__ labels, float smoothing, float* out, float* grad, float* partials,
-           u32* ticket, float* loss) {
-  constexpr int WIDTH = 256, STRIDE = WIDTH + 4;
+           const i64* __restrict__ labels, float smoothing, const float* __restrict__ factor, float* out,
+           float* grad, float* partials, u32* ticket, float* loss, float* grad_factor) {
   __shared__ __align__(16) float w[CLASSES][STRIDE];
-  __shared__ float losses[WARPS];
+  __shared__ float losses[2][WARPS];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const i64 row0 = ((i64)blockIdx.x * WARPS + warp) * ROWS;
   float acc[ROWS][CLASSES] = {};
   for (i64 col0 = 0; col0 < p.cols; col0 += WIDTH) {
-    __syncthreads();
     const int width = (int)min((i64)WIDTH, p.cols - col0);
-    for (int i = threadIdx.x; i < width * CLASSES; i += THREADS)
-      w[i % CLASSES][i / CLASSES] = weight[col0 * CLASSES + i];
+    Vector<product_t, VECTOR> z[TURNS][ROWS];
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++)
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) {
+        const int skip = (turn * 32 + lane) * VECTOR;
+        if (skip < width)
+          z[turn][r] = *(const Vector<product_t, VECTOR>*)(p.z + min(row0 + r, p.rows - 1) * p.cols +
+                                                           col0 + skip);
+      }
     __syncthreads();
-#pragma unroll 2
-    for (int skip = lane * VECTOR; skip < width; skip += 32 * VECTOR) {
+    for (int i = threadIdx.x; i < width * CLASSES; i += THREADS)
+      w[i % CLASSES][i / CLASSES] = as_read(weight[col0 * CLASSES + i]);
+    __syncthreads();
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+      const int skip = (turn * 32 + lane) * VECTOR;
+      if (skip >= width) continue;
       const i64 col = col0 + skip;
       const Normal<VECTOR> norm(p, col);
       float h[ROWS][VECTOR];
 #pragma unroll
       for (int r = 0; r < ROWS; r++) {
-        const i64 row = min(row0 + r, p.rows - 1);
-        load_product<VECTOR>(p, row, col, h[r]);
-        const u32 kept = kept_bits(p, row, col);
+        const u32 kept = kept_bits(p, min(row0 + r, p.rows - 1), col);
 #pragma unroll
         for (int i = 0; i < VECTOR; i++)
-          h[r][i] = Activation(p, norm(i, h[r][i]), kept >> i).value;
+          h[r][i] = Activation(p, norm(i, dropped(p, to_float(z[turn][r].at[i]), kept >> i)),
+                               kept >> i, 0.0f).value;
       }
 #pragma unroll
       for (int c = 0; c < CLASSES; c++) {
@@ -121,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       }
     }
   }
-  float sum = 0;
+  float sum = 0, of_factor = 0;
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     const i64 row = row0 + r;
@@ -129,23 +173,47 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float of_logits[CLASSES];
 #pragma unroll
     for (int c = 0; c < CLASSES; c++) acc[r][c] = sum_of_warp(acc[r][c]);
+#if HEAD == HEAD_SIGN
+    float product[CLASSES];
+#pragma unroll
+    for (int c = 0; c < CLASSES; c++) {
+      product[c] = acc[r][c];
+      acc[r][c] *= *factor;
+    }
+#endif
     sum += loss_of(acc[r], (int)labels[row], smoothing, (float)p.share, of_logits);
+#if HEAD == HEAD_SIGN
+#pragma unroll
+    for (int c = 0; c < CLASSES; c++) {
+      of_factor += of_logits[c] * product[c];
+      of_logits[c] *= *factor;  // what comes to the products
+    }
+#endif
 #pragma unroll
     for (int c = 0; c < CLASSES; c++)
       if (lane == c) {
         out[row * CLASSES + c] = acc[r][c];
-        grad[row * CLASSES + c] = of_logits[c];
+        grad[row * GRAD_STRIDE + c] = of_logits[c];
       }
   }
-  if (lane == 0) losses[warp] = sum;
+  if (lane == 0) {
+    losses[0][warp] = sum;
+    losses[1][warp] = of_factor;
+  }
   __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int i = 1; i < WARPS; i++) sum += losses[i];
-    partials[blockIdx.x] = sum;
+  if (threadIdx.x < 2) {
+    float total = 0;
+    for (int i = 0; i < WARPS; i++) total += losses[threadIdx.x][i];
+    partials[(i64)threadIdx.x * gridDim.x + blockIdx.x] = total;
   }
   if (!is_last_block(ticket, gridDim.x)) return;
   const double total = sum_of_partials(partials, gridDim.x);
   if (threadIdx.x == 0) *loss = (float)(total * p.share);
+#if HEAD == HEAD_SIGN
+  __syncthreads();
+  const double total_of_factor = sum_of_partials(partials + gridDim.x, gridDim.x);
+  if (threadIdx.x == 0) *grad_factor = (float)total_of_factor;
+#endif
 }
 #else
 
@@ -156,9 +224,9 @@ template <int V> struct Weights {
 #pragma unroll
     for (int i = 0; i < V; i++)
 #pragma unroll
-      for (int c = 0; c < CLASSES; c++) w[i][c] = weight[(col + i) * CLASSES + c];
+      for (int c = 0; c < CLASSES; c++) w[i][c] = as_read(weight[(col + i) * CLASSES + c]);
   }
-  __device__ __forceinline__ float gradient(int i, const float (&of_logits)[CLASSES]) const {
+  __device__ __forceinline__ float gradient(int i, const float (&of_logits)[GRAD_STRIDE]) const {
     float sum = 0;
 #pragma unroll
     for (int c = 0; c < CLASSES; c++) sum += of_logits[c] * w[i][c];
@@ -167,86 +235,135 @@ template <int V> struct Weights {
 };
 
 // A row's gradients of the logits, which all lanes need.
-__device__ __forceinline__ void load_row(const float* grad, i64 row, float (&of_logits)[CLASSES]) {
+__device__ __forceinline__ void load_row(const float* grad, i64 row, float (&of_logits)[GRAD_STRIDE]) {
+  const float4* from = (const float4*)(grad + row * GRAD_STRIDE);
 #pragma unroll
-  for (int c = 0; c < CLASSES; c++) of_logits[c] = __ldg(grad + row * CLASSES + c);
+  for (int i = 0; i < GRAD_STRIDE / 4; i++) {
+    const float4 four = __ldg(from + i);
+    of_logits[4 * i] = four.x;
+    of_logits[4 * i + 1] = four.y;
+    of_logits[4 * i + 2] = four.z;
+    of_logits[4 * i + 3] = four.w;
+  }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    head_sums(const __grid_constant__ Layer p, const float* __restrict__ weight,
-              const float* __restrict__ grad, float* partials, u32* tickets, float* grad_weight,
-              float* grad_gamma, float* grad_beta) {
+// A gradient of the last activation, once through its gate.
+__device__ __forceinline__ float gated(float dh, const Activation& h) {
+#if GATE == GATE_CLIP
+  return dh > 1 ? 1.0f : dh < -1 ? -1.0f : dh;
+#elif GATE == GATE_NONE && HEAD == HEAD_SIGN
+  return dh;
+#else
+  return dh * h.passes;
+#endif
+}
+
+// Arguments that go from one pass to the other.
+struct Back {
+  const float* weight;
+  const float* grad;
+  real_t* out;
+  double window;
+};
+
+// `of_gamma` and `of_beta` are those of the thread's columns.
+__device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at, const Back& back,
+                                                const Normal<VECTOR>& norm,
+                                                const Weights<VECTOR>& weights,
+                                                const float* of_gamma, const float* of_beta) {
+  if (at.col >= p.cols) return;
+#if NORM
+  float gammas[VECTOR], betas[VECTOR];
+  load<VECTOR>(of_gamma, gammas);
+  load<VECTOR>(of_beta, betas);
+#pragma unroll
+  for (int i = 0; i < VECTOR; i++) {
+    gammas[i] *= (float)p.share;
+    betas[i] *= (float)p.share;
+  }
+#endif
+#pragma unroll UNROLL
+  for (i64 row = at.first_row + at.skip; row < p.rows; row += at.step) {
+    float z[VECTOR], of_logits[GRAD_STRIDE], dz[VECTOR];
+    load_row(back.grad, row, of_logits);
+    load_product<VECTOR>(p, row, at.col, z);
+    const u32 kept = kept_bits(p, row, at.col);
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) {
+      const Activation h(p, norm(i, z[i]), kept >> i, (float)back.window);
+      dz[i] = gated(weights.gradient(i, of_logits), h);
+#if NORM
+      dz[i] = (dz[i] - betas[i] - norm.normal(i, z[i]) * gammas[i]) * (norm.gamma[i] * norm.inverse[i]);
+#endif
+#if DROP == DROP_PRODUCT
+      dz[i] = kept >> i & 1 ? dz[i] * (float)p.keep_scale : 0.0f;
+#endif
+    }
+    store<VECTOR>(back.out + row * p.cols + at.col, dz);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, CLASSES <= 12 ? 2 : 1) IN_CLUSTERS
+    head_sums(const __grid_constant__ Layer p, const __grid_constant__ Back back, float* partials,
+              u32* tickets, float* grad_weight, float* grad_gamma, float* grad_beta) {
   constexpr int SUMS = CLASSES + (HAS_NORM ? 2 : 0);
-  __shared__ double total[SUMS][32 * VECTOR];
-  const ByColumns at;
+  __shared__ double total[SUMS][COLS];
+  __shared__ __align__(16) float gammas[COLS], betas[COLS];
+  const Strip at;
   float sums[SUMS][VECTOR] = {};
+  const i64 col = at.col < p.cols ? at.col : 0;
+  const Normal<VECTOR> norm(p, col);
+  const Weights<VECTOR> weights(back.weight, col);
   if (at.col < p.cols) {
-    const Normal<VECTOR> norm(p, at.col);
-    const Weights<VECTOR> weights(weight, at.col);
-#pragma unroll 2
-    for (i64 row = at.first_row; row < p.rows; row += at.step) {
-      float z[VECTOR], of_logits[CLASSES];
+#pragma unroll UNROLL
+    for (i64 row = at.first_row + at.skip; row < p.rows; row += at.step) {
+      float z[VECTOR], of_logits[GRAD_STRIDE];
       load_product<VECTOR>(p, row, at.col, z);
-      load_row(grad, row, of_logits);
+      load_row(back.grad, row, of_logits);
       const u32 kept = kept_bits(p, row, at.col);
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
-        const Activation h(p, norm(i, z[i]), kept >> i);
+        const Activation h(p, norm(i, z[i]), kept >> i, (float)back.window);
 #pragma unroll
         for (int c = 0; c < CLASSES; c++) sums[c][i] += h.value * of_logits[c];
 #if NORM
-        const float dy = weights.gradient(i, of_logits) * h.passes;
+        const float dy = gated(weights.gradient(i, of_logits), h);
         sums[CLASSES][i] += dy;
         sums[CLASSES + 1][i] += dy * norm.normal(i, z[i]);
 #endif
       }
     }
   }
-  if (!sum_over_rows<SUMS, VECTOR>(sums, partials, tickets, p.cols, total)) return;
-  const i64 first = (i64)blockIdx.x * 32 * VECTOR;
-  for (int i = threadIdx.x; i < 32 * VECTOR * CLASSES; i += THREADS)
-    if (first + i / CLASSES < p.cols)
-      grad_weight[first * CLASSES + i] = (float)total[i % CLASSES][i / CLASSES];
+  __syncwarp();
+  if (!sum_over_rows<SUMS>(sums, partials, tickets, p.cols, total)) return;
+  if (writes_sums())
+    for (int i = threadIdx.x; i < COLS * CLASSES; i += THREADS)
+      if (at.first_col + i / CLASSES < p.cols)
+        grad_weight[at.first_col * CLASSES + i] = (float)total[i % CLASSES][i / CLASSES];
 #if NORM
-  if (threadIdx.x < 32 * VECTOR && first + threadIdx.x < p.cols) {
-    grad_beta[first + threadIdx.x] = (float)total[CLASSES][threadIdx.x];
-    grad_gamma[first + threadIdx.x] = (float)total[CLASSES + 1][threadIdx.x];
+  if (threadIdx.x < COLS) {
+    betas[threadIdx.x] = (float)total[CLASSES][threadIdx.x];
+    gammas[threadIdx.x] = (float)total[CLASSES + 1][threadIdx.x];
+    if (writes_sums() && at.first_col + threadIdx.x < p.cols) {
+      grad_beta[at.first_col + threadIdx.x] = betas[threadIdx.x];
+      grad_gamma[at.first_col + threadIdx.x] = gammas[threadIdx.x];
+    }
   }
 #endif
+#if CLUSTER > 1
+  __syncthreads();
+  write_gradients(p, at, back, norm, weights, gammas + at.lane * VECTOR, betas + at.lane * VECTOR);
+  __syncwarp();
+#endif
+  leave_sums();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    head_gradient(const __grid_constant__ Layer p, const float* __restrict__ weight,
-                  const float* __restrict__ grad, const float* __restrict__ grad_gamma,
-                  const float* __restrict__ grad_beta, real_t* __restrict__ out) {
-  const ByColumns at;
-  if (at.col >= p.cols) return;
-  const Normal<VECTOR> norm(p, at.col);
-  const Weights<VECTOR> weights(weight, at.col);
-#if NORM
-  const float share = (float)p.share;
-  float of_gamma[VECTOR], of_beta[VECTOR];
-  load<VECTOR>(grad_gamma + at.col, of_gamma);
-  load<VECTOR>(grad_beta + at.col, of_beta);
-#endif
-#pragma unroll 2
-  for (i64 row = at.first_row; row < p.rows; row += at.step) {
-    float z[VECTOR], of_logits[CLASSES], dz[VECTOR];
-    load_row(grad, row, of_logits);
-    load_product<VECTOR>(p, row, at.col, z);
-    const u32 kept = kept_bits(p, row, at.col);
-#pragma unroll
-    for (int i = 0; i < VECTOR; i++) {
-      dz[i] = weights.gradient(i, of_logits) * Activation(p, norm(i, z[i]), kept >> i).passes;
-#if NORM
-      dz[i] = (dz[i] - of_beta[i] * share - norm.normal(i, z[i]) * (of_gamma[i] * share)) *
-              (norm.gamma[i] * norm.inverse[i]);
-#endif
-#if DROP == DROP_PRODUCT
-      dz[i] = kept >> i & 1 ? dz[i] * (float)p.keep_scale : 0.0f;
-#endif
-    }
-    store<VECTOR>(out + row * p.cols + at.col, dz);
-  }
+    head_gradient(const __grid_constant__ Layer p, const __grid_constant__ Back back,
+                  const float* __restrict__ grad_gamma, const float* __restrict__ grad_beta) {
+  const Strip at;
+  const i64 col = at.col < p.cols ? at.col : 0;
+  write_gradients(p, at, back, Normal<VECTOR>(p, col), Weights<VECTOR>(back.weight, col),
+                  grad_gamma + at.col, grad_beta + at.col);
 }
 #endif

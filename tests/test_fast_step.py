@@ -55,6 +55,35 @@ NETWORKS = {
         "ste": "clipped_grad",
         "loss": "squared_hinge",
     },
+    "all binary": {
+        "binary": True,
+        "xnor": True,
+        "batch_norm": True,
+        "first": True,
+        "last": True,
+        "loss": "squared_hinge",
+        "input_keep_prob": 0.8,
+    },
+    "last layer binary, clipped": {
+        "binary": True,
+        "batch_norm": True,
+        "last": True,
+        "ste": "clipped_grad",
+    },
+    "deformed images": {
+        "batch_norm": True,
+        "augment_shift": 1.5,
+        "augment_rotation": 10.0,
+        "augment_scale": 0.1,
+        "augment_shear": 0.1,
+    },
+    "many rows": {
+        "binary": True,
+        "xnor": True,
+        "batch_norm": True,
+        "n_hidden": 64,
+        "batch_size": 5000,
+    },
     "deep": {"binary": True, "xnor": True, "batch_norm": True, "hidden_layers": 5},
     "shallow": {"binary": True, "xnor": True, "batch_norm": True, "hidden_layers": 1},
     "full precision": {},
@@ -123,7 +152,14 @@ def test_the_gates_of_a_plan():
     assert {h.gate for h in plan(binary=True).hidden} == {"mask"}
     assert {h.gate for h in plan(binary=True, ste="clipped_grad").hidden} == {"clip"}
     assert {h.gate for h in plan(binary=True, ste="identity").hidden} == {"none"}
-    assert [h.weight_gate for h in plan(binary=True).hidden] == ["none", "window", "window"]
+    assert plan(binary=True).latent_gate == "window"
+    assert plan(binary=True, ste="clipped_grad").latent_gate == "clip"
+
+
+def test_what_the_last_layer_reads():
+    all_binary = plan(binary=True, xnor=True, first=True, last=True, batch_norm=True)
+    assert [plan().head, plan(binary=True).head, all_binary.head] == ["relu", "none", "sign"]
+    assert [h.product for h in all_binary.hidden] == ["sign", "xnor", "xnor"]
 
 
 @pytest.mark.parametrize("k", [1, 2, 784, 2048, 2049, 4095, 4096, 4098, 8192])
@@ -142,11 +178,12 @@ def test_products_are_kept_in_a_type_that_holds_them(k):
         ({"dtype": "tf32"}, 80, None),
         ({"dtype": "bfloat16"}, 75, "compute capability 8.0"),
         ({"dtype": "float64"}, 90, "float64"),
-        ({"binary": True, "first": True}, 90, "first and the last layer"),
+        ({"binary": True, "first": True}, 90, "without batch norm"),
+        ({"binary": True, "first": True, "last": True, "batch_norm": True}, 90, None),
         ({"binary": True, "ste": "approx_sign"}, 90, "'approx_sign'"),
         ({"optimizer": "sgd"}, 90, "SGD"),
         ({"debug": True}, 90, "--debug"),
-        ({"augment_shift": 1.0}, 90, "'augment_shift'"),
+        ({"augment_shift": 1.0, "augment_rotation": 5.0}, 90, None),
         ({"augment_elastic": 1.0}, 90, "'augment_elastic'"),
         ({"binary": True, "sign_keep_prob": 0.9}, 90, "'sign_keep_prob'"),
         ({"binary": True, "optimizer": "bop"}, 90, "Combined"),

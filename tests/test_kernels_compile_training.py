@@ -6,7 +6,7 @@ import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from test_kernels_compile import ARCHITECTURES, require
+from test_kernels_compile import ARCHITECTURES, capability, require
 
 from cupybnn.backends.cuda.compiler import compile_cubin
 
@@ -56,39 +56,46 @@ def compile_all(source: str, arch: str, variants: list[dict]) -> None:
     assert not problems, "\n".join(problems)
 
 
+def strips(arch: str, *vectors: int) -> list[dict]:
+    """Ways to walk a layer: with clusters where the architecture has them, and without."""
+    clusters = (1, 8) if capability(arch) >= 90 else (1,)
+    return [
+        {"VECTOR": vector, "COLS": 32, "CLUSTER": cluster}
+        for vector in vectors
+        for cluster in clusters
+    ]
+
+
 def test_batch(arch):
     require(arch)
-    choices = [{"VECTOR": v, "DROP": d} for v in (1, 4) for d in (0, 1)]
+    choices = [{"VECTOR": v, "DROP": d} for v in (1, 4, 16) for d in (0, 1)]
     compile_all("smxx_batch", arch, variants(arch, [{}], *choices))
 
 
 def test_activation(arch):
     require(arch)
-    choices = [
-        {"VECTOR": vector, "OUTPUT": output, "GATE": gate, "ROWS": rows, "PARTS": parts}
-        for vector, output, gate, rows, parts in (
-            (4, 0, 1, 4, 1),
-            (4, 0, 1, 1, 4),
-            (1, 0, 0, 1, 8),
-            (4, 1, 1, 4, 2),
-            (4, 2, 1, 1, 2),
-        )
-    ]
+    kinds = [{"OUTPUT": o, "GATE": g} for o, g in ((0, 1), (0, 0), (1, 1), (2, 1), (3, 0))]
+    choices = [{**k, **s} for k, s in itertools.product(kinds, strips(arch, 4))]
+    choices += [{"OUTPUT": 0, "GATE": 1, **s} for s in strips(arch, 1)]
     compile_all("smxx_activation", arch, variants(arch, LAYERS, *choices))
 
 
 def test_activation_gradient(arch):
     require(arch)
-    choices = [{"VECTOR": v, "GATE": g} for v, g in ((4, 1), (1, 1), (1, 0), (4, 2))]
+    kinds = [{"GATE": 0}, {"GATE": 1}, {"GATE": 2}]
+    choices = [{**k, **s} for k, s in itertools.product(kinds, strips(arch, 4))]
+    choices += [{"GATE": 1, **s} for s in strips(arch, 1)]
     compile_all("smxx_activation_gradient", arch, variants(arch, LAYERS, *choices))
 
 
 def test_head(arch):
     require(arch)
-    kinds = [{"RELU": r, "LOSS": loss, "CLASSES": 10} for r, loss in ((0, 0), (1, 0), (0, 1))]
-    logits = [{"VECTOR": v, "ROWS": rows} for v, rows in ((4, 4), (4, 1), (1, 2))]
-    back = [{"VECTOR": v} for v in (1, 2)]
+    kinds = [{"HEAD": h, "LOSS": loss, "CLASSES": 10} for h, loss in ((0, 0), (1, 0), (2, 1))]
+    logits = [{"VECTOR": v, "ROWS": rows} for v, rows in ((4, 4), (4, 1), (1, 1))]
+    back = [{"GATE": 1, **s} for s in strips(arch, 2, 1)]
     choices = [{**k, **c} for k, c in itertools.product(kinds, logits + back)]
+    choices += [{"HEAD": 2, "LOSS": 0, "CLASSES": 32, "GATE": 2, **s} for s in strips(arch, 1)]
+    choices += [{"HEAD": 0, "LOSS": 0, "CLASSES": 20, "GATE": 0, **s} for s in strips(arch, 1)]
     compile_all("smxx_head", arch, variants(arch, LAYERS[:4:3], *choices))
 
 

@@ -13,7 +13,14 @@ from cupybnn.autograd import Tensor
 from cupybnn.data import Augmentation, BatchOrder, DeviceData
 from cupybnn.training.config import TrainConfig
 
-__all__ = ["Objective", "PlainStep", "Step", "StepOutput", "make_optimizer"]
+__all__ = [
+    "Objective",
+    "PlainStep",
+    "Step",
+    "StepOutput",
+    "augmentation_seed",
+    "make_optimizer",
+]
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,11 @@ def _latent_scale(config: TrainConfig) -> Callable[[nn.Parameter], float]:
     return scale
 
 
+def augmentation_seed(config: TrainConfig) -> int:
+    """Return the seed of deformations; with the step it decides each, so no checkpoint has it."""
+    return int(np.random.default_rng([config.seed, 0xA6]).integers(2**63))
+
+
 class PlainStep:
     """The step as the autograd engine does it, operation by operation.
 
@@ -158,8 +170,7 @@ class PlainStep:
         self._max_steps = max(config.max_steps, 1)
         amounts = ("shift", "rotation", "scale", "shear", "elastic")
         self._augment = Augmentation(*(getattr(config, f"augment_{name}") for name in amounts))
-        # Seed and step decide how images are deformed: a checkpoint has nothing to keep of it.
-        self._seed = int(np.random.default_rng([config.seed, 0xA6]).integers(2**63))
+        self._seed = augmentation_seed(config)
 
     def __call__(self, step: int) -> StepOutput:
         """Make step number `step`: gather its batch, deform, forward, backward, update."""

@@ -5,12 +5,21 @@
 //     REAL     what dense products read and gradients are kept in: float or bfloat16_bits
 //     PRODUCT  what a hidden product is: float, or float16_bits where that holds its integers
 //     VECTOR   neighbouring columns of a lane: 1, 2 or 4; it divides the number of columns
+//     COLS, CLUSTER  columns of a strip and blocks of its cluster, where there are strips (see below)
 //     NORM     1: there is batch norm
 //     DROP     DROP_*: where dropout stands, if there is any
 #pragma once
 
+#include "hopper.cuh"
 #include "layout.cuh"
 #include "signs.cuh"
+
+#ifndef COLS
+#define COLS (32 * VECTOR)
+#endif
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
 
 typedef REAL real_t;
 typedef PRODUCT product_t;
@@ -81,15 +90,15 @@ __device__ __forceinline__ float sum_of_warp(float v) {
   return v;
 }
 
-// Whether this block is the last of `blocks` to arrive; it then sees what the others wrote before.
-// The ticket is 0 again afterwards.
-__device__ __forceinline__ bool is_last_block(u32* ticket, u32 blocks) {
+// Whether this block is the last of `blocks` to arrive; where `sees` it then sees what the others
+// wrote before. The ticket is 0 again afterwards.
+__device__ __forceinline__ bool is_last_block(u32* ticket, u32 blocks, bool sees = true) {
   __shared__ bool last;
-  __threadfence();
+  if (sees) __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) last = atomicInc(ticket, blocks - 1) == blocks - 1;
   __syncthreads();
-  if (last) __threadfence();
+  if (sees && last) __threadfence();
   return last;
 }
 
@@ -142,10 +151,14 @@ __device__ __forceinline__ void load_product(const Layer& p, i64 row, i64 col, f
 // where a normalised product is 0, the last bit decides its sign.
 template <int V> struct Normal {
   float mean[V], inverse[V], gamma[V], beta[V];
-  __device__ __forceinline__ Normal(const Layer& p, i64 col) {
+  __device__ __forceinline__ Normal(const Layer& p, i64 col)
+      : Normal(p, col, p.mean + col, p.inverse + col) {}
+  // With mean and inverse deviation that stand elsewhere.
+  __device__ __forceinline__ Normal(const Layer& p, i64 col, const float* means,
+                                    const float* inverses) {
     if constexpr (HAS_NORM) {
-      load<V>(p.mean + col, mean);
-      load<V>(p.inverse + col, inverse);
+      load<V>(means, mean);
+      load<V>(inverses, inverse);
       load<V>(p.gamma + col, gamma);
       load<V>(p.beta + col, beta);
     }
@@ -160,60 +173,97 @@ template <int V> struct Normal {
   }
 };
 
-// By columns: a warp owns 32 * VECTOR columns, the warps of a block and the blocks of one blockIdx.x
-// share the rows. For results that are sums over rows, or that need numbers kept for each column.
-struct ByColumns {
-  int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  i64 col = ((i64)blockIdx.x * 32 + lane) * VECTOR;
-  i64 first_row = (i64)blockIdx.y * WARPS + warp, step = (i64)gridDim.y * WARPS;
+// A strip: COLS neighbouring columns, whose rows the blocks of one blockIdx.x share. For what needs
+// sums over rows. A thread has VECTOR neighbouring columns, LANES threads have a row.
+constexpr int LANES = COLS / VECTOR, ROWS_AT_ONCE = THREADS / LANES;
+static_assert(COLS % 32 == 0 && LANES <= 32, "a strip's rows are whole words of masks");
+
+struct Strip {
+  int lane = threadIdx.x % LANES;
+  i64 first_col = (i64)blockIdx.x * COLS, col = first_col + lane * VECTOR;
+  // The same for all threads of a block; a thread's row is `skip` further.
+  i64 first_row = (i64)blockIdx.y * ROWS_AT_ONCE, step = (i64)gridDim.y * ROWS_AT_ONCE;
+  int skip = threadIdx.x / LANES;
 };
 
-// Sums over all rows of N numbers for each column. True in the last block of these columns, and there
-// `total` holds the sums; the order of summation does not depend on which block comes last.
-template <int N, int V>
-__device__ __forceinline__ bool sum_over_rows(const float (&mine)[N][V], float* partials,
-                                              u32* tickets, i64 cols,
-                                              double (&total)[N][32 * V]) {
-  constexpr int COLS = 32 * V, PAIRS = N * COLS;
-  constexpr int SHARERS = PAIRS < THREADS ? THREADS / PAIRS : 1;
-  __shared__ float parts[WARPS][COLS];
-  __shared__ double shares[SHARERS > 1 ? SHARERS : 1][SHARERS > 1 ? PAIRS : 1];
+// Where sums over rows go on to a second pass that needs them, the blocks of a strip are a cluster, and
+// all of them get the sums (CLUSTER of them; Hopper and later). Elsewhere (CLUSTER 1) the last block
+// to arrive does, and the second pass is a launch of its own.
+#if CLUSTER > 1
+#define IN_CLUSTERS __cluster_dims__(1, CLUSTER, 1)
+#else
+#define IN_CLUSTERS
+#endif
+
+// Whether this block, of those that got the sums, is the one to write what comes of them.
+__device__ __forceinline__ bool writes_sums() { return CLUSTER == 1 || blockIdx.y == 0; }
+
+// Sums over all rows of N numbers for each column. True where `total` holds them; the order of
+// summation does not depend on which block comes last. To be followed by `leave_sums`.
+template <int N>
+__device__ __forceinline__ bool sum_over_rows(const float (&mine)[N][VECTOR], float* partials,
+                                              u32* tickets, i64 cols, double (&total)[N][COLS]) {
+  constexpr int PAIRS = N * COLS;
+  __shared__ float parts[WARPS][N][COLS];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const i64 first = (i64)blockIdx.x * COLS;
 #pragma unroll
-  for (int n = 0; n < N; n++) {
+  for (int n = 0; n < N; n++)
 #pragma unroll
-    for (int i = 0; i < V; i++) parts[warp][lane * V + i] = mine[n][i];
-    __syncthreads();
-    if (threadIdx.x < COLS && first + threadIdx.x < cols) {
-      float sum = 0;
+    for (int i = 0; i < VECTOR; i++) {
+      float sum = mine[n][i];
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) sum += parts[w][threadIdx.x];
-      partials[((i64)blockIdx.y * N + n) * cols + first + threadIdx.x] = sum;
+      for (int apart = LANES; apart < 32; apart <<= 1) sum += __shfl_xor_sync(ALL, sum, apart);
+      if (lane < LANES) parts[warp][n][lane * VECTOR + i] = sum;
     }
-    __syncthreads();
+  __syncthreads();
+#if CLUSTER > 1
+  __shared__ float of_block[N][COLS];
+  for (int i = threadIdx.x; i < PAIRS; i += THREADS) {
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) sum += (&parts[w][0][0])[i];
+    (&of_block[0][0])[i] = sum;
+  }
+  cluster_sync();
+  for (int i = threadIdx.x; i < PAIRS; i += THREADS) {
+    float parts_of[CLUSTER];
+#pragma unroll
+    for (int block = 0; block < CLUSTER; block++)
+      parts_of[block] =
+          __int_as_float(load_from_block(shared_address(&of_block[0][0] + i), block));
+    double sum = 0;
+#pragma unroll
+    for (int block = 0; block < CLUSTER; block++) sum += parts_of[block];
+    (&total[0][0])[i] = sum;
+  }
+  cluster_arrive();
+#else
+  const i64 first = (i64)blockIdx.x * COLS;
+  for (int i = threadIdx.x; i < PAIRS; i += THREADS) {
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) sum += (&parts[w][0][0])[i];
+    if (first + i % COLS < cols)
+      partials[((i64)blockIdx.y * N + i / COLS) * cols + first + i % COLS] = sum;
   }
   if (!is_last_block(tickets + blockIdx.x, gridDim.y)) return false;
-  for (int i = threadIdx.x; i < PAIRS * SHARERS; i += THREADS) {
-    const int share = i / PAIRS, n = i % PAIRS / COLS, c = i % COLS;
+  for (int i = threadIdx.x; i < PAIRS; i += THREADS) {
     double sum = 0;
-    if (first + c < cols) {
+    if (first + i % COLS < cols) {
 #pragma unroll 8
-      for (u32 s = share; s < gridDim.y; s += SHARERS)
-        sum += __ldcg(partials + ((i64)s * N + n) * cols + first + c);
+      for (u32 s = 0; s < gridDim.y; s++)
+        sum += __ldcg(partials + ((i64)s * N + i / COLS) * cols + first + i % COLS);
     }
-    if constexpr (SHARERS > 1) shares[share][i % PAIRS] = sum;
-    else total[n][c] = sum;
+    (&total[0][0])[i] = sum;
   }
+#endif
   __syncthreads();
-  if constexpr (SHARERS > 1) {
-    if (threadIdx.x < PAIRS) {
-      double sum = 0;
-#pragma unroll
-      for (int share = 0; share < SHARERS; share++) sum += shares[share][threadIdx.x];
-      total[threadIdx.x / COLS][threadIdx.x % COLS] = sum;
-    }
-    __syncthreads();
-  }
   return true;
+}
+
+// At the end of a kernel: no block of a cluster may end while another reads its sums.
+__device__ __forceinline__ void leave_sums() {
+#if CLUSTER > 1
+  cluster_wait();
+#endif
 }

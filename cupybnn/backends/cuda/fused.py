@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cupybnn.backends.cuda.compiler import Defines, load_kernel
+from cupybnn.backends.cuda.compiler import Defines, architecture, load_kernel
 
 __all__ = [
     "DROP_ACTIVATION",
     "DROP_NONE",
     "DROP_PRODUCT",
     "GATES",
+    "HEADS",
     "LOSSES",
     "OUTPUTS",
-    "PENALTIES",
+    "Activations",
+    "Deformation",
     "Draw",
     "Launcher",
     "Layer",
-    "Rates",
-    "Updated",
     "mask_shape",
 ]
 
@@ -30,23 +30,18 @@ __all__ = [
 DROP_NONE, DROP_PRODUCT, DROP_ACTIVATION = range(3)
 GATES = {"none": 0, "mask": 1, "clip": 2}
 LOSSES = {"cross_entropy": 0, "squared_hinge": 1}
-OUTPUTS = {"packed_sign": 0, "sign": 1, "relu": 2}
-PENALTIES = {"none": 0, "l1": 1, "bipolar": 2}
-_BINARY, _CLIPPED, _WINDOW, _ALIGNED = 1, 2, 4, 8
+OUTPUTS = {"packed_sign": 0, "sign": 1, "relu": 2, "none": 3}
+HEADS = {"none": 0, "relu": 1, "sign": 2}
 
 _THREADS, _WARPS = 256, 8
 _REAL = {"float32": "float", "uint16": "bfloat16_bits"}
 _PRODUCT = {"float32": "float", "float16": "float16_bits"}
-_TILE_ROWS, _TILE_COLS = 32, 128  # of smxx_adam.cu
 
 _LAYER = np.dtype((np.void, 8 * 10))  # struct Layer of training.cuh
-_PARAMETER = np.dtype(
-    [(n, np.int64) for n in ("weight", "grad", "mean", "square", "copy", "words", "pops")]
-    + [(n, np.int64) for n in ("rows", "cols", "count", "first_block", "flags")]
-    + [(n, np.float64) for n in ("limit", "lr_scale", "penalty", "weight_decay")]
-)
-#: struct Rates of smxx_adam.cu: learning rate, its factor, Adam's eps, and padding.
-Rates = np.dtype((np.float32, 4))
+_ACTIVATIONS = np.dtype((np.void, 8 * 5))  # struct Activations of smxx_activation.cu
+_BACK = np.dtype((np.void, 8 * 4))  # struct Back of smxx_head.cu
+_BATCH = np.dtype((np.void, 8 * 14))  # struct Batch of smxx_batch.cu
+_DEFORMATION = np.dtype((np.void, 8 * 7))  # struct Deformation of smxx_batch.cu
 
 
 def mask_shape(rows: int, cols: int) -> tuple[int, int]:
@@ -70,11 +65,36 @@ class Draw:
     offset: int
     keep_prob: float
 
-    def arguments(self) -> tuple[Any, ...]:
+    def arguments(self) -> tuple[int, int, int]:
         """Return what kernels are given: seed, offset and the greatest word that is kept."""
         # As cupybnn.backends.random.chosen has it.
-        last = max(round(self.keep_prob * 2**32), 1) - 1
-        return np.uint64(self.seed), np.int64(self.offset), np.uint32(last)
+        return self.seed, self.offset, max(round(self.keep_prob * 2**32), 1) - 1
+
+
+@dataclass(frozen=True)
+class Deformation:
+    """How images are deformed; see `cupybnn.data.Augmentation`.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        (height, width).
+    seed : int
+        Each step deforms anew, by its number.
+    shift, rotation, scale, shear : float
+    """
+
+    shape: tuple[int, int]
+    seed: int
+    shift: float
+    rotation: float
+    scale: float
+    shear: float
+
+    def argument(self) -> Any:
+        """Return struct Deformation, as a kernel is given it."""
+        numbers = (self.shift, math.radians(self.rotation), self.scale, self.shear)
+        return _struct([*self.shape, self.seed, *numbers], _DEFORMATION)
 
 
 @dataclass
@@ -107,63 +127,60 @@ class Layer:
 
     def argument(self) -> Any:
         """Return struct Layer, as a kernel is given it."""
-        addresses = [self.product, self.kept, *(self.norm or (None,) * 4)]
-        fields = np.zeros(10, np.int64)
-        fields[:6] = [0 if x is None else x.data.ptr for x in addresses]
-        fields[6:8] = self.shape
-        fields[8:].view(np.float64)[:] = 1 / self.keep_prob, 1 / self.shape[0]
-        return fields.view(_LAYER)
+        arrays = [self.product, self.kept, *(self.norm or (None,) * 4)]
+        numbers = [*self.shape, 1 / self.keep_prob, 1 / self.shape[0]]
+        return _struct([*arrays, *numbers], _LAYER)
 
 
 @dataclass
-class Updated:
-    """A parameter, for `Launcher.adam`.
+class Activations:
+    """Where a layer's activations go.
 
     Attributes
     ----------
-    weight, grad, mean, square : cupy.ndarray of float32, of one shape
-        The parameter, its gradient, the optimiser's two means.
-    copy : cupy.ndarray or None
-        What products read instead: the weight in their dtype, or its sign.
+    output : str
+        A key of `OUTPUTS`.
+    dense : cupy.ndarray or None
+        Gets the activations, where they are not packed.
     packed : PackedMatrix or None
-        The packed signs, along the first axis.
-    binary : bool
-        Whether signs are meant.
-    gate : {"none", "window", "clip"}
-        Pseudo-gradient of a latent weight.
-    limit : float or None
-        Magnitude that the weight is held to.
-    lr_scale, penalty, weight_decay : float
+        Gets the signs, packed along the last axis; its popcounts must be 0.
+    gate : cupy.ndarray of uint32, shape `mask_shape`, or None
+        Gets where the gradient passes.
+    window : float
+        Half the width of the window in which sign has a pseudo-gradient.
     """
 
-    weight: Any
-    grad: Any
-    mean: Any
-    square: Any
-    copy: Any = None
+    output: str = "none"
+    dense: Any = None
     packed: Any = None
-    binary: bool = False
-    gate: str = "none"
-    limit: float | None = None
-    lr_scale: float = 1.0
-    penalty: float = 0.0
-    weight_decay: float = 0.0
+    gate: Any = None
+    window: float = 0.0
 
-    def geometry(self) -> tuple[int, int]:
-        """Return rows and columns as the kernel walks them."""
-        if self.packed is not None:
-            rows, cols = self.weight.shape
-            return rows, cols
-        return -(-self.weight.size // _TILE_COLS), _TILE_COLS
+    def defines(self) -> Defines:
+        """Return what the translation unit is to define for them."""
+        return (("GATE", int(self.gate is not None)), ("OUTPUT", OUTPUTS[self.output]))
 
-    def blocks(self) -> int:
-        """Blocks that take this parameter."""
-        rows, cols = self.geometry()
-        return -(-rows // _TILE_ROWS) * -(-cols // _TILE_COLS)
+    def argument(self) -> Any:
+        """Return struct Activations, as a kernel is given it."""
+        packed = (None, None) if self.packed is None else (self.packed.words, self.packed.popcounts)
+        return _struct([self.dense, *packed, self.gate, self.window], _ACTIVATIONS)
 
 
 def _address(x: Any) -> int:
     return 0 if x is None else int(x.data.ptr)
+
+
+def _struct(fields: list[Any], dtype: np.dtype) -> Any:
+    """Return fields of 8 bytes as a kernel's argument: arrays (None: no address) and numbers."""
+    values = np.zeros(len(fields), np.int64)
+    for i, field in enumerate(fields):
+        if isinstance(field, float):
+            values[i : i + 1].view(np.float64)[0] = field
+        elif isinstance(field, int):
+            values[i : i + 1].view(np.uint64)[0] = field % 2**64
+        else:
+            values[i] = _address(field)
+    return values.view(dtype)
 
 
 class Launcher:
@@ -175,8 +192,9 @@ class Launcher:
         Number of the CUDA device, which must be the current one.
     real : dtype
         Of dense operands: float32, or uint16 for bfloat16.
-    columns : int
-        The widest layer: decides the size of the room for sums over rows.
+    batch, columns : int
+        Rows, and the widest layer: they decide the size of the room for sums over rows.
+    classes : int
     """
 
     def __init__(self, device: int, real: np.dtype, batch: int, columns: int, classes: int) -> None:
@@ -186,47 +204,74 @@ class Launcher:
         self.real = _REAL[real.name]
         self.classes = classes
         self._multiprocessors = cupy.cuda.Device(device).attributes["MultiProcessorCount"]
-        slabs = max(self._grid(batch, columns, v)[1] for v in (1, 2, 4))
+        self._has_clusters = architecture(device) >= 90
+        slabs = max(self._row_blocks(batch, columns, vector) for vector in (1, 2, 4))
         sums = slabs * (classes + 2) * columns
-        self._partials = cupy.empty(max(sums, -(-batch // _WARPS)), np.float32)
+        self._partials = cupy.empty(max(sums, 2 * -(-batch // _WARPS)), np.float32)
         self._tickets = cupy.zeros(-(-columns // 32), np.uint32)
-        self._update: tuple[Any, Any, Any, int] | None = None
 
     # What shapes decide ------------------------------------------------------------------------
 
-    def _vector(self, cols: int, widest: int = 4) -> int:
-        """Neighbouring columns of a lane: one where more would leave too few warps."""
-        return widest if cols >= 2048 and cols % widest == 0 else 1
+    def _strips(
+        self, layer: Layer, sums: bool, vector: int = 4
+    ) -> tuple[Defines, tuple[int, int], bool]:
+        """Return defines of a layer walked by strips, the grid, and whether a cluster has a strip.
 
-    def _grid(self, rows: int, cols: int, vector: int) -> tuple[int, int]:
-        """Groups of columns, and blocks that share the rows of each."""
-        groups = -(-cols // (32 * vector))
-        fill = -(-(8 if vector == 1 else 4) * self._multiprocessors // groups)
-        return groups, max(1, min(fill, -(-rows // (4 * _WARPS))))
-
-    def _flat(self, count: int) -> int:
-        return max(1, min(-(-count // _THREADS), 16 * self._multiprocessors))
-
-    def _launch(
-        self, source: str, function: str, defines: Defines, grid: Any, arguments: Any
-    ) -> None:
-        kernel = load_kernel(source, function, (("REAL", self.real), *defines), self.device)
-        kernel(grid, (_THREADS,), arguments)
-
-    @staticmethod
-    def _kind(layer: Layer, vector: int) -> Defines:
-        return (
+        Parameters
+        ----------
+        layer : Layer
+        sums : bool
+            Whether there are sums over rows: only then clusters are of use.
+        vector : int
+            Columns of a thread, where they divide the number of columns.
+        """
+        rows, cols = layer.shape
+        while cols % vector:
+            vector //= 2
+        strips, blocks = -(-cols // 32), 1
+        if sums and self._has_clusters:
+            at_once = _THREADS * vector // 32
+            while blocks < min(8, -(-rows // at_once)):
+                blocks *= 2
+        else:
+            blocks = self._row_blocks(rows, cols, vector)
+        clustered = sums and self._has_clusters and blocks > 1
+        defines = (
+            ("CLUSTER", blocks if clustered else 1),
+            ("COLS", 32),
             ("DROP", layer.drop),
             ("NORM", int(layer.norm is not None)),
             ("PRODUCT", _PRODUCT[layer.product.dtype.name]),
             ("VECTOR", vector),
         )
+        return defines, (strips, blocks), clustered
+
+    def _row_blocks(self, rows: int, cols: int, vector: int) -> int:
+        """Return how many blocks share the rows of a strip, without clusters."""
+        fill = -(-8 * self._multiprocessors // -(-cols // 32))
+        return max(1, min(rows // (16 * vector), fill))
+
+    def _flat(self, count: int) -> int:
+        return max(1, min(-(-count // _THREADS), 16 * self._multiprocessors))
+
+    def launch(
+        self,
+        source: str,
+        function: str,
+        defines: Defines,
+        grid: tuple[int, ...],
+        arguments: tuple[Any, ...],
+        shared: int = 0,
+    ) -> None:
+        """Launch blocks of 256 threads of a kernel of a file for the element type of `real`."""
+        kernel = load_kernel(source, function, (("REAL", self.real), *defines), self.device)
+        kernel(grid, (_THREADS,), arguments, shared_mem=shared)
 
     # The batch ---------------------------------------------------------------------------------
 
     def gather(
         self, images: Any, labels: Any, order: Any, step: Any, draw: Draw | None, out: Any,
-        out_labels: Any,
+        out_labels: Any, pops: Any = None, deformation: Deformation | None = None,
     ) -> None:  # fmt: skip
         """Copy the batch of a step.
 
@@ -240,101 +285,91 @@ class Launcher:
         draw : Draw or None
             Dropout of pixels; what is kept stays as it is.
         out : cupy.ndarray, shape (batch, pixels)
-            Gets the pixels as whole numbers.
+            Gets the pixels, whole numbers unless they are deformed.
         out_labels : cupy.ndarray of int64, shape (batch,)
+        pops : cupy.ndarray of int32 or None
+            Set to 0 on the way.
+        deformation : Deformation or None
         """
         rows, cols = out.shape
-        vector = 4 if cols % 4 == 0 else 1
-        draw_arguments = (draw or Draw(0, 0, 1.0)).arguments()
-        self._launch(
-            "smxx_batch",
-            "gather",
-            (("DROP", int(draw is not None)), ("VECTOR", vector)),
-            (self._flat(rows * cols // vector),),
-            (
-                images, labels, order, np.int64(order.shape[0]), step, np.int64(rows),
-                np.int64(cols), *draw_arguments, out, out_labels,
-            ),
-        )  # fmt: skip
+        vector = next(v for v in (16, 4, 1) if cols % v == 0)
+        ring, count = order.shape[0], 0 if pops is None else pops.size
+        arrays = [images, labels, order, step, out, out_labels, pops]
+        numbers = [ring, rows, cols, count, *(draw or Draw(0, 0, 1.0)).arguments()]
+        batch = _struct([*arrays, *numbers], _BATCH)
+        drop = ("DROP", int(draw is not None))
+        if deformation is not None:
+            self.launch(
+                "smxx_batch",
+                "gather_deformed",
+                (drop, ("VECTOR", 1)),
+                (rows,),
+                (batch, deformation.argument()),
+                shared=cols,
+            )
+            return
+        grid = (self._flat(rows * cols // vector),)
+        self.launch("smxx_batch", "gather", (drop, ("VECTOR", vector)), grid, (batch,))
 
     def dropout_mask(self, step: Any, draw: Draw, shape: tuple[int, int], out: Any) -> None:
         """Draw which elements of a (batch, units) array are kept, one bit each."""
         rows, cols = shape
-        self._launch(
+        seed, offset, last = draw.arguments()
+        self.launch(
             "smxx_batch",
             "dropout_mask",
             (("DROP", 0), ("VECTOR", 1)),
             (self._flat(out.size),),
-            (step, np.int64(rows), np.int64(cols), *draw.arguments(), out),
-        )
-
-    # Forward -----------------------------------------------------------------------------------
-
-    def statistics(self, layer: Layer, running: tuple[Any, Any], decay: float, eps: float) -> None:
-        """Compute mean and inverse deviation of each column; update the running statistics."""
-        assert layer.norm is not None
-        vector = self._vector(layer.shape[1])
-        self._launch(
-            "smxx_activation",
-            "statistics",
-            self._kind(layer, vector),
-            self._grid(*layer.shape, vector),
             (
-                layer.argument(), self._partials, self._tickets, *layer.norm[:2], *running,
-                np.float32(decay), np.float32(1 - decay), np.float32(eps),
+                step, np.int64(rows), np.int64(cols), np.uint64(seed), np.int64(offset),
+                np.uint32(last), out,
             ),
         )  # fmt: skip
 
-    def activate(
-        self, layer: Layer, output: str, dense: Any, packed: Any, gate: Any, window: float
+    # Forward -----------------------------------------------------------------------------------
+
+    def normalise(
+        self, layer: Layer, running: tuple[Any, Any], decay: float, eps: float, to: Activations
     ) -> None:
-        """Normalise, take the sign or ReLU, and keep where the gradient passes.
+        """Compute each column's mean and inverse deviation, and then the activations.
 
         Parameters
         ----------
         layer : Layer
-        output : str
-            A key of `OUTPUTS`.
-        dense : cupy.ndarray or None
-            Gets the activations, where they are not packed.
-        packed : PackedMatrix or None
-            Gets the signs, packed along the last axis.
-        gate : cupy.ndarray of uint32, shape `mask_shape`, or None
-        window : float
-            Half the width of the window in which sign has a pseudo-gradient.
+            With batch norm.
+        running : (cupy.ndarray, cupy.ndarray)
+            Running mean and variance, which are updated.
+        decay, eps : float
+        to : Activations
+            Output "none": only the statistics.
         """
-        rows, cols = layer.shape
-        vector = 4 if cols % 4 == 0 else 1
-        steps = -(-cols // (32 * vector))
-        parts = 1
-        # Enough warps to fill the GPU, and none without columns.
-        while parts < 8 and 2 * parts <= steps and rows * parts < 32 * self._multiprocessors:
-            parts *= 2
-        enough = rows * parts >= 128 * self._multiprocessors
-        at_a_time = 4 if enough and cols >= 1024 else 1
-        defines = (
-            ("GATE", int(gate is not None)),
-            ("OUTPUT", OUTPUTS[output]),
-            ("PARTS", parts),
-            ("ROWS", at_a_time),
-        )
-        words, pops = (packed.words, packed.popcounts) if packed is not None else (None, None)
-        self._launch(
+        assert layer.norm is not None
+        kind, grid, clustered = self._strips(layer, sums=True)
+        self.launch(
             "smxx_activation",
-            "activate",
-            (*self._kind(layer, vector), *defines),
-            (-(-rows // (_WARPS // parts * at_a_time)),),
+            "normalise",
+            (*kind, *to.defines()),
+            grid,
             (
-                layer.argument(),
-                *(np.uintp(_address(x)) for x in (dense, words, pops, gate)),
-                np.float32(window),
+                layer.argument(), self._partials, self._tickets, *layer.norm[:2], *running,
+                np.float32(decay), np.float32(1 - decay), np.float32(eps), to.argument(),
             ),
-        )
+        )  # fmt: skip
+        if not clustered:
+            self.activate(layer, to)
+
+    def activate(self, layer: Layer, to: Activations) -> None:
+        """Normalise by statistics that are there, take the sign or ReLU."""
+        if to.output == "none":
+            return
+        kind, grid, _ = self._strips(layer, sums=False)
+        arguments = (layer.argument(), to.argument())
+        self.launch("smxx_activation", "activate", (*kind, *to.defines()), grid, arguments)
 
     def unpack_rows(self, packed: Any, out: Any) -> None:
         """Write packed signs as +1 and -1."""
         rows, cols = out.shape
-        self._launch(
+        self.launch(
             "smxx_unpack_rows",
             "unpack_rows",
             (("VECTOR", 8 if cols % 8 == 0 else 1),),
@@ -353,159 +388,101 @@ class Launcher:
         gate : str
             A key of `GATES`.
         mask : cupy.ndarray or None
-            What `activate` kept.
+            What `Activations.gate` got.
         grad : cupy.ndarray, shape (batch, units)
         grads : (cupy.ndarray, cupy.ndarray) or None
             Get the gradients of gamma and beta.
         """
-        vector = self._vector(layer.shape[1])
-        defines = (*self._kind(layer, vector), ("GATE", GATES[gate]))
-        grid = self._grid(*layer.shape, vector)
+        source, gate_define = "smxx_activation_gradient", ("GATE", GATES[gate])
         arguments = (layer.argument(), grad, np.uintp(_address(mask)))
-        source = "smxx_activation_gradient"
         if layer.norm is not None:
-            self._launch(
-                source,
-                "gradient_sums",
-                defines,
-                grid,
-                (*arguments, self._partials, self._tickets, *grads),
-            )
+            kind, grid, clustered = self._strips(layer, sums=True)
+            rest = (self._partials, self._tickets, *grads)
+            self.launch(
+                source, "gradient_sums", (*kind, gate_define), grid, (*arguments, *rest)
+            )  # fmt: skip
+            if clustered:
+                return
+        kind, grid, _ = self._strips(layer, sums=False)
         addresses = [np.uintp(_address(x)) for x in grads or (None, None)]
-        self._launch(source, "gradient", defines, grid, (*arguments, *addresses))
+        self.launch(source, "gradient", (*kind, gate_define), grid, (*arguments, *addresses))
 
     # The head ----------------------------------------------------------------------------------
 
-    def _head(self, layer: Layer, relu: bool, loss: str, vector: int) -> Defines:
-        head = (("CLASSES", self.classes), ("LOSS", LOSSES[loss]), ("RELU", int(relu)))
-        return (*self._kind(layer, vector), *head)
+    def _head(self, head: str, loss: str) -> Defines:
+        return (("CLASSES", self.classes), ("HEAD", HEADS[head]), ("LOSS", LOSSES[loss]))
 
     def logits(
-        self, layer: Layer, relu: bool, weight: Any, labels: Any, loss: str, smoothing: float,
-        out: Any, grad: Any, mean_loss: Any,
+        self, layer: Layer, head: str, weight: Any, labels: Any, loss: str, smoothing: float,
+        factor: Any, out: Any, grad: Any, mean_loss: Any, grad_factor: Any,
     ) -> None:  # fmt: skip
-        """Compute logits, the mean loss and its gradient for the logits.
+        """Compute logits, the mean loss and its gradient for what `head_gradient` goes on from.
 
         Parameters
         ----------
         layer : Layer
             The last hidden one.
-        relu : bool
-            Whether its activation is ReLU; none otherwise.
+        head : str
+            A key of `HEADS`: what the last layer reads.
         weight : cupy.ndarray of float32, shape (units, classes)
+            For "sign" the latent ones.
         labels : cupy.ndarray of int64, shape (batch,)
         loss : str
             A key of `LOSSES`.
         smoothing : float
             Of the labels.
-        out, grad : cupy.ndarray of float32, shape (batch, classes)
+        factor : cupy.ndarray of float32, shape (1,), or None
+            Of the logits, for "sign".
+        out : cupy.ndarray of float32, shape (batch, classes)
+        grad : cupy.ndarray of float32, shape (batch, classes up to a multiple of 4)
+            The gradient for the product before the factor.
         mean_loss : cupy.ndarray of float32, shape (1,)
+        grad_factor : cupy.ndarray of float32, shape (1,), or None
         """
         rows, cols = layer.shape
         vector = 4 if cols % 4 == 0 else 1
         at_a_time = 1
-        while at_a_time < 4 and rows >= 4 * at_a_time * _WARPS * self._multiprocessors:
+        while at_a_time < 4 and vector == 4 and rows >= 4 * at_a_time * _WARPS * 132:
             at_a_time *= 2
-        self._launch(
+        kind = (
+            ("DROP", layer.drop),
+            ("NORM", int(layer.norm is not None)),
+            ("PRODUCT", _PRODUCT[layer.product.dtype.name]),
+            ("VECTOR", vector),
+        )
+        self.launch(
             "smxx_head",
             "logits",
-            (*self._head(layer, relu, loss, vector), ("ROWS", at_a_time)),
+            (*kind, *self._head(head, loss), ("ROWS", at_a_time)),
             (-(-rows // (_WARPS * at_a_time)),),
             (
-                layer.argument(), weight, labels, np.float32(smoothing), out, grad,
-                self._partials, self._tickets, mean_loss,
+                layer.argument(), weight, labels, np.float32(smoothing),
+                np.uintp(_address(factor)), out, grad, self._partials, self._tickets, mean_loss,
+                np.uintp(_address(grad_factor)),
             ),
         )  # fmt: skip
 
     def head_gradient(
-        self, layer: Layer, relu: bool, loss: str, weight: Any, of_logits: Any, grad_weight: Any,
-        grads: Any, out: Any,
+        self, layer: Layer, head: str, loss: str, weight: Any, of_logits: Any, gate: str,
+        window: float, grad_weight: Any, grads: Any, out: Any,
     ) -> None:  # fmt: skip
-        """Go from the logits' gradient to those of the last weights and the last hidden product."""
-        vector = self._vector(layer.shape[1], 2)
-        defines = self._head(layer, relu, loss, vector)
-        grid = self._grid(*layer.shape, vector)
-        arguments = (layer.argument(), weight, of_logits)
-        addresses = [np.uintp(_address(x)) for x in grads or (None, None)]
-        self._launch(
-            "smxx_head",
-            "head_sums",
-            defines,
-            grid,
-            (*arguments, self._partials, self._tickets, grad_weight, *addresses),
-        )
-        self._launch("smxx_head", "head_gradient", defines, grid, (*arguments, *addresses, out))
-
-    # The update --------------------------------------------------------------------------------
-
-    def plan_update(self, parameters: Sequence[Updated]) -> None:
-        """Take note of the parameters that `adam` is to update."""
-        import cupy
-
-        table = np.zeros(len(parameters), _PARAMETER)
-        blocks = 0
-        for entry, p in zip(table, parameters, strict=True):
-            arrays = (p.weight, p.grad, p.mean, p.square, p.copy)
-            for name, array in zip(
-                ("weight", "grad", "mean", "square", "copy"), arrays, strict=True
-            ):
-                entry[name] = _address(array)
-            if p.packed is not None:
-                entry["words"] = _address(p.packed.words)
-                entry["pops"] = _address(p.packed.popcounts)
-            rows, cols = p.geometry()
-            entry["rows"], entry["cols"], entry["count"] = rows, cols, p.weight.size
-            entry["first_block"] = blocks
-            aligned = cols % 4 == 0 and not any(_address(x) % 16 for x in arrays)
-            entry["flags"] = (
-                _BINARY * p.binary
-                + _CLIPPED * (p.gate == "clip")
-                + _WINDOW * (p.gate == "window")
-                + _ALIGNED * aligned
-            )
-            entry["limit"] = p.limit or 0.0
-            entry["lr_scale"], entry["penalty"] = p.lr_scale, p.penalty
-            entry["weight_decay"] = p.weight_decay
-            blocks += p.blocks()
-        self._update = (
-            cupy.asarray(table.view(np.uint8)),
-            cupy.empty(blocks, np.float32),
-            cupy.zeros(1, np.uint32),
-            blocks,
-        )
-        self._count = len(parameters)
-
-    def adam(
-        self, rates: Any, step: Any, betas: tuple[float, float], penalty: str,
-        write_gradient: bool, mean_loss: Any, loss: Any,
-    ) -> None:  # fmt: skip
-        """Update the parameters of `plan_update`, compute the loss with penalty, count the step.
+        """Go from the logits' gradient to those of the last weights and the last hidden product.
 
         Parameters
         ----------
-        rates : cupy.ndarray of float32, shape (ring, 4)
-            `Rates` of step s in row ``s % ring``.
-        step : cupy.ndarray of int64, shape (1,)
-            Raised by one.
-        betas : (float, float)
-            Decay of the optimiser's means.
-        penalty : str
-            A key of `PENALTIES`.
-        write_gradient : bool
-            Whether gradients are left with the penalty's part in them.
-        mean_loss, loss : cupy.ndarray of float32, shape (1,)
-            Without and with the penalty.
+        gate, window
+            For the head "sign": a key of `GATES`, where "mask" stands for the window.
         """
-        assert self._update is not None
-        table, partials, ticket, blocks = self._update
-        self._launch(
-            "smxx_adam",
-            "adam",
-            (("PENALTY", PENALTIES[penalty]), ("WRITE_GRADIENT", int(write_gradient))),
-            (blocks,),
-            (
-                table, np.int32(self._count), rates, np.int64(rates.shape[0]), step,
-                np.float32(1 - betas[0]), np.float32(1 - betas[1]), mean_loss, loss, partials,
-                ticket,
-            ),
-        )  # fmt: skip
+        widest = 2 if self.classes <= 12 else 1  # more would need too many registers
+        kind, grid, clustered = self._strips(layer, sums=True, vector=widest)
+        end = (*self._head(head, loss), ("GATE", GATES[gate] if head == "sign" else 0))
+        back = _struct([weight, of_logits, out, float(window)], _BACK)
+        addresses = tuple(np.uintp(_address(x)) for x in grads or (None, None))
+        rest = (self._partials, self._tickets, grad_weight, *addresses)
+        arguments = (layer.argument(), back)
+        self.launch("smxx_head", "head_sums", (*kind, *end), grid, (*arguments, *rest))
+        if not clustered:
+            kind, grid, _ = self._strips(layer, sums=False, vector=widest)
+            self.launch(
+                "smxx_head", "head_gradient", (*kind, *end), grid, (*arguments, *addresses)
+            )  # fmt: skip

@@ -189,8 +189,8 @@ def sign(x: Any, dtype: np.dtype) -> Any:
     """Return +1 where the CuPy array `x` is not negative and -1 elsewhere, in `dtype`."""
     import cupy
 
-    x = cupy.ascontiguousarray(x)
     out = cupy.empty(x.shape, dtype)
+    x = cupy.ascontiguousarray(x)
     if out.size:
         c_type, one, minus_one = _plus_and_minus_one(dtype)
         kernel = load_kernel(

@@ -25,6 +25,8 @@ class HiddenBuffers:
     plan : HiddenPlan
     layer : fused.Layer
         Product, dropout mask, batch norm.
+    activations : fused.Activations
+        Where the layer's activations go: to `dense`, `packed` and `mask`.
     dense : cupy.ndarray or None
         Activations that are not packed, in the operands' dtype.
     packed : PackedMatrix or None
@@ -39,7 +41,7 @@ class HiddenBuffers:
     """
 
     def __init__(
-        self, plan: HiddenPlan, network: NetworkPlan, model: nn.Module, device: Device
+        self, plan: HiddenPlan, network: NetworkPlan, model: nn.Module, device: Device, pops: Any
     ) -> None:
         import cupy
 
@@ -62,18 +64,18 @@ class HiddenBuffers:
             drop,
             network.keep_prob,
         )
-        last = plan.number == len(network.hidden)
         self.dense = self.packed = self.mask = None
-        if not last:
-            if plan.activation == "packed_sign":
-                # Zeros stay where no row and no column is.
-                words = cupy.zeros(words_shape(1, *shape), np.uint32)
-                pops = cupy.zeros(network.batch, np.int32)
-                self.packed = PackedMatrix(words, pops, shape, -1, device)
-            else:
-                self.dense = cupy.empty(shape, real)
-            if plan.gate == "mask":
-                self.mask = cupy.empty(mask_shape, np.uint32)
+        if plan.activation == "packed_sign":
+            # Zeros stay where no row and no column is.
+            words = cupy.zeros(words_shape(1, *shape), np.uint32)
+            self.packed = PackedMatrix(words, pops, shape, -1, device)
+        elif plan.activation != "none":
+            self.dense = cupy.empty(shape, real)
+        if plan.activation != "none" and plan.gate == "mask":
+            self.mask = cupy.empty(mask_shape, np.uint32)
+        self.activations = fused.Activations(
+            plan.activation, self.dense, self.packed, self.mask, plan.window
+        )
         latent = getattr(model, f"fc{plan.number}").weight._data
         self.copied = plan.product != "dense" or real != latent.dtype
         self.weight = cupy.empty(latent.shape, real) if self.copied else latent
@@ -110,10 +112,13 @@ class Buffers:
     inputs : cupy.ndarray, shape (batch, features)
         Pixels as whole numbers, in the operands' dtype.
     labels : cupy.ndarray of int64, shape (batch,)
-    logits, of_logits : cupy.ndarray of float32, shape (batch, classes)
-        And the loss's gradient for them.
+    logits : cupy.ndarray of float32, shape (batch, classes)
+    of_logits : cupy.ndarray of float32, shape (batch, classes up to a multiple of 4)
+        The loss's gradient for them.
     mean_loss, loss : cupy.ndarray of float32, shape (1,)
         Without and with the penalty.
+    pops : cupy.ndarray of int32, shape (layers, batch)
+        Popcounts of packed activations, to be cleared at the start of a step.
     hidden : list of HiddenBuffers
     gradients : dict of str to cupy.ndarray
         By the parameter's name.
@@ -126,10 +131,14 @@ class Buffers:
         self.inputs = cupy.empty((plan.batch, plan.features), real)
         self.labels = cupy.empty(plan.batch, np.int64)
         self.logits = cupy.empty((plan.batch, plan.classes), np.float32)
-        self.of_logits = cupy.empty((plan.batch, plan.classes), np.float32)
+        self.of_logits = cupy.zeros((plan.batch, -(-plan.classes // 4) * 4), np.float32)
         self.mean_loss = cupy.zeros(1, np.float32)
         self.loss = cupy.zeros(1, np.float32)
-        self.hidden = [HiddenBuffers(hidden, plan, model, device) for hidden in plan.hidden]
+        self.pops = cupy.zeros((len(plan.hidden), plan.batch), np.int32)
+        self.hidden = [
+            HiddenBuffers(hidden, plan, model, device, pops)
+            for hidden, pops in zip(plan.hidden, self.pops, strict=True)
+        ]
         self.gradients = {
             name: cupy.zeros(parameter.shape, np.float32)
             for name, parameter in model.named_parameters()

@@ -23,7 +23,8 @@ _KNOWN = (
     "batch_norm debug keep_prob first last restore device seed ste dtype validation hidden_layers "
     "input_keep_prob loss label_smoothing penalty optimizer momentum weight_decay lr_scale "
     "schedule final_lr warm_up fused graph latent_lr bop_rate bop_threshold milestones "
-    "milestone_factor average average_decay average_from"
+    "milestone_factor average average_decay average_from "
+    "augment_shift augment_rotation augment_scale augment_shear"
 )
 
 
@@ -40,14 +41,11 @@ class HiddenPlan:
         "dense": real weights; "sign": a dense product with the signs of the weights; "xnor": a
         packed product.
     activation : {"packed_sign", "sign", "relu", "none"}
-        What the next layer reads; "none" for the product itself, after batch norm. Of the last
-        layer nothing is stored.
+        What is stored for the next layer. Of the last one nothing is: see `NetworkPlan.head`.
     gate : {"none", "mask", "clip"}
         How the gradient comes through the activation.
     window : float
         Half the width of the window of sign.
-    weight_gate : {"none", "window", "clip"}
-        Pseudo-gradient of latent weights.
     product_dtype : dtype
         float16 where it holds every integer that can occur, else float32.
     """
@@ -59,7 +57,6 @@ class HiddenPlan:
     activation: str
     gate: str
     window: float
-    weight_gate: str
     product_dtype: np.dtype
 
 
@@ -85,6 +82,12 @@ class NetworkPlan:
     batch_norm : bool
     relu : bool
         Full precision: dropout comes after ReLU. Otherwise before batch norm.
+    head : {"relu", "none", "sign"}
+        What the last layer reads: the last activation; "none": the last product, after batch norm.
+    latent_gate : {"none", "window", "clip"}
+        Pseudo-gradient of latent weights.
+    augment : tuple of float
+        Greatest shift, rotation, scale and shear of the images.
     keep_prob, input_keep_prob : float
     roomy : bool
         Whether buffers are small enough not to be shared.
@@ -97,6 +100,9 @@ class NetworkPlan:
     precision: str
     batch_norm: bool
     relu: bool
+    head: str
+    latent_gate: str
+    augment: tuple[float, float, float, float]
     keep_prob: float
     input_keep_prob: float
     roomy: bool
@@ -114,6 +120,14 @@ class NetworkPlan:
             precision=config.dtype,
             batch_norm=config.batch_norm,
             relu=not config.binary,
+            head="relu" if not config.binary else "sign" if config.last else "none",
+            latent_gate=_gate(ops.get_quantizer(config.ste), "window"),
+            augment=(
+                config.augment_shift,
+                config.augment_rotation,
+                config.augment_scale,
+                config.augment_shear,
+            ),
             keep_prob=config.keep_prob,
             input_keep_prob=config.input_keep_prob,
             roomy=config.batch_size * config.n_hidden * itemsize <= 32 << 20,
@@ -127,21 +141,20 @@ def _numbers(config: TrainConfig) -> Iterator[int]:
 def _hidden(config: TrainConfig, number: int, features: int) -> HiddenPlan:
     first, last = number == 1, number == config.hidden_layers
     inputs = features if first else config.n_hidden
-    product, activation, gate, weight_gate = "dense", "relu", "mask", "none"
+    product, activation, gate = "dense", "relu", "mask"
     window = 0.0
     if config.binary:
         quantizer = ops.get_quantizer(config.ste)
         if not first:
             product = "xnor" if config.xnor else "sign"
-            weight_gate = _gate(quantizer, "window")
+        elif config.first:
+            product = "sign"
         gate, activation = _gate(quantizer, "mask"), "none"
         window = quantizer.window or 0.0
         if not last:
             activation = "packed_sign" if config.xnor else "sign"
     exact = exact_product_dtype(inputs) if product == "xnor" else np.dtype(np.float32)
-    return HiddenPlan(
-        number, inputs, config.n_hidden, product, activation, gate, window, weight_gate, exact
-    )
+    return HiddenPlan(number, inputs, config.n_hidden, product, activation, gate, window, exact)
 
 
 def _gate(quantizer: ops.Quantizer, window: str) -> str:
@@ -180,8 +193,8 @@ def _obstacles(
             f"{config.dtype} needs compute capability {least // 10}.{least % 10}, and this device "
             f"has {capability // 10}.{capability % 10}"
         )
-    if config.binary and (config.first or config.last):
-        yield "it takes the first and the last layer with real weights"
+    if config.binary and config.first and not config.batch_norm:
+        yield "without batch norm it takes the first layer with real weights"
     if config.binary:
         quantizer = ops.get_quantizer(config.ste)
         if type(quantizer) not in (ops.SteSign, ops.ClippedGrad, ops.IdentitySign):

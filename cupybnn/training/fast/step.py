@@ -8,7 +8,7 @@ from typing import Any
 
 from cupybnn import optim
 from cupybnn.backends import cuda
-from cupybnn.backends.cuda import blas, fused
+from cupybnn.backends.cuda import blas, fused, fused_update
 from cupybnn.backends.cuda.graph import Fork, capture
 from cupybnn.data import BatchOrder, DeviceData
 from cupybnn.training.config import TrainConfig
@@ -16,7 +16,7 @@ from cupybnn.training.fast.buffers import Buffers, HiddenBuffers
 from cupybnn.training.fast.feed import Feed
 from cupybnn.training.fast.plan import NetworkPlan
 from cupybnn.training.network import Perceptron
-from cupybnn.training.step import StepOutput
+from cupybnn.training.step import StepOutput, augmentation_seed
 
 __all__ = ["FusedStep"]
 
@@ -80,22 +80,30 @@ class FusedStep:
         self._warm = False
         self._offsets: tuple[int, ...] = ()
         self._penalty = "none" if config.reg == 0 else config.penalty
+        self._deformation = None
+        if any(self.plan.augment):
+            self._deformation = fused.Deformation(
+                data.image_shape, augmentation_seed(config), *self.plan.augment
+            )
         self._span: Callable[[str], Any] = _no_span
         self._parameters = list(model.named_parameters())
-        self._plan_update()
+        self._update = self._planned_update()
 
-    def _plan_update(self) -> None:
+    def _planned_update(self) -> fused_update.Update:
+        """Plan the update, in the order in which layers get their gradients: the last one first."""
         group = self._optimizer.groups[0]
-        binary = {f"fc{h.plan.number}.weight": h for h in self.buffers.hidden}
-        updated = []
+        scale = group["lr_scale"]
+        layers = len(self.buffers.hidden)
+        groups: list[list[fused_update.Updated]] = [[] for _ in range(layers)]
         for name, parameter in self._parameters:
             mean, square = self._optimizer._slots_of(parameter)
-            hidden = binary.get(name)
-            scale = group["lr_scale"]
-            latent = hidden is not None and hidden.plan.product != "dense"
-            penalised = name.endswith("weight") and (self._penalty == "l1" or latent)
-            updated.append(
-                fused.Updated(
+            layer, _, kind = name.partition(".")
+            number = int(layer.lstrip("fcbn")) if layer[-1].isdigit() else layers
+            hidden = self.buffers.hidden[number - 1] if layer == f"fc{number}" else None
+            latent = parameter.bits == 1
+            penalised = kind == "weight" and (self._penalty == "l1" or latent)
+            groups[layers - number].append(
+                fused_update.Updated(
                     parameter._data,
                     self.buffers.gradients[name],
                     mean,
@@ -103,14 +111,16 @@ class FusedStep:
                     copy=hidden.weight if hidden is not None and hidden.copied else None,
                     packed=hidden.packed_weight if hidden is not None else None,
                     binary=latent,
-                    gate=hidden.plan.weight_gate if hidden is not None else "none",
+                    gate=self.plan.latent_gate if latent else "none",
                     limit=parameter.limit,
                     lr_scale=scale(parameter) if callable(scale) else scale,
                     penalty=self._config.reg if penalised else 0.0,
                     weight_decay=group.get("weight_decay", 0.0),
                 )
             )
-        self._launcher.plan_update(updated)
+        return fused_update.Update(
+            self._launcher, groups, group["betas"], self._penalty, self._config.log_dir is not None
+        )
 
     def refresh(self) -> None:
         """Take up weights that were changed from outside."""
@@ -214,6 +224,8 @@ class FusedStep:
                 next(draws) if plan.input_keep_prob < 1 else None,
                 buffers.inputs,
                 buffers.labels,
+                buffers.pops,
+                self._deformation,
             )
         for i, hidden in enumerate(buffers.hidden):
             layer = hidden.layer
@@ -228,15 +240,17 @@ class FusedStep:
         self._head()
         self._backward(fork)
         fork.join()
-        with span("update"):
-            launcher.adam(
+        self._update_layer(1)
+
+    def _update_layer(self, number: int) -> None:
+        """Update what belongs to hidden layer `number`, and with the last one what follows it."""
+        with self._span("update"):
+            self._update.launch(
+                len(self.buffers.hidden) - number,
                 self.feed.rates,
                 self.feed.step,
-                self._optimizer.groups[0]["betas"],
-                self._penalty,
-                self._config.log_dir is not None,
-                buffers.mean_loss,
-                buffers.loss,
+                self.buffers.mean_loss,
+                self.buffers.loss,
             )
 
     def _input_scale(self) -> float:
@@ -260,21 +274,15 @@ class FusedStep:
 
     def _normalise(self, hidden: HiddenBuffers) -> None:
         number = hidden.plan.number
-        if hidden.layer.norm is not None:
+        with self._span("batch norm, activation"):
+            if hidden.layer.norm is None:
+                self._launcher.activate(hidden.layer, hidden.activations)
+                return
             norm = getattr(self._model, f"bn{number}")
             running = (norm.mean, norm.variance)
-            with self._span("batch statistics"):
-                self._launcher.statistics(hidden.layer, running, norm.decay, norm.eps)
-        if number < len(self.plan.hidden):
-            with self._span("activation"):
-                self._launcher.activate(
-                    hidden.layer,
-                    hidden.plan.activation,
-                    hidden.dense,
-                    hidden.packed,
-                    hidden.mask,
-                    hidden.plan.window,
-                )
+            self._launcher.normalise(
+                hidden.layer, running, norm.decay, norm.eps, hidden.activations
+            )
 
     def _norm_gradients(self, number: int) -> tuple[Any, Any] | None:
         if not self.plan.batch_norm:
@@ -285,44 +293,47 @@ class FusedStep:
     def _head(self) -> None:
         """From the last hidden product to the loss, and back to that product's gradient."""
         buffers, last = self.buffers, self.buffers.hidden[-1]
-        number = len(buffers.hidden)
+        number, head = len(buffers.hidden), self.plan.head
         weight = dict(self._parameters)["fcout.weight"]._data
         kind, smoothing = self._config.loss, self._config.label_smoothing
+        factor = dict(self._parameters)["scaleout.factor"]._data if head == "sign" else None
         with self._span("logits and loss"):
             self._launcher.logits(
-                last.layer, self.plan.relu, weight, buffers.labels, kind, smoothing, buffers.logits,
-                buffers.of_logits, buffers.mean_loss,
+                last.layer, head, weight, buffers.labels, kind, smoothing, factor, buffers.logits,
+                buffers.of_logits, buffers.mean_loss, buffers.gradients.get("scaleout.factor"),
             )  # fmt: skip
         with self._span("gradient of the head"):
             self._launcher.head_gradient(
-                last.layer, self.plan.relu, kind, weight, buffers.of_logits,
-                buffers.gradients["fcout.weight"], self._norm_gradients(number),
+                last.layer, head, kind, weight, buffers.of_logits, last.plan.gate,
+                last.plan.window, buffers.gradients["fcout.weight"], self._norm_gradients(number),
                 buffers.gradient_of(number - 1)[1],
             )  # fmt: skip
 
     def _backward(self, fork: Fork) -> None:
-        """Gradients of the hidden layers' weights, from the last layer to the first."""
+        """Gradients of the hidden layers' weights, from the last layer to the first.
+
+        What the layer below waits for comes first; beside it weights get their gradients and are
+        updated, but for those of the first layer.
+        """
         buffers, launcher = self.buffers, self._launcher
         in_use: dict[int, Any] = {}  # events after which a gradient's buffer is free
-        for i in reversed(range(len(buffers.hidden))):
-            hidden = buffers.hidden[i]
-            which, gradient = buffers.gradient_of(i)
-            with fork.aside():
-                self._weight_gradient(i, gradient)
-            in_use[which] = fork.mark()
-            if i == 0:
-                return
-            before = buffers.hidden[i - 1]
-            which, below = buffers.gradient_of(i - 1)
+        for i in reversed(range(1, len(buffers.hidden))):
+            hidden, before = buffers.hidden[i], buffers.hidden[i - 1]
+            gradient, (which, below) = buffers.gradient_of(i)[1], buffers.gradient_of(i - 1)
             fork.wait(in_use.pop(which, None))
             with self._span(f"gradient of fc{i + 1}'s input"):
                 self._blas.multiply(gradient, hidden.weight, below, transpose_b=True)
+            with fork.aside():
+                self._weight_gradient(i, gradient, self._blas_aside)
+                in_use[buffers.gradient_of(i)[0]] = fork.mark()
+                self._update_layer(i + 1)
             with self._span("gradient of activation"):
                 launcher.gradient(
                     before.layer, before.plan.gate, before.mask, below, self._norm_gradients(i)
                 )
+        self._weight_gradient(0, buffers.gradient_of(0)[1], self._blas)
 
-    def _weight_gradient(self, i: int, gradient: Any) -> None:
+    def _weight_gradient(self, i: int, gradient: Any, products: blas.Blas) -> None:
         out = self.buffers.gradients[f"fc{i + 1}.weight"]
         left, scale = self.buffers.inputs, self._input_scale()
         if i:
@@ -334,7 +345,7 @@ class FusedStep:
                     with self._span("unpack signs"):
                         self._launcher.unpack_rows(before.packed, left)
         with self._span(f"gradient of fc{i + 1}'s weights"):
-            self._blas_aside.multiply(left, gradient, out, transpose_a=True, scale=scale)
+            products.multiply(left, gradient, out, transpose_a=True, scale=scale)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,176 @@
+"""Launching the update of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends.cuda.fused import Launcher
+
+__all__ = ["PENALTIES", "Rates", "Update", "Updated"]
+
+# As smxx_adam.cu names them.
+PENALTIES = {"none": 0, "l1": 1, "bipolar": 2}
+_BINARY, _CLIPPED, _WINDOW, _ALIGNED = 1, 2, 4, 8
+_TILE_ROWS, _TILE_COLS = 32, 128
+
+_PARAMETER = np.dtype(
+    [(n, np.int64) for n in ("weight", "grad", "mean", "square", "copy", "words", "pops")]
+    + [(n, np.int64) for n in ("rows", "cols", "count", "first_block", "flags")]
+    + [(n, np.float64) for n in ("limit", "lr_scale", "penalty", "weight_decay")]
+)
+#: struct Rates of smxx_adam.cu: learning rate, its factor, Adam's eps, and padding.
+Rates = np.dtype((np.float32, 4))
+
+
+@dataclass
+class Updated:
+    """A parameter that `Update` moves.
+
+    Attributes
+    ----------
+    weight, grad, mean, square : cupy.ndarray of float32, of one shape
+        The parameter, its gradient, the optimiser's two means.
+    copy : cupy.ndarray or None
+        What products read instead: the weight in their dtype, or its sign.
+    packed : PackedMatrix or None
+        The packed signs, along the first axis.
+    binary : bool
+        Whether signs are meant.
+    gate : {"none", "window", "clip"}
+        Pseudo-gradient of a latent weight.
+    limit : float or None
+        Magnitude that the weight is held to.
+    lr_scale, penalty, weight_decay : float
+    """
+
+    weight: Any
+    grad: Any
+    mean: Any
+    square: Any
+    copy: Any = None
+    packed: Any = None
+    binary: bool = False
+    gate: str = "none"
+    limit: float | None = None
+    lr_scale: float = 1.0
+    penalty: float = 0.0
+    weight_decay: float = 0.0
+
+    def geometry(self) -> tuple[int, int]:
+        """Return rows and columns as the kernel walks them."""
+        if self.packed is not None:
+            rows, cols = self.weight.shape
+            return rows, cols
+        return -(-self.weight.size // _TILE_COLS), _TILE_COLS
+
+    def blocks(self) -> int:
+        """Blocks that take this parameter."""
+        rows, cols = self.geometry()
+        return -(-rows // _TILE_ROWS) * -(-cols // _TILE_COLS)
+
+
+def _address(x: Any) -> int:
+    return 0 if x is None else int(x.data.ptr)
+
+
+class Update:
+    """The update of all parameters, in one or more launches of groups of them.
+
+    Parameters
+    ----------
+    launcher : Launcher
+    groups : sequence of sequences of Updated
+        What is updated by one launch, in the order in which they are made.
+    betas : (float, float)
+        Decay of the optimiser's means.
+    penalty : str
+        A key of `PENALTIES`.
+    write_gradient : bool
+        Whether gradients are left with the penalty's part in them.
+    """
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        groups: Sequence[Sequence[Updated]],
+        betas: tuple[float, float],
+        penalty: str,
+        write_gradient: bool,
+    ) -> None:
+        import cupy
+
+        self._launcher = launcher
+        self._gains = np.float32(1 - betas[0]), np.float32(1 - betas[1])
+        self._defines = (
+            ("PENALTY", PENALTIES[penalty]),
+            ("WRITE_GRADIENT", int(write_gradient)),
+        )
+        self._groups = [_table(group) for group in groups]
+        blocks = sum(count for _, _, count in self._groups)
+        self._partials = cupy.empty(blocks, np.float32)
+        self._ticket = cupy.zeros(1, np.uint32)
+
+    def launch(self, group: int, rates: Any, step: Any, mean_loss: Any, loss: Any) -> None:
+        """Update a group; the last one also computes the loss with penalty and counts the step.
+
+        Parameters
+        ----------
+        group : int
+            From 0; the launches of a step must end in the order of the groups.
+        rates : cupy.ndarray of float32, shape (ring, 4)
+            `Rates` of step s in row ``s % ring``.
+        step : cupy.ndarray of int64, shape (1,)
+            Raised by one, by the last group.
+        mean_loss, loss : cupy.ndarray of float32, shape (1,)
+            Without and with the penalty.
+        """
+        table, owners, blocks = self._groups[group]
+        earlier = sum(count for _, _, count in self._groups[:group])
+        self._launcher.launch(
+            "smxx_adam",
+            "adam",
+            self._defines,
+            (blocks,),
+            (
+                table, owners, rates, np.int64(rates.shape[0]), step, *self._gains, mean_loss,
+                loss, self._partials, np.int64(earlier), np.int32(group == len(self._groups) - 1),
+                self._ticket,
+            ),
+        )  # fmt: skip
+
+
+def _table(parameters: Sequence[Updated]) -> tuple[Any, Any, int]:
+    """Return parameters, each block's parameter, and the number of blocks of one launch."""
+    import cupy
+
+    table = np.zeros(len(parameters), _PARAMETER)
+    owners: list[np.ndarray] = []
+    first = 0
+    for number, (entry, p) in enumerate(zip(table, parameters, strict=True)):
+        arrays = (p.weight, p.grad, p.mean, p.square, p.copy)
+        names = ("weight", "grad", "mean", "square", "copy")
+        for name, array in zip(names, arrays, strict=True):
+            entry[name] = _address(array)
+        if p.packed is not None:
+            entry["words"] = _address(p.packed.words)
+            entry["pops"] = _address(p.packed.popcounts)
+        rows, cols = p.geometry()
+        entry["rows"], entry["cols"], entry["count"] = rows, cols, p.weight.size
+        entry["first_block"] = first
+        aligned = cols % 4 == 0 and not any(_address(x) % 16 for x in arrays)
+        entry["flags"] = (
+            _BINARY * p.binary
+            + _CLIPPED * (p.gate == "clip")
+            + _WINDOW * (p.gate == "window")
+            + _ALIGNED * aligned
+        )
+        entry["limit"] = p.limit or 0.0
+        entry["lr_scale"], entry["penalty"] = p.lr_scale, p.penalty
+        entry["weight_decay"] = p.weight_decay
+        owners.append(np.full(p.blocks(), number, np.int32))
+        first += p.blocks()
+    return cupy.asarray(table.view(np.uint8)), cupy.asarray(np.concatenate(owners)), first
