@@ -21,7 +21,7 @@
 
 #include "training.cuh"
 
-constexpr int BATCH = 4;  // rows whose loads are in flight
+constexpr int BATCH = 8;  // rows whose loads are in flight
 
 struct Activations {
   real_t* dense;
@@ -31,48 +31,29 @@ struct Activations {
   double window;
 };
 
-// Load a thread's products of the BATCH rows from `first` on; `filler` where there is no such row.
-__device__ __forceinline__ void load_rows(const Layer& p, const Strip& at, i64 first,
-                                          const float (&filler)[VECTOR], float (&z)[BATCH][VECTOR]) {
-#pragma unroll
-  for (int b = 0; b < BATCH; b++) {
-    const i64 row = first + b * at.step + at.skip;
-    if (row < p.rows && at.col < p.cols) {
-      load_product<VECTOR>(p, row, at.col, z[b]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < VECTOR; i++) z[b][i] = filler[i];
-    }
-  }
-}
-
 // All lanes of a warp take part, whether there is something for them or not.
 __device__ __forceinline__ void write_activations(const Layer& p, const Strip& at,
                                                   const Normal<VECTOR>& norm, const Activations& to) {
   const i64 chunks = (p.cols + CHUNK_BITS - 1) / CHUNK_BITS;
   const bool first_of_word = at.lane % (32 / VECTOR) == 0;
-  const float window = (float)to.window, nothing[VECTOR] = {};
-  for (i64 first = at.first_row; first < p.rows; first += BATCH * at.step) {
-    float z[BATCH][VECTOR];
-    load_rows(p, at, first, nothing, z);
+  const float window = (float)to.window;
+  for (int first = at.first_row; first < at.rows; first += BATCH * at.step) {
+    const Products<BATCH> z(p, at, first);
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
-      const i64 row = first + b * at.step + at.skip;
-      const bool inside = row < p.rows && at.col < p.cols;
+      const i64 row = at.row(first, b);
+      const bool inside = at.has((int)row);
       u32 signs = 0, passes = 0;
       float out[VECTOR];
-#if DROP == DROP_ACTIVATION
-      const u32 kept = inside ? mask_bits(p.kept, row, at.col, p.cols) : 0;
-#endif
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
-        const float y = norm(i, z[b][i]);
+        const float y = norm(i, z(p, b, i));
 #if OUTPUT == OUTPUT_RELU
         bool pass = y > 0;
         out[i] = y > 0 ? y : y != y ? y : 0.0f;  // a NaN is not hidden
 #if DROP == DROP_ACTIVATION
-        pass = pass && kept >> i & 1;
-        out[i] = kept >> i & 1 ? __fmul_rn(out[i], (float)p.keep_scale) : 0.0f;
+        pass = pass && z.kept(b, i);
+        out[i] = z.kept(b, i) ? __fmul_rn(out[i], (float)p.keep_scale) : 0.0f;
 #endif
 #else
         const bool pass = fabsf(y) <= window;
@@ -108,17 +89,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
               float gain, float eps, const __grid_constant__ Activations to) {
   __shared__ double total[2][COLS];
   __shared__ __align__(16) float means[COLS], inverses[COLS];
-  const Strip at;
-  float sums[2][VECTOR] = {}, origin[VECTOR] = {};
-  if (at.col < p.cols) load_product<VECTOR>(p, 0, at.col, origin);
-  for (i64 first = at.first_row; first < p.rows; first += BATCH * at.step) {
-    float z[BATCH][VECTOR];
-    load_rows(p, at, first, origin, z);
+  const Strip at(p);
+  float sums[2][VECTOR] = {}, origin[VECTOR];
+  load_product<VECTOR>(p, 0, at.safe_col(), origin);
+  for (int first = at.first_row; first < at.rows; first += BATCH * at.step) {
+    const Products<BATCH> z(p, at, first);
 #pragma unroll
     for (int b = 0; b < BATCH; b++)
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
-        const float d = z[b][i] - origin[i];
+        const float d = at.has(at.row(first, b)) ? z(p, b, i) - origin[i] : 0.0f;
         sums[0][i] += d;
         sums[1][i] += d * d;
       }
@@ -143,8 +123,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
 #if CLUSTER > 1 && OUTPUT != OUTPUT_NONE
   __syncthreads();
   const int own = at.lane * VECTOR;
-  write_activations(p, at, Normal<VECTOR>(p, at.col < p.cols ? at.col : 0, means + own, inverses + own),
-                    to);
+  write_activations(p, at, Normal<VECTOR>(p, at.safe_col(), means + own, inverses + own), to);
 #endif
   leave_sums();
 }
@@ -153,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
 #if OUTPUT != OUTPUT_NONE
 extern "C" __global__ void __launch_bounds__(THREADS)
     activate(const __grid_constant__ Layer p, const __grid_constant__ Activations to) {
-  const Strip at;
-  write_activations(p, at, Normal<VECTOR>(p, at.col < p.cols ? at.col : 0), to);
+  const Strip at(p);
+  write_activations(p, at, Normal<VECTOR>(p, at.safe_col()), to);
 }
 #endif

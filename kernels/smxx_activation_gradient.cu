@@ -19,52 +19,35 @@
 
 #include "training.cuh"
 
-constexpr int BATCH = 4;  // rows whose loads are in flight
+constexpr int BATCH = 8;  // rows whose loads are in flight
 
-// What comes through the gate of a thread's columns.
-__device__ __forceinline__ void load_gradient(const Layer& p, const real_t* grad, const u32* gate, i64 row,
-                                              i64 col, float (&dy)[VECTOR]) {
-  load<VECTOR>(grad + row * p.cols + col, dy);
-#if GATE == GATE_MASK
-  const u32 passes = mask_bits(gate, row, col, p.cols);
-#endif
+// A thread's gradients of BATCH rows, loaded as `Products` are, and where they pass the gate.
+struct Gradients {
+  Vector<real_t, VECTOR> raw[BATCH];
+  u32 passes[BATCH];
+  __device__ __forceinline__ Gradients(const Strip& at, const real_t* grad, const u32* gate, int first) {
 #pragma unroll
-  for (int i = 0; i < VECTOR; i++) {
-#if GATE == GATE_MASK
-    dy[i] = passes >> i & 1 ? dy[i] : 0.0f;
-#elif GATE == GATE_CLIP
-    dy[i] = dy[i] > 1 ? 1.0f : dy[i] < -1 ? -1.0f : dy[i];
-#endif
-#if DROP == DROP_ACTIVATION
-    dy[i] *= (float)p.keep_scale;  // the gate is shut where something was dropped
-#endif
-  }
-}
-
-// Load gradients and products of the BATCH rows from `first` on; 0 where there is no such row.
-__device__ __forceinline__ void load_rows(const Layer& p, const Strip& at, const real_t* grad,
-                                          const u32* gate, i64 first, float (&z)[BATCH][VECTOR],
-                                          float (&dy)[BATCH][VECTOR]) {
-#pragma unroll
-  for (int b = 0; b < BATCH; b++) {
-    const i64 row = first + b * at.step + at.skip;
-    if (row < p.rows && at.col < p.cols) {
-      if (HAS_NORM) load_product<VECTOR>(p, row, at.col, z[b]);
-      load_gradient(p, grad, gate, row, at.col, dy[b]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < VECTOR; i++) z[b][i] = dy[b][i] = 0.0f;
+    for (int b = 0; b < BATCH; b++) {
+      raw[b] = *(const Vector<real_t, VECTOR>*)(grad + at.offset(at.row(first, b)));
+      passes[b] = GATE == GATE_MASK ? at.bits(gate, at.row(first, b)) : 0;
     }
   }
-}
+  // What comes through the gate.
+  __device__ __forceinline__ float operator()(const Layer& p, int b, int i) const {
+    float dy = to_float(raw[b].at[i]);
+    if (GATE == GATE_MASK) dy = passes[b] >> i & 1 ? dy : 0.0f;
+    if (GATE == GATE_CLIP) dy = dy > 1 ? 1.0f : dy < -1 ? -1.0f : dy;
+    if (DROP == DROP_ACTIVATION) dy *= (float)p.keep_scale;  // shut where something was dropped
+    return dy;
+  }
+};
 
 // `of_gamma` and `of_beta` are those of the thread's columns.
 __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at, real_t* grad,
                                                 const u32* gate, const float* of_gamma,
                                                 const float* of_beta) {
-  if (at.col >= p.cols) return;
 #if NORM
-  const Normal<VECTOR> norm(p, at.col);
+  const Normal<VECTOR> norm(p, at.safe_col());
   float factor[VECTOR], gammas[VECTOR], betas[VECTOR];
   load<VECTOR>(of_gamma, gammas);
   load<VECTOR>(of_beta, betas);
@@ -75,26 +58,24 @@ __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
     betas[i] *= (float)p.share;
   }
 #endif
-  for (i64 first = at.first_row; first < p.rows; first += BATCH * at.step) {
-    float z[BATCH][VECTOR], dy[BATCH][VECTOR];
-    load_rows(p, at, grad, gate, first, z, dy);
+  for (int first = at.first_row; first < at.rows; first += BATCH * at.step) {
+    const Products<BATCH> z(p, at, first);
+    const Gradients dy(at, grad, gate, first);
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
-      const i64 row = first + b * at.step + at.skip;
-      if (row >= p.rows) continue;
-#if DROP == DROP_PRODUCT
-      const u32 kept = mask_bits(p.kept, row, at.col, p.cols);
-#endif
+      const int row = at.row(first, b);
+      float dz[VECTOR];
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
+        dz[i] = dy(p, b, i);
 #if NORM
-        dy[b][i] = (dy[b][i] - betas[i] - norm.normal(i, z[b][i]) * gammas[i]) * factor[i];
+        dz[i] = (dz[i] - betas[i] - norm.normal(i, z(p, b, i)) * gammas[i]) * factor[i];
 #endif
 #if DROP == DROP_PRODUCT
-        dy[b][i] = kept >> i & 1 ? dy[b][i] * (float)p.keep_scale : 0.0f;
+        dz[i] = z.kept(b, i) ? dz[i] * (float)p.keep_scale : 0.0f;
 #endif
       }
-      store<VECTOR>(grad + row * p.cols + at.col, dy[b]);
+      if (at.has(row)) store<VECTOR>(grad + at.offset(row), dz);
     }
   }
 }
@@ -105,18 +86,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
                   u32* tickets, float* grad_gamma, float* grad_beta) {
   __shared__ double total[2][COLS];
   __shared__ __align__(16) float gammas[COLS], betas[COLS];
-  const Strip at;
+  const Strip at(p);
   float sums[2][VECTOR] = {};
-  const Normal<VECTOR> norm(p, at.col < p.cols ? at.col : 0);
-  for (i64 first = at.first_row; first < p.rows; first += BATCH * at.step) {
-    float z[BATCH][VECTOR], dy[BATCH][VECTOR];
-    load_rows(p, at, grad, gate, first, z, dy);
+  const Normal<VECTOR> norm(p, at.safe_col());
+  for (int first = at.first_row; first < at.rows; first += BATCH * at.step) {
+    const Products<BATCH> z(p, at, first);
+    const Gradients dy(at, grad, gate, first);
 #pragma unroll
     for (int b = 0; b < BATCH; b++)
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
-        sums[0][i] += dy[b][i];
-        sums[1][i] += dy[b][i] * norm.normal(i, z[b][i]);
+        const float d = at.has(at.row(first, b)) ? dy(p, b, i) : 0.0f;
+        sums[0][i] += d;
+        sums[1][i] += d * norm.normal(i, z(p, b, i));
       }
   }
   if (!sum_over_rows<2>(sums, partials, tickets, p.cols, total)) return;
@@ -141,6 +123,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
 extern "C" __global__ void __launch_bounds__(THREADS)
     gradient(const __grid_constant__ Layer p, real_t* grad, const u32* gate, const float* grad_gamma,
              const float* grad_beta) {
-  const Strip at;
-  write_gradients(p, at, grad, gate, grad_gamma + at.col, grad_beta + at.col);
+  const Strip at(p);
+  write_gradients(p, at, grad, gate, grad_gamma + at.safe_col(), grad_beta + at.safe_col());
 }

@@ -2,12 +2,13 @@
 // to the last hidden product, without ever storing the activation or its gradient.
 //
 // logits: a warp computes ROWS rows' logits, with the weights of WIDTH columns at a time in shared
-// memory, transposed, while the rows' products are on their way; then their loss and its gradient.
-// The last block adds up the loss.
+// memory, transposed, while the rows' products are on their way; then their loss and its gradient. Each
+// block leaves its part of the loss.
 //
 // head_sums: by strips (training.cuh). An activation's gradient is the product of a row of CLASSES
 // numbers and the column's CLASSES weights, made on the way. Sums over rows: the gradients of the
-// weights, and those of batch norm. In clusters it goes on to the gradient of the hidden product.
+// weights, and those of batch norm. In clusters it goes on to the gradient of the hidden product. The
+// blocks of one more strip add up the loss.
 //
 // head_gradient: that alone, by strips.
 //
@@ -32,7 +33,7 @@
 
 // Rows of the logits' gradient are padded, to be read 16 bytes at a time.
 constexpr int GRAD_STRIDE = (CLASSES + 3) / 4 * 4;
-constexpr int UNROLL = CLASSES <= 12 ? 4 : 1;
+constexpr int BATCH = CLASSES <= 12 ? 4 : 1;  // rows whose loads are in flight
 
 // A weight as the product takes it.
 __device__ __forceinline__ float as_read(float w) {
@@ -117,7 +118,7 @@ constexpr int WIDTH = CLASSES <= 20 ? 512 : 256, STRIDE = WIDTH + 4, TURNS = WID
 extern "C" __global__ void __launch_bounds__(THREADS)
     logits(const __grid_constant__ Layer p, const float* __restrict__ weight,
            const i64* __restrict__ labels, float smoothing, const float* __restrict__ factor, float* out,
-           float* grad, float* partials, u32* ticket, float* loss, float* grad_factor) {
+           float* grad, float* partials) {
   __shared__ __align__(16) float w[CLASSES][STRIDE];
   __shared__ float losses[2][WARPS];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -206,46 +207,43 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int i = 0; i < WARPS; i++) total += losses[threadIdx.x][i];
     partials[(i64)threadIdx.x * gridDim.x + blockIdx.x] = total;
   }
-  if (!is_last_block(ticket, gridDim.x)) return;
-  const double total = sum_of_partials(partials, gridDim.x);
-  if (threadIdx.x == 0) *loss = (float)(total * p.share);
-#if HEAD == HEAD_SIGN
-  __syncthreads();
-  const double total_of_factor = sum_of_partials(partials + gridDim.x, gridDim.x);
-  if (threadIdx.x == 0) *grad_factor = (float)total_of_factor;
-#endif
 }
 #else
 
-// The weights of V neighbouring columns, and the gradient of their activations in a row.
-template <int V> struct Weights {
-  float w[V][CLASSES];
-  __device__ __forceinline__ Weights(const float* weight, i64 col) {
+// Rows' gradients of the logits, which all lanes need; loaded as `Products` are.
+struct OfLogits {
+  float4 raw[BATCH][GRAD_STRIDE / 4];
+  __device__ __forceinline__ OfLogits(const Strip& at, const float* grad, int first) {
 #pragma unroll
-    for (int i = 0; i < V; i++)
+    for (int b = 0; b < BATCH; b++) {
+      const int row = min(at.row(first, b), at.rows - 1);
 #pragma unroll
-      for (int c = 0; c < CLASSES; c++) w[i][c] = as_read(weight[(col + i) * CLASSES + c]);
+      for (int i = 0; i < GRAD_STRIDE / 4; i++)
+        raw[b][i] = __ldg((const float4*)(grad + row * GRAD_STRIDE) + i);
+    }
   }
-  __device__ __forceinline__ float gradient(int i, const float (&of_logits)[GRAD_STRIDE]) const {
-    float sum = 0;
-#pragma unroll
-    for (int c = 0; c < CLASSES; c++) sum += of_logits[c] * w[i][c];
-    return sum;
+  __device__ __forceinline__ float operator()(int b, int c) const {
+    const float4& four = raw[b][c / 4];
+    return c % 4 == 0 ? four.x : c % 4 == 1 ? four.y : c % 4 == 2 ? four.z : four.w;
   }
 };
 
-// A row's gradients of the logits, which all lanes need.
-__device__ __forceinline__ void load_row(const float* grad, i64 row, float (&of_logits)[GRAD_STRIDE]) {
-  const float4* from = (const float4*)(grad + row * GRAD_STRIDE);
+// The weights of a thread's columns, and the gradient of their activations in a row.
+struct Weights {
+  float w[VECTOR][CLASSES];
+  __device__ __forceinline__ Weights(const float* weight, int col) {
 #pragma unroll
-  for (int i = 0; i < GRAD_STRIDE / 4; i++) {
-    const float4 four = __ldg(from + i);
-    of_logits[4 * i] = four.x;
-    of_logits[4 * i + 1] = four.y;
-    of_logits[4 * i + 2] = four.z;
-    of_logits[4 * i + 3] = four.w;
+    for (int i = 0; i < VECTOR; i++)
+#pragma unroll
+      for (int c = 0; c < CLASSES; c++) w[i][c] = as_read(weight[(col + i) * CLASSES + c]);
   }
-}
+  __device__ __forceinline__ float gradient(int i, const OfLogits& of_logits, int b) const {
+    float sum = 0;
+#pragma unroll
+    for (int c = 0; c < CLASSES; c++) sum += of_logits(b, c) * w[i][c];
+    return sum;
+  }
+};
 
 // A gradient of the last activation, once through its gate.
 __device__ __forceinline__ float gated(float dh, const Activation& h) {
@@ -264,14 +262,17 @@ struct Back {
   const float* grad;
   real_t* out;
   double window;
+  const float* partials;  // of `logits`
+  float* mean_loss;
+  float* grad_factor;
+  i64 partial_count;
 };
 
 // `of_gamma` and `of_beta` are those of the thread's columns.
 __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at, const Back& back,
                                                 const Normal<VECTOR>& norm,
-                                                const Weights<VECTOR>& weights,
-                                                const float* of_gamma, const float* of_beta) {
-  if (at.col >= p.cols) return;
+                                                const Weights& weights, const float* of_gamma,
+                                                const float* of_beta) {
 #if NORM
   float gammas[VECTOR], betas[VECTOR];
   load<VECTOR>(of_gamma, gammas);
@@ -282,25 +283,39 @@ __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
     betas[i] *= (float)p.share;
   }
 #endif
-#pragma unroll UNROLL
-  for (i64 row = at.first_row + at.skip; row < p.rows; row += at.step) {
-    float z[VECTOR], of_logits[GRAD_STRIDE], dz[VECTOR];
-    load_row(back.grad, row, of_logits);
-    load_product<VECTOR>(p, row, at.col, z);
-    const u32 kept = kept_bits(p, row, at.col);
+  for (int first = at.first_row; first < at.rows; first += BATCH * at.step) {
+    const Products<BATCH> z(p, at, first);
+    const OfLogits of_logits(at, back.grad, first);
 #pragma unroll
-    for (int i = 0; i < VECTOR; i++) {
-      const Activation h(p, norm(i, z[i]), kept >> i, (float)back.window);
-      dz[i] = gated(weights.gradient(i, of_logits), h);
+    for (int b = 0; b < BATCH; b++) {
+      const int row = at.row(first, b);
+      float dz[VECTOR];
+#pragma unroll
+      for (int i = 0; i < VECTOR; i++) {
+        const Activation h(p, norm(i, z(p, b, i)), z.kept(b, i), (float)back.window);
+        dz[i] = gated(weights.gradient(i, of_logits, b), h);
 #if NORM
-      dz[i] = (dz[i] - betas[i] - norm.normal(i, z[i]) * gammas[i]) * (norm.gamma[i] * norm.inverse[i]);
+        dz[i] = (dz[i] - betas[i] - norm.normal(i, z(p, b, i)) * gammas[i]) *
+                (norm.gamma[i] * norm.inverse[i]);
 #endif
 #if DROP == DROP_PRODUCT
-      dz[i] = kept >> i & 1 ? dz[i] * (float)p.keep_scale : 0.0f;
+        dz[i] = z.kept(b, i) ? dz[i] * (float)p.keep_scale : 0.0f;
 #endif
+      }
+      if (at.has(row)) store<VECTOR>(back.out + at.offset(row), dz);
     }
-    store<VECTOR>(back.out + row * p.cols + at.col, dz);
   }
+}
+
+// For one block: what `logits` left of the loss, and of the gradient of the logits' factor.
+__device__ __forceinline__ void add_up_loss(const Layer& p, const Back& back) {
+  const double total = sum_of_partials(back.partials, back.partial_count);
+  if (threadIdx.x == 0) *back.mean_loss = (float)(total * p.share);
+#if HEAD == HEAD_SIGN
+  __syncthreads();
+  const double of_factor = sum_of_partials(back.partials + back.partial_count, back.partial_count);
+  if (threadIdx.x == 0) *back.grad_factor = (float)of_factor;
+#endif
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, CLASSES <= 12 ? 2 : 1) IN_CLUSTERS
@@ -309,32 +324,34 @@ extern "C" __global__ void __launch_bounds__(THREADS, CLASSES <= 12 ? 2 : 1) IN_
   constexpr int SUMS = CLASSES + (HAS_NORM ? 2 : 0);
   __shared__ double total[SUMS][COLS];
   __shared__ __align__(16) float gammas[COLS], betas[COLS];
-  const Strip at;
+  if (blockIdx.x == gridDim.x - 1) {  // beyond the last strip
+    if (blockIdx.y == 0) add_up_loss(p, back);
+    return;
+  }
+  const Strip at(p);
   float sums[SUMS][VECTOR] = {};
-  const i64 col = at.col < p.cols ? at.col : 0;
-  const Normal<VECTOR> norm(p, col);
-  const Weights<VECTOR> weights(back.weight, col);
-  if (at.col < p.cols) {
-#pragma unroll UNROLL
-    for (i64 row = at.first_row + at.skip; row < p.rows; row += at.step) {
-      float z[VECTOR], of_logits[GRAD_STRIDE];
-      load_product<VECTOR>(p, row, at.col, z);
-      load_row(back.grad, row, of_logits);
-      const u32 kept = kept_bits(p, row, at.col);
+  const Normal<VECTOR> norm(p, at.safe_col());
+  const Weights weights(back.weight, at.safe_col());
+  for (int first = at.first_row; first < at.rows; first += BATCH * at.step) {
+    const Products<BATCH> z(p, at, first);
+    const OfLogits of_logits(at, back.grad, first);
+#pragma unroll
+    for (int b = 0; b < BATCH; b++) {
+      const bool inside = at.has(at.row(first, b));
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
-        const Activation h(p, norm(i, z[i]), kept >> i, (float)back.window);
+        const Activation h(p, norm(i, z(p, b, i)), z.kept(b, i), (float)back.window);
+        const float value = inside ? h.value : 0.0f;
 #pragma unroll
-        for (int c = 0; c < CLASSES; c++) sums[c][i] += h.value * of_logits[c];
+        for (int c = 0; c < CLASSES; c++) sums[c][i] += value * of_logits(b, c);
 #if NORM
-        const float dy = gated(weights.gradient(i, of_logits), h);
+        const float dy = inside ? gated(weights.gradient(i, of_logits, b), h) : 0.0f;
         sums[CLASSES][i] += dy;
-        sums[CLASSES + 1][i] += dy * norm.normal(i, z[i]);
+        sums[CLASSES + 1][i] += dy * norm.normal(i, z(p, b, i));
 #endif
       }
     }
   }
-  __syncwarp();
   if (!sum_over_rows<SUMS>(sums, partials, tickets, p.cols, total)) return;
   if (writes_sums())
     for (int i = threadIdx.x; i < COLS * CLASSES; i += THREADS)
@@ -361,9 +378,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, CLASSES <= 12 ? 2 : 1) IN_
 extern "C" __global__ void __launch_bounds__(THREADS)
     head_gradient(const __grid_constant__ Layer p, const __grid_constant__ Back back,
                   const float* __restrict__ grad_gamma, const float* __restrict__ grad_beta) {
-  const Strip at;
-  const i64 col = at.col < p.cols ? at.col : 0;
-  write_gradients(p, at, back, Normal<VECTOR>(p, col), Weights<VECTOR>(back.weight, col),
-                  grad_gamma + at.col, grad_beta + at.col);
+  const Strip at(p);
+  write_gradients(p, at, back, Normal<VECTOR>(p, at.safe_col()), Weights(back.weight, at.safe_col()),
+                  grad_gamma + at.safe_col(), grad_beta + at.safe_col());
 }
 #endif

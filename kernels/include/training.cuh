@@ -180,10 +180,44 @@ static_assert(COLS % 32 == 0 && LANES <= 32, "a strip's rows are whole words of 
 
 struct Strip {
   int lane = threadIdx.x % LANES;
-  i64 first_col = (i64)blockIdx.x * COLS, col = first_col + lane * VECTOR;
-  // The same for all threads of a block; a thread's row is `skip` further.
-  i64 first_row = (i64)blockIdx.y * ROWS_AT_ONCE, step = (i64)gridDim.y * ROWS_AT_ONCE;
-  int skip = threadIdx.x / LANES;
+  int first_col = blockIdx.x * COLS, col = first_col + lane * VECTOR;
+  int step = gridDim.y * ROWS_AT_ONCE;  // from a row of a thread to its next
+  int first_row = blockIdx.y * ROWS_AT_ONCE;  // the same for all threads of a block, ...
+  int skip = threadIdx.x / LANES;             // ... whose rows are this much further
+  int rows, cols;
+  __device__ __forceinline__ explicit Strip(const Layer& p) : rows((int)p.rows), cols((int)p.cols) {}
+  __device__ __forceinline__ bool has_cols() const { return col < cols; }
+  // Columns that exist, in place of those beyond the last.
+  __device__ __forceinline__ int safe_col() const { return has_cols() ? col : 0; }
+  __device__ __forceinline__ int row(int first, int b) const { return first + b * step + skip; }
+  __device__ __forceinline__ bool has(int row) const { return row < rows && has_cols(); }
+  // Where a thread's elements of a row stand; of the last row, in place of one beyond it.
+  __device__ __forceinline__ int offset(int row) const {
+    return min(row, rows - 1) * cols + safe_col();
+  }
+  __device__ __forceinline__ u32 bits(const u32* mask, int row) const {
+    return mask_bits(mask, min(row, rows - 1), safe_col(), cols);
+  }
+};
+
+// A thread's products of ROWS rows, `step` apart, and what dropout keeps of them. All are loaded before
+// the first is looked at, whether the row exists or not: no load waits for another.
+template <int ROWS_> struct Products {
+  Vector<product_t, VECTOR> raw[ROWS_];
+  u32 keeps[ROWS_];
+  __device__ __forceinline__ Products(const Layer& p, const Strip& at, int first) {
+#pragma unroll
+    for (int b = 0; b < ROWS_; b++) {
+      raw[b] = *(const Vector<product_t, VECTOR>*)(p.z + at.offset(at.row(first, b)));
+      keeps[b] = DROP != DROP_NONE ? at.bits(p.kept, at.row(first, b)) : 0;
+    }
+  }
+  __device__ __forceinline__ u32 kept(int b, int i) const { return keeps[b] >> i & 1; }
+  __device__ __forceinline__ float operator()(const Layer& p, int b, int i) const {
+    const float z = to_float(raw[b].at[i]);
+    if (DROP != DROP_PRODUCT) return z;
+    return kept(b, i) ? __fmul_rn(z, (float)p.keep_scale) : 0.0f;
+  }
 };
 
 // Where sums over rows go on to a second pass that needs them, the blocks of a strip are a cluster, and

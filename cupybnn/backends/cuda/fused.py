@@ -39,7 +39,7 @@ _PRODUCT = {"float32": "float", "float16": "float16_bits"}
 
 _LAYER = np.dtype((np.void, 8 * 10))  # struct Layer of training.cuh
 _ACTIVATIONS = np.dtype((np.void, 8 * 5))  # struct Activations of smxx_activation.cu
-_BACK = np.dtype((np.void, 8 * 4))  # struct Back of smxx_head.cu
+_BACK = np.dtype((np.void, 8 * 8))  # struct Back of smxx_head.cu
 _BATCH = np.dtype((np.void, 8 * 14))  # struct Batch of smxx_batch.cu
 _DEFORMATION = np.dtype((np.void, 8 * 7))  # struct Deformation of smxx_batch.cu
 
@@ -207,8 +207,10 @@ class Launcher:
         self._has_clusters = architecture(device) >= 90
         slabs = max(self._row_blocks(batch, columns, vector) for vector in (1, 2, 4))
         sums = slabs * (classes + 2) * columns
-        self._partials = cupy.empty(max(sums, 2 * -(-batch // _WARPS)), np.float32)
+        self._partials = cupy.empty(sums, np.float32)
         self._tickets = cupy.zeros(-(-columns // 32), np.uint32)
+        self._loss_blocks = 0
+        self._losses = cupy.empty(2 * -(-batch // _WARPS), np.float32)
 
     # What shapes decide ------------------------------------------------------------------------
 
@@ -414,9 +416,9 @@ class Launcher:
 
     def logits(
         self, layer: Layer, head: str, weight: Any, labels: Any, loss: str, smoothing: float,
-        factor: Any, out: Any, grad: Any, mean_loss: Any, grad_factor: Any,
+        factor: Any, out: Any, grad: Any,
     ) -> None:  # fmt: skip
-        """Compute logits, the mean loss and its gradient for what `head_gradient` goes on from.
+        """Compute logits and the loss's gradient for what `head_gradient` goes on from.
 
         Parameters
         ----------
@@ -436,14 +438,13 @@ class Launcher:
         out : cupy.ndarray of float32, shape (batch, classes)
         grad : cupy.ndarray of float32, shape (batch, classes up to a multiple of 4)
             The gradient for the product before the factor.
-        mean_loss : cupy.ndarray of float32, shape (1,)
-        grad_factor : cupy.ndarray of float32, shape (1,), or None
         """
         rows, cols = layer.shape
         vector = 4 if cols % 4 == 0 else 1
         at_a_time = 1
         while at_a_time < 4 and vector == 4 and rows >= 4 * at_a_time * _WARPS * 132:
             at_a_time *= 2
+        self._loss_blocks = -(-rows // (_WARPS * at_a_time))
         kind = (
             ("DROP", layer.drop),
             ("NORM", int(layer.norm is not None)),
@@ -454,32 +455,37 @@ class Launcher:
             "smxx_head",
             "logits",
             (*kind, *self._head(head, loss), ("ROWS", at_a_time)),
-            (-(-rows // (_WARPS * at_a_time)),),
+            (self._loss_blocks,),
             (
                 layer.argument(), weight, labels, np.float32(smoothing),
-                np.uintp(_address(factor)), out, grad, self._partials, self._tickets, mean_loss,
-                np.uintp(_address(grad_factor)),
+                np.uintp(_address(factor)), out, grad, self._losses,
             ),
         )  # fmt: skip
 
     def head_gradient(
         self, layer: Layer, head: str, loss: str, weight: Any, of_logits: Any, gate: str,
-        window: float, grad_weight: Any, grads: Any, out: Any,
+        window: float, grad_weight: Any, grads: Any, out: Any, mean_loss: Any, grad_factor: Any,
     ) -> None:  # fmt: skip
         """Go from the logits' gradient to those of the last weights and the last hidden product.
+
+        Also adds up the loss of `logits`.
 
         Parameters
         ----------
         gate, window
             For the head "sign": a key of `GATES`, where "mask" stands for the window.
+        mean_loss : cupy.ndarray of float32, shape (1,)
+        grad_factor : cupy.ndarray of float32, shape (1,), or None
         """
         widest = 2 if self.classes <= 12 else 1  # more would need too many registers
         kind, grid, clustered = self._strips(layer, sums=True, vector=widest)
         end = (*self._head(head, loss), ("GATE", GATES[gate] if head == "sign" else 0))
-        back = _struct([weight, of_logits, out, float(window)], _BACK)
+        loss_parts = [self._losses, mean_loss, grad_factor, self._loss_blocks]
+        back = _struct([weight, of_logits, out, float(window), *loss_parts], _BACK)
         addresses = tuple(np.uintp(_address(x)) for x in grads or (None, None))
         rest = (self._partials, self._tickets, grad_weight, *addresses)
         arguments = (layer.argument(), back)
+        grid = (grid[0] + 1, grid[1])  # one more strip, for the loss
         self.launch("smxx_head", "head_sums", (*kind, *end), grid, (*arguments, *rest))
         if not clustered:
             kind, grid, _ = self._strips(layer, sums=False, vector=widest)

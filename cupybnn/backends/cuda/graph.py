@@ -64,6 +64,7 @@ class Fork:
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
+        self._used = False
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -72,12 +73,13 @@ class Fork:
             yield
             return
         self._stream.wait_event(self._mark())
+        self._used = True
         with self._stream:
             yield
 
     def mark(self) -> Any:
-        """Return an event after all that the second stream has so far; None without one."""
-        if self._stream is None:
+        """Return an event after all that the second stream has so far; None if that is nothing."""
+        if not self._used:
             return None
         with self._stream:
             return self._mark()

@@ -300,13 +300,14 @@ class FusedStep:
         with self._span("logits and loss"):
             self._launcher.logits(
                 last.layer, head, weight, buffers.labels, kind, smoothing, factor, buffers.logits,
-                buffers.of_logits, buffers.mean_loss, buffers.gradients.get("scaleout.factor"),
+                buffers.of_logits,
             )  # fmt: skip
         with self._span("gradient of the head"):
             self._launcher.head_gradient(
                 last.layer, head, kind, weight, buffers.of_logits, last.plan.gate,
                 last.plan.window, buffers.gradients["fcout.weight"], self._norm_gradients(number),
-                buffers.gradient_of(number - 1)[1],
+                buffers.gradient_of(number - 1)[1], buffers.mean_loss,
+                buffers.gradients.get("scaleout.factor"),
             )  # fmt: skip
 
     def _backward(self, fork: Fork) -> None:
