@@ -83,7 +83,7 @@ __device__ __forceinline__ void write_activations(const Layer& p, const Strip& a
 }
 
 #if NORM
-extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
+extern "C" __global__ void BY_STRIPS IN_CLUSTERS
     normalise(const __grid_constant__ Layer p, float* partials, u32* tickets, float* mean,
               float* inverse, float* running_mean, float* running_variance, float decay,
               float gain, float eps, const __grid_constant__ Activations to) {
@@ -130,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
 #endif
 
 #if OUTPUT != OUTPUT_NONE
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void BY_STRIPS
     activate(const __grid_constant__ Layer p, const __grid_constant__ Activations to) {
   const Strip at(p);
   write_activations(p, at, Normal<VECTOR>(p, at.safe_col()), to);

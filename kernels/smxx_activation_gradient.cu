@@ -81,7 +81,7 @@ __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
 }
 
 #if NORM
-extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
+extern "C" __global__ void BY_STRIPS IN_CLUSTERS
     gradient_sums(const __grid_constant__ Layer p, real_t* grad, const u32* gate, float* partials,
                   u32* tickets, float* grad_gamma, float* grad_beta) {
   __shared__ double total[2][COLS];
@@ -120,7 +120,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) IN_CLUSTERS
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void BY_STRIPS
     gradient(const __grid_constant__ Layer p, real_t* grad, const u32* gate, const float* grad_gamma,
              const float* grad_beta) {
   const Strip at(p);

@@ -54,18 +54,13 @@ struct Rates {
   float lr, factor, eps, unused;  // lr; lr * root / (1 - b1**t) and eps * root, root = sqrt(1 - b2**t)
 };
 
-__device__ __forceinline__ void load_some(const float* from, int count, bool aligned,
-                                          float (&v)[4]) {
-  if (aligned && count == 4) {
-    load<4>(from, v);
-  } else {
+__device__ __forceinline__ void load_some(const float* from, int count, float (&v)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) v[i] = i < count ? from[i] : 0.0f;
-  }
+  for (int i = 0; i < 4; i++) v[i] = i < count ? from[i] : 0.0f;
 }
 template <typename E>
-__device__ __forceinline__ void store_some(E* to, int count, bool aligned, const float (&v)[4]) {
-  if (aligned && count == 4) {
+__device__ __forceinline__ void store_some(E* to, int count, bool whole, const float (&v)[4]) {
+  if (whole) {
     store<4>(to, v);
   } else {
 #pragma unroll
@@ -83,7 +78,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Parameter p = parameters[owners[blockIdx.x]];
   const Rates rate = rates[*step % ring];
-  const bool aligned = p.flags & ALIGNED;
   const i64 tiles = (p.cols + TILE_COLS - 1) / TILE_COLS, tile = blockIdx.x - p.first_block;
   const i64 row0 = tile / tiles * TILE_ROWS, row = row0 + warp * EACH;
   const i64 col = tile % tiles * TILE_COLS + lane * 4;
@@ -97,10 +91,27 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int r = 0; r < EACH; r++) {
     const i64 at = (row + r) * p.cols + col;
     exist[r] = row + r < p.rows ? (int)max((i64)0, min((i64)4, min(p.cols - col, p.count - at))) : 0;
-    load_some(p.weight + at, exist[r], aligned, w[r]);
-    load_some(p.grad + at, exist[r], aligned, g[r]);
-    load_some(p.mean + at, exist[r], aligned, m[r]);
-    load_some(p.square + at, exist[r], aligned, s[r]);
+  }
+  // In one branch, so that all loads are under way together.
+  const bool whole = p.flags & ALIGNED && exist[EACH - 1] == 4;
+  if (whole) {
+#pragma unroll
+    for (int r = 0; r < EACH; r++) {
+      const i64 at = (row + r) * p.cols + col;
+      load<4>(p.weight + at, w[r]);
+      load<4>(p.grad + at, g[r]);
+      load<4>(p.mean + at, m[r]);
+      load<4>(p.square + at, s[r]);
+    }
+  } else {
+#pragma unroll
+    for (int r = 0; r < EACH; r++) {
+      const i64 at = (row + r) * p.cols + col;
+      load_some(p.weight + at, exist[r], w[r]);
+      load_some(p.grad + at, exist[r], g[r]);
+      load_some(p.mean + at, exist[r], m[r]);
+      load_some(p.square + at, exist[r], s[r]);
+    }
   }
   float sum = 0;
   u32 signs[4] = {};
@@ -132,13 +143,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       copy[i] = p.flags & BINARY ? (after ? 1.0f : -1.0f) : v;
     }
     if (exist[r] == 0) continue;
-    store_some(p.weight + at, exist[r], aligned, w[r]);
-    store_some(p.mean + at, exist[r], aligned, m[r]);
-    store_some(p.square + at, exist[r], aligned, s[r]);
+    store_some(p.weight + at, exist[r], whole, w[r]);
+    store_some(p.mean + at, exist[r], whole, m[r]);
+    store_some(p.square + at, exist[r], whole, s[r]);
 #if WRITE_GRADIENT
-    store_some(p.grad + at, exist[r], aligned, g[r]);
+    store_some(p.grad + at, exist[r], whole, g[r]);
 #endif
-    if (p.copy) store_some(p.copy + at, exist[r], aligned, copy);
+    if (p.copy) store_some(p.copy + at, exist[r], whole, copy);
   }
 
   if (p.words) {  // the same for the whole block

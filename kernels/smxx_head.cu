@@ -115,7 +115,7 @@ __device__ __forceinline__ float loss_of(const float (&logit)[CLASSES], int labe
 #ifdef ROWS
 constexpr int WIDTH = CLASSES <= 20 ? 512 : 256, STRIDE = WIDTH + 4, TURNS = WIDTH / (32 * VECTOR);
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     logits(const __grid_constant__ Layer p, const float* __restrict__ weight,
            const i64* __restrict__ labels, float smoothing, const float* __restrict__ factor, float* out,
            float* grad, float* partials) {
@@ -219,7 +219,7 @@ struct OfLogits {
       const int row = min(at.row(first, b), at.rows - 1);
 #pragma unroll
       for (int i = 0; i < GRAD_STRIDE / 4; i++)
-        raw[b][i] = __ldg((const float4*)(grad + row * GRAD_STRIDE) + i);
+        raw[b][i] = *((const float4*)(grad + row * GRAD_STRIDE) + i);
     }
   }
   __device__ __forceinline__ float operator()(int b, int c) const {
@@ -318,7 +318,7 @@ __device__ __forceinline__ void add_up_loss(const Layer& p, const Back& back) {
 #endif
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, CLASSES <= 12 ? 2 : 1) IN_CLUSTERS
+extern "C" __global__ void BY_STRIPS IN_CLUSTERS
     head_sums(const __grid_constant__ Layer p, const __grid_constant__ Back back, float* partials,
               u32* tickets, float* grad_weight, float* grad_gamma, float* grad_beta) {
   constexpr int SUMS = CLASSES + (HAS_NORM ? 2 : 0);
@@ -375,7 +375,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, CLASSES <= 12 ? 2 : 1) IN_
   leave_sums();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void BY_STRIPS
     head_gradient(const __grid_constant__ Layer p, const __grid_constant__ Back back,
                   const float* __restrict__ grad_gamma, const float* __restrict__ grad_beta) {
   const Strip at(p);

@@ -196,7 +196,8 @@ struct Strip {
     return min(row, rows - 1) * cols + safe_col();
   }
   __device__ __forceinline__ u32 bits(const u32* mask, int row) const {
-    return mask_bits(mask, min(row, rows - 1), safe_col(), cols);
+    const int words = (cols + 31) >> 5;
+    return mask[min(row, rows - 1) * words + (safe_col() >> 5)] >> (safe_col() & 31);
   }
 };
 
@@ -228,6 +229,9 @@ template <int ROWS_> struct Products {
 #else
 #define IN_CLUSTERS
 #endif
+// Two blocks to a multiprocessor are enough. Left to itself the compiler spares registers for more, and
+// makes loads wait for each other that should be under way together.
+#define BY_STRIPS __launch_bounds__(THREADS, 2)
 
 // Whether this block, of those that got the sums, is the one to write what comes of them.
 __device__ __forceinline__ bool writes_sums() { return CLUSTER == 1 || blockIdx.y == 0; }
@@ -251,12 +255,11 @@ __device__ __forceinline__ bool sum_over_rows(const float (&mine)[N][VECTOR], fl
     }
   __syncthreads();
 #if CLUSTER > 1
-  __shared__ float of_block[N][COLS];
   for (int i = threadIdx.x; i < PAIRS; i += THREADS) {
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) sum += (&parts[w][0][0])[i];
-    (&of_block[0][0])[i] = sum;
+    (&parts[0][0][0])[i] = sum;  // which no other thread reads
   }
   cluster_sync();
   for (int i = threadIdx.x; i < PAIRS; i += THREADS) {
@@ -264,13 +267,13 @@ __device__ __forceinline__ bool sum_over_rows(const float (&mine)[N][VECTOR], fl
 #pragma unroll
     for (int block = 0; block < CLUSTER; block++)
       parts_of[block] =
-          __int_as_float(load_from_block(shared_address(&of_block[0][0] + i), block));
+          __int_as_float(load_from_block(shared_address(&parts[0][0][0] + i), block));
     double sum = 0;
 #pragma unroll
     for (int block = 0; block < CLUSTER; block++) sum += parts_of[block];
     (&total[0][0])[i] = sum;
   }
-  cluster_arrive();
+  cluster_arrive_relaxed();
 #else
   const i64 first = (i64)blockIdx.x * COLS;
   for (int i = threadIdx.x; i < PAIRS; i += THREADS) {
