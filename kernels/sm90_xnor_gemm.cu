@@ -151,8 +151,7 @@ __device__ __forceinline__ void bring_terms(const Product& p, const Work& work, 
     shared.terms[ring.slot].fill(p, tile.item, (i64)(tile.m * CLUSTER_M + rank_in_m(rank)) * TILE_M,
                                  (i64)(tile.n * CLUSTER_N + rank_in_n(rank)) * TILE_N,
                                  threadIdx.x & 31, 32);
-    __syncwarp();
-    if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared.terms_full[ring.slot]));
+    barrier_arrive(shared_address(&shared.terms_full[ring.slot]));
     ring.next();
   }
 }
@@ -278,8 +277,7 @@ __device__ __forceinline__ void consume(const Product& p, const Work& work, Shar
     const TileResults results = results_of(p, work, shared.terms[ring.slot], t, rank);
     int last = 0;
     multiply_and_store<0>(acc, shared, turn, pending, results, wg, last);
-    __syncwarp();
-    if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared.terms_empty[ring.slot]));
+    barrier_arrive(shared_address(&shared.terms_empty[ring.slot]));
     ring.next();
     multiply(acc, shared, turn, PIECES, (int)p.chunks, wg, last);
     pending.take(acc);
@@ -298,8 +296,7 @@ __device__ __forceinline__ void consume(const Product& p, const Work& work, Shar
     multiply(acc, shared, turn, 0, (int)p.chunks, wg, 0);
     barrier_wait(shared_address(&shared.terms_full[ring.slot]), ring.parity);
     results_of(p, work, shared.terms[ring.slot], t, rank).store_all(first_row(wg), 64, 0, acc);
-    __syncwarp();
-    if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared.terms_empty[ring.slot]));
+    barrier_arrive(shared_address(&shared.terms_empty[ring.slot]));
     ring.next();
   }
 }
@@ -379,8 +376,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       barrier_init(shared_address(&shared.empty[i]), CONSUMERS * CLUSTER);
     }
     for (int i = 0; i < TERMS; i++) {
-      barrier_init(shared_address(&shared.terms_full[i]), 1);
-      barrier_init(shared_address(&shared.terms_empty[i]), CONSUMERS * 4);
+      // Each lane speaks for what it has written or read itself.
+      barrier_init(shared_address(&shared.terms_full[i]), 32);
+      barrier_init(shared_address(&shared.terms_empty[i]), CONSUMERS * 128);
     }
     barrier_init_fence();
   }

@@ -10,7 +10,7 @@ from typing import Any
 
 from cupybnn.files import atomic_write
 
-__all__ = ["draw", "needs_matplotlib"]
+__all__ = ["draw", "needs_matplotlib", "write"]
 
 #: Lines of the chart, in the order of the legend where nothing else decides.
 _STYLE: dict[str, tuple[str, str]] = {
@@ -112,7 +112,11 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
     axes.spines[["top", "right"]].set_visible(False)
     where = record["gpu"]["name"] if record["gpu"] else record["machine"]["cpu"]
     axes.set_title(f"Matrix products on one {where}", loc="left", fontsize=11)
+    return write(figure, path)
 
+
+def write(figure: Any, path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Write a figure as SVG and PNG; return the files' paths."""
     stem = Path(path)
     files = stem.with_suffix(".svg"), stem.with_suffix(".png")
     for file in files:

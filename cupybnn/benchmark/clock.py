@@ -18,6 +18,9 @@ Call = Callable[[], Any]
 
 #: Calls shorter than this are timed in groups: an event costs about a microsecond of GPU time.
 GROUP_SECONDS = 100e-6
+#: Least time between two events of `Clock.steady`: what a training step does only now and then,
+#: such as writing tables for the next steps, should be in most groups.
+STEADY_SECONDS = 20e-3
 #: Calls enqueued at a time. CUDA's queue holds about a thousand launches and then blocks the host.
 BURST_CALLS = 150
 
@@ -67,6 +70,10 @@ class Clock(Protocol):
         """Time of a call when the host issues one after the other: its own time counts too."""
         ...
 
+    def steady(self, call: Call, budget: float) -> Timing:
+        """Time of a call amid a long run of them, issued without ever waiting for the device."""
+        ...
+
     def latency(self, calls: Sequence[Call], runs: int) -> Timing:
         """Time of a single call on an idle device."""
         ...
@@ -107,6 +114,10 @@ class HostClock:
     def issued(self, calls: Sequence[Call]) -> Timing:
         """Return the same as `throughput`: nothing runs behind the host's back."""
         return self.throughput(calls, 0.05)
+
+    def steady(self, call: Call, budget: float) -> Timing:
+        """Return the same as `throughput`."""
+        return self.throughput([call], budget)
 
     def latency(self, calls: Sequence[Call], runs: int) -> Timing:
         """Time single calls."""
@@ -227,6 +238,33 @@ class CudaClock:
             end.record()
             seconds.append(self._between(start, end) / count)
         return Timing.of(seconds, count)
+
+    def steady(self, call: Call, budget: float) -> Timing:
+        """Time groups of calls between events: where the host lags, its time counts."""
+        for _ in range(3):
+            call()
+        self.wait()
+        start, end = self._event(), self._event()
+        start.record()
+        for _ in range(3):
+            call()
+        end.record()
+        once = self._between(start, end) / 3
+        group = max(1, math.ceil(STEADY_SECONDS / once))
+        for _ in range(group):  # from here on the host is as far ahead as it will be
+            call()
+        events = [self._event() for _ in range(_runs(once * group, budget) + 1)]
+        events[0].record()
+        for event in events[1:]:
+            for _ in range(group):
+                call()
+            event.record()
+        seconds = [self._between(a, b) / group for a, b in itertools.pairwise(events)]
+        return Timing.of(seconds, group)
+
+    def backlog(self, seconds: float) -> None:
+        """Give the device work for `seconds`: what is enqueued meanwhile then runs without gaps."""
+        self._fill(min(1 + math.ceil(seconds / self._fill_seconds), 500))
 
     def latency(self, calls: Sequence[Call], runs: int) -> Timing:
         """Time single calls on an idle device, by events."""

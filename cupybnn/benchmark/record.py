@@ -19,10 +19,34 @@ from cupybnn.benchmark.products import Limits, measure, peak_operations
 from cupybnn.benchmark.shapes import GROUPS, original_sizes, shapes
 from cupybnn.files import atomic_write
 
-__all__ = ["FORMAT", "SECTIONS", "load", "run", "save"]
+__all__ = ["FORMAT", "SECTIONS", "begun", "kind_of", "load", "run", "save"]
 
 FORMAT = 1
 SECTIONS = ("original", *GROUPS, "packing", "host", "first-call")
+
+
+def begun(kind: str, device: Device, quick: bool, notes: list[str]) -> dict[str, Any]:
+    """Return a record of `kind` ("product" or "train") that says what is measured on, and when."""
+    if device.kind == "cpu" and not cuda_status().available:
+        notes = [
+            f"NumPy is measured, for there is no GPU to measure: {cuda_status().reason}",
+            *notes,
+        ]
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine.describe(),
+        "device": str(device),
+        "gpu": machine.device_facts(device.index) if device.kind == "cuda" else None,
+        "quick": quick,
+        "notes": notes,
+    }
+
+
+def kind_of(record: dict[str, Any]) -> str:
+    """Return what a record is of: "product" or "train"."""
+    return str(record.get("kind", "product"))  # the first records did not say
 
 
 def run(
@@ -71,21 +95,9 @@ def _run(
     gpu = device.kind == "cuda"
     began = time.perf_counter()
     clock = make_clock(device)
-    facts = machine.device_facts(device.index) if gpu else None
     methods, notes = methods_for(device)
-    if not gpu and not cuda_status().available:
-        notes.insert(
-            0, f"NumPy is measured, for there is no GPU to measure: {cuda_status().reason}"
-        )
-    record: dict[str, Any] = {
-        "format": FORMAT,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine.describe(),
-        "device": str(device),
-        "gpu": facts,
-        "quick": quick,
-        "notes": notes,
-    }
+    record = begun("product", device, quick, notes)
+    facts = record["gpu"]
     copy = copy_bandwidth(device, clock)
     limits = Limits(peak_operations(facts) if facts else None, copy["bytes_per_second"])
     record["copy"] = copy

@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-__all__ = ["heading", "host", "lines", "original", "packing", "product", "starts", "summary"]
+__all__ = [
+    "heading",
+    "host",
+    "lines",
+    "original",
+    "packing",
+    "percent",
+    "product",
+    "starts",
+    "summary",
+    "table",
+    "time",
+    "times",
+]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Yield the lines of a table: first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     for row in [header, *rows]:
@@ -17,7 +30,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str
         yield "  ".join(cells).rstrip()
 
 
-def _time(seconds: float) -> str:
+def time(seconds: float) -> str:
     """Write a time with three digits or more: 12.3 us, 4.56 ms, 1.23 s."""
     for unit, scale in (("us", 1e6), ("ms", 1e3)):
         if seconds * scale < 1000:
@@ -34,11 +47,13 @@ def _rate(tops: float, scale: float) -> str:
     return f"{tops * scale:#,.4g}".rstrip(".")
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """Write a share as a percentage; nothing where there is none."""
     return "" if share is None else f"{100 * share:.0f} %"
 
 
-def _times(ratio: float | None) -> str:
+def times(ratio: float | None) -> str:
+    """Write a ratio: 1.23 x; nothing where there is none."""
     if ratio is None:
         return ""
     return f"{ratio:.0f} x" if ratio >= 99.5 else f"{ratio:#.3g}".rstrip(".") + " x"
@@ -56,9 +71,14 @@ def heading(record: dict[str, Any]) -> Iterator[str]:
             f"CuPy {cuda['cupy']}, torch {facts['torch'] or 'not installed'}"
         )
     else:
-        yield f"NumPy {facts['numpy']} on {facts['cpu']}, {facts['cpus']} processors"
+        yield (
+            f"NumPy {facts['numpy']} on {facts['cpu']}, {facts['cpus']} processors; "
+            f"torch {facts['torch'] or 'not installed'}"
+        )
     yield f"cupybnn {facts['cupybnn']}, Python {facts['python']}, {record['date']}"
     yield from record["notes"]
+    if "copy" not in record:
+        return
     copy = record["copy"]["bytes_per_second"]
     line = f"copy: {copy / 1e9:,.0f} GB/s read and written"
     if record["peak_operations_per_second"]:
@@ -78,11 +98,11 @@ def original(record: dict[str, Any]) -> Iterator[str]:
         cells = [str(row["n"]), str(row["runs"])]
         for name in ("matmul", "xnor_gemm"):
             cells += [f"{row[name][key] * 1e3:.4f}" for key in ("mean", "std", "median")]
-        rows.append([*cells, _times(row["speedup_average"]), _times(row["speedup_median"])])
+        rows.append([*cells, times(row["speedup_average"]), times(row["speedup_median"])])
     yield "matmul and xnor_gemm on float32 arrays, single calls, milliseconds"
     header = ["N", "runs"]
     header += [f"{n} {s}" for n in ("matmul", "xnor") for s in ("avg", "std", "med")]
-    yield from _table([*header, "speedup avg", "speedup med"], rows)
+    yield from table([*header, "speedup avg", "speedup med"], rows)
 
 
 def product(record: dict[str, Any], result: dict[str, Any]) -> Iterator[str]:
@@ -113,15 +133,15 @@ def product(record: dict[str, Any], result: dict[str, Any]) -> Iterator[str]:
         rows.append(
             [
                 "  " + row["method"],
-                *(_time(t[key]) for key in ("median", "min", "p10", "p90")),
-                _time(row["issued"]["median"]),
+                *(time(t[key]) for key in ("median", "min", "p10", "p90")),
+                time(row["issued"]["median"]),
                 _rate(row["tops"], scale),
-                _percent(row.get("of_peak")),
-                _percent(row.get("of_memory")),
-                _times(row.get("speedup_throughput")),
+                percent(row.get("of_peak")),
+                percent(row.get("of_memory")),
+                times(row.get("speedup_throughput")),
             ]
         )
-    yield from _table(header, rows)
+    yield from table(header, rows)
     yield from errors
 
 
@@ -136,8 +156,8 @@ def packing(record: dict[str, Any]) -> Iterator[str]:
             rows.append([name, row["error"], "", ""])
             continue
         rate = f"{row['bytes_per_second'] / 1e9:,.0f} GB/s"
-        rows.append([name, _time(row["median"]), rate, _percent(row.get("of_copy"))])
-    yield from _table(["", "median", "rate", "of copy"], rows)
+        rows.append([name, time(row["median"]), rate, percent(row.get("of_copy"))])
+    yield from table(["", "median", "rate", "of copy"], rows)
 
 
 def host(record: dict[str, Any]) -> Iterator[str]:
@@ -146,10 +166,10 @@ def host(record: dict[str, Any]) -> Iterator[str]:
     rows = [
         ["  " + row["call"], row["error"], ""]
         if "error" in row
-        else ["  " + row["call"], _time(row["median"]), _time(row["min"])]
+        else ["  " + row["call"], time(row["median"]), time(row["min"])]
         for row in record["host"]
     ]
-    yield from _table(["", "median", "min"], rows)
+    yield from table(["", "median", "min"], rows)
 
 
 def starts(record: dict[str, Any]) -> Iterator[str]:
@@ -160,8 +180,8 @@ def starts(record: dict[str, Any]) -> Iterator[str]:
             yield f"  {row['cache']} cache: {row['error']}"
         else:
             yield (
-                f"  {row['cache']} cache: {_time(row['first_call'])}; "
-                f"the second call {_time(row['second_call'])}"
+                f"  {row['cache']} cache: {time(row['first_call'])}; "
+                f"the second call {time(row['second_call'])}"
             )
 
 
@@ -178,7 +198,7 @@ def summary(record: dict[str, Any]) -> Iterator[str]:
         rows.append([f"  {result['m']} x {result['n']} x {result['k']}", *cells])
     power = "1e12" if unit == "TOPS" else "1e9"
     yield f"{unit} (2 M N K / seconds / {power}), by medians"
-    yield from _table(["M x N x K", *methods], rows)
+    yield from table(["M x N x K", *methods], rows)
     wrong = [
         f"  {r['method']} at {p['m']} x {p['n']} x {p['k']}: {r['error']}"
         for p in record["products"]

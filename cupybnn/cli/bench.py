@@ -1,9 +1,11 @@
-"""``cupybnn bench``: time the 1-bit product against dense products."""
+"""``cupybnn bench``: time the 1-bit product against dense products, or training against PyTorch."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,22 +27,40 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
             "Time xnor_gemm from packed operands and from arrays against the dense products of "
             "CuPy and, where it is installed, PyTorch; on a machine without a GPU, against NumPy. "
             "Times are medians by CUDA events after a warm-up; operands are random and rotated so "
-            "that they do not sit in the L2 cache. The exit code is 1 if a timed result is wrong."
+            "that they do not sit in the L2 cache. The exit code is 1 if a timed result is wrong. "
+            "'cupybnn bench train' times training steps of a binarized network, on random data, "
+            "with dense products and with xnor_gemm, against the same network in PyTorch where it "
+            "is installed; the exit code is 1 if a step of ours fails."
         ),
         epilog=(
-            "Sections: " + ", ".join(SECTIONS) + ". In the tables, 'median' to 'p90' are times on "
+            "Sections of 'product': "
+            + ", ".join(SECTIONS)
+            + ". In the tables, 'median' to 'p90' are times on "
             "the device with the queue full, 'issued' is the time of a call in a Python loop, 'of "
             "peak' compares with the measured rate of the 1-bit instruction, 'of memory' with the "
             "time of copying as many bytes, 'speedup' with float32."
         ),
     )
+    parser.add_argument(
+        "what",
+        nargs="?",
+        choices=("product", "train"),
+        help="what is timed: the product (the default), or training steps",
+    )
     parser.add_argument("--device", default="auto", help="auto (the default), cpu, cuda or cuda:N")
-    parser.add_argument("--quick", action="store_true", help="fewer products, shorter timing")
+    parser.add_argument("--quick", action="store_true", help="measure less, and shorter")
     parser.add_argument(
         "--only",
         metavar="SECTION",
         type=_sections,
-        help="run only this section, or several with commas between",
+        help="of 'product': run only this section, or several with commas between",
+    )
+    parser.add_argument(
+        "--sizes",
+        metavar="HxB,...",
+        type=_sizes,
+        help="of 'train': units in each hidden layer and examples in a step, such as "
+        "512x8192,4096x4096",
     )
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the record to FILE")
     parser.add_argument(
@@ -56,8 +76,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--tune",
         action="store_true",
-        help="first measure the kernels' configurations on this GPU and keep the best in the "
-        "cache folder, where xnor_gemm finds them from then on",
+        help="of 'product': first measure the kernels' configurations on this GPU and keep the "
+        "best in the cache folder, where xnor_gemm finds them from then on",
     )
 
 
@@ -65,9 +85,62 @@ def _sections(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def _sizes(text: str) -> list[tuple[int, int]]:
+    found = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*([1-9]\d*)x([1-9]\d*)\s*", part)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"must be HxB, or several with commas; got {part!r}")
+        found.append((int(match[1]), int(match[2])))
+    return found
+
+
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and write what was asked for."""
-    # Whatever is to be written is checked first: the figures take minutes.
+    _check(args)
+    if args.source is not None:
+        from cupybnn.benchmark import record as records
+
+        record = records.load(args.source)
+        kind = records.kind_of(record)
+        if args.what not in (None, kind):
+            raise ValueError(
+                f"The '--from' of 'bench {args.what}' must name a record that it wrote; "
+                f"'{args.source}' is one of 'bench {kind}'."
+            )
+        _print(_module(kind, "tables").lines(record))
+    else:
+        kind = args.what or "product"
+        record = _measure_training(args) if kind == "train" else _measure(args)
+        print(f"took {record['seconds']:.0f} s", file=sys.stderr)
+        if args.json is not None:
+            print(f"wrote {args.json}")
+    if args.chart is not None:
+        for file in _module(kind, "chart").draw(record, args.chart):
+            print(f"wrote {file}")
+    if kind == "train":
+        rows = [row for found in record["sizes"] for row in found["rows"]]
+        return int(any(row.get("failed") and row["library"] == "cupybnn" for row in rows))
+    rows = [row for result in record["products"] for row in result["rows"] if row["ours"]]
+    return int(any("error" in row for row in rows))
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Check options before anything is measured: the figures take minutes."""
+    apart = {"train": ("only", "tune"), "product": ("sizes",)}
+    for option in apart[args.what or "product"]:
+        if getattr(args, option):
+            other = "product" if args.what == "train" else "train"
+            raise ValueError(
+                f"The '--{option}' must be given to 'bench {other}' only; got it with "
+                f"'bench {args.what or 'product'}'."
+            )
+    if args.source is not None:
+        for option in ("only", "tune", "sizes", "quick", "json"):
+            if getattr(args, option):
+                raise ValueError(
+                    f"The '--{option}' must not be given with '--from', which measures nothing."
+                )
     for option in ("json", "chart"):
         path = getattr(args, option)
         if path is not None and not path.resolve().parent.is_dir():
@@ -76,21 +149,55 @@ def run(args: argparse.Namespace) -> int:
         from cupybnn.benchmark.chart import needs_matplotlib
 
         needs_matplotlib()
-    if args.source is not None:
-        from cupybnn.benchmark import record as records
-        from cupybnn.benchmark import tables
 
-        record = records.load(args.source)
-        _print(tables.lines(record))
-    else:
-        record = _measure(args)
-    if args.chart is not None:
-        from cupybnn.benchmark.chart import draw
 
-        for file in draw(record, args.chart):
-            print(f"wrote {file}")
-    ours = [row for result in record["products"] for row in result["rows"] if row["ours"]]
-    return 1 if any("error" in row for row in ours) else 0
+def _module(kind: str, name: str) -> Any:
+    """Return the module "tables" or "chart" for a kind of record."""
+    folder = "cupybnn.benchmark.training" if kind == "train" else "cupybnn.benchmark"
+    return importlib.import_module(f"{folder}.{name}")
+
+
+def _measure_training(args: argparse.Namespace) -> dict[str, Any]:
+    from cupybnn.benchmark import record as records
+    from cupybnn.benchmark.training import record as training
+    from cupybnn.benchmark.training import tables
+    from cupybnn.benchmark.training.variants import Size
+
+    bar: Any = None
+
+    def starting(name: str, total: int) -> None:
+        nonlocal bar
+        if bar is None and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            bar = tqdm(total=total, unit="variant", file=sys.stderr, leave=False)
+        elif bar is not None:
+            bar.update()
+        if bar is not None:
+            bar.set_description(name)
+
+    def progress(record: dict[str, Any], done: str) -> None:
+        if bar is not None:
+            bar.clear()
+        _print(tables.heading(record) if done == "begun" else tables.size(record["sizes"][-1]))
+        print()
+        if args.json is not None and done == "size":  # an interrupted run keeps what it has
+            records.save(record, args.json)
+
+    sizes = [Size(*size) for size in args.sizes] if args.sizes else None
+    try:
+        record = training.run(
+            resolve(args.device),
+            quick=args.quick,
+            sizes=sizes,
+            starting=starting,
+            progress=progress,
+        )
+    finally:
+        if bar is not None:
+            bar.close()
+    _print(tables.summary(record))
+    return record
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -110,10 +217,8 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
     if record["products"]:
         _print(tables.summary(record))
-    print(f"took {record['seconds']:.0f} s", file=sys.stderr)
     if args.json is not None:
         records.save(record, args.json)
-        print(f"wrote {args.json}")
     return record
 
 

@@ -118,10 +118,10 @@ def add_parser(subparsers: Any) -> None:
         group,
         "dtype",
         "T",
-        "float32, float64; or tf32, bfloat16 with --fused: rounding of dense products (float32)",
+        "float32, float64; on a GPU tf32, bfloat16: rounding of dense products (float32)",
     )
     _switch(group, "graph", "replay a fused step as a CUDA graph (the default; --no_graph)")
-    _switch(group, "fused", "on a GPU, make steps by fused kernels, an experiment")
+    _switch(group, "fused", "on a GPU, make steps by fused kernels (the default; --no_fused)")
     _switch(group, "debug", "stop at the first NaN or infinity, in the debugger on a terminal")
 
 

@@ -152,8 +152,8 @@ class TrainConfig:
     augment_scale, augment_shear : float
         As shares.
     fused : bool
-        On a GPU, make steps by the fused kernels where these can (`cupybnn.training.fast`), an
-        experiment; otherwise operation by operation.
+        On a GPU, make steps by the fused kernels where these can (`cupybnn.training.fast`);
+        otherwise operation by operation.
     graph : bool
         Capture the fused step as a CUDA graph.
     """
@@ -192,7 +192,7 @@ class TrainConfig:
     schedule: str = "constant"
     final_lr: float = 0.0
     warm_up: int = 0
-    fused: bool = False
+    fused: bool = True
     graph: bool = True
     latent_lr: float = 1.0
     bop_rate: float = 1e-4

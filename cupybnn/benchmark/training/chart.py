@@ -1,0 +1,115 @@
+"""A training benchmark's record as a chart: throughput relative to the fastest PyTorch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from cupybnn.benchmark.chart import needs_matplotlib, write
+
+__all__ = ["draw"]
+
+#: Kinds of bars, from left to right: name, library, product, end of `how`, colour.
+_KINDS = (
+    ("cupybnn, xnor", "cupybnn", "xnor", "", "#0b5cad"),
+    ("cupybnn, dense products", "cupybnn", "matmul", "", "#7fb8ec"),
+    ("PyTorch, compiled + CUDA graph", "PyTorch", "matmul", "compiled + graph", "#c77700"),
+    ("PyTorch, CUDA graph", "PyTorch", "matmul", "graph", "#e0a030"),
+    ("PyTorch, eager", "PyTorch", "matmul", "eager", "#cfcfcf"),
+)
+
+
+def _fastest(found: dict[str, Any], library: str, product: str, how: str) -> float | None:
+    """Return ex/s of the fastest row of a kind at one size."""
+    return max(
+        (
+            row["examples_per_second"]["median"]
+            for row in found["rows"]
+            if "error" not in row
+            and (row["library"], row["product"]) == (library, product)
+            and how in ("", row["how"])
+        ),
+        default=None,
+    )
+
+
+def _unit(found: dict[str, Any]) -> tuple[str, float]:
+    """Return what a size's bars are relative to, and its ex/s."""
+    for kind, name in (("PyTorch", "the fastest PyTorch"), ("matmul", "dense products")):
+        if kind in found["best"]:
+            row = found["rows"][found["best"][kind]]
+            return name, row["examples_per_second"]["median"]
+    return "", 0.0
+
+
+def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Draw a group of bars for each size and write the chart as SVG and PNG.
+
+    Parameters
+    ----------
+    record : dict
+        What `cupybnn.benchmark.training.record.run` returned.
+    path : path-like
+        Where to write; the ending is replaced by .svg and .png.
+
+    Returns
+    -------
+    tuple of Path
+        The files written.
+
+    Raises
+    ------
+    ValueError
+        If nothing was measured that can be compared, or matplotlib is not installed.
+    """
+    needs_matplotlib()
+    sizes = [found for found in record["sizes"] if _unit(found)[1]]
+    if not sizes:
+        raise ValueError("The record holds no training steps to draw.")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rates = {kind[0]: [_fastest(found, *kind[1:4]) for found in sizes] for kind in _KINDS}
+    kinds = [kind for kind in _KINDS if any(rates[kind[0]])]
+    figure = Figure(figsize=(max(6.0, 1.25 * len(sizes) + 1.5), 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    width = 0.8 / len(kinds)
+    for number, (name, *_, color) in enumerate(kinds):
+        left = (number - (len(kinds) - 1) / 2) * width
+        places, heights, texts = [], [], []
+        for place, (found, rate) in enumerate(zip(sizes, rates[name], strict=True)):
+            if rate is not None:
+                places.append(place + left)
+                heights.append(rate / _unit(found)[1])
+                texts.append(_short(rate))
+        axes.bar(places, heights, width * 0.92, color=color, label=name)
+        for x, y, text in zip(places, heights, texts, strict=True):
+            axes.annotate(
+                text, (x, y), xytext=(0, 3), textcoords="offset points", fontsize=7,
+                ha="center", va="bottom", rotation=90,
+            )  # fmt: skip
+    axes.axhline(1, color="black", linewidth=0.6)
+    axes.set_xticks(range(len(sizes)), [f"{f['hidden']}\n{f['batch']}" for f in sizes])
+    axes.set_xlabel("units in each hidden layer, examples in a step")
+    axes.set_ylabel(f"throughput relative to {_unit(sizes[0])[0]}")
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * 1.16)  # room for the numbers above the bars
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0, 1.0), ncols=2)
+    where = record["gpu"]["name"] if record["gpu"] else record["machine"]["cpu"]
+    axes.set_title(
+        f"Training a binarized network on one {where}; above the bars examples a second",
+        loc="left",
+        fontsize=10,
+    )
+    return write(figure, path)
+
+
+def _short(rate: float) -> str:
+    """Write ex/s in a few characters: 23.0 M, 412 k."""
+    for unit, scale in ((" M", 1e6), (" k", 1e3)):
+        if rate >= scale:
+            return f"{rate / scale:.3g}{unit}"
+    return f"{rate:.3g}"

@@ -1,0 +1,83 @@
+"""Our own steps: fused and captured, fused, and operation by operation."""
+
+from __future__ import annotations
+
+import itertools
+
+from cupybnn.backends.devices import Device
+from cupybnn.benchmark.methods import Unsupported
+from cupybnn.benchmark.training.variants import Memory, Running, Size, Variant
+from cupybnn.data import Dataset
+from cupybnn.training import TrainConfig, Trainer
+
+__all__ = ["config_for", "variants"]
+
+PRODUCTS = ("matmul", "xnor")
+
+
+def variants(device: Device, quick: bool) -> list[Variant]:
+    """Return what is measured of this library on a kind of device."""
+    if device.kind == "cpu":
+        return [Variant("cupybnn", "plain", p, "float32", _make) for p in PRODUCTS]
+    precisions = ("bfloat16",) if quick else ("float32", "tf32", "bfloat16")
+    ways = [("fused + graph", p) for p in precisions]
+    ways += [("fused", "bfloat16"), ("plain", "float32")]
+    return [
+        Variant("cupybnn", how, product, precision, _make)
+        for how, precision in ways
+        for product in PRODUCTS
+    ]
+
+
+def config_for(variant: Variant, size: Size, device: Device) -> TrainConfig:
+    """Return the settings with which `Trainer` trains as a variant of this library."""
+    return TrainConfig(
+        n_hidden=size.hidden,
+        batch_size=size.batch,
+        binary=True,
+        xnor=variant.product == "xnor",
+        batch_norm=True,
+        reg=0.0,
+        dtype=variant.precision,
+        fused=variant.how.startswith("fused"),
+        graph=variant.how.endswith("graph"),
+        max_steps=1 << 40,
+        device=str(device),
+    )
+
+
+def _make(variant: Variant, size: Size, device: Device, data: Dataset, memory: Memory) -> Running:
+    trainer = Trainer(config_for(variant, size, device), dataset=data)
+    numbers = itertools.count()
+    outputs = [trainer.make_step(next(numbers))]
+    memory.look()
+
+    def step() -> None:
+        outputs[0] = trainer.make_step(next(numbers))
+
+    running = Running(step, lambda: float(outputs[0].loss))
+    if device.kind == "cpu":
+        return running
+    running.pool = device.xp.get_default_memory_pool().total_bytes
+    if trainer.config.fused:
+        from cupybnn.training.fast import FusedStep
+
+        fused = trainer._step
+        if not isinstance(fused, FusedStep):
+            raise Unsupported(_obstacle(trainer))
+        if trainer.config.graph:
+            step()  # which captures, or says why not
+            if trainer.notices:
+                raise Unsupported(trainer.notices[-1])
+            running.kernels = lambda: fused.spans(next(numbers))
+    return running
+
+
+def _obstacle(trainer: Trainer) -> str:
+    """Return why a trainer that was to make fused steps does not."""
+    from cupybnn.backends.cuda.compiler import architecture
+    from cupybnn.training.fast import obstacle
+
+    capability = architecture(trainer.device.index)
+    reason = obstacle(trainer.config, trainer.model, trainer.optimizer, capability)
+    return f"no fused step: {reason}"

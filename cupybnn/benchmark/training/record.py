@@ -1,0 +1,184 @@
+"""Measure the training steps of every size and variant and keep what was found as one record."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends.devices import Device
+from cupybnn.benchmark.clock import make_clock
+from cupybnn.benchmark.methods import in_short
+from cupybnn.benchmark.record import begun
+from cupybnn.benchmark.training import ours
+from cupybnn.benchmark.training.variants import Size, Variant, measure
+from cupybnn.data import Dataset
+
+__all__ = ["compare", "random_images", "run", "sizes_for", "variants_for"]
+
+#: The original program's table: 512 units in each hidden layer.
+TABLE = tuple(Size(512, batch) for batch in (512, 1024, 2048, 4096, 8192))
+WIDE = (Size(1024, 1024), Size(4096, 4096), Size(8192, 8192))
+QUICK = (Size(512, 1024), Size(4096, 4096))
+CPU = (Size(512, 128), Size(1024, 1024))
+
+METHOD = {
+    "network": (
+        "784-H-H-H-10, weights of layers 2 and 3 and activations of layers 1 and 2 binary "
+        "(hard-tanh straight-through gradient), batch norm after each hidden product, softmax "
+        "cross-entropy, Adam, latent weights clipped to [-1, 1]; PyTorch's has the same loss and "
+        "gradients"
+    ),
+    "data": "random bytes and labels of MNIST's shape, 60000 x 784, on the device",
+    "timing": (
+        "groups of at least 20 ms of steps (CPU: one step or more), one after the other, between "
+        "CUDA events (CPU: the clock) after a warm-up; the host never waits for the device, and "
+        "where it lags its time counts; median and average over groups"
+    ),
+    "memory": (
+        "what the driver had less free memory than before the variant was made, at the most seen "
+        "after making, warm-up and timing, libraries' pools included and emptied before; "
+        "pool_bytes is what the library says itself: CuPy's pool in all, PyTorch's "
+        "max_memory_allocated"
+    ),
+    "kernels": (
+        "medians by CUDA events around each launch of a step that is launched kernel by kernel "
+        "behind a backlog that also empties the L2 cache; nothing runs side by side then, as it "
+        "may in the graph, and an event costs about a microsecond"
+    ),
+}
+
+
+def sizes_for(device: Device, quick: bool) -> tuple[Size, ...]:
+    """Return the sizes that are measured on a kind of device."""
+    if device.kind == "cpu":
+        return CPU[:1] if quick else CPU
+    return QUICK if quick else (*TABLE, *WIDE)
+
+
+def variants_for(device: Device, quick: bool) -> tuple[list[Variant], list[str]]:
+    """Return what is measured on a kind of device, and a sentence for a peer that is left out."""
+    mine = ours.variants(device, quick)
+    try:
+        import torch
+
+        from cupybnn.benchmark.training import peer
+    except Exception as error:  # an installation that is broken counts as none
+        return mine, [f"PyTorch is not measured: {in_short(error)}"]
+    if device.kind == "cuda" and not torch.cuda.is_available():
+        return mine, [f"PyTorch {torch.__version__} is not measured: it sees no GPU."]
+    return mine + peer.variants(device, quick), []
+
+
+def random_images(images: int = 60000) -> Dataset:
+    """Return random bytes in the shape of MNIST, with random labels."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (images, 784), dtype=np.uint8)
+    labels = random.integers(0, 10, images, dtype=np.uint8)
+    return Dataset("mnist", pixels, labels, pixels[:100], labels[:100], (28, 28), 255)
+
+
+def run(
+    device: Device,
+    *,
+    quick: bool = False,
+    sizes: Sequence[Size] | None = None,
+    starting: Callable[[str, int], None] | None = None,
+    progress: Callable[[dict[str, Any], str], None] | None = None,
+) -> dict[str, Any]:
+    """Measure and return the record.
+
+    Parameters
+    ----------
+    device : Device
+    quick : bool
+        Fewer sizes and variants, shorter timing.
+    sizes : sequence of Size, optional
+        Instead of those of `sizes_for`.
+    starting : callable(name, total), optional
+        Called with each variant's name before it is measured, and with how many there are in all.
+    progress : callable(record, done), optional
+        Called when the record was begun ("begun") and when a size was added to it ("size").
+
+    Returns
+    -------
+    dict
+        Plain JSON values; times in seconds.
+    """
+    report = progress or (lambda record, done: None)
+    with device.scope():
+        began = time.perf_counter()
+        variants, notes = variants_for(device, quick)
+        record = begun("train", device, quick, notes)
+        record |= {"method": METHOD, "sizes": []}
+        report(record, "begun")
+        clock = make_clock(device)
+        data = random_images()
+        chosen = sizes_for(device, quick) if sizes is None else sizes
+        budget = 0.1 if quick else 0.3
+        if device.kind == "cpu":  # other programs disturb more there, and steps are long
+            budget *= 10
+        for size in chosen:
+            rows = []
+            for variant in variants:
+                if starting is not None:
+                    starting(f"{size} {variant}", len(chosen) * len(variants))
+                rows.append(measure(variant, size, device, data, clock, budget))
+            record["sizes"].append(
+                {"hidden": size.hidden, "batch": size.batch, "rows": rows, **compare(rows)}
+            )
+            record["seconds"] = time.perf_counter() - began
+            report(record, "size")
+    return record
+
+
+def compare(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the best rows of each kind and what they come to.
+
+    Returns
+    -------
+    dict
+        "best": the number of the fastest row, by the median, of "xnor", "matmul" (both ours) and
+        "PyTorch", where there is one; "xnor_over_matmul": ratio of ex/s by precision, of fused
+        and captured steps if there are any, and of the best rows as "best";
+        "over_pytorch" and "memory_of_pytorch": the fastest row of ours over the fastest of
+        PyTorch's, None without it.
+    """
+    done = [(i, row) for i, row in enumerate(rows) if "error" not in row]
+
+    def rate(i: int) -> float:
+        return float(rows[i]["examples_per_second"]["median"])
+
+    def best(wanted: Callable[[dict[str, Any]], bool]) -> int | None:
+        return max((i for i, row in done if wanted(row)), key=rate, default=None)
+
+    found = {
+        "xnor": best(lambda r: r["library"] == "cupybnn" and r["product"] == "xnor"),
+        "matmul": best(lambda r: r["library"] == "cupybnn" and r["product"] == "matmul"),
+        "PyTorch": best(lambda r: r["library"] == "PyTorch"),
+    }
+    ratios: dict[str, float] = {}
+    pairs = {
+        (r["product"], r["how"], r["precision"]): i for i, r in done if r["library"] != "PyTorch"
+    }
+    for (product, how, precision), i in pairs.items():
+        other = pairs.get(("xnor", how, precision))
+        if product == "matmul" and other is not None and precision not in ratios:
+            ratios[precision] = rate(other) / rate(i)
+    xnor, matmul, torch = found["xnor"], found["matmul"], found["PyTorch"]
+    if xnor is not None and matmul is not None:
+        ratios["best"] = rate(xnor) / rate(matmul)
+    mine = max((i for i in (xnor, matmul) if i is not None), key=rate, default=None)
+    over = memory = None
+    if mine is not None and torch is not None:
+        over = rate(mine) / rate(torch)
+        if rows[torch]["memory_bytes"]:
+            memory = rows[mine]["memory_bytes"] / rows[torch]["memory_bytes"]
+    return {
+        "best": {name: i for name, i in found.items() if i is not None},
+        "xnor_over_matmul": ratios,
+        "over_pytorch": over,
+        "memory_of_pytorch": memory,
+    }
