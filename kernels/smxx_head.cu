@@ -96,8 +96,9 @@ __device__ __forceinline__ float loss_of(const float (&logit)[CLASSES], int labe
 #pragma unroll
   for (int c = 0; c < CLASSES; c++) {
     const float target = (c == label ? 1.0f - smoothing : 0.0f) + smoothing / CLASSES;
-    loss += target * (log_total - (logit[c] - greatest));
-    grad[c] = (grad[c] * per_total - target) * share;
+    // Rounded as written: the loss must not depend on what the compiler makes of the type of products.
+    loss = __fmaf_rn(target, __fadd_rn(log_total, -__fadd_rn(logit[c], -greatest)), loss);
+    grad[c] = __fmul_rn(__fmaf_rn(grad[c], per_total, -target), share);
   }
 #else
 #pragma unroll
@@ -105,7 +106,7 @@ __device__ __forceinline__ float loss_of(const float (&logit)[CLASSES], int labe
     const float target = c == label ? 1.0f : -1.0f;
     const float margin = 1.0f - target * logit[c];
     const float over = margin > 0 || margin != margin ? margin : 0.0f;
-    loss += over * over / CLASSES;
+    loss = __fmaf_rn(over, __fmul_rn(over, 1.0f / CLASSES), loss);
     grad[c] = target * over * (-2.0f / CLASSES * share);
   }
 #endif
@@ -162,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
         for (int r = 0; r < ROWS; r++)
 #pragma unroll
-          for (int i = 0; i < VECTOR; i++) acc[r][c] += h[r][i] * of_class[i];
+          for (int i = 0; i < VECTOR; i++) acc[r][c] = __fmaf_rn(h[r][i], of_class[i], acc[r][c]);
       }
     }
   }
