@@ -77,7 +77,9 @@ def test_activation(arch):
     kinds = [{"OUTPUT": o, "GATE": g} for o, g in ((0, 1), (0, 0), (1, 1), (2, 1), (3, 0))]
     choices = [{**k, **s} for k, s in itertools.product(kinds, strips(arch, 4))]
     choices += [{"OUTPUT": 0, "GATE": 1, **s} for s in strips(arch, 1)]
-    compile_all("smxx_activation", arch, variants(arch, LAYERS, *choices))
+    # Of a layer without batch norm whose activations are not wanted there is nothing to compile.
+    wanted = [v for v in variants(arch, LAYERS, *choices) if v["NORM"] or v["OUTPUT"] != 3]
+    compile_all("smxx_activation", arch, wanted)
 
 
 def test_activation_gradient(arch):
