@@ -136,7 +136,7 @@ def _check(args: argparse.Namespace) -> None:
                 f"'bench {args.what or 'product'}'."
             )
     if args.source is not None:
-        for option in ("only", "tune", "sizes", "quick", "json"):
+        for option in ("only", "tune", "sizes", "json"):
             if getattr(args, option):
                 raise ValueError(
                     f"The '--{option}' must not be given with '--from', which measures nothing."
