@@ -77,6 +77,24 @@ def test_issued_is_the_slower_of_host_and_device(device, host, seconds):
     assert timing.median == pytest.approx(max(host, seconds), rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("host", "seconds"), [(40e-6, 5e-6), (2e-3, 100e-6), (5e-6, 90e-6), (1e-3, 0.1)]
+)
+def test_steady_is_the_slower_of_host_and_device(device, host, seconds):
+    clock = CudaClock(device.cupy())
+    timing = clock.steady(lambda: device.issue(host, seconds), budget=0.1)
+    assert timing.median == pytest.approx(max(host, seconds), rel=0.01)
+    assert timing.runs >= 7
+    assert timing.calls * timing.median >= clocks.STEADY_SECONDS * 0.8
+
+
+def test_a_backlog_keeps_the_device_busy_for_that_long(device):
+    clock = CudaClock(device.cupy())
+    clock.wait()
+    clock.backlog(2e-3)
+    assert device.idle_at - device.host == pytest.approx(2e-3, rel=0.15)
+
+
 def test_latency_counts_host_and_device(device):
     clock = CudaClock(device.cupy())
     timing = clock.latency([lambda: device.issue(40e-6, 100e-6)] * 2, runs=10)
