@@ -1,4 +1,4 @@
-"""Make the README's table of results from the record of a run of ``cupybnn bench``.
+"""Make the README's tables of results from the records of ``cupybnn bench`` and ``bench train``.
 
     python bench/readme_table.py bench/results/h200.json           prints it
     python bench/readme_table.py bench/results/h200.json --write   puts it into the README
@@ -17,7 +17,11 @@ from cupybnn.benchmark import record as records
 from cupybnn.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
+#: Between which lines of the README the table of each kind of record stands.
+MARKERS = {
+    "product": ("<!-- results -->", "<!-- /results -->"),
+    "train": ("<!-- training-results -->", "<!-- /training-results -->"),
+}
 METHODS = (
     "packed -> packed",
     "packed -> int32",
@@ -28,6 +32,8 @@ METHODS = (
     "torch int8",
     "torch fp8",
 )
+#: PyTorch's variants in the table of training.
+TORCH = ("eager", "graph", "compiled + graph")
 
 
 def number(tops: float) -> str:
@@ -36,25 +42,37 @@ def number(tops: float) -> str:
 
 def table(record: dict[str, Any], path: Path) -> str:
     """Return the lines between the README's two markers."""
+    relative = path.resolve().relative_to(ROOT) if path.resolve().is_relative_to(ROOT) else path
+    lines = []
+    training = records.kind_of(record) == "train"
+    if path.with_suffix(".svg").exists():
+        chart = relative.with_suffix(".svg").as_posix()
+        what = "Throughput of training" if training else "Rates of matrix products"
+        lines += [f"![{what} on one {record['gpu']['name']}]({chart})", ""]
+    make = training_lines if training else product_lines
+    link = f"[{relative.name}]({relative.as_posix()})"
+    return "\n".join([*lines, *make(record, link)])
+
+
+def when(record: dict[str, Any]) -> str:
+    versions = record["machine"]
+    return (
+        f"{record['date'][:10]}, driver {versions['cuda']['driver']}, CuPy "
+        f"{versions['cuda']['cupy']}, PyTorch {versions['torch'] or 'not installed'}"
+    )
+
+
+def product_lines(record: dict[str, Any], link: str) -> list[str]:
     present = [
         name
         for name in METHODS
         if any(r["method"] == name and "tops" in r for p in record["products"] for r in p["rows"])
     ]
-    gpu = record["gpu"]
-    versions = record["machine"]
-    relative = path.resolve().relative_to(ROOT) if path.resolve().is_relative_to(ROOT) else path
-    lines = []
-    if path.with_suffix(".svg").exists():
-        chart = relative.with_suffix(".svg").as_posix()
-        lines += [f"![Rates of matrix products on one {gpu['name']}]({chart})", ""]
-    lines += [
-        f"TOPS (2·M·N·K / seconds / 10¹²) on one {gpu['name']}, medians of one run with all peers, "
-        f"operands rotated out of the L2 cache: {record['date'][:10]}, driver "
-        f"{versions['cuda']['driver']}, CuPy {versions['cuda']['cupy']}, PyTorch "
-        f'{versions["torch"] or "not installed"}. "packed" is operands or results as bits, '
-        f'"float32" arrays, packing included. The record, made by `cupybnn bench`, with more '
-        f"products and what stands around them: [{relative.name}]({relative.as_posix()}).",
+    lines = [
+        f"TOPS (2·M·N·K / seconds / 10¹²) on one {record['gpu']['name']}, medians of one run with "
+        f"all peers, operands rotated out of the L2 cache: {when(record)}. "
+        f'"packed" is operands or results as bits, "float32" arrays, packing included. The record, '
+        f"made by `cupybnn bench`, with more products and what stands around them: {link}.",
         "",
         "| M × N × K | " + " | ".join(present) + " |",
         "| --- |" + " ---: |" * len(present),
@@ -65,16 +83,50 @@ def table(record: dict[str, Any], path: Path) -> str:
         lines.append(
             f"| {product['m']} × {product['n']} × {product['k']} | " + " | ".join(cells) + " |"
         )
-    return "\n".join(lines)
+    return lines
 
 
-def written(readme: str, text: str) -> str:
-    """Return the README with `text` between the markers."""
-    before, found, rest = readme.partition(BEGIN)
-    _, closed, after = rest.partition(END)
+def training_lines(record: dict[str, Any], link: str) -> list[str]:
+    lines = [
+        f"Million examples a second on one {record['gpu']['name']}, medians of one run; each the "
+        f"fastest of its precisions (TF32 and bfloat16, ours float32, too); memory that of our "
+        f"fastest as a part of the fastest PyTorch's: {when(record)}. The "
+        f"record, made by `cupybnn bench train`, with every variant and the kernels of a step: "
+        f"{link}.",
+        "",
+        "| hidden, batch | xnor | dense | xnor / dense | "
+        + " | ".join(f"PyTorch {how}" for how in TORCH)
+        + " | ours / PyTorch | memory |",
+        "| --- |" + " ---: |" * (5 + len(TORCH)),
+    ]
+    for size in record["sizes"]:
+        done = [r for r in size["rows"] if "error" not in r]
+        kinds = [("cupybnn", product, None) for product in ("xnor", "matmul")]
+        kinds += [("PyTorch", "matmul", how) for how in TORCH]
+        rates = []
+        for library, product, how in kinds:
+            found = [
+                r["examples_per_second"]["median"] / 1e6
+                for r in done
+                if (r["library"], r["product"]) == (library, product) and how in (None, r["how"])
+            ]
+            rates.append(f"{max(found):#.3g}".rstrip(".") if found else "–")
+        ratios = [size["xnor_over_matmul"].get("best"), size["over_pytorch"]]
+        ratios.append(size["memory_of_pytorch"])
+        shares = ["–" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        cells = [*rates[:2], shares[0], *rates[2:], *shares[1:]]
+        lines.append(f"| {size['hidden']}, {size['batch']} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def written(readme: str, text: str, kind: str = "product") -> str:
+    """Return the README with `text` between the markers of a kind of record."""
+    begin, end = MARKERS[kind]
+    before, found, rest = readme.partition(begin)
+    _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise ValueError(f"The README must hold the lines {BEGIN} and {END}; one is missing.")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+        raise ValueError(f"The README must hold the lines {begin} and {end}; one is missing.")
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def main() -> int:
@@ -90,7 +142,7 @@ def main() -> int:
         print(text)
         return 0
     readme = ROOT / "README.md"
-    new = written(readme.read_text(encoding="utf-8"), text)
+    new = written(readme.read_text(encoding="utf-8"), text, records.kind_of(record))
     with atomic_write(readme) as file:
         file.write(new.encode())
     return 0

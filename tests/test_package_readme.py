@@ -106,11 +106,19 @@ def maker():
     return module
 
 
-@pytest.mark.skipif(not RESULTS, reason="no published run")
-def test_the_table_is_that_of_the_published_record(maker):
+@pytest.mark.parametrize("kind", ["product", "train"])
+def test_the_table_is_that_of_the_published_record(maker, kind):
+    published = {path: record.load(path) for path in RESULTS}
+    tables = [
+        maker.table(found, path)
+        for path, found in published.items()
+        if record.kind_of(found) == kind and found["gpu"]
+    ]
+    if not tables:
+        pytest.skip("no published run")
+    begin, end = maker.MARKERS[kind]
     text = README.read_text(encoding="utf-8")
-    between = text.partition(maker.BEGIN + "\n")[2].partition("\n" + maker.END)[0]
-    assert between in [maker.table(record.load(path), path) for path in RESULTS]
+    assert text.partition(begin + "\n")[2].partition("\n" + end)[0] in tables
 
 
 def test_a_table_from_a_record(maker, tmp_path):
@@ -129,9 +137,39 @@ def test_a_table_from_a_record(maker, tmp_path):
     assert "| M × N × K | packed -> int32 | CuPy float32 |" in text
     assert "| 8191 × 8190 × 8001 | 9,123 | 9.9 |" in text
     assert "![" not in text
-    readme = f"a\n{maker.BEGIN}\nold\n{maker.END}\nb"
-    new = maker.written(readme, text)
-    assert new == f"a\n{maker.BEGIN}\n{text}\n{maker.END}\nb"
+    begin, end = maker.MARKERS["product"]
+    new = maker.written(f"a\n{begin}\nold\n{end}\nb", text)
+    assert new == f"a\n{begin}\n{text}\n{end}\nb"
     assert maker.written(new, text) == new
     with pytest.raises(ValueError, match="one is missing"):
         maker.written("no markers", text)
+
+
+def test_a_table_from_a_record_of_training(maker, tmp_path):
+    def row(library, product, how, rate):
+        rates = {"median": rate, "average": rate}
+        return {"library": library, "product": product, "how": how, "examples_per_second": rates}
+
+    rows = [
+        row("cupybnn", "xnor", "fused + graph", 30.04e6),
+        row("cupybnn", "matmul", "fused + graph", 24.0e6),
+        row("cupybnn", "matmul", "plain", 1.0e6),
+        row("PyTorch", "matmul", "eager", 0.412e6),
+        row("PyTorch", "matmul", "graph", 20.0e6),
+        {**row("PyTorch", "matmul", "compiled + graph", 1), "error": "no compiler"},
+    ]
+    size = {"hidden": 512, "batch": 8192, "rows": rows, "over_pytorch": 1.502}
+    size |= {"xnor_over_matmul": {"best": 1.252}, "memory_of_pytorch": None}
+    found = {
+        "kind": "train",
+        "sizes": [size],
+        "gpu": {"name": "NVIDIA H200"},
+        "machine": {"torch": "2.13.0", "cuda": {"driver": "580.1", "cupy": "14.2.0"}},
+        "date": "2026-01-02T03:04:05+00:00",
+    }
+    text = maker.table(found, tmp_path / "h200-train.json")
+    assert "| 512, 8192 | 30.0 | 24.0 | 1.25 | 0.412 | 20.0 | – | 1.50 | – |" in text
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+    begin, end = maker.MARKERS["train"]
+    readme = README.read_text(encoding="utf-8")
+    assert f"{begin}\n{text}\n{end}" in maker.written(readme, text, "train")
