@@ -95,7 +95,7 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
     axes.set_xlabel("units in each hidden layer, examples in a step")
     axes.set_ylabel(f"throughput relative to {_unit(sizes[0])[0]}")
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high * 1.06)  # room for the numbers above the bars
+    axes.set_ylim(low, high * 1.1)  # room for the numbers above the bars
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=3)
     where = record["gpu"]["name"] if record["gpu"] else record["machine"]["cpu"]
