@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,7 +17,15 @@ from cupybnn.benchmark import record as records
 from cupybnn.benchmark.clock import HostClock, make_clock
 from cupybnn.benchmark.methods import Unsupported
 from cupybnn.benchmark.training import chart, ours, record, tables
-from cupybnn.benchmark.training.variants import Memory, Running, Size, Variant, _kernels, measure
+from cupybnn.benchmark.training.variants import (
+    Memory,
+    Others,
+    Running,
+    Size,
+    Variant,
+    _kernels,
+    measure,
+)
 from cupybnn.cli import main
 from cupybnn.training import Trainer
 
@@ -196,6 +205,53 @@ def test_memory_is_the_most_that_was_taken():
     assert Memory(CPU).peak() is None
 
 
+def test_other_programs_are_noticed():
+    if Others().processors() is None:
+        pytest.skip("what other programs do is only known on Linux")
+    others = Others()
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        time.sleep(2.0)
+        assert others.processors() > 0.5
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def test_own_work_does_not_count_as_that_of_others(monkeypatch):
+    # all programs, this one, the clock: in seconds
+    readings = iter([(100.0, 7.0, 50.0), (105.0, 11.0, 52.0)])
+    monkeypatch.setattr(Others, "_read", staticmethod(lambda: next(readings)))
+    assert Others().processors() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("trials", "settles"), [([1.2, 0.9, 0.6], False), ([0.9, 0.1], True)])
+def test_a_disturbed_cpu_is_measured_anew_and_never_compared(trials, settles, monkeypatch):
+    calls = {"xnor": iter(trials), "matmul": iter([0.0])}
+
+    def measured(variant, *_):
+        busy = next(calls[variant.product])
+        return row(variant.library, variant.how, variant.product, "float32", 10.0, 0) | {
+            "others_processors": busy
+        }
+
+    monkeypatch.setattr(record, "measure", measured)
+    monkeypatch.setattr(record, "variants_for", lambda *_: (ours.variants(CPU, True), []))
+    found = record.run(CPU, quick=True, sizes=[SMALL])
+    (size,) = found["sizes"]
+    assert [r["others_processors"] for r in size["rows"]] == [0.0, min(trials)]
+    assert size["disturbed"] is not settles
+    assert bool(size["xnor_over_matmul"]) is settles
+    text = "\n".join(tables.lines(found))
+    assert ("NOT COMPARED: other programs used up to 0.6" in text) is not settles
+    assert (" x" in text.partition("speedup med")[2].splitlines()[1]) is settles
+    pytest.importorskip("matplotlib")
+    if not settles:
+        with pytest.raises(ValueError, match="no training steps"):
+            chart.draw(found, "never written")
+
+
 def test_times_of_kernels_are_medians_behind_a_backlog():
     steps = iter([9.0, 1.0, 8.0, 2.0, 3.0, 2.5])  # the first one is only looked at for the host
     backlogs = []
@@ -253,7 +309,8 @@ def gpu_record():
     sizes = []
     for hidden, batch in [(512, 512), (512, 8192), (8192, 8192)]:
         rows = gpu_rows(1 / hidden)
-        sizes.append({"hidden": hidden, "batch": batch, "rows": rows, **record.compare(rows)})
+        found = {"hidden": hidden, "batch": batch, "rows": rows, "disturbed": False}
+        sizes.append({**found, **record.compare(rows)})
     cuda = {"driver": "580.1", "cupy": "14.2.0", "runtime_cuda": "13.0"}
     return {
         "format": records.FORMAT,

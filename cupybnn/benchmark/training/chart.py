@@ -64,7 +64,7 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
         If nothing was measured that can be compared, or matplotlib is not installed.
     """
     needs_matplotlib()
-    sizes = [found for found in record["sizes"] if _unit(found)[1]]
+    sizes = [found for found in record["sizes"] if _unit(found)[1] and not found["disturbed"]]
     if not sizes:
         raise ValueError("The record holds no training steps to draw.")
     from matplotlib.backends.backend_agg import FigureCanvasAgg

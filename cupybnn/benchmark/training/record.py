@@ -16,13 +16,18 @@ from cupybnn.benchmark.training import ours
 from cupybnn.benchmark.training.variants import Size, Variant, measure
 from cupybnn.data import Dataset
 
-__all__ = ["compare", "random_images", "run", "sizes_for", "variants_for"]
+__all__ = ["compare", "disturbed", "random_images", "run", "sizes_for", "variants_for"]
 
 #: The original program's table: 512 units in each hidden layer.
 TABLE = tuple(Size(512, batch) for batch in (512, 1024, 2048, 4096, 8192))
 WIDE = (Size(1024, 1024), Size(4096, 4096), Size(8192, 8192))
 QUICK = (Size(512, 1024), Size(4096, 4096))
 CPU = (Size(512, 128), Size(1024, 1024))
+
+#: Processors that other programs may use while a CPU is measured; beyond, nothing is compared.
+DISTURBED = 0.2
+#: How often a variant is measured anew on a CPU that others disturb.
+TRIALS = 3
 
 METHOD = {
     "network": (
@@ -35,7 +40,10 @@ METHOD = {
     "timing": (
         "groups of at least 20 ms of steps (CPU: one step or more), one after the other, between "
         "CUDA events (CPU: the clock) after a warm-up; the host never waits for the device, and "
-        "where it lags its time counts; median and average over groups"
+        "where it lags its time counts; median and average over groups; on a CPU measured up to "
+        "three times while other programs use more than a fifth of a processor (others_processors), and "
+        "not compared if they still do: they slow down threads that wait for each other by far "
+        "more than their share"
     ),
     "memory": (
         "what the driver had less free memory than before the variant was made, at the most seen "
@@ -127,10 +135,18 @@ def run(
             for variant in variants:
                 if starting is not None:
                     starting(f"{size} {variant}", len(chosen) * len(variants))
-                rows.append(measure(variant, size, device, data, clock, budget))
-            record["sizes"].append(
-                {"hidden": size.hidden, "batch": size.batch, "rows": rows, **compare(rows)}
-            )
+                row = measure(variant, size, device, data, clock, budget)
+                for _ in range(TRIALS - 1):
+                    if device.kind == "cuda" or not disturbed([row]):
+                        break
+                    again = measure(variant, size, device, data, clock, budget)
+                    row = min(row, again, key=lambda r: r.get("others_processors") or 0.0)
+                rows.append(row)
+            found = {"hidden": size.hidden, "batch": size.batch, "rows": rows, **compare(rows)}
+            found["disturbed"] = device.kind == "cpu" and disturbed(rows)
+            if found["disturbed"]:
+                found |= {"xnor_over_matmul": {}, "over_pytorch": None}
+            record["sizes"].append(found)
             record["seconds"] = time.perf_counter() - began
             report(record, "size")
     return record
@@ -141,6 +157,11 @@ def _first_uses(variants: Sequence[Variant], device: Device, data: Dataset, cloc
     for variant in variants:
         if "graph" not in variant.how:
             measure(variant, Size(64, 64), device, data, clock, 0)
+
+
+def disturbed(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether other programs kept the processors busy while one of the rows was timed."""
+    return any((row.get("others_processors") or 0.0) > DISTURBED for row in rows)
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

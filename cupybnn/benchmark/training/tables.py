@@ -50,6 +50,12 @@ def size(found: dict[str, Any]) -> Iterator[str]:
     header = ["", "precision", "median", "min", "p90", "ex/s avg", "ex/s med", "memory", "pool"]
     yield from table(header, rows)
     yield from errors
+    if found["disturbed"]:
+        busy = max(row.get("others_processors") or 0.0 for row in found["rows"])
+        yield (
+            f"  NOT COMPARED: other programs used up to {busy:.1f} processors meanwhile; measure "
+            f"again on an idle machine."
+        )
     if any("kernels" in row for row in found["rows"]):
         yield ""
         yield from kernels(found)
@@ -89,7 +95,8 @@ def original(record: dict[str, Any]) -> Iterator[str]:
             rates = [row["examples_per_second"] for row in pair if row]
             cells = [str(found["hidden"]), str(found["batch"]), how, precision]
             cells += [_rate(rate[key]) for rate in rates for key in ("average", "median")]
-            cells += [times(rates[1][key] / rates[0][key]) for key in ("average", "median")]
+            speedups = [rates[1][key] / rates[0][key] for key in ("average", "median")]
+            cells += ["" if found["disturbed"] else times(speedup) for speedup in speedups]
             rows.append(cells)
     yield "training with matmul and with xnor, examples a second"
     header = ["hidden", "batch", "step", "precision", "matmul avg", "matmul med"]

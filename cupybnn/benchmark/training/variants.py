@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cupybnn.backends.devices import Device
@@ -15,7 +17,7 @@ from cupybnn.benchmark.methods import Unsupported, in_short
 from cupybnn.benchmark.products import release
 from cupybnn.data import Dataset
 
-__all__ = ["Memory", "Running", "Size", "Variant", "measure"]
+__all__ = ["Memory", "Others", "Running", "Size", "Variant", "measure"]
 
 #: Steps whose kernels are timed one by one, and the most seconds that this may take.
 KERNEL_STEPS, KERNEL_SECONDS = 10, 0.5
@@ -59,6 +61,42 @@ class Memory:
         """Return bytes, or None for a CPU."""
         self.look()
         return None if self._device.kind == "cpu" else int(self._before - self._least)
+
+
+class Others:
+    """How busy other programs keep this process's processors, since this was made (Linux).
+
+    A thread that waits at a barrier for another that such a program has displaced waits for the
+    scheduler: steps of a millisecond become steps of half a second, by median as by mean.
+    """
+
+    def __init__(self) -> None:
+        self._began = self._read()
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """Return seconds of all programs' work, of this one's, and of the clock."""
+        try:
+            mine = {f"cpu{i}" for i in os.sched_getaffinity(0)}
+            lines = [x.split() for x in Path("/proc/stat").read_text("ascii").splitlines()]
+            # user, nice, system, (idle, iowait,) irq, softirq, steal
+            ticks = [
+                sum(map(int, fields[1:4])) + sum(map(int, fields[6:9]))
+                for fields in lines
+                if fields and fields[0] in mine
+            ]
+            second = os.sysconf("SC_CLK_TCK")
+        except (AttributeError, OSError, ValueError):  # another system
+            return None
+        return sum(ticks) / second, time.process_time(), time.perf_counter()
+
+    def processors(self) -> float | None:
+        """Return how many processors others used on average; None where it cannot be known."""
+        now = self._read()
+        if now is None or self._began is None:
+            return None
+        everything, own, seconds = (b - a for a, b in zip(self._began, now, strict=True))
+        return max(0.0, everything - own) / max(seconds, 1e-9)
 
 
 @dataclass
@@ -169,7 +207,9 @@ def _measured(
     clock.wait()
     memory.look()
     prepared = time.perf_counter() - began
+    others = Others()
     timing = clock.steady(running.step, budget)
+    busy = others.processors()
     row: dict[str, Any] = {
         "step": timing.as_dict(),
         "examples_per_second": {
@@ -177,6 +217,7 @@ def _measured(
             "average": size.batch / timing.mean,
         },
         "prepare_seconds": prepared,
+        "others_processors": busy,
         "memory_bytes": memory.peak(),
         "pool_bytes": running.pool(),
         "loss": running.loss(),
