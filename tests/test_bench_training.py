@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -103,7 +104,7 @@ def test_the_tables_can_be_shown_again_from_the_record(quick, tmp_path, capsys):
         (["--sizes", "8x8"], "'--sizes' must be given to 'bench train' only"),
         (["train", "--json", "nowhere/x.json"], "'--json' must be in a folder that exists"),
         (["train", "--chart", "nowhere/x"], "'--chart' must be in a folder that exists"),
-        (["train", "--from", __file__, "--quick"], "'--quick' must not be given with '--from'"),
+        (["train", "--from", __file__, "--sizes", "8x8"], "'--sizes' must not be given with"),
         (["train", "--from", __file__], "must be JSON"),
         (["train", "--device", "gpu"], "The 'device' must be"),
     ],
@@ -361,6 +362,17 @@ def test_chart_is_written_as_svg_and_png(tmp_path):
         assert words in svg
     assert "compiled" not in svg  # it failed at every size
     assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+PUBLISHED = sorted((Path(__file__).parents[1] / "bench" / "results" / "training").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_records_can_be_shown_and_drawn(path, tmp_path):
+    found = records.load(path)
+    assert f"{found['sizes'][0]['batch']} examples a step" in "\n".join(tables.lines(found))
+    pytest.importorskip("matplotlib")
+    chart.draw(found, tmp_path / "x")
 
 
 def test_chart_of_nothing_is_an_error(tmp_path):

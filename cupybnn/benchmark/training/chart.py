@@ -64,7 +64,7 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
         If nothing was measured that can be compared, or matplotlib is not installed.
     """
     needs_matplotlib()
-    sizes = [found for found in record["sizes"] if _unit(found)[1] and not found["disturbed"]]
+    sizes = [found for found in record["sizes"] if _unit(found)[1] and not found.get("disturbed")]
     if not sizes:
         raise ValueError("The record holds no training steps to draw.")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -72,7 +72,7 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
 
     rates = {kind[0]: [_fastest(found, *kind[1:4]) for found in sizes] for kind in _KINDS}
     kinds = [kind for kind in _KINDS if any(rates[kind[0]])]
-    figure = Figure(figsize=(max(6.0, 1.25 * len(sizes) + 1.5), 4.8), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 1.25 * len(sizes) + 1.5), 4.8), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     width = 0.8 / len(kinds)
@@ -92,18 +92,16 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
             )  # fmt: skip
     axes.axhline(1, color="black", linewidth=0.6)
     axes.set_xticks(range(len(sizes)), [f"{f['hidden']}\n{f['batch']}" for f in sizes])
-    axes.set_xlabel("units in each hidden layer, examples in a step")
+    axes.set_xlabel(
+        "units in each hidden layer, examples in a step; above the bars: examples a second"
+    )
     axes.set_ylabel(f"throughput relative to {_unit(sizes[0])[0]}")
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * 1.1)  # room for the numbers above the bars
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=3)
     where = record["gpu"]["name"] if record["gpu"] else record["machine"]["cpu"]
-    axes.set_title(
-        f"Training a binarized network on one {where}; above the bars examples a second",
-        loc="left",
-        fontsize=10,
-    )
+    axes.set_title(f"Training a binarized network on one {where}", loc="left", fontsize=11)
     return write(figure, path)
 
 

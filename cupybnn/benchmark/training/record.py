@@ -41,9 +41,9 @@ METHOD = {
         "groups of at least 20 ms of steps (CPU: one step or more), one after the other, between "
         "CUDA events (CPU: the clock) after a warm-up; the host never waits for the device, and "
         "where it lags its time counts; median and average over groups; on a CPU measured up to "
-        "three times while other programs use more than a fifth of a processor (others_processors), and "
-        "not compared if they still do: they slow down threads that wait for each other by far "
-        "more than their share"
+        "three times while other programs use more than a fifth of a processor "
+        "(others_processors), and not compared if they still do: they slow down threads that wait "
+        "for each other by far more than their share"
     ),
     "memory": (
         "what the driver had less free memory than before the variant was made, at the most seen "
@@ -53,7 +53,7 @@ METHOD = {
     ),
     "kernels": (
         "medians by CUDA events around each launch of a step that is launched kernel by kernel "
-        "behind a backlog that also empties the L2 cache; nothing runs side by side then, as it "
+        "behind a backlog, which also empties the L2 cache; nothing runs side by side then, as it "
         "may in the graph, and an event costs about a microsecond"
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,7 +51,7 @@ def size(found: dict[str, Any]) -> Iterator[str]:
     header = ["", "precision", "median", "min", "p90", "ex/s avg", "ex/s med", "memory", "pool"]
     yield from table(header, rows)
     yield from errors
-    if found["disturbed"]:
+    if found.get("disturbed"):
         busy = max(row.get("others_processors") or 0.0 for row in found["rows"])
         yield (
             f"  NOT COMPARED: other programs used up to {busy:.1f} processors meanwhile; measure "
@@ -96,7 +97,7 @@ def original(record: dict[str, Any]) -> Iterator[str]:
             cells = [str(found["hidden"]), str(found["batch"]), how, precision]
             cells += [_rate(rate[key]) for rate in rates for key in ("average", "median")]
             speedups = [rates[1][key] / rates[0][key] for key in ("average", "median")]
-            cells += ["" if found["disturbed"] else times(speedup) for speedup in speedups]
+            cells += ["" if found.get("disturbed") else times(speedup) for speedup in speedups]
             rows.append(cells)
     yield "training with matmul and with xnor, examples a second"
     header = ["hidden", "batch", "step", "precision", "matmul avg", "matmul med"]
@@ -127,7 +128,7 @@ def heading(record: dict[str, Any]) -> Iterator[str]:
     """Yield what was measured, on what, when and how."""
     yield from tables.heading(record)
     for what, how in record["method"].items():
-        yield f"{what}: {how}"
+        yield from textwrap.wrap(f"{what}: {how}", 100, subsequent_indent="  ")
 
 
 def summary(record: dict[str, Any]) -> Iterator[str]:
