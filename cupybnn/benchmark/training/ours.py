@@ -47,6 +47,8 @@ def config_for(variant: Variant, size: Size, device: Device) -> TrainConfig:
 
 
 def _make(variant: Variant, size: Size, device: Device, data: Dataset, memory: Memory) -> Running:
+    pool = None if device.kind == "cpu" else device.xp.get_default_memory_pool()
+    others = 0 if pool is None else pool.total_bytes()  # the clock's, for one
     trainer = Trainer(config_for(variant, size, device), dataset=data)
     numbers = itertools.count()
     outputs = [trainer.make_step(next(numbers))]
@@ -56,9 +58,9 @@ def _make(variant: Variant, size: Size, device: Device, data: Dataset, memory: M
         outputs[0] = trainer.make_step(next(numbers))
 
     running = Running(step, lambda: float(outputs[0].loss))
-    if device.kind == "cpu":
+    if pool is None:
         return running
-    running.pool = device.xp.get_default_memory_pool().total_bytes
+    running.pool = lambda: pool.total_bytes() - others
     if trainer.config.fused:
         from cupybnn.training.fast import FusedStep
 

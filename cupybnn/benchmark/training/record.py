@@ -48,7 +48,7 @@ METHOD = {
     "memory": (
         "what the driver had less free memory than before the variant was made, at the most seen "
         "after making, warm-up and timing, libraries' pools included and emptied before; "
-        "pool_bytes is what the library says itself: CuPy's pool in all, PyTorch's "
+        "pool_bytes is what the library says itself: what CuPy's pool grew by, PyTorch's "
         "max_memory_allocated"
     ),
     "kernels": (
