@@ -4,7 +4,7 @@
 // A block takes 32 rows x 128 columns of one parameter, a warp four of the rows, a lane four
 // neighbours of each. Of binary weights it writes the signs, dense for the backward products and
 // packed along the rows (a product's right operand, layout.cuh): 32 rows are one word of a column.
-// A column's popcount changes by what flipped. Parameters that are not packed are taken as flat,
+// A column's popcount changes by what flipped. Parameters that are not binary are taken as flat,
 // 128 elements a row. A step may have several launches; the last block of the final one adds up the
 // penalty over all and counts the step.
 //

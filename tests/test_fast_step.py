@@ -156,6 +156,16 @@ def test_the_gates_of_a_plan():
     assert plan(binary=True, ste="clipped_grad").latent_gate == "clip"
 
 
+def test_packing_does_not_change_the_order_in_which_the_penalty_is_added_up():
+    from cupybnn.backends.cuda.fused_update import Updated
+
+    arrays = [np.zeros((45, 70), np.float32) for _ in range(4)]
+    dense = Updated(*arrays, binary=True)
+    packed = Updated(*arrays, binary=True, packed=object())
+    assert dense.geometry() == packed.geometry() == (45, 70)
+    assert dense.blocks() == packed.blocks()
+
+
 def test_what_the_last_layer_reads():
     all_binary = plan(binary=True, xnor=True, first=True, last=True, batch_norm=True)
     assert [plan().head, plan(binary=True).head, all_binary.head] == ["relu", "none", "sign"]
@@ -301,8 +311,9 @@ class TestAgainstThePlainStep:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "tf32", "bfloat16"])
-def test_xnor_and_dense_products_of_signs_train_alike(dtype):
-    settings = {"binary": True, "batch_norm": True, "dtype": dtype, "max_steps": 40}
+@pytest.mark.parametrize("reg", [0.0, 1e-4])
+def test_xnor_and_dense_products_of_signs_train_alike(dtype, reg):
+    settings = {"binary": True, "batch_norm": True, "dtype": dtype, "max_steps": 40, "reg": reg}
     a, with_xnor = run(**settings, xnor=True)
     b, with_matmul = run(**settings)
     assert with_xnor == with_matmul

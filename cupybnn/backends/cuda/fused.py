@@ -23,6 +23,7 @@ __all__ = [
     "Draw",
     "Launcher",
     "Layer",
+    "address",
     "mask_shape",
 ]
 
@@ -166,7 +167,8 @@ class Activations:
         return _struct([self.dense, *packed, self.gate, self.window], _ACTIVATIONS)
 
 
-def _address(x: Any) -> int:
+def address(x: Any) -> int:
+    """Return where an array lies on the device; 0 for None."""
     return 0 if x is None else int(x.data.ptr)
 
 
@@ -179,7 +181,7 @@ def _struct(fields: list[Any], dtype: np.dtype) -> Any:
         elif isinstance(field, int):
             values[i : i + 1].view(np.uint64)[0] = field % 2**64
         else:
-            values[i] = _address(field)
+            values[i] = address(field)
     return values.view(dtype)
 
 
@@ -396,7 +398,7 @@ class Launcher:
             Get the gradients of gamma and beta.
         """
         source, gate_define = "smxx_activation_gradient", ("GATE", GATES[gate])
-        arguments = (layer.argument(), grad, np.uintp(_address(mask)))
+        arguments = (layer.argument(), grad, np.uintp(address(mask)))
         if layer.norm is not None:
             kind, grid, clustered = self._strips(layer, sums=True)
             rest = (self._partials, self._tickets, *grads)
@@ -406,7 +408,7 @@ class Launcher:
             if clustered:
                 return
         kind, grid, _ = self._strips(layer, sums=False)
-        addresses = [np.uintp(_address(x)) for x in grads or (None, None)]
+        addresses = [np.uintp(address(x)) for x in grads or (None, None)]
         self.launch(source, "gradient", (*kind, gate_define), grid, (*arguments, *addresses))
 
     # The head ----------------------------------------------------------------------------------
@@ -442,7 +444,9 @@ class Launcher:
         rows, cols = layer.shape
         vector = 4 if cols % 4 == 0 else 1
         at_a_time = 1
-        while at_a_time < 4 and vector == 4 and rows >= 4 * at_a_time * _WARPS * 132:
+        while (
+            at_a_time < 4 and vector == 4 and rows >= 4 * at_a_time * _WARPS * self._multiprocessors
+        ):
             at_a_time *= 2
         self._loss_blocks = -(-rows // (_WARPS * at_a_time))
         kind = (
@@ -458,7 +462,7 @@ class Launcher:
             (self._loss_blocks,),
             (
                 layer.argument(), weight, labels, np.float32(smoothing),
-                np.uintp(_address(factor)), out, grad, self._losses,
+                np.uintp(address(factor)), out, grad, self._losses,
             ),
         )  # fmt: skip
 
@@ -482,7 +486,7 @@ class Launcher:
         end = (*self._head(head, loss), ("GATE", GATES[gate] if head == "sign" else 0))
         loss_parts = [self._losses, mean_loss, grad_factor, self._loss_blocks]
         back = _struct([weight, of_logits, out, float(window), *loss_parts], _BACK)
-        addresses = tuple(np.uintp(_address(x)) for x in grads or (None, None))
+        addresses = tuple(np.uintp(address(x)) for x in grads or (None, None))
         rest = (self._partials, self._tickets, grad_weight, *addresses)
         arguments = (layer.argument(), back)
         grid = (grid[0] + 1, grid[1])  # one more strip, for the loss

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn.backends.cuda.fused import Launcher
+from cupybnn.backends.cuda.fused import Launcher, address
 
 __all__ = ["PENALTIES", "Rates", "Update", "Updated"]
 
@@ -62,7 +62,7 @@ class Updated:
 
     def geometry(self) -> tuple[int, int]:
         """Return rows and columns as the kernel walks them."""
-        if self.packed is not None:
+        if self.binary:  # packed or not, so that the penalty is added up in the same order
             rows, cols = self.weight.shape
             return rows, cols
         return -(-self.weight.size // _TILE_COLS), _TILE_COLS
@@ -71,10 +71,6 @@ class Updated:
         """Blocks that take this parameter."""
         rows, cols = self.geometry()
         return -(-rows // _TILE_ROWS) * -(-cols // _TILE_COLS)
-
-
-def _address(x: Any) -> int:
-    return 0 if x is None else int(x.data.ptr)
 
 
 class Update:
@@ -154,14 +150,14 @@ def _table(parameters: Sequence[Updated]) -> tuple[Any, Any, int]:
         arrays = (p.weight, p.grad, p.mean, p.square, p.copy)
         names = ("weight", "grad", "mean", "square", "copy")
         for name, array in zip(names, arrays, strict=True):
-            entry[name] = _address(array)
+            entry[name] = address(array)
         if p.packed is not None:
-            entry["words"] = _address(p.packed.words)
-            entry["pops"] = _address(p.packed.popcounts)
+            entry["words"] = address(p.packed.words)
+            entry["pops"] = address(p.packed.popcounts)
         rows, cols = p.geometry()
         entry["rows"], entry["cols"], entry["count"] = rows, cols, p.weight.size
         entry["first_block"] = first
-        aligned = cols % 4 == 0 and not any(_address(x) % 16 for x in arrays)
+        aligned = cols % 4 == 0 and not any(address(x) % 16 for x in arrays)
         entry["flags"] = (
             _BINARY * p.binary
             + _CLIPPED * (p.gate == "clip")
