@@ -7,12 +7,15 @@
 // gather_deformed: the same, each image deformed in its own way (cupybnn/data/augmentation.py has the
 // formulas). A block takes an image; it is sampled from shared memory. Bounded by the arithmetic.
 //
+// attack: pixels of the batch are moved by the sign of their gradient, which a first pass through the
+// network left. Bounded by memory.
+//
 // dropout_mask: a thread makes one word, 32 elements of a row. Bounded by the integer multiplications
 // of Philox, about 20 for each element.
 //
 // The number of the step is read from the device, so that a captured graph draws anew at each launch.
 //
-// The translation unit sets REAL, VECTOR (for gather), and DROP to whether pixels are dropped.
+// The translation unit sets REAL, VECTOR (for gather and attack), and DROP to whether pixels are dropped.
 
 #define NORM 0
 #define PRODUCT float
@@ -137,6 +140,21 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float v[1] = {above + (y - top) * (below - above)};
     drop_pixels<1>(p, row * p.cols + i, v);
     store<1>(p.x + row * p.cols + i, v);
+  }
+  clear_pops(p);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    attack(const __grid_constant__ Batch p, const real_t* __restrict__ gradient, float amount) {
+  const i64 count = p.rows * p.cols / VECTOR;
+  for (i64 i = (i64)blockIdx.x * THREADS + threadIdx.x; i < count; i += (i64)gridDim.x * THREADS) {
+    float g[VECTOR], v[VECTOR], moved[VECTOR];
+    load<VECTOR>(gradient + i * VECTOR, g);
+    load<VECTOR>(p.x + i * VECTOR, v);
+#pragma unroll
+    for (int e = 0; e < VECTOR; e++) moved[e] = v[e] + (g[e] > 0 ? amount : g[e] < 0 ? -amount : 0.0f);
+    drop_pixels<VECTOR>(p, i * VECTOR, moved);
+    store<VECTOR>(p.x + i * VECTOR, moved);
   }
   clear_pops(p);
 }

@@ -62,6 +62,8 @@ class Console(Callback):
         details += [f"dropout (keep {config.keep_prob})"] * (config.keep_prob < 1)
         if config.binary and config.sign_keep_prob < 1:
             details.append(f"coin tosses for signs (keep {config.sign_keep_prob})")
+        if config.adversarial:
+            details.append(f"images moved against the network ({config.adversarial:g})")
         self._say(f"Network: {data.features}-{hidden}-{data.classes}, {', '.join(details)}")
         for name in ("xnor", "first", "last"):
             if getattr(config, name) and not config.binary:

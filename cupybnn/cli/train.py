@@ -68,12 +68,20 @@ def add_parser(subparsers: Any) -> None:
         float,
     )
 
-    group = about("random deformations of training images")
+    group = about("changes of training images")
     _option(group, "augment_shift", "PIXELS", "move by up to so much (0)", float)
     _option(group, "augment_rotation", "DEGREES", "turn by up to so much (0)", float)
     _option(group, "augment_scale", "SHARE", "stretch height and width by up to so much (0)", float)
     _option(group, "augment_shear", "SHARE", "shear by up to so much (0)", float)
     _option(group, "augment_elastic", "PIXELS", "elastic displacements, typical size (0)", float)
+
+    _option(
+        group,
+        "adversarial",
+        "E",
+        "move each pixel, from 0 to 1, by so much in the direction in which the loss rises (0)",
+        float,
+    )
 
     group = about("how it learns")
     _option(group, "max_steps", "N", "step at which training ends (1000)", int)

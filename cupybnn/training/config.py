@@ -44,6 +44,7 @@ _NUMBERS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "augment_scale": ("in [0, 1)", lambda x: 0 <= x < 1),
     "augment_shear": ("at least 0", lambda x: x >= 0),
     "augment_elastic": ("at least 0", lambda x: x >= 0),
+    "adversarial": ("at least 0", lambda x: x >= 0),
 }
 
 
@@ -151,6 +152,10 @@ class TrainConfig:
         In degrees.
     augment_scale, augment_shear : float
         As shares.
+    adversarial : float
+        Learn from images whose pixels, from 0 to 1, were each moved by so much in the direction in
+        which the loss rises: Goodfellow, Shlens, Szegedy: Explaining and harnessing adversarial
+        examples, ICLR 2015. Costs a second forward and backward pass. 0: off.
     fused : bool
         On a GPU, make steps by the fused kernels where these can (`cupybnn.training.fast`);
         otherwise operation by operation.
@@ -208,6 +213,7 @@ class TrainConfig:
     augment_scale: float = 0.0
     augment_shear: float = 0.0
     augment_elastic: float = 0.0
+    adversarial: float = 0.0
 
     @property
     def storage_dtype(self) -> str:

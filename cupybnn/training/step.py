@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -150,7 +151,7 @@ class PlainStep:
     data : DeviceData
     order : BatchOrder
     config : TrainConfig
-        Its fields `augment_...`, `seed` and `max_steps`.
+        Its fields `augment_...`, `adversarial`, `seed` and `max_steps`.
     """
 
     def __init__(
@@ -171,16 +172,46 @@ class PlainStep:
         amounts = ("shift", "rotation", "scale", "shear", "elastic")
         self._augment = Augmentation(*(getattr(config, f"augment_{name}") for name in amounts))
         self._seed = augmentation_seed(config)
+        self._adversarial = config.adversarial
 
     def __call__(self, step: int) -> StepOutput:
-        """Make step number `step`: gather its batch, deform, forward, backward, update."""
+        """Make step number `step`: gather its batch, deform, attack, forward, backward, update."""
         inputs, labels = self._data.batch(self._order.indices(step))
         inputs = self._augment(inputs, self._data.image_shape, self._seed, step)
         self._model.train()
         nn.set_progress(self._model, min(step / self._max_steps, 1.0))
+        if self._adversarial:
+            inputs = self._attacked(inputs, labels)
         self._optimizer.zero_grad()
         logits = self._model(Tensor(inputs))
         loss = self._objective(logits, labels)
         loss.backward()
         self._optimizer.step()
         return StepOutput(loss.data, logits.data, labels)
+
+    def _attacked(self, inputs: Any, labels: Any) -> Any:
+        """Move each input by `adversarial` in the direction in which the loss of its batch rises.
+
+        The fast gradient sign method of Goodfellow et al. (see `TrainConfig`); what the loss does
+        not depend on stays where it is. Batch norm's running statistics take in both batches.
+        """
+        x = Tensor(inputs, requires_grad=True)
+        with _repeated_draws(self._model):
+            self._objective.loss(self._model(x), labels).backward()
+        direction = self._data.device.xp.sign(x.grad)
+        return inputs + direction * self._data.dtype.type(self._adversarial)
+
+
+@contextlib.contextmanager
+def _repeated_draws(model: nn.Module) -> Iterator[None]:
+    """Let what follows draw the random numbers again that were drawn within the context.
+
+    So the network that is attacked is the one that learns: the same units are dropped.
+    """
+    states = [state for _, m in model.named_modules() if (state := m.random_state()) is not None]
+    before = [state.copy() for state in states]
+    try:
+        yield
+    finally:
+        for state, old in zip(states, before, strict=True):
+            state[...] = old

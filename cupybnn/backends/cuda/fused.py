@@ -315,6 +315,36 @@ class Launcher:
         grid = (self._flat(rows * cols // vector),)
         self.launch("smxx_batch", "gather", (drop, ("VECTOR", vector)), grid, (batch,))
 
+    def attack(
+        self, gradient: Any, step: Any, draw: Draw | None, amount: float, x: Any, pops: Any = None
+    ) -> None:
+        """Move what is in a batch's pixels by `amount` in the direction of their gradient.
+
+        Parameters
+        ----------
+        gradient : cupy.ndarray, shape (batch, pixels)
+        step : cupy.ndarray of int64, shape (1,)
+        draw : Draw or None
+            As `gather` had it: what is dropped stays 0.
+        amount : float
+        x : cupy.ndarray, shape (batch, pixels)
+            Worked on in place.
+        pops : cupy.ndarray of int32 or None
+            Set to 0 on the way.
+        """
+        rows, cols = x.shape
+        vector = next(v for v in (4, 1) if cols % v == 0)
+        count = 0 if pops is None else pops.size
+        numbers = [0, rows, cols, count, *(draw or Draw(0, 0, 1.0)).arguments()]
+        batch = _struct([None, None, None, step, x, None, pops, *numbers], _BATCH)
+        self.launch(
+            "smxx_batch",
+            "attack",
+            (("DROP", int(draw is not None)), ("VECTOR", vector)),
+            (self._flat(rows * cols // vector),),
+            (batch, gradient, np.float32(amount)),
+        )
+
     def dropout_mask(self, step: Any, draw: Draw, shape: tuple[int, int], out: Any) -> None:
         """Draw which elements of a (batch, units) array are kept, one bit each."""
         rows, cols = shape

@@ -111,6 +111,8 @@ class Buffers:
     ----------
     inputs : cupy.ndarray, shape (batch, features)
         Pixels as whole numbers, in the operands' dtype.
+    of_inputs : cupy.ndarray or None
+        The loss's gradient for them, up to a factor, where they are moved by it.
     labels : cupy.ndarray of int64, shape (batch,)
     logits : cupy.ndarray of float32, shape (batch, classes)
     of_logits : cupy.ndarray of float32, shape (batch, classes up to a multiple of 4)
@@ -118,7 +120,7 @@ class Buffers:
     mean_loss, loss : cupy.ndarray of float32, shape (1,)
         Without and with the penalty.
     pops : cupy.ndarray of int32, shape (layers, batch)
-        Popcounts of packed activations, to be cleared at the start of a step.
+        Popcounts of packed activations, to be cleared before each forward pass.
     hidden : list of HiddenBuffers
     gradients : dict of str to cupy.ndarray
         By the parameter's name.
@@ -129,6 +131,7 @@ class Buffers:
 
         real = operand_dtype(plan.precision)
         self.inputs = cupy.empty((plan.batch, plan.features), real)
+        self.of_inputs = cupy.empty_like(self.inputs) if plan.adversarial else None
         self.labels = cupy.empty(plan.batch, np.int64)
         self.logits = cupy.empty((plan.batch, plan.classes), np.float32)
         self.of_logits = cupy.zeros((plan.batch, -(-plan.classes // 4) * 4), np.float32)

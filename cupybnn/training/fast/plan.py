@@ -24,7 +24,7 @@ _KNOWN = (
     "input_keep_prob loss label_smoothing penalty optimizer momentum weight_decay lr_scale "
     "schedule final_lr warm_up fused graph latent_lr bop_rate bop_threshold milestones "
     "milestone_factor average average_decay average_from "
-    "augment_shift augment_rotation augment_scale augment_shear"
+    "augment_shift augment_rotation augment_scale augment_shear adversarial"
 )
 
 
@@ -88,6 +88,8 @@ class NetworkPlan:
         Pseudo-gradient of latent weights.
     augment : tuple of float
         Greatest shift, rotation, scale and shear of the images.
+    adversarial : float
+        How far inputs are moved against the network; 0: they are not.
     keep_prob, input_keep_prob : float
     roomy : bool
         Whether buffers are small enough not to be shared.
@@ -103,6 +105,7 @@ class NetworkPlan:
     head: str
     latent_gate: str
     augment: tuple[float, float, float, float]
+    adversarial: float
     keep_prob: float
     input_keep_prob: float
     roomy: bool
@@ -128,6 +131,7 @@ class NetworkPlan:
                 config.augment_scale,
                 config.augment_shear,
             ),
+            adversarial=config.adversarial,
             keep_prob=config.keep_prob,
             input_keep_prob=config.input_keep_prob,
             roomy=config.batch_size * config.n_hidden * itemsize <= 32 << 20,

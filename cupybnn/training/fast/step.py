@@ -215,32 +215,68 @@ class FusedStep:
         plan, buffers, launcher, data = self.plan, self.buffers, self._launcher, self._data
         span = self._span
         draws = self._draws()
+        of_pixels = next(draws) if plan.input_keep_prob < 1 else None
         with span("gather"):
             launcher.gather(
                 data.train_images,
                 data.train_labels,
                 self.feed.images,
                 self.feed.step,
-                next(draws) if plan.input_keep_prob < 1 else None,
+                of_pixels,
                 buffers.inputs,
                 buffers.labels,
                 buffers.pops,
                 self._deformation,
             )
-        for i, hidden in enumerate(buffers.hidden):
-            layer = hidden.layer
-            if layer.kept is not None:
+        for hidden in buffers.hidden:
+            if hidden.layer.kept is not None:
                 with span("dropout"):
-                    launcher.dropout_mask(self.feed.step, next(draws), layer.shape, layer.kept)
-            self._multiply(i)
-            self._normalise(hidden)
-            if plan.roomy and hidden.packed is not None:
-                with fork.aside(), span("unpack signs"):
-                    launcher.unpack_rows(hidden.packed, buffers.signs_of(i))
-        self._head()
+                    launcher.dropout_mask(
+                        self.feed.step, next(draws), hidden.layer.shape, hidden.layer.kept
+                    )
+        if plan.adversarial:
+            self._forward(None)
+            self._attack(of_pixels)
+        self._forward(fork)
         self._backward(fork)
         fork.join()
         self._update_layer(1)
+
+    def _forward(self, fork: Fork | None) -> None:
+        """From the batch to the loss, and back to the last product's gradient.
+
+        With a fork, signs are unpacked aside for the gradients of the weights.
+        """
+        for i, hidden in enumerate(self.buffers.hidden):
+            self._multiply(i)
+            self._normalise(hidden)
+            if fork is not None and self.plan.roomy and hidden.packed is not None:
+                with fork.aside(), self._span("unpack signs"):
+                    self._launcher.unpack_rows(hidden.packed, self.buffers.signs_of(i))
+        self._head()
+
+    def _attack(self, of_pixels: fused.Draw | None) -> None:
+        """Move the batch against the network. No gradient of a parameter is used."""
+        buffers = self.buffers
+        for i in reversed(range(1, len(buffers.hidden))):
+            self._input_gradient(i)
+            self._activation_gradient(i - 1)
+        with self._span("gradient of the pixels"):
+            self._blas.multiply(
+                buffers.gradient_of(0)[1],
+                buffers.hidden[0].weight,
+                buffers.of_inputs,
+                transpose_b=True,
+            )
+        with self._span("attack"):
+            self._launcher.attack(
+                buffers.of_inputs,
+                self.feed.step,
+                of_pixels,
+                self.plan.adversarial / float(self._data.pixel_scale),
+                buffers.inputs,
+                buffers.pops,
+            )
 
     def _update_layer(self, number: int) -> None:
         """Update what belongs to hidden layer `number`, and with the last one what follows it."""
@@ -316,23 +352,33 @@ class FusedStep:
         What the layer below waits for comes first; beside it weights get their gradients and are
         updated, but for those of the first layer.
         """
-        buffers, launcher = self.buffers, self._launcher
+        buffers = self.buffers
         in_use: dict[int, Any] = {}  # events after which a gradient's buffer is free
         for i in reversed(range(1, len(buffers.hidden))):
-            hidden, before = buffers.hidden[i], buffers.hidden[i - 1]
-            gradient, (which, below) = buffers.gradient_of(i)[1], buffers.gradient_of(i - 1)
-            fork.wait(in_use.pop(which, None))
-            with self._span(f"gradient of fc{i + 1}'s input"):
-                self._blas.multiply(gradient, hidden.weight, below, transpose_b=True)
+            which, gradient = buffers.gradient_of(i)
+            fork.wait(in_use.pop(buffers.gradient_of(i - 1)[0], None))
+            self._input_gradient(i)
             with fork.aside():
                 self._weight_gradient(i, gradient, self._blas_aside)
-                in_use[buffers.gradient_of(i)[0]] = fork.mark()
+                in_use[which] = fork.mark()
                 self._update_layer(i + 1)
-            with self._span("gradient of activation"):
-                launcher.gradient(
-                    before.layer, before.plan.gate, before.mask, below, self._norm_gradients(i)
-                )
+            self._activation_gradient(i - 1)
         self._weight_gradient(0, buffers.gradient_of(0)[1], self._blas)
+
+    def _input_gradient(self, i: int) -> None:
+        """Gradient of what enters the product of hidden layer `i` > 0, counted from 0."""
+        buffers = self.buffers
+        gradient, below = buffers.gradient_of(i)[1], buffers.gradient_of(i - 1)[1]
+        with self._span(f"gradient of fc{i + 1}'s input"):
+            self._blas.multiply(gradient, buffers.hidden[i].weight, below, transpose_b=True)
+
+    def _activation_gradient(self, i: int) -> None:
+        """Turn the gradient of hidden layer `i`'s activation into that of its product, in place."""
+        hidden, gradient = self.buffers.hidden[i], self.buffers.gradient_of(i)[1]
+        with self._span("gradient of activation"):
+            self._launcher.gradient(
+                hidden.layer, hidden.plan.gate, hidden.mask, gradient, self._norm_gradients(i + 1)
+            )
 
     def _weight_gradient(self, i: int, gradient: Any, products: blas.Blas) -> None:
         out = self.buffers.gradients[f"fc{i + 1}.weight"]
