@@ -35,7 +35,7 @@ constexpr i64 CLIPPED = 2;  // pseudo-gradient: limited to [-1, 1]
 constexpr i64 WINDOW = 4;   // pseudo-gradient: 0 where the weight is beyond [-1, 1]
 constexpr i64 ALIGNED = 8;  // four neighbours can be moved together
 
-// Filled by cupybnn/backends/cuda/fused.py, field by field in this order.
+// Filled by cupybnn/backends/cuda/fused_update.py, field by field in this order.
 struct Parameter {
   float* weight;
   float* grad;

@@ -432,12 +432,12 @@ def test_dense_products(precision, transpose_a, transpose_b):
 def test_dropout_masks_are_the_plain_engines(shape):
     import cupy
 
-    from cupybnn.backends.cuda import fused
+    from cupybnn.backends.cuda import fused, fused_arguments
     from cupybnn.backends.random import chosen, random_words
 
     launcher = fused.Launcher(0, np.dtype(np.float32), *shape, 10)
-    draw = fused.Draw(seed=2**63 - 5, offset=4, keep_prob=0.3)
-    out = cupy.empty(fused.mask_shape(*shape), np.uint32)
+    draw = fused_arguments.Draw(seed=2**63 - 5, offset=4, keep_prob=0.3)
+    out = cupy.empty(fused_arguments.mask_shape(*shape), np.uint32)
     launcher.dropout_mask(cupy.asarray([3], np.int64), draw, shape, out)
     bits = np.unpackbits(out.get().view(np.uint8), axis=1, bitorder="little")
     expected = chosen(random_words(shape, draw.seed, 7, np), 0.3)

@@ -117,7 +117,7 @@ __device__ __forceinline__ double sum_of_partials(const float* partials, i64 cou
 }
 
 // A hidden layer's product and its batch norm: what the activation is made of.
-// Filled by cupybnn/backends/cuda/fused.py, field by field in this order.
+// Filled by cupybnn/backends/cuda/fused_arguments.py, field by field in this order.
 struct Layer {
   const product_t* z;
   const u32* kept;  // DROP: mask of what is not dropped

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn.backends.cuda.fused import Launcher, address
+from cupybnn.backends.cuda.fused import Launcher
+from cupybnn.backends.cuda.fused_arguments import address
 
 __all__ = ["PENALTIES", "Rates", "Update", "Updated"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn import nn
-from cupybnn.backends.cuda import fused
+from cupybnn.backends.cuda import fused_arguments
 from cupybnn.backends.cuda.blas import operand_dtype
 from cupybnn.backends.cuda.packing import words_shape
 from cupybnn.backends.devices import Device
@@ -23,9 +23,9 @@ class HiddenBuffers:
     Attributes
     ----------
     plan : HiddenPlan
-    layer : fused.Layer
+    layer : fused_arguments.Layer
         Product, dropout mask, batch norm.
-    activations : fused.Activations
+    activations : fused_arguments.Activations
         Where the layer's activations go: to `dense`, `packed` and `mask`.
     dense : cupy.ndarray or None
         Activations that are not packed, in the operands' dtype.
@@ -48,16 +48,16 @@ class HiddenBuffers:
         self.plan = plan
         shape = (network.batch, plan.units)
         real = operand_dtype(network.precision)
-        drop = fused.DROP_NONE
+        drop = fused_arguments.DROP_NONE
         if network.keep_prob < 1:
-            drop = fused.DROP_ACTIVATION if network.relu else fused.DROP_PRODUCT
+            drop = fused_arguments.DROP_ACTIVATION if network.relu else fused_arguments.DROP_PRODUCT
         norm = None
         if network.batch_norm:
             batch_norm = getattr(model, f"bn{plan.number}")
             own = (cupy.empty(plan.units, np.float32) for _ in range(2))
             norm = (*own, batch_norm.gamma._data, batch_norm.beta._data)
-        mask_shape = fused.mask_shape(*shape)
-        self.layer = fused.Layer(
+        mask_shape = fused_arguments.mask_shape(*shape)
+        self.layer = fused_arguments.Layer(
             cupy.empty(shape, plan.product_dtype),
             cupy.empty(mask_shape, np.uint32) if drop else None,
             norm,
@@ -73,7 +73,7 @@ class HiddenBuffers:
             self.dense = cupy.empty(shape, real)
         if plan.activation != "none" and plan.gate == "mask":
             self.mask = cupy.empty(mask_shape, np.uint32)
-        self.activations = fused.Activations(
+        self.activations = fused_arguments.Activations(
             plan.activation, self.dense, self.packed, self.mask, plan.window
         )
         latent = getattr(model, f"fc{plan.number}").weight._data

@@ -8,7 +8,7 @@ from typing import Any
 
 from cupybnn import optim
 from cupybnn.backends import cuda
-from cupybnn.backends.cuda import blas, fused, fused_update
+from cupybnn.backends.cuda import blas, fused, fused_arguments, fused_update
 from cupybnn.backends.cuda.graph import Fork, capture
 from cupybnn.data import BatchOrder, DeviceData
 from cupybnn.training.config import TrainConfig
@@ -82,7 +82,7 @@ class FusedStep:
         self._penalty = "none" if config.reg == 0 else config.penalty
         self._deformation = None
         if any(self.plan.augment):
-            self._deformation = fused.Deformation(
+            self._deformation = fused_arguments.Deformation(
                 data.image_shape, augmentation_seed(config), *self.plan.augment
             )
         self._span: Callable[[str], Any] = _no_span
@@ -204,9 +204,9 @@ class FusedStep:
         if offsets != self._offsets:
             self._offsets, self._graph = offsets, None
 
-    def _draws(self) -> Iterator[fused.Draw]:
+    def _draws(self) -> Iterator[fused_arguments.Draw]:
         for layer, offset in zip(self._dropouts(), self._offsets, strict=True):
-            yield fused.Draw(int(layer.random.state[0]), offset, layer.keep_prob)
+            yield fused_arguments.Draw(int(layer.random.state[0]), offset, layer.keep_prob)
 
     # The launches of a step --------------------------------------------------------------------
 
