@@ -8,7 +8,7 @@
 // activate: the activations alone, by strips too. Signs are packed as a product's left operand
 // (layout.cuh); their popcounts are added up word by word, to zeros.
 //
-// What bounds both: reading the products, once where they stay in the cache between the passes.
+// What bounds both: reading the products, once where they stay in shared memory between the passes.
 //
 // The translation unit sets what training.cuh wants, and
 //     OUTPUT   OUTPUT_*
@@ -21,7 +21,7 @@
 
 #include "training.cuh"
 
-constexpr int BATCH = 8;  // rows whose loads are in flight
+constexpr int BATCH = HELD && HELD < 8 ? HELD : 8;  // rows whose loads are in flight
 
 struct Activations {
   real_t* dense;
@@ -37,11 +37,11 @@ __device__ __forceinline__ void write_activations(const Layer& p, const Strip& a
   const i64 chunks = (p.cols + CHUNK_BITS - 1) / CHUNK_BITS;
   const bool first_of_word = at.lane % (32 / VECTOR) == 0;
   const float window = (float)to.window;
-  for (int first = at.first_row; first < at.rows; first += BATCH * at.step) {
-    const Products<BATCH> z(p, at, first);
+  for (int turn = 0; at.begins(turn); turn += BATCH) {
+    const Products<BATCH> z(p, at, turn);
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
-      const i64 row = at.row(first, b);
+      const i64 row = at.row(turn + b);
       const bool inside = at.has((int)row);
       u32 signs = 0, passes = 0;
       float out[VECTOR];
@@ -90,15 +90,18 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
   __shared__ double total[2][COLS];
   __shared__ __align__(16) float means[COLS], inverses[COLS];
   const Strip at(p);
+#if HELD
+  hold<BATCH>(p, at, [](int) {});
+#endif
   float sums[2][VECTOR] = {}, origin[VECTOR];
   load_product<VECTOR>(p, 0, at.safe_col(), origin);
-  for (int first = at.first_row; first < at.rows; first += BATCH * at.step) {
-    const Products<BATCH> z(p, at, first);
+  for (int turn = 0; at.begins(turn); turn += BATCH) {
+    const Products<BATCH> z(p, at, turn);
 #pragma unroll
     for (int b = 0; b < BATCH; b++)
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
-        const float d = at.has(at.row(first, b)) ? z(p, b, i) - origin[i] : 0.0f;
+        const float d = at.has(at.row(turn + b)) ? z(p, b, i) - origin[i] : 0.0f;
         sums[0][i] += d;
         sums[1][i] += d * d;
       }
@@ -129,7 +132,7 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
 }
 #endif
 
-#if OUTPUT != OUTPUT_NONE
+#if OUTPUT != OUTPUT_NONE && !HELD
 extern "C" __global__ void BY_STRIPS
     activate(const __grid_constant__ Layer p, const __grid_constant__ Activations to) {
   const Strip at(p);

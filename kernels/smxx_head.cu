@@ -12,7 +12,8 @@
 //
 // head_gradient: that alone, by strips.
 //
-// What bounds all three: reading the products once, and 2 CLASSES operations for each.
+// What bounds all three: reading the products once, where they stay in shared memory between the passes,
+// and 2 CLASSES operations for each pass.
 //
 // The translation unit sets what training.cuh wants, and
 //     CLASSES  at most 32
@@ -33,7 +34,8 @@
 
 // Rows of the logits' gradient are padded, to be read 16 bytes at a time.
 constexpr int GRAD_STRIDE = (CLASSES + 3) / 4 * 4;
-constexpr int BATCH = CLASSES <= 12 ? 4 : 1;  // rows whose loads are in flight
+constexpr int MOST = CLASSES <= 12 ? 4 : 1;
+constexpr int BATCH = HELD && HELD < MOST ? HELD : MOST;  // rows whose loads are in flight
 
 // A weight as the product takes it.
 __device__ __forceinline__ float as_read(float w) {
@@ -211,20 +213,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 }
 #else
 
-// Rows' gradients of the logits, which all lanes need; loaded as `Products` are.
+struct alignas(16) RowOfLogits { float4 at[GRAD_STRIDE / 4]; };
+
+#if HELD
+__device__ __forceinline__ HeldByRow<RowOfLogits> held_of_logits() {
+  return HeldByRow<RowOfLogits>(held + HELD_MORE);
+}
+#endif
+
+// Rows' gradients of the logits, which all lanes need; loaded as `Products` are and after them.
 struct OfLogits {
-  float4 raw[BATCH][GRAD_STRIDE / 4];
-  __device__ __forceinline__ OfLogits(const Strip& at, const float* grad, int first) {
+  RowOfLogits raw[BATCH];
+  __device__ __forceinline__ OfLogits(const Strip& at, const float* grad, int turn) {
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
-      const int row = min(at.row(first, b), at.rows - 1);
-#pragma unroll
-      for (int i = 0; i < GRAD_STRIDE / 4; i++)
-        raw[b][i] = *((const float4*)(grad + row * GRAD_STRIDE) + i);
+#if HELD
+      raw[b] = held_of_logits()(turn + b);
+#else
+      raw[b] = ((const RowOfLogits*)grad)[min(at.row(turn + b), at.rows - 1)];
+#endif
     }
   }
   __device__ __forceinline__ float operator()(int b, int c) const {
-    const float4& four = raw[b][c / 4];
+    const float4& four = raw[b].at[c / 4];
     return c % 4 == 0 ? four.x : c % 4 == 1 ? four.y : c % 4 == 2 ? four.z : four.w;
   }
 };
@@ -284,12 +295,12 @@ __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
     betas[i] *= (float)p.share;
   }
 #endif
-  for (int first = at.first_row; first < at.rows; first += BATCH * at.step) {
-    const Products<BATCH> z(p, at, first);
-    const OfLogits of_logits(at, back.grad, first);
+  for (int turn = 0; at.begins(turn); turn += BATCH) {
+    const Products<BATCH> z(p, at, turn);
+    const OfLogits of_logits(at, back.grad, turn);
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
-      const int row = at.row(first, b);
+      const int row = at.row(turn + b);
       float dz[VECTOR];
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
@@ -330,15 +341,21 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
     return;
   }
   const Strip at(p);
+#if HELD
+  hold<BATCH>(p, at, [&](int turn) {
+    const int row = min(at.row(turn), at.rows - 1);
+    held_of_logits().copy(at, (const RowOfLogits*)back.grad + row, turn);
+  });
+#endif
   float sums[SUMS][VECTOR] = {};
   const Normal<VECTOR> norm(p, at.safe_col());
   const Weights weights(back.weight, at.safe_col());
-  for (int first = at.first_row; first < at.rows; first += BATCH * at.step) {
-    const Products<BATCH> z(p, at, first);
-    const OfLogits of_logits(at, back.grad, first);
+  for (int turn = 0; at.begins(turn); turn += BATCH) {
+    const Products<BATCH> z(p, at, turn);
+    const OfLogits of_logits(at, back.grad, turn);
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
-      const bool inside = at.has(at.row(first, b));
+      const bool inside = at.has(at.row(turn + b));
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
         const Activation h(p, norm(i, z(p, b, i)), z.kept(b, i), (float)back.window);
@@ -376,6 +393,7 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
   leave_sums();
 }
 
+#if !HELD
 extern "C" __global__ void BY_STRIPS
     head_gradient(const __grid_constant__ Layer p, const __grid_constant__ Back back,
                   const float* __restrict__ grad_gamma, const float* __restrict__ grad_beta) {
@@ -383,4 +401,5 @@ extern "C" __global__ void BY_STRIPS
   write_gradients(p, at, back, Normal<VECTOR>(p, at.safe_col()), Weights(back.weight, at.safe_col()),
                   grad_gamma + at.safe_col(), grad_beta + at.safe_col());
 }
+#endif
 #endif

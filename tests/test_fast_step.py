@@ -84,6 +84,13 @@ NETWORKS = {
         "n_hidden": 64,
         "batch_size": 5000,
     },
+    "more rows than shared memory holds": {
+        "binary": True,
+        "xnor": True,
+        "batch_norm": True,
+        "n_hidden": 40,
+        "batch_size": 12000,
+    },
     "deep": {"binary": True, "xnor": True, "batch_norm": True, "hidden_layers": 5},
     "shallow": {"binary": True, "xnor": True, "batch_norm": True, "hidden_layers": 1},
     "full precision": {},

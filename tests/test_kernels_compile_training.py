@@ -58,12 +58,19 @@ def compile_all(source: str, arch: str, variants: list[dict]) -> None:
 
 def strips(arch: str, *vectors: int) -> list[dict]:
     """Ways to walk a layer: with clusters where the architecture has them, and without."""
-    clusters = (1, 8) if capability(arch) >= 90 else (1,)
+    # Blocks of a cluster, and rows of a thread that are held.
+    ways = ((1, 0), (8, 0), (8, 2), (8, 32)) if capability(arch) >= 90 else ((1, 0),)
     return [
-        {"VECTOR": vector, "COLS": 32, "CLUSTER": cluster}
+        {"VECTOR": vector, "COLS": 32, "CLUSTER": cluster, "HELD": held}
         for vector in vectors
-        for cluster in clusters
+        for cluster, held in ways
+        if vector > 1 or not held  # single elements of 16 bits cannot be held
     ]
+
+
+def with_passes(arch: str, choices: list[dict]) -> list[dict]:
+    """Combine layers with choices; without batch norm there are no sums, and nothing is held."""
+    return [v for v in variants(arch, LAYERS, *choices) if v["NORM"] or not v["HELD"]]
 
 
 def test_batch(arch):
@@ -78,7 +85,7 @@ def test_activation(arch):
     choices = [{**k, **s} for k, s in itertools.product(kinds, strips(arch, 4))]
     choices += [{"OUTPUT": 0, "GATE": 1, **s} for s in strips(arch, 1)]
     # Of a layer without batch norm whose activations are not wanted there is nothing to compile.
-    wanted = [v for v in variants(arch, LAYERS, *choices) if v["NORM"] or v["OUTPUT"] != 3]
+    wanted = [v for v in with_passes(arch, choices) if v["NORM"] or v["OUTPUT"] != 3]
     compile_all("smxx_activation", arch, wanted)
 
 
@@ -87,7 +94,7 @@ def test_activation_gradient(arch):
     kinds = [{"GATE": 0}, {"GATE": 1}, {"GATE": 2}]
     choices = [{**k, **s} for k, s in itertools.product(kinds, strips(arch, 4))]
     choices += [{"GATE": 1, **s} for s in strips(arch, 1)]
-    compile_all("smxx_activation_gradient", arch, variants(arch, LAYERS, *choices))
+    compile_all("smxx_activation_gradient", arch, with_passes(arch, choices))
 
 
 def test_head(arch):

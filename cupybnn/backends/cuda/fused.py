@@ -20,7 +20,7 @@ from cupybnn.backends.cuda.fused_arguments import (
     address,
     struct,
 )
-from cupybnn.backends.cuda.fused_walk import Walk
+from cupybnn.backends.cuda.fused_walk import Sums, Walk
 
 __all__ = ["Launcher"]
 
@@ -47,6 +47,7 @@ class Launcher:
 
         self.device = device
         self.real = _REAL[real.name]
+        self._itemsize = real.itemsize
         self.classes = classes
         self._multiprocessors = cupy.cuda.Device(device).attributes["MultiProcessorCount"]
         self._walk = Walk(device)
@@ -72,7 +73,8 @@ class Launcher:
         shared: int = 0,
     ) -> None:
         """Launch blocks of 256 threads of a kernel of a file for the element type of `real`."""
-        kernel = load_kernel(source, function, (("REAL", self.real), *defines), self.device)
+        defines = (("REAL", self.real), *defines)
+        kernel = load_kernel(source, function, defines, self.device, shared)
         kernel(grid, (_THREADS,), arguments, shared_mem=shared)
 
     # The batch ---------------------------------------------------------------------------------
@@ -152,27 +154,29 @@ class Launcher:
             Output "none": only the statistics.
         """
         assert layer.norm is not None
-        kind, grid, clustered = self._walk.strips(layer, sums=True)
+        walk = self._walk.strips(layer, Sums(2))
         self.launch(
             "smxx_activation",
             "normalise",
-            (*kind, *to.defines()),
-            grid,
+            (*walk.defines, *to.defines()),
+            walk.grid,
             (
                 layer.argument(), self._partials, self._tickets, *layer.norm[:2], *running,
                 np.float32(decay), np.float32(1 - decay), np.float32(eps), to.argument(),
             ),
+            walk.shared,
         )  # fmt: skip
-        if not clustered:
+        if not walk.clustered:
             self.activate(layer, to)
 
     def activate(self, layer: Layer, to: Activations) -> None:
         """Normalise by statistics that are there, take the sign or ReLU."""
         if to.output == "none":
             return
-        kind, grid, _ = self._walk.strips(layer, sums=False)
+        walk = self._walk.strips(layer)
+        defines = (*walk.defines, *to.defines())
         arguments = (layer.argument(), to.argument())
-        self.launch("smxx_activation", "activate", (*kind, *to.defines()), grid, arguments)
+        self.launch("smxx_activation", "activate", defines, walk.grid, arguments)
 
     def unpack_rows(self, packed: Any, out: Any) -> None:
         """Write packed signs as +1 and -1."""
@@ -204,16 +208,18 @@ class Launcher:
         source, gate_define = "smxx_activation_gradient", ("GATE", GATES[gate])
         arguments = (layer.argument(), grad, np.uintp(address(mask)))
         if layer.norm is not None:
-            kind, grid, clustered = self._walk.strips(layer, sums=True)
+            walk = self._walk.strips(layer, Sums(2, self._itemsize, 4 * (gate == "mask")))
+            defines = (*walk.defines, gate_define)
             rest = (self._partials, self._tickets, *grads)
             self.launch(
-                source, "gradient_sums", (*kind, gate_define), grid, (*arguments, *rest)
-            )  # fmt: skip
-            if clustered:
+                source, "gradient_sums", defines, walk.grid, (*arguments, *rest), walk.shared
+            )
+            if walk.clustered:
                 return
-        kind, grid, _ = self._walk.strips(layer, sums=False)
+        walk = self._walk.strips(layer)
         addresses = [np.uintp(address(x)) for x in grads or (None, None)]
-        self.launch(source, "gradient", (*kind, gate_define), grid, (*arguments, *addresses))
+        defines = (*walk.defines, gate_define)
+        self.launch(source, "gradient", defines, walk.grid, (*arguments, *addresses))
 
     # The head ----------------------------------------------------------------------------------
 
@@ -281,17 +287,20 @@ class Launcher:
         grad_factor : cupy.ndarray of float32, shape (1,), or None
         """
         widest = 2 if self.classes <= 12 else 1  # more would need too many registers
-        kind, grid, clustered = self._walk.strips(layer, sums=True, vector=widest)
+        sums = Sums(self.classes + 2 * (layer.norm is not None), row_bytes=4 * of_logits.shape[1])
+        walk = self._walk.strips(layer, sums, widest)
         end = (*self._head(head, loss), ("GATE", GATES[gate] if head == "sign" else 0))
         loss_parts = [self._losses, mean_loss, grad_factor, self._loss_blocks]
         back = struct([weight, of_logits, out, float(window), *loss_parts], BACK)
         addresses = tuple(np.uintp(address(x)) for x in grads or (None, None))
         rest = (self._partials, self._tickets, grad_weight, *addresses)
         arguments = (layer.argument(), back)
-        grid = (grid[0] + 1, grid[1])  # one more strip, for the loss
-        self.launch("smxx_head", "head_sums", (*kind, *end), grid, (*arguments, *rest))
-        if not clustered:
-            kind, grid, _ = self._walk.strips(layer, sums=False, vector=widest)
+        grid = (walk.grid[0] + 1, walk.grid[1])  # one more strip, for the loss
+        defines = (*walk.defines, *end)
+        self.launch("smxx_head", "head_sums", defines, grid, (*arguments, *rest), walk.shared)
+        if not walk.clustered:
+            walk = self._walk.strips(layer, None, widest)
+            defines = (*walk.defines, *end)
             self.launch(
-                "smxx_head", "head_gradient", (*kind, *end), grid, (*arguments, *addresses)
+                "smxx_head", "head_gradient", defines, walk.grid, (*arguments, *addresses)
             )  # fmt: skip
