@@ -84,6 +84,13 @@ NETWORKS = {
         "n_hidden": 64,
         "batch_size": 5000,
     },
+    "xnor, products of 16-bit integers": {
+        "binary": True,
+        "xnor": True,
+        "batch_norm": True,
+        "n_hidden": 4104,
+        "batch_size": 64,
+    },
     "more rows than shared memory holds": {
         "binary": True,
         "xnor": True,
@@ -179,13 +186,14 @@ def test_what_the_last_layer_reads():
     assert [h.product for h in all_binary.hidden] == ["sign", "xnor", "xnor"]
 
 
-@pytest.mark.parametrize("k", [1, 2, 784, 2048, 2049, 4095, 4096, 4098, 8192])
+@pytest.mark.parametrize("k", [1, 2, 2048, 2049, 4095, 4096, 4098, 8192, 32767, 32768])
 def test_products_are_kept_in_a_type_that_holds_them(k):
     possible = np.arange(-k, k + 1, 2).astype(np.float64)
     dtype = exact_product_dtype(k)
     np.testing.assert_array_equal(possible.astype(dtype).astype(np.float64), possible)
-    if dtype == np.float32:
-        assert (possible.astype(np.float16) != possible).any()
+    smaller = {np.float16: [], np.int16: [np.float16], np.float32: [np.float16, np.int16]}
+    for other in smaller[dtype.type]:
+        assert (possible.astype(other).astype(np.float64) != possible).any()
 
 
 @pytest.mark.parametrize(

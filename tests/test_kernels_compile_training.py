@@ -20,6 +20,7 @@ LAYERS = [
         ("float", 0, 0),
         ("float", 1, 1),
         ("float16_bits", 0, 1),
+        ("short", 1, 0),
         ("float", 1, 2),
     )
 ]

@@ -3,7 +3,7 @@
 //
 // The translation unit sets
 //     REAL     what dense products read and gradients are kept in: float or bfloat16_bits
-//     PRODUCT  what a hidden product is: float, or float16_bits where that holds its integers
+//     PRODUCT  what a hidden product is: float, or float16_bits or short where these hold its integers
 //     VECTOR   neighbouring columns of a lane: 1, 2 or 4; it divides the number of columns
 //     COLS, CLUSTER  columns of a strip and blocks of its cluster, where there are strips (see below)
 //     HELD     rows of a thread that stay in shared memory from one pass to the next, or 0 (see below)
@@ -37,6 +37,7 @@ constexpr int THREADS = 32 * WARPS;
 constexpr u32 ALL = 0xffffffffu;
 
 __device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(short x) { return (float)x; }
 __device__ __forceinline__ float to_float(bfloat16_bits x) {
   return __uint_as_float((u32)x.bits << 16);
 }

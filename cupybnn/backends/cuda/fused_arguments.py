@@ -36,7 +36,7 @@ LOSSES = {"cross_entropy": 0, "squared_hinge": 1}
 OUTPUTS = {"packed_sign": 0, "sign": 1, "relu": 2, "none": 3}
 HEADS = {"none": 0, "relu": 1, "sign": 2}
 
-_PRODUCT = {"float32": "float", "float16": "float16_bits"}
+_PRODUCT = {"float32": "float", "float16": "float16_bits", "int16": "short"}
 
 _LAYER = np.dtype((np.void, 8 * 10))  # struct Layer of training.cuh
 _ACTIVATIONS = np.dtype((np.void, 8 * 5))  # struct Activations of smxx_activation.cu
@@ -104,7 +104,8 @@ class Layer:
 
     Attributes
     ----------
-    product : cupy.ndarray of float32 or float16, shape (batch, units)
+    product : cupy.ndarray, shape (batch, units)
+        Of a dtype that `HiddenPlan.product_dtype` may be.
     kept : cupy.ndarray of uint32 or None
         Mask of what dropout keeps.
     norm : tuple of cupy.ndarray or None

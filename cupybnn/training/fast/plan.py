@@ -47,7 +47,7 @@ class HiddenPlan:
     window : float
         Half the width of the window of sign.
     product_dtype : dtype
-        float16 where it holds every integer that can occur, else float32.
+        The smallest that holds every integer that can occur; else float32.
     """
 
     number: int
@@ -61,12 +61,14 @@ class HiddenPlan:
 
 
 def exact_product_dtype(k: int) -> np.dtype:
-    """Return the smallest floating dtype that holds each product of `k` signs by `k` signs.
+    """Return the smallest dtype that holds each product of `k` signs by `k` signs.
 
     These are integers between -k and k that are odd or even as k is: float16 holds them up to 2048,
-    and the even ones up to 4096.
+    and the even ones up to 4096; int16 up to 32767.
     """
-    return np.dtype(np.float16 if k <= (4096 if k % 2 == 0 else 2048) else np.float32)
+    if k <= (4096 if k % 2 == 0 else 2048):
+        return np.dtype(np.float16)
+    return np.dtype(np.int16 if k < 2**15 else np.float32)
 
 
 @dataclass(frozen=True)
