@@ -161,6 +161,16 @@ def test_the_products_of_a_plan():
     assert [h.inputs for h in plan().hidden] == [784, 128, 128]
 
 
+def test_only_products_of_real_numbers_are_rounded():
+    def dtypes(**settings):
+        return [h.product_dtype.name for h in plan(**settings).hidden]
+
+    assert dtypes(dtype="bfloat16") == ["uint16"] * 3
+    assert dtypes(dtype="bfloat16", binary=True) == ["uint16", "float32", "float32"]
+    assert dtypes(dtype="bfloat16", binary=True, xnor=True) == ["uint16", "float16", "float16"]
+    assert dtypes(dtype="tf32", binary=True, xnor=True) == ["float32", "float16", "float16"]
+
+
 def test_the_gates_of_a_plan():
     assert {h.gate for h in plan().hidden} == {"mask"}
     assert {h.gate for h in plan(binary=True).hidden} == {"mask"}

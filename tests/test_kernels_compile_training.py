@@ -21,6 +21,7 @@ LAYERS = [
         ("float", 1, 1),
         ("float16_bits", 0, 1),
         ("short", 1, 0),
+        ("bfloat16_bits", 1, 0),
         ("float", 1, 2),
     )
 ]

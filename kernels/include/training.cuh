@@ -3,7 +3,8 @@
 //
 // The translation unit sets
 //     REAL     what dense products read and gradients are kept in: float or bfloat16_bits
-//     PRODUCT  what a hidden product is: float, or float16_bits or short where these hold its integers
+//     PRODUCT  what a hidden product is: float; float16_bits or short where these hold its integers;
+//              bfloat16_bits, rounded
 //     VECTOR   neighbouring columns of a lane: 1, 2 or 4; it divides the number of columns
 //     COLS, CLUSTER  columns of a strip and blocks of its cluster, where there are strips (see below)
 //     HELD     rows of a thread that stay in shared memory from one pass to the next, or 0 (see below)

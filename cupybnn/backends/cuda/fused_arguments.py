@@ -36,7 +36,12 @@ LOSSES = {"cross_entropy": 0, "squared_hinge": 1}
 OUTPUTS = {"packed_sign": 0, "sign": 1, "relu": 2, "none": 3}
 HEADS = {"none": 0, "relu": 1, "sign": 2}
 
-_PRODUCT = {"float32": "float", "float16": "float16_bits", "int16": "short"}
+_PRODUCT = {
+    "float32": "float",
+    "float16": "float16_bits",
+    "int16": "short",
+    "uint16": "bfloat16_bits",
+}
 
 _LAYER = np.dtype((np.void, 8 * 10))  # struct Layer of training.cuh
 _ACTIVATIONS = np.dtype((np.void, 8 * 5))  # struct Activations of smxx_activation.cu

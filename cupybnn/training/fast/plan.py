@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn import nn, ops, optim
-from cupybnn.backends.cuda.blas import PRECISIONS
+from cupybnn.backends.cuda.blas import PRECISIONS, operand_dtype
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.network import Perceptron
 
@@ -47,7 +47,9 @@ class HiddenPlan:
     window : float
         Half the width of the window of sign.
     product_dtype : dtype
-        The smallest that holds every integer that can occur; else float32.
+        Of a packed product the smallest that holds every integer that can occur. Of real numbers
+        that are rounded to bfloat16 the same, as uint16: it adds about as much to the rounding as
+        the factors' does. Else float32.
     """
 
     number: int
@@ -155,8 +157,12 @@ def _hidden(config: TrainConfig, number: int, features: int) -> HiddenPlan:
         window = quantizer.window or 0.0
         if not last:
             activation = "packed_sign" if config.xnor else "sign"
-    exact = exact_product_dtype(inputs) if product == "xnor" else np.dtype(np.float32)
-    return HiddenPlan(number, inputs, config.n_hidden, product, activation, gate, window, exact)
+    kept = np.dtype(np.float32)
+    if product == "xnor":
+        kept = exact_product_dtype(inputs)
+    elif product == "dense":
+        kept = operand_dtype(config.dtype)
+    return HiddenPlan(number, inputs, config.n_hidden, product, activation, gate, window, kept)
 
 
 def _gate(quantizer: ops.Quantizer, window: str) -> str:
