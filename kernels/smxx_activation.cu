@@ -125,8 +125,9 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
   }
 #if CLUSTER > 1 && OUTPUT != OUTPUT_NONE
   __syncthreads();
-  const int own = at.lane * VECTOR;
-  write_activations(p, at, Normal<VECTOR>(p, at.safe_col(), means + own, inverses + own), to);
+  const int own = at.lane * VECTOR, col0 = at.safe_col();
+  const Normal<VECTOR> norm(means + own, inverses + own, p.gamma + col0, p.beta + col0);
+  write_activations(p, at, norm, to);
 #endif
   leave_sums();
 }

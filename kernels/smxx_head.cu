@@ -1,9 +1,10 @@
 // The end of the network, for a few classes: last activation, last layer, loss, and all the way back
 // to the last hidden product, without ever storing the activation or its gradient.
 //
-// logits: a warp computes ROWS rows' logits, with the weights of WIDTH columns at a time in shared
-// memory, transposed, while the rows' products are on their way; then their loss and its gradient. Each
-// block leaves its part of the loss.
+// logits: a warp computes ROWS rows' logits, with the weights and batch norm of WIDTH columns at a time
+// in shared memory, the weights transposed; what a block needs of the memory for them is loaded at once,
+// products included, so that it waits for it once. Then loss and its gradient; each block leaves its
+// part of the loss.
 //
 // head_sums: by strips (training.cuh). An activation's gradient is the product of a row of CLASSES
 // numbers and the column's CLASSES weights, made on the way. Sums over rows: the gradients of the
@@ -116,13 +117,16 @@ __device__ __forceinline__ float loss_of(const float (&logit)[CLASSES], int labe
 }
 
 #ifdef ROWS
-constexpr int WIDTH = CLASSES <= 20 ? 512 : 256, STRIDE = WIDTH + 4, TURNS = WIDTH / (32 * VECTOR);
+constexpr int WIDTH = CLASSES <= 16 ? 512 : 256, STRIDE = WIDTH + 4, TURNS = WIDTH / (32 * VECTOR);
+constexpr int EACH = WIDTH / THREADS;  // columns whose weights and batch norm a thread brings
+static_assert(WIDTH % THREADS == 0, "the same for all threads");
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
     logits(const __grid_constant__ Layer p, const float* __restrict__ weight,
            const i64* __restrict__ labels, float smoothing, const float* __restrict__ factor, float* out,
            float* grad, float* partials) {
   __shared__ __align__(16) float w[CLASSES][STRIDE];
+  __shared__ __align__(16) float norms[4][HAS_NORM ? WIDTH : 1];  // mean, 1 / deviation, gamma, beta
   __shared__ float losses[2][WARPS];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const i64 row0 = ((i64)blockIdx.x * WARPS + warp) * ROWS;
@@ -139,16 +143,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
           z[turn][r] = *(const Vector<product_t, VECTOR>*)(p.z + min(row0 + r, p.rows - 1) * p.cols +
                                                            col0 + skip);
       }
+    // A weight beyond the last is never read.
+    float weights[EACH * CLASSES], of_norm[4][EACH];
+#pragma unroll
+    for (int i = 0; i < EACH * CLASSES; i++)
+      weights[i] = weight[col0 * CLASSES + min(threadIdx.x + i * THREADS, width * CLASSES - 1)];
+    if constexpr (HAS_NORM) {
+#pragma unroll
+      for (int i = 0; i < EACH; i++) {
+        const i64 col = col0 + min(threadIdx.x + i * THREADS, width - 1);
+        of_norm[0][i] = p.mean[col];
+        of_norm[1][i] = p.inverse[col];
+        of_norm[2][i] = p.gamma[col];
+        of_norm[3][i] = p.beta[col];
+      }
+    }
     __syncthreads();
-    for (int i = threadIdx.x; i < width * CLASSES; i += THREADS)
-      w[i % CLASSES][i / CLASSES] = as_read(weight[col0 * CLASSES + i]);
+#pragma unroll
+    for (int i = 0; i < EACH * CLASSES; i++) {
+      const int at = threadIdx.x + i * THREADS;
+      w[at % CLASSES][at / CLASSES] = as_read(weights[i]);
+    }
+    if constexpr (HAS_NORM) {
+#pragma unroll
+      for (int n = 0; n < 4; n++)
+#pragma unroll
+        for (int i = 0; i < EACH; i++) norms[n][threadIdx.x + i * THREADS] = of_norm[n][i];
+    }
     __syncthreads();
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
       const int skip = (turn * 32 + lane) * VECTOR;
       if (skip >= width) continue;
       const i64 col = col0 + skip;
-      const Normal<VECTOR> norm(p, col);
+      const Normal<VECTOR> norm(norms[0] + skip, norms[1] + skip, norms[2] + skip, norms[3] + skip);
       float h[ROWS][VECTOR];
 #pragma unroll
       for (int r = 0; r < ROWS; r++) {

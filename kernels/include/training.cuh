@@ -158,15 +158,15 @@ __device__ __forceinline__ void load_product(const Layer& p, i64 row, i64 col, f
 template <int V> struct Normal {
   float mean[V], inverse[V], gamma[V], beta[V];
   __device__ __forceinline__ Normal(const Layer& p, i64 col)
-      : Normal(p, col, p.mean + col, p.inverse + col) {}
-  // With mean and inverse deviation that stand elsewhere.
-  __device__ __forceinline__ Normal(const Layer& p, i64 col, const float* means,
-                                    const float* inverses) {
+      : Normal(p.mean + col, p.inverse + col, p.gamma + col, p.beta + col) {}
+  // Of columns whose numbers stand at these places.
+  __device__ __forceinline__ Normal(const float* means, const float* inverses, const float* gammas,
+                                    const float* betas) {
     if constexpr (HAS_NORM) {
       load<V>(means, mean);
       load<V>(inverses, inverse);
-      load<V>(p.gamma + col, gamma);
-      load<V>(p.beta + col, beta);
+      load<V>(gammas, gamma);
+      load<V>(betas, beta);
     }
   }
   __device__ __forceinline__ float normal(int i, float z) const {
