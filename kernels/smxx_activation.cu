@@ -18,6 +18,9 @@
 #define OUTPUT_SIGN 1
 #define OUTPUT_RELU 2
 #define OUTPUT_NONE 3
+#define OUTPUT_BOTH_SIGNS 4  // packed, and dense for the backward pass
+
+#define PACKED (OUTPUT == OUTPUT_PACKED_SIGN || OUTPUT == OUTPUT_BOTH_SIGNS)
 
 #include "training.cuh"
 
@@ -69,7 +72,7 @@ __device__ __forceinline__ void write_activations(const Layer& p, const Strip& a
       passes = join_bits<VECTOR>(inside ? passes : 0, threadIdx.x & 31);
       if (inside && first_of_word) to.gate[row * mask_words(p.cols) + (at.col >> 5)] = passes;
 #endif
-#if OUTPUT == OUTPUT_PACKED_SIGN
+#if PACKED
       signs = join_bits<VECTOR>(inside ? signs : 0, threadIdx.x & 31);
       if (inside && first_of_word) {
         const i64 position = position_of(row), word = at.col >> 5;

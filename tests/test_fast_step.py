@@ -153,11 +153,9 @@ def test_the_products_of_a_plan():
     assert [h.product for h in plan().hidden] == ["dense"] * 3
     assert [h.product for h in plan(binary=True).hidden] == ["dense", "sign", "sign"]
     assert [h.product for h in plan(binary=True, xnor=True).hidden] == ["dense", "xnor", "xnor"]
-    assert [h.activation for h in plan(binary=True, xnor=True).hidden] == [
-        "packed_sign",
-        "packed_sign",
-        "none",
-    ]
+    small, large = plan(binary=True, xnor=True), plan(binary=True, xnor=True, batch_size=1 << 17)
+    assert [h.activation for h in small.hidden] == ["both_signs", "both_signs", "none"]
+    assert [h.activation for h in large.hidden] == ["packed_sign", "packed_sign", "none"]
     assert [h.inputs for h in plan().hidden] == [784, 128, 128]
 
 

@@ -83,7 +83,7 @@ def test_batch(arch):
 
 def test_activation(arch):
     require(arch)
-    kinds = [{"OUTPUT": o, "GATE": g} for o, g in ((0, 1), (0, 0), (1, 1), (2, 1), (3, 0))]
+    kinds = [{"OUTPUT": o, "GATE": g} for o, g in ((0, 1), (0, 0), (1, 1), (2, 1), (3, 0), (4, 1))]
     choices = [{**k, **s} for k, s in itertools.product(kinds, strips(arch, 4))]
     choices += [{"OUTPUT": 0, "GATE": 1, **s} for s in strips(arch, 1)]
     # Of a layer without batch norm whose activations are not wanted there is nothing to compile.

@@ -33,7 +33,7 @@ __all__ = [
 DROP_NONE, DROP_PRODUCT, DROP_ACTIVATION = range(3)
 GATES = {"none": 0, "mask": 1, "clip": 2}
 LOSSES = {"cross_entropy": 0, "squared_hinge": 1}
-OUTPUTS = {"packed_sign": 0, "sign": 1, "relu": 2, "none": 3}
+OUTPUTS = {"packed_sign": 0, "sign": 1, "relu": 2, "none": 3, "both_signs": 4}
 HEADS = {"none": 0, "relu": 1, "sign": 2}
 
 _PRODUCT = {
@@ -156,7 +156,7 @@ class Activations:
     output : str
         A key of `OUTPUTS`.
     dense : cupy.ndarray or None
-        Gets the activations, where they are not packed.
+        Gets the activations, unless they are only packed.
     packed : PackedMatrix or None
         Gets the signs, packed along the last axis; its popcounts must be 0.
     gate : cupy.ndarray of uint32, shape `mask_shape`, or None

@@ -28,9 +28,9 @@ class HiddenBuffers:
     activations : fused_arguments.Activations
         Where the layer's activations go: to `dense`, `packed` and `mask`.
     dense : cupy.ndarray or None
-        Activations that are not packed, in the operands' dtype.
+        Activations in the operands' dtype, unless they are only packed.
     packed : PackedMatrix or None
-        Activations that are.
+        Activations that are packed.
     mask : cupy.ndarray or None
         Where the gradient passes, a bit each.
     weight : cupy.ndarray
@@ -65,11 +65,11 @@ class HiddenBuffers:
             network.keep_prob,
         )
         self.dense = self.packed = self.mask = None
-        if plan.activation == "packed_sign":
+        if plan.activation in ("packed_sign", "both_signs"):
             # Zeros stay where no row and no column is.
             words = cupy.zeros(words_shape(1, *shape), np.uint32)
             self.packed = PackedMatrix(words, pops, shape, -1, device)
-        elif plan.activation != "none":
+        if plan.activation not in ("packed_sign", "none"):
             self.dense = cupy.empty(shape, real)
         if plan.activation != "none" and plan.gate == "mask":
             self.mask = cupy.empty(mask_shape, np.uint32)
@@ -122,6 +122,8 @@ class Buffers:
     hidden : list of HiddenBuffers
     gradients : dict of str to cupy.ndarray
         By the parameter's name.
+    signs : cupy.ndarray, shape (batch, units), or None
+        For activations that are only packed: where one layer's at a time are unpacked.
     """
 
     def __init__(self, plan: NetworkPlan, model: nn.Module, device: Device) -> None:
@@ -148,15 +150,10 @@ class Buffers:
         layers, units = len(plan.hidden), plan.hidden[-1].units
         count = layers if plan.roomy else min(layers, 2)
         self._gradients = [cupy.empty((plan.batch, units), real) for _ in range(count)]
-        packed = [h for h in self.hidden if h.packed is not None]
-        count = len(packed) if plan.roomy else min(len(packed), 1)
-        self._signs = [cupy.empty((plan.batch, units), real) for _ in range(count)]
+        only_packed = any(h.packed is not None and h.dense is None for h in self.hidden)
+        self.signs = cupy.empty((plan.batch, units), real) if only_packed else None
 
     def gradient_of(self, number: int) -> tuple[int, Any]:
         """Return the buffer for the gradient of hidden layer `number`, with the buffer's number."""
         which = number % len(self._gradients)
         return which, self._gradients[which]
-
-    def signs_of(self, number: int) -> Any:
-        """Return the buffer for the unpacked activations of hidden layer `number`."""
-        return self._signs[number % len(self._signs)]

@@ -17,6 +17,8 @@ __all__ = ["HiddenPlan", "NetworkPlan", "exact_product_dtype", "obstacle"]
 
 _MAX_CLASSES = 32
 _MAX_ELEMENTS = 2**31 - 1
+#: Bytes of a layer's activations up to which memory is not spared.
+_ROOM = 32 << 20
 #: Settings that the fused step follows, or that are judged or done outside of it.
 _KNOWN = (
     "data_dir dataset log_dir n_hidden reg lr batch_size max_steps eval_every_n binary xnor "
@@ -40,8 +42,9 @@ class HiddenPlan:
     product : {"dense", "sign", "xnor"}
         "dense": real weights; "sign": a dense product with the signs of the weights; "xnor": a
         packed product.
-    activation : {"packed_sign", "sign", "relu", "none"}
-        What is stored for the next layer. Of the last one nothing is: see `NetworkPlan.head`.
+    activation : {"packed_sign", "both_signs", "sign", "relu", "none"}
+        What is stored for the next layer and the backward pass; "both_signs": packed for the one,
+        dense for the other. Of the last layer nothing is: see `NetworkPlan.head`.
     gate : {"none", "mask", "clip"}
         How the gradient comes through the activation.
     window : float
@@ -114,8 +117,9 @@ class NetworkPlan:
     @classmethod
     def of(cls, config: TrainConfig, features: int, classes: int) -> NetworkPlan:
         """Plan a network of `config` that `obstacle` has nothing against."""
-        hidden = tuple(_hidden(config, number, features) for number in _numbers(config))
-        itemsize = 2 if config.dtype == "bfloat16" else 4
+        itemsize = operand_dtype(config.dtype).itemsize
+        roomy = config.batch_size * config.n_hidden * itemsize <= _ROOM
+        hidden = tuple(_hidden(config, number, features, roomy) for number in _numbers(config))
         return cls(
             batch=config.batch_size,
             features=features,
@@ -134,7 +138,7 @@ class NetworkPlan:
             ),
             keep_prob=config.keep_prob,
             input_keep_prob=config.input_keep_prob,
-            roomy=config.batch_size * config.n_hidden * itemsize <= 32 << 20,
+            roomy=roomy,
         )
 
 
@@ -142,7 +146,7 @@ def _numbers(config: TrainConfig) -> Iterator[int]:
     return iter(range(1, config.hidden_layers + 1))
 
 
-def _hidden(config: TrainConfig, number: int, features: int) -> HiddenPlan:
+def _hidden(config: TrainConfig, number: int, features: int, roomy: bool) -> HiddenPlan:
     first, last = number == 1, number == config.hidden_layers
     inputs = features if first else config.n_hidden
     product, activation, gate = "dense", "relu", "mask"
@@ -156,7 +160,8 @@ def _hidden(config: TrainConfig, number: int, features: int) -> HiddenPlan:
         gate, activation = _gate(quantizer, "mask"), "none"
         window = quantizer.window or 0.0
         if not last:
-            activation = "packed_sign" if config.xnor else "sign"
+            packed = "both_signs" if roomy else "packed_sign"
+            activation = packed if config.xnor else "sign"
     kept = np.dtype(np.float32)
     if product == "xnor":
         kept = exact_product_dtype(inputs)

@@ -234,9 +234,6 @@ class FusedStep:
                     launcher.dropout_mask(self.feed.step, next(draws), layer.shape, layer.kept)
             self._multiply(i)
             self._normalise(hidden)
-            if plan.roomy and hidden.packed is not None:
-                with fork.aside(), span("unpack signs"):
-                    launcher.unpack_rows(hidden.packed, buffers.signs_of(i))
         self._head()
         self._backward(fork)
         fork.join()
@@ -340,11 +337,10 @@ class FusedStep:
         if i:
             before, scale = self.buffers.hidden[i - 1], 1.0
             left = before.dense
-            if before.packed is not None:
-                left = self.buffers.signs_of(i - 1)
-                if not self.plan.roomy:
-                    with self._span("unpack signs"):
-                        self._launcher.unpack_rows(before.packed, left)
+            if left is None:
+                left = self.buffers.signs
+                with self._span("unpack signs"):
+                    self._launcher.unpack_rows(before.packed, left)
         with self._span(f"gradient of fc{i + 1}'s weights"):
             products.multiply(left, gradient, out, transpose_a=True, scale=scale)
 
