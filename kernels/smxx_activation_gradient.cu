@@ -5,8 +5,9 @@
 //     beta' = sum(dy),  gamma' = sum(dy * normal),
 //     z' = gamma / deviation * (dy - (beta' + normal * gamma') / n)
 //
-// gradient_sums: the two sums, by strips (training.cuh); in clusters it goes on to z'. gradient: z', in
-// place of the gradient that came. Without batch norm only the second is needed, for the gate.
+// gradient_sums: the two sums, by strips (training.cuh); in clusters it goes on to z'. gradient: z'.
+// Without batch norm only the second is needed, for the gate. z' may stand where the gradient that came
+// does, or the product of elements as large: a thread writes what only it has read.
 //
 // What bounds both: reading gradients and products, once where they stay in shared memory between the
 // passes.
@@ -59,8 +60,8 @@ struct Gradients {
 };
 
 // `of_gamma` and `of_beta` are those of the thread's columns.
-__device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at, real_t* grad,
-                                                const u32* gate, const float* of_gamma,
+__device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at, const real_t* grad,
+                                                real_t* out, const u32* gate, const float* of_gamma,
                                                 const float* of_beta) {
 #if NORM
   const Normal<VECTOR> norm(p, at.safe_col());
@@ -91,15 +92,15 @@ __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
         dz[i] = z.kept(b, i) ? dz[i] * (float)p.keep_scale : 0.0f;
 #endif
       }
-      if (at.has(row)) store<VECTOR>(grad + at.offset(row), dz);
+      if (at.has(row)) store<VECTOR>(out + at.offset(row), dz);
     }
   }
 }
 
 #if NORM
 extern "C" __global__ void BY_STRIPS IN_CLUSTERS
-    gradient_sums(const __grid_constant__ Layer p, real_t* grad, const u32* gate, float* partials,
-                  u32* tickets, float* grad_gamma, float* grad_beta) {
+    gradient_sums(const __grid_constant__ Layer p, const real_t* grad, real_t* out, const u32* gate,
+                  float* partials, u32* tickets, float* grad_gamma, float* grad_beta) {
   __shared__ double total[2][COLS];
   __shared__ __align__(16) float gammas[COLS], betas[COLS];
   const Strip at(p);
@@ -135,7 +136,7 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
   }
 #if CLUSTER > 1
   __syncthreads();
-  write_gradients(p, at, grad, gate, gammas + at.lane * VECTOR, betas + at.lane * VECTOR);
+  write_gradients(p, at, grad, out, gate, gammas + at.lane * VECTOR, betas + at.lane * VECTOR);
   __syncwarp();
 #endif
   leave_sums();
@@ -144,9 +145,9 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
 
 #if !HELD
 extern "C" __global__ void BY_STRIPS
-    gradient(const __grid_constant__ Layer p, real_t* grad, const u32* gate, const float* grad_gamma,
-             const float* grad_beta) {
+    gradient(const __grid_constant__ Layer p, const real_t* grad, real_t* out, const u32* gate,
+             const float* grad_gamma, const float* grad_beta) {
   const Strip at(p);
-  write_gradients(p, at, grad, gate, grad_gamma + at.safe_col(), grad_beta + at.safe_col());
+  write_gradients(p, at, grad, out, gate, grad_gamma + at.safe_col(), grad_beta + at.safe_col());
 }
 #endif

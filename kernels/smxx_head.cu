@@ -13,6 +13,9 @@
 //
 // head_gradient: that alone, by strips.
 //
+// The gradient of the hidden product may stand where the product does, where its elements are as large: a
+// thread writes what only it has read.
+//
 // What bounds all three: reading the products once, where they stay in shared memory between the passes,
 // and 2 CLASSES operations for each pass.
 //

@@ -191,8 +191,10 @@ class Launcher:
 
     # Backward ----------------------------------------------------------------------------------
 
-    def gradient(self, layer: Layer, gate: str, mask: Any, grad: Any, grads: Any) -> None:
-        """Turn the gradient of activations into that of products, in place.
+    def gradient(
+        self, layer: Layer, gate: str, mask: Any, grad: Any, out: Any, grads: Any
+    ) -> None:  # fmt: skip
+        """Turn the gradient of activations into that of products.
 
         Parameters
         ----------
@@ -202,11 +204,13 @@ class Launcher:
         mask : cupy.ndarray or None
             What `Activations.gate` got.
         grad : cupy.ndarray, shape (batch, units)
+        out : cupy.ndarray, shape (batch, units)
+            May be `grad`, or the memory of the product.
         grads : (cupy.ndarray, cupy.ndarray) or None
             Get the gradients of gamma and beta.
         """
         source, gate_define = "smxx_activation_gradient", ("GATE", GATES[gate])
-        arguments = (layer.argument(), grad, np.uintp(address(mask)))
+        arguments = (layer.argument(), grad, out, np.uintp(address(mask)))
         if layer.norm is not None:
             walk = self._walk.strips(layer, Sums(2, self._itemsize, 4 * (gate == "mask")))
             defines = (*walk.defines, gate_define)
@@ -283,6 +287,8 @@ class Launcher:
         ----------
         gate, window
             For the head "sign": a key of `GATES`, where "mask" stands for the window.
+        out : cupy.ndarray, shape (batch, units)
+            May be the memory of the product.
         mean_loss : cupy.ndarray of float32, shape (1,)
         grad_factor : cupy.ndarray of float32, shape (1,), or None
         """

@@ -129,6 +129,7 @@ class Buffers:
     def __init__(self, plan: NetworkPlan, model: nn.Module, device: Device) -> None:
         import cupy
 
+        self._precision = plan.precision
         real = operand_dtype(plan.precision)
         self.inputs = cupy.empty((plan.batch, plan.features), real)
         self.labels = cupy.empty(plan.batch, np.int64)
@@ -145,15 +146,29 @@ class Buffers:
             name: cupy.zeros(parameter.shape, np.float32)
             for name, parameter in model.named_parameters()
         }
-        # A layer's gradient is read by two products, and written over when both are done: two
-        # buffers are enough, one for each layer saves waiting.
-        layers, units = len(plan.hidden), plan.hidden[-1].units
-        count = layers if plan.roomy else min(layers, 2)
+        units = plan.hidden[-1].units
+        # Where elements are as large, a product's gradient takes its place.
+        self._in_place = [h.layer.product.dtype.itemsize == real.itemsize for h in self.hidden]
+        self._arriving = cupy.empty((plan.batch, units), real) if any(self._in_place) else None
+        # Elsewhere it has a buffer, which two products read and which is written over when both are
+        # done: two are enough, one for each layer saves waiting.
+        count = self._in_place.count(False)
+        count = count if plan.roomy else min(count, 2)
         self._gradients = [cupy.empty((plan.batch, units), real) for _ in range(count)]
         only_packed = any(h.packed is not None and h.dense is None for h in self.hidden)
         self.signs = cupy.empty((plan.batch, units), real) if only_packed else None
 
-    def gradient_of(self, number: int) -> tuple[int, Any]:
-        """Return the buffer for the gradient of hidden layer `number`, with the buffer's number."""
-        which = number % len(self._gradients)
+    def gradient_of(self, number: int) -> tuple[int | None, Any]:
+        """Return the buffer for the gradient of hidden product `number`, from 0.
+
+        With the buffer's number; None for one that no other layer uses.
+        """
+        if self._in_place[number]:
+            product = self.hidden[number].layer.product
+            return None, product.view(operand_dtype(self._precision))
+        which = self._in_place[:number].count(False) % len(self._gradients)
         return which, self._gradients[which]
+
+    def arriving_at(self, number: int) -> Any:
+        """Return the buffer for the gradient of the activations of hidden layer `number`."""
+        return self._arriving if self._in_place[number] else self.gradient_of(number)[1]

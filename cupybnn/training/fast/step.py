@@ -317,18 +317,22 @@ class FusedStep:
         in_use: dict[int, Any] = {}  # events after which a gradient's buffer is free
         for i in reversed(range(1, len(buffers.hidden))):
             hidden, before = buffers.hidden[i], buffers.hidden[i - 1]
-            gradient, (which, below) = buffers.gradient_of(i)[1], buffers.gradient_of(i - 1)
-            fork.wait(in_use.pop(which, None))
+            (own, gradient), (which, below) = buffers.gradient_of(i), buffers.gradient_of(i - 1)
+            arriving = buffers.arriving_at(i - 1)
+            if which is not None:
+                fork.wait(in_use.pop(which, None))
             with self._span(f"gradient of fc{i + 1}'s input"):
-                self._blas.multiply(gradient, hidden.weight, below, transpose_b=True)
+                self._blas.multiply(gradient, hidden.weight, arriving, transpose_b=True)
             with fork.aside():
                 self._weight_gradient(i, gradient, self._blas_aside)
-                in_use[buffers.gradient_of(i)[0]] = fork.mark()
+                if own is not None:
+                    in_use[own] = fork.mark()
                 self._update_layer(i + 1)
             with self._span("gradient of activation"):
                 launcher.gradient(
-                    before.layer, before.plan.gate, before.mask, below, self._norm_gradients(i)
-                )
+                    before.layer, before.plan.gate, before.mask, arriving, below,
+                    self._norm_gradients(i),
+                )  # fmt: skip
         self._weight_gradient(0, buffers.gradient_of(0)[1], self._blas)
 
     def _weight_gradient(self, i: int, gradient: Any, products: blas.Blas) -> None:
