@@ -107,6 +107,14 @@ class HiddenBuffers:
 class Buffers:
     """Everything that a step writes beside parameters and optimiser state.
 
+    Parameters
+    ----------
+    plan : NetworkPlan
+    model : Module
+    device : Device
+    recorded : bool
+        Whether someone looks at each gradient.
+
     Attributes
     ----------
     inputs : cupy.ndarray, shape (batch, features)
@@ -121,12 +129,17 @@ class Buffers:
         Popcounts of packed activations, to be cleared at the start of a step.
     hidden : list of HiddenBuffers
     gradients : dict of str to cupy.ndarray
-        By the parameter's name.
+        By the parameter's name. Those of hidden layers' weights, which dense products write, are in
+        the operands' dtype.
+    left : dict of str to cupy.ndarray
+        Gradients in float32 that stay as they are until the next step; None for others.
     signs : cupy.ndarray, shape (batch, units), or None
         For activations that are only packed: where one layer's at a time are unpacked.
     """
 
-    def __init__(self, plan: NetworkPlan, model: nn.Module, device: Device) -> None:
+    def __init__(
+        self, plan: NetworkPlan, model: nn.Module, device: Device, recorded: bool
+    ) -> None:  # fmt: skip
         import cupy
 
         self._precision = plan.precision
@@ -142,10 +155,17 @@ class Buffers:
             HiddenBuffers(hidden, plan, model, device, pops)
             for hidden, pops in zip(plan.hidden, self.pops, strict=True)
         ]
+        products = {f"fc{hidden.number}.weight" for hidden in plan.hidden}
         self.gradients = {
-            name: cupy.zeros(parameter.shape, np.float32)
+            name: cupy.zeros(parameter.shape, real if name in products else np.float32)
             for name, parameter in model.named_parameters()
         }
+        self.left = {
+            name: x if x.dtype == np.float32 else None for name, x in self.gradients.items()
+        }
+        for name, x in self.gradients.items():
+            if recorded and self.left[name] is None:
+                self.left[name] = cupy.zeros(x.shape, np.float32)
         units = plan.hidden[-1].units
         # Where elements are as large, a product's gradient takes its place.
         self._in_place = [h.layer.product.dtype.itemsize == real.itemsize for h in self.hidden]

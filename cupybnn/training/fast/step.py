@@ -41,7 +41,8 @@ class FusedStep:
 
     Notes
     -----
-    What a step returns is overwritten by the next one.
+    What a step returns is overwritten by the next one. So are parameters' gradients; where dense
+    products round them, and nobody records them, `grad` is None.
     """
 
     def __init__(
@@ -59,7 +60,8 @@ class FusedStep:
         self._config = config
         self._model, self._optimizer, self._data = model, optimizer, data
         self._notify = notify or (lambda sentence: None)
-        self.buffers = Buffers(self.plan, model, data.device)
+        self._recorded = config.log_dir is not None
+        self.buffers = Buffers(self.plan, model, data.device, self._recorded)
         self.feed = Feed(order, optimizer)
         real = blas.operand_dtype(config.dtype)
         self._launcher = fused.Launcher(
@@ -108,6 +110,7 @@ class FusedStep:
                     self.buffers.gradients[name],
                     mean,
                     square,
+                    left=self.buffers.left[name],
                     copy=hidden.weight if hidden is not None and hidden.copied else None,
                     packed=hidden.packed_weight if hidden is not None else None,
                     binary=latent,
@@ -119,7 +122,7 @@ class FusedStep:
                 )
             )
         return fused_update.Update(
-            self._launcher, groups, group["betas"], self._penalty, self._config.log_dir is not None
+            self._launcher, groups, group["betas"], self._penalty, self._recorded
         )
 
     def refresh(self) -> None:
@@ -141,7 +144,7 @@ class FusedStep:
         self._optimizer.steps += 1
         for name, parameter in self._parameters:
             parameter.write()  # notes that it changed
-            parameter.grad = self.buffers.gradients[name]
+            parameter.grad = self.buffers.left[name]
         buffers = self.buffers
         return StepOutput(buffers.loss.reshape(()), buffers.logits, buffers.labels)
 
