@@ -485,6 +485,47 @@ def test_unpacked_rows(shape, real):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(3, 5), (64, 1024), (257, 1100), (1100, 257), (2080, 36)])
+@pytest.mark.parametrize("real", [np.float32, np.uint16])
+def test_unpacked_columns(shape, real):
+    import cupy
+
+    import cupybnn
+    from cupybnn.backends.cuda import fused
+
+    x = cupy.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    out = cupy.empty(shape, real)
+    packed = cupybnn.pack(x, axis=-2)
+    fused.Launcher(0, np.dtype(real), *shape, 10).unpack_columns(packed, out)
+    one, minus_one = (0x3F80, 0xBF80) if real is np.uint16 else (1, -1)
+    np.testing.assert_array_equal(out.get(), np.where(x.get() >= 0, one, minus_one).astype(real))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("xnor", [True, False])
+@pytest.mark.parametrize("log_dir", [False, True])
+def test_sparing_memory_changes_nothing(monkeypatch, tmp_path, dtype, xnor, log_dir):
+    settings = {"binary": True, "batch_norm": True, "dtype": dtype, "xnor": xnor, "reg": 1e-4}
+    settings |= {"max_steps": 30, "hidden_layers": 4, "n_hidden": 160}
+    if log_dir:
+        settings["log_dir"] = str(tmp_path)
+    a, roomy = run(**settings)
+    monkeypatch.setattr("cupybnn.training.fast.plan._ROOM", 0)
+    b, spared = run(**settings)
+    assert a._step.plan.roomy
+    assert not b._step.plan.roomy
+    assert b._step._graph is not None
+    assert roomy == spared
+    state = arrays(b)
+    for name, array in arrays(a).items():
+        np.testing.assert_array_equal(array, state[name], err_msg=name)
+    if log_dir:
+        for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
+            np.testing.assert_array_equal(p.grad.get(), q.grad.get())
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("classes", [2, 10, 26])
 def test_other_numbers_of_classes(classes):
     data = dataset(classes=classes)

@@ -118,4 +118,4 @@ def test_adam(arch):
 
 def test_unpack_rows(arch):
     require(arch)
-    compile_all("smxx_unpack_rows", arch, variants(arch, [{}], {"VECTOR": 8}, {"VECTOR": 1}))
+    compile_all("smxx_unpack_signs", arch, variants(arch, [{}], *({"VECTOR": v} for v in (8, 4, 1))))

@@ -182,10 +182,23 @@ class Launcher:
         """Write packed signs as +1 and -1."""
         rows, cols = out.shape
         self.launch(
-            "smxx_unpack_rows",
+            "smxx_unpack_signs",
             "unpack_rows",
             (("VECTOR", 8 if cols % 8 == 0 else 1),),
             (min(-(-rows * -(-cols // 8) // _THREADS), 1 << 20),),
+            (packed.words, np.int64(rows), np.int64(cols), out),
+        )
+
+    def unpack_columns(self, packed: Any, out: Any) -> None:
+        """Write signs that are packed along the first axis as +1 and -1."""
+        rows, cols = out.shape
+        vector = 4 if cols % 4 == 0 else 1
+        words = -(-rows // 32)
+        self.launch(
+            "smxx_unpack_signs",
+            "unpack_columns",
+            (("VECTOR", vector),),
+            (-(-words // _WARPS) * -(-cols // (32 * vector)),),
             (packed.words, np.int64(rows), np.int64(cols), out),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,9 @@ class HiddenBuffers:
         Activations that are packed.
     mask : cupy.ndarray or None
         Where the gradient passes, a bit each.
-    weight : cupy.ndarray
-        What dense products read as the weights: themselves, rounded, or their signs.
+    weight : cupy.ndarray or None
+        What dense products read as the weights: themselves, rounded, or their signs. None: the
+        signs are only packed.
     packed_weight : PackedMatrix or None
     copied : bool
         Whether `weight` is other memory than the parameter's.
@@ -77,8 +79,13 @@ class HiddenBuffers:
             plan.activation, self.dense, self.packed, self.mask, plan.window
         )
         latent = getattr(model, f"fc{plan.number}").weight._data
-        self.copied = plan.product != "dense" or real != latent.dtype
-        self.weight = cupy.empty(latent.shape, real) if self.copied else latent
+        only_packed = plan.product == "xnor" and not network.roomy
+        self.copied = not only_packed and (plan.product != "dense" or real != latent.dtype)
+        self.weight = latent
+        if self.copied:
+            self.weight = cupy.empty(latent.shape, real)
+        elif only_packed:
+            self.weight = None
         self.packed_weight = pack(latent, axis=-2) if plan.product == "xnor" else None
         self.refresh(latent)
 
@@ -130,7 +137,7 @@ class Buffers:
     hidden : list of HiddenBuffers
     gradients : dict of str to cupy.ndarray
         By the parameter's name. Those of hidden layers' weights, which dense products write, are in
-        the operands' dtype.
+        the operands' dtype, and where memory is spared all in `scratch`.
     left : dict of str to cupy.ndarray
         Gradients in float32 that stay as they are until the next step; None for others.
     signs : cupy.ndarray, shape (batch, units), or None
@@ -155,17 +162,24 @@ class Buffers:
             HiddenBuffers(hidden, plan, model, device, pops)
             for hidden, pops in zip(plan.hidden, self.pops, strict=True)
         ]
+        self._scratch = None
+        if not plan.roomy:
+            size = max(hidden.inputs * hidden.units for hidden in plan.hidden)
+            self._scratch = cupy.empty(size, real)
         products = {f"fc{hidden.number}.weight" for hidden in plan.hidden}
-        self.gradients = {
-            name: cupy.zeros(parameter.shape, real if name in products else np.float32)
-            for name, parameter in model.named_parameters()
-        }
-        self.left = {
-            name: x if x.dtype == np.float32 else None for name, x in self.gradients.items()
-        }
-        for name, x in self.gradients.items():
-            if recorded and self.left[name] is None:
-                self.left[name] = cupy.zeros(x.shape, np.float32)
+        self.gradients, self.left = {}, {}
+        for name, parameter in model.named_parameters():
+            stays = True
+            if name not in products:
+                gradient = cupy.zeros(parameter.shape, np.float32)
+            elif plan.roomy:
+                gradient = cupy.zeros(parameter.shape, real)
+            else:
+                gradient, stays = self.scratch(parameter.shape), False
+            left = gradient if stays and gradient.dtype == np.float32 else None
+            if left is None and recorded:
+                left = cupy.zeros(parameter.shape, np.float32)
+            self.gradients[name], self.left[name] = gradient, left
         units = plan.hidden[-1].units
         # Where elements are as large, a product's gradient takes its place.
         self._in_place = [h.layer.product.dtype.itemsize == real.itemsize for h in self.hidden]
@@ -175,8 +189,17 @@ class Buffers:
         count = self._in_place.count(False)
         count = count if plan.roomy else min(count, 2)
         self._gradients = [cupy.empty((plan.batch, units), real) for _ in range(count)]
-        only_packed = any(h.packed is not None and h.dense is None for h in self.hidden)
-        self.signs = cupy.empty((plan.batch, units), real) if only_packed else None
+        only_packed = [h.packed is not None and h.dense is None for h in self.hidden]
+        self.signs = None
+        if any(only_packed):
+            # What arrived has been read by then.
+            free = all(there for there, p in zip(self._in_place, only_packed, strict=True) if p)
+            self.signs = self._arriving if free else cupy.empty((plan.batch, units), real)
+
+    def scratch(self, shape: tuple[int, ...]) -> Any:
+        """Return memory that layers share, for what one needs at a time of the weights' shape."""
+        assert self._scratch is not None
+        return self._scratch[: math.prod(shape)].reshape(shape)
 
     def gradient_of(self, number: int) -> tuple[int | None, Any]:
         """Return the buffer for the gradient of hidden product `number`, from 0.

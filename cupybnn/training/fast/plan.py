@@ -97,7 +97,8 @@ class NetworkPlan:
         Greatest shift, rotation, scale and shear of the images.
     keep_prob, input_keep_prob : float
     roomy : bool
-        Whether buffers are small enough not to be shared.
+        Whether buffers are small enough not to be shared. Where they are not, a step goes one
+        launch after the other: dense products then fill the GPU, and nothing runs beside them.
     """
 
     batch: int

@@ -68,7 +68,8 @@ class FusedStep:
             data.device.index, real, config.batch_size, config.n_hidden, data.classes
         )
         # One for each stream: products of both may run at the same time.
-        self._blas, self._blas_aside = blas.Blas(config.dtype), blas.Blas(config.dtype)
+        self._blas = blas.Blas(config.dtype)
+        self._blas_aside = blas.Blas(config.dtype) if self.plan.roomy else self._blas
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._stream_aside = cupy.cuda.Stream(non_blocking=True)
         self._graph: Any = None
@@ -151,7 +152,8 @@ class FusedStep:
     def _captured(self) -> Any:
         """Return the graph of a step, or None, and say so, where it cannot be had."""
         try:
-            return capture(self._stream, lambda: self._launch(Fork(self._stream_aside)))
+            aside = self._stream_aside if self.plan.roomy else None
+            return capture(self._stream, lambda: self._launch(Fork(aside)))
         except RuntimeError as error:
             self._capture = False
             self._notify(f"Steps are launched kernel by kernel, since {error}.")
@@ -313,30 +315,48 @@ class FusedStep:
     def _backward(self, fork: Fork) -> None:
         """Gradients of the hidden layers' weights, from the last layer to the first.
 
-        What the layer below waits for comes first; beside it weights get their gradients and are
-        updated, but for those of the first layer.
+        What the layer below waits for comes first; beside it, or after it where memory is spared,
+        weights get their gradients and are updated, but for those of the first layer.
         """
         buffers, launcher = self.buffers, self._launcher
         in_use: dict[int, Any] = {}  # events after which a gradient's buffer is free
+
+        def finish(i: int) -> None:
+            own, gradient = buffers.gradient_of(i)
+            self._weight_gradient(i, gradient, self._blas_aside)
+            if own is not None:
+                in_use[own] = fork.mark()
+            self._update_layer(i + 1)
+
         for i in reversed(range(1, len(buffers.hidden))):
-            hidden, before = buffers.hidden[i], buffers.hidden[i - 1]
-            (own, gradient), (which, below) = buffers.gradient_of(i), buffers.gradient_of(i - 1)
-            arriving = buffers.arriving_at(i - 1)
+            before, gradient = buffers.hidden[i - 1], buffers.gradient_of(i)[1]
+            (which, below), arriving = buffers.gradient_of(i - 1), buffers.arriving_at(i - 1)
+            weight = self._weight_of(i)
             if which is not None:
                 fork.wait(in_use.pop(which, None))
             with self._span(f"gradient of fc{i + 1}'s input"):
-                self._blas.multiply(gradient, hidden.weight, arriving, transpose_b=True)
-            with fork.aside():
-                self._weight_gradient(i, gradient, self._blas_aside)
-                if own is not None:
-                    in_use[own] = fork.mark()
-                self._update_layer(i + 1)
+                self._blas.multiply(gradient, weight, arriving, transpose_b=True)
+            if self.plan.roomy:
+                with fork.aside():
+                    finish(i)
             with self._span("gradient of activation"):
                 launcher.gradient(
                     before.layer, before.plan.gate, before.mask, arriving, below,
                     self._norm_gradients(i),
                 )  # fmt: skip
+            if not self.plan.roomy:  # shared memory is free again
+                finish(i)
         self._weight_gradient(0, buffers.gradient_of(0)[1], self._blas)
+
+    def _weight_of(self, i: int) -> Any:
+        """Return hidden layer `i`'s weights for a dense product, unpacked where they must be."""
+        hidden = self.buffers.hidden[i]
+        if hidden.weight is not None:
+            return hidden.weight
+        out = self.buffers.scratch((hidden.plan.inputs, hidden.plan.units))
+        with self._span("unpack signs"):
+            self._launcher.unpack_columns(hidden.packed_weight, out)
+        return out
 
     def _weight_gradient(self, i: int, gradient: Any, products: blas.Blas) -> None:
         out = self.buffers.gradients[f"fc{i + 1}.weight"]
