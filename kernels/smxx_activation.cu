@@ -8,7 +8,7 @@
 // activate: the activations alone, by strips too. Signs are packed as a product's left operand
 // (layout.cuh); their popcounts are added up word by word, to zeros.
 //
-// What bounds both: reading the products, once where they stay in the cache between the passes.
+// What bounds both: reading the products, once where they stay in shared memory between the passes.
 //
 // The translation unit sets what training.cuh wants, and
 //     OUTPUT   OUTPUT_*
@@ -18,10 +18,13 @@
 #define OUTPUT_SIGN 1
 #define OUTPUT_RELU 2
 #define OUTPUT_NONE 3
+#define OUTPUT_BOTH_SIGNS 4  // packed, and dense for the backward pass
+
+#define PACKED (OUTPUT == OUTPUT_PACKED_SIGN || OUTPUT == OUTPUT_BOTH_SIGNS)
 
 #include "training.cuh"
 
-constexpr int BATCH = 8;  // rows whose loads are in flight
+constexpr int BATCH = HELD && HELD < 8 ? HELD : 8;  // rows whose loads are in flight
 
 struct Activations {
   real_t* dense;
@@ -37,11 +40,11 @@ __device__ __forceinline__ void write_activations(const Layer& p, const Strip& a
   const i64 chunks = (p.cols + CHUNK_BITS - 1) / CHUNK_BITS;
   const bool first_of_word = at.lane % (32 / VECTOR) == 0;
   const float window = (float)to.window;
-  for (int first = at.first_row; first < at.rows; first += BATCH * at.step) {
-    const Products<BATCH> z(p, at, first);
+  for (int turn = 0; at.begins(turn); turn += BATCH) {
+    const Products<BATCH> z(p, at, turn);
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
-      const i64 row = at.row(first, b);
+      const i64 row = at.row(turn + b);
       const bool inside = at.has((int)row);
       u32 signs = 0, passes = 0;
       float out[VECTOR];
@@ -69,7 +72,7 @@ __device__ __forceinline__ void write_activations(const Layer& p, const Strip& a
       passes = join_bits<VECTOR>(inside ? passes : 0, threadIdx.x & 31);
       if (inside && first_of_word) to.gate[row * mask_words(p.cols) + (at.col >> 5)] = passes;
 #endif
-#if OUTPUT == OUTPUT_PACKED_SIGN
+#if PACKED
       signs = join_bits<VECTOR>(inside ? signs : 0, threadIdx.x & 31);
       if (inside && first_of_word) {
         const i64 position = position_of(row), word = at.col >> 5;
@@ -90,15 +93,18 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
   __shared__ double total[2][COLS];
   __shared__ __align__(16) float means[COLS], inverses[COLS];
   const Strip at(p);
+#if HELD
+  hold<BATCH>(p, at, [](int) {});
+#endif
   float sums[2][VECTOR] = {}, origin[VECTOR];
   load_product<VECTOR>(p, 0, at.safe_col(), origin);
-  for (int first = at.first_row; first < at.rows; first += BATCH * at.step) {
-    const Products<BATCH> z(p, at, first);
+  for (int turn = 0; at.begins(turn); turn += BATCH) {
+    const Products<BATCH> z(p, at, turn);
 #pragma unroll
     for (int b = 0; b < BATCH; b++)
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
-        const float d = at.has(at.row(first, b)) ? z(p, b, i) - origin[i] : 0.0f;
+        const float d = at.has(at.row(turn + b)) ? z(p, b, i) - origin[i] : 0.0f;
         sums[0][i] += d;
         sums[1][i] += d * d;
       }
@@ -122,14 +128,15 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
   }
 #if CLUSTER > 1 && OUTPUT != OUTPUT_NONE
   __syncthreads();
-  const int own = at.lane * VECTOR;
-  write_activations(p, at, Normal<VECTOR>(p, at.safe_col(), means + own, inverses + own), to);
+  const int own = at.lane * VECTOR, col0 = at.safe_col();
+  const Normal<VECTOR> norm(means + own, inverses + own, p.gamma + col0, p.beta + col0);
+  write_activations(p, at, norm, to);
 #endif
   leave_sums();
 }
 #endif
 
-#if OUTPUT != OUTPUT_NONE
+#if OUTPUT != OUTPUT_NONE && !HELD
 extern "C" __global__ void BY_STRIPS
     activate(const __grid_constant__ Layer p, const __grid_constant__ Activations to) {
   const Strip at(p);

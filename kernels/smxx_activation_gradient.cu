@@ -5,10 +5,11 @@
 //     beta' = sum(dy),  gamma' = sum(dy * normal),
 //     z' = gamma / deviation * (dy - (beta' + normal * gamma') / n)
 //
-// gradient_sums: the two sums, by strips (training.cuh); in clusters it goes on to z'. gradient: z', in
-// place of the gradient that came. Without batch norm only the second is needed, for the gate.
+// gradient_sums: the two sums, by strips (training.cuh); in clusters it goes on to z'. gradient: z'.
+// Without batch norm only the second is needed, for the gate. z' may stand where the gradient that came
+// does, or the product of elements as large: a thread writes what only it has read.
 //
-// What bounds both: reading gradients and products, once where they stay in the cache between the
+// What bounds both: reading gradients and products, once where they stay in shared memory between the
 // passes.
 //
 // The translation unit sets what training.cuh wants, and GATE, one of GATE_*.
@@ -19,17 +20,33 @@
 
 #include "training.cuh"
 
-constexpr int BATCH = 8;  // rows whose loads are in flight
+constexpr int BATCH = HELD && HELD < 8 ? HELD : 8;  // rows whose loads are in flight
 
-// A thread's gradients of BATCH rows, loaded as `Products` are, and where they pass the gate.
+#if HELD
+__device__ __forceinline__ HeldElements<real_t> held_gradients() {
+  return HeldElements<real_t>(held + HELD_MORE);
+}
+__device__ __forceinline__ HeldByRow<u32> held_gates() {
+  return HeldByRow<u32>(held + HELD_MORE + HELD_ROWS * COLS * sizeof(real_t));
+}
+#endif
+
+// A thread's gradients of BATCH rows, loaded as `Products` are and after them, and where they pass the
+// gate.
 struct Gradients {
   Vector<real_t, VECTOR> raw[BATCH];
   u32 passes[BATCH];
-  __device__ __forceinline__ Gradients(const Strip& at, const real_t* grad, const u32* gate, int first) {
+  __device__ __forceinline__ Gradients(const Strip& at, const real_t* grad, const u32* gate, int turn) {
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
-      raw[b] = *(const Vector<real_t, VECTOR>*)(grad + at.offset(at.row(first, b)));
-      passes[b] = GATE == GATE_MASK ? at.bits(gate, at.row(first, b)) : 0;
+#if HELD
+      raw[b] = held_gradients()(turn + b);
+      passes[b] = GATE == GATE_MASK ? held_gates()(turn + b) >> at.bit() : 0;
+#else
+      const int row = at.row(turn + b);
+      raw[b] = *(const Vector<real_t, VECTOR>*)(grad + at.offset(row));
+      passes[b] = GATE == GATE_MASK ? gate[at.word(row)] >> at.bit() : 0;
+#endif
     }
   }
   // What comes through the gate.
@@ -43,8 +60,8 @@ struct Gradients {
 };
 
 // `of_gamma` and `of_beta` are those of the thread's columns.
-__device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at, real_t* grad,
-                                                const u32* gate, const float* of_gamma,
+__device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at, const real_t* grad,
+                                                real_t* out, const u32* gate, const float* of_gamma,
                                                 const float* of_beta) {
 #if NORM
   const Normal<VECTOR> norm(p, at.safe_col());
@@ -58,12 +75,12 @@ __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
     betas[i] *= (float)p.share;
   }
 #endif
-  for (int first = at.first_row; first < at.rows; first += BATCH * at.step) {
-    const Products<BATCH> z(p, at, first);
-    const Gradients dy(at, grad, gate, first);
+  for (int turn = 0; at.begins(turn); turn += BATCH) {
+    const Products<BATCH> z(p, at, turn);
+    const Gradients dy(at, grad, gate, turn);
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
-      const int row = at.row(first, b);
+      const int row = at.row(turn + b);
       float dz[VECTOR];
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
@@ -75,28 +92,34 @@ __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
         dz[i] = z.kept(b, i) ? dz[i] * (float)p.keep_scale : 0.0f;
 #endif
       }
-      if (at.has(row)) store<VECTOR>(grad + at.offset(row), dz);
+      if (at.has(row)) store<VECTOR>(out + at.offset(row), dz);
     }
   }
 }
 
 #if NORM
 extern "C" __global__ void BY_STRIPS IN_CLUSTERS
-    gradient_sums(const __grid_constant__ Layer p, real_t* grad, const u32* gate, float* partials,
-                  u32* tickets, float* grad_gamma, float* grad_beta) {
+    gradient_sums(const __grid_constant__ Layer p, const real_t* grad, real_t* out, const u32* gate,
+                  float* partials, u32* tickets, float* grad_gamma, float* grad_beta) {
   __shared__ double total[2][COLS];
   __shared__ __align__(16) float gammas[COLS], betas[COLS];
   const Strip at(p);
+#if HELD
+  hold<BATCH>(p, at, [&](int turn) {
+    held_gradients().copy(at, grad, turn);
+    if (GATE == GATE_MASK) held_gates().copy(at, gate + at.word(at.row(turn)), turn);
+  });
+#endif
   float sums[2][VECTOR] = {};
   const Normal<VECTOR> norm(p, at.safe_col());
-  for (int first = at.first_row; first < at.rows; first += BATCH * at.step) {
-    const Products<BATCH> z(p, at, first);
-    const Gradients dy(at, grad, gate, first);
+  for (int turn = 0; at.begins(turn); turn += BATCH) {
+    const Products<BATCH> z(p, at, turn);
+    const Gradients dy(at, grad, gate, turn);
 #pragma unroll
     for (int b = 0; b < BATCH; b++)
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
-        const float d = at.has(at.row(first, b)) ? dy(p, b, i) : 0.0f;
+        const float d = at.has(at.row(turn + b)) ? dy(p, b, i) : 0.0f;
         sums[0][i] += d;
         sums[1][i] += d * norm.normal(i, z(p, b, i));
       }
@@ -113,16 +136,18 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
   }
 #if CLUSTER > 1
   __syncthreads();
-  write_gradients(p, at, grad, gate, gammas + at.lane * VECTOR, betas + at.lane * VECTOR);
+  write_gradients(p, at, grad, out, gate, gammas + at.lane * VECTOR, betas + at.lane * VECTOR);
   __syncwarp();
 #endif
   leave_sums();
 }
 #endif
 
+#if !HELD
 extern "C" __global__ void BY_STRIPS
-    gradient(const __grid_constant__ Layer p, real_t* grad, const u32* gate, const float* grad_gamma,
-             const float* grad_beta) {
+    gradient(const __grid_constant__ Layer p, const real_t* grad, real_t* out, const u32* gate,
+             const float* grad_gamma, const float* grad_beta) {
   const Strip at(p);
-  write_gradients(p, at, grad, gate, grad_gamma + at.safe_col(), grad_beta + at.safe_col());
+  write_gradients(p, at, grad, out, gate, grad_gamma + at.safe_col(), grad_beta + at.safe_col());
 }
+#endif

@@ -15,8 +15,8 @@
 //
 // What bounds it: reading four arrays and writing three.
 //
-// The translation unit sets REAL; PENALTY, one of PENALTY_*; and WRITE_GRADIENT, 1 to leave the gradient
-// with the penalty's part in it.
+// The translation unit sets REAL; PENALTY, one of PENALTY_*; and WRITE_GRADIENT, 1 to leave gradients in
+// float with the penalty's part in them.
 
 #define PENALTY_NONE 0
 #define PENALTY_L1 1
@@ -34,16 +34,18 @@ constexpr i64 BINARY = 1;   // the copy holds signs
 constexpr i64 CLIPPED = 2;  // pseudo-gradient: limited to [-1, 1]
 constexpr i64 WINDOW = 4;   // pseudo-gradient: 0 where the weight is beyond [-1, 1]
 constexpr i64 ALIGNED = 8;  // four neighbours can be moved together
+constexpr i64 ROUNDED = 16; // the gradient is a dense product's: real_t, else float
 
-// Filled by cupybnn/backends/cuda/fused.py, field by field in this order.
+// Filled by cupybnn/backends/cuda/fused_update.py, field by field in this order.
 struct Parameter {
   float* weight;
-  float* grad;
+  const void* grad;
   float* mean;
   float* square;
   real_t* copy;     // or null
   u32* words;  // or null
   int* pops;
+  float* left;  // gets the gradient; may be where it comes from
   i64 rows, cols, count, first_block, flags;
   double limit;  // 0: none
   double lr_scale, penalty, weight_decay;
@@ -54,9 +56,37 @@ struct Rates {
   float lr, factor, eps, unused;  // lr; lr * root / (1 - b1**t) and eps * root, root = sqrt(1 - b2**t)
 };
 
-__device__ __forceinline__ void load_some(const float* from, int count, float (&v)[4]) {
+template <typename E>
+__device__ __forceinline__ void load_some(const E* from, int count, float (&v)[4]) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) v[i] = i < count ? from[i] : 0.0f;
+  for (int i = 0; i < 4; i++) v[i] = i < count ? to_float(from[i]) : 0.0f;
+}
+// Four arrays' elements of EACH rows. In one branch, so that all loads are under way together.
+template <typename G>
+__device__ __forceinline__ void load_rows(const Parameter& p, i64 row, i64 col, bool whole,
+                                          const int (&exist)[EACH], float (&w)[EACH][4],
+                                          float (&g)[EACH][4], float (&m)[EACH][4],
+                                          float (&s)[EACH][4]) {
+  const G* grad = (const G*)p.grad;
+  if (whole) {
+#pragma unroll
+    for (int r = 0; r < EACH; r++) {
+      const i64 at = (row + r) * p.cols + col;
+      load<4>(p.weight + at, w[r]);
+      load<4>(grad + at, g[r]);
+      load<4>(p.mean + at, m[r]);
+      load<4>(p.square + at, s[r]);
+    }
+  } else {
+#pragma unroll
+    for (int r = 0; r < EACH; r++) {
+      const i64 at = (row + r) * p.cols + col;
+      load_some(p.weight + at, exist[r], w[r]);
+      load_some(grad + at, exist[r], g[r]);
+      load_some(p.mean + at, exist[r], m[r]);
+      load_some(p.square + at, exist[r], s[r]);
+    }
+  }
 }
 template <typename E>
 __device__ __forceinline__ void store_some(E* to, int count, bool whole, const float (&v)[4]) {
@@ -77,12 +107,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   __shared__ float sums[WARPS];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const Parameter p = parameters[owners[blockIdx.x]];
-  const Rates rate = rates[*step % ring];
   const i64 tiles = (p.cols + TILE_COLS - 1) / TILE_COLS, tile = blockIdx.x - p.first_block;
   const i64 row0 = tile / tiles * TILE_ROWS, row = row0 + warp * EACH;
   const i64 col = tile % tiles * TILE_COLS + lane * 4;
-  const float lr_factor = rate.factor * (float)p.lr_scale;
-  const float shrink = 1.0f - rate.lr * (float)p.lr_scale * (float)p.weight_decay;
   const float penalty = (float)p.penalty, limit = (float)p.limit;
 
   float w[EACH][4], g[EACH][4], m[EACH][4], s[EACH][4];
@@ -92,27 +119,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const i64 at = (row + r) * p.cols + col;
     exist[r] = row + r < p.rows ? (int)max((i64)0, min((i64)4, min(p.cols - col, p.count - at))) : 0;
   }
-  // In one branch, so that all loads are under way together.
   const bool whole = p.flags & ALIGNED && exist[EACH - 1] == 4;
-  if (whole) {
-#pragma unroll
-    for (int r = 0; r < EACH; r++) {
-      const i64 at = (row + r) * p.cols + col;
-      load<4>(p.weight + at, w[r]);
-      load<4>(p.grad + at, g[r]);
-      load<4>(p.mean + at, m[r]);
-      load<4>(p.square + at, s[r]);
-    }
-  } else {
-#pragma unroll
-    for (int r = 0; r < EACH; r++) {
-      const i64 at = (row + r) * p.cols + col;
-      load_some(p.weight + at, exist[r], w[r]);
-      load_some(p.grad + at, exist[r], g[r]);
-      load_some(p.mean + at, exist[r], m[r]);
-      load_some(p.square + at, exist[r], s[r]);
-    }
-  }
+  if (sizeof(real_t) != 4 && p.flags & ROUNDED)
+    load_rows<real_t>(p, row, col, whole, exist, w, g, m, s);
+  else
+    load_rows<float>(p, row, col, whole, exist, w, g, m, s);
+  // Read here, so that no other load waits for these, one of which needs the other.
+  const Rates rate = rates[*step % ring];
+  const float lr_factor = rate.factor * (float)p.lr_scale;
+  const float shrink = 1.0f - rate.lr * (float)p.lr_scale * (float)p.weight_decay;
   float sum = 0;
   u32 signs[4] = {};
 #pragma unroll
@@ -147,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     store_some(p.mean + at, exist[r], whole, m[r]);
     store_some(p.square + at, exist[r], whole, s[r]);
 #if WRITE_GRADIENT
-    store_some(p.grad + at, exist[r], whole, g[r]);
+    store_some(p.left + at, exist[r], whole, g[r]);
 #endif
     if (p.copy) store_some(p.copy + at, exist[r], whole, copy);
   }

@@ -22,7 +22,7 @@
 #include "training.cuh"
 #include "philox.cuh"
 
-// Filled by cupybnn/backends/cuda/fused.py, field by field in this order.
+// Filled by cupybnn/backends/cuda/fused_arguments.py, field by field in this order.
 struct Batch {
   const unsigned char* images;
   const i64* all_labels;

@@ -1,9 +1,10 @@
 // The end of the network, for a few classes: last activation, last layer, loss, and all the way back
 // to the last hidden product, without ever storing the activation or its gradient.
 //
-// logits: a warp computes ROWS rows' logits, with the weights of WIDTH columns at a time in shared
-// memory, transposed, while the rows' products are on their way; then their loss and its gradient. Each
-// block leaves its part of the loss.
+// logits: a warp computes ROWS rows' logits, with the weights and batch norm of WIDTH columns at a time
+// in shared memory, the weights transposed; what a block needs of the memory for them is loaded at once,
+// products included, so that it waits for it once. Then loss and its gradient; each block leaves its
+// part of the loss.
 //
 // head_sums: by strips (training.cuh). An activation's gradient is the product of a row of CLASSES
 // numbers and the column's CLASSES weights, made on the way. Sums over rows: the gradients of the
@@ -12,7 +13,11 @@
 //
 // head_gradient: that alone, by strips.
 //
-// What bounds all three: reading the products once, and 2 CLASSES operations for each.
+// The gradient of the hidden product may stand where the product does, where its elements are as large: a
+// thread writes what only it has read.
+//
+// What bounds all three: reading the products once, where they stay in shared memory between the passes,
+// and 2 CLASSES operations for each pass.
 //
 // The translation unit sets what training.cuh wants, and
 //     CLASSES  at most 32
@@ -33,7 +38,8 @@
 
 // Rows of the logits' gradient are padded, to be read 16 bytes at a time.
 constexpr int GRAD_STRIDE = (CLASSES + 3) / 4 * 4;
-constexpr int BATCH = CLASSES <= 12 ? 4 : 1;  // rows whose loads are in flight
+constexpr int MOST = CLASSES <= 12 ? 4 : 1;
+constexpr int BATCH = HELD && HELD < MOST ? HELD : MOST;  // rows whose loads are in flight
 
 // A weight as the product takes it.
 __device__ __forceinline__ float as_read(float w) {
@@ -114,13 +120,16 @@ __device__ __forceinline__ float loss_of(const float (&logit)[CLASSES], int labe
 }
 
 #ifdef ROWS
-constexpr int WIDTH = CLASSES <= 20 ? 512 : 256, STRIDE = WIDTH + 4, TURNS = WIDTH / (32 * VECTOR);
+constexpr int WIDTH = CLASSES <= 16 ? 512 : 256, STRIDE = WIDTH + 4, TURNS = WIDTH / (32 * VECTOR);
+constexpr int EACH = WIDTH / THREADS;  // columns whose weights and batch norm a thread brings
+static_assert(WIDTH % THREADS == 0, "the same for all threads");
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
     logits(const __grid_constant__ Layer p, const float* __restrict__ weight,
            const i64* __restrict__ labels, float smoothing, const float* __restrict__ factor, float* out,
            float* grad, float* partials) {
   __shared__ __align__(16) float w[CLASSES][STRIDE];
+  __shared__ __align__(16) float norms[4][HAS_NORM ? WIDTH : 1];  // mean, 1 / deviation, gamma, beta
   __shared__ float losses[2][WARPS];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const i64 row0 = ((i64)blockIdx.x * WARPS + warp) * ROWS;
@@ -137,16 +146,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
           z[turn][r] = *(const Vector<product_t, VECTOR>*)(p.z + min(row0 + r, p.rows - 1) * p.cols +
                                                            col0 + skip);
       }
+    // A weight beyond the last is never read.
+    float weights[EACH * CLASSES], of_norm[4][EACH];
+#pragma unroll
+    for (int i = 0; i < EACH * CLASSES; i++)
+      weights[i] = weight[col0 * CLASSES + min(threadIdx.x + i * THREADS, width * CLASSES - 1)];
+    if constexpr (HAS_NORM) {
+#pragma unroll
+      for (int i = 0; i < EACH; i++) {
+        const i64 col = col0 + min(threadIdx.x + i * THREADS, width - 1);
+        of_norm[0][i] = p.mean[col];
+        of_norm[1][i] = p.inverse[col];
+        of_norm[2][i] = p.gamma[col];
+        of_norm[3][i] = p.beta[col];
+      }
+    }
     __syncthreads();
-    for (int i = threadIdx.x; i < width * CLASSES; i += THREADS)
-      w[i % CLASSES][i / CLASSES] = as_read(weight[col0 * CLASSES + i]);
+#pragma unroll
+    for (int i = 0; i < EACH * CLASSES; i++) {
+      const int at = threadIdx.x + i * THREADS;
+      w[at % CLASSES][at / CLASSES] = as_read(weights[i]);
+    }
+    if constexpr (HAS_NORM) {
+#pragma unroll
+      for (int n = 0; n < 4; n++)
+#pragma unroll
+        for (int i = 0; i < EACH; i++) norms[n][threadIdx.x + i * THREADS] = of_norm[n][i];
+    }
     __syncthreads();
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
       const int skip = (turn * 32 + lane) * VECTOR;
       if (skip >= width) continue;
       const i64 col = col0 + skip;
-      const Normal<VECTOR> norm(p, col);
+      const Normal<VECTOR> norm(norms[0] + skip, norms[1] + skip, norms[2] + skip, norms[3] + skip);
       float h[ROWS][VECTOR];
 #pragma unroll
       for (int r = 0; r < ROWS; r++) {
@@ -211,20 +244,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 }
 #else
 
-// Rows' gradients of the logits, which all lanes need; loaded as `Products` are.
+struct alignas(16) RowOfLogits { float4 at[GRAD_STRIDE / 4]; };
+
+#if HELD
+__device__ __forceinline__ HeldByRow<RowOfLogits> held_of_logits() {
+  return HeldByRow<RowOfLogits>(held + HELD_MORE);
+}
+#endif
+
+// Rows' gradients of the logits, which all lanes need; loaded as `Products` are and after them.
 struct OfLogits {
-  float4 raw[BATCH][GRAD_STRIDE / 4];
-  __device__ __forceinline__ OfLogits(const Strip& at, const float* grad, int first) {
+  RowOfLogits raw[BATCH];
+  __device__ __forceinline__ OfLogits(const Strip& at, const float* grad, int turn) {
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
-      const int row = min(at.row(first, b), at.rows - 1);
-#pragma unroll
-      for (int i = 0; i < GRAD_STRIDE / 4; i++)
-        raw[b][i] = *((const float4*)(grad + row * GRAD_STRIDE) + i);
+#if HELD
+      raw[b] = held_of_logits()(turn + b);
+#else
+      raw[b] = ((const RowOfLogits*)grad)[min(at.row(turn + b), at.rows - 1)];
+#endif
     }
   }
   __device__ __forceinline__ float operator()(int b, int c) const {
-    const float4& four = raw[b][c / 4];
+    const float4& four = raw[b].at[c / 4];
     return c % 4 == 0 ? four.x : c % 4 == 1 ? four.y : c % 4 == 2 ? four.z : four.w;
   }
 };
@@ -284,12 +326,12 @@ __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
     betas[i] *= (float)p.share;
   }
 #endif
-  for (int first = at.first_row; first < at.rows; first += BATCH * at.step) {
-    const Products<BATCH> z(p, at, first);
-    const OfLogits of_logits(at, back.grad, first);
+  for (int turn = 0; at.begins(turn); turn += BATCH) {
+    const Products<BATCH> z(p, at, turn);
+    const OfLogits of_logits(at, back.grad, turn);
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
-      const int row = at.row(first, b);
+      const int row = at.row(turn + b);
       float dz[VECTOR];
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
@@ -330,15 +372,21 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
     return;
   }
   const Strip at(p);
+#if HELD
+  hold<BATCH>(p, at, [&](int turn) {
+    const int row = min(at.row(turn), at.rows - 1);
+    held_of_logits().copy(at, (const RowOfLogits*)back.grad + row, turn);
+  });
+#endif
   float sums[SUMS][VECTOR] = {};
   const Normal<VECTOR> norm(p, at.safe_col());
   const Weights weights(back.weight, at.safe_col());
-  for (int first = at.first_row; first < at.rows; first += BATCH * at.step) {
-    const Products<BATCH> z(p, at, first);
-    const OfLogits of_logits(at, back.grad, first);
+  for (int turn = 0; at.begins(turn); turn += BATCH) {
+    const Products<BATCH> z(p, at, turn);
+    const OfLogits of_logits(at, back.grad, turn);
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
-      const bool inside = at.has(at.row(first, b));
+      const bool inside = at.has(at.row(turn + b));
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
         const Activation h(p, norm(i, z(p, b, i)), z.kept(b, i), (float)back.window);
@@ -376,6 +424,7 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
   leave_sums();
 }
 
+#if !HELD
 extern "C" __global__ void BY_STRIPS
     head_gradient(const __grid_constant__ Layer p, const __grid_constant__ Back back,
                   const float* __restrict__ grad_gamma, const float* __restrict__ grad_beta) {
@@ -383,4 +432,5 @@ extern "C" __global__ void BY_STRIPS
   write_gradients(p, at, back, Normal<VECTOR>(p, at.safe_col()), Weights(back.weight, at.safe_col()),
                   grad_gamma + at.safe_col(), grad_beta + at.safe_col());
 }
+#endif
 #endif

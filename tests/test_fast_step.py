@@ -95,6 +95,20 @@ NETWORKS = {
         "n_hidden": 64,
         "batch_size": 5000,
     },
+    "xnor, products of 16-bit integers": {
+        "binary": True,
+        "xnor": True,
+        "batch_norm": True,
+        "n_hidden": 4104,
+        "batch_size": 64,
+    },
+    "more rows than shared memory holds": {
+        "binary": True,
+        "xnor": True,
+        "batch_norm": True,
+        "n_hidden": 40,
+        "batch_size": 12000,
+    },
     "deep": {"binary": True, "xnor": True, "batch_norm": True, "hidden_layers": 5},
     "shallow": {"binary": True, "xnor": True, "batch_norm": True, "hidden_layers": 1},
     "full precision": {},
@@ -150,12 +164,20 @@ def test_the_products_of_a_plan():
     assert [h.product for h in plan().hidden] == ["dense"] * 3
     assert [h.product for h in plan(binary=True).hidden] == ["dense", "sign", "sign"]
     assert [h.product for h in plan(binary=True, xnor=True).hidden] == ["dense", "xnor", "xnor"]
-    assert [h.activation for h in plan(binary=True, xnor=True).hidden] == [
-        "packed_sign",
-        "packed_sign",
-        "none",
-    ]
+    small, large = plan(binary=True, xnor=True), plan(binary=True, xnor=True, batch_size=1 << 17)
+    assert [h.activation for h in small.hidden] == ["both_signs", "both_signs", "none"]
+    assert [h.activation for h in large.hidden] == ["packed_sign", "packed_sign", "none"]
     assert [h.inputs for h in plan().hidden] == [784, 128, 128]
+
+
+def test_only_products_of_real_numbers_are_rounded():
+    def dtypes(**settings):
+        return [h.product_dtype.name for h in plan(**settings).hidden]
+
+    assert dtypes(dtype="bfloat16") == ["uint16"] * 3
+    assert dtypes(dtype="bfloat16", binary=True) == ["uint16", "float32", "float32"]
+    assert dtypes(dtype="bfloat16", binary=True, xnor=True) == ["uint16", "float16", "float16"]
+    assert dtypes(dtype="tf32", binary=True, xnor=True) == ["float32", "float16", "float16"]
 
 
 def test_the_gates_of_a_plan():
@@ -183,13 +205,14 @@ def test_what_the_last_layer_reads():
     assert [h.product for h in all_binary.hidden] == ["sign", "xnor", "xnor"]
 
 
-@pytest.mark.parametrize("k", [1, 2, 784, 2048, 2049, 4095, 4096, 4098, 8192])
+@pytest.mark.parametrize("k", [1, 2, 2048, 2049, 4095, 4096, 4098, 8192, 32767, 32768])
 def test_products_are_kept_in_a_type_that_holds_them(k):
     possible = np.arange(-k, k + 1, 2).astype(np.float64)
     dtype = exact_product_dtype(k)
     np.testing.assert_array_equal(possible.astype(dtype).astype(np.float64), possible)
-    if dtype == np.float32:
-        assert (possible.astype(np.float16) != possible).any()
+    smaller = {np.float16: [], np.int16: [np.float16], np.float32: [np.float16, np.int16]}
+    for other in smaller[dtype.type]:
+        assert (possible.astype(other).astype(np.float64) != possible).any()
 
 
 @pytest.mark.parametrize(
@@ -444,12 +467,12 @@ def test_dense_products(precision, transpose_a, transpose_b):
 def test_dropout_masks_are_the_plain_engines(shape):
     import cupy
 
-    from cupybnn.backends.cuda import fused
+    from cupybnn.backends.cuda import fused, fused_arguments
     from cupybnn.backends.random import chosen, random_words
 
     launcher = fused.Launcher(0, np.dtype(np.float32), *shape, 10)
-    draw = fused.Draw(seed=2**63 - 5, offset=4, keep_prob=0.3)
-    out = cupy.empty(fused.mask_shape(*shape), np.uint32)
+    draw = fused_arguments.Draw(seed=2**63 - 5, offset=4, keep_prob=0.3)
+    out = cupy.empty(fused_arguments.mask_shape(*shape), np.uint32)
     launcher.dropout_mask(cupy.asarray([3], np.int64), draw, shape, out)
     bits = np.unpackbits(out.get().view(np.uint8), axis=1, bitorder="little")
     expected = chosen(random_words(shape, draw.seed, 7, np), 0.3)
@@ -471,6 +494,47 @@ def test_unpacked_rows(shape, real):
     fused.Launcher(0, np.dtype(real), *shape, 10).unpack_rows(cupybnn.pack(x), out)
     one, minus_one = (0x3F80, 0xBF80) if real is np.uint16 else (1, -1)
     np.testing.assert_array_equal(out.get(), np.where(x.get() >= 0, one, minus_one).astype(real))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(3, 5), (64, 1024), (257, 1100), (1100, 257), (2080, 36)])
+@pytest.mark.parametrize("real", [np.float32, np.uint16])
+def test_unpacked_columns(shape, real):
+    import cupy
+
+    import cupybnn
+    from cupybnn.backends.cuda import fused
+
+    x = cupy.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    out = cupy.empty(shape, real)
+    packed = cupybnn.pack(x, axis=-2)
+    fused.Launcher(0, np.dtype(real), *shape, 10).unpack_columns(packed, out)
+    one, minus_one = (0x3F80, 0xBF80) if real is np.uint16 else (1, -1)
+    np.testing.assert_array_equal(out.get(), np.where(x.get() >= 0, one, minus_one).astype(real))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("xnor", [True, False])
+@pytest.mark.parametrize("log_dir", [False, True])
+def test_sparing_memory_changes_nothing(monkeypatch, tmp_path, dtype, xnor, log_dir):
+    settings = {"binary": True, "batch_norm": True, "dtype": dtype, "xnor": xnor, "reg": 1e-4}
+    settings |= {"max_steps": 30, "hidden_layers": 4, "n_hidden": 160}
+    if log_dir:
+        settings["log_dir"] = str(tmp_path)
+    a, roomy = run(**settings)
+    monkeypatch.setattr("cupybnn.training.fast.plan._ROOM", 0)
+    b, spared = run(**settings)
+    assert a._step.plan.roomy
+    assert not b._step.plan.roomy
+    assert b._step._graph is not None
+    assert roomy == spared
+    state = arrays(b)
+    for name, array in arrays(a).items():
+        np.testing.assert_array_equal(array, state[name], err_msg=name)
+    if log_dir:
+        for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True):
+            np.testing.assert_array_equal(p.grad.get(), q.grad.get())
 
 
 @pytest.mark.gpu

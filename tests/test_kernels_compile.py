@@ -24,9 +24,10 @@ SHAPES = [
     *((4096, few, k) for few in (1, 8, 9, 17, 33, 64) for k in (1000, 2048, 4096, 9000)),
     *((few, few, 100_000) for few in (1, 16, 64)),
 ]
-INT32, FLOAT32, FLOAT16, BFLOAT16, PACKED = range(5)  # OUTPUT_* of product.cuh
+INT32, FLOAT32, FLOAT16, BFLOAT16, PACKED, INT16 = range(6)  # OUTPUT_* of product.cuh
 #: (OUTPUT, SCALED)
-EVERY_RESULT = [(o, s) for o in (INT32, FLOAT32, FLOAT16, BFLOAT16) for s in (0, 1)] + [(PACKED, 0)]
+EVERY_RESULT = [(o, s) for o in (INT32, FLOAT32, FLOAT16, BFLOAT16) for s in (0, 1)]
+EVERY_RESULT += [(PACKED, 0), (INT16, 0)]
 SOME_RESULTS = [(INT32, 0), (FLOAT32, 1), (PACKED, 0)]
 
 

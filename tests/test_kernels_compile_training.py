@@ -20,6 +20,8 @@ LAYERS = [
         ("float", 0, 0),
         ("float", 1, 1),
         ("float16_bits", 0, 1),
+        ("short", 1, 0),
+        ("bfloat16_bits", 1, 0),
         ("float", 1, 2),
     )
 ]
@@ -58,12 +60,19 @@ def compile_all(source: str, arch: str, variants: list[dict]) -> None:
 
 def strips(arch: str, *vectors: int) -> list[dict]:
     """Ways to walk a layer: with clusters where the architecture has them, and without."""
-    clusters = (1, 8) if capability(arch) >= 90 else (1,)
+    # Blocks of a cluster, and rows of a thread that are held.
+    ways = ((1, 0), (8, 0), (8, 2), (8, 32)) if capability(arch) >= 90 else ((1, 0),)
     return [
-        {"VECTOR": vector, "COLS": 32, "CLUSTER": cluster}
+        {"VECTOR": vector, "COLS": 32, "CLUSTER": cluster, "HELD": held}
         for vector in vectors
-        for cluster in clusters
+        for cluster, held in ways
+        if vector > 1 or not held  # single elements of 16 bits cannot be held
     ]
+
+
+def with_passes(arch: str, choices: list[dict]) -> list[dict]:
+    """Combine layers with choices; without batch norm there are no sums, and nothing is held."""
+    return [v for v in variants(arch, LAYERS, *choices) if v["NORM"] or not v["HELD"]]
 
 
 def test_batch(arch):
@@ -74,11 +83,11 @@ def test_batch(arch):
 
 def test_activation(arch):
     require(arch)
-    kinds = [{"OUTPUT": o, "GATE": g} for o, g in ((0, 1), (0, 0), (1, 1), (2, 1), (3, 0))]
+    kinds = [{"OUTPUT": o, "GATE": g} for o, g in ((0, 1), (0, 0), (1, 1), (2, 1), (3, 0), (4, 1))]
     choices = [{**k, **s} for k, s in itertools.product(kinds, strips(arch, 4))]
     choices += [{"OUTPUT": 0, "GATE": 1, **s} for s in strips(arch, 1)]
     # Of a layer without batch norm whose activations are not wanted there is nothing to compile.
-    wanted = [v for v in variants(arch, LAYERS, *choices) if v["NORM"] or v["OUTPUT"] != 3]
+    wanted = [v for v in with_passes(arch, choices) if v["NORM"] or v["OUTPUT"] != 3]
     compile_all("smxx_activation", arch, wanted)
 
 
@@ -87,7 +96,7 @@ def test_activation_gradient(arch):
     kinds = [{"GATE": 0}, {"GATE": 1}, {"GATE": 2}]
     choices = [{**k, **s} for k, s in itertools.product(kinds, strips(arch, 4))]
     choices += [{"GATE": 1, **s} for s in strips(arch, 1)]
-    compile_all("smxx_activation_gradient", arch, variants(arch, LAYERS, *choices))
+    compile_all("smxx_activation_gradient", arch, with_passes(arch, choices))
 
 
 def test_head(arch):
@@ -109,4 +118,6 @@ def test_adam(arch):
 
 def test_unpack_rows(arch):
     require(arch)
-    compile_all("smxx_unpack_rows", arch, variants(arch, [{}], {"VECTOR": 8}, {"VECTOR": 1}))
+    compile_all(
+        "smxx_unpack_signs", arch, variants(arch, [{}], *({"VECTOR": v} for v in (8, 4, 1)))
+    )

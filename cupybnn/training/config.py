@@ -96,7 +96,8 @@ class TrainConfig:
         gradient where ``|x| <= 1``) or "clipped_grad" (the original program's).
     dtype : {"float32", "float64", "tf32", "bfloat16"}
         Of weights and arithmetic. "tf32" and "bfloat16" keep weights and all else in float32, but
-        let the tensor cores of a GPU round the factors of dense products; they need the fused step.
+        let the tensor cores of a GPU round the factors of dense products, and "bfloat16" also the
+        results of those that are not of signs alone; they need the fused step.
     validation : int
         Hold out the last so many training images and evaluate on them instead of on the test
         set, to choose settings by; 0: evaluate on the test set.

@@ -19,6 +19,7 @@
 #define OUTPUT_FLOAT16 2
 #define OUTPUT_BFLOAT16 3
 #define OUTPUT_PACKED 4
+#define OUTPUT_INT16 5     // the integer modulo 2**16: itself for K below 2**15
 
 #ifndef OUTPUT
 #define OUTPUT OUTPUT_INT32
@@ -55,13 +56,17 @@ struct Product {
 
 #if OUTPUT == OUTPUT_FLOAT32
 typedef float out_t;
-#elif OUTPUT == OUTPUT_FLOAT16 || OUTPUT == OUTPUT_BFLOAT16
+#elif OUTPUT == OUTPUT_FLOAT16 || OUTPUT == OUTPUT_BFLOAT16 || OUTPUT == OUTPUT_INT16
 typedef unsigned short out_t;
 #else
 typedef int out_t;
 #endif
 
-#if OUTPUT != OUTPUT_INT32 && OUTPUT != OUTPUT_PACKED
+#if OUTPUT == OUTPUT_INT16 && SCALED
+#error "a scaled result is not an integer"
+#endif
+
+#if OUTPUT == OUTPUT_FLOAT32 || OUTPUT == OUTPUT_FLOAT16 || OUTPUT == OUTPUT_BFLOAT16
 __device__ __forceinline__ out_t round_to_output(float v) {
 #if OUTPUT == OUTPUT_FLOAT32
   return v;
@@ -170,8 +175,8 @@ template <int HEIGHT, int WIDTH> struct Results {
 #if OUTPUT != OUTPUT_PACKED
   // The result of a product; rows and columns count from the tile's first.
   __device__ __forceinline__ out_t value(int row, int col, int product) const {
-#if OUTPUT == OUTPUT_INT32
-    return product;
+#if OUTPUT == OUTPUT_INT32 || OUTPUT == OUTPUT_INT16
+    return (out_t)product;
 #else
     float v = __int2float_rn(product);
 #if SCALED

@@ -3,9 +3,11 @@
 //
 // The translation unit sets
 //     REAL     what dense products read and gradients are kept in: float or bfloat16_bits
-//     PRODUCT  what a hidden product is: float, or float16_bits where that holds its integers
+//     PRODUCT  what a hidden product is: float; float16_bits or short where these hold its integers;
+//              bfloat16_bits, rounded
 //     VECTOR   neighbouring columns of a lane: 1, 2 or 4; it divides the number of columns
 //     COLS, CLUSTER  columns of a strip and blocks of its cluster, where there are strips (see below)
+//     HELD     rows of a thread that stay in shared memory from one pass to the next, or 0 (see below)
 //     NORM     1: there is batch norm
 //     DROP     DROP_*: where dropout stands, if there is any
 #pragma once
@@ -20,6 +22,9 @@
 #ifndef CLUSTER
 #define CLUSTER 1
 #endif
+#ifndef HELD
+#define HELD 0
+#endif
 
 typedef REAL real_t;
 typedef PRODUCT product_t;
@@ -33,6 +38,7 @@ constexpr int THREADS = 32 * WARPS;
 constexpr u32 ALL = 0xffffffffu;
 
 __device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(short x) { return (float)x; }
 __device__ __forceinline__ float to_float(bfloat16_bits x) {
   return __uint_as_float((u32)x.bits << 16);
 }
@@ -117,7 +123,7 @@ __device__ __forceinline__ double sum_of_partials(const float* partials, i64 cou
 }
 
 // A hidden layer's product and its batch norm: what the activation is made of.
-// Filled by cupybnn/backends/cuda/fused.py, field by field in this order.
+// Filled by cupybnn/backends/cuda/fused_arguments.py, field by field in this order.
 struct Layer {
   const product_t* z;
   const u32* kept;  // DROP: mask of what is not dropped
@@ -152,15 +158,15 @@ __device__ __forceinline__ void load_product(const Layer& p, i64 row, i64 col, f
 template <int V> struct Normal {
   float mean[V], inverse[V], gamma[V], beta[V];
   __device__ __forceinline__ Normal(const Layer& p, i64 col)
-      : Normal(p, col, p.mean + col, p.inverse + col) {}
-  // With mean and inverse deviation that stand elsewhere.
-  __device__ __forceinline__ Normal(const Layer& p, i64 col, const float* means,
-                                    const float* inverses) {
+      : Normal(p.mean + col, p.inverse + col, p.gamma + col, p.beta + col) {}
+  // Of columns whose numbers stand at these places.
+  __device__ __forceinline__ Normal(const float* means, const float* inverses, const float* gammas,
+                                    const float* betas) {
     if constexpr (HAS_NORM) {
       load<V>(means, mean);
       load<V>(inverses, inverse);
-      load<V>(p.gamma + col, gamma);
-      load<V>(p.beta + col, beta);
+      load<V>(gammas, gamma);
+      load<V>(betas, beta);
     }
   }
   __device__ __forceinline__ float normal(int i, float z) const {
@@ -189,29 +195,131 @@ struct Strip {
   __device__ __forceinline__ bool has_cols() const { return col < cols; }
   // Columns that exist, in place of those beyond the last.
   __device__ __forceinline__ int safe_col() const { return has_cols() ? col : 0; }
-  __device__ __forceinline__ int row(int first, int b) const { return first + b * step + skip; }
+  // A thread's row number `turn`, and whether some thread of the block has one.
+  __device__ __forceinline__ int row(int turn) const { return first_row + turn * step + skip; }
+  __device__ __forceinline__ bool begins(int turn) const { return first_row + turn * step < rows; }
   __device__ __forceinline__ bool has(int row) const { return row < rows && has_cols(); }
   // Where a thread's elements of a row stand; of the last row, in place of one beyond it.
   __device__ __forceinline__ int offset(int row) const {
     return min(row, rows - 1) * cols + safe_col();
   }
-  __device__ __forceinline__ u32 bits(const u32* mask, int row) const {
-    const int words = (cols + 31) >> 5;
-    return mask[min(row, rows - 1) * words + (safe_col() >> 5)] >> (safe_col() & 31);
+  // Where the word of a mask stands that holds a thread's columns of a row, and their first bit in it.
+  __device__ __forceinline__ int word(int row) const {
+    return min(row, rows - 1) * ((cols + 31) >> 5) + (safe_col() >> 5);
+  }
+  __device__ __forceinline__ int bit() const { return safe_col() & 31; }
+};
+
+// Held: where shared memory has room for a block's rows of a strip, they are copied there once, all
+// copies under way together, and every pass reads them there. The memory of the device is then read
+// once, and a block waits for it once. A thread copies its own elements; masks, and what else all
+// columns of a row need, are copied by some of the row's lanes, which are of one warp.
+//
+// Dynamic shared memory has for each row of the block: COLS products, COLS elements of another array
+// where a kernel holds one (`OTHER`), masks' words, and what a kernel adds at the end.
+#if HELD
+static_assert(CLUSTER > 1 && COLS == 32, "of use where there is a second pass; a word a row");
+extern __shared__ __align__(16) unsigned char held[];
+constexpr int HELD_ROWS = HELD * ROWS_AT_ONCE;
+
+template <int BYTES> __device__ __forceinline__ void copy_aside(void* to, const void* from) {
+  const u32 at = shared_address(to);
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(BYTES)
+                 : "memory");
+}
+__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Wait for this warp's groups of copies but the last `later`.
+__device__ __forceinline__ void wait_for_groups(int later) {
+  switch (later) {
+    case 0: asm volatile("cp.async.wait_group 0;" ::: "memory"); break;
+    case 1: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
+    case 2: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
+    default: asm volatile("cp.async.wait_group 3;" ::: "memory");
+  }
+  __syncwarp();
+}
+
+// A thread's V elements of each of its rows, of an array whose elements are E.
+template <typename E> struct HeldElements {
+  typedef Vector<E, VECTOR> Elements;
+  Elements* own;
+  __device__ __forceinline__ explicit HeldElements(void* from)
+      : own((Elements*)from + threadIdx.x) {}
+  __device__ __forceinline__ void copy(const Strip& at, const E* from, int turn) const {
+    copy_aside<sizeof(Elements)>(own + turn * THREADS, from + at.offset(at.row(turn)));
+  }
+  __device__ __forceinline__ Elements operator()(int turn) const { return own[turn * THREADS]; }
+};
+
+// N times 4 bytes for each row, the same for all its lanes.
+template <typename E> struct HeldByRow {
+  static constexpr int PIECES = sizeof(E) < 16 ? 1 : sizeof(E) / 16, PIECE = sizeof(E) / PIECES;
+  static_assert(PIECES <= LANES, "a lane copies a piece");
+  E* rows;
+  int skip = threadIdx.x / LANES;
+  __device__ __forceinline__ explicit HeldByRow(void* from) : rows((E*)from) {}
+  __device__ __forceinline__ void copy(const Strip& at, const E* row, int turn) const {
+    if (at.lane < PIECES)
+      copy_aside<PIECE>((char*)(rows + turn * ROWS_AT_ONCE + skip) + at.lane * PIECE,
+                        (const char*)row + at.lane * PIECE);
+  }
+  __device__ __forceinline__ const E& operator()(int turn) const {
+    return rows[turn * ROWS_AT_ONCE + skip];
   }
 };
 
-// A thread's products of ROWS rows, `step` apart, and what dropout keeps of them. All are loaded before
-// the first is looked at, whether the row exists or not: no load waits for another.
+constexpr int HELD_PRODUCTS = HELD_ROWS * COLS * sizeof(product_t);
+constexpr int HELD_KEPT = DROP != DROP_NONE ? HELD_ROWS * 4 : 0;
+constexpr int HELD_MORE = HELD_PRODUCTS + HELD_KEPT;  // where a kernel's own begin
+__device__ __forceinline__ HeldElements<product_t> held_products() {
+  return HeldElements<product_t>(held);
+}
+__device__ __forceinline__ HeldByRow<u32> held_kept() { return HeldByRow<u32>(held + HELD_PRODUCTS); }
+
+// Start all copies, BATCH rows to a group: products, dropout masks, and what `copy_more` copies of a
+// thread's row number `turn`.
+template <int BATCH, typename More>
+__device__ __forceinline__ void hold(const Layer& p, const Strip& at, const More& copy_more) {
+  static_assert(HELD % BATCH == 0, "whole groups");
+#pragma unroll 1
+  for (int turn = 0; turn < HELD; turn += BATCH) {
+    if (at.begins(turn)) {
+#pragma unroll
+      for (int b = 0; b < BATCH; b++) {
+        held_products().copy(at, p.z, turn + b);
+        if (DROP != DROP_NONE) held_kept().copy(at, p.kept + at.word(at.row(turn + b)), turn + b);
+        copy_more(turn + b);
+      }
+    }
+    end_group();
+  }
+}
+#endif
+
+// A thread's products of ROWS rows from number `turn` on, and what dropout keeps of them. All are loaded
+// before the first is looked at, whether the row exists or not: no load waits for another.
 template <int ROWS_> struct Products {
   Vector<product_t, VECTOR> raw[ROWS_];
   u32 keeps[ROWS_];
-  __device__ __forceinline__ Products(const Layer& p, const Strip& at, int first) {
+  __device__ __forceinline__ Products(const Layer& p, const Strip& at, int turn) {
+#if HELD
+    wait_for_groups((HELD - turn) / ROWS_ - 1);
 #pragma unroll
     for (int b = 0; b < ROWS_; b++) {
-      raw[b] = *(const Vector<product_t, VECTOR>*)(p.z + at.offset(at.row(first, b)));
-      keeps[b] = DROP != DROP_NONE ? at.bits(p.kept, at.row(first, b)) : 0;
+      raw[b] = held_products()(turn + b);
+      keeps[b] = DROP != DROP_NONE ? held_kept()(turn + b) >> at.bit() : 0;
     }
+#else
+#pragma unroll
+    for (int b = 0; b < ROWS_; b++) {
+      const int row = at.row(turn + b);
+      raw[b] = *(const Vector<product_t, VECTOR>*)(p.z + at.offset(row));
+      keeps[b] = DROP != DROP_NONE ? p.kept[at.word(row)] >> at.bit() : 0;
+    }
+#endif
   }
   __device__ __forceinline__ u32 kept(int b, int i) const { return keeps[b] >> i & 1; }
   __device__ __forceinline__ float operator()(const Layer& p, int b, int i) const {

@@ -64,7 +64,7 @@ def load_kernel(source: str, function: str, defines: Defines, device: int, share
                     backend="nvrtc",
                 )
                 kernel = module.get_function(function)
-                if shared > 48 * 1024:
+                if shared:  # beside what the kernel has of its own, that may be over the limit
                     kernel.max_dynamic_shared_size_bytes = shared
                 _kernels[key] = kernel
     return kernel

@@ -2,187 +2,30 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from cupybnn.backends.cuda.compiler import Defines, architecture, load_kernel
+from cupybnn.backends.cuda.compiler import Defines, load_kernel
+from cupybnn.backends.cuda.fused_arguments import (
+    BACK,
+    BATCH,
+    GATES,
+    HEADS,
+    LOSSES,
+    Activations,
+    Deformation,
+    Draw,
+    Layer,
+    address,
+    struct,
+)
+from cupybnn.backends.cuda.fused_walk import Sums, Walk
 
-__all__ = [
-    "DROP_ACTIVATION",
-    "DROP_NONE",
-    "DROP_PRODUCT",
-    "GATES",
-    "HEADS",
-    "LOSSES",
-    "OUTPUTS",
-    "Activations",
-    "Deformation",
-    "Draw",
-    "Launcher",
-    "Layer",
-    "address",
-    "mask_shape",
-]
-
-# As training.cuh and the kernels name them.
-DROP_NONE, DROP_PRODUCT, DROP_ACTIVATION = range(3)
-GATES = {"none": 0, "mask": 1, "clip": 2}
-LOSSES = {"cross_entropy": 0, "squared_hinge": 1}
-OUTPUTS = {"packed_sign": 0, "sign": 1, "relu": 2, "none": 3}
-HEADS = {"none": 0, "relu": 1, "sign": 2}
+__all__ = ["Launcher"]
 
 _THREADS, _WARPS = 256, 8
 _REAL = {"float32": "float", "uint16": "bfloat16_bits"}
-_PRODUCT = {"float32": "float", "float16": "float16_bits"}
-
-_LAYER = np.dtype((np.void, 8 * 10))  # struct Layer of training.cuh
-_ACTIVATIONS = np.dtype((np.void, 8 * 5))  # struct Activations of smxx_activation.cu
-_BACK = np.dtype((np.void, 8 * 8))  # struct Back of smxx_head.cu
-_BATCH = np.dtype((np.void, 8 * 14))  # struct Batch of smxx_batch.cu
-_DEFORMATION = np.dtype((np.void, 8 * 7))  # struct Deformation of smxx_batch.cu
-
-
-def mask_shape(rows: int, cols: int) -> tuple[int, int]:
-    """Shape of the uint32 words of a mask of one bit an element."""
-    return rows, -(-cols // 32)
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Random numbers of one dropout.
-
-    Attributes
-    ----------
-    seed : int
-    offset : int
-        The counter of a draw is the number of the step and this.
-    keep_prob : float
-    """
-
-    seed: int
-    offset: int
-    keep_prob: float
-
-    def arguments(self) -> tuple[int, int, int]:
-        """Return what kernels are given: seed, offset and the greatest word that is kept."""
-        # As cupybnn.backends.random.chosen has it.
-        return self.seed, self.offset, max(round(self.keep_prob * 2**32), 1) - 1
-
-
-@dataclass(frozen=True)
-class Deformation:
-    """How images are deformed; see `cupybnn.data.Augmentation`.
-
-    Attributes
-    ----------
-    shape : tuple of int
-        (height, width).
-    seed : int
-        Each step deforms anew, by its number.
-    shift, rotation, scale, shear : float
-    """
-
-    shape: tuple[int, int]
-    seed: int
-    shift: float
-    rotation: float
-    scale: float
-    shear: float
-
-    def argument(self) -> Any:
-        """Return struct Deformation, as a kernel is given it."""
-        numbers = (self.shift, math.radians(self.rotation), self.scale, self.shear)
-        return _struct([*self.shape, self.seed, *numbers], _DEFORMATION)
-
-
-@dataclass
-class Layer:
-    """A hidden layer's product, and what stands between it and the activation.
-
-    Attributes
-    ----------
-    product : cupy.ndarray of float32 or float16, shape (batch, units)
-    kept : cupy.ndarray of uint32 or None
-        Mask of what dropout keeps.
-    norm : tuple of cupy.ndarray or None
-        Mean, inverse deviation, gamma and beta, shape (units,) each; None without batch norm.
-    drop : int
-        DROP_*: where dropout stands.
-    keep_prob : float
-    """
-
-    product: Any
-    kept: Any = None
-    norm: tuple[Any, Any, Any, Any] | None = None
-    drop: int = DROP_NONE
-    keep_prob: float = 1.0
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(batch, units)."""
-        rows, cols = self.product.shape
-        return rows, cols
-
-    def argument(self) -> Any:
-        """Return struct Layer, as a kernel is given it."""
-        arrays = [self.product, self.kept, *(self.norm or (None,) * 4)]
-        numbers = [*self.shape, 1 / self.keep_prob, 1 / self.shape[0]]
-        return _struct([*arrays, *numbers], _LAYER)
-
-
-@dataclass
-class Activations:
-    """Where a layer's activations go.
-
-    Attributes
-    ----------
-    output : str
-        A key of `OUTPUTS`.
-    dense : cupy.ndarray or None
-        Gets the activations, where they are not packed.
-    packed : PackedMatrix or None
-        Gets the signs, packed along the last axis; its popcounts must be 0.
-    gate : cupy.ndarray of uint32, shape `mask_shape`, or None
-        Gets where the gradient passes.
-    window : float
-        Half the width of the window in which sign has a pseudo-gradient.
-    """
-
-    output: str = "none"
-    dense: Any = None
-    packed: Any = None
-    gate: Any = None
-    window: float = 0.0
-
-    def defines(self) -> Defines:
-        """Return what the translation unit is to define for them."""
-        return (("GATE", int(self.gate is not None)), ("OUTPUT", OUTPUTS[self.output]))
-
-    def argument(self) -> Any:
-        """Return struct Activations, as a kernel is given it."""
-        packed = (None, None) if self.packed is None else (self.packed.words, self.packed.popcounts)
-        return _struct([self.dense, *packed, self.gate, self.window], _ACTIVATIONS)
-
-
-def address(x: Any) -> int:
-    """Return where an array lies on the device; 0 for None."""
-    return 0 if x is None else int(x.data.ptr)
-
-
-def _struct(fields: list[Any], dtype: np.dtype) -> Any:
-    """Return fields of 8 bytes as a kernel's argument: arrays (None: no address) and numbers."""
-    values = np.zeros(len(fields), np.int64)
-    for i, field in enumerate(fields):
-        if isinstance(field, float):
-            values[i : i + 1].view(np.float64)[0] = field
-        elif isinstance(field, int):
-            values[i : i + 1].view(np.uint64)[0] = field % 2**64
-        else:
-            values[i] = address(field)
-    return values.view(dtype)
 
 
 class Launcher:
@@ -204,10 +47,11 @@ class Launcher:
 
         self.device = device
         self.real = _REAL[real.name]
+        self._itemsize = real.itemsize
         self.classes = classes
         self._multiprocessors = cupy.cuda.Device(device).attributes["MultiProcessorCount"]
-        self._has_clusters = architecture(device) >= 90
-        slabs = max(self._row_blocks(batch, columns, vector) for vector in (1, 2, 4))
+        self._walk = Walk(device)
+        slabs = max(self._walk.row_blocks(batch, columns, vector) for vector in (1, 2, 4))
         sums = slabs * (classes + 2) * columns
         self._partials = cupy.empty(sums, np.float32)
         self._tickets = cupy.zeros(-(-columns // 32), np.uint32)
@@ -215,45 +59,6 @@ class Launcher:
         self._losses = cupy.empty(2 * -(-batch // _WARPS), np.float32)
 
     # What shapes decide ------------------------------------------------------------------------
-
-    def _strips(
-        self, layer: Layer, sums: bool, vector: int = 4
-    ) -> tuple[Defines, tuple[int, int], bool]:
-        """Return defines of a layer walked by strips, the grid, and whether a cluster has a strip.
-
-        Parameters
-        ----------
-        layer : Layer
-        sums : bool
-            Whether there are sums over rows: only then clusters are of use.
-        vector : int
-            Columns of a thread, where they divide the number of columns.
-        """
-        rows, cols = layer.shape
-        while cols % vector:
-            vector //= 2
-        strips, blocks = -(-cols // 32), 1
-        if sums and self._has_clusters:
-            at_once = _THREADS * vector // 32
-            while blocks < min(8, -(-rows // at_once)):
-                blocks *= 2
-        else:
-            blocks = self._row_blocks(rows, cols, vector)
-        clustered = sums and self._has_clusters and blocks > 1
-        defines = (
-            ("CLUSTER", blocks if clustered else 1),
-            ("COLS", 32),
-            ("DROP", layer.drop),
-            ("NORM", int(layer.norm is not None)),
-            ("PRODUCT", _PRODUCT[layer.product.dtype.name]),
-            ("VECTOR", vector),
-        )
-        return defines, (strips, blocks), clustered
-
-    def _row_blocks(self, rows: int, cols: int, vector: int) -> int:
-        """Return how many blocks share the rows of a strip, without clusters."""
-        fill = -(-8 * self._multiprocessors // -(-cols // 32))
-        return max(1, min(rows // (16 * vector), fill))
 
     def _flat(self, count: int) -> int:
         return max(1, min(-(-count // _THREADS), 16 * self._multiprocessors))
@@ -268,7 +73,8 @@ class Launcher:
         shared: int = 0,
     ) -> None:
         """Launch blocks of 256 threads of a kernel of a file for the element type of `real`."""
-        kernel = load_kernel(source, function, (("REAL", self.real), *defines), self.device)
+        defines = (("REAL", self.real), *defines)
+        kernel = load_kernel(source, function, defines, self.device, shared)
         kernel(grid, (_THREADS,), arguments, shared_mem=shared)
 
     # The batch ---------------------------------------------------------------------------------
@@ -300,7 +106,7 @@ class Launcher:
         ring, count = order.shape[0], 0 if pops is None else pops.size
         arrays = [images, labels, order, step, out, out_labels, pops]
         numbers = [ring, rows, cols, count, *(draw or Draw(0, 0, 1.0)).arguments()]
-        batch = _struct([*arrays, *numbers], _BATCH)
+        batch = struct([*arrays, *numbers], BATCH)
         drop = ("DROP", int(draw is not None))
         if deformation is not None:
             self.launch(
@@ -336,7 +142,7 @@ class Launcher:
         vector = next(v for v in (4, 1) if cols % v == 0)
         count = 0 if pops is None else pops.size
         numbers = [0, rows, cols, count, *(draw or Draw(0, 0, 1.0)).arguments()]
-        batch = _struct([None, None, None, step, x, None, pops, *numbers], _BATCH)
+        batch = struct([None, None, None, step, x, None, pops, *numbers], BATCH)
         self.launch(
             "smxx_batch",
             "attack",
@@ -378,43 +184,60 @@ class Launcher:
             Output "none": only the statistics.
         """
         assert layer.norm is not None
-        kind, grid, clustered = self._strips(layer, sums=True)
+        walk = self._walk.strips(layer, Sums(2))
         self.launch(
             "smxx_activation",
             "normalise",
-            (*kind, *to.defines()),
-            grid,
+            (*walk.defines, *to.defines()),
+            walk.grid,
             (
                 layer.argument(), self._partials, self._tickets, *layer.norm[:2], *running,
                 np.float32(decay), np.float32(1 - decay), np.float32(eps), to.argument(),
             ),
+            walk.shared,
         )  # fmt: skip
-        if not clustered:
+        if not walk.clustered:
             self.activate(layer, to)
 
     def activate(self, layer: Layer, to: Activations) -> None:
         """Normalise by statistics that are there, take the sign or ReLU."""
         if to.output == "none":
             return
-        kind, grid, _ = self._strips(layer, sums=False)
+        walk = self._walk.strips(layer)
+        defines = (*walk.defines, *to.defines())
         arguments = (layer.argument(), to.argument())
-        self.launch("smxx_activation", "activate", (*kind, *to.defines()), grid, arguments)
+        self.launch("smxx_activation", "activate", defines, walk.grid, arguments)
 
     def unpack_rows(self, packed: Any, out: Any) -> None:
         """Write packed signs as +1 and -1."""
         rows, cols = out.shape
         self.launch(
-            "smxx_unpack_rows",
+            "smxx_unpack_signs",
             "unpack_rows",
             (("VECTOR", 8 if cols % 8 == 0 else 1),),
             (min(-(-rows * -(-cols // 8) // _THREADS), 1 << 20),),
             (packed.words, np.int64(rows), np.int64(cols), out),
         )
 
+    def unpack_columns(self, packed: Any, out: Any) -> None:
+        """Write signs that are packed along the first axis as +1 and -1."""
+        rows, cols = out.shape
+        vector = 4 if cols % 4 == 0 else 1
+        words = -(-rows // 32)
+        self.launch(
+            "smxx_unpack_signs",
+            "unpack_columns",
+            (("VECTOR", vector),),
+            (-(-words // _WARPS) * -(-cols // (32 * vector)),),
+            (packed.words, np.int64(rows), np.int64(cols), out),
+        )
+
     # Backward ----------------------------------------------------------------------------------
 
-    def gradient(self, layer: Layer, gate: str, mask: Any, grad: Any, grads: Any) -> None:
-        """Turn the gradient of activations into that of products, in place.
+    def gradient(
+        self, layer: Layer, gate: str, mask: Any, grad: Any, out: Any, grads: Any
+    ) -> None:  # fmt: skip
+        """Turn the gradient of activations into that of products.
 
         Parameters
         ----------
@@ -424,22 +247,26 @@ class Launcher:
         mask : cupy.ndarray or None
             What `Activations.gate` got.
         grad : cupy.ndarray, shape (batch, units)
+        out : cupy.ndarray, shape (batch, units)
+            May be `grad`, or the memory of the product.
         grads : (cupy.ndarray, cupy.ndarray) or None
             Get the gradients of gamma and beta.
         """
         source, gate_define = "smxx_activation_gradient", ("GATE", GATES[gate])
-        arguments = (layer.argument(), grad, np.uintp(address(mask)))
+        arguments = (layer.argument(), grad, out, np.uintp(address(mask)))
         if layer.norm is not None:
-            kind, grid, clustered = self._strips(layer, sums=True)
+            walk = self._walk.strips(layer, Sums(2, self._itemsize, 4 * (gate == "mask")))
+            defines = (*walk.defines, gate_define)
             rest = (self._partials, self._tickets, *grads)
             self.launch(
-                source, "gradient_sums", (*kind, gate_define), grid, (*arguments, *rest)
-            )  # fmt: skip
-            if clustered:
+                source, "gradient_sums", defines, walk.grid, (*arguments, *rest), walk.shared
+            )
+            if walk.clustered:
                 return
-        kind, grid, _ = self._strips(layer, sums=False)
+        walk = self._walk.strips(layer)
         addresses = [np.uintp(address(x)) for x in grads or (None, None)]
-        self.launch(source, "gradient", (*kind, gate_define), grid, (*arguments, *addresses))
+        defines = (*walk.defines, gate_define)
+        self.launch(source, "gradient", defines, walk.grid, (*arguments, *addresses))
 
     # The head ----------------------------------------------------------------------------------
 
@@ -479,12 +306,7 @@ class Launcher:
         ):
             at_a_time *= 2
         self._loss_blocks = -(-rows // (_WARPS * at_a_time))
-        kind = (
-            ("DROP", layer.drop),
-            ("NORM", int(layer.norm is not None)),
-            ("PRODUCT", _PRODUCT[layer.product.dtype.name]),
-            ("VECTOR", vector),
-        )
+        kind = (*layer.defines(), ("VECTOR", vector))
         self.launch(
             "smxx_head",
             "logits",
@@ -508,21 +330,26 @@ class Launcher:
         ----------
         gate, window
             For the head "sign": a key of `GATES`, where "mask" stands for the window.
+        out : cupy.ndarray, shape (batch, units)
+            May be the memory of the product.
         mean_loss : cupy.ndarray of float32, shape (1,)
         grad_factor : cupy.ndarray of float32, shape (1,), or None
         """
         widest = 2 if self.classes <= 12 else 1  # more would need too many registers
-        kind, grid, clustered = self._strips(layer, sums=True, vector=widest)
+        sums = Sums(self.classes + 2 * (layer.norm is not None), row_bytes=4 * of_logits.shape[1])
+        walk = self._walk.strips(layer, sums, widest)
         end = (*self._head(head, loss), ("GATE", GATES[gate] if head == "sign" else 0))
         loss_parts = [self._losses, mean_loss, grad_factor, self._loss_blocks]
-        back = _struct([weight, of_logits, out, float(window), *loss_parts], _BACK)
+        back = struct([weight, of_logits, out, float(window), *loss_parts], BACK)
         addresses = tuple(np.uintp(address(x)) for x in grads or (None, None))
         rest = (self._partials, self._tickets, grad_weight, *addresses)
         arguments = (layer.argument(), back)
-        grid = (grid[0] + 1, grid[1])  # one more strip, for the loss
-        self.launch("smxx_head", "head_sums", (*kind, *end), grid, (*arguments, *rest))
-        if not clustered:
-            kind, grid, _ = self._strips(layer, sums=False, vector=widest)
+        grid = (walk.grid[0] + 1, walk.grid[1])  # one more strip, for the loss
+        defines = (*walk.defines, *end)
+        self.launch("smxx_head", "head_sums", defines, grid, (*arguments, *rest), walk.shared)
+        if not walk.clustered:
+            walk = self._walk.strips(layer, None, widest)
+            defines = (*walk.defines, *end)
             self.launch(
-                "smxx_head", "head_gradient", (*kind, *end), grid, (*arguments, *addresses)
+                "smxx_head", "head_gradient", defines, walk.grid, (*arguments, *addresses)
             )  # fmt: skip

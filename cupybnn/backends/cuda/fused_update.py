@@ -8,17 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn.backends.cuda.fused import Launcher, address
+from cupybnn.backends.cuda.fused import Launcher
+from cupybnn.backends.cuda.fused_arguments import address
 
 __all__ = ["PENALTIES", "Rates", "Update", "Updated"]
 
 # As smxx_adam.cu names them.
 PENALTIES = {"none": 0, "l1": 1, "bipolar": 2}
-_BINARY, _CLIPPED, _WINDOW, _ALIGNED = 1, 2, 4, 8
+_BINARY, _CLIPPED, _WINDOW, _ALIGNED, _ROUNDED = 1, 2, 4, 8, 16
 _TILE_ROWS, _TILE_COLS = 32, 128
 
 _PARAMETER = np.dtype(
-    [(n, np.int64) for n in ("weight", "grad", "mean", "square", "copy", "words", "pops")]
+    [(n, np.int64) for n in ("weight", "grad", "mean", "square", "copy", "words", "pops", "left")]
     + [(n, np.int64) for n in ("rows", "cols", "count", "first_block", "flags")]
     + [(n, np.float64) for n in ("limit", "lr_scale", "penalty", "weight_decay")]
 )
@@ -33,7 +34,10 @@ class Updated:
     Attributes
     ----------
     weight, grad, mean, square : cupy.ndarray of float32, of one shape
-        The parameter, its gradient, the optimiser's two means.
+        The parameter, its gradient, the optimiser's two means. The gradient may be in the operands'
+        dtype.
+    left : cupy.ndarray of float32 or None
+        Gets the gradient, with the penalty's part, where gradients are to be left.
     copy : cupy.ndarray or None
         What products read instead: the weight in their dtype, or its sign.
     packed : PackedMatrix or None
@@ -51,6 +55,7 @@ class Updated:
     grad: Any
     mean: Any
     square: Any
+    left: Any = None
     copy: Any = None
     packed: Any = None
     binary: bool = False
@@ -86,7 +91,7 @@ class Update:
     penalty : str
         A key of `PENALTIES`.
     write_gradient : bool
-        Whether gradients are left with the penalty's part in them.
+        Whether gradients are left, with the penalty's part in them.
     """
 
     def __init__(
@@ -147,8 +152,8 @@ def _table(parameters: Sequence[Updated]) -> tuple[Any, Any, int]:
     owners: list[np.ndarray] = []
     first = 0
     for number, (entry, p) in enumerate(zip(table, parameters, strict=True)):
-        arrays = (p.weight, p.grad, p.mean, p.square, p.copy)
-        names = ("weight", "grad", "mean", "square", "copy")
+        arrays = (p.weight, p.grad, p.mean, p.square, p.copy, p.left)
+        names = ("weight", "grad", "mean", "square", "copy", "left")
         for name, array in zip(names, arrays, strict=True):
             entry[name] = address(array)
         if p.packed is not None:
@@ -163,6 +168,7 @@ def _table(parameters: Sequence[Updated]) -> tuple[Any, Any, int]:
             + _CLIPPED * (p.gate == "clip")
             + _WINDOW * (p.gate == "window")
             + _ALIGNED * aligned
+            + _ROUNDED * (p.grad.dtype != np.float32)
         )
         entry["limit"] = p.limit or 0.0
         entry["lr_scale"], entry["penalty"] = p.lr_scale, p.penalty

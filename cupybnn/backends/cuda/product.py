@@ -21,7 +21,7 @@ from cupybnn.backends.epilogue import Epilogue
 __all__ = ["forget_plans", "gemm", "gemm_packed"]
 
 # OUTPUT_* of product.cuh, by the dtype's character, which is quicker to ask for than its name.
-_OUTPUTS = {np.dtype(np.int32).char: 0, "f": 1, "e": 2, "E": 3}
+_OUTPUTS = {np.dtype(np.int32).char: 0, "f": 1, "e": 2, "E": 3, "h": 5}
 _PACKED = 4
 
 # struct Product of product.cuh: addresses, sizes and strides, strides of scales, choices.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 from cupybnn import nn
-from cupybnn.backends.cuda import fused
+from cupybnn.backends.cuda import fused_arguments
 from cupybnn.backends.cuda.blas import operand_dtype
 from cupybnn.backends.cuda.packing import words_shape
 from cupybnn.backends.devices import Device
@@ -23,18 +24,19 @@ class HiddenBuffers:
     Attributes
     ----------
     plan : HiddenPlan
-    layer : fused.Layer
+    layer : fused_arguments.Layer
         Product, dropout mask, batch norm.
-    activations : fused.Activations
+    activations : fused_arguments.Activations
         Where the layer's activations go: to `dense`, `packed` and `mask`.
     dense : cupy.ndarray or None
-        Activations that are not packed, in the operands' dtype.
+        Activations in the operands' dtype, unless they are only packed.
     packed : PackedMatrix or None
-        Activations that are.
+        Activations that are packed.
     mask : cupy.ndarray or None
         Where the gradient passes, a bit each.
-    weight : cupy.ndarray
-        What dense products read as the weights: themselves, rounded, or their signs.
+    weight : cupy.ndarray or None
+        What dense products read as the weights: themselves, rounded, or their signs. None: the
+        signs are only packed.
     packed_weight : PackedMatrix or None
     copied : bool
         Whether `weight` is other memory than the parameter's.
@@ -48,16 +50,16 @@ class HiddenBuffers:
         self.plan = plan
         shape = (network.batch, plan.units)
         real = operand_dtype(network.precision)
-        drop = fused.DROP_NONE
+        drop = fused_arguments.DROP_NONE
         if network.keep_prob < 1:
-            drop = fused.DROP_ACTIVATION if network.relu else fused.DROP_PRODUCT
+            drop = fused_arguments.DROP_ACTIVATION if network.relu else fused_arguments.DROP_PRODUCT
         norm = None
         if network.batch_norm:
             batch_norm = getattr(model, f"bn{plan.number}")
             own = (cupy.empty(plan.units, np.float32) for _ in range(2))
             norm = (*own, batch_norm.gamma._data, batch_norm.beta._data)
-        mask_shape = fused.mask_shape(*shape)
-        self.layer = fused.Layer(
+        mask_shape = fused_arguments.mask_shape(*shape)
+        self.layer = fused_arguments.Layer(
             cupy.empty(shape, plan.product_dtype),
             cupy.empty(mask_shape, np.uint32) if drop else None,
             norm,
@@ -65,20 +67,25 @@ class HiddenBuffers:
             network.keep_prob,
         )
         self.dense = self.packed = self.mask = None
-        if plan.activation == "packed_sign":
+        if plan.activation in ("packed_sign", "both_signs"):
             # Zeros stay where no row and no column is.
             words = cupy.zeros(words_shape(1, *shape), np.uint32)
             self.packed = PackedMatrix(words, pops, shape, -1, device)
-        elif plan.activation != "none":
+        if plan.activation not in ("packed_sign", "none"):
             self.dense = cupy.empty(shape, real)
         if plan.activation != "none" and plan.gate == "mask":
             self.mask = cupy.empty(mask_shape, np.uint32)
-        self.activations = fused.Activations(
+        self.activations = fused_arguments.Activations(
             plan.activation, self.dense, self.packed, self.mask, plan.window
         )
         latent = getattr(model, f"fc{plan.number}").weight._data
-        self.copied = plan.product != "dense" or real != latent.dtype
-        self.weight = cupy.empty(latent.shape, real) if self.copied else latent
+        only_packed = plan.product == "xnor" and not network.roomy
+        self.copied = not only_packed and (plan.product != "dense" or real != latent.dtype)
+        self.weight = latent
+        if self.copied:
+            self.weight = cupy.empty(latent.shape, real)
+        elif only_packed:
+            self.weight = None
         self.packed_weight = pack(latent, axis=-2) if plan.product == "xnor" else None
         self.refresh(latent)
 
@@ -107,6 +114,14 @@ class HiddenBuffers:
 class Buffers:
     """Everything that a step writes beside parameters and optimiser state.
 
+    Parameters
+    ----------
+    plan : NetworkPlan
+    model : Module
+    device : Device
+    recorded : bool
+        Whether someone looks at each gradient.
+
     Attributes
     ----------
     inputs : cupy.ndarray, shape (batch, features)
@@ -123,12 +138,20 @@ class Buffers:
         Popcounts of packed activations, to be cleared before each forward pass.
     hidden : list of HiddenBuffers
     gradients : dict of str to cupy.ndarray
-        By the parameter's name.
+        By the parameter's name. Those of hidden layers' weights, which dense products write, are in
+        the operands' dtype, and where memory is spared all in `scratch`.
+    left : dict of str to cupy.ndarray
+        Gradients in float32 that stay as they are until the next step; None for others.
+    signs : cupy.ndarray, shape (batch, units), or None
+        For activations that are only packed: where one layer's at a time are unpacked.
     """
 
-    def __init__(self, plan: NetworkPlan, model: nn.Module, device: Device) -> None:
+    def __init__(
+        self, plan: NetworkPlan, model: nn.Module, device: Device, recorded: bool
+    ) -> None:  # fmt: skip
         import cupy
 
+        self._precision = plan.precision
         real = operand_dtype(plan.precision)
         self.inputs = cupy.empty((plan.batch, plan.features), real)
         self.of_inputs = cupy.empty_like(self.inputs) if plan.adversarial else None
@@ -142,24 +165,56 @@ class Buffers:
             HiddenBuffers(hidden, plan, model, device, pops)
             for hidden, pops in zip(plan.hidden, self.pops, strict=True)
         ]
-        self.gradients = {
-            name: cupy.zeros(parameter.shape, np.float32)
-            for name, parameter in model.named_parameters()
-        }
-        # A layer's gradient is read by two products, and written over when both are done: two
-        # buffers are enough, one for each layer saves waiting.
-        layers, units = len(plan.hidden), plan.hidden[-1].units
-        count = layers if plan.roomy else min(layers, 2)
+        self._scratch = None
+        if not plan.roomy:
+            size = max(hidden.inputs * hidden.units for hidden in plan.hidden)
+            self._scratch = cupy.empty(size, real)
+        products = {f"fc{hidden.number}.weight" for hidden in plan.hidden}
+        self.gradients, self.left = {}, {}
+        for name, parameter in model.named_parameters():
+            stays = True
+            if name not in products:
+                gradient = cupy.zeros(parameter.shape, np.float32)
+            elif plan.roomy:
+                gradient = cupy.zeros(parameter.shape, real)
+            else:
+                gradient, stays = self.scratch(parameter.shape), False
+            left = gradient if stays and gradient.dtype == np.float32 else None
+            if left is None and recorded:
+                left = cupy.zeros(parameter.shape, np.float32)
+            self.gradients[name], self.left[name] = gradient, left
+        units = plan.hidden[-1].units
+        # Where elements are as large, a product's gradient takes its place.
+        self._in_place = [h.layer.product.dtype.itemsize == real.itemsize for h in self.hidden]
+        self._arriving = cupy.empty((plan.batch, units), real) if any(self._in_place) else None
+        # Elsewhere it has a buffer, which two products read and which is written over when both are
+        # done: two are enough, one for each layer saves waiting.
+        count = self._in_place.count(False)
+        count = count if plan.roomy else min(count, 2)
         self._gradients = [cupy.empty((plan.batch, units), real) for _ in range(count)]
-        packed = [h for h in self.hidden if h.packed is not None]
-        count = len(packed) if plan.roomy else min(len(packed), 1)
-        self._signs = [cupy.empty((plan.batch, units), real) for _ in range(count)]
+        only_packed = [h.packed is not None and h.dense is None for h in self.hidden]
+        self.signs = None
+        if any(only_packed):
+            # What arrived has been read by then.
+            free = all(there for there, p in zip(self._in_place, only_packed, strict=True) if p)
+            self.signs = self._arriving if free else cupy.empty((plan.batch, units), real)
 
-    def gradient_of(self, number: int) -> tuple[int, Any]:
-        """Return the buffer for the gradient of hidden layer `number`, with the buffer's number."""
-        which = number % len(self._gradients)
+    def scratch(self, shape: tuple[int, ...]) -> Any:
+        """Return memory that layers share, for what one needs at a time of the weights' shape."""
+        assert self._scratch is not None
+        return self._scratch[: math.prod(shape)].reshape(shape)
+
+    def gradient_of(self, number: int) -> tuple[int | None, Any]:
+        """Return the buffer for the gradient of hidden product `number`, from 0.
+
+        With the buffer's number; None for one that no other layer uses.
+        """
+        if self._in_place[number]:
+            product = self.hidden[number].layer.product
+            return None, product.view(operand_dtype(self._precision))
+        which = self._in_place[:number].count(False) % len(self._gradients)
         return which, self._gradients[which]
 
-    def signs_of(self, number: int) -> Any:
-        """Return the buffer for the unpacked activations of hidden layer `number`."""
-        return self._signs[number % len(self._signs)]
+    def arriving_at(self, number: int) -> Any:
+        """Return the buffer for the gradient of the activations of hidden layer `number`."""
+        return self._arriving if self._in_place[number] else self.gradient_of(number)[1]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn import nn, ops, optim
-from cupybnn.backends.cuda.blas import PRECISIONS
+from cupybnn.backends.cuda.blas import PRECISIONS, operand_dtype
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.network import Perceptron
 
@@ -17,6 +17,8 @@ __all__ = ["HiddenPlan", "NetworkPlan", "exact_product_dtype", "obstacle"]
 
 _MAX_CLASSES = 32
 _MAX_ELEMENTS = 2**31 - 1
+#: Bytes of a layer's activations up to which memory is not spared.
+_ROOM = 32 << 20
 #: Settings that the fused step follows, or that are judged or done outside of it.
 _KNOWN = (
     "data_dir dataset log_dir n_hidden reg lr batch_size max_steps eval_every_n binary xnor "
@@ -40,14 +42,17 @@ class HiddenPlan:
     product : {"dense", "sign", "xnor"}
         "dense": real weights; "sign": a dense product with the signs of the weights; "xnor": a
         packed product.
-    activation : {"packed_sign", "sign", "relu", "none"}
-        What is stored for the next layer. Of the last one nothing is: see `NetworkPlan.head`.
+    activation : {"packed_sign", "both_signs", "sign", "relu", "none"}
+        What is stored for the next layer and the backward pass; "both_signs": packed for the one,
+        dense for the other. Of the last layer nothing is: see `NetworkPlan.head`.
     gate : {"none", "mask", "clip"}
         How the gradient comes through the activation.
     window : float
         Half the width of the window of sign.
     product_dtype : dtype
-        float16 where it holds every integer that can occur, else float32.
+        Of a packed product the smallest that holds every integer that can occur. Of real numbers
+        that are rounded to bfloat16 the same, as uint16: it adds about as much to the rounding as
+        the factors' does. Else float32.
     """
 
     number: int
@@ -61,12 +66,14 @@ class HiddenPlan:
 
 
 def exact_product_dtype(k: int) -> np.dtype:
-    """Return the smallest floating dtype that holds each product of `k` signs by `k` signs.
+    """Return the smallest dtype that holds each product of `k` signs by `k` signs.
 
     These are integers between -k and k that are odd or even as k is: float16 holds them up to 2048,
-    and the even ones up to 4096.
+    and the even ones up to 4096; int16 up to 32767.
     """
-    return np.dtype(np.float16 if k <= (4096 if k % 2 == 0 else 2048) else np.float32)
+    if k <= (4096 if k % 2 == 0 else 2048):
+        return np.dtype(np.float16)
+    return np.dtype(np.int16 if k < 2**15 else np.float32)
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,8 @@ class NetworkPlan:
         How far inputs are moved against the network; 0: they are not.
     keep_prob, input_keep_prob : float
     roomy : bool
-        Whether buffers are small enough not to be shared.
+        Whether buffers are small enough not to be shared. Where they are not, a step goes one
+        launch after the other: dense products then fill the GPU, and nothing runs beside them.
     """
 
     batch: int
@@ -113,8 +121,9 @@ class NetworkPlan:
     @classmethod
     def of(cls, config: TrainConfig, features: int, classes: int) -> NetworkPlan:
         """Plan a network of `config` that `obstacle` has nothing against."""
-        hidden = tuple(_hidden(config, number, features) for number in _numbers(config))
-        itemsize = 2 if config.dtype == "bfloat16" else 4
+        itemsize = operand_dtype(config.dtype).itemsize
+        roomy = config.batch_size * config.n_hidden * itemsize <= _ROOM
+        hidden = tuple(_hidden(config, number, features, roomy) for number in _numbers(config))
         return cls(
             batch=config.batch_size,
             features=features,
@@ -134,7 +143,7 @@ class NetworkPlan:
             adversarial=config.adversarial,
             keep_prob=config.keep_prob,
             input_keep_prob=config.input_keep_prob,
-            roomy=config.batch_size * config.n_hidden * itemsize <= 32 << 20,
+            roomy=roomy,
         )
 
 
@@ -142,7 +151,7 @@ def _numbers(config: TrainConfig) -> Iterator[int]:
     return iter(range(1, config.hidden_layers + 1))
 
 
-def _hidden(config: TrainConfig, number: int, features: int) -> HiddenPlan:
+def _hidden(config: TrainConfig, number: int, features: int, roomy: bool) -> HiddenPlan:
     first, last = number == 1, number == config.hidden_layers
     inputs = features if first else config.n_hidden
     product, activation, gate = "dense", "relu", "mask"
@@ -156,9 +165,14 @@ def _hidden(config: TrainConfig, number: int, features: int) -> HiddenPlan:
         gate, activation = _gate(quantizer, "mask"), "none"
         window = quantizer.window or 0.0
         if not last:
-            activation = "packed_sign" if config.xnor else "sign"
-    exact = exact_product_dtype(inputs) if product == "xnor" else np.dtype(np.float32)
-    return HiddenPlan(number, inputs, config.n_hidden, product, activation, gate, window, exact)
+            packed = "both_signs" if roomy else "packed_sign"
+            activation = packed if config.xnor else "sign"
+    kept = np.dtype(np.float32)
+    if product == "xnor":
+        kept = exact_product_dtype(inputs)
+    elif product == "dense":
+        kept = operand_dtype(config.dtype)
+    return HiddenPlan(number, inputs, config.n_hidden, product, activation, gate, window, kept)
 
 
 def _gate(quantizer: ops.Quantizer, window: str) -> str:

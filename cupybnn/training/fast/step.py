@@ -8,7 +8,7 @@ from typing import Any
 
 from cupybnn import optim
 from cupybnn.backends import cuda
-from cupybnn.backends.cuda import blas, fused, fused_update
+from cupybnn.backends.cuda import blas, fused, fused_arguments, fused_update
 from cupybnn.backends.cuda.graph import Fork, capture
 from cupybnn.data import BatchOrder, DeviceData
 from cupybnn.training.config import TrainConfig
@@ -41,7 +41,8 @@ class FusedStep:
 
     Notes
     -----
-    What a step returns is overwritten by the next one.
+    What a step returns is overwritten by the next one. So are parameters' gradients; where dense
+    products round them, and nobody records them, `grad` is None.
     """
 
     def __init__(
@@ -59,14 +60,16 @@ class FusedStep:
         self._config = config
         self._model, self._optimizer, self._data = model, optimizer, data
         self._notify = notify or (lambda sentence: None)
-        self.buffers = Buffers(self.plan, model, data.device)
+        self._recorded = config.log_dir is not None
+        self.buffers = Buffers(self.plan, model, data.device, self._recorded)
         self.feed = Feed(order, optimizer)
         real = blas.operand_dtype(config.dtype)
         self._launcher = fused.Launcher(
             data.device.index, real, config.batch_size, config.n_hidden, data.classes
         )
         # One for each stream: products of both may run at the same time.
-        self._blas, self._blas_aside = blas.Blas(config.dtype), blas.Blas(config.dtype)
+        self._blas = blas.Blas(config.dtype)
+        self._blas_aside = blas.Blas(config.dtype) if self.plan.roomy else self._blas
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._stream_aside = cupy.cuda.Stream(non_blocking=True)
         self._graph: Any = None
@@ -82,7 +85,7 @@ class FusedStep:
         self._penalty = "none" if config.reg == 0 else config.penalty
         self._deformation = None
         if any(self.plan.augment):
-            self._deformation = fused.Deformation(
+            self._deformation = fused_arguments.Deformation(
                 data.image_shape, augmentation_seed(config), *self.plan.augment
             )
         self._span: Callable[[str], Any] = _no_span
@@ -108,6 +111,7 @@ class FusedStep:
                     self.buffers.gradients[name],
                     mean,
                     square,
+                    left=self.buffers.left[name],
                     copy=hidden.weight if hidden is not None and hidden.copied else None,
                     packed=hidden.packed_weight if hidden is not None else None,
                     binary=latent,
@@ -119,7 +123,7 @@ class FusedStep:
                 )
             )
         return fused_update.Update(
-            self._launcher, groups, group["betas"], self._penalty, self._config.log_dir is not None
+            self._launcher, groups, group["betas"], self._penalty, self._recorded
         )
 
     def refresh(self) -> None:
@@ -141,14 +145,15 @@ class FusedStep:
         self._optimizer.steps += 1
         for name, parameter in self._parameters:
             parameter.write()  # notes that it changed
-            parameter.grad = self.buffers.gradients[name]
+            parameter.grad = self.buffers.left[name]
         buffers = self.buffers
         return StepOutput(buffers.loss.reshape(()), buffers.logits, buffers.labels)
 
     def _captured(self) -> Any:
         """Return the graph of a step, or None, and say so, where it cannot be had."""
         try:
-            return capture(self._stream, lambda: self._launch(Fork(self._stream_aside)))
+            aside = self._stream_aside if self.plan.roomy else None
+            return capture(self._stream, lambda: self._launch(Fork(aside)))
         except RuntimeError as error:
             self._capture = False
             self._notify(f"Steps are launched kernel by kernel, since {error}.")
@@ -204,9 +209,9 @@ class FusedStep:
         if offsets != self._offsets:
             self._offsets, self._graph = offsets, None
 
-    def _draws(self) -> Iterator[fused.Draw]:
+    def _draws(self) -> Iterator[fused_arguments.Draw]:
         for layer, offset in zip(self._dropouts(), self._offsets, strict=True):
-            yield fused.Draw(int(layer.random.state[0]), offset, layer.keep_prob)
+            yield fused_arguments.Draw(int(layer.random.state[0]), offset, layer.keep_prob)
 
     # The launches of a step --------------------------------------------------------------------
 
@@ -235,27 +240,21 @@ class FusedStep:
                         self.feed.step, next(draws), hidden.layer.shape, hidden.layer.kept
                     )
         if plan.adversarial:
-            self._forward(None)
+            self._forward()
             self._attack(of_pixels)
-        self._forward(fork)
+        self._forward()
         self._backward(fork)
         fork.join()
         self._update_layer(1)
 
-    def _forward(self, fork: Fork | None) -> None:
-        """From the batch to the loss, and back to the last product's gradient.
-
-        With a fork, signs are unpacked aside for the gradients of the weights.
-        """
+    def _forward(self) -> None:
+        """From the batch to the loss, and back to the last product's gradient."""
         for i, hidden in enumerate(self.buffers.hidden):
             self._multiply(i)
             self._normalise(hidden)
-            if fork is not None and self.plan.roomy and hidden.packed is not None:
-                with fork.aside(), self._span("unpack signs"):
-                    self._launcher.unpack_rows(hidden.packed, self.buffers.signs_of(i))
         self._head()
 
-    def _attack(self, of_pixels: fused.Draw | None) -> None:
+    def _attack(self, of_pixels: fused_arguments.Draw | None) -> None:
         """Move the batch against the network. No gradient of a parameter is used."""
         buffers = self.buffers
         for i in reversed(range(1, len(buffers.hidden))):
@@ -264,7 +263,7 @@ class FusedStep:
         with self._span("gradient of the pixels"):
             self._blas.multiply(
                 buffers.gradient_of(0)[1],
-                buffers.hidden[0].weight,
+                self._weight_of(0),
                 buffers.of_inputs,
                 transpose_b=True,
             )
@@ -349,36 +348,57 @@ class FusedStep:
     def _backward(self, fork: Fork) -> None:
         """Gradients of the hidden layers' weights, from the last layer to the first.
 
-        What the layer below waits for comes first; beside it weights get their gradients and are
-        updated, but for those of the first layer.
+        What the layer below waits for comes first; beside it, or after it where memory is spared,
+        weights get their gradients and are updated, but for those of the first layer.
         """
         buffers = self.buffers
         in_use: dict[int, Any] = {}  # events after which a gradient's buffer is free
+
+        def finish(i: int) -> None:
+            own, gradient = buffers.gradient_of(i)
+            self._weight_gradient(i, gradient, self._blas_aside)
+            if own is not None:
+                in_use[own] = fork.mark()
+            self._update_layer(i + 1)
+
         for i in reversed(range(1, len(buffers.hidden))):
-            which, gradient = buffers.gradient_of(i)
-            fork.wait(in_use.pop(buffers.gradient_of(i - 1)[0], None))
+            below = buffers.gradient_of(i - 1)[0]
+            if below is not None:
+                fork.wait(in_use.pop(below, None))
             self._input_gradient(i)
-            with fork.aside():
-                self._weight_gradient(i, gradient, self._blas_aside)
-                in_use[which] = fork.mark()
-                self._update_layer(i + 1)
+            if self.plan.roomy:
+                with fork.aside():
+                    finish(i)
             self._activation_gradient(i - 1)
+            if not self.plan.roomy:  # shared memory is free again
+                finish(i)
         self._weight_gradient(0, buffers.gradient_of(0)[1], self._blas)
 
     def _input_gradient(self, i: int) -> None:
         """Gradient of what enters the product of hidden layer `i` > 0, counted from 0."""
         buffers = self.buffers
-        gradient, below = buffers.gradient_of(i)[1], buffers.gradient_of(i - 1)[1]
+        gradient, weight = buffers.gradient_of(i)[1], self._weight_of(i)
         with self._span(f"gradient of fc{i + 1}'s input"):
-            self._blas.multiply(gradient, buffers.hidden[i].weight, below, transpose_b=True)
+            self._blas.multiply(gradient, weight, buffers.arriving_at(i - 1), transpose_b=True)
 
     def _activation_gradient(self, i: int) -> None:
-        """Turn the gradient of hidden layer `i`'s activation into that of its product, in place."""
-        hidden, gradient = self.buffers.hidden[i], self.buffers.gradient_of(i)[1]
+        """Turn the gradient of hidden layer `i`'s activation into that of its product."""
+        buffers, hidden = self.buffers, self.buffers.hidden[i]
         with self._span("gradient of activation"):
             self._launcher.gradient(
-                hidden.layer, hidden.plan.gate, hidden.mask, gradient, self._norm_gradients(i + 1)
-            )
+                hidden.layer, hidden.plan.gate, hidden.mask, buffers.arriving_at(i),
+                buffers.gradient_of(i)[1], self._norm_gradients(i + 1),
+            )  # fmt: skip
+
+    def _weight_of(self, i: int) -> Any:
+        """Return hidden layer `i`'s weights for a dense product, unpacked where they must be."""
+        hidden = self.buffers.hidden[i]
+        if hidden.weight is not None:
+            return hidden.weight
+        out = self.buffers.scratch((hidden.plan.inputs, hidden.plan.units))
+        with self._span("unpack signs"):
+            self._launcher.unpack_columns(hidden.packed_weight, out)
+        return out
 
     def _weight_gradient(self, i: int, gradient: Any, products: blas.Blas) -> None:
         out = self.buffers.gradients[f"fc{i + 1}.weight"]
@@ -386,11 +406,10 @@ class FusedStep:
         if i:
             before, scale = self.buffers.hidden[i - 1], 1.0
             left = before.dense
-            if before.packed is not None:
-                left = self.buffers.signs_of(i - 1)
-                if not self.plan.roomy:
-                    with self._span("unpack signs"):
-                        self._launcher.unpack_rows(before.packed, left)
+            if left is None:
+                left = self.buffers.signs
+                with self._span("unpack signs"):
+                    self._launcher.unpack_rows(before.packed, left)
         with self._span(f"gradient of fc{i + 1}'s weights"):
             products.multiply(left, gradient, out, transpose_a=True, scale=scale)
 

@@ -1,0 +1,122 @@
+"""How fused kernels walk a layer by strips (training.cuh): grids, and what to define."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cupybnn.backends.cuda.compiler import Defines, architecture
+from cupybnn.backends.cuda.fused_arguments import DROP_NONE, Layer
+
+__all__ = ["Strips", "Sums", "Walk"]
+
+_THREADS, _WARPS, _COLS = 256, 8, 32
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a kernel adds up over the rows of a layer, and holds of each from one pass to the next.
+
+    Attributes
+    ----------
+    count : int
+        Sums of a column.
+    itemsize : int
+        Of an array's elements that are held beside the products; 0 for none.
+    row_bytes : int
+        What else is held of a row.
+    """
+
+    count: int
+    itemsize: int = 0
+    row_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Strips:
+    """A layer walked by strips of columns.
+
+    Attributes
+    ----------
+    defines : tuple of (name, value)
+    grid : (int, int)
+    clustered : bool
+        Whether the blocks of a strip are a cluster.
+    shared : int
+        Bytes of dynamic shared memory.
+    """
+
+    defines: Defines
+    grid: tuple[int, int]
+    clustered: bool
+    shared: int = 0
+
+
+class Walk:
+    """Ways of one device.
+
+    Parameters
+    ----------
+    device : int
+        Number of the CUDA device.
+    """
+
+    def __init__(self, device: int) -> None:
+        import cupy
+
+        attributes = cupy.cuda.Device(device).attributes
+        self._multiprocessors = attributes["MultiProcessorCount"]
+        self._shared = attributes["MaxSharedMemoryPerBlockOptin"]
+        self._has_clusters = architecture(device) >= 90
+
+    def strips(self, layer: Layer, sums: Sums | None = None, vector: int = 4) -> Strips:
+        """Return how a layer is walked.
+
+        Parameters
+        ----------
+        layer : Layer
+        sums : Sums or None
+            Only where there are some clusters are of use.
+        vector : int
+            Columns of a thread, where they divide the number of columns.
+        """
+        rows, cols = layer.shape
+        while cols % vector:
+            vector //= 2
+        at_once = _THREADS * vector // _COLS
+        blocks = held = shared = 0
+        if sums is None or not self._has_clusters:
+            blocks = self.row_blocks(rows, cols, vector)
+        else:
+            blocks = 1
+            while blocks < min(8, -(-rows // at_once)):
+                blocks *= 2
+        clustered = sums is not None and self._has_clusters and blocks > 1
+        if clustered:
+            assert sums is not None
+            held, shared = self._held(layer, sums, vector, -(-rows // (blocks * at_once)))
+        defines = (
+            ("CLUSTER", blocks if clustered else 1),
+            ("COLS", _COLS),
+            *layer.defines(),
+            ("HELD", held),
+            ("VECTOR", vector),
+        )
+        return Strips(defines, (-(-cols // _COLS), blocks), clustered, shared)
+
+    def _held(self, layer: Layer, sums: Sums, vector: int, turns: int) -> tuple[int, int]:
+        """Return how many of a thread's rows are held, all or none, and the bytes that it takes."""
+        itemsize = layer.product.dtype.itemsize
+        if vector * min(itemsize, sums.itemsize or itemsize) < 4:
+            return 0, 0  # less than what can be copied asynchronously
+        # Whole batches of the kernels' loops: of 8, or a divisor of it.
+        held = -(-turns // 8) * 8 if turns > 4 else 1 << (turns - 1).bit_length()
+        row = _COLS * (itemsize + sums.itemsize) + sums.row_bytes + 4 * (layer.drop != DROP_NONE)
+        shared = held * (_THREADS * vector // _COLS) * row
+        # Sums of warps (float) and of the cluster (double), and what is small.
+        own = sums.count * _COLS * (4 * _WARPS + 8) + 4096
+        return (held, shared) if shared + own <= self._shared else (0, 0)
+
+    def row_blocks(self, rows: int, cols: int, vector: int) -> int:
+        """Return how many blocks share the rows of a strip, without clusters."""
+        fill = -(-8 * self._multiprocessors // -(-cols // _COLS))
+        return max(1, min(rows // (16 * vector), fill))
