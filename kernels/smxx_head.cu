@@ -22,22 +22,20 @@
 // The translation unit sets what training.cuh wants, and
 //     CLASSES  at most 32
 //     HEAD     HEAD_*: what the last layer reads
-//     LOSS     LOSS_*
+//     LOSS     LOSS_* (loss.cuh)
+//     OUTPUT_NORM  1: a batch norm follows the logits, and smxx_output_norm.cu goes on from them
 //     ROWS     for `logits`; without it the unit holds the other two
 
 #define HEAD_NONE 0  // the hidden product, after batch norm
 #define HEAD_RELU 1
-#define HEAD_SIGN 2  // signs, by the signs of the weights, times a factor: all binary
-#define LOSS_CROSS_ENTROPY 0
-#define LOSS_SQUARED_HINGE 1
+#define HEAD_SIGN 2  // signs, by the signs of the weights: all binary; times a factor, or batch norm
 #define GATE_NONE 0
 #define GATE_WINDOW 1
 #define GATE_CLIP 2
 
 #include "training.cuh"
+#include "loss.cuh"
 
-// Rows of the logits' gradient are padded, to be read 16 bytes at a time.
-constexpr int GRAD_STRIDE = (CLASSES + 3) / 4 * 4;
 constexpr int MOST = CLASSES <= 12 ? 4 : 1;
 constexpr int BATCH = HELD && HELD < MOST ? HELD : MOST;  // rows whose loads are in flight
 
@@ -88,37 +86,6 @@ __device__ __forceinline__ u32 kept_bits(const Layer& p, i64 row, i64 col) {
 #endif
 }
 
-// Loss of one example, the same in every lane, and the gradient of the mean loss for its logits.
-__device__ __forceinline__ float loss_of(const float (&logit)[CLASSES], int label, float smoothing,
-                                         float share, float (&grad)[CLASSES]) {
-  float loss = 0;
-#if LOSS == LOSS_CROSS_ENTROPY
-  float greatest = logit[0], total = 0;
-#pragma unroll
-  for (int c = 1; c < CLASSES; c++) greatest = logit[c] > greatest ? logit[c] : greatest;
-#pragma unroll
-  for (int c = 0; c < CLASSES; c++) total += grad[c] = expf(logit[c] - greatest);
-  const float log_total = logf(total), per_total = __fdividef(1.0f, total);
-#pragma unroll
-  for (int c = 0; c < CLASSES; c++) {
-    const float target = (c == label ? 1.0f - smoothing : 0.0f) + smoothing / CLASSES;
-    // Rounded as written: the loss must not depend on what the compiler makes of the type of products.
-    loss = __fmaf_rn(target, __fadd_rn(log_total, -__fadd_rn(logit[c], -greatest)), loss);
-    grad[c] = __fmul_rn(__fmaf_rn(grad[c], per_total, -target), share);
-  }
-#else
-#pragma unroll
-  for (int c = 0; c < CLASSES; c++) {
-    const float target = c == label ? 1.0f : -1.0f;
-    const float margin = 1.0f - target * logit[c];
-    const float over = margin > 0 || margin != margin ? margin : 0.0f;
-    loss = __fmaf_rn(over, __fmul_rn(over, 1.0f / CLASSES), loss);
-    grad[c] = target * over * (-2.0f / CLASSES * share);
-  }
-#endif
-  return loss;
-}
-
 #ifdef ROWS
 constexpr int WIDTH = CLASSES <= 16 ? 512 : 256, STRIDE = WIDTH + 4, TURNS = WIDTH / (32 * VECTOR);
 constexpr int EACH = WIDTH / THREADS;  // columns whose weights and batch norm a thread brings
@@ -130,7 +97,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
            float* grad, float* partials) {
   __shared__ __align__(16) float w[CLASSES][STRIDE];
   __shared__ __align__(16) float norms[4][HAS_NORM ? WIDTH : 1];  // mean, 1 / deviation, gamma, beta
+#if !OUTPUT_NORM
   __shared__ float losses[2][WARPS];
+#endif
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const i64 row0 = ((i64)blockIdx.x * WARPS + warp) * ROWS;
   float acc[ROWS][CLASSES] = {};
@@ -200,14 +169,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
       }
     }
   }
+#if !OUTPUT_NORM
   float sum = 0, of_factor = 0;
+#endif
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     const i64 row = row0 + r;
     if (row >= p.rows) continue;  // the same for the whole warp
-    float of_logits[CLASSES];
 #pragma unroll
     for (int c = 0; c < CLASSES; c++) acc[r][c] = sum_of_warp(acc[r][c]);
+#if OUTPUT_NORM
+#pragma unroll
+    for (int c = 0; c < CLASSES; c++)
+      if (lane == c) out[row * CLASSES + c] = acc[r][c];
+#else
+    float of_logits[CLASSES];
 #if HEAD == HEAD_SIGN
     float product[CLASSES];
 #pragma unroll
@@ -230,7 +206,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
         out[row * CLASSES + c] = acc[r][c];
         grad[row * GRAD_STRIDE + c] = of_logits[c];
       }
+#endif
   }
+#if !OUTPUT_NORM
   if (lane == 0) {
     losses[0][warp] = sum;
     losses[1][warp] = of_factor;
@@ -241,6 +219,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
     for (int i = 0; i < WARPS; i++) total += losses[threadIdx.x][i];
     partials[(i64)threadIdx.x * gridDim.x + blockIdx.x] = total;
   }
+#endif
 }
 #else
 
@@ -352,12 +331,14 @@ __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
 
 // For one block: what `logits` left of the loss, and of the gradient of the logits' factor.
 __device__ __forceinline__ void add_up_loss(const Layer& p, const Back& back) {
+#if !OUTPUT_NORM
   const double total = sum_of_partials(back.partials, back.partial_count);
   if (threadIdx.x == 0) *back.mean_loss = (float)(total * p.share);
 #if HEAD == HEAD_SIGN
   __syncthreads();
   const double of_factor = sum_of_partials(back.partials + back.partial_count, back.partial_count);
   if (threadIdx.x == 0) *back.grad_factor = (float)of_factor;
+#endif
 #endif
 }
 

@@ -69,7 +69,10 @@ NETWORKS = {
         "batch_norm": True,
         "last": True,
         "ste": "clipped_grad",
+        "label_smoothing": 0.1,
+        "batch_size": 700,
     },
+    "last layer binary, without batch norm": {"binary": True, "last": True},
     "deformed images": {
         "batch_norm": True,
         "augment_shift": 1.5,

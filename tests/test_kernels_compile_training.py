@@ -107,7 +107,16 @@ def test_head(arch):
     choices = [{**k, **c} for k, c in itertools.product(kinds, logits + back)]
     choices += [{"HEAD": 2, "LOSS": 0, "CLASSES": 32, "GATE": 2, **s} for s in strips(arch, 1)]
     choices += [{"HEAD": 0, "LOSS": 0, "CLASSES": 20, "GATE": 0, **s} for s in strips(arch, 1)]
+    choices = [{"OUTPUT_NORM": 0, **c} for c in choices]
+    choices += [{**c, "OUTPUT_NORM": 1} for c in choices if c["HEAD"] == 2]
     compile_all("smxx_head", arch, variants(arch, LAYERS[:4:3], *choices))
+
+
+def test_output_norm(arch):
+    require(arch)
+    # 32 classes spill, in a kernel that takes microseconds.
+    choices = [{"CLASSES": c, "LOSS": loss} for c in (2, 10, 20) for loss in (0, 1)]
+    compile_all("smxx_output_norm", arch, variants(arch, [{}], *choices))
 
 
 def test_adam(arch):

@@ -48,8 +48,8 @@ class Perceptron(nn.Module):
     Weights of the first and the last layer and the input of the last are real, and nothing but
     batch norm stands between the last hidden product and it. With `first` the first layer's weights
     are binary too, and where there is no batch norm, a trained factor brings its products into the
-    window of the sign; with `last` input and weights of the last layer are binary and a trained
-    factor scales the logits.
+    window of the sign; with `last` input and weights of the last layer are binary, and batch norm,
+    or without it a trained factor, makes logits of its products.
 
     Parameters
     ----------
@@ -74,7 +74,7 @@ class Perceptron(nn.Module):
             self._add_linear(f"fc{number}", inputs, config.n_hidden, binary, not first)
             if config.binary:
                 self._add_dropout(f"dropout{number}")
-                self._add_batch_norm(f"bn{number}")
+                self._add_batch_norm(f"bn{number}", config.n_hidden)
                 if first and config.first and not config.batch_norm:
                     setattr(self, f"scale{number}", Scale(_FIRST_SCALE, config.storage_dtype))
                 if not last or config.last:
@@ -83,13 +83,15 @@ class Perceptron(nn.Module):
                         coins = nn.SignDropout(config.sign_keep_prob, rng=self._noise)
                         setattr(self, f"signdropout{number}", coins)
             else:
-                self._add_batch_norm(f"bn{number}")
+                self._add_batch_norm(f"bn{number}", config.n_hidden)
                 setattr(self, f"relu{number}", nn.ReLU())
                 self._add_dropout(f"dropout{number}")
             inputs = config.n_hidden
         binary = config.binary and config.last
         self._add_linear("fcout", inputs, classes, binary, True)
-        if binary:
+        if binary and config.batch_norm:
+            self._add_batch_norm("bnout", classes)
+        elif binary:
             self.scaleout = Scale(_FIRST_SCALE, config.storage_dtype)
 
     def _quantizer(self) -> ops.Quantizer:
@@ -123,10 +125,10 @@ class Perceptron(nn.Module):
         if self._config.keep_prob < 1:
             setattr(self, name, nn.Dropout(self._config.keep_prob, rng=self._noise))
 
-    def _add_batch_norm(self, name: str) -> None:
+    def _add_batch_norm(self, name: str, units: int) -> None:
         if self._config.batch_norm:
             layer = nn.BatchNorm(
-                self._config.n_hidden,
+                units,
                 eps=_BATCH_NORM_EPS,
                 decay=_BATCH_NORM_DECAY,
                 dtype=self._config.storage_dtype,

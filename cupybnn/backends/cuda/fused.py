@@ -13,6 +13,7 @@ from cupybnn.backends.cuda.fused_arguments import (
     GATES,
     HEADS,
     LOSSES,
+    OUTPUT_NORM,
     Activations,
     Deformation,
     Draw,
@@ -270,8 +271,13 @@ class Launcher:
 
     # The head ----------------------------------------------------------------------------------
 
-    def _head(self, head: str, loss: str) -> Defines:
-        return (("CLASSES", self.classes), ("HEAD", HEADS[head]), ("LOSS", LOSSES[loss]))
+    def _head(self, head: str, loss: str, output_norm: bool) -> Defines:
+        return (
+            ("CLASSES", self.classes),
+            ("HEAD", HEADS[head]),
+            ("LOSS", LOSSES[loss]),
+            ("OUTPUT_NORM", int(output_norm)),
+        )
 
     def logits(
         self, layer: Layer, head: str, weight: Any, labels: Any, loss: str, smoothing: float,
@@ -293,7 +299,7 @@ class Launcher:
         smoothing : float
             Of the labels.
         factor : cupy.ndarray of float32, shape (1,), or None
-            Of the logits, for "sign".
+            Of the logits, for "sign"; None there: they are left to `output_norm`.
         out : cupy.ndarray of float32, shape (batch, classes)
         grad : cupy.ndarray of float32, shape (batch, classes up to a multiple of 4)
             The gradient for the product before the factor.
@@ -306,11 +312,12 @@ class Launcher:
         ):
             at_a_time *= 2
         self._loss_blocks = -(-rows // (_WARPS * at_a_time))
+        normed = head == "sign" and factor is None
         kind = (*layer.defines(), ("VECTOR", vector))
         self.launch(
             "smxx_head",
             "logits",
-            (*kind, *self._head(head, loss), ("ROWS", at_a_time)),
+            (*kind, *self._head(head, loss, normed), ("ROWS", at_a_time)),
             (self._loss_blocks,),
             (
                 layer.argument(), weight, labels, np.float32(smoothing),
@@ -318,13 +325,43 @@ class Launcher:
             ),
         )  # fmt: skip
 
+    def output_norm(
+        self, norm: tuple[Any, Any], running: tuple[Any, Any], decay: float, eps: float,
+        labels: Any, loss: str, smoothing: float, logits: Any, grad: Any, grads: tuple[Any, Any],
+        mean_loss: Any,
+    ) -> None:  # fmt: skip
+        """Normalise logits over the batch, compute the loss, and go back through both.
+
+        Parameters
+        ----------
+        norm : (cupy.ndarray, cupy.ndarray)
+            Gamma and beta, shape (classes,) each.
+        running : (cupy.ndarray, cupy.ndarray)
+            Running mean and variance, which are updated.
+        decay, eps : float
+        labels, loss, smoothing
+            As for `logits`.
+        logits : cupy.ndarray of float32, shape (batch, classes)
+            The last products; worked on in place.
+        grad : cupy.ndarray of float32, shape (batch, classes up to a multiple of 4)
+            Gets the gradient for the products.
+        grads : (cupy.ndarray, cupy.ndarray)
+            Get the gradients of gamma and beta.
+        mean_loss : cupy.ndarray of float32, shape (1,)
+        """
+        rows = logits.shape[0]
+        arrays = [logits, grad, labels, *norm, *running, *grads, mean_loss]
+        argument = struct([*arrays, rows, 1 / rows, decay, eps, float(smoothing)], OUTPUT_NORM)
+        defines = (("CLASSES", self.classes), ("LOSS", LOSSES[loss]))
+        self.launch("smxx_output_norm", "output_norm", defines, (1,), (argument,))
+
     def head_gradient(
         self, layer: Layer, head: str, loss: str, weight: Any, of_logits: Any, gate: str,
         window: float, grad_weight: Any, grads: Any, out: Any, mean_loss: Any, grad_factor: Any,
     ) -> None:  # fmt: skip
         """Go from the logits' gradient to those of the last weights and the last hidden product.
 
-        Also adds up the loss of `logits`.
+        Also adds up the loss of `logits`, unless `output_norm` has it.
 
         Parameters
         ----------
@@ -338,7 +375,8 @@ class Launcher:
         widest = 2 if self.classes <= 12 else 1  # more would need too many registers
         sums = Sums(self.classes + 2 * (layer.norm is not None), row_bytes=4 * of_logits.shape[1])
         walk = self._walk.strips(layer, sums, widest)
-        end = (*self._head(head, loss), ("GATE", GATES[gate] if head == "sign" else 0))
+        normed = head == "sign" and grad_factor is None
+        end = (*self._head(head, loss, normed), ("GATE", GATES[gate] if head == "sign" else 0))
         loss_parts = [self._losses, mean_loss, grad_factor, self._loss_blocks]
         back = struct([weight, of_logits, out, float(window), *loss_parts], BACK)
         addresses = tuple(np.uintp(address(x)) for x in grads or (None, None))

@@ -20,6 +20,7 @@ __all__ = [
     "HEADS",
     "LOSSES",
     "OUTPUTS",
+    "OUTPUT_NORM",
     "Activations",
     "Deformation",
     "Draw",
@@ -46,6 +47,7 @@ _PRODUCT = {
 _LAYER = np.dtype((np.void, 8 * 10))  # struct Layer of training.cuh
 _ACTIVATIONS = np.dtype((np.void, 8 * 5))  # struct Activations of smxx_activation.cu
 BACK = np.dtype((np.void, 8 * 8))  # struct Back of smxx_head.cu
+OUTPUT_NORM = np.dtype((np.void, 8 * 15))  # struct OutputNorm of smxx_output_norm.cu
 BATCH = np.dtype((np.void, 8 * 14))  # struct Batch of smxx_batch.cu
 _DEFORMATION = np.dtype((np.void, 8 * 7))  # struct Deformation of smxx_batch.cu
 

@@ -331,12 +331,20 @@ class FusedStep:
         number, head = len(buffers.hidden), self.plan.head
         weight = dict(self._parameters)["fcout.weight"]._data
         kind, smoothing = self._config.loss, self._config.label_smoothing
-        factor = dict(self._parameters)["scaleout.factor"]._data if head == "sign" else None
+        scale = dict(self._parameters).get("scaleout.factor")
+        factor = None if scale is None else scale._data
         with self._span("logits and loss"):
             self._launcher.logits(
                 last.layer, head, weight, buffers.labels, kind, smoothing, factor, buffers.logits,
                 buffers.of_logits,
             )  # fmt: skip
+            if head == "sign" and factor is None:
+                norm, gradients = vars(self._model)["bnout"], buffers.gradients
+                self._launcher.output_norm(
+                    (norm.gamma._data, norm.beta._data), (norm.mean, norm.variance), norm.decay,
+                    norm.eps, buffers.labels, kind, smoothing, buffers.logits, buffers.of_logits,
+                    (gradients["bnout.gamma"], gradients["bnout.beta"]), buffers.mean_loss,
+                )  # fmt: skip
         with self._span("gradient of the head"):
             self._launcher.head_gradient(
                 last.layer, head, kind, weight, buffers.of_logits, last.plan.gate,

@@ -1,0 +1,41 @@
+// The loss of one example and its gradient.
+//
+// The translation unit sets CLASSES, at most 32, and LOSS, one of LOSS_*.
+#pragma once
+
+#define LOSS_CROSS_ENTROPY 0
+#define LOSS_SQUARED_HINGE 1
+
+// Rows of the logits' gradient are padded, to be read 16 bytes at a time.
+constexpr int GRAD_STRIDE = (CLASSES + 3) / 4 * 4;
+
+// The loss, and the gradient of the mean loss for the logits; `share` is 1 / examples.
+__device__ __forceinline__ float loss_of(const float (&logit)[CLASSES], int label, float smoothing,
+                                         float share, float (&grad)[CLASSES]) {
+  float loss = 0;
+#if LOSS == LOSS_CROSS_ENTROPY
+  float greatest = logit[0], total = 0;
+#pragma unroll
+  for (int c = 1; c < CLASSES; c++) greatest = logit[c] > greatest ? logit[c] : greatest;
+#pragma unroll
+  for (int c = 0; c < CLASSES; c++) total += grad[c] = expf(logit[c] - greatest);
+  const float log_total = logf(total), per_total = __fdividef(1.0f, total);
+#pragma unroll
+  for (int c = 0; c < CLASSES; c++) {
+    const float target = (c == label ? 1.0f - smoothing : 0.0f) + smoothing / CLASSES;
+    // Rounded as written: the loss must not depend on what the compiler makes of the type of products.
+    loss = __fmaf_rn(target, __fadd_rn(log_total, -__fadd_rn(logit[c], -greatest)), loss);
+    grad[c] = __fmul_rn(__fmaf_rn(grad[c], per_total, -target), share);
+  }
+#else
+#pragma unroll
+  for (int c = 0; c < CLASSES; c++) {
+    const float target = c == label ? 1.0f : -1.0f;
+    const float margin = 1.0f - target * logit[c];
+    const float over = margin > 0 || margin != margin ? margin : 0.0f;
+    loss = __fmaf_rn(over, __fmul_rn(over, 1.0f / CLASSES), loss);
+    grad[c] = target * over * (-2.0f / CLASSES * share);
+  }
+#endif
+  return loss;
+}

@@ -1,0 +1,122 @@
+// Batch norm of the logits, the loss, and the way back through both, for a few classes.
+//
+// One block: all of a batch's logits are some ten kilobytes, and whoever shared them would wait longer for
+// the others than for memory. A thread has every THREADS'th example, and passes over them three
+// times: for the statistics; for the loss and the sums that batch norm's gradient needs; for the
+// gradient.
+//
+// Sums are in an order that does not change.
+//
+// What bounds it: the latency of three passes and as many sums over the block.
+//
+// The translation unit sets CLASSES and LOSS (loss.cuh), and what training.cuh wants.
+
+#define VECTOR 1
+#define NORM 1
+#define DROP 0
+#define PRODUCT float
+#include "training.cuh"
+#include "loss.cuh"
+
+// Sums over the block of N numbers of each thread.
+template <int N>
+__device__ __forceinline__ void sum_over_block(const float (&mine)[N], double (&total)[N]) {
+  __shared__ float parts[WARPS][N];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    const float sum = sum_of_warp(mine[n]);
+    if (lane == 0) parts[warp][n] = sum;
+  }
+  __syncthreads();
+  if (threadIdx.x < N) {
+    double sum = 0;
+    for (int w = 0; w < WARPS; w++) sum += parts[w][threadIdx.x];
+    total[threadIdx.x] = sum;
+  }
+  __syncthreads();
+}
+
+// Filled by cupybnn/backends/cuda/fused.py, field by field in this order.
+struct OutputNorm {
+  float* logits;  // (rows, CLASSES): the products; afterwards what batch norm makes of them
+  float* grad;    // (rows, GRAD_STRIDE): for the products
+  const i64* labels;
+  const float* gamma;
+  const float* beta;
+  float* running_mean;
+  float* running_variance;
+  float* grad_gamma;
+  float* grad_beta;
+  float* mean_loss;
+  i64 rows;
+  double share;  // 1 / rows
+  double decay, eps, smoothing;
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    output_norm(const __grid_constant__ OutputNorm p) {
+  __shared__ double spread[2 * CLASSES], sums[2 * CLASSES + 1];
+  __shared__ float mean[CLASSES], inverse[CLASSES], gamma[CLASSES], beta[CLASSES];
+  const int rows = (int)p.rows;
+  {
+    float mine[2 * CLASSES] = {};
+    for (int row = threadIdx.x; row < rows; row += THREADS)
+#pragma unroll
+      for (int c = 0; c < CLASSES; c++) {
+        const float d = p.logits[row * CLASSES + c] - p.logits[c];  // from the first example's
+        mine[c] += d;
+        mine[CLASSES + c] += d * d;
+      }
+    sum_over_block(mine, spread);
+  }
+  if (threadIdx.x < CLASSES) {
+    const int c = threadIdx.x;
+    const double off = spread[c] * p.share;
+    const float variance = (float)fmax(spread[CLASSES + c] * p.share - off * off, 0.0);
+    const float decay = (float)p.decay, gain = (float)(1 - p.decay);
+    mean[c] = (float)(p.logits[c] + off);
+    inverse[c] = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(variance, (float)p.eps)));
+    gamma[c] = p.gamma[c];
+    beta[c] = p.beta[c];
+    p.running_mean[c] = p.running_mean[c] * decay + gain * mean[c];
+    p.running_variance[c] = p.running_variance[c] * decay + gain * variance;
+  }
+  __syncthreads();
+  const auto normal = [&](int row, int c) {
+    return __fmul_rn(__fadd_rn(p.logits[row * CLASSES + c], -mean[c]), inverse[c]);
+  };
+  const auto logit = [&](float n, int c) { return __fadd_rn(__fmul_rn(n, gamma[c]), beta[c]); };
+
+  // Of the gradients, of these times the normalised, of the loss.
+  float mine[2 * CLASSES + 1] = {};
+  for (int row = threadIdx.x; row < rows; row += THREADS) {
+    float logits[CLASSES], grad[CLASSES];
+#pragma unroll
+    for (int c = 0; c < CLASSES; c++) logits[c] = logit(normal(row, c), c);
+    mine[2 * CLASSES] +=
+        loss_of(logits, (int)p.labels[row], (float)p.smoothing, (float)p.share, grad);
+#pragma unroll
+    for (int c = 0; c < CLASSES; c++) {
+      mine[c] += grad[c];
+      mine[CLASSES + c] += grad[c] * normal(row, c);
+      p.grad[row * GRAD_STRIDE + c] = grad[c];
+    }
+  }
+  sum_over_block(mine, sums);
+  if (threadIdx.x < CLASSES) {
+    p.grad_beta[threadIdx.x] = (float)sums[threadIdx.x];
+    p.grad_gamma[threadIdx.x] = (float)sums[CLASSES + threadIdx.x];
+  }
+  if (threadIdx.x == 0) *p.mean_loss = (float)(sums[2 * CLASSES] * p.share);
+
+  for (int row = threadIdx.x; row < rows; row += THREADS)
+#pragma unroll
+    for (int c = 0; c < CLASSES; c++) {
+      const float n = normal(row, c);
+      float& g = p.grad[row * GRAD_STRIDE + c];
+      g = (g - (float)(sums[c] * p.share) - n * (float)(sums[CLASSES + c] * p.share)) *
+          (gamma[c] * inverse[c]);
+      p.logits[row * CLASSES + c] = logit(n, c);
+    }
+}
