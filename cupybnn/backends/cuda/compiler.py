@@ -66,6 +66,8 @@ def load_kernel(source: str, function: str, defines: Defines, device: int, share
                 kernel = module.get_function(function)
                 if shared:  # beside what the kernel has of its own, that may be over the limit
                     kernel.max_dynamic_shared_size_bytes = shared
+                if shared > 48 * 1024:  # as many blocks a multiprocessor as it allows
+                    kernel.preferred_shared_memory_carveout = 100
                 _kernels[key] = kernel
     return kernel
 
