@@ -61,13 +61,19 @@ def compile_all(source: str, arch: str, variants: list[dict]) -> None:
 def strips(arch: str, *vectors: int) -> list[dict]:
     """Ways to walk a layer: with clusters where the architecture has them, and without."""
     # Blocks of a cluster, and rows of a thread that are held.
-    ways = ((1, 0), (8, 0), (8, 2), (8, 32)) if capability(arch) >= 90 else ((1, 0),)
+    ways = ((1, 0), (8, 0), (16, 32)) if capability(arch) >= 90 else ((1, 0),)
     return [
         {"VECTOR": vector, "COLS": 32, "CLUSTER": cluster, "HELD": held}
         for vector in vectors
         for cluster, held in ways
         if vector > 1 or not held  # single elements of 16 bits cannot be held
     ]
+
+
+def few_rows(arch: str) -> list[dict]:
+    """Walk a layer of few rows: fewer than are usually loaded together."""
+    few = {"VECTOR": 4, "COLS": 32, "CLUSTER": 8, "HELD": 2}
+    return [few] if capability(arch) >= 90 else []
 
 
 def with_passes(arch: str, choices: list[dict]) -> list[dict]:
@@ -85,7 +91,7 @@ def test_activation(arch):
     require(arch)
     kinds = [{"OUTPUT": o, "GATE": g} for o, g in ((0, 1), (0, 0), (1, 1), (2, 1), (3, 0), (4, 1))]
     choices = [{**k, **s} for k, s in itertools.product(kinds, strips(arch, 4))]
-    choices += [{"OUTPUT": 0, "GATE": 1, **s} for s in strips(arch, 1)]
+    choices += [{"OUTPUT": 0, "GATE": 1, **s} for s in [*strips(arch, 1), *few_rows(arch)]]
     # Of a layer without batch norm whose activations are not wanted there is nothing to compile.
     wanted = [v for v in with_passes(arch, choices) if v["NORM"] or v["OUTPUT"] != 3]
     compile_all("smxx_activation", arch, wanted)
@@ -95,7 +101,7 @@ def test_activation_gradient(arch):
     require(arch)
     kinds = [{"GATE": 0}, {"GATE": 1}, {"GATE": 2}]
     choices = [{**k, **s} for k, s in itertools.product(kinds, strips(arch, 4))]
-    choices += [{"GATE": 1, **s} for s in strips(arch, 1)]
+    choices += [{"GATE": 1, **s} for s in [*strips(arch, 1), *few_rows(arch)]]
     compile_all("smxx_activation_gradient", arch, with_passes(arch, choices))
 
 
@@ -118,4 +124,6 @@ def test_adam(arch):
 
 def test_unpack_rows(arch):
     require(arch)
-    compile_all("smxx_unpack_signs", arch, variants(arch, [{}], *({"VECTOR": v} for v in (8, 4, 1))))
+    compile_all(
+        "smxx_unpack_signs", arch, variants(arch, [{}], *({"VECTOR": v} for v in (8, 4, 1)))
+    )
