@@ -20,11 +20,11 @@ LAYERS = [
         ("float", 0, 0),
         ("float", 1, 1),
         ("float16_bits", 0, 1),
-        ("short", 1, 0),
-        ("bfloat16_bits", 1, 0),
         ("float", 1, 2),
     )
 ]
+#: Types of products that are read alike: for these one choice is enough.
+MORE_LAYERS = [{"PRODUCT": p, "NORM": 1, "DROP": 0} for p in ("short", "bfloat16_bits")]
 pytestmark = pytest.mark.parametrize("arch", ARCHITECTURES)
 
 
@@ -78,7 +78,8 @@ def few_rows(arch: str) -> list[dict]:
 
 def with_passes(arch: str, choices: list[dict]) -> list[dict]:
     """Combine layers with choices; without batch norm there are no sums, and nothing is held."""
-    return [v for v in variants(arch, LAYERS, *choices) if v["NORM"] or not v["HELD"]]
+    more = variants(arch, MORE_LAYERS, choices[0], choices[-1])
+    return [v for v in variants(arch, LAYERS, *choices) + more if v["NORM"] or not v["HELD"]]
 
 
 def test_batch(arch):
