@@ -11,7 +11,8 @@
 // Learning rate and the corrections of Adam's means come from a table on the device, by the number of
 // the step.
 //
-// `owners` names each block's parameter, `earlier` counts the blocks of the launches before.
+// `earlier` counts the blocks of the launches before. Parameters are arguments, and not in memory: a block
+// starts on its arrays without having to load where they are.
 //
 // What bounds it: reading four arrays and writing three.
 //
@@ -49,6 +50,12 @@ struct Parameter {
   i64 rows, cols, count, first_block, flags;
   double limit;  // 0: none
   double lr_scale, penalty, weight_decay;
+};
+
+constexpr int MOST = 8;  // in a launch
+struct Parameters {
+  Parameter at[MOST];
+  i64 count;
 };
 
 // Of one step, from the host.
@@ -100,13 +107,17 @@ __device__ __forceinline__ void store_some(E* to, int count, bool whole, const f
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    adam(const Parameter* __restrict__ parameters, const int* __restrict__ owners,
-         const Rates* __restrict__ rates, i64 ring, i64* step, float gain_mean, float gain_square,
-         const float* mean_loss, float* loss, float* partials, i64 earlier, int final, u32* ticket) {
+    adam(const __grid_constant__ Parameters parameters, const Rates* __restrict__ rates, i64 ring,
+         i64* step, float gain_mean, float gain_square, const float* mean_loss, float* loss,
+         float* partials, i64 earlier, int final, u32* ticket) {
   __shared__ unsigned char nibbles[WARPS][TILE_COLS];  // signs of four rows: after, and before
   __shared__ float sums[WARPS];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const Parameter p = parameters[owners[blockIdx.x]];
+  int number = 0;
+#pragma unroll
+  for (int i = 1; i < MOST; i++)
+    number += i < parameters.count && blockIdx.x >= parameters.at[i].first_block;
+  const Parameter& p = parameters.at[number];
   const i64 tiles = (p.cols + TILE_COLS - 1) / TILE_COLS, tile = blockIdx.x - p.first_block;
   const i64 row0 = tile / tiles * TILE_ROWS, row = row0 + warp * EACH;
   const i64 col = tile % tiles * TILE_COLS + lane * 4;

@@ -110,7 +110,7 @@ NETWORKS = {
         "xnor": True,
         "batch_norm": True,
         "n_hidden": 40,
-        "batch_size": 12000,
+        "batch_size": 20000,
     },
     "deep": {"binary": True, "xnor": True, "batch_norm": True, "hidden_layers": 5},
     "shallow": {"binary": True, "xnor": True, "batch_norm": True, "hidden_layers": 1},
@@ -345,6 +345,19 @@ class TestAgainstThePlainStep:
         # What is left of the loss; of next to nothing, a fifth says nothing.
         left = 0.01 * exact[0]
         np.testing.assert_allclose(np.mean(rounded[20:]), np.mean(exact[20:]), rtol=0.2, atol=left)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch_size", [4500, 9000])
+def test_xnor_and_dense_products_of_signs_train_alike_with_many_rows(batch_size):
+    settings = {"binary": True, "batch_norm": True, "dtype": "bfloat16", "max_steps": 10}
+    settings |= {"batch_size": batch_size, "n_hidden": 64}
+    a, with_xnor = run(**settings, xnor=True)
+    b, with_matmul = run(**settings)
+    assert with_xnor == with_matmul
+    state = arrays(b)
+    for name, array in arrays(a).items():
+        np.testing.assert_array_equal(array, state[name], err_msg=name)
 
 
 @pytest.mark.gpu

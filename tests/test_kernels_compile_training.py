@@ -20,11 +20,11 @@ LAYERS = [
         ("float", 0, 0),
         ("float", 1, 1),
         ("float16_bits", 0, 1),
-        ("short", 1, 0),
-        ("bfloat16_bits", 1, 0),
         ("float", 1, 2),
     )
 ]
+#: Types of products that are read alike: for these one choice is enough.
+MORE_LAYERS = [{"PRODUCT": p, "NORM": 1, "DROP": 0} for p in ("short", "bfloat16_bits")]
 pytestmark = pytest.mark.parametrize("arch", ARCHITECTURES)
 
 
@@ -61,7 +61,7 @@ def compile_all(source: str, arch: str, variants: list[dict]) -> None:
 def strips(arch: str, *vectors: int) -> list[dict]:
     """Ways to walk a layer: with clusters where the architecture has them, and without."""
     # Blocks of a cluster, and rows of a thread that are held.
-    ways = ((1, 0), (8, 0), (8, 2), (8, 32)) if capability(arch) >= 90 else ((1, 0),)
+    ways = ((1, 0), (8, 0), (16, 32)) if capability(arch) >= 90 else ((1, 0),)
     return [
         {"VECTOR": vector, "COLS": 32, "CLUSTER": cluster, "HELD": held}
         for vector in vectors
@@ -70,9 +70,16 @@ def strips(arch: str, *vectors: int) -> list[dict]:
     ]
 
 
+def few_rows(arch: str) -> list[dict]:
+    """Walk a layer of few rows: fewer than are usually loaded together."""
+    few = {"VECTOR": 4, "COLS": 32, "CLUSTER": 8, "HELD": 2}
+    return [few] if capability(arch) >= 90 else []
+
+
 def with_passes(arch: str, choices: list[dict]) -> list[dict]:
     """Combine layers with choices; without batch norm there are no sums, and nothing is held."""
-    return [v for v in variants(arch, LAYERS, *choices) if v["NORM"] or not v["HELD"]]
+    more = variants(arch, MORE_LAYERS, choices[0], choices[-1])
+    return [v for v in variants(arch, LAYERS, *choices) + more if v["NORM"] or not v["HELD"]]
 
 
 def test_batch(arch):
@@ -85,7 +92,7 @@ def test_activation(arch):
     require(arch)
     kinds = [{"OUTPUT": o, "GATE": g} for o, g in ((0, 1), (0, 0), (1, 1), (2, 1), (3, 0), (4, 1))]
     choices = [{**k, **s} for k, s in itertools.product(kinds, strips(arch, 4))]
-    choices += [{"OUTPUT": 0, "GATE": 1, **s} for s in strips(arch, 1)]
+    choices += [{"OUTPUT": 0, "GATE": 1, **s} for s in [*strips(arch, 1), *few_rows(arch)]]
     # Of a layer without batch norm whose activations are not wanted there is nothing to compile.
     wanted = [v for v in with_passes(arch, choices) if v["NORM"] or v["OUTPUT"] != 3]
     compile_all("smxx_activation", arch, wanted)
@@ -95,7 +102,7 @@ def test_activation_gradient(arch):
     require(arch)
     kinds = [{"GATE": 0}, {"GATE": 1}, {"GATE": 2}]
     choices = [{**k, **s} for k, s in itertools.product(kinds, strips(arch, 4))]
-    choices += [{"GATE": 1, **s} for s in strips(arch, 1)]
+    choices += [{"GATE": 1, **s} for s in [*strips(arch, 1), *few_rows(arch)]]
     compile_all("smxx_activation_gradient", arch, with_passes(arch, choices))
 
 

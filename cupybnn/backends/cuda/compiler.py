@@ -18,6 +18,10 @@ Defines = Sequence[tuple[str, int | str]]
 # wgmma and setmaxnreg exist only in code that runs on Hopper alone.
 _ARCHITECTURE_SPECIFIC = {"sm90_xnor_gemm": "sm_90a"}
 
+# Blocks that a cluster may have on every GPU that has clusters; a kernel must ask for more
+# (CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED).
+_PORTABLE_CLUSTER, _LARGE_CLUSTERS = 8, 14
+
 _lock = threading.Lock()
 _kernels: dict[tuple[Any, ...], Any] = {}
 
@@ -66,6 +70,12 @@ def load_kernel(source: str, function: str, defines: Defines, device: int, share
                 kernel = module.get_function(function)
                 if shared:  # beside what the kernel has of its own, that may be over the limit
                     kernel.max_dynamic_shared_size_bytes = shared
+                if shared > 48 * 1024:  # as many blocks a multiprocessor as it allows
+                    kernel.preferred_shared_memory_carveout = 100
+                if int(dict(defines).get("CLUSTER", 1)) > _PORTABLE_CLUSTER:
+                    from cupy_backends.cuda.api import driver  # type: ignore[import-untyped]
+
+                    driver.funcSetAttribute(kernel.kernel.ptr, _LARGE_CLUSTERS, 1)
                 _kernels[key] = kernel
     return kernel
 

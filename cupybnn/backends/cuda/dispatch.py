@@ -34,7 +34,10 @@ def _sm90(m: int, n: int, k: int, batch: int, packed: bool, scaled: bool) -> Con
             split = _split(tiles, chunks)
             return sm90(1, tile_n, 8, split_k=split, swap=swap)
     tiles = -(-m // 128) * -(-n // 128) * batch
-    if tiles * 2 <= 132 and chunks > 1:
+    if tiles * 2 <= 132 and chunks == 1:
+        # One slot is loaded, multiplied and written out: the less of it a block has, the sooner.
+        return sm90(1, 64, 8, consumers=1 if tiles * 4 <= 132 else 2)
+    if tiles * 2 <= 132:
         return sm90(1, 128, 6, split_k=_split(tiles, chunks))
     if tiles <= 132 or (tiles <= 264 and not packed):
         return sm90(1, 128, 6)
@@ -95,7 +98,11 @@ def candidates(kernel: str, capability: int, m: int, n: int, k: int, packed: boo
                     for split in splits
                 ]
         small = [sm90(1, 128, 6, split_k=split) for split in splits]
-        small += [sm90(1, 64, 8, split_k=split) for split in splits]
+        small += [
+            sm90(1, 64, 8, consumers=consumers, split_k=split)
+            for consumers in (2, 1)
+            for split in splits
+        ]
         large = [
             sm90(blocks_m, tile_n, 4, cluster=cluster, deferred=deferred, group=group)
             for blocks_m, tile_n, deferred in (

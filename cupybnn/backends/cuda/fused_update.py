@@ -23,6 +23,8 @@ _PARAMETER = np.dtype(
     + [(n, np.int64) for n in ("rows", "cols", "count", "first_block", "flags")]
     + [(n, np.float64) for n in ("limit", "lr_scale", "penalty", "weight_decay")]
 )
+_MOST = 8  # parameters of a launch
+_PARAMETERS = np.dtype((np.void, _MOST * _PARAMETER.itemsize + 8))
 #: struct Rates of smxx_adam.cu: learning rate, its factor, Adam's eps, and padding.
 Rates = np.dtype((np.float32, 4))
 
@@ -111,7 +113,7 @@ class Update:
             ("WRITE_GRADIENT", int(write_gradient)),
         )
         self._groups = [_table(group) for group in groups]
-        blocks = sum(count for _, _, count in self._groups)
+        blocks = sum(count for _, count in self._groups)
         self._partials = cupy.empty(blocks, np.float32)
         self._ticket = cupy.zeros(1, np.uint32)
 
@@ -129,29 +131,27 @@ class Update:
         mean_loss, loss : cupy.ndarray of float32, shape (1,)
             Without and with the penalty.
         """
-        table, owners, blocks = self._groups[group]
-        earlier = sum(count for _, _, count in self._groups[:group])
+        table, blocks = self._groups[group]
+        earlier = sum(count for _, count in self._groups[:group])
         self._launcher.launch(
             "smxx_adam",
             "adam",
             self._defines,
             (blocks,),
             (
-                table, owners, rates, np.int64(rates.shape[0]), step, *self._gains, mean_loss,
+                table, rates, np.int64(rates.shape[0]), step, *self._gains, mean_loss,
                 loss, self._partials, np.int64(earlier), np.int32(group == len(self._groups) - 1),
                 self._ticket,
             ),
         )  # fmt: skip
 
 
-def _table(parameters: Sequence[Updated]) -> tuple[Any, Any, int]:
-    """Return parameters, each block's parameter, and the number of blocks of one launch."""
-    import cupy
-
-    table = np.zeros(len(parameters), _PARAMETER)
-    owners: list[np.ndarray] = []
+def _table(parameters: Sequence[Updated]) -> tuple[Any, int]:
+    """Return parameters as the kernel is given them, and the number of blocks of one launch."""
+    assert 0 < len(parameters) <= _MOST
+    table = np.zeros(_MOST, _PARAMETER)
     first = 0
-    for number, (entry, p) in enumerate(zip(table, parameters, strict=True)):
+    for entry, p in zip(table, parameters, strict=False):
         arrays = (p.weight, p.grad, p.mean, p.square, p.copy, p.left)
         names = ("weight", "grad", "mean", "square", "copy", "left")
         for name, array in zip(names, arrays, strict=True):
@@ -173,6 +173,6 @@ def _table(parameters: Sequence[Updated]) -> tuple[Any, Any, int]:
         entry["limit"] = p.limit or 0.0
         entry["lr_scale"], entry["penalty"] = p.lr_scale, p.penalty
         entry["weight_decay"] = p.weight_decay
-        owners.append(np.full(p.blocks(), number, np.int32))
         first += p.blocks()
-    return cupy.asarray(table.view(np.uint8)), cupy.asarray(np.concatenate(owners)), first
+    whole = table.tobytes() + np.int64(len(parameters)).tobytes()
+    return np.frombuffer(whole, _PARAMETERS), first

@@ -67,6 +67,8 @@ class Walk:
         self._multiprocessors = attributes["MultiProcessorCount"]
         self._shared = attributes["MaxSharedMemoryPerBlockOptin"]
         self._has_clusters = architecture(device) >= 90
+        # Data-centre Hopper has 16 multiprocessors that can be a cluster, the others may not.
+        self._has_large_clusters = architecture(device) == 90
 
     def strips(self, layer: Layer, sums: Sums | None = None, vector: int = 4) -> Strips:
         """Return how a layer is walked.
@@ -88,7 +90,7 @@ class Walk:
             blocks = self.row_blocks(rows, cols, vector)
         else:
             blocks = 1
-            while blocks < min(8, -(-rows // at_once)):
+            while blocks < min(self._most_blocks(layer, sums, at_once), -(-rows // at_once)):
                 blocks *= 2
         clustered = sums is not None and self._has_clusters and blocks > 1
         if clustered:
@@ -110,11 +112,27 @@ class Walk:
             return 0, 0  # less than what can be copied asynchronously
         # Whole batches of the kernels' loops: of 8, or a divisor of it.
         held = -(-turns // 8) * 8 if turns > 4 else 1 << (turns - 1).bit_length()
-        row = _COLS * (itemsize + sums.itemsize) + sums.row_bytes + 4 * (layer.drop != DROP_NONE)
-        shared = held * (_THREADS * vector // _COLS) * row
-        # Sums of warps (float) and of the cluster (double), and what is small.
-        own = sums.count * _COLS * (4 * _WARPS + 8) + 4096
+        row_bytes, own = self._bytes(layer, sums, itemsize)
+        shared = held * (_THREADS * vector // _COLS) * row_bytes
         return (held, shared) if shared + own <= self._shared else (0, 0)
+
+    @staticmethod
+    def _bytes(layer: Layer, sums: Sums, itemsize: int) -> tuple[int, int]:
+        """Return the bytes that are held of a strip's row, and what a block needs beside them."""
+        row = _COLS * (itemsize + sums.itemsize) + sums.row_bytes + 4 * (layer.drop != DROP_NONE)
+        # Sums of warps (float) and of the cluster (double), and what is small.
+        return row, sums.count * _COLS * (4 * _WARPS + 8) + 4096
+
+    def _most_blocks(self, layer: Layer, sums: Sums, at_once: int) -> int:
+        """Return the most blocks of a cluster: 16 where two of 8 do not fit a multiprocessor.
+
+        While one block waits for its rows the other then computes. For products of any type alike,
+        since the order of summation depends on it.
+        """
+        row_bytes, own = self._bytes(layer, sums, 4)
+        turns = -(-layer.shape[0] // (8 * at_once))
+        fits = 2 * (turns * at_once * row_bytes + own + 1024) <= self._shared + 1024
+        return 16 if self._has_large_clusters and not fits else 8
 
     def row_blocks(self, rows: int, cols: int, vector: int) -> int:
         """Return how many blocks share the rows of a strip, without clusters."""
