@@ -7,7 +7,7 @@ from cupybnn import nn, ops, settings
 from cupybnn.autograd import Tensor
 from cupybnn.backends import numpy_threads
 
-LARGE = 2 * numpy_threads.ELEMENTS_A_THREAD
+LARGE = 2 * numpy_threads.ELEMENTS_A_CALL
 
 
 def cut(shape, axis):
@@ -54,7 +54,7 @@ def test_little_work_is_not_cut(shape, threads):
 def step():
     """Run a batch norm and a sign forward and backward; return all that comes out, as bytes."""
     random = np.random.default_rng(5)
-    x = Tensor(random.standard_normal((700, 500), np.float32), requires_grad=True)
+    x = Tensor(random.standard_normal((1100, 500), np.float32), requires_grad=True)
     norm = nn.BatchNorm(500)
     y = ops.sign(norm(x))
     y.backward(random.standard_normal(y.shape, np.float32))

@@ -19,6 +19,9 @@ __all__ = ["over", "over_parts"]
 
 # A thread is worth waking for so many elements: some 60 µs of work for 20 µs of waking.
 ELEMENTS_A_THREAD = 1 << 17
+# In work of several short calls, between any two of which a thread may wait for the interpreter's
+# lock, it takes so many elements of each call.
+ELEMENTS_A_CALL = 1 << 18
 
 _pool: Any = None
 
@@ -53,9 +56,7 @@ def over(size: int, elements: int, work: Callable[[int, int], None]) -> None:
 def over_parts(x: Any, axis: int, work: Callable[[Any], None]) -> None:
     """Call ``work(part)`` for parts of an array that make up all of it, on several threads.
 
-    Only a NumPy array is cut, and only a large one: else there is one part, ``...``. How many
-    passes the work makes does not count: between any two of them a thread waits for the
-    interpreter's lock, and each pass has to be worth that.
+    Only a NumPy array is cut, and only a large one: else there is one part, ``...``.
 
     Parameters
     ----------
@@ -65,7 +66,7 @@ def over_parts(x: Any, axis: int, work: Callable[[Any], None]) -> None:
     work : callable
         Gets an index of arrays of the shape of `x`; must not call `over`.
     """
-    if type(x) is not np.ndarray or x.size < 2 * ELEMENTS_A_THREAD:
+    if type(x) is not np.ndarray or x.size < 2 * ELEMENTS_A_CALL:
         work(...)
         return
 
@@ -76,7 +77,7 @@ def over_parts(x: Any, axis: int, work: Callable[[Any], None]) -> None:
         cut = slice(16 * start, 16 * stop)
         work((..., cut) if axis == -1 else cut)
 
-    over(lines, x.size, part)
+    over(lines, x.size * ELEMENTS_A_THREAD // ELEMENTS_A_CALL, part)
 
 
 def _executor() -> Any:
