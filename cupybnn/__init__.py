@@ -4,9 +4,13 @@ __version__ = "0.1.0"
 
 from typing import TYPE_CHECKING, Any
 
-from cupybnn.fold import fold_batch_norm
-from cupybnn.gemm import xnor_gemm, xnor_gemm_packed
-from cupybnn.packed import PackedMatrix, pack, sign, unpack
+from cupybnn import settings
+
+settings.rest_blas_threads()  # before anything imports NumPy
+
+from cupybnn.fold import fold_batch_norm  # noqa: E402
+from cupybnn.gemm import xnor_gemm, xnor_gemm_packed  # noqa: E402
+from cupybnn.packed import PackedMatrix, pack, sign, unpack  # noqa: E402
 
 if TYPE_CHECKING:
     from cupybnn.training import TrainConfig, Trainer, TrainResult, train

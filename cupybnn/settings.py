@@ -13,6 +13,7 @@ __all__ = [
     "data_dir",
     "debug",
     "kernel_override",
+    "rest_blas_threads",
     "scikit_learn_data",
     "variables_set",
 ]
@@ -61,6 +62,17 @@ def data_dir() -> Path:
 def kernel_override() -> str | None:
     """Name of the product kernel that ``CUPYBNN_KERNEL`` asks for, or None to let shapes decide."""
     return os.environ.get("CUPYBNN_KERNEL") or None
+
+
+def rest_blas_threads() -> None:
+    """Have OpenBLAS's threads sleep 2**16 clock ticks after a product, not 2**26 (20 ms).
+
+    Until then they spin, on the very cores that elementwise work between two products wants, and
+    in every gap of a training step. OpenBLAS looks at ``OPENBLAS_THREAD_TIMEOUT`` when NumPy is
+    imported: later than that this does nothing. A value that is set already stays.
+    """
+    if "numpy" not in sys.modules:
+        os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
 
 
 def scikit_learn_data() -> Path:

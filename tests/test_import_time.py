@@ -59,3 +59,13 @@ def test_command_line_help_loads_no_heavy_module(tmp_path):
     loaded = fresh_process(code, tmp_path).partition("MODULES")[2].split()
     assert "cupybnn.cli.main" in loaded
     assert not set(HEAVY) & set(loaded)
+
+
+def test_blas_threads_rest_unless_the_user_wants_otherwise(tmp_path):
+    look = "import os; print(os.environ.get('OPENBLAS_THREAD_TIMEOUT'))"
+    forget = "import os; os.environ.pop('OPENBLAS_THREAD_TIMEOUT', None)\n"
+    own = "import os; os.environ['OPENBLAS_THREAD_TIMEOUT'] = '20'\n"
+    assert fresh_process(f"{forget}import cupybnn\n{look}", tmp_path).strip() == "16"
+    assert fresh_process(f"{own}import cupybnn\n{look}", tmp_path).strip() == "20"
+    # With NumPy there already it would have no effect but on child processes.
+    assert fresh_process(f"{forget}import numpy, cupybnn\n{look}", tmp_path).strip() == "None"

@@ -19,10 +19,13 @@ WORD = np.dtype("<u8")
 def sign(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return +1 where `x` is not negative and -1 elsewhere, in `dtype`."""
     # numpy.where takes a branch for each element: on random signs this is ten times as fast.
-    signs = write_bits(x).view(np.int8)
-    signs += signs
-    signs -= 1
-    return signs.astype(dtype, copy=False)
+    signs = np.empty_like(x, dtype)
+
+    def some(part: Any) -> None:
+        signs[part] = ones(write_bits(x[part]))
+
+    numpy_threads.over_parts(x, 0, some)
+    return signs
 
 
 def pack(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:

@@ -11,12 +11,17 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from cupybnn import settings
 
-__all__ = ["over"]
+__all__ = ["over", "over_parts"]
 
 # A thread is worth waking for so many elements: some 60 µs of work for 20 µs of waking.
 ELEMENTS_A_THREAD = 1 << 17
+# In work of several short calls, between any two of which a thread may wait for the interpreter's
+# lock, it takes so many elements of each call.
+ELEMENTS_A_CALL = 1 << 18
 
 _pool: Any = None
 
@@ -46,6 +51,33 @@ def over(size: int, elements: int, work: Callable[[int, int], None]) -> None:
             other.exception()
     for other in others:
         other.result()
+
+
+def over_parts(x: Any, axis: int, work: Callable[[Any], None]) -> None:
+    """Call ``work(part)`` for parts of an array that make up all of it, on several threads.
+
+    Only a NumPy array is cut, and only a large one: else there is one part, ``...``.
+
+    Parameters
+    ----------
+    x : ndarray
+    axis : int
+        The axis to cut, 0 or -1.
+    work : callable
+        Gets an index of arrays of the shape of `x`; must not call `over`.
+    """
+    if type(x) is not np.ndarray or x.size < 2 * ELEMENTS_A_CALL:
+        work(...)
+        return
+
+    # Edges at whole cache lines, so that no two threads write to the same one.
+    lines = -(-x.shape[axis] // 16)
+
+    def part(start: int, stop: int) -> None:
+        cut = slice(16 * start, 16 * stop)
+        work((..., cut) if axis == -1 else cut)
+
+    over(lines, x.size * ELEMENTS_A_THREAD // ELEMENTS_A_CALL, part)
 
 
 def _executor() -> Any:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from cupybnn.autograd import Context, Function, Tensor
+from cupybnn.backends import numpy_threads
 
 __all__ = ["batch_norm"]
 
 
-def _row_sums(x: Any) -> Any:
+def _row_sums(x: Any, out: Any = None) -> Any:
     """Sum over every axis but the last."""
-    return x.reshape(-1, x.shape[-1]).sum(axis=0)
+    return x.reshape(-1, x.shape[-1]).sum(axis=0, out=out)
 
 
 class BatchNormTrain(Function):
@@ -27,19 +28,27 @@ class BatchNormTrain(Function):
         decay: float,
         eps: float,
     ) -> Any:
-        n = x.size // x.shape[-1]
-        mean = _row_sums(x) / n
-        normal = x - mean
-        out = normal * normal
-        variance = _row_sums(out) / n
-        for statistic, now in zip(running, (mean, variance), strict=True):
-            statistic *= decay
-            statistic += (1 - decay) * now
-        ctx.deviation_inverse = 1 / ctx.xp.sqrt(variance + eps)
-        normal *= ctx.deviation_inverse
+        xp, n = ctx.xp, x.size // x.shape[-1]
+        normal, out = xp.empty_like(x), xp.empty_like(x)
+        ctx.deviation_inverse = xp.empty_like(x, shape=x.shape[-1:])
+
+        def some_features(part: Any) -> None:
+            here, work = normal[part], out[part]
+            mean = _row_sums(x[part]) / n
+            xp.subtract(x[part], mean, out=here)
+            xp.multiply(here, here, out=work)
+            variance = _row_sums(work) / n
+            for average, now in zip(running, (mean, variance), strict=True):
+                moving = average[part]
+                moving *= decay
+                moving += (1 - decay) * now
+            inverse = xp.divide(1, xp.sqrt(variance + eps), out=ctx.deviation_inverse[part])
+            here *= inverse
+            xp.multiply(here, gamma[part], out=work)
+            work += beta[part]
+
+        numpy_threads.over_parts(x, -1, some_features)
         ctx.save(normal, gamma)
-        ctx.xp.multiply(normal, gamma, out=out)
-        out += beta
         return out
 
     @staticmethod
@@ -48,17 +57,22 @@ class BatchNormTrain(Function):
         #   beta' = sum(grad),  gamma' = sum(grad * normal),
         #   x' = gamma / deviation * (grad - (beta' + normal * gamma') / n)
         normal, gamma = ctx.saved
-        work = grad * normal
-        grad_gamma = _row_sums(work)
-        grad_beta = _row_sums(grad)
-        if not ctx.needs[0]:
-            return None, grad_gamma, grad_beta
-        n = grad.size // grad.shape[-1]
-        ctx.xp.multiply(normal, -grad_gamma / n, out=work)
-        work -= grad_beta / n
-        work += grad
-        work *= gamma * ctx.deviation_inverse
-        return work, grad_gamma, grad_beta
+        xp, n = ctx.xp, grad.size // grad.shape[-1]
+        grad_x = xp.empty_like(grad)
+        grad_gamma, grad_beta = xp.empty_like(gamma), xp.empty_like(gamma)
+
+        def some_features(part: Any) -> None:
+            here, x, out = grad[part], normal[part], grad_x[part]
+            xp.multiply(here, x, out=out)
+            for_gamma = _row_sums(out, out=grad_gamma[part])
+            for_beta = _row_sums(here, out=grad_beta[part])
+            xp.multiply(x, for_gamma / -n, out=out)
+            out -= for_beta / n
+            out += here
+            out *= gamma[part] * ctx.deviation_inverse[part]
+
+        numpy_threads.over_parts(grad, -1, some_features)
+        return (grad_x if ctx.needs[0] else None), grad_gamma, grad_beta
 
 
 class BatchNormEval(Function):

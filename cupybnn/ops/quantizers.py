@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from cupybnn.autograd.storage import module_of
+from cupybnn.backends import numpy_threads
 from cupybnn.backends.random import Stream, uniform
 from cupybnn.ops.quantizer import Quantizer, register_quantizer
 from cupybnn.packed import sign
@@ -53,8 +54,15 @@ class SteSign(Quantizer):
         self.window = window
 
     def pseudo_gradient(self, x: Any, grad: Any) -> Any:
-        out = abs(x)
-        return module_of(x).multiply(grad, out <= self.window, out=out)
+        xp = module_of(x)
+        out = xp.empty_like(x)
+
+        def some(part: Any) -> None:
+            magnitudes = xp.abs(x[part], out=out[part])
+            xp.multiply(grad[part], magnitudes <= self.window, out=magnitudes)
+
+        numpy_threads.over_parts(x, 0, some)
+        return out
 
 
 @register_quantizer("clipped_grad")

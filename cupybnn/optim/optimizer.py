@@ -16,8 +16,9 @@ from cupybnn.nn import Parameter
 __all__ = ["Block", "Optimizer"]
 
 # Elements updated at a time on the host: the arrays of an update then stay in the cache between its
-# steps. Much smaller blocks lose as much to the calls.
-_HOST_BLOCK = 65536
+# steps. Smaller blocks lose more than that to the calls, and to threads that wait for the
+# interpreter's lock between them.
+_HOST_BLOCK = 1 << 17
 # How many passes over an array an update is worth, roughly, when threads are shared out.
 _PASSES = 8
 
