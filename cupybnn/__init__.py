@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from cupybnn import settings
 
-settings.rest_blas_threads()  # before anything imports NumPy
+with settings.resting_blas_threads():
+    import numpy  # noqa: F401
 
-from cupybnn.fold import fold_batch_norm  # noqa: E402
-from cupybnn.gemm import xnor_gemm, xnor_gemm_packed  # noqa: E402
-from cupybnn.packed import PackedMatrix, pack, sign, unpack  # noqa: E402
+from cupybnn.fold import fold_batch_norm
+from cupybnn.gemm import xnor_gemm, xnor_gemm_packed
+from cupybnn.packed import PackedMatrix, pack, sign, unpack
 
 if TYPE_CHECKING:
     from cupybnn.training import TrainConfig, Trainer, TrainResult, train

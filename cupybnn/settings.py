@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,7 +15,7 @@ __all__ = [
     "data_dir",
     "debug",
     "kernel_override",
-    "rest_blas_threads",
+    "resting_blas_threads",
     "scikit_learn_data",
     "variables_set",
 ]
@@ -64,15 +66,24 @@ def kernel_override() -> str | None:
     return os.environ.get("CUPYBNN_KERNEL") or None
 
 
-def rest_blas_threads() -> None:
-    """Have OpenBLAS's threads sleep 2**16 clock ticks after a product, not 2**26 (20 ms).
+@contextlib.contextmanager
+def resting_blas_threads() -> Iterator[None]:
+    """Have an OpenBLAS that is imported within rest its threads 2**16 clock ticks after a product.
 
-    Until then they spin, on the very cores that elementwise work between two products wants, and
-    in every gap of a training step. OpenBLAS looks at ``OPENBLAS_THREAD_TIMEOUT`` when NumPy is
-    imported: later than that this does nothing. A value that is set already stays.
+    By its own default they spin for 2**26 (20 ms): on the very cores that elementwise work between
+    two products wants, and in every gap of a training step. OpenBLAS looks at
+    ``OPENBLAS_THREAD_TIMEOUT`` once, when NumPy is imported; afterwards the environment is as it
+    was. A value that is set already stays.
     """
-    if "numpy" not in sys.modules:
-        os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "16")
+    name = "OPENBLAS_THREAD_TIMEOUT"
+    if name in os.environ or "numpy" in sys.modules:
+        yield
+        return
+    os.environ[name] = "16"
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
 
 
 def scikit_learn_data() -> Path:

@@ -61,11 +61,20 @@ def test_command_line_help_loads_no_heavy_module(tmp_path):
     assert not set(HEAVY) & set(loaded)
 
 
-def test_blas_threads_rest_unless_the_user_wants_otherwise(tmp_path):
-    look = "import os; print(os.environ.get('OPENBLAS_THREAD_TIMEOUT'))"
-    forget = "import os; os.environ.pop('OPENBLAS_THREAD_TIMEOUT', None)\n"
-    own = "import os; os.environ['OPENBLAS_THREAD_TIMEOUT'] = '20'\n"
-    assert fresh_process(f"{forget}import cupybnn\n{look}", tmp_path).strip() == "16"
-    assert fresh_process(f"{own}import cupybnn\n{look}", tmp_path).strip() == "20"
-    # With NumPy there already it would have no effect but on child processes.
-    assert fresh_process(f"{forget}import numpy, cupybnn\n{look}", tmp_path).strip() == "None"
+def test_openblas_is_imported_with_threads_that_rest(tmp_path):
+    name = "OPENBLAS_THREAD_TIMEOUT"
+    look = f"print(os.environ.get({name!r}))\n"
+    spy = f"""
+import builtins, os, sys
+os.environ.pop({name!r}, None)
+class Spy:
+    def find_spec(self, module, *rest):
+        if module == "numpy":
+            {look}
+sys.meta_path.insert(0, Spy())
+"""
+    assert fresh_process(f"{spy}import cupybnn\n{look}", tmp_path).split() == ["16", "None"]
+    own = f"os.environ[{name!r}] = '20'\n"
+    assert fresh_process(f"{spy}{own}import cupybnn\n{look}", tmp_path).split() == ["20", "20"]
+    # With NumPy there already it would have no effect.
+    assert fresh_process(f"{spy}import numpy, cupybnn\n{look}", tmp_path).split() == ["None"] * 2
