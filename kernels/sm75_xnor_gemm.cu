@@ -6,7 +6,7 @@
 // way in registers. Loads from shared memory bound it: 2 words for each 8 x 8 x 128 product.
 
 #define XOR_ACC 1
-#include "product.cuh"
+#include "results.cuh"
 
 constexpr int TILE = 64, WARP_TILE = 32, THREADS = 128;
 constexpr int PIECES = TILE * CHUNK_PIECES / THREADS;  // of each operand, that a thread loads

@@ -9,7 +9,7 @@
 //
 // The translation unit sets WARPS_M, WARPS_N, BLOCKS_M, BLOCKS_N, STAGES, and what product.cuh wants.
 
-#include "product.cuh"
+#include "results.cuh"
 
 constexpr int WARP_M = 16 * BLOCKS_M, WARP_N = 8 * BLOCKS_N;
 constexpr int TILE_M = WARP_M * WARPS_M, TILE_N = WARP_N * WARPS_N;

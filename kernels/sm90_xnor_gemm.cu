@@ -27,7 +27,7 @@
 // The translation unit sets CONSUMERS, BLOCKS_M, TILE_N, STAGES, CLUSTER_M, CLUSTER_N, SPLIT_K,
 // DEFERRED, and what product.cuh wants.
 
-#include "product.cuh"
+#include "results.cuh"
 #include "hopper.cuh"
 #include "wgmma_b1.cuh"
 
@@ -98,8 +98,9 @@ template <int LINES, int SHARERS> struct Share {
 struct Work {
   u32 tiles_m, tiles_n, count;  // in tiles of a cluster; the caller keeps them below 2**31
   __device__ __forceinline__ explicit Work(const Product& p) {
-    tiles_m = (u32)((p.m + TILE_M * CLUSTER_M - 1) / (TILE_M * CLUSTER_M));
-    tiles_n = (u32)((p.n + TILE_N * CLUSTER_N - 1) / (TILE_N * CLUSTER_N));
+    // In 32 bits, which m and n fit: there are uniform registers for that.
+    tiles_m = ((u32)p.m + TILE_M * CLUSTER_M - 1) / (TILE_M * CLUSTER_M);
+    tiles_n = ((u32)p.n + TILE_N * CLUSTER_N - 1) / (TILE_N * CLUSTER_N);
     count = tiles_m * tiles_n * (u32)p.batch;
   }
 };
@@ -236,7 +237,7 @@ struct Pending {
   template <int PIECE>
   __device__ __forceinline__ void store(const TileResults& results, int wg) {
     constexpr int COUNT = TILE_N / 8 / PIECES;
-    results.store_fragments<PIECE * COUNT, COUNT>(
+    results.store_fragments<PIECE * COUNT, COUNT, TILE_N / 8>(
         first_row(wg), 64, 0,
         [&](int block, int i) { return (int)(acc[block][i / 2] >> (i % 2 * 16) & 0xffffu); }, ones);
     if (PIECE == PIECES - 1) results.count_fragments(first_row(wg), 64, ones);

@@ -4,7 +4,7 @@
 // one chunk (1024 bits) of the tile's 64 + 64 lines, 16 KiB, swizzled as it came (layout.cuh).
 // Population count, at 16 words a clock and SM on most GPUs, bounds it.
 
-#include "product.cuh"
+#include "results.cuh"
 
 constexpr int TILE = 64, SIDE = 16, EACH = TILE / SIDE, THREADS = SIDE * SIDE;
 

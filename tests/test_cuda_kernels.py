@@ -171,6 +171,34 @@ def test_results_of_any_strides(cupy, dtype):
             assert bool((out == want.astype(dtype)).all())
 
 
+RAGGED = {
+    "sm80 large": sm80(4, 2, 4, 8, 3),
+    "sm90 128x128": sm90(1, 128, 6),
+    "sm90 256x192": sm90(2, 192, 4),
+    "sm90 128x256 deferred": sm90(1, 256, 4, deferred=True),
+    "sm90 256x128 deferred": sm90(2, 128, 4, deferred=True),
+}
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float32", "float16"])
+@pytest.mark.parametrize("name", RAGGED)
+def test_rows_may_begin_at_any_address(cupy, capability, name, dtype):
+    """Lanes exchange results to store whole sectors, in a way of its own for each remainder."""
+    require(RAGGED[name], capability)
+    for m, n in ((300, 515), (129, 255), (17, 1), (40, 23)):
+        a, b = operands(cupy, m, n, 4100)
+        a, b = cupybnn.pack(a), cupybnn.pack(b, axis=-2)
+        with force_kernel("smxx"):
+            want = cupybnn.xnor_gemm(a, b, dtype=np.int32).astype(dtype)
+        for left, right in [(i, 0) for i in range(17)] + [(0, i) for i in range(1, 17)]:
+            around = cupy.full((m + 2, left + n + right), 77, dtype)
+            with force_kernel(RAGGED[name]):
+                cupybnn.xnor_gemm(a, b, out=around[1:-1, left : left + n])
+            assert bool((around[1:-1, left : left + n] == want).all()), (m, n, left, right)
+            around[1:-1, left : left + n] = 77
+            assert bool((around == 77).all()), (m, n, left, right)
+
+
 def test_a_view_is_written_and_nothing_around_it(cupy):
     a, b = operands(cupy, 200, 300, 5000)
     around = cupy.full((204, 308), POISON, np.int32)

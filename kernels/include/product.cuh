@@ -1,4 +1,4 @@
-// What every product kernel is given, and what becomes of its integers on their way out.
+// What every product kernel is given, and what it adds to its integers on their way out.
 //
 // A kernel computes acc[row][col] = popcount(a_row & b_col), from which the product of the signs is
 //     K - 2 popcount(a_row) - 2 popcount(b_col) + 4 acc.
@@ -75,10 +75,16 @@ __device__ __forceinline__ out_t round_to_output(float v) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v));
   return h;
 #else
+#if __CUDA_ARCH__ >= 800
+  unsigned short b;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(b) : "f"(v));
+  return b;
+#else
   // Round to nearest even by hand: sm_75 has no conversion to bfloat16.
   const u32 bits = __float_as_uint(v);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return (unsigned short)((bits >> 16) | 0x40u);
   return (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+#endif
 #endif
 }
 #endif
@@ -128,203 +134,6 @@ template <int HEIGHT, int WIDTH> struct Terms {
       col_bias[i] = bias && !p.swapped && i < cols_left ? bias[n + i] : -0.0f;
     }
 #endif
-  }
-};
-
-// Loads and stores of an epilogue keep their order: a compiler that is free to move them loads the
-// terms of a whole tile first, and spills accumulators to make room for them.
-__device__ __forceinline__ int4 load_in_turn(const int* from) {
-  int4 v;
-  asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"((u32)__cvta_generic_to_shared(from)) : "memory");
-  return v;
-}
-__device__ __forceinline__ void store_in_turn(int* to, int v) {
-  asm volatile("st.global.s32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
-}
-__device__ __forceinline__ void store_in_turn(float* to, float v) {
-  asm volatile("st.global.f32 [%0], %1;" ::"l"(to), "f"(v) : "memory");
-}
-__device__ __forceinline__ void store_in_turn(unsigned short* to, unsigned short v) {
-  asm volatile("st.global.u16 [%0], %1;" ::"l"(to), "h"(v) : "memory");
-}
-
-// The results of one tile: from accumulators to the caller's memory.
-template <int HEIGHT, int WIDTH> struct Results {
-  const Product& p;
-  const Terms<HEIGHT, WIDTH>& terms;
-  const i64 item, m, n;  // of the batch, and the tile's first row and column
-  out_t* const out;      // the tile's first result
-
-  __device__ __forceinline__ Results(const Product& product, const Terms<HEIGHT, WIDTH>& tile_terms,
-                                     i64 batch_item, i64 first_row, i64 first_col)
-      : p(product), terms(tile_terms), item(batch_item), m(first_row), n(first_col),
-        out((out_t*)product.out + batch_item * product.out_batch + first_row * product.out_row +
-            first_col * product.out_col) {}
-
-  // The product, or OUTPUT_PACKED: the product minus its threshold.
-  static __device__ __forceinline__ int product(int row_term, int col_term, int acc) {
-#if XOR_ACC
-    return (int)((u32)row_term + (u32)col_term - 2u * (u32)acc);
-#else
-    return (int)((u32)row_term + (u32)col_term + 4u * (u32)acc);
-#endif
-  }
-
-#if OUTPUT != OUTPUT_PACKED
-  // The result of a product; rows and columns count from the tile's first.
-  __device__ __forceinline__ out_t value(int row, int col, int product) const {
-#if OUTPUT == OUTPUT_INT32 || OUTPUT == OUTPUT_INT16
-    return (out_t)product;
-#else
-    float v = __int2float_rn(product);
-#if SCALED
-    // The caller's rows come first, whichever side they are on here: rounding depends on order.
-    const float r = terms.row_scale[row], c = terms.col_scale[col];
-    v = __fmul_rn(__fmul_rn(v, p.swapped ? c : r), p.swapped ? r : c);
-    v = __fadd_rn(__fadd_rn(v, terms.row_bias[row]), terms.col_bias[col]);
-#endif
-    return round_to_output(v);
-#endif
-  }
-
-  __device__ __forceinline__ void store(int row, int col, int acc) const {
-    if (m + row < p.m && n + col < p.n)
-      out[row * p.out_row + col * p.out_col] =
-          value(row, col, product(terms.row[row], terms.col[col], acc));
-  }
-
-  // Four neighbours of one row in one store. Results are written once and not read here: they
-  // should not push the operands out of the L2 cache.
-  static __device__ __forceinline__ void store_four(out_t* to, const out_t (&v)[4]) {
-    const u32* w = (const u32*)v;
-    if constexpr (sizeof(out_t) == 4)
-      asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(w[0]), "r"(w[1]),
-                   "r"(w[2]), "r"(w[3]) : "memory");
-    else
-      asm volatile("st.global.cs.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"((u32)v[0] | (u32)v[1] << 16),
-                   "r"((u32)v[2] | (u32)v[3] << 16) : "memory");
-  }
-#else
-  // Store word w (32 columns) of a row of the tile; the caller stores each word once.
-  __device__ __forceinline__ void store_word(int row, int w, u32 bits) const {
-    const u32 chunks = (u32)((p.n + CHUNK_BITS - 1) / CHUNK_BITS), word = (u32)(n / 32) + w;
-    if (m + row >= p.m || word >= chunks * CHUNK_WORDS) return;
-    const u32 position = position_of((u32)(m + row));
-    u32* to = (u32*)p.out + line_chunk(item, chunks, word / CHUNK_WORDS, p.m, position);
-    to[swizzled_word(position, word % CHUNK_WORDS)] = bits;
-  }
-  __device__ __forceinline__ void count(int row, int ones) const {
-    if (m + row < p.m && ones) atomicAdd(p.out_pop + item * p.m + m + row, ones);
-  }
-  // The bits of word w of the tile from the signs of (product - threshold): 1 for a negative one.
-  __device__ __forceinline__ u32 word_of_signs(int w, u32 negative) const {
-    const i64 left = p.n - n - 32 * w;
-    const u32 exist = left >= 32 ? 0xffffffffu : left <= 0 ? 0u : (1u << left) - 1;
-    return (~negative ^ terms.flip[w]) & exist;
-  }
-#endif
-
-  // Store COUNT of a warp's fragments from the FIRST, of the tensor cores' fragments side by side, for
-  // BLOCKS times 16 positions that lie `block_rows` apart. Of 16 positions of rows a lane holds
-  // lane / 4 and lane / 4 + 8, and of eight of columns 2 (lane % 4) and the next (PTX ISA, matrix
-  // fragments of mma.m16n8k256): rows two apart, and of two fragments four neighbouring columns
-  // (layout.cuh). acc(block, i) is accumulator i of a lane, four to a fragment. OUTPUT_PACKED:
-  // `ones` counts the bits of the lane's rows, for count_fragments.
-  template <int FIRST, int COUNT, int BLOCKS, typename Acc>
-  __device__ __forceinline__ void store_fragments(int row, int block_rows, int col, const Acc& acc,
-                                                  int (&ones)[BLOCKS]) const {
-    constexpr int ROWS = 2 * BLOCKS;
-    static_assert(FIRST % 2 == 0 && COUNT % 2 == 0, "two fragments make four neighbours");
-    const int lane = threadIdx.x & 31, quad = lane & 3;
-    const int r0 = row + line_at(lane >> 2), c0 = col + 4 * quad;
-    int t[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) t[r] = terms.row[r0 + r / 2 * block_rows + r % 2 * 2];
-#if OUTPUT != OUTPUT_PACKED
-    out_t* to = out + r0 * p.out_row + (c0 + 8 * FIRST) * p.out_col;
-    // Whether these results lie in the matrix, and neighbours can be stored together.
-    const bool whole = m + row + (BLOCKS - 1) * block_rows + 16 <= p.m &&
-                       n + col + 8 * (FIRST + COUNT) <= p.n && p.out_col == 1 &&
-                       (p.out_row & 3) == 0 && ((u64)to & (4 * sizeof(out_t) - 1)) == 0;
-#pragma unroll
-    for (int j = FIRST; j < FIRST + COUNT; j += 2) {
-      const int4 four = load_in_turn(terms.col + c0 + 8 * j);
-      const int u[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int r = 0; r < ROWS; r++) {
-        const int down = r / 2 * block_rows + r % 2 * 2;
-        out_t v[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-          v[i] = value(r0 + down, c0 + 8 * j + i,
-                       product(t[r], u[i], acc(r / 2, 4 * (j + i / 2) + r % 2 * 2 + i % 2)));
-        if (whole) {
-          store_four(to + down * p.out_row, v);
-        } else {
-#pragma unroll
-          for (int i = 0; i < 4; i++)
-            if (m + r0 + down < p.m && n + c0 + 8 * j + i < p.n)
-              store_in_turn(to + down * p.out_row + i * p.out_col, v[i]);
-        }
-      }
-      to += 16 * p.out_col;
-    }
-#else
-    static_assert(FIRST % 4 == 0 && COUNT % 4 == 0, "a word is 32 columns, four fragments");
-#pragma unroll
-    for (int w = FIRST / 4; w < (FIRST + COUNT) / 4; w++) {
-      // Signs are shifted in from the last column to the first: four of 16 are this lane's.
-      u32 signs[ROWS] = {};
-#pragma unroll
-      for (int j = 4 * w + 2; j >= 4 * w; j -= 2) {
-        const int4 four = load_in_turn(terms.col + c0 + 8 * j);
-        const int u[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-          if (j % 4 == 0) signs[r] <<= 12;
-#pragma unroll
-          for (int i = 3; i >= 0; i--)
-            signs[r] = __funnelshift_l(
-                (u32)product(t[r], u[i], acc(r / 2, 4 * (j + i / 2) + r % 2 * 2 + i % 2)), signs[r],
-                1);
-        }
-      }
-#pragma unroll
-      for (int block = 0; block < BLOCKS; block++) {
-        // Four lanes hold parts of both rows' words: even lanes gather the first, odd the second.
-        const u32 w0 = signs[2 * block] << 4 * quad, w1 = signs[2 * block + 1] << 4 * quad;
-        u32 mine = (quad & 1 ? w1 : w0) | __shfl_xor_sync(0xffffffffu, quad & 1 ? w0 : w1, 1);
-        mine |= __shfl_xor_sync(0xffffffffu, mine, 2);
-        mine = word_of_signs(col / 32 + w, mine);
-        if (quad < 2) store_word(r0 + block * block_rows + quad * 2, col / 32 + w, mine);
-        ones[block] += __popc(mine);
-      }
-    }
-#endif
-  }
-
-  // Add what store_fragments has counted to the popcounts of the result's rows.
-  template <int BLOCKS>
-  __device__ __forceinline__ void count_fragments(int row, int block_rows,
-                                                  const int (&ones)[BLOCKS]) const {
-#if OUTPUT == OUTPUT_PACKED
-    const int lane = threadIdx.x & 31, quad = lane & 3;
-#pragma unroll
-    for (int block = 0; block < BLOCKS; block++)
-      if (quad < 2) count(row + line_at(lane >> 2) + block * block_rows + quad * 2, ones[block]);
-#endif
-  }
-
-  // Store all of a warp's fragments.
-  template <int BLOCKS, int ACC>
-  __device__ __forceinline__ void store_all(int row, int block_rows, int col,
-                                            const int (&acc)[BLOCKS][ACC]) const {
-    int ones[BLOCKS] = {};
-    store_fragments<0, ACC / 4>(
-        row, block_rows, col, [&](int block, int i) { return acc[block][i]; }, ones);
-    count_fragments(row, block_rows, ones);
   }
 };
 

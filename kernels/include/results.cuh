@@ -1,0 +1,355 @@
+// The way of a tile's integers from accumulators to the caller's memory, as product.cuh says what
+// becomes of them.
+#pragma once
+
+#include "product.cuh"
+
+// Loads and stores of an epilogue keep their order (asm volatile): a compiler that is free to move
+// them loads the terms of a whole tile first, and spills accumulators to make room for them.
+__device__ __forceinline__ int4 load_in_turn(const int* from) {
+  int4 v;
+  asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"((u32)__cvta_generic_to_shared(from)) : "memory");
+  return v;
+}
+// The same, not kept in registers for when it is asked for again.
+__device__ __forceinline__ int4 load_again(const int* from) {
+  int4 v;
+  asm volatile("ld.volatile.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"((u32)__cvta_generic_to_shared(from)) : "memory");
+  return v;
+}
+__device__ __forceinline__ int load_again_one(const int* from) {
+  int v;
+  asm volatile("ld.volatile.shared.s32 %0, [%1];"
+               : "=r"(v) : "r"((u32)__cvta_generic_to_shared(from)) : "memory");
+  return v;
+}
+
+// The results of one tile: from accumulators to the caller's memory.
+template <int HEIGHT, int WIDTH> struct Results {
+  const Product& p;
+  const Terms<HEIGHT, WIDTH>& terms;
+  const i64 item, m, n;  // of the batch, and the tile's first row and column
+  out_t* const out;      // the tile's first result
+
+  __device__ __forceinline__ Results(const Product& product, const Terms<HEIGHT, WIDTH>& tile_terms,
+                                     i64 batch_item, i64 first_row, i64 first_col)
+      : p(product), terms(tile_terms), item(batch_item), m(first_row), n(first_col),
+        out((out_t*)product.out + batch_item * product.out_batch + first_row * product.out_row +
+            first_col * product.out_col) {}
+
+  // The product, or OUTPUT_PACKED: the product minus its threshold.
+  static __device__ __forceinline__ int product(int row_term, int col_term, int acc) {
+#if XOR_ACC
+    return (int)((u32)row_term + (u32)col_term - 2u * (u32)acc);
+#else
+    return (int)((u32)row_term + (u32)col_term + 4u * (u32)acc);
+#endif
+  }
+
+#if OUTPUT != OUTPUT_PACKED
+  // The result of a product; rows and columns count from the tile's first. AGAIN: terms are read
+  // each time, so that they take up no registers meanwhile.
+  template <bool AGAIN = false>
+  __device__ __forceinline__ out_t value(int row, int col, int product) const {
+#if OUTPUT == OUTPUT_INT32 || OUTPUT == OUTPUT_INT16
+    return (out_t)product;
+#else
+    float v = __int2float_rn(product);
+#if SCALED
+    // The caller's rows come first, whichever side they are on here: rounding depends on order.
+    auto term = [](const float& x) { return AGAIN ? *(const volatile float*)&x : x; };
+    const float r = term(terms.row_scale[row]), c = term(terms.col_scale[col]);
+    v = __fmul_rn(__fmul_rn(v, p.swapped ? c : r), p.swapped ? r : c);
+    v = __fadd_rn(__fadd_rn(v, term(terms.row_bias[row])), term(terms.col_bias[col]));
+#endif
+    return round_to_output(v);
+#endif
+  }
+
+  __device__ __forceinline__ void store(int row, int col, int acc) const {
+    if (m + row < p.m && n + col < p.n)
+      out[row * p.out_row + col * p.out_col] =
+          value(row, col, product(terms.row[row], terms.col[col], acc));
+  }
+
+  // The bits of a result in a register, which lanes exchange.
+  static __device__ __forceinline__ u32 bits_of(out_t v) {
+#if OUTPUT == OUTPUT_FLOAT32
+    return __float_as_uint(v);
+#else
+    return (u32)v;
+#endif
+  }
+
+  // Four neighbours of one row in one store. Results are written once and not read here: they
+  // should not push the operands out of the L2 cache.
+  static __device__ __forceinline__ void store_four(out_t* to, const u32 (&v)[4]) {
+    if constexpr (sizeof(out_t) == 4)
+      asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v[0]), "r"(v[1]),
+                   "r"(v[2]), "r"(v[3]) : "memory");
+    else
+      asm volatile("st.global.cs.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(v[0] | v[1] << 16),
+                   "r"(v[2] | v[3] << 16) : "memory");
+  }
+  static __device__ __forceinline__ void store_one(out_t* to, u32 v) {
+    if constexpr (sizeof(out_t) == 4)
+      asm volatile("st.global.b32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+    else
+      asm volatile("st.global.b16 [%0], %1;" ::"l"(to), "h"((unsigned short)v) : "memory");
+  }
+#else
+  // Store word w (32 columns) of a row of the tile; the caller stores each word once.
+  __device__ __forceinline__ void store_word(int row, int w, u32 bits) const {
+    const u32 chunks = (u32)((p.n + CHUNK_BITS - 1) / CHUNK_BITS), word = (u32)(n / 32) + w;
+    if (m + row >= p.m || word >= chunks * CHUNK_WORDS) return;
+    const u32 position = position_of((u32)(m + row));
+    u32* to = (u32*)p.out + line_chunk(item, chunks, word / CHUNK_WORDS, p.m, position);
+    to[swizzled_word(position, word % CHUNK_WORDS)] = bits;
+  }
+  __device__ __forceinline__ void count(int row, int ones) const {
+    if (m + row < p.m && ones) atomicAdd(p.out_pop + item * p.m + m + row, ones);
+  }
+  // The bits of word w of the tile from the signs of (product - threshold): 1 for a negative one.
+  __device__ __forceinline__ u32 word_of_signs(int w, u32 negative) const {
+    const i64 left = p.n - n - 32 * w;
+    const u32 exist = left >= 32 ? 0xffffffffu : left <= 0 ? 0u : (1u << left) - 1;
+    return (~negative ^ terms.flip[w]) & exist;
+  }
+#endif
+
+#if OUTPUT != OUTPUT_PACKED
+  // What a lane holds of one row in two fragments from fragment j on: four neighbours.
+  template <typename Acc>
+  __device__ __forceinline__ void four_results(int block, int below, int row, int col, int j,
+                                               int row_term, const Acc& acc, u32 (&v)[4]) const {
+    const int4 four = load_again(terms.col + col + 8 * j);
+    const int u[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const int at = 4 * (j + i / 2) + i % 2;
+      const int sum = product(row_term, u[i], below ? acc(block, at + 2) : acc(block, at));
+      v[i] = bits_of(value<true>(row, col + 8 * j + i, sum));
+    }
+  }
+
+  // store_fragments for rows that begin anywhere, and for tiles that are not whole.
+  //
+  // The L2 cache keeps sectors of 32 bytes, and a part of one takes it as long as a whole one, or
+  // longer. So lanes pass results on, until each has four neighbours that are aligned and a row's
+  // four lanes have whole sectors: of a row whose first result stands `shift` after the beginning
+  // of a sector, lane `quad` gets what begins at column 4 quad - shift. Results move up by shift % 4
+  // within a lane's four, then by shift / 4 lanes, or by one more where the first move took them
+  // past the four; past the last lane they go to the first lanes' share of the next two fragments.
+  // What is left at either end of a row, less than four, is stored by a lane each.
+  template <int FIRST, int COUNT, int TOTAL, int BLOCKS, typename Acc>
+  __device__ __forceinline__ void store_ragged(int row, int block_rows, int rows, int col, int cols,
+                                               int lane, const Acc& acc) const {
+    constexpr int SECTOR = 32 / sizeof(out_t);
+    constexpr u32 ALL = 0xffffffffu;
+    const int quad = lane & 3;
+    const int exist = min(cols - col, 8 * TOTAL);  // of the warp's columns
+#pragma unroll
+    for (int block = 0; block < BLOCKS; block++)
+#pragma unroll(SCALED ? 1 : 2)
+      for (int below = 0; below < 2; below++) {
+        int r = row + line_at(lane >> 2) + block * block_rows + below * 2;
+        asm volatile("" : "+r"(r));  // or all rows' addresses are worked out ahead, and spilled
+        const int term = load_again_one(terms.row + r), end = r < rows ? exist : 0;
+        out_t* to = out + r * p.out_row + col;
+        const int shift = (int)((u64)to / sizeof(out_t)) & (SECTOR - 1), within = shift & 3;
+        const int c = 4 * quad - shift;  // this lane's first column, and its address
+        to += c;
+        asm volatile("" : "+l"(to));  // or it is kept as an index, for each store to make one of
+        u32 before[4] = {}, now[4];  // of the last two fragments and of these, moved by shift % 4
+        auto take = [&](int j) {
+          u32 v[4];
+          four_results(block, below, r, col + 4 * quad, j, term, acc, v);
+          const u32 w[4] = {within & 1 ? v[3] : v[0], within & 1 ? v[0] : v[1],
+                            within & 1 ? v[1] : v[2], within & 1 ? v[2] : v[3]};
+#pragma unroll
+          for (int i = 0; i < 4; i++) now[i] = within & 2 ? w[i ^ 2] : w[i];
+        };
+        if constexpr (FIRST > 0) {
+          take(FIRST - 2);
+#pragma unroll
+          for (int i = 0; i < 4; i++) before[i] = now[i];
+        }
+        constexpr int STOP = FIRST + COUNT + (FIRST + COUNT == TOTAL ? 2 : 0);
+#pragma unroll
+        for (int j = FIRST; j < STOP; j += 2) {
+          if (j < TOTAL) take(j);
+          // Number i comes from ceil((shift - i) / 4) lanes below, modulo four.
+          u32 mine[4];
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            const bool stays = 4 * quad + shift < 13 + i;  // among the lanes of these fragments
+            mine[i] = __shfl_sync(ALL, stays ? now[i] : before[i], (c + i) >> 2, 4);
+            before[i] = now[i];
+          }
+          const int first = c + 8 * j;
+          const bool begun = j > 0 || first >= 0;
+          if (first + 4 <= end) {
+            if (begun) store_four(to + 8 * j, mine);
+          } else if (j < TOTAL) {  // the end of a narrow tile's row
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+              if (begun && first + i < end) store_one(to + 8 * j + i, mine[i]);
+          }
+          // The beginning, or the end of a whole tile's row: one lane has it, each stores one.
+          if (j == 0 || j == TOTAL) {
+            const int from = (j == 0 ? shift : end + shift) / 4 & 3;
+            const int away = 4 * (from - quad) + quad;
+            u32 one = __shfl_sync(ALL, mine[0], from, 4);
+#pragma unroll
+            for (int i = 1; i < 4; i++) {
+              const u32 other = __shfl_sync(ALL, mine[i], from, 4);
+              if (quad == i) one = other;
+            }
+            if (first + away < end && (j > 0 || (within && first + away >= 0)))
+              store_one(to + 8 * j + away, one);
+          }
+        }
+      }
+  }
+
+  // store_fragments where neighbours in a row are not neighbours in memory.
+  template <int FIRST, int COUNT, int BLOCKS, typename Acc>
+  __device__ __forceinline__ void store_scattered(int row, int block_rows, int rows, int col,
+                                                  int cols, int lane, const Acc& acc) const {
+    const int c = col + 4 * (lane & 3);
+#pragma unroll
+    for (int block = 0; block < BLOCKS; block++)
+#pragma unroll 1
+      for (int below = 0; below < 2; below++) {
+        int r = row + line_at(lane >> 2) + block * block_rows + below * 2;
+        asm volatile("" : "+r"(r));  // or all rows' addresses are worked out ahead, and spilled
+        const int term = load_again_one(terms.row + r), left = (r < rows ? cols : 0) - c;
+        out_t* to = out + r * p.out_row + (c + 8 * FIRST) * p.out_col;
+#pragma unroll
+        for (int j = FIRST; j < FIRST + COUNT; j += 2) {
+          u32 v[4];
+          four_results(block, below, r, c, j, term, acc, v);
+#pragma unroll
+          for (int i = 0; i < 4; i++) {
+            if (8 * j + i < left) store_one(to, v[i]);
+            to += i < 3 ? p.out_col : 13 * p.out_col;
+          }
+        }
+      }
+  }
+#endif
+
+  // Store COUNT of a warp's TOTAL fragments from the FIRST, of the tensor cores' fragments side by
+  // side, for BLOCKS times 16 positions that lie `block_rows` apart. Of 16 positions of rows a lane
+  // holds lane / 4 and lane / 4 + 8, and of eight of columns 2 (lane % 4) and the next (PTX ISA,
+  // matrix fragments of mma.m16n8k256): rows two apart, and of two fragments four neighbouring
+  // columns (layout.cuh). acc(block, i) is accumulator i of a lane, four to a fragment.
+  // OUTPUT_PACKED: `ones` counts the bits of the lane's rows, for count_fragments.
+  template <int FIRST, int COUNT, int TOTAL, int BLOCKS, typename Acc>
+  __device__ __forceinline__ void store_fragments(int row, int block_rows, int col, const Acc& acc,
+                                                  int (&ones)[BLOCKS]) const {
+    constexpr int ROWS = 2 * BLOCKS;
+    static_assert(FIRST % 2 == 0 && COUNT % 2 == 0, "two fragments make four neighbours");
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));  // anew: what follows from it is not kept
+    const int quad = lane & 3;
+    const int r0 = row + line_at(lane >> 2), c0 = col + 4 * quad;
+#if OUTPUT != OUTPUT_PACKED
+    // What exists of the tile.
+    const int rows = (int)min(p.m - m, (i64)HEIGHT), cols = (int)min(p.n - n, (i64)WIDTH);
+    // Whether these results lie in the matrix, and neighbours can be stored together. All lanes
+    // agree; that the compiler knows it saves a second copy of every exchange, for diverged lanes.
+    out_t* to = out + r0 * p.out_row + (c0 + 8 * FIRST) * p.out_col;
+    const bool whole = __all_sync(
+        0xffffffffu, row + (BLOCKS - 1) * block_rows + 16 <= rows &&
+                         col + 8 * (FIRST + COUNT) <= cols && p.out_col == 1 &&
+                         (p.out_row & 3) == 0 && ((u64)to & (4 * sizeof(out_t) - 1)) == 0);
+    if (!whole) {
+      if (p.out_col == 1)
+        store_ragged<FIRST, COUNT, TOTAL, BLOCKS>(row, block_rows, rows, col, cols, lane, acc);
+      else
+        store_scattered<FIRST, COUNT, BLOCKS>(row, block_rows, rows, col, cols, lane, acc);
+      return;
+    }
+#endif
+    int t[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) t[r] = terms.row[r0 + r / 2 * block_rows + r % 2 * 2];
+#if OUTPUT != OUTPUT_PACKED
+#pragma unroll
+    for (int j = FIRST; j < FIRST + COUNT; j += 2) {
+      const int4 four = load_in_turn(terms.col + c0 + 8 * j);
+      const int u[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) {
+        const int down = r / 2 * block_rows + r % 2 * 2;
+        u32 v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          v[i] = bits_of(
+              value(r0 + down, c0 + 8 * j + i,
+                    product(t[r], u[i], acc(r / 2, 4 * (j + i / 2) + r % 2 * 2 + i % 2))));
+        store_four(to + down * p.out_row, v);
+      }
+      to += 16;
+    }
+#else
+    static_assert(FIRST % 4 == 0 && COUNT % 4 == 0, "a word is 32 columns, four fragments");
+#pragma unroll
+    for (int w = FIRST / 4; w < (FIRST + COUNT) / 4; w++) {
+      // Signs are shifted in from the last column to the first: four of 16 are this lane's.
+      u32 signs[ROWS] = {};
+#pragma unroll
+      for (int j = 4 * w + 2; j >= 4 * w; j -= 2) {
+        const int4 four = load_in_turn(terms.col + c0 + 8 * j);
+        const int u[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+          if (j % 4 == 0) signs[r] <<= 12;
+#pragma unroll
+          for (int i = 3; i >= 0; i--)
+            signs[r] = __funnelshift_l(
+                (u32)product(t[r], u[i], acc(r / 2, 4 * (j + i / 2) + r % 2 * 2 + i % 2)), signs[r],
+                1);
+        }
+      }
+#pragma unroll
+      for (int block = 0; block < BLOCKS; block++) {
+        // Four lanes hold parts of both rows' words: even lanes gather the first, odd the second.
+        const u32 w0 = signs[2 * block] << 4 * quad, w1 = signs[2 * block + 1] << 4 * quad;
+        u32 mine = (quad & 1 ? w1 : w0) | __shfl_xor_sync(0xffffffffu, quad & 1 ? w0 : w1, 1);
+        mine |= __shfl_xor_sync(0xffffffffu, mine, 2);
+        mine = word_of_signs(col / 32 + w, mine);
+        if (quad < 2) store_word(r0 + block * block_rows + quad * 2, col / 32 + w, mine);
+        ones[block] += __popc(mine);
+      }
+    }
+#endif
+  }
+
+  // Add what store_fragments has counted to the popcounts of the result's rows.
+  template <int BLOCKS>
+  __device__ __forceinline__ void count_fragments(int row, int block_rows,
+                                                  const int (&ones)[BLOCKS]) const {
+#if OUTPUT == OUTPUT_PACKED
+    const int lane = threadIdx.x & 31, quad = lane & 3;
+#pragma unroll
+    for (int block = 0; block < BLOCKS; block++)
+      if (quad < 2) count(row + line_at(lane >> 2) + block * block_rows + quad * 2, ones[block]);
+#endif
+  }
+
+  // Store all of a warp's fragments.
+  template <int BLOCKS, int ACC>
+  __device__ __forceinline__ void store_all(int row, int block_rows, int col,
+                                            const int (&acc)[BLOCKS][ACC]) const {
+    int ones[BLOCKS] = {};
+    store_fragments<0, ACC / 4, ACC / 4>(
+        row, block_rows, col, [&](int block, int i) { return acc[block][i]; }, ones);
+    count_fragments(row, block_rows, ones);
+  }
+};
