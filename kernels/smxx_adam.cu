@@ -145,6 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int r = 0; r < EACH; r++) {
     const i64 at = (row + r) * p.cols + col;
     float copy[4];
+    bool stale = !(p.flags & BINARY);  // signs are written only where one has changed
 #pragma unroll
     for (int i = 0; i < 4; i++) {
       float v = w[r][i], d = g[r][i];
@@ -167,6 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       const bool after = i < exist[r] && nonnegative(v);
       signs[i] |= (u32)after << r | (u32)before << (4 + r);
       copy[i] = p.flags & BINARY ? (after ? 1.0f : -1.0f) : v;
+      stale |= after != before;
     }
     if (exist[r] == 0) continue;
     store_some(p.weight + at, exist[r], whole, w[r]);
@@ -175,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #if WRITE_GRADIENT
     store_some(p.left + at, exist[r], whole, g[r]);
 #endif
-    if (p.copy) store_some(p.copy + at, exist[r], whole, copy);
+    if (p.copy && stale) store_some(p.copy + at, exist[r], whole, copy);
   }
 
   if (p.words) {  // the same for the whole block

@@ -1,8 +1,10 @@
 // The start of a training step: its batch, and what dropout keeps.
 //
-// gather: a thread copies VECTOR neighbouring pixels of an image of the batch. Pixels stay the whole
-// numbers that they are, exact in any type; the first product multiplies by their scale. Bounded by
-// latency: rows of the data set are read at random. Popcounts that later kernels add to are cleared.
+// gather: a thread copies VECTOR neighbouring pixels of an image of the batch, and of EACH such groups
+// loads all before it stores the first. Pixels stay the whole numbers that they are, exact in any type;
+// the first product multiplies by their scale. Bounded by latency: the number of the step, that of the
+// image and then its row, at random, are read one after the other. Popcounts that later kernels add to
+// are cleared.
 //
 // gather_deformed: the same, each image deformed in its own way (cupybnn/data/augmentation.py has the
 // formulas). A block takes an image; it is sampled from shared memory. Bounded by the arithmetic.
@@ -53,20 +55,36 @@ __device__ __forceinline__ void drop_pixels(const Batch& p, i64 first, float (&v
   for (int e = 0; e < N; e++) v[e] = kept >> e & 1 ? v[e] : 0.0f;
 }
 
+constexpr int EACH = 2;
+
 extern "C" __global__ void __launch_bounds__(THREADS) gather(const __grid_constant__ Batch p) {
   const int* batch = images_of_step(p);
   const u32 groups = (u32)p.cols / VECTOR;
-  const i64 count = p.rows * groups;
-  for (i64 i = (i64)blockIdx.x * THREADS + threadIdx.x; i < count; i += (i64)gridDim.x * THREADS) {
-    const i64 row = i / groups, col = (i - row * groups) * VECTOR, image = batch[row];
-    const Vector<unsigned char, VECTOR> pixels =
-        *(const Vector<unsigned char, VECTOR>*)(p.images + image * p.cols + col);
-    float v[VECTOR];
+  const i64 count = p.rows * groups, step = (i64)gridDim.x * THREADS;
+  for (i64 first = (i64)blockIdx.x * THREADS + threadIdx.x; first < count; first += EACH * step) {
+    // Beyond the last group: the last, which is not stored.
+    i64 row[EACH], col[EACH], image[EACH];
+    Vector<unsigned char, VECTOR> pixels[EACH];
 #pragma unroll
-    for (int e = 0; e < VECTOR; e++) v[e] = pixels.at[e];
-    drop_pixels<VECTOR>(p, row * p.cols + col, v);
-    store<VECTOR>(p.x + row * p.cols + col, v);
-    if (col == 0) p.labels[row] = p.all_labels[image];
+    for (int g = 0; g < EACH; g++) {
+      const i64 i = min(first + g * step, count - 1);
+      row[g] = i / groups;
+      col[g] = (i - row[g] * groups) * VECTOR;
+      image[g] = batch[row[g]];
+    }
+#pragma unroll
+    for (int g = 0; g < EACH; g++)
+      pixels[g] = *(const Vector<unsigned char, VECTOR>*)(p.images + image[g] * p.cols + col[g]);
+#pragma unroll
+    for (int g = 0; g < EACH; g++) {
+      if (first + g * step >= count) continue;
+      float v[VECTOR];
+#pragma unroll
+      for (int e = 0; e < VECTOR; e++) v[e] = pixels[g].at[e];
+      drop_pixels<VECTOR>(p, row[g] * p.cols + col[g], v);
+      store<VECTOR>(p.x + row[g] * p.cols + col[g], v);
+      if (col[g] == 0) p.labels[row[g]] = p.all_labels[image[g]];
+    }
   }
   clear_pops(p);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -37,18 +38,32 @@ class BatchOrder:
         self.batch_size = batch_size
         self.seed = seed
         self.device = device
-        self._epochs: dict[int, Any] = {}
+        self._on_host: dict[int, np.ndarray] = {}
+        self._on_device: dict[int, Any] = {}
+
+    def host_permutation(self, epoch: int) -> np.ndarray:
+        """Indices of all images in the order of `epoch`, int64, in host memory."""
+
+        def draw() -> np.ndarray:
+            # 0xBA7C4 keeps this stream apart from others that are seeded with the same seed.
+            return np.random.default_rng([self.seed, 0xBA7C4, epoch]).permutation(self.images)
+
+        return self._kept(self._on_host, epoch, draw)
 
     def permutation(self, epoch: int) -> Any:
-        """Indices of all images in the order of `epoch`, int64, on the device."""
-        if epoch not in self._epochs:
-            # 0xBA7C4 keeps this stream apart from others that are seeded with the same seed.
-            generator = np.random.default_rng([self.seed, 0xBA7C4, epoch])
-            order = generator.permutation(self.images)
-            for old in [e for e in self._epochs if e < epoch - 1]:
-                del self._epochs[old]
-            self._epochs[epoch] = to_device(order, self.device)
-        return self._epochs[epoch]
+        """The same on the device."""
+        return self._kept(
+            self._on_device, epoch, lambda: to_device(self.host_permutation(epoch), self.device)
+        )
+
+    @staticmethod
+    def _kept(epochs: dict[int, Any], epoch: int, draw: Callable[[], Any]) -> Any:
+        """Return what is kept of an epoch, or draw it and forget all but the one before."""
+        if epoch not in epochs:
+            for old in [e for e in epochs if e < epoch - 1]:
+                del epochs[old]
+            epochs[epoch] = draw()
+        return epochs[epoch]
 
     def indices(self, step: int) -> Any:
         """Indices of the images of `step`, int64 of shape (batch_size,), on the device."""

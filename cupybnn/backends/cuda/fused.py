@@ -119,7 +119,8 @@ class Launcher:
                 shared=cols,
             )
             return
-        grid = (self._flat(rows * cols // vector),)
+        # No more blocks than run at a time: the latency of a second round costs more than its work.
+        grid = (min(self._flat(rows * cols // vector), 8 * self._multiprocessors),)
         self.launch("smxx_batch", "gather", (drop, ("VECTOR", vector)), grid, (batch,))
 
     def attack(

@@ -41,6 +41,7 @@ class Feed:
 
     def __init__(self, order: BatchOrder, optimizer: optim.Adam) -> None:
         import cupy
+        import cupyx
 
         self._order = order
         self._optimizer = optimizer
@@ -48,6 +49,9 @@ class Feed:
         self.images = cupy.empty((self.ring, order.batch_size), np.int32)
         self.rates = cupy.empty((self.ring, 4), np.float32)
         self.step = cupy.zeros(1, np.int64)
+        # Memory that the device reads by itself, so that the host need not wait until it does.
+        self._staging = cupyx.empty_pinned(self.images.shape, np.int32)
+        self._copied = cupy.cuda.Event(disable_timing=True)
         self._next: int | None = None
         self._updates: int | None = None
         self._options: tuple[Any, ...] = ()
@@ -70,15 +74,21 @@ class Feed:
 
     def _write_images(self, first: int) -> None:
         """Write the numbers of the images of `ring` steps from `first` on."""
-        flat = self.images.reshape(-1)
+        import cupy
+
+        stream = cupy.cuda.get_current_stream()
+        self._copied.synchronize()  # what was staged before may still wait to be read
+        flat = self._staging.reshape(-1)
         size = self._order.images
         epoch, start = divmod(first * self._order.batch_size, size)
         done = 0
         while done < flat.size:
-            part = self._order.permutation(epoch)[start : start + flat.size - done]
+            part = self._order.host_permutation(epoch)[start : start + flat.size - done]
             flat[done : done + len(part)] = part
             done += len(part)
             epoch, start = epoch + 1, 0
+        self.images.set(self._staging, stream=stream)
+        self._copied.record(stream)
 
     def _write_rates(self, step: int) -> None:
         """Write the rates from `step` to the end of its round."""
