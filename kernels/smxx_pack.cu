@@ -2,14 +2,14 @@
 //
 // The blocks of one launch are dealt out to the operands of a product, so that a call on arrays
 // costs one launch for both. An operand is read in one of two ways, whichever is contiguous:
-//   along lines    (a row-major left operand) a warp takes 1024 elements of a line: lanes read
-//                  neighbours, and together form words;
-//   across lines   (a row-major right operand) a lane takes a line, or two neighbouring ones,
-//                  and a warp 128 elements of it: one 16-byte piece.
+//   along lines    (a row-major left operand) a warp takes 1024 elements of a line, or a few times
+//                  that where they are short: lanes read neighbours, and together form words;
+//   across lines   (a row-major right operand) a lane takes a line, or two neighbouring ones, or
+//                  four of a byte, and a warp 128 elements of it: one 16-byte piece.
 // Any other strides work in the first way, slower.
 //
 // What bounds it: reading the arrays. Loads are up to 16 bytes wide where alignment allows it, and
-// all of a batch are issued before the first is used.
+// all of a batch are issued before the first is used: 2 to 4 KiB for each of 24 warps.
 //
 // The translation unit sets TYPE_A and TYPE_B, the element types, and SAME_TYPE where they are one.
 
@@ -34,47 +34,98 @@ struct Operand {
 struct Operands { Operand a, b; };
 
 template <typename T, int V> struct alignas(sizeof(T) * V) Vector { T at[V]; };
+template <typename T> struct IsBool { static constexpr bool value = false; };
+template <> struct IsBool<bool> { static constexpr bool value = true; };
 
-// Word `lane` of the 1024 elements from `x`, of which `left` exist; V neighbours to a lane at a time.
-template <typename T, int V>
-__device__ __forceinline__ u32 pack_chunk_wide(const char* x, i64 left, int lane) {
-  constexpr int STEPS = 32 / V;                   // a step is V words
-  constexpr int BATCH = STEPS < 8 ? STEPS : 8;    // loads in flight
-  constexpr int LANES = 32 / V;                   // that form a word
-  const Vector<T, V>* from = (const Vector<T, V>*)x + lane;
-  u32 mine = 0;
+// Signs of the elements in 16 bytes, of the first in bit 0.
+template <typename T> __device__ __forceinline__ u32 signs_of(const uint4& v) {
+  constexpr int V = 16 / sizeof(T);
+  const u32 words[4] = {v.x, v.y, v.z, v.w};
+  u32 signs = 0;
+  if constexpr (sizeof(T) == 1) {
+#pragma unroll
+    for (int i = 3; i >= 0; i--)
+      // The product brings the four top bits to bits 28 to 31, and nothing carries into them.
+      signs = __funnelshift_l(nonnegative_each<T>(words[i]) * 0x00204081u, signs, 4);
+  } else if constexpr (sizeof(T) == 2) {
+    u32 apart = 0;  // of the first of each two from bit 0 on, two apart, of the second from bit 16
+#pragma unroll
+    for (int i = 0; i < 4; i++) apart |= nonnegative_each<T>(words[i]) >> (15 - 2 * i);
+    signs = (apart | apart >> 15) & 0xffu;
+  } else {
+    const Vector<T, V>& elements = *(const Vector<T, V>*)&v;
+#pragma unroll
+    for (int e = 0; e < V; e++) signs |= (u32)nonnegative(elements.at[e]) << e;
+  }
+  return signs;
+}
+
+// Of 32 / V loads of 32 V elements each, x has this lane's V signs of load i in bits V i and up.
+// The lanes of a group of 32 / V exchange them, like a matrix with its transpose, and have a word
+// each: this is its number among the 32.
+template <int V> __device__ __forceinline__ int word_of_lane(int lane) {
+  constexpr int LANES = 32 / V;
+  return lane % LANES * V + lane / LANES;
+}
+template <int V> __device__ __forceinline__ u32 exchange(u32 x, int lane) {
+#pragma unroll
+  for (int apart = 16 / V; apart; apart >>= 1) {
+    u32 low = 0;  // the fields whose number does not have the bit `apart`
+#pragma unroll
+    for (int bit = 0; bit < 32; bit++)
+      if (!(bit / V & apart)) low |= 1u << bit;
+    const u32 other = __shfl_xor_sync(ALL, x, apart);
+    x = lane & apart ? (x & ~low) | (other >> V * apart & low)
+                     : (x & low) | (other & low) << V * apart;
+  }
+  return x;
+}
+
+// Words `word_of_lane` of UNITS chunks of a line, the first at `x` with `left_all` elements from
+// there on, the others `step` elements further each. 16 bytes to a lane at a time.
+template <typename T, int V, int UNITS>
+__device__ __forceinline__ void pack_chunks_wide(const char* x, int step, i64 left_all, int lane,
+                                                 u32 (&word)[UNITS]) {
+  constexpr int STEPS = 32 / V;                 // loads of a chunk
+  constexpr int BATCH = STEPS < 8 ? STEPS : 8;  // of them in flight, for each of UNITS
+  // What stands for elements that do not exist: all bits set, a negative number or a NaN of every
+  // type but bool.
+  const u32 none = IsBool<T>::value ? 0 : ~0u;
+  const int most = (UNITS - 1) * step + CHUNK_BITS, left = (int)min(left_all, (i64)most);
+#pragma unroll
+  for (int u = 0; u < UNITS; u++) word[u] = 0;
 #pragma unroll
   for (int first = 0; first < STEPS; first += BATCH) {
-    Vector<T, V> v[BATCH];
-    if (left >= CHUNK_BITS) {
+    uint4 v[UNITS][BATCH];
 #pragma unroll
-      for (int i = 0; i < BATCH; i++) v[i] = from[(first + i) * 32];
-    } else {
+    for (int u = 0; u < UNITS; u++) {
+      const uint4* from = (const uint4*)x + u * (step / V) + first * 32 + lane;
+      const int whole = (left - u * step) / V - first * 32 - lane;  // vectors from this lane's on
 #pragma unroll
       for (int i = 0; i < BATCH; i++) {
-        const int at = ((first + i) * 32 + lane) * V;
-        if (at + V <= left) v[i] = from[(first + i) * 32];
-        else
-          for (int e = 0; e < V; e++)
-            v[i].at[e] = at + e < left ? from[(first + i) * 32].at[e] : missing<T>();
+        v[u][i] = make_uint4(none, none, none, none);
+        if (left == most || i * 32 < whole) v[u][i] = from[i * 32];
       }
     }
 #pragma unroll
-    for (int i = 0; i < BATCH; i++) {
-      u32 word = 0;
+    for (int u = 0; u < UNITS; u++)
 #pragma unroll
-      for (int e = 0; e < V; e++) word |= (u32)nonnegative(v[i].at[e]) << e;
-      word <<= lane % LANES * V;
-#pragma unroll
-      for (int apart = 1; apart < LANES; apart <<= 1) word |= __shfl_xor_sync(ALL, word, apart);
-      word = __shfl_sync(ALL, word, lane % V * LANES);
-      if (first + i == lane / V) mine = word;
-    }
+      for (int i = 0; i < BATCH; i++) word[u] |= signs_of<T>(v[u][i]) << (first + i) * V;
   }
-  return mine;
+#pragma unroll
+  for (int u = 0; u < UNITS; u++) {
+    // What is left of a line behind the last whole vector: of vector `last`, for one lane.
+    const int exist = left - u * step, last = exist / V;
+    if (exist > 0 && exist < CHUNK_BITS && lane == last % 32)
+#pragma unroll 1
+      for (int e = last * V; e < exist; e++)
+        word[u] |= (u32)nonnegative(((const T*)x)[u * step + e]) << (last / 32 * V + e - last * V);
+    word[u] = exchange<V>(word[u], lane);
+  }
 }
 
-// The same for elements `stride` bytes apart, one to a lane: a ballot is a word.
+// Word `lane` of the 1024 elements from `x`, `stride` bytes apart, of which `left` exist, one to a
+// lane: a ballot is a word.
 template <typename T>
 __device__ __forceinline__ u32 pack_chunk(const char* x, i64 stride, i64 left, int lane) {
   constexpr int BATCH = 16;
@@ -103,7 +154,8 @@ __device__ __forceinline__ u32 pack_chunk(const char* x, i64 stride, i64 left, i
 
 template <typename T>
 __device__ __forceinline__ void pack_along(const Operand& p, u32 block, int* shared) {
-  constexpr int V = 16 / sizeof(T);
+  constexpr int V = 16 / sizeof(T), STEPS = 32 / V;
+  constexpr int UNITS = STEPS < 8 ? 8 / STEPS : 1;  // chunks at a time: eight loads in flight
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int parts = (int)p.parts, part = warp % parts, lines_here = WARPS / parts;
   // 32 bits, which divide ten times as fast as 64: the caller keeps the number of lines below 2**31.
@@ -114,15 +166,24 @@ __device__ __forceinline__ void pack_along(const Operand& p, u32 block, int* sha
   int ones = 0;
   if (item < p.batch) {
     const char* x = p.x + item * p.batch_stride + line * p.line_stride;
-    for (u32 chunk = part; chunk < (u32)p.chunks; chunk += parts) {
-      const i64 start = (i64)chunk * CHUNK_BITS, left = line < p.lines ? p.k - start : 0;
-      u32 word = 0;
-      if (left > 0)
-        word = p.wide ? pack_chunk_wide<T, V>(x + start * sizeof(T), left, lane)
-                      : pack_chunk<T>(x + start * p.k_stride, p.k_stride, left, lane);
-      p.words[line_chunk(item, p.chunks, chunk, p.lines, position) + swizzled_word(position, lane)] =
-          word;
+    const u32 chunks = (u32)p.chunks;
+    auto store = [&](u32 chunk, int at, u32 word) {
+      u32* to = p.words + line_chunk(item, chunks, chunk, p.lines, position);
+      to[swizzled_word(position, at)] = word;
       ones += __popc(word);
+    };
+    for (u32 chunk = part; chunk < chunks; chunk += p.wide ? UNITS * parts : parts) {
+      const i64 start = (i64)chunk * CHUNK_BITS, left = line < p.lines ? p.k - start : 0;
+      if (p.wide) {
+        u32 word[UNITS];
+        pack_chunks_wide<T, V>(x + start * sizeof(T), parts * CHUNK_BITS, left, lane, word);
+#pragma unroll
+        for (int u = 0; u < UNITS; u++)
+          if (chunk + u * parts < chunks) store(chunk + u * parts, word_of_lane<V>(lane), word[u]);
+      } else {
+        store(chunk, lane,
+              left > 0 ? pack_chunk<T>(x + start * p.k_stride, p.k_stride, left, lane) : 0);
+      }
     }
   }
 #pragma unroll
@@ -135,10 +196,28 @@ __device__ __forceinline__ void pack_along(const Operand& p, u32 block, int* sha
   }
 }
 
+// Words of four or two lines, from registers that each have the bits of some of the 32 places for
+// all the lines: the columns of a small matrix of bytes, or of halves, from its rows.
+__device__ __forceinline__ void separate(const u32 (&mixed)[2], u32 (&word)[2]) {
+  word[0] = __byte_perm(mixed[0], mixed[1], 0x5410);
+  word[1] = __byte_perm(mixed[0], mixed[1], 0x7632);
+}
+__device__ __forceinline__ void separate(const u32 (&mixed)[4], u32 (&word)[4]) {
+  const u32 front[2] = {__byte_perm(mixed[0], mixed[1], 0x5140),
+                        __byte_perm(mixed[0], mixed[1], 0x7362)};
+  const u32 back[2] = {__byte_perm(mixed[2], mixed[3], 0x5140),
+                       __byte_perm(mixed[2], mixed[3], 0x7362)};
+#pragma unroll
+  for (int e = 0; e < 4; e++)
+    word[e] = __byte_perm(front[e / 2], back[e / 2], e % 2 ? 0x7632 : 0x5410);
+}
+
 template <typename T, int V>
 __device__ __forceinline__ void pack_across(const Operand& p, u32 block, int* shared) {
+  // Whether a lane's elements of one place fill a register, for signs to be taken all at a time.
+  constexpr bool FILL = V > 1 && V * sizeof(T) == 4;
   constexpr int IN_16_REGISTERS = 64 / (V * (int)sizeof(T));
-  constexpr int BATCH = V == 1 || IN_16_REGISTERS > 16 ? 16 : IN_16_REGISTERS;  // loads in flight
+  constexpr int BATCH = FILL ? 32 : V == 1 ? 16 : IN_16_REGISTERS;  // loads in flight
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const u32 groups = (u32)((p.lines + 32 * V - 1) / (32 * V)), parts = (u32)p.parts;
   const u32 part = block % parts, group = block / parts % groups, item = block / parts / groups;
@@ -150,33 +229,48 @@ __device__ __forceinline__ void pack_across(const Operand& p, u32 block, int* sh
     const i64 start = (i64)chunk * CHUNK_BITS + warp * 128;
     const i64 left = inside ? p.k - start : 0;
     const char* from = x + start * p.k_stride;
-    u32 piece[V][4] = {};
+    u32 piece[V][4];
 #pragma unroll
     for (int w = 0; w < 4; w++) {
+      u32 word[V] = {};
+      i64 stride = p.k_stride;
+      asm volatile("" : "+l"(stride));  // or its multiples are worked out ahead, and spilled
 #pragma unroll
       for (int bit = 0; bit < 32; bit += BATCH) {
         Vector<T, V> v[BATCH];
         if (left >= 128) {
 #pragma unroll
           for (int i = 0; i < BATCH; i++)
-            v[i] = *(const Vector<T, V>*)(from + i * p.k_stride);
+            v[i] = *(const Vector<T, V>*)(from + i * stride);
         } else {
 #pragma unroll
           for (int i = 0; i < BATCH; i++) {
             if (w * 32 + bit + i < left) {
-              v[i] = *(const Vector<T, V>*)(from + i * p.k_stride);
+              v[i] = *(const Vector<T, V>*)(from + i * stride);
             } else {
 #pragma unroll
               for (int e = 0; e < V; e++) v[i].at[e] = missing<T>();
             }
           }
         }
-        from += BATCH * p.k_stride;
+        from += BATCH * stride;
+        if constexpr (FILL) {
+          // Bit i of each element of register i / BITS is of place i.
+          constexpr int BITS = 8 * sizeof(T);
+          u32 mixed[V] = {};
 #pragma unroll
-        for (int i = 0; i < BATCH; i++)
+          for (int i = 0; i < 32; i++)
+            mixed[i / BITS] |= nonnegative_each<T>(*(const u32*)&v[i]) >> (BITS - 1 - i % BITS);
+          separate(mixed, word);
+        } else {
 #pragma unroll
-          for (int e = 0; e < V; e++) piece[e][w] |= (u32)nonnegative(v[i].at[e]) << (bit + i);
+          for (int i = 0; i < BATCH; i++)
+#pragma unroll
+            for (int e = 0; e < V; e++) word[e] |= (u32)nonnegative(v[i].at[e]) << (bit + i);
+        }
       }
+#pragma unroll
+      for (int e = 0; e < V; e++) piece[e][w] = word[e];
     }
 #pragma unroll
     for (int e = 0; e < V; e++) {
@@ -208,7 +302,7 @@ __device__ __forceinline__ void pack_across(const Operand& p, u32 block, int* sh
 template <typename T> __device__ __forceinline__ void pack(const Operand& p, u32 block, int* shared) {
   // More lines to a lane would need too many registers for their words.
   if (!p.across) pack_along<T>(p, block, shared);
-  else if (p.wide) pack_across<T, 2>(p, block, shared);
+  else if (p.wide) pack_across<T, sizeof(T) == 1 ? 4 : 2>(p, block, shared);
   else pack_across<T, 1>(p, block, shared);
 }
 

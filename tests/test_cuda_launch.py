@@ -228,18 +228,20 @@ def test_wide_loads_across_lines_are_aligned_and_leave_no_line(
 
 
 def test_every_line_has_warps_or_blocks_of_its_own():
-    """As smxx_pack.cu deals them out: 8 / parts lines to a block, or 32 or 64 to `parts` blocks."""
+    """As smxx_pack.cu deals them out: 8 / parts lines to a block, or 32 to 128 to some blocks."""
     names = fields_of("smxx_pack", "Operand")[3:]
-    for batch, lines, k, axis in itertools.product(
-        (1, 3), (1, 2, 16, 17, 33, 64, 130, 4000), (1, 1024, 1025, 3000, 9000, 70_000), (-1, -2)
-    ):
+    for batch, lines, k, axis, dtype in itertools.product(
+        (1, 3), (1, 2, 16, 17, 33, 64, 130, 4000), (1, 1024, 1025, 3000, 9000, 70_000), (-1, -2),
+        (np.int8, np.float16, np.float32),
+    ):  # fmt: skip
         shape = (batch, lines, k) if axis == -1 else (batch, k, lines)
-        got = dict(zip(names, packing._operand(Array(shape), axis), strict=True))
+        got = dict(zip(names, packing._operand(Array(shape, dtype), axis), strict=True))
         assert (got["lines"], got["k"], got["batch"]) == (lines, k, batch)
         assert got["chunks"] * 1024 >= k > (got["chunks"] - 1) * 1024
         assert 1 <= got["parts"] <= got["chunks"] or not got["across"]
         if got["across"]:
-            groups = -(-lines // (64 if got["wide"] else 32))
+            neighbours = 4 if dtype is np.int8 else 2
+            groups = -(-lines // (32 * neighbours if got["wide"] else 32))
             assert got["blocks"] == batch * groups * got["parts"]
         else:
             padded = -(-lines // 16) * 16

@@ -147,18 +147,22 @@ def _operand(x: Any, axis: int) -> list[int]:
     itemsize = x.itemsize
     across = line_stride == itemsize and k_stride != itemsize and lines > 1
     if across:
-        neighbours = 2
+        neighbours = 4 if itemsize == 1 else 2  # lines of a lane, as in smxx_pack.cu
         aligned = itemsize * neighbours - 1
         wide = not ((x.data.ptr | batch_stride | k_stride) & aligned or lines % neighbours)
         # Wide loads make few blocks: not where that would leave most of a large GPU idle.
         wide = wide and batch * lines * chunks >= 132 * 32 * neighbours
         groups = batch * -(-lines // (32 * (neighbours if wide else 1)))
-        # Two blocks for each SM of a large GPU, where one for each group of lines is fewer.
-        parts = 1 if groups >= 264 else min(chunks, -(-264 // groups))
+        # Two blocks or more for each SM of a large GPU, with an equal number of chunks if possible.
+        parts = -(-chunks // max(1, min(chunks, chunks * groups // 264)))
         blocks = groups * parts
     else:
         wide = k_stride == itemsize and not (x.data.ptr | batch_stride | line_stride) & 15
-        parts = 1 if chunks == 1 else 2 if chunks == 2 else 4 if chunks <= 4 else 8
+        # A warp takes four chunks of bytes at a time, two of two bytes, one of more.
+        units = max(1, 4 // itemsize)
+        parts = 1
+        while parts < 8 and parts * units < chunks:
+            parts *= 2
         blocks = -(-batch * ((lines + 15) & ~15) * parts // _WARPS)
     return [
         lines, k, chunks, batch, line_stride, k_stride, batch_stride,
