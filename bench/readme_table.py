@@ -3,7 +3,8 @@
     python bench/readme_table.py bench/results/h200.json           prints it
     python bench/readme_table.py bench/results/h200.json --write   puts it into the README
 
-The chart of the same name (.svg) stands above the table if it lies beside the record.
+Several records of one kind, of runs of different sizes, make several tables. The chart of the same
+name (.svg) stands above a table if it lies beside the record.
 """
 
 from __future__ import annotations
@@ -131,18 +132,21 @@ def written(readme: str, text: str, kind: str = "product") -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("record", type=Path)
+    parser.add_argument("records", type=Path, nargs="+", metavar="record")
     parser.add_argument("--write", action="store_true", help="put the table into README.md")
     args = parser.parse_args()
-    record = records.load(args.record)
-    if not record["gpu"]:
-        parser.error("the record is of a run without a GPU")
-    text = table(record, args.record)
+    loaded = {path: records.load(path) for path in args.records}
+    kinds = {records.kind_of(record) for record in loaded.values()}
+    if len(kinds) > 1:
+        parser.error("the records must be of one kind: all of products, or all of training")
+    if not all(record["gpu"] for record in loaded.values()):
+        parser.error("a record is of a run without a GPU")
+    text = "\n\n".join(table(record, path) for path, record in loaded.items())
     if not args.write:
         print(text)
         return 0
     readme = ROOT / "README.md"
-    new = written(readme.read_text(encoding="utf-8"), text, records.kind_of(record))
+    new = written(readme.read_text(encoding="utf-8"), text, kinds.pop())
     with atomic_write(readme) as file:
         file.write(new.encode())
     return 0
