@@ -8,8 +8,8 @@
 //
 // What bounds both: writing.
 //
-// The translation unit sets REAL, and VECTOR, which divides the number of columns: 8 or 1 for rows, 4 or
-// 1 for columns.
+// The translation unit sets REAL, and VECTOR, which divides the number of columns: 8 or 1 for rows, up
+// to 16 bytes of them for columns.
 
 #define NORM 0
 #define DROP 0

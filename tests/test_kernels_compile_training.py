@@ -132,8 +132,8 @@ def test_adam(arch):
     compile_all("smxx_adam", arch, variants(arch, [{}], *choices))
 
 
-def test_unpack_rows(arch):
+def test_unpack_signs(arch):
     require(arch)
     compile_all(
-        "smxx_unpack_signs", arch, variants(arch, [{}], *({"VECTOR": v} for v in (8, 4, 1)))
+        "smxx_unpack_signs", arch, variants(arch, [{}], *({"VECTOR": v} for v in (8, 4, 2, 1)))
     )

@@ -224,7 +224,9 @@ class Launcher:
     def unpack_columns(self, packed: Any, out: Any) -> None:
         """Write signs that are packed along the first axis as +1 and -1."""
         rows, cols = out.shape
-        vector = 4 if cols % 4 == 0 else 1
+        vector = 16 // out.itemsize  # as much as a lane can store at once
+        while cols % vector:
+            vector //= 2
         words = -(-rows // 32)
         self.launch(
             "smxx_unpack_signs",
