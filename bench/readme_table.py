@@ -87,13 +87,20 @@ def product_lines(record: dict[str, Any], link: str) -> list[str]:
     return lines
 
 
+def precisions(record: dict[str, Any], library: str) -> str:
+    """Return the precisions of a library's variants, in words."""
+    rows = [r for size in record["sizes"] for r in size["rows"] if r["library"] == library]
+    found = list(dict.fromkeys(r["precision"] for r in rows)) or ["none"]
+    return " and ".join(found)
+
+
 def training_lines(record: dict[str, Any], link: str) -> list[str]:
     lines = [
         f"Million examples a second on one {record['gpu']['name']}, medians of one run; each the "
-        f"fastest of its precisions (TF32 and bfloat16, ours float32, too); memory that of our "
-        f"fastest as a part of the fastest PyTorch's: {when(record)}. The "
-        f"record, made by `cupybnn bench train`, with every variant and the kernels of a step: "
-        f"{link}.",
+        f"fastest of its precisions (ours {precisions(record, 'cupybnn')}, PyTorch's "
+        f"{precisions(record, 'PyTorch')}); memory that of our fastest as a part of the fastest "
+        f"PyTorch's: {when(record)}. The record, made by `cupybnn bench train`, with every variant "
+        f"and the kernels of a step: {link}.",
         "",
         "| hidden, batch | xnor | dense | xnor / dense | "
         + " | ".join(f"PyTorch {how}" for how in TORCH)
