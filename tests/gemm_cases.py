@@ -101,3 +101,44 @@ def assert_product(result: Any, expected: np.ndarray, case: object) -> None:
             f"{case}: {len(wrong)} of {expected.size} elements differ, first at {at}: "
             f"{got[at]} instead of {expected[at]}"
         )
+
+
+LENGTHS = (0, 1, 2, 3, 5, 15, 16, 17, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257)
+KS = (0, 1, 7, 8, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025, 4097)
+BATCHES = (((), ()), ((), ()), ((2,), (2,)), ((3,), ()), ((), (2,)), ((2, 1), (3,)), ((0,), (1,)))
+
+
+def random_case(rng: np.random.Generator, xp: Any) -> list[Any]:
+    """Two operands that fit, each of any dtype and strides."""
+    m, n = rng.choice(LENGTHS[:12], 2)
+    k = rng.choice(KS[:-4])
+    batch_a, batch_b = BATCHES[rng.integers(len(BATCHES))]
+    shape_a, shape_b = (*batch_a, m, k), (*batch_b, k, n)
+    kind = rng.integers(8)
+    if kind in (0, 2):
+        shape_a = (k,)
+    if kind in (1, 2):
+        shape_b = (k,)
+    dtypes = DTYPES + (HOST_DTYPES if xp is np else [])
+    return [
+        array(
+            rng, xp, tuple(map(int, shape)), dtypes[rng.integers(len(dtypes))], rng.choice(LAYOUTS)
+        )
+        for shape in (shape_a, shape_b)
+    ]
+
+
+def check_random_cases(xp: Any, seed: int, count: int = 20) -> None:
+    """Compare products of random operands, as arrays and with either or both packed."""
+    from cupybnn import pack, xnor_gemm
+
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        a, b = random_case(rng, xp)
+        case = f"seed {seed}, case {i}: {a.dtype} {a.shape} {a.strides} @ {b.dtype} {b.shape}"
+        expected = reference(host(a), host(b))
+        assert_product(xnor_gemm(a, b), expected, case)
+        packed_b = pack(b, axis=-2 if b.ndim > 1 else -1)
+        assert_product(xnor_gemm(pack(a), packed_b), expected, f"packed, {case}")
+        mixed = (pack(a), b) if i % 2 else (a, packed_b)
+        assert_product(xnor_gemm(*mixed), expected, f"one packed, {case}")

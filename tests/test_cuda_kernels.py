@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+from gemm_cases import check_random_cases
 
 import cupybnn
 from cupybnn.backends.cuda import configs
@@ -27,6 +28,7 @@ GENERAL = {
     "sm80 large, two stages": sm80(4, 2, 4, 8, 2),
     "sm90 128x64": sm90(1, 64, 8),
     "sm90 64x32": sm90(1, 32, 8, consumers=1),
+    "sm90 64x64": sm90(1, 64, 8, consumers=1),
     "sm90 128x128": sm90(1, 128, 6),
     "sm90 128x256": sm90(1, 256, 4),
     "sm90 256x128": sm90(2, 128, 4),
@@ -136,6 +138,16 @@ def test_a_swapped_configuration_is_exact(cupy, capability, name):
     narrow = SWAPPED[name].tile_n
     for m, n, k in ((1, 1, 4096), (narrow, 129, 4097), (narrow - 1, 3000, 5000), (3, 128, 70_000)):
         check(cupy, SWAPPED[name], (m, n, k), packed=False)
+
+
+@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("kernel", configs.KERNELS)
+def test_a_kernel_equals_an_int64_product_on_random_cases(cupy, capability, kernel, seed):
+    """25 seeds of 20 cases, for each kernel that runs here."""
+    if kernel not in configs.kernels_for(capability):
+        pytest.skip(f"{kernel} does not run on compute capability {capability}")
+    with force_kernel(kernel):
+        check_random_cases(cupy, 1000 + seed)
 
 
 def test_every_k_up_to_a_chunk_and_beyond(cupy, capability):

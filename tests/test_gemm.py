@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from gemm_cases import (
     BFLOAT16,
-    DTYPES,
-    HOST_DTYPES,
-    LAYOUTS,
+    KS,
+    LENGTHS,
     array,
     assert_product,
+    check_random_cases,
     host,
     reference,
 )
@@ -18,44 +18,11 @@ from gemm_cases import (
 import cupybnn
 from cupybnn import pack, xnor_gemm
 
-LENGTHS = (0, 1, 2, 3, 5, 15, 16, 17, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257)
-KS = (0, 1, 7, 8, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1023, 1024, 1025, 4097)
-BATCHES = (((), ()), ((), ()), ((2,), (2,)), ((3,), ()), ((), (2,)), ((2, 1), (3,)), ((0,), (1,)))
-
-
-def random_case(rng, xp):
-    """Two operands that fit, each of any dtype and strides."""
-    m, n = rng.choice(LENGTHS[:12], 2)
-    k = rng.choice(KS[:-4])
-    batch_a, batch_b = BATCHES[rng.integers(len(BATCHES))]
-    shape_a, shape_b = (*batch_a, m, k), (*batch_b, k, n)
-    kind = rng.integers(8)
-    if kind in (0, 2):
-        shape_a = (k,)
-    if kind in (1, 2):
-        shape_b = (k,)
-    dtypes = DTYPES + (HOST_DTYPES if xp is np else [])
-    return [
-        array(
-            rng, xp, tuple(map(int, shape)), dtypes[rng.integers(len(dtypes))], rng.choice(LAYOUTS)
-        )
-        for shape in (shape_a, shape_b)
-    ]
-
 
 @pytest.mark.parametrize("seed", range(25))
 def test_equals_int64_product_on_random_cases(xp, seed):
-    """25 seeds of 20 cases; each as arrays, and with either or both operands packed."""
-    rng = np.random.default_rng(seed)
-    for i in range(20):
-        a, b = random_case(rng, xp)
-        case = f"seed {seed}, case {i}: {a.dtype} {a.shape} {a.strides} @ {b.dtype} {b.shape}"
-        expected = reference(host(a), host(b))
-        assert_product(xnor_gemm(a, b), expected, case)
-        packed_b = pack(b, axis=-2 if b.ndim > 1 else -1)
-        assert_product(xnor_gemm(pack(a), packed_b), expected, f"packed, {case}")
-        mixed = (pack(a), b) if i % 2 else (a, packed_b)
-        assert_product(xnor_gemm(*mixed), expected, f"one packed, {case}")
+    """25 seeds of 20 cases."""
+    check_random_cases(xp, seed)
 
 
 @pytest.mark.parametrize("k", [*KS, 70_000])
