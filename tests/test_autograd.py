@@ -485,6 +485,109 @@ class TestEditsInPlace:
         assert (host(x.data) == 1).all()
 
 
+def signs(xp):
+    return ops.sign(Tensor(xp.asarray([[0.5, -2.0, 0.0], [-1.0, 3.0, -0.5]])))
+
+
+class TestTwoValued:
+    """What is known of a tensor's values ends with the contents that it was known of."""
+
+    @pytest.mark.parametrize(
+        "edit",
+        [
+            lambda s: s.data.__setitem__((0, 0), 0.25),
+            lambda s: s.data[1:].fill(0.25),
+            lambda s: s.__setitem__((0, 0), 0.25),
+            lambda s: s.write().fill(0.25),
+            lambda s: setattr(s, "data", s.data * 0.25),
+            augmented,
+        ],
+    )
+    @pytest.mark.parametrize(
+        "alias",
+        [
+            lambda s: s,
+            lambda s: s.detach(),
+            lambda s: s.T.detach(),
+            lambda s: s.reshape(3, 2).detach(),
+            lambda s: s[:, ::-1].detach(),
+        ],
+    )
+    def test_ends_with_an_edit(self, xp, alias, edit):
+        s = signs(xp)
+        other = alias(s)
+        assert s.two_valued
+        assert other.two_valued
+        edit(other)
+        assert not other.two_valued
+        if xp.may_share_memory(s._data, other._data):
+            assert not s.two_valued
+            assert not s.T.two_valued
+        with pytest.raises(ValueError, match=r"'a' of binary_matmul must be known to hold only"):
+            ops.binary_matmul(other, other.T)
+
+    def test_ends_with_an_edit_of_the_base_of_a_view(self, xp):
+        s = signs(xp)
+        views = s.T, s.reshape(-1), s[:1], s.detach()
+        taken = s[[0]]  # a copy
+        s.data[0, 0] = 0.25
+        assert not any(view.two_valued for view in views)
+        assert taken.two_valued
+
+    def test_ends_with_an_edit_by_an_array_taken_earlier(self, xp):
+        s = signs(xp)
+        held = s.data[0]
+        assert s.two_valued
+        held[0] = 0.25
+        assert not s.two_valued
+        held[0] = 1  # nobody looked at it again: it stays unknown
+        assert not s.two_valued
+
+    def test_ends_with_an_edit_by_an_array_taken_before_it_began(self, xp):
+        x = Tensor(xp.ones(3))
+        held = x.data
+        x.two_valued = True
+        held[0] = 0.25
+        assert not x.two_valued
+
+    def test_may_begin_anew(self, xp):
+        s = signs(xp)
+        s.data[0, 0] = 0.25
+        again = ops.sign(s)
+        assert again is not s
+        assert again.two_valued
+        np.testing.assert_array_equal(host(again.data), [[1, -1, 1], [-1, 1, -1]])
+
+    def test_reading_is_no_edit(self, xp):
+        s = signs(xp)
+        held = s.data
+        assert float(held.sum()) == 0
+        assert s.two_valued
+        assert s.T.two_valued
+
+    def test_another_part_of_the_memory_may_hold_other_values(self, xp):
+        x = Tensor(xp.asarray([1.0, 0.25]))
+        part = x[:1]
+        part.two_valued = True
+        assert part.two_valued
+        assert not x.two_valued
+
+    def test_moving_keeps_it_and_the_memory(self, xp):
+        s = signs(xp)
+        other = s.detach()
+        other.move(s.device)  # where it is already
+        assert other.two_valued
+        other[0, 0] = 0.25
+        assert not s.two_valued
+
+    def test_a_step_of_training_copies_nothing_for_it(self):
+        x = leaf(np, (2, 3))
+        s = ops.sign(x)
+        ops.binary_matmul(s, ops.sign(leaf(np, (3, 2), seed=1))).sum().backward()
+        assert s.two_valued
+        assert s._storage._copy is None
+
+
 class TestGradcheck:
     def test_passes_a_right_backward(self, xp):
         assert gradcheck(lambda a, b: (a * b).exp(), leaf(xp), leaf(xp, seed=1))
