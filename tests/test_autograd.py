@@ -485,6 +485,36 @@ class TestEditsInPlace:
         assert (host(x.data) == 1).all()
 
 
+class TestIndexEditedAfterwards:
+    @pytest.mark.parametrize(
+        ("make_key", "value"),
+        [
+            (lambda xp: xp.asarray([0, 1]), 4),
+            (lambda xp: xp.asarray([True, True, False, False, False]), True),
+            (lambda xp: (slice(None), xp.asarray([0, 1])), 2),
+            (lambda xp: Tensor(xp.asarray([0, 1])), 4),
+            (lambda xp: np.array([0, 1]), 4),
+        ],
+    )
+    def test_gradient_is_that_of_the_forward_pass(self, xp, make_key, value):
+        x, same = leaf(xp, (5, 3)), leaf(xp, (5, 3))
+        same[make_key(xp)].sum().backward()
+        key = make_key(xp)
+        y = x[key].sum()
+        array = key[1] if isinstance(key, tuple) else key
+        array[...] = value
+        y.backward()
+        np.testing.assert_array_equal(host(x.grad), host(same.grad))
+
+    def test_of_a_list(self):
+        x = leaf(np, (5,))
+        key = [0, 1]
+        y = x[key].sum()
+        key[:] = [4, 4]
+        y.backward()
+        np.testing.assert_array_equal(x.grad, [1, 1, 0, 0, 0])
+
+
 def signs(xp):
     return ops.sign(Tensor(xp.asarray([[0.5, -2.0, 0.0], [-1.0, 3.0, -0.5]])))
 
