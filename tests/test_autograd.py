@@ -654,6 +654,12 @@ class TestGradcheck:
         with pytest.raises(AssertionError, match=r"input 1 is wrong in 1 of 3 .* first at \(2,\)"):
             gradcheck(Product.apply, leaf(xp), leaf(xp, seed=1))
 
+    def test_gradient_of_an_unused_input_is_zero(self, xp):
+        assert gradcheck(lambda a, b: a * 2, leaf(xp), leaf(xp, seed=1))
+        # A zero that is wrong is found.
+        with pytest.raises(AssertionError, match=r"input 1 is wrong .* backward gives 0,"):
+            gradcheck(lambda a, b: a * b.detach(), leaf(xp), leaf(xp, seed=1))
+
     def test_needs_float64_leaves(self):
         with pytest.raises(TypeError, match="float64 leaf; got float32"):
             gradcheck(lambda x: x * x, Tensor([1.0], requires_grad=True))
