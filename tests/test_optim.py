@@ -137,6 +137,23 @@ def test_state_that_does_not_fit_lists_all_misfits():
         assert line in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("state", "got"),
+    [
+        (None, "be a mapping of names to arrays; got NoneType"),
+        ({"steps": None}, "hold NumPy or CuPy arrays; got NoneType for 'steps'"),
+    ],
+)
+@pytest.mark.parametrize(
+    "make_it", [optim.SGD, optim.WeightAverage, lambda p, lr: optim.Combined(optim.SGD(p, lr))]
+)
+def test_load_of_what_is_no_state(make_it, state, got):
+    optimizer = make_it([make(np, (2,))], 0.1)
+    what = rf"'state' of {type(optimizer).__name__}\.load_state_dict must {got}"
+    with pytest.raises(TypeError, match=what):
+        optimizer.load_state_dict(state)
+
+
 def test_fortran_ordered_weights_and_gradients(xp):
     values = np.asfortranarray(np.random.default_rng(0).standard_normal((4, 3)))
     parameter = nn.Parameter(xp.asarray(values, order="F"))

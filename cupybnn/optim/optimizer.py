@@ -12,6 +12,7 @@ from cupybnn.autograd.storage import module_of
 from cupybnn.backends import numpy_threads
 from cupybnn.backends.devices import CPU, device_of, to_device
 from cupybnn.nn import Parameter
+from cupybnn.nn.module import check_state
 
 __all__ = ["Block", "Optimizer"]
 
@@ -191,9 +192,12 @@ class Optimizer:
 
         Raises
         ------
+        TypeError
+            If `state` is no mapping of names to arrays.
         ValueError
             If names or shapes do not fit; all misfits are listed, and nothing has been changed.
         """
+        check_state(state, state, self)
         if faults := self._faults(state):
             raise ValueError(
                 f"The state does not fit this {type(self).__name__}:\n  " + "\n  ".join(faults)
