@@ -13,7 +13,14 @@ import numpy as np
 
 from cupybnn.backends.interop import as_native, type_name
 
-__all__ = ["as_operand", "check_result_dtype", "default_dtype", "dtype_has_sign", "is_floating"]
+__all__ = [
+    "as_dtype",
+    "as_operand",
+    "check_result_dtype",
+    "default_dtype",
+    "dtype_has_sign",
+    "is_floating",
+]
 
 INT32 = np.dtype(np.int32)
 FLOAT32 = np.dtype(np.float32)
@@ -88,7 +95,14 @@ def default_dtype(a: np.dtype, b: np.dtype) -> np.dtype:
     return result
 
 
-@lru_cache(maxsize=256)
+def as_dtype(dtype: Any, what: str) -> np.dtype:
+    """Return `dtype`, which errors call `what`, as a NumPy dtype; TypeError if it is none."""
+    try:
+        return np.dtype(dtype)
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise TypeError(f"The {what} must be a NumPy dtype; got {dtype!r}.") from error
+
+
 def check_result_dtype(
     dtype: Any, k: int, scaled: bool, function: str, what: str = "'dtype'"
 ) -> np.dtype:
@@ -103,11 +117,15 @@ def check_result_dtype(
         If it is an integer type too small for -K ... K.
     """
     try:
-        checked = np.dtype(dtype)
-    except TypeError as error:
-        raise TypeError(
-            f"The {what} of {function} must be a NumPy dtype; got {dtype!r}."
-        ) from error
+        hash(dtype)
+    except TypeError:  # a list or a dict, which may name a dtype but not an entry of the cache
+        dtype = as_dtype(dtype, f"{what} of {function}")
+    return _checked_result_dtype(dtype, k, scaled, function, what)
+
+
+@lru_cache(maxsize=256)
+def _checked_result_dtype(dtype: Any, k: int, scaled: bool, function: str, what: str) -> np.dtype:
+    checked = as_dtype(dtype, f"{what} of {function}")
     if is_floating(checked):
         return checked
     if checked.kind != "i":

@@ -259,3 +259,24 @@ def test_a_foreign_device(function):
         function(there, there)
     with raises(ValueError, "'out' of xnor_gemm must be on the operands' device, cuda:0"):
         xnor_gemm(here, here, out=there)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["junk", "f4,,", [1], {"a": 1}, {1}, np.array(1), 4.5, object(), "float8"]
+)
+def test_what_is_no_dtype(dtype):
+    a = np.ones((2, 2))
+    for call, what in (
+        (lambda: xnor_gemm(a, a, dtype=dtype), "'dtype' of xnor_gemm"),
+        (lambda: xnor_gemm(a, a, bias=np.ones(2), dtype=dtype), "'dtype' of xnor_gemm"),
+        (lambda: pack(a).unpack(dtype), "'dtype' of unpack"),
+    ):
+        with raises(TypeError, f"The {what} must be a NumPy dtype; got {dtype!r}."):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [[("a", "f4")], {"names": ["a"], "formats": ["f4"]}])
+def test_dtype_with_fields(dtype):
+    a = np.ones((2, 2))
+    with raises(TypeError, "'dtype' of xnor_gemm must be a real floating", "got [('a', '<f4')]."):
+        xnor_gemm(a, a, dtype=dtype)
