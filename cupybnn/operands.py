@@ -69,7 +69,12 @@ def as_operand(x: Any, what: str) -> Any:
         hint = "A complex number has no sign: pass x.real, x.imag or abs(x) - threshold."
     elif kind == "O" and type_name(x) != "numpy.ndarray":
         message += f" from {type_name(x)}"
-        hint = "Give a numeric array whose rows are all of one length."
+        if isinstance(x, (list, tuple)):
+            hint = "Its elements must all be numbers."
+        elif hasattr(x, "toarray"):  # a sparse matrix of SciPy
+            hint = "Give it as an array: x.toarray()."
+        else:
+            hint = "Give a numeric array."
     elif kind == "O":
         hint = "Convert it to numbers first: x.astype('float32')."
     else:
@@ -129,9 +134,10 @@ def _checked_result_dtype(dtype: Any, k: int, scaled: bool, function: str, what:
     if is_floating(checked):
         return checked
     if checked.kind != "i":
+        reason = ", for the product has negative values" if checked.kind in "ub" else ""
         raise TypeError(
-            f"The {what} of {function} must be a real floating or signed integer type, for the "
-            f"product has negative values; got {checked}."
+            f"The {what} of {function} must be a real floating or signed integer type{reason}; "
+            f"got {checked}."
         )
     if scaled:
         raise TypeError(

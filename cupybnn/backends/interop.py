@@ -23,8 +23,10 @@ _DLPACK_CUDA = {2, 3, 13}  # CUDA, CUDA pinned host, CUDA managed
 def type_name(x: object) -> str:
     """Name of the type of `x` as its users write it: numpy.ndarray, torch.Tensor, list."""
     kind = type(x)
-    module = kind.__module__.partition(".")[0].lstrip("_")
-    return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
+    module = kind.__module__.partition(".")[0]
+    if module in ("builtins", "__main__"):
+        return kind.__qualname__
+    return f"{module.lstrip('_')}.{kind.__qualname__}"
 
 
 def bfloat16_dtype() -> np.dtype | None:
