@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from arrays import host
 
-from cupybnn import ops
+from cupybnn import ops, xnor_gemm
 from cupybnn.autograd import (
     Function,
     GraphError,
@@ -77,6 +77,65 @@ class TestTensor:
         assert float(Tensor(xp.asarray(2.5))) == 2.5
         with pytest.raises(ValueError, match=r"one element; this one is \(2,\)"):
             Tensor([1.0, 2.0]).item()
+
+    def test_truth_is_that_of_one_element(self, xp):
+        assert Tensor(xp.asarray(2.5))
+        assert Tensor(xp.asarray([[True]]))
+        assert not Tensor(xp.asarray([0.0]))
+        for shape in ((2,), (0,), (1, 0)):
+            with pytest.raises(ValueError, match=r"truth of a tensor of shape \(.*\) is ambiguous"):
+                bool(Tensor(xp.zeros(shape)))
+
+    def test_equality_is_identity(self, xp):
+        x = Tensor(xp.ones(1))
+        same = x.detach()
+        assert x == x
+        assert x != same
+        assert x != 1
+        assert len({x, same}) == 2
+
+    def test_numpy_reads_it_as_data(self):
+        x = leaf(np, (2, 3), dtype="float32")
+        array = np.asarray(x)
+        assert array.dtype == np.float32
+        assert np.shares_memory(array, x.data)
+        assert np.asarray(x, np.float64).dtype == np.float64
+        assert not np.shares_memory(np.array(x), x.data)
+        np.testing.assert_array_equal(np.stack([x, x]), np.stack([x.data, x.data]))
+        np.testing.assert_allclose(x, x.data)
+        with pytest.raises(ValueError, match="copy"):
+            np.asarray(x, np.float64, copy=False)
+        assert np.asarray(Tensor([1, 2])).dtype == np.int64
+
+    def test_edit_of_what_numpy_read_is_noticed(self):
+        x = leaf(np)
+        array = np.asarray(x)
+        y = (x * x).sum()
+        array[0] = 5
+        with pytest.raises(GraphError, match="edited in place"):
+            y.backward()
+
+    def test_arithmetic_with_arrays_on_the_left_is_the_tensors(self, xp):
+        x = leaf(xp, (2, 3))
+        ones = xp.ones((2, 3))
+        for y in (ones + x, ones - x, ones * x, ones / x, ones @ x.T, np.float64(2) * x):
+            assert isinstance(y, Tensor)
+            assert y.requires_grad
+        with pytest.raises(TypeError):
+            np.add(host(ones), x)
+
+    @pytest.mark.gpu
+    def test_numpy_does_not_read_it_from_a_gpu(self):
+        import cupy
+
+        with pytest.raises(TypeError, match=r"on cuda:0.*\.numpy\(\)"):
+            np.asarray(Tensor(cupy.ones(3)))
+
+    def test_product_of_signs_refuses_a_tensor_that_requires_gradients(self):
+        with pytest.raises(TypeError, match=r"got a cupybnn\.Tensor with requires_grad=True"):
+            xnor_gemm(leaf(np, (2, 2)), np.ones((2, 2)))
+        got = xnor_gemm(leaf(np, (2, 2)).detach(), np.ones((2, 2)))
+        assert type(got) is np.ndarray
 
     def test_detach_shares_memory_and_leaves_the_graph(self, xp):
         x = leaf(xp)

@@ -38,6 +38,12 @@ class Tensor(Operators):
         Whether every element is known to be +1 or -1, as after `cupybnn.ops.sign`. An edit of this
         tensor, or of any other on its memory, ends it, on NumPy and CuPy alike. It may be set.
 
+    Notes
+    -----
+    ``==`` is identity, so that tensors can be told apart in sets and dicts; compare values by
+    ``a.data == b.data``. `numpy.asarray` gives ``data`` itself, outside of the graph, and refuses
+    tensors on a GPU.
+
     Examples
     --------
     >>> from cupybnn.autograd import Tensor
@@ -239,6 +245,24 @@ class Tensor(Operators):
 
     def __len__(self) -> int:
         return len(self._data)
+
+    def __bool__(self) -> bool:
+        if self.size != 1:
+            raise ValueError(
+                f"The truth of a tensor of shape {self.shape} is ambiguous: only one element has "
+                f"one. Reduce the data: t.data.any(), t.data.all(), len(t) > 0."
+            )
+        return bool(self.item())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        # For numpy.asarray and the like. Arithmetic with an array stays the tensor's: see
+        # `Operators.__array_ufunc__`.
+        if is_cupy(self._data):
+            raise TypeError(
+                f"A tensor on {self.device} is not turned into a NumPy array unasked: take "
+                f".numpy() for a copy on the host, or .data for the CuPy array."
+            )
+        return np.array(self.data, dtype=dtype, copy=copy)
 
     def __float__(self) -> float:
         return float(self.item())

@@ -67,7 +67,8 @@ def as_native(x: Any, what: str) -> Any:
         )
     if isinstance(x, (np.ndarray, np.generic)):
         return np.asarray(x)
-    if getattr(x, "requires_grad", False) is True and hasattr(type(x), "__dlpack__"):
+    exports = hasattr(type(x), "__dlpack__") or hasattr(type(x), "__array__")
+    if exports and getattr(x, "requires_grad", False) is True:
         raise TypeError(
             f"The {what} must be a tensor that records no gradients; got a {type_name(x)} with "
             f"requires_grad=True. Pass x.detach()."
