@@ -13,7 +13,14 @@ import numpy as np
 
 from cupybnn.backends.interop import as_native, type_name
 
-__all__ = ["as_operand", "check_result_dtype", "default_dtype", "dtype_has_sign", "is_floating"]
+__all__ = [
+    "as_dtype",
+    "as_operand",
+    "check_result_dtype",
+    "default_dtype",
+    "dtype_has_sign",
+    "is_floating",
+]
 
 INT32 = np.dtype(np.int32)
 FLOAT32 = np.dtype(np.float32)
@@ -62,7 +69,12 @@ def as_operand(x: Any, what: str) -> Any:
         hint = "A complex number has no sign: pass x.real, x.imag or abs(x) - threshold."
     elif kind == "O" and type_name(x) != "numpy.ndarray":
         message += f" from {type_name(x)}"
-        hint = "Give a numeric array whose rows are all of one length."
+        if isinstance(x, (list, tuple)):
+            hint = "Its elements must all be numbers."
+        elif hasattr(x, "toarray"):  # a sparse matrix of SciPy
+            hint = "Give it as an array: x.toarray()."
+        else:
+            hint = "Give a numeric array."
     elif kind == "O":
         hint = "Convert it to numbers first: x.astype('float32')."
     else:
@@ -88,7 +100,14 @@ def default_dtype(a: np.dtype, b: np.dtype) -> np.dtype:
     return result
 
 
-@lru_cache(maxsize=256)
+def as_dtype(dtype: Any, what: str) -> np.dtype:
+    """Return `dtype`, which errors call `what`, as a NumPy dtype; TypeError if it is none."""
+    try:
+        return np.dtype(dtype)
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise TypeError(f"The {what} must be a NumPy dtype; got {dtype!r}.") from error
+
+
 def check_result_dtype(
     dtype: Any, k: int, scaled: bool, function: str, what: str = "'dtype'"
 ) -> np.dtype:
@@ -103,17 +122,22 @@ def check_result_dtype(
         If it is an integer type too small for -K ... K.
     """
     try:
-        checked = np.dtype(dtype)
-    except TypeError as error:
-        raise TypeError(
-            f"The {what} of {function} must be a NumPy dtype; got {dtype!r}."
-        ) from error
+        hash(dtype)
+    except TypeError:  # a list or a dict, which may name a dtype but not an entry of the cache
+        dtype = as_dtype(dtype, f"{what} of {function}")
+    return _checked_result_dtype(dtype, k, scaled, function, what)
+
+
+@lru_cache(maxsize=256)
+def _checked_result_dtype(dtype: Any, k: int, scaled: bool, function: str, what: str) -> np.dtype:
+    checked = as_dtype(dtype, f"{what} of {function}")
     if is_floating(checked):
         return checked
     if checked.kind != "i":
+        reason = ", for the product has negative values" if checked.kind in "ub" else ""
         raise TypeError(
-            f"The {what} of {function} must be a real floating or signed integer type, for the "
-            f"product has negative values; got {checked}."
+            f"The {what} of {function} must be a real floating or signed integer type{reason}; "
+            f"got {checked}."
         )
     if scaled:
         raise TypeError(

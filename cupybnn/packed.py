@@ -16,7 +16,7 @@ import numpy as np
 
 from cupybnn import backends
 from cupybnn.backends.devices import CPU, Device, device_of, resolve
-from cupybnn.operands import as_operand, dtype_has_sign
+from cupybnn.operands import as_dtype, as_operand, dtype_has_sign
 
 __all__ = ["PackedMatrix", "pack", "sign", "unpack"]
 
@@ -247,7 +247,7 @@ def unpack(p: PackedMatrix, dtype: Any = None) -> Any:
     """
     if not isinstance(p, PackedMatrix):
         raise TypeError(f"The 'p' of unpack must be a PackedMatrix; got {type(p).__name__}.")
-    target = np.dtype(np.int8 if dtype is None else dtype)
+    target = as_dtype(np.int8 if dtype is None else dtype, "'dtype' of unpack")
     if not dtype_has_sign(target):
         raise TypeError(
             f"The 'dtype' of unpack must be real floating, signed integer or bool; got {target}."

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from arrays import host
 
-from cupybnn import ops
+from cupybnn import ops, xnor_gemm
 from cupybnn.autograd import (
     Function,
     GraphError,
@@ -77,6 +77,65 @@ class TestTensor:
         assert float(Tensor(xp.asarray(2.5))) == 2.5
         with pytest.raises(ValueError, match=r"one element; this one is \(2,\)"):
             Tensor([1.0, 2.0]).item()
+
+    def test_truth_is_that_of_one_element(self, xp):
+        assert Tensor(xp.asarray(2.5))
+        assert Tensor(xp.asarray([[True]]))
+        assert not Tensor(xp.asarray([0.0]))
+        for shape in ((2,), (0,), (1, 0)):
+            with pytest.raises(ValueError, match=r"truth of a tensor of shape \(.*\) is ambiguous"):
+                bool(Tensor(xp.zeros(shape)))
+
+    def test_equality_is_identity(self, xp):
+        x = Tensor(xp.ones(1))
+        same = x.detach()
+        assert x == x
+        assert x != same
+        assert x != 1
+        assert len({x, same}) == 2
+
+    def test_numpy_reads_it_as_data(self):
+        x = leaf(np, (2, 3), dtype="float32")
+        array = np.asarray(x)
+        assert array.dtype == np.float32
+        assert np.shares_memory(array, x.data)
+        assert np.asarray(x, np.float64).dtype == np.float64
+        assert not np.shares_memory(np.array(x), x.data)
+        np.testing.assert_array_equal(np.stack([x, x]), np.stack([x.data, x.data]))
+        np.testing.assert_allclose(x, x.data)
+        with pytest.raises(ValueError, match="copy"):
+            np.asarray(x, np.float64, copy=False)
+        assert np.asarray(Tensor([1, 2])).dtype == np.int64
+
+    def test_edit_of_what_numpy_read_is_noticed(self):
+        x = leaf(np)
+        array = np.asarray(x)
+        y = (x * x).sum()
+        array[0] = 5
+        with pytest.raises(GraphError, match="edited in place"):
+            y.backward()
+
+    def test_arithmetic_with_arrays_on_the_left_is_the_tensors(self, xp):
+        x = leaf(xp, (2, 3))
+        ones = xp.ones((2, 3))
+        for y in (ones + x, ones - x, ones * x, ones / x, ones @ x.T, np.float64(2) * x):
+            assert isinstance(y, Tensor)
+            assert y.requires_grad
+        with pytest.raises(TypeError):
+            np.add(host(ones), x)
+
+    @pytest.mark.gpu
+    def test_numpy_does_not_read_it_from_a_gpu(self):
+        import cupy
+
+        with pytest.raises(TypeError, match=r"on cuda:0.*\.numpy\(\)"):
+            np.asarray(Tensor(cupy.ones(3)))
+
+    def test_product_of_signs_refuses_a_tensor_that_requires_gradients(self):
+        with pytest.raises(TypeError, match=r"got a cupybnn\.Tensor with requires_grad=True"):
+            xnor_gemm(leaf(np, (2, 2)), np.ones((2, 2)))
+        got = xnor_gemm(leaf(np, (2, 2)).detach(), np.ones((2, 2)))
+        assert type(got) is np.ndarray
 
     def test_detach_shares_memory_and_leaves_the_graph(self, xp):
         x = leaf(xp)
@@ -485,6 +544,139 @@ class TestEditsInPlace:
         assert (host(x.data) == 1).all()
 
 
+class TestIndexEditedAfterwards:
+    @pytest.mark.parametrize(
+        ("make_key", "value"),
+        [
+            (lambda xp: xp.asarray([0, 1]), 4),
+            (lambda xp: xp.asarray([True, True, False, False, False]), True),
+            (lambda xp: (slice(None), xp.asarray([0, 1])), 2),
+            (lambda xp: Tensor(xp.asarray([0, 1])), 4),
+            (lambda xp: np.array([0, 1]), 4),
+        ],
+    )
+    def test_gradient_is_that_of_the_forward_pass(self, xp, make_key, value):
+        x, same = leaf(xp, (5, 3)), leaf(xp, (5, 3))
+        same[make_key(xp)].sum().backward()
+        key = make_key(xp)
+        y = x[key].sum()
+        array = key[1] if isinstance(key, tuple) else key
+        array[...] = value
+        y.backward()
+        np.testing.assert_array_equal(host(x.grad), host(same.grad))
+
+    def test_of_a_list(self):
+        x = leaf(np, (5,))
+        key = [0, 1]
+        y = x[key].sum()
+        key[:] = [4, 4]
+        y.backward()
+        np.testing.assert_array_equal(x.grad, [1, 1, 0, 0, 0])
+
+
+def signs(xp):
+    return ops.sign(Tensor(xp.asarray([[0.5, -2.0, 0.0], [-1.0, 3.0, -0.5]])))
+
+
+class TestTwoValued:
+    """What is known of a tensor's values ends with the contents that it was known of."""
+
+    @pytest.mark.parametrize(
+        "edit",
+        [
+            lambda s: s.data.__setitem__((0, 0), 0.25),
+            lambda s: s.data[1:].fill(0.25),
+            lambda s: s.__setitem__((0, 0), 0.25),
+            lambda s: s.write().fill(0.25),
+            lambda s: setattr(s, "data", s.data * 0.25),
+            augmented,
+        ],
+    )
+    @pytest.mark.parametrize(
+        "alias",
+        [
+            lambda s: s,
+            lambda s: s.detach(),
+            lambda s: s.T.detach(),
+            lambda s: s.reshape(3, 2).detach(),
+            lambda s: s[:, ::-1].detach(),
+        ],
+    )
+    def test_ends_with_an_edit(self, xp, alias, edit):
+        s = signs(xp)
+        other = alias(s)
+        assert s.two_valued
+        assert other.two_valued
+        edit(other)
+        assert not other.two_valued
+        if xp.may_share_memory(s._data, other._data):
+            assert not s.two_valued
+            assert not s.T.two_valued
+        with pytest.raises(ValueError, match=r"'a' of binary_matmul must be known to hold only"):
+            ops.binary_matmul(other, other.T)
+
+    def test_ends_with_an_edit_of_the_base_of_a_view(self, xp):
+        s = signs(xp)
+        views = s.T, s.reshape(-1), s[:1], s.detach()
+        taken = s[[0]]  # a copy
+        s.data[0, 0] = 0.25
+        assert not any(view.two_valued for view in views)
+        assert taken.two_valued
+
+    def test_ends_with_an_edit_by_an_array_taken_earlier(self, xp):
+        s = signs(xp)
+        held = s.data[0]
+        assert s.two_valued
+        held[0] = 0.25
+        assert not s.two_valued
+        held[0] = 1  # nobody looked at it again: it stays unknown
+        assert not s.two_valued
+
+    def test_ends_with_an_edit_by_an_array_taken_before_it_began(self, xp):
+        x = Tensor(xp.ones(3))
+        held = x.data
+        x.two_valued = True
+        held[0] = 0.25
+        assert not x.two_valued
+
+    def test_may_begin_anew(self, xp):
+        s = signs(xp)
+        s.data[0, 0] = 0.25
+        again = ops.sign(s)
+        assert again is not s
+        assert again.two_valued
+        np.testing.assert_array_equal(host(again.data), [[1, -1, 1], [-1, 1, -1]])
+
+    def test_reading_is_no_edit(self, xp):
+        s = signs(xp)
+        held = s.data
+        assert float(held.sum()) == 0
+        assert s.two_valued
+        assert s.T.two_valued
+
+    def test_another_part_of_the_memory_may_hold_other_values(self, xp):
+        x = Tensor(xp.asarray([1.0, 0.25]))
+        part = x[:1]
+        part.two_valued = True
+        assert part.two_valued
+        assert not x.two_valued
+
+    def test_moving_keeps_it_and_the_memory(self, xp):
+        s = signs(xp)
+        other = s.detach()
+        other.move(s.device)  # where it is already
+        assert other.two_valued
+        other[0, 0] = 0.25
+        assert not s.two_valued
+
+    def test_a_step_of_training_copies_nothing_for_it(self):
+        x = leaf(np, (2, 3))
+        s = ops.sign(x)
+        ops.binary_matmul(s, ops.sign(leaf(np, (3, 2), seed=1))).sum().backward()
+        assert s.two_valued
+        assert s._storage._copy is None
+
+
 class TestGradcheck:
     def test_passes_a_right_backward(self, xp):
         assert gradcheck(lambda a, b: (a * b).exp(), leaf(xp), leaf(xp, seed=1))
@@ -520,6 +712,12 @@ class TestGradcheck:
 
         with pytest.raises(AssertionError, match=r"input 1 is wrong in 1 of 3 .* first at \(2,\)"):
             gradcheck(Product.apply, leaf(xp), leaf(xp, seed=1))
+
+    def test_gradient_of_an_unused_input_is_zero(self, xp):
+        assert gradcheck(lambda a, b: a * 2, leaf(xp), leaf(xp, seed=1))
+        # A zero that is wrong is found.
+        with pytest.raises(AssertionError, match=r"input 1 is wrong .* backward gives 0,"):
+            gradcheck(lambda a, b: a * b.detach(), leaf(xp), leaf(xp, seed=1))
 
     def test_needs_float64_leaves(self):
         with pytest.raises(TypeError, match="float64 leaf; got float32"):

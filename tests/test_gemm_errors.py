@@ -113,13 +113,6 @@ def test_result_dtypes_that_cannot_be(dtype):
         xnor_gemm(a, a, out=np.empty((3, 3), dtype))
 
 
-def test_no_dtype_at_all():
-    a = np.ones((3, 3))
-    for dtype in ("nonsense", 3):
-        with raises(TypeError, "'dtype' of xnor_gemm must be a NumPy dtype; got", repr(dtype)):
-            xnor_gemm(a, a, dtype=dtype)
-
-
 @pytest.mark.parametrize(("dtype", "limit"), [("i1", 127), ("i2", 32767)])
 def test_integers_too_small_for_k(xp, dtype, limit):
     a = xp.ones((1, limit), xp.int8)
@@ -259,3 +252,56 @@ def test_a_foreign_device(function):
         function(there, there)
     with raises(ValueError, "'out' of xnor_gemm must be on the operands' device, cuda:0"):
         xnor_gemm(here, here, out=there)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["junk", 3, "f4,,", [1], {"a": 1}, {1}, np.array(1), 4.5, object(), "float8"]
+)
+def test_what_is_no_dtype(dtype):
+    a = np.ones((2, 2))
+    for call, what in (
+        (lambda: xnor_gemm(a, a, dtype=dtype), "'dtype' of xnor_gemm"),
+        (lambda: xnor_gemm(a, a, bias=np.ones(2), dtype=dtype), "'dtype' of xnor_gemm"),
+        (lambda: pack(a).unpack(dtype), "'dtype' of unpack"),
+    ):
+        with raises(TypeError, f"The {what} must be a NumPy dtype; got {dtype!r}."):
+            call()
+
+
+@pytest.mark.parametrize("dtype", [[("a", "f4")], {"names": ["a"], "formats": ["f4"]}])
+def test_dtype_with_fields(dtype):
+    a = np.ones((2, 2))
+    with raises(TypeError, "'dtype' of xnor_gemm must be a real floating", "got [('a', '<f4')]."):
+        xnor_gemm(a, a, dtype=dtype)
+
+
+def test_reason_of_a_dtype_is_given_only_where_it_is_one():
+    a = np.ones((2, 2))
+    what = "The 'dtype' of xnor_gemm must be a real floating or signed integer type"
+    for dtype in (bool, "u1"):
+        with raises(TypeError, f"{what}, for the product has negative values; got"):
+            xnor_gemm(a, a, dtype=dtype)
+    for dtype in (complex, "S3", "M8[s]", object):
+        with raises(TypeError, f"{what}; got {np.dtype(dtype)}."):
+            xnor_gemm(a, a, dtype=dtype)
+
+
+class Sparse:
+    def toarray(self):
+        return np.ones((2, 2))
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("x", "hint"),
+    [
+        (None, "got dtype object from NoneType. Give a numeric array."),
+        ({1: 2.0}, "got dtype object from dict. Give a numeric array."),
+        ({1.0}, "got dtype object from set. Give a numeric array."),
+        ([1.0, None], "got dtype object from list. Its elements must all be numbers."),
+        (Sparse(), "Sparse. Give it as an array: x.toarray()."),
+    ],
+)
+def test_hint_fits_what_came(function, x, hint):
+    with raises(TypeError, "The 'a' of", hint):
+        function(x, np.ones((2, 2)))

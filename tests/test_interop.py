@@ -161,3 +161,5 @@ def test_names_of_types():
     assert type_name([]) == "list"
     assert type_name(np.ones(3)) == "numpy.ndarray"
     assert type_name(np.float32(1)) == "numpy.float32"
+    assert type_name(type("Own", (), {"__module__": "__main__"})()) == "Own"
+    assert type_name(type("Inner", (), {"__module__": "_package.part"})()) == "package.Inner"

@@ -233,9 +233,25 @@ class TestModule:
             assert line in str(caught.value)
         assert {k: v.tobytes() for k, v in net.state_dict().items()} == before
 
+    @pytest.mark.parametrize(
+        ("state", "got"),
+        [
+            (None, "a mapping of names to arrays; got NoneType"),
+            ([1.0], "a mapping of names to arrays; got list"),
+            ({"weight": [[1.0]]}, "NumPy or CuPy arrays; got list for 'weight'"),
+            ({"weight": None, "bias": "x"}, "got NoneType for 'weight', str for 'bias'"),
+            ({"weight": Tensor([[1.0]])}, r"got cupybnn\.Tensor for 'weight'"),
+        ],
+    )
+    @pytest.mark.parametrize("strict", [True, False])
+    def test_load_of_what_is_no_state(self, state, got, strict):
+        layer = nn.Linear(1, 1, bias=True)
+        with pytest.raises(TypeError, match=rf"'state' of Linear\.load_state_dict must .*{got}"):
+            layer.load_state_dict(state, strict)
+
     def test_load_of_a_part(self):
         net = small_net()
-        net.load_state_dict({"fc3.bias": np.float32([1, 2, 3]), "other": np.zeros(1)}, strict=False)
+        net.load_state_dict({"fc3.bias": np.float32([1, 2, 3]), "other": 7}, strict=False)
         np.testing.assert_array_equal(net.fc3.bias.data, [1, 2, 3])
 
     def test_loading_is_an_edit_in_place(self):

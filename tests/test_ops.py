@@ -181,6 +181,14 @@ def norm_reference(x, gamma, beta, eps):
     return (x - rows.mean(0)) / np.sqrt(rows.var(0) + eps) * gamma + beta
 
 
+def test_extremes_of_nothing_are_named(xp):
+    for name in ("max", "min"):
+        with pytest.raises(ValueError, match=rf"^{name} of \(0, 3\) float64: "):
+            getattr(Tensor(xp.ones((0, 3))), name)(0)
+        y = getattr(Tensor(xp.ones(3), requires_grad=True), name)()
+        assert f"made by {name}" in repr(y)
+
+
 class TestBatchNorm:
     def operands(self, xp, shape=(6, 3), dtype="float64"):
         x = tensor(xp, *shape, dtype=dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -137,6 +138,23 @@ def test_state_that_does_not_fit_lists_all_misfits():
         assert line in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("state", "got"),
+    [
+        (None, "be a mapping of names to arrays; got NoneType"),
+        ({"steps": None}, "hold NumPy or CuPy arrays; got NoneType for 'steps'"),
+    ],
+)
+@pytest.mark.parametrize(
+    "make_it", [optim.SGD, optim.WeightAverage, lambda p, lr: optim.Combined(optim.SGD(p, lr))]
+)
+def test_load_of_what_is_no_state(make_it, state, got):
+    optimizer = make_it([make(np, (2,))], 0.1)
+    what = rf"'state' of {type(optimizer).__name__}\.load_state_dict must {got}"
+    with pytest.raises(TypeError, match=what):
+        optimizer.load_state_dict(state)
+
+
 def test_fortran_ordered_weights_and_gradients(xp):
     values = np.asfortranarray(np.random.default_rng(0).standard_normal((4, 3)))
     parameter = nn.Parameter(xp.asarray(values, order="F"))
@@ -226,8 +244,52 @@ class TestGroups:
             optim.SGD([{"params": [p]}, {"params": [p]}], 0.1)
         with pytest.raises(TypeError, match="takes Parameters"):
             optim.SGD([np.ones(2)], 0.1)
-        with pytest.raises(ValueError, match="'lr' must be a number >= 0; got -1"):
-            optim.SGD([p], -1)
+
+    @pytest.mark.parametrize("value", [-1, math.nan, math.inf, "a", None, [1.0], True])
+    @pytest.mark.parametrize(
+        ("make_it", "option", "rule"),
+        [
+            (optim.SGD, "lr", "a finite number >= 0"),
+            (optim.SGD, "lr_scale", "a finite number >= 0 or a function of a parameter"),
+            (optim.SGD, "momentum", "a number in [0, 1)"),
+            (optim.Adam, "lr", "a finite number >= 0"),
+            (optim.Adam, "betas", "two numbers in [0, 1)"),
+            (optim.Adam, "eps", "a finite number >= 0"),
+            (optim.AdamW, "betas", "two numbers in [0, 1)"),
+            (optim.AdamW, "weight_decay", "a finite number >= 0"),
+            (optim.Bop, "lr", "a number in [0, 1]"),
+            (optim.Bop, "threshold", "a finite number >= 0"),
+        ],
+    )
+    def test_options_are_checked(self, make_it, option, rule, value):
+        p = make(np, (2,))
+        before = p.data.copy()
+        expected = re.escape(f"The {option!r} of {make_it.__name__} must be {rule}; got {value!r}.")
+        with pytest.raises(ValueError, match=expected):
+            make_it([p], **{"lr": 0.1, option: value})
+        with pytest.raises(ValueError, match=expected):
+            make_it([{"params": [p], option: value}], lr=0.1)
+        np.testing.assert_array_equal(p.data, before)
+
+    @pytest.mark.parametrize(
+        ("make_it", "options"),
+        [
+            (optim.SGD, {"lr": 0.1, "momentum": 1}),
+            (optim.SGD, {"lr": 0.1, "momentum": 2}),
+            (optim.Adam, {"betas": (0.9, 1.0)}),
+            (optim.Adam, {"betas": (0.9,)}),
+            (optim.Bop, {"lr": 1.5}),
+        ],
+    )
+    def test_options_beyond_their_range(self, make_it, options):
+        with pytest.raises(ValueError, match=f"The '{list(options)[-1]}' of {make_it.__name__}"):
+            make_it([make(np, (2,))], **options)
+
+    @pytest.mark.parametrize("number", [0, 0.5, np.float32(0.5), np.array(0.5)])
+    def test_options_may_be_numbers_of_any_kind(self, number):
+        optim.SGD([make(np, (2,))], number, momentum=number, lr_scale=number)
+        optim.AdamW([make(np, (2,))], number, number, betas=[number, number], eps=number)
+        optim.Bop([make(np, (2,))], number, threshold=number)
 
 
 class TestSchedules:

@@ -29,9 +29,9 @@ def gradcheck(
     Parameters
     ----------
     function : callable
-        Takes `inputs`, returns a tensor of any shape. It must be smooth within `eps` of the
-        inputs and give the same result at every call. Straight-through estimators are no
-        derivatives: compare those with their formulas.
+        Takes `inputs`, of which it may leave some unused, and returns a tensor of any shape. It
+        must be smooth within `eps` of the inputs and give the same result at every call.
+        Straight-through estimators are no derivatives: compare those with their formulas.
     *inputs : Tensor
         Those that require a gradient must be float64 leaves; their `grad` is overwritten.
     eps : float
@@ -72,7 +72,8 @@ def gradcheck(
         if not x.requires_grad:
             continue
         expected = _differences(value, x, eps)
-        got = to_device(x.grad, CPU)
+        # An input that the result does not depend on gets no gradient at all.
+        got = np.zeros(x.shape) if x.grad is None else to_device(x.grad, CPU)
         wrong = ~(np.abs(got - expected) <= atol + rtol * np.abs(expected))
         if wrong.any():
             at = tuple(int(i) for i in np.argwhere(wrong)[0])

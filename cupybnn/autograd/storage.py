@@ -1,15 +1,20 @@
-"""The memory behind tensors: how the engine notices that a saved array was edited.
+"""The memory behind tensors: how the engine notices that an array was edited.
 
-A raw array cannot tell that it was written to, and comparing every saved array before a backward
-pass would cost as much as the pass. So the engine keeps a version number for each piece of memory
-and tells two kinds of writers apart:
+It has to know that of arrays saved for a backward pass, and of those whose values are known to be
+signs. A raw array cannot tell that it was written to, and comparing every such array whenever it
+matters would cost as much as the pass. So the engine keeps a version number for each piece of
+memory and tells two kinds of writers apart:
 
 - Writers that it knows (optimisers, ``tensor.data = ...``, ``tensor[...] = ...``) raise the
   version; this costs nothing.
 - Anyone else has to get at the array by ``tensor.data`` first. The array handed out is *on loan*
   for as long as it, or any view taken from it, is alive, on NumPy and CuPy alike. Only while memory
-  is both saved for a backward pass and on loan does the engine keep a copy of it, and compares the
-  two before the copy's backward pass.
+  is both watched (saved, or known to be signs) and on loan does the engine keep a copy of it, and
+  compares the two when it has to know.
+
+What is written by a bare address (``array.data.ptr``, ``array.ctypes``), with no array held that
+it came from, is not noticed; nor is what a `Function` or quantizer writes later to an array that it
+returned and kept.
 
 Training code that does not hold on to ``tensor.data`` across forward and backward pays nothing.
 """
@@ -81,13 +86,16 @@ class Storage:
     ----------
     saves : int
         How many live graph nodes have saved this memory for their backward passes.
+    watched : bool
+        Whether its version was noted for another reason: its values were known to be signs.
     """
 
-    __slots__ = ("_copy", "_loans", "_version", "array", "saves")
+    __slots__ = ("_copy", "_loans", "_version", "array", "saves", "watched")
 
     def __init__(self, array: Any) -> None:
         self.array = array
         self.saves = 0
+        self.watched = False
         self._version = 0
         self._copy: Any = None
         self._loans: list[weakref.ref] = []
@@ -98,12 +106,17 @@ class Storage:
 
     def lend(self, array: Any) -> Any:
         """Return an alias of `array` (this memory or a view of it) for the outside world."""
-        if self.saves and self._copy is None:
+        if (self.saves or self.watched) and self._copy is None:
             self._copy = self.array.copy()
         alias, owner = _lend(array)
         self._loans = [loan for loan in self._loans if loan() is not None]
         self._loans.append(weakref.ref(owner))
         return alias
+
+    def watch(self) -> int:
+        """Return `version`, and have edits noticed from now on."""
+        self.watched = True
+        return self.version()
 
     def version(self) -> int:
         """Return a number that differs from an earlier one if the contents have changed since."""

@@ -35,7 +35,14 @@ class Tensor(Operators):
     grad : numpy.ndarray, cupy.ndarray or None
         Sum of the gradients of the backward passes so far; of the tensor's shape and dtype.
     two_valued : bool
-        Whether every element is known to be +1 or -1, as after `cupybnn.ops.sign`.
+        Whether every element is known to be +1 or -1, as after `cupybnn.ops.sign`. An edit of this
+        tensor, or of any other on its memory, ends it, on NumPy and CuPy alike. It may be set.
+
+    Notes
+    -----
+    ``==`` is identity, so that tensors can be told apart in sets and dicts; compare values by
+    ``a.data == b.data``. `numpy.asarray` gives ``data`` itself, outside of the graph, and refuses
+    tensors on a GPU.
 
     Examples
     --------
@@ -51,10 +58,10 @@ class Tensor(Operators):
         "_data",
         "_memory",
         "_node",
+        "_two_valued_at",
         "grad",
         "name",
         "requires_grad",
-        "two_valued",
     )
 
     def __init__(self, data: Any, requires_grad: bool = False, name: str | None = None) -> None:
@@ -63,7 +70,8 @@ class Tensor(Operators):
         self._node: Context | None = None
         self.grad: Any = None
         self.name = name
-        self.two_valued = False
+        # The version of the memory whose contents are known to be +1 and -1 here.
+        self._two_valued_at: int | None = None
         self.requires_grad = requires_grad
         if requires_grad and self._data.dtype.kind in "biu":
             raise TypeError(
@@ -80,7 +88,7 @@ class Tensor(Operators):
         tensor._node = node
         tensor.grad = None
         tensor.name = None
-        tensor.two_valued = False
+        tensor._two_valued_at = None
         tensor.requires_grad = node is not None
         return tensor
 
@@ -101,7 +109,6 @@ class Tensor(Operators):
 
     @data.setter
     def data(self, value: Any) -> None:
-        self.two_valued = False
         xp = module_of(self._data)
         if isinstance(value, xp.ndarray) and same_memory(value, self._data):
             self._storage.touch()  # what is left to do of an augmented assignment
@@ -114,6 +121,7 @@ class Tensor(Operators):
             )
         self._data = array
         self._memory = None
+        self._two_valued_at = None
 
     def write(self) -> Any:
         """Return the array for an edit in place by the caller, here and now.
@@ -121,10 +129,18 @@ class Tensor(Operators):
         This is the optimisers' way: cheaper than `data`, since it only notes that the contents
         change. The array is not to be kept.
         """
-        self.two_valued = False
         if self._memory is not None:
             self._memory.touch()
         return self._data
+
+    @property
+    def two_valued(self) -> bool:
+        at = self._two_valued_at
+        return at is not None and at == self._storage.version()
+
+    @two_valued.setter
+    def two_valued(self, known: bool) -> None:
+        self._two_valued_at = self._storage.watch() if known else None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -210,8 +226,12 @@ class Tensor(Operators):
 
     def move(self, device: Device) -> None:
         """Move a leaf, and its gradient, to `device`, in place; `to` gives a new tensor."""
-        self._data = to_device(self._data, device)
-        self._memory = None
+        array = to_device(self._data, device)
+        if array is not self._data:
+            known = self.two_valued
+            self._data = array
+            self._memory = None
+            self.two_valued = known
         if self.grad is not None:
             self.grad = to_device(self.grad, device)
 
@@ -225,6 +245,24 @@ class Tensor(Operators):
 
     def __len__(self) -> int:
         return len(self._data)
+
+    def __bool__(self) -> bool:
+        if self.size != 1:
+            raise ValueError(
+                f"The truth of a tensor of shape {self.shape} is ambiguous: only one element has "
+                f"one. Reduce the data: t.data.any(), t.data.all(), len(t) > 0."
+            )
+        return bool(self.item())
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        # For numpy.asarray and the like. Arithmetic with an array stays the tensor's: see
+        # `Operators.__array_ufunc__`.
+        if is_cupy(self._data):
+            raise TypeError(
+                f"A tensor on {self.device} is not turned into a NumPy array unasked: take "
+                f".numpy() for a copy on the host, or .data for the CuPy array."
+            )
+        return np.array(self.data, dtype=dtype, copy=copy)
 
     def __float__(self) -> float:
         return float(self.item())

@@ -23,8 +23,10 @@ _DLPACK_CUDA = {2, 3, 13}  # CUDA, CUDA pinned host, CUDA managed
 def type_name(x: object) -> str:
     """Name of the type of `x` as its users write it: numpy.ndarray, torch.Tensor, list."""
     kind = type(x)
-    module = kind.__module__.partition(".")[0].lstrip("_")
-    return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
+    module = kind.__module__.partition(".")[0]
+    if module in ("builtins", "__main__"):
+        return kind.__qualname__
+    return f"{module.lstrip('_')}.{kind.__qualname__}"
 
 
 def bfloat16_dtype() -> np.dtype | None:
@@ -65,7 +67,8 @@ def as_native(x: Any, what: str) -> Any:
         )
     if isinstance(x, (np.ndarray, np.generic)):
         return np.asarray(x)
-    if getattr(x, "requires_grad", False) is True and hasattr(type(x), "__dlpack__"):
+    exports = hasattr(type(x), "__dlpack__") or hasattr(type(x), "__array__")
+    if exports and getattr(x, "requires_grad", False) is True:
         raise TypeError(
             f"The {what} must be a tensor that records no gradients; got a {type_name(x)} with "
             f"requires_grad=True. Pass x.detach()."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -10,10 +10,11 @@ import numpy as np
 from cupybnn.autograd import Tensor
 from cupybnn.autograd.debug import scope
 from cupybnn.autograd.state import state as engine
-from cupybnn.backends.devices import CPU, Device, device_of, resolve, to_device
+from cupybnn.backends.devices import CPU, Device, device_of, is_cupy, resolve, to_device
+from cupybnn.backends.interop import type_name
 from cupybnn.nn.summary import Summary, summarize
 
-__all__ = ["Module", "Parameter"]
+__all__ = ["Module", "Parameter", "check_state"]
 
 _M = TypeVar("_M", bound="Module")
 
@@ -133,11 +134,14 @@ class Module:
 
         Raises
         ------
+        TypeError
+            If `state` is no mapping, or a value in it that is wanted is no array.
         ValueError
             If names (when strict), shapes or kinds of dtype do not fit. All misfits are listed,
             and nothing has been changed.
         """
         own = self._state()
+        check_state(state, own, self)
         faults = []
         if strict:
             faults += [f"missing: {name}" for name in own if name not in state]
@@ -210,3 +214,28 @@ class Module:
     def _settings(self) -> str:
         """What `repr` shows between the parentheses."""
         return ""
+
+
+def check_state(state: Any, names: Iterable[str], owner: Any) -> None:
+    """Raise TypeError unless `state` is a mapping whose values for `names` are arrays.
+
+    Parameters
+    ----------
+    state
+        What ``owner.load_state_dict`` was given.
+    names : iterable of str
+        Those that are looked at; they may be missing.
+    owner : object
+        Its class is named in the error.
+    """
+    what = f"The 'state' of {type(owner).__name__}.load_state_dict must"
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{what} be a mapping of names to arrays; got {type_name(state)}.")
+    given = {name: state[name] for name in names if name in state}
+    wrong = [
+        f"{type_name(value)} for {name!r}"
+        for name, value in given.items()
+        if not isinstance(value, (np.ndarray, np.generic)) and not is_cupy(value)
+    ]
+    if wrong:
+        raise TypeError(f"{what} hold NumPy or CuPy arrays; got {', '.join(wrong)}.")

@@ -47,23 +47,42 @@ class Mean(Function):
         return ctx.xp.broadcast_to(shares, ctx.edges[0].shape)
 
 
-class Extreme(Function):
-    """Greatest (sign 1) or least (sign -1) element over axes; equal ones share the gradient."""
+def _extreme_gradient(ctx: Context, grad: Any) -> Any:
+    """Share `grad` among the elements that equal the extreme."""
+    x, out = ctx.saved
+    chosen = x == out.reshape(ctx.kept)
+    shares = chosen / chosen.sum(axis=ctx.axis, keepdims=True)
+    return shares.astype(grad.dtype) * grad.reshape(ctx.kept)
+
+
+class Max(Function):
+    """Greatest element over axes; equal ones share the gradient."""
 
     @staticmethod
-    def forward(ctx: Context, x: Any, axis: Axis, keepdims: bool, sign: int) -> Any:
-        out = (x.max if sign > 0 else x.min)(axis=axis, keepdims=keepdims)
-        ctx.axis = axis
-        ctx.kept = _kept(x.shape, axis)
+    def forward(ctx: Context, x: Any, axis: Axis, keepdims: bool) -> Any:
+        out = x.max(axis=axis, keepdims=keepdims)
+        ctx.axis, ctx.kept = axis, _kept(x.shape, axis)
         ctx.save(x, out)
         return out
 
     @staticmethod
     def backward(ctx: Context, grad: Any) -> Any:
-        x, out = ctx.saved
-        chosen = x == out.reshape(ctx.kept)
-        shares = chosen / chosen.sum(axis=ctx.axis, keepdims=True)
-        return shares.astype(grad.dtype) * grad.reshape(ctx.kept)
+        return _extreme_gradient(ctx, grad)
+
+
+class Min(Function):
+    """Least element over axes; equal ones share the gradient."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Any, axis: Axis, keepdims: bool) -> Any:
+        out = x.min(axis=axis, keepdims=keepdims)
+        ctx.axis, ctx.kept = axis, _kept(x.shape, axis)
+        ctx.save(x, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        return _extreme_gradient(ctx, grad)
 
 
 def sum(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
@@ -78,9 +97,9 @@ def mean(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
 
 def max(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """Return the greatest element over `axis`; equal ones share the gradient equally."""
-    return Extreme.apply(x, axis=axis, keepdims=keepdims, sign=1)
+    return Max.apply(x, axis=axis, keepdims=keepdims)
 
 
 def min(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """Return the least element over `axis`; equal ones share the gradient equally."""
-    return Extreme.apply(x, axis=axis, keepdims=keepdims, sign=-1)
+    return Min.apply(x, axis=axis, keepdims=keepdims)

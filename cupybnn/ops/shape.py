@@ -42,7 +42,8 @@ class Index(Function):
 
     @staticmethod
     def forward(ctx: Context, x: Any, key: Any) -> Any:
-        ctx.key = key
+        if ctx.needs[0]:
+            ctx.key = _copied(key, ctx.xp)  # the caller may edit its array before backward
         return x[key]
 
     @staticmethod
@@ -77,6 +78,13 @@ def _is_basic(key: Any) -> bool:
         or (isinstance(part, int | np.integer) and not isinstance(part, bool))
         for part in parts
     )
+
+
+def _copied(key: Any, xp: Any) -> Any:
+    """Return `key` with copies of the arrays in it."""
+    if isinstance(key, tuple):
+        return tuple(_copied(part, xp) for part in key)
+    return key.copy() if isinstance(key, xp.ndarray) else key
 
 
 def _arrays_of(key: Any, xp: Any) -> Any:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
-from cupybnn.optim.optimizer import Block, Optimizer
+from cupybnn.optim.optimizer import Block, Optimizer, Rules
 
 __all__ = ["Adam", "AdamW"]
 
@@ -20,9 +21,9 @@ class Adam(Optimizer):
     lr : float
         Learning rate.
     betas : (float, float)
-        Decay of the two means.
+        Decay of the two means, each in [0, 1).
     eps : float
-        Added to the root of the mean square.
+        Added to the root of the mean square; at least 0.
 
     Notes
     -----
@@ -34,6 +35,14 @@ class Adam(Optimizer):
     """
 
     slots = ("mean", "square")
+    rules: ClassVar[Rules] = {
+        **Optimizer.rules,
+        "betas": (
+            "two numbers in [0, 1)",
+            lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+        ),
+        "eps": ("a finite number >= 0", lambda eps: 0 <= eps < math.inf),
+    }
 
     def __init__(
         self,
@@ -72,12 +81,17 @@ class AdamW(Adam):
     parameters, lr, **common
         As in `Adam`.
     weight_decay : float
-        Before each update, ``weight *= 1 - lr * weight_decay``.
+        Before each update, ``weight *= 1 - lr * weight_decay``; at least 0.
 
     Notes
     -----
     Loshchilov, Hutter: Decoupled weight decay regularization, ICLR 2019.
     """
+
+    rules: ClassVar[Rules] = {
+        **Adam.rules,
+        "weight_decay": ("a finite number >= 0", lambda decay: 0 <= decay < math.inf),
+    }
 
     def __init__(
         self,

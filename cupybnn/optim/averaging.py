@@ -10,6 +10,7 @@ import numpy as np
 
 from cupybnn.backends.devices import CPU, device_of, to_device
 from cupybnn.nn import Parameter
+from cupybnn.nn.module import check_state
 
 __all__ = ["WeightAverage"]
 
@@ -82,7 +83,16 @@ class WeightAverage:
         return {"updates": np.array(self.updates), **state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned; ValueError if it does not fit."""
+        """Continue from what `state_dict` returned.
+
+        Raises
+        ------
+        TypeError
+            If `state` is no mapping of names to arrays.
+        ValueError
+            If names or shapes do not fit.
+        """
+        check_state(state, state, self)
         shapes = {"updates": (), **{str(i): a.shape for i, a in enumerate(self.averages)}}
         given = {name: np.shape(array) for name, array in state.items()}
         if given != shapes:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from cupybnn.backends.devices import device_of
-from cupybnn.optim.optimizer import Block, Optimizer
+from cupybnn.optim.optimizer import Block, Optimizer, Rules
 from cupybnn.packed import sign
 
 __all__ = ["Bop"]
@@ -24,10 +25,10 @@ class Bop(Optimizer):
     parameters, **common
         As in `Optimizer`.
     lr : float
-        The adaptivity rate, gamma in the paper: the part of the newest gradient in the mean. A
-        schedule lowers it over training.
+        The adaptivity rate, gamma in the paper: the part of the newest gradient in the mean, in
+        [0, 1]. A schedule lowers it over training.
     threshold : float
-        How large the mean must be.
+        How large the mean must be; at least 0.
 
     Notes
     -----
@@ -38,6 +39,11 @@ class Bop(Optimizer):
     """
 
     slots = ("mean",)
+    rules: ClassVar[Rules] = {
+        **Optimizer.rules,
+        "lr": ("a number in [0, 1]", lambda lr: 0 <= lr <= 1),
+        "threshold": ("a finite number >= 0", lambda threshold: 0 <= threshold < math.inf),
+    }
 
     def __init__(
         self, parameters: Iterable[Any], lr: float = 1e-4, threshold: float = 1e-8, **common: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,8 +13,12 @@ from cupybnn.autograd.storage import module_of
 from cupybnn.backends import numpy_threads
 from cupybnn.backends.devices import CPU, device_of, to_device
 from cupybnn.nn import Parameter
+from cupybnn.nn.module import check_state
 
-__all__ = ["Block", "Optimizer"]
+__all__ = ["Block", "Optimizer", "Rules"]
+
+# For each option what it must be, in words and as a test; the test may fail by TypeError.
+Rules = dict[str, tuple[str, Callable[[Any], Any]]]
 
 # Elements updated at a time on the host: the arrays of an update then stay in the cache between its
 # steps. Smaller blocks lose more than that to the calls, and to threads that wait for the
@@ -72,6 +77,13 @@ class Optimizer:
     **options
         Options of the subclass.
 
+    Raises
+    ------
+    ValueError
+        If an option is unknown or not what it must be, or a parameter is in two groups.
+    TypeError
+        If what is to be updated is no Parameter.
+
     Attributes
     ----------
     groups : list of dict
@@ -86,6 +98,14 @@ class Optimizer:
 
     # Names of the arrays that an optimiser keeps for each parameter, at first 0.
     slots: ClassVar[tuple[str, ...]] = ()
+    # What the options must be; a subclass adds its own.
+    rules: ClassVar[Rules] = {
+        "lr": ("a finite number >= 0", lambda lr: 0 <= lr < math.inf),
+        "lr_scale": (
+            "a finite number >= 0 or a function of a parameter",
+            lambda scale: callable(scale) or 0 <= scale < math.inf,
+        ),
+    }
 
     def __init__(
         self,
@@ -98,13 +118,36 @@ class Optimizer:
         defaults = {"lr": lr, "lr_scale": lr_scale, **options}
         given: list[Any] = list(parameters)
         groups = given if given and isinstance(given[0], dict) else [{"params": given}]
-        self.groups = [_checked_group(group, defaults) for group in groups]
+        self.groups = [self._checked_group(group, defaults) for group in groups]
         self.schedule = schedule
         self.steps = 0
         everything = [p for group in self.groups for p in group["params"]]
         if len(set(everything)) < len(everything):
             raise ValueError("A parameter must not be in two groups of an optimiser.")
         self._slots: dict[Parameter, tuple[Any, ...]] = {}
+
+    def _checked_group(self, group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+        """Return the group with all options, its parameters as a list."""
+        unknown = set(group) - set(defaults) - {"params", "name"}
+        if unknown or "params" not in group:
+            raise ValueError(
+                f"A parameter group must have 'params' and may have {', '.join(sorted(defaults))} "
+                f"and 'name'; got {', '.join(map(repr, group))}."
+            )
+        merged = {**defaults, **group, "params": list(group["params"])}
+        if not all(isinstance(p, Parameter) for p in merged["params"]):
+            raise TypeError("An optimiser takes Parameters: model.parameters(), or groups of them.")
+        for name, (rule, holds) in self.rules.items():
+            value = merged[name]
+            try:
+                right = not isinstance(value, bool) and bool(holds(value))
+            except (TypeError, ValueError):  # no number at all, or an array of several
+                right = False
+            if not right:
+                raise ValueError(
+                    f"The {name!r} of {type(self).__name__} must be {rule}; got {value!r}."
+                )
+        return merged
 
     def update(self, block: Block) -> None:
         """Change ``block.weight`` in place."""
@@ -191,9 +234,12 @@ class Optimizer:
 
         Raises
         ------
+        TypeError
+            If `state` is no mapping of names to arrays.
         ValueError
             If names or shapes do not fit; all misfits are listed, and nothing has been changed.
         """
+        check_state(state, state, self)
         if faults := self._faults(state):
             raise ValueError(
                 f"The state does not fit this {type(self).__name__}:\n  " + "\n  ".join(faults)
@@ -215,19 +261,3 @@ class Optimizer:
             if name in state and np.shape(state[name]) != shape
         ]
         return faults
-
-
-def _checked_group(group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Return the group with all options, its parameters as a list."""
-    unknown = set(group) - set(defaults) - {"params", "name"}
-    if unknown or "params" not in group:
-        raise ValueError(
-            f"A parameter group must have 'params' and may have {', '.join(sorted(defaults))} and "
-            f"'name'; got {', '.join(map(repr, group))}."
-        )
-    merged = {**defaults, **group, "params": list(group["params"])}
-    if not all(isinstance(p, Parameter) for p in merged["params"]):
-        raise TypeError("An optimiser takes Parameters: model.parameters(), or groups of them.")
-    if not merged["lr"] >= 0:
-        raise ValueError(f"The 'lr' must be a number >= 0; got {merged['lr']!r}.")
-    return merged

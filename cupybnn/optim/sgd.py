@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
-from cupybnn.optim.optimizer import Block, Optimizer
+from cupybnn.optim.optimizer import Block, Optimizer, Rules
 
 __all__ = ["SGD"]
 
@@ -24,6 +24,10 @@ class SGD(Optimizer):
     """
 
     slots = ("velocity",)
+    rules: ClassVar[Rules] = {
+        **Optimizer.rules,
+        "momentum": ("a number in [0, 1)", lambda momentum: 0 <= momentum < 1),
+    }
 
     def __init__(
         self, parameters: Iterable[Any], lr: float, momentum: float = 0.0, **common: Any
