@@ -223,7 +223,11 @@ class Trainer:
     def _open_log(self) -> None:
         from cupybnn.training.logs import CheckpointWriter, TensorBoardWriter
 
-        self.run_folder = new_run_folder(self.config)
+        def save_start(folder: Path) -> None:
+            with self.device.scope():
+                checkpoints.save(folder / checkpoints.NEWEST, self.state())
+
+        self.run_folder = new_run_folder(self.config, save_start)
         # Checkpoints first: what goes wrong in a log must not cost one.
         best = max((e.test_accuracy for e in self.history), default=-1.0)
         self.callbacks[:0] = [CheckpointWriter(self.run_folder, best)]
