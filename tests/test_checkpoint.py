@@ -17,9 +17,9 @@ import pytest
 
 from cupybnn.errors import CheckpointError
 from cupybnn.files import atomic_write, remove_leftovers
-from cupybnn.training import TrainConfig
+from cupybnn.training import TrainConfig, Trainer
 from cupybnn.training.checkpoint import BEST, NEWEST, Checkpoint, CheckpointFolder, load, save
-from cupybnn.training.runs import CONFIG_NAME, new_run_folder, settings_folder
+from cupybnn.training.runs import CONFIG_NAME, new_run_folder, remove_abandoned, settings_folder
 
 
 def example(step: int = 7) -> Checkpoint:
@@ -211,6 +211,51 @@ class TestFolder:
         assert last > 12
         CheckpointFolder(tmp_path)  # the next run clears away what the killed ones left
         assert sorted(p.name for p in tmp_path.iterdir()) == [BEST, NEWEST]
+
+
+class TestLeftovers:
+    """Temporary files of killed writers; one that is young may be a living process's."""
+
+    def leave(self, folder, hours):
+        for name in (NEWEST, BEST, CONFIG_NAME, "mine"):
+            path = folder / f".{name}.{hours:012}.tmp"
+            path.write_text("half")
+            then = time.time() - hours * 3600
+            os.utime(path, (then, then))
+
+    def left(self, folder):
+        return sorted(p.name for p in folder.glob(".*.tmp"))
+
+    def test_young_ones_and_those_of_others_stay(self, tmp_path):
+        self.leave(tmp_path, 25)
+        self.leave(tmp_path, 1)
+        remove_abandoned(tmp_path)
+        young = [f".{name}.{1:012}.tmp" for name in (NEWEST, BEST, CONFIG_NAME, "mine")]
+        assert self.left(tmp_path) == sorted([*young, f".mine.{25:012}.tmp"])
+
+    def test_new_run_clears_the_folders_beside_its_own(self, tmp_path):
+        config = TrainConfig(log_dir=str(tmp_path))
+        folder = new_run_folder(config)
+        self.leave(folder, 25)
+        new_run_folder(config)
+        assert self.left(folder) == [f".mine.{25:012}.tmp"]
+
+    def test_restoring_clears_the_folder(self, tmp_path):
+        settings = {"dataset": "digits", "device": "cpu", "n_hidden": 8, "max_steps": 1}
+        folder = Trainer(TrainConfig(**settings, log_dir=str(tmp_path / "log"))).run().run_folder
+        for restore in (folder, folder / NEWEST):
+            self.leave(folder, 25)
+            Trainer(TrainConfig(**settings, restore=str(restore)))
+            assert self.left(folder) == [f".mine.{25:012}.tmp"]
+
+    def test_folder_that_cannot_be_written_still_restores(self, tmp_path, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise PermissionError(13, "Permission denied")
+
+        self.leave(tmp_path, 25)
+        monkeypatch.setattr(Path, "unlink", refuse)
+        remove_abandoned(tmp_path)
+        assert len(self.left(tmp_path)) == 4
 
 
 def test_atomic_write(tmp_path):

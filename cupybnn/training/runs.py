@@ -9,9 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cupybnn.files import A_DAY, atomic_write, remove_leftovers
+from cupybnn.training.checkpoint import BEST, NEWEST
 from cupybnn.training.config import TrainConfig
 
-__all__ = ["CONFIG_NAME", "new_run_folder", "settings_folder"]
+__all__ = ["CONFIG_NAME", "new_run_folder", "remove_abandoned", "settings_folder"]
 
 CONFIG_NAME = "config.json"
 _HIDDEN = "run"  # folders in the making are named as atomic_write names files
@@ -47,7 +48,8 @@ def new_run_folder(config: TrainConfig, fill: Callable[[Path], None] | None = No
     name, ``.run.<random>.tmp``, and gets its number in one move when all that belongs in it is
     there: a process killed on the way leaves no run that lacks something. Two runs that start at
     the same moment get different folders, because a folder cannot be moved onto another that
-    holds something. Hidden folders that killed processes left a day ago or more are removed.
+    holds something. What killed processes left a day ago or more is removed: such hidden folders,
+    and temporary files in the runs beside the new one.
 
     Parameters
     ----------
@@ -63,6 +65,9 @@ def new_run_folder(config: TrainConfig, fill: Callable[[Path], None] | None = No
     parent = settings_folder(config)
     parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(parent / _HIDDEN, A_DAY)
+    for run in parent.iterdir():
+        if run.name.isdecimal():
+            remove_abandoned(run)
     hidden = parent / f".{_HIDDEN}.{secrets.token_hex(6)}.tmp"
     try:
         hidden.mkdir()
@@ -74,6 +79,12 @@ def new_run_folder(config: TrainConfig, fill: Callable[[Path], None] | None = No
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
         raise
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a run folder a day ago or more."""
+    for name in (CONFIG_NAME, NEWEST, BEST):
+        remove_leftovers(folder / name, A_DAY)
 
 
 def _give_number(hidden: Path) -> Path:
