@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-__all__ = ["atomic_write", "read_npz", "remove_leftovers"]
+__all__ = ["A_DAY", "atomic_write", "read_npz", "remove_leftovers"]
+
+A_DAY = 24 * 3600.0  # seconds; nothing is being written for so long
 
 
 @contextlib.contextmanager
@@ -48,15 +52,29 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         raise
 
 
-def remove_leftovers(path: str | os.PathLike[str]) -> None:
-    """Remove the temporary files that killed writers of `path` left behind.
+def remove_leftovers(path: str | os.PathLike[str], unchanged_for: float = 0.0) -> None:
+    """Remove what killed writers of `path` left behind: files or folders ``.<name>.*.tmp``.
 
-    Call it only where no other process can be writing the same file.
+    Call it without `unchanged_for` only where no other process can be writing the same file.
+
+    Parameters
+    ----------
+    path : path-like
+    unchanged_for : float
+        Remove only what has not changed for so many seconds. `A_DAY` spares whatever a living
+        process is writing, also one on another machine or in another container, where its number
+        would say nothing, and also where clocks and time zones disagree.
     """
     path = Path(path)
+    now = time.time()
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        with contextlib.suppress(OSError):
-            leftover.unlink()
+        with contextlib.suppress(OSError):  # another process was quicker, or may and we may not
+            if unchanged_for and now - leftover.lstat().st_mtime < unchanged_for:
+                continue
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
 
 
 def read_npz(

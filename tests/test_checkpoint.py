@@ -17,9 +17,9 @@ import pytest
 
 from cupybnn.errors import CheckpointError
 from cupybnn.files import atomic_write, remove_leftovers
-from cupybnn.training import TrainConfig
+from cupybnn.training import TrainConfig, Trainer
 from cupybnn.training.checkpoint import BEST, NEWEST, Checkpoint, CheckpointFolder, load, save
-from cupybnn.training.runs import CONFIG_NAME, new_run_folder, settings_folder
+from cupybnn.training.runs import CONFIG_NAME, new_run_folder, remove_abandoned, settings_folder
 
 
 def example(step: int = 7) -> Checkpoint:
@@ -213,6 +213,51 @@ class TestFolder:
         assert sorted(p.name for p in tmp_path.iterdir()) == [BEST, NEWEST]
 
 
+class TestLeftovers:
+    """Temporary files of killed writers; one that is young may be a living process's."""
+
+    def leave(self, folder, hours):
+        for name in (NEWEST, BEST, CONFIG_NAME, "mine"):
+            path = folder / f".{name}.{hours:012}.tmp"
+            path.write_text("half")
+            then = time.time() - hours * 3600
+            os.utime(path, (then, then))
+
+    def left(self, folder):
+        return sorted(p.name for p in folder.glob(".*.tmp"))
+
+    def test_young_ones_and_those_of_others_stay(self, tmp_path):
+        self.leave(tmp_path, 25)
+        self.leave(tmp_path, 1)
+        remove_abandoned(tmp_path)
+        young = [f".{name}.{1:012}.tmp" for name in (NEWEST, BEST, CONFIG_NAME, "mine")]
+        assert self.left(tmp_path) == sorted([*young, f".mine.{25:012}.tmp"])
+
+    def test_new_run_clears_the_folders_beside_its_own(self, tmp_path):
+        config = TrainConfig(log_dir=str(tmp_path))
+        folder = new_run_folder(config)
+        self.leave(folder, 25)
+        new_run_folder(config)
+        assert self.left(folder) == [f".mine.{25:012}.tmp"]
+
+    def test_restoring_clears_the_folder(self, tmp_path):
+        settings = {"dataset": "digits", "device": "cpu", "n_hidden": 8, "max_steps": 1}
+        folder = Trainer(TrainConfig(**settings, log_dir=str(tmp_path / "log"))).run().run_folder
+        for restore in (folder, folder / NEWEST):
+            self.leave(folder, 25)
+            Trainer(TrainConfig(**settings, restore=str(restore)))
+            assert self.left(folder) == [f".mine.{25:012}.tmp"]
+
+    def test_folder_that_cannot_be_written_still_restores(self, tmp_path, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise PermissionError(13, "Permission denied")
+
+        self.leave(tmp_path, 25)
+        monkeypatch.setattr(Path, "unlink", refuse)
+        remove_abandoned(tmp_path)
+        assert len(self.left(tmp_path)) == 4
+
+
 def test_atomic_write(tmp_path):
     path = tmp_path / "x"
     with atomic_write(path) as file:
@@ -294,10 +339,79 @@ class TestRunFolder:
         assert len(set(folders)) == 100
         assert sorted(int(Path(f).name) for f in folders) == list(range(1, 101))
 
+    def test_appears_with_all_that_belongs_in_it(self, tmp_path):
+        config = TrainConfig(log_dir=str(tmp_path))
+        parent = settings_folder(config)
+        seen = []
+
+        def fill(folder):
+            seen.append(folder)
+            assert [p.name for p in parent.iterdir()] == [folder.name]
+            assert not folder.name.isdecimal()
+            assert (folder / CONFIG_NAME).exists()
+            save(folder / NEWEST, example())
+            with pytest.raises(CheckpointError) as caught:
+                load(tmp_path)  # what is in the making is not offered as a run
+            assert "There are some below it" not in str(caught.value)
+
+        folder = new_run_folder(config, fill)
+        assert folder == parent / "1"
+        assert sorted(p.name for p in folder.iterdir()) == [CONFIG_NAME, NEWEST]
+        assert seen != [folder]
+        assert [p.name for p in parent.iterdir()] == ["1"]
+
+    @pytest.mark.parametrize("error", [CheckpointError("full"), KeyboardInterrupt()])
+    def test_nothing_is_left_where_it_cannot_be_filled(self, tmp_path, error):
+        def fail(folder):
+            (folder / "half").write_text("of it")
+            raise error
+
+        config = TrainConfig(log_dir=str(tmp_path))
+        with pytest.raises(type(error)):
+            new_run_folder(config, fail)
+        assert list(settings_folder(config).iterdir()) == []
+
+    def test_kill_while_it_is_made_leaves_no_run(self, tmp_path):
+        config = TrainConfig(log_dir=str(tmp_path))
+        process = get_context("spawn").Process(target=_die_while_making, args=(str(tmp_path),))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        (left,) = settings_folder(config).iterdir()
+        assert (left / NEWEST).exists()
+        assert new_run_folder(config).name == "1"
+        assert left.exists()  # its maker might be alive: it is young
+        day_ago = time.time() - 25 * 3600
+        os.utime(left, (day_ago, day_ago))
+        assert new_run_folder(config).name == "2"
+        assert sorted(p.name for p in settings_folder(config).iterdir()) == ["1", "2"]
+
+    def test_a_run_made_meanwhile_is_not_overwritten(self, tmp_path):
+        config = TrainConfig(log_dir=str(tmp_path))
+        others = []
+
+        def fill(folder):
+            if not others:
+                others.append(None)
+                others.append(new_run_folder(config, lambda _: None))
+                (others[1] / "mine").write_text("theirs")
+
+        assert new_run_folder(config, fill).name == "2"
+        assert others[1].name == "1"
+        assert (others[1] / "mine").read_text() == "theirs"
+
     def test_file_in_the_way(self, tmp_path):
         (tmp_path / "fp").write_text("a file")
         with pytest.raises(OSError, match="fp"):
             new_run_folder(TrainConfig(log_dir=str(tmp_path)))
+
+
+def _die_while_making(log_dir) -> None:
+    def die(folder):
+        save(folder / NEWEST, example())
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    new_run_folder(TrainConfig(log_dir=log_dir), die)
 
 
 def _make_folders(log_dir, start, results) -> None:

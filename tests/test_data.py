@@ -108,6 +108,20 @@ class TestIdxFolder:
         found = int(str(e.value).rsplit(" ", 1)[1].rstrip(".").replace(",", ""))
         assert 15_000 < found < 25_000
 
+    @pytest.mark.parametrize("lost", range(1, 13))
+    def test_gzip_stream_without_its_end(self, tmp_path, lost):
+        path = tmp_path / "train-labels-idx1-ubyte.gz"
+        path.write_bytes(gzip.compress(idx_bytes(np.arange(10, dtype=np.uint8)))[:-lost])
+        with pytest.raises(DataError) as caught:
+            idx.read_idx(path, 1)
+        message = str(caught.value)
+        assert message.startswith(f"{path} is truncated: expected ")
+        if lost <= 9:  # all labels are there, their checksum is not
+            assert message == (
+                f"{path} is truncated: expected a checksum after the 10 bytes for 10 labels, found "
+                f"the end of the file before or in it. Fetch it again."
+            )
+
     def test_truncated_header(self, tmp_path):
         path = tmp_path / "train-labels-idx1-ubyte"
         path.write_bytes(bytes([0, 0, 8, 1, 0]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 import time
 
 import numpy as np
@@ -142,6 +143,22 @@ def test_checkpoint_is_there_before_the_first_step(tmp_path):
     assert load(trainer.run_folder).step == 0
 
 
+def test_the_run_folder_appears_with_a_checkpoint_in_it(tmp_path, monkeypatch):
+    """Killed at any moment of the start, a run leaves a folder that can be restored, or none."""
+    found = []
+    replace = os.replace
+
+    def look(*names):
+        replace(*names)
+        for folder in tmp_path.glob("fp/hid_32/bs_128/0.0001/[0-9]*"):
+            found.append((load(folder).step, (folder / CONFIG_NAME).exists()))
+
+    monkeypatch.setattr(os, "replace", look)
+    monkeypatch.setattr(os, "rename", lambda *names: look(*names))
+    Trainer(TrainConfig(**{**SETTINGS, "max_steps": 1}, log_dir=str(tmp_path))).run()
+    assert found[0] == (0, True)
+
+
 def test_without_tensorboardx_it_is_said_once_and_training_goes_on(tmp_path, monkeypatch):
     real = builtins.__import__
 
@@ -171,6 +188,7 @@ def test_full_disk_ends_the_run_with_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "savez", full)
     with pytest.raises(CheckpointError, match=r"newest\.npz cannot be written: No space left"):
         Trainer(TrainConfig(**SETTINGS, log_dir=str(tmp_path))).run()
+    assert list(tmp_path.glob("fp/hid_32/bs_128/0.0001/*")) == []  # no half-made run
 
 
 def test_logging_costs_little(tmp_path):

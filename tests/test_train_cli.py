@@ -289,6 +289,82 @@ class TestSignals:
         assert process.returncode == 130
         assert "Traceback" not in errors
 
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize(
+        "moment",
+        [
+            "raise_here()",
+            # Libraries may swallow an exception, or make another of it.
+            "try: raise_here()\nexcept BaseException: pass",
+            "try: raise_here()\nexcept BaseException as e: raise ImportError('half') from e",
+        ],
+        ids=["plain", "swallowed", "turned"],
+    )
+    @pytest.mark.parametrize("module", ["cupybnn.training", "sklearn.datasets", "console"])
+    def test_signal_while_it_starts(self, tmp_path, number, moment, module):
+        """A signal that comes while a module is imported."""
+        module = "cupybnn.cli.console" if module == "console" else module
+        program = (
+            "import os, sys, builtins\n"
+            "real = builtins.__import__\n"
+            "done = []\n"
+            f"def raise_here(): os.kill(os.getpid(), {int(number)})\n"
+            "def hook(name, *args, **kwargs):\n"
+            f"    if name == {module!r} and not done:\n"
+            "        done.append(1)\n"
+            + "".join(f"        {line}\n" for line in moment.split("\n"))
+            + "    return real(name, *args, **kwargs)\n"
+            "builtins.__import__ = hook\n"
+            "from cupybnn.cli.main import main\n"
+            f"code = main({['train', *QUICK, '--log_dir', str(tmp_path / 'log')]!r})\n"
+            "print('came', done, file=sys.stderr)\n"
+            "sys.exit(code)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 128 + number
+        word = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}[number]
+        assert done.stderr == f"cupybnn train: {word} before training began\ncame [1]\n"
+        assert done.stdout == ""
+        assert not (tmp_path / "log").exists()
+
+    def test_signal_while_the_data_are_fetched_leaves_no_scratch_folder(self, tmp_path):
+        program = (
+            "import os, signal, sys\n"
+            "import sklearn.datasets\n"
+            "def slow(*args, **kwargs): os.kill(os.getpid(), signal.SIGTERM)\n"
+            "sklearn.datasets.fetch_openml = slow\n"
+            "from cupybnn.cli.main import main\n"
+            "sys.exit(main(['train', '--device', 'cpu']))\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "CUPYBNN_DATA_DIR": str(tmp_path / "data")},
+        )
+        assert done.returncode == 128 + signal.SIGTERM
+        assert done.stderr.splitlines()[-1] == "cupybnn train: terminated before training began"
+        assert list((tmp_path / "data").iterdir()) == []
+
+    def test_signal_while_the_command_is_read(self, monkeypatch, capsys):
+        from cupybnn.cli import main as module
+
+        def interrupted(*args):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(module, "_load", interrupted)
+        assert main(["train"]) == 130
+        assert capsys.readouterr().err == "cupybnn: interrupted\n"
+
+    def test_handlers_are_put_back(self):
+        before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+        assert main(["train", *QUICK[:-4], "--max_steps", "1"]) == 0
+        assert main(["train", "--dataset", "nonsense"]) == 2
+        assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
 
 def wait_for_line(process, start: str) -> None:
     deadline = time.monotonic() + 60

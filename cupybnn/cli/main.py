@@ -61,7 +61,14 @@ def _load(name: str, subparsers: argparse._SubParsersAction) -> argparse.Argumen
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        print("cupybnn: interrupted", file=sys.stderr)
+        return 130
+
+
+def _main(arguments: list[str]) -> int:
     parser, subparsers = _top_level_parser()
     if arguments and arguments[0] in COMMANDS:
         _load(arguments[0], subparsers)
@@ -76,9 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) went away: no error, but keep the exit from flushing into it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except KeyboardInterrupt:
-        print("cupybnn: interrupted", file=sys.stderr)
-        return 130
     except (ValueError, TypeError) as error:
         if not _is_ours(error):
             raise

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from cupybnn.errors import NonFiniteError
+
 if TYPE_CHECKING:
-    from cupybnn.errors import NonFiniteError
     from cupybnn.training import TrainConfig, Trainer
 
 __all__ = ["add_parser", "run"]
@@ -165,21 +164,34 @@ def run(args: argparse.Namespace) -> int:
     """Train as `args` say; return the exit code."""
     if "list_recipes" in args:
         return _list_recipes()
+    try:
+        # First of all: what start-up imports and loads can take seconds.
+        with _Signals() as signals:
+            try:
+                _train(vars(args), signals)
+            except BaseException:
+                # Whatever a library made of the interruption: it is told as that.
+                if not signals.ended_the_start():
+                    raise
+                word = "terminated" if signals.received[0] == signal.SIGTERM else "interrupted"
+                print(f"cupybnn train: {word} before training began", file=sys.stderr)
+    except NonFiniteError as error:
+        return _debug(error)
+    return 128 + signals.received[0] if signals.received else 0
+
+
+def _train(given: dict[str, Any], signals: _Signals) -> None:
     from cupybnn.cli.console import Console
-    from cupybnn.errors import NonFiniteError
     from cupybnn.training import Trainer
 
-    config = _config(vars(args))
+    config = _config(given)
     console = Console()
     try:
         trainer = Trainer(config, [console])
-        with _signals(trainer) as received:
-            trainer.run()
-    except NonFiniteError as error:
-        return _debug(error)
+        signals.training_begins(trainer)
+        trainer.run()
     finally:
         console.close()
-    return 128 + received[0] if received else 0
 
 
 def _list_recipes() -> int:
@@ -211,30 +223,55 @@ def _config(given: dict[str, Any]) -> TrainConfig:
     return TrainConfig.from_mapping(settings)
 
 
-@contextlib.contextmanager
-def _signals(trainer: Trainer) -> Iterator[list[int]]:
-    """Let the first Ctrl-C or SIGTERM end the run after its step, the second at once.
+class _Signals:
+    """A context in which Ctrl-C and SIGTERM end the command well.
 
-    Yields a list that the first signal's number is put into.
+    Before training, a signal raises KeyboardInterrupt, so that what is half made is cleared away.
+    Afterwards the first one ends the run after its step, and the second at once.
+
+    Attributes
+    ----------
+    received : list of int
+        Numbers of the signals that came, in order.
     """
-    received: list[int] = []
 
-    def stop(number: int, frame: Any) -> None:
-        received.append(number)
-        trainer.request_stop()
-        for each, handler in before.items():
-            signal.signal(each, handler)
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._trainer: Trainer | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.getsignal(number)
+            signal.signal(number, self._arrived)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._put_back()
+
+    def _put_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def training_begins(self, trainer: Trainer) -> None:
+        """From now on, stop `trainer`; raise if a library swallowed an earlier interruption."""
+        self._trainer = trainer
+        if self.received:
+            self._trainer = None
+            raise KeyboardInterrupt
+
+    def ended_the_start(self) -> bool:
+        """Whether a signal came before training began."""
+        return self._trainer is None and bool(self.received)
+
+    def _arrived(self, number: int, frame: Any) -> None:
+        self.received.append(number)
+        if self._trainer is None:
+            raise KeyboardInterrupt
+        self._trainer.request_stop()
+        self._put_back()
         # Not print: the signal may have come in the middle of one.
         os.write(2, b"\nStopping after this step; once more to stop at once.\n")
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number in before:
-            signal.signal(number, stop)
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _debug(error: NonFiniteError) -> int:

@@ -105,7 +105,7 @@ def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
             zipped = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
             stream: io.BufferedIOBase = gzip.GzipFile(fileobj=raw) if zipped else raw
-            header = _read(stream, 4 + 4 * dimensions)
+            header, _ = _read(stream, 4 + 4 * dimensions)
             expected_magic = (_UNSIGNED_BYTE << 8) | dimensions
             magic = int.from_bytes(header[:4], "big")
             if len(header) >= 4 and magic != expected_magic:
@@ -128,37 +128,44 @@ def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
             size = 1
             for length in shape:
                 size *= length
-            # One byte more than the header promises shows whether anything follows.
-            data = _read(stream, size + 1)
+            # One byte more than the header promises shows whether anything follows, and has gzip
+            # compare its checksum, which it does at the end of the stream.
+            data, cut_off = _read(stream, size + 1)
     except (gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path} is corrupt: {error}. Fetch it again.") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+    elements = f"{size:,} bytes for {' × '.join(map(str, shape))} {kind}"
     if len(data) != size:
         found = f"{len(data):,}" if len(data) < size else "more"
         wrong = "truncated" if len(data) < size else "longer than its header says"
+        raise DataError(f"{path} is {wrong}: expected {elements}, found {found}.")
+    if cut_off:
         raise DataError(
-            f"{path} is {wrong}: expected {size:,} bytes for {' × '.join(map(str, shape))} "
-            f"{kind}, found {found}."
+            f"{path} is truncated: expected a checksum after the {elements}, found the end of the "
+            f"file before or in it. Fetch it again."
         )
     return np.frombuffer(data, dtype=np.uint8).reshape(shape)
 
 
-def _read(stream: io.BufferedIOBase, size: int) -> bytes:
-    """Read up to `size` bytes; a gzip stream that stops early gives what it had."""
+def _read(stream: io.BufferedIOBase, size: int) -> tuple[bytes, bool]:
+    """Read up to `size` bytes; tell whether a gzip stream stopped before its own end.
+
+    Such a stream gives what it had.
+    """
     chunks: list[bytes] = []
     left = size
     while left > 0:
         try:
             # One raw read at a time: a longer read would lose what came before the early end.
             chunk = stream.read1(min(left, 1 << 20))
-        except EOFError:  # the gzip stream stops before its trailer
-            break
+        except EOFError:
+            return b"".join(chunks), True
         if not chunk:
             break
         chunks.append(chunk)
         left -= len(chunk)
-    return b"".join(chunks)
+    return b"".join(chunks), False
 
 
 def load_folder(folder: str | os.PathLike[str]) -> Dataset:

@@ -87,7 +87,8 @@ def find(path: str | os.PathLike[str]) -> Path:
     for name in (NEWEST, BEST):
         if (path / name).is_file():
             return path / name
-    below = sorted(path.rglob(NEWEST))
+    # Not in hidden folders: those are runs that are being made, or were left half made.
+    below = sorted(p for p in path.rglob(NEWEST) if not p.parent.name.startswith("."))
     hint = f" There are some below it; one is {below[-1].parent}." if below else ""
     raise CheckpointError(
         f"The folder {path} holds no checkpoint: expected {NEWEST} or {BEST} in it.{hint}"

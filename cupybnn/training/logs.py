@@ -20,7 +20,9 @@ __all__ = ["CheckpointWriter", "TensorBoardWriter"]
 
 
 class CheckpointWriter(Callback):
-    """Keeps the newest and the best checkpoint; the first is there before the first step.
+    """Keeps the newest and the best checkpoint.
+
+    The first, before any step, is put into the folder when that is made.
 
     Parameters
     ----------
@@ -31,10 +33,6 @@ class CheckpointWriter(Callback):
 
     def __init__(self, folder: Path, best: float) -> None:
         self._checkpoints = CheckpointFolder(folder, best)
-
-    def on_start(self, trainer: Trainer) -> None:
-        """Save the state before the first step."""
-        self._checkpoints.save(trainer.state())
 
     def on_evaluate(self, trainer: Trainer, evaluation: Evaluation) -> None:
         """Save, and keep as the best where it is."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
-from cupybnn.files import atomic_write
+from cupybnn.files import A_DAY, atomic_write, remove_leftovers
+from cupybnn.training.checkpoint import BEST, NEWEST
 from cupybnn.training.config import TrainConfig
 
-__all__ = ["CONFIG_NAME", "new_run_folder", "settings_folder"]
+__all__ = ["CONFIG_NAME", "new_run_folder", "remove_abandoned", "settings_folder"]
 
 CONFIG_NAME = "config.json"
+_HIDDEN = "run"  # folders in the making are named as atomic_write names files
 
 
 def settings_folder(config: TrainConfig) -> Path:
@@ -36,11 +41,21 @@ def settings_folder(config: TrainConfig) -> Path:
     return folder / f"bs_{config.batch_size}" / str(config.reg)
 
 
-def new_run_folder(config: TrainConfig) -> Path:
-    """Make the next numbered folder in `settings_folder` and put ``config.json`` into it.
+def new_run_folder(config: TrainConfig, fill: Callable[[Path], None] | None = None) -> Path:
+    """Make the next numbered folder in `settings_folder`, with ``config.json`` in it.
 
-    Numbers count up from 1, one more than the highest there is. Two runs that start at the same
-    moment get different folders, because making a folder succeeds for one of them only.
+    Numbers count up from 1, one more than the highest there is. The folder is made under a hidden
+    name, ``.run.<random>.tmp``, and gets its number in one move when all that belongs in it is
+    there: a process killed on the way leaves no run that lacks something. Two runs that start at
+    the same moment get different folders, because a folder cannot be moved onto another that
+    holds something. What killed processes left a day ago or more is removed: such hidden folders,
+    and temporary files in the runs beside the new one.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    fill : callable, optional
+        Called with the hidden folder, to put the first files into it.
 
     Raises
     ------
@@ -49,14 +64,39 @@ def new_run_folder(config: TrainConfig) -> Path:
     """
     parent = settings_folder(config)
     parent.mkdir(parents=True, exist_ok=True)
-    taken = [int(p.name) for p in parent.iterdir() if p.name.isdecimal()]
+    remove_leftovers(parent / _HIDDEN, A_DAY)
+    for run in parent.iterdir():
+        if run.name.isdecimal():
+            remove_abandoned(run)
+    hidden = parent / f".{_HIDDEN}.{secrets.token_hex(6)}.tmp"
+    try:
+        hidden.mkdir()
+        with atomic_write(hidden / CONFIG_NAME) as file:
+            file.write(config.to_json().encode())
+        if fill is not None:
+            fill(hidden)
+        return _give_number(hidden)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a run folder a day ago or more."""
+    for name in (CONFIG_NAME, NEWEST, BEST):
+        remove_leftovers(folder / name, A_DAY)
+
+
+def _give_number(hidden: Path) -> Path:
+    """Move a folder to the first free number after all that are taken."""
+    taken = [int(p.name) for p in hidden.parent.iterdir() if p.name.isdecimal()]
     number = max(taken, default=0) + 1
     while True:
-        folder = parent / str(number)
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-            break
+        folder = hidden.parent / str(number)
+        try:
+            os.rename(hidden, folder)
+            return folder
+        except OSError:
+            if not os.path.lexists(folder):  # else another run has just taken the number
+                raise
         number += 1
-    with atomic_write(folder / CONFIG_NAME) as file:
-        file.write(config.to_json().encode())
-    return folder

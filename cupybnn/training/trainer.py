@@ -21,7 +21,7 @@ from cupybnn.training.evaluation import Averaging, evaluate
 from cupybnn.training.network import build_network
 from cupybnn.training.records import Callback, Evaluation, TrainResult
 from cupybnn.training.restore import check_settings
-from cupybnn.training.runs import new_run_folder
+from cupybnn.training.runs import new_run_folder, remove_abandoned
 from cupybnn.training.step import Objective, PlainStep, Step, StepOutput, make_optimizer
 from cupybnn.training.timing import StepTimer
 
@@ -120,7 +120,8 @@ class Trainer:
         if self.device.kind == "cpu":
             numpy_memory.keep_freed()
         stored = checkpoints.load(config.restore) if config.restore is not None else None
-        if stored is not None:
+        if config.restore is not None and stored is not None:
+            remove_abandoned(checkpoints.find(config.restore).parent)
             for sentence in check_settings(config, stored):
                 self.notice(sentence)
         if dataset is None:
@@ -223,7 +224,11 @@ class Trainer:
     def _open_log(self) -> None:
         from cupybnn.training.logs import CheckpointWriter, TensorBoardWriter
 
-        self.run_folder = new_run_folder(self.config)
+        def save_start(folder: Path) -> None:
+            with self.device.scope():
+                checkpoints.save(folder / checkpoints.NEWEST, self.state())
+
+        self.run_folder = new_run_folder(self.config, save_start)
         # Checkpoints first: what goes wrong in a log must not cost one.
         best = max((e.test_accuracy for e in self.history), default=-1.0)
         self.callbacks[:0] = [CheckpointWriter(self.run_folder, best)]
