@@ -177,8 +177,13 @@ def test_without_tensorboardx_it_is_said_once_and_training_goes_on(tmp_path, mon
 
 def test_unwritable_log_directory(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(OSError, match="file") as caught:
         Trainer(TrainConfig(**SETTINGS, log_dir=str(tmp_path / "file"))).run()
+    folder = tmp_path / "file" / "fp" / "hid_32" / "bs_128" / "0.0001"
+    assert str(caught.value) == (
+        f"The 'log_dir' must be a folder in which run folders can be made; {folder} cannot be made "
+        f"or written: Not a directory. Give another with --log_dir."
+    )
 
 
 def test_full_disk_ends_the_run_with_a_clear_error(tmp_path, monkeypatch):
