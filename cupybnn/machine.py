@@ -53,13 +53,13 @@ def _driver_version() -> str | None:
     return None
 
 
-def _cuda_version(number: int) -> str:
-    """Write CUDA's version number 13000 as 13.0; 0 stands for no driver."""
-    return "none" if number == 0 else f"{number // 1000}.{number % 1000 // 10}"
+def _cuda_version(number: int) -> str | None:
+    """Write CUDA's version number 13000 as 13.0; 0, which stands for no driver, is None."""
+    return None if number == 0 else f"{number // 1000}.{number % 1000 // 10}"
 
 
 def cuda_facts() -> dict[str, Any]:
-    """Return versions of CuPy, driver, CUDA runtime and NVRTC: those that can be found out."""
+    """Return versions of CuPy, driver, CUDA runtime and NVRTC; None where one cannot be had."""
     status = cuda_status()
     facts: dict[str, Any] = {
         "available": status.available,
@@ -83,8 +83,8 @@ def cuda_facts() -> dict[str, Any]:
     for name, read in readings.items():
         try:
             facts[name] = read()
-        except Exception as error:  # one missing library must not hide the other facts
-            facts[name] = f"unknown ({str(error).splitlines()[0] if str(error) else error!r})"
+        except Exception:  # one missing library must not hide the other facts
+            facts[name] = None
     return facts
 
 

@@ -161,6 +161,50 @@ def test_info_tells_of_a_cupy_that_sees_no_device(tmp_path):
     assert re.search(r"device='auto' +cpu", done.stdout)
 
 
+def test_info_tells_in_plain_words_what_is_missing_beside_cupy(tmp_path):
+    code = (
+        "__version__ = '14.2.0'\n"
+        "class cuda:\n"
+        "    class runtime:\n"
+        "        @staticmethod\n"
+        "        def getDeviceCount(): raise RuntimeError('cudaErrorInsufficientDriver')\n"
+        "        @staticmethod\n"
+        "        def driverGetVersion(): return 0\n"
+        "        @staticmethod\n"
+        "        def runtimeGetVersion(): raise RuntimeError('not\\nthis')\n"
+        "    class nvrtc:\n"
+        "        @staticmethod\n"
+        "        def getVersion():\n"
+        "            raise RuntimeError('Failure finding \"libnvrtc.so\"')\n"
+    )
+    # This machine may have a driver: its own version is not read here.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import cupybnn.machine\ncupybnn.machine._driver_version = lambda: None\n"
+    )
+    done = run_with_fake_site(tmp_path, code)
+    assert done.returncode == 0, done.stderr
+    rows = dict(re.findall(r"^  (NVRTC|runtime|driver) +(\S.*)$", done.stdout, re.MULTILINE))
+    assert rows == {
+        "NVRTC": "cannot be loaded, and without it no kernel can be compiled: install "
+        "cupybnn[cuda13] or cupybnn[cuda12], which bring it along",
+        "runtime": "cannot be loaded",
+        "driver": "no NVIDIA driver found",
+    }
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "expected"),
+    [
+        (None, None, "no NVIDIA driver found"),
+        ("580.65.06", "13.0", "580.65.06, up to CUDA 13.0"),
+        (None, "13.0", "of unknown version, up to CUDA 13.0"),
+        ("580.65.06", None, "580.65.06, not usable by CUDA"),
+    ],
+)
+def test_driver_in_words(driver, cuda, expected):
+    assert info._driver(driver, cuda) == expected
+
+
 def test_info_tells_of_a_cupy_that_cannot_be_imported(tmp_path):
     done = run_with_fake_site(tmp_path, "raise ImportError('libcublas.so.13 not found')")
     assert done.returncode == 0, done.stderr

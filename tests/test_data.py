@@ -202,6 +202,41 @@ class TestIdxFolder:
         with pytest.raises(DataError, match=r"is empty: expected at least one image"):
             load("mnist", tmp_path)
 
+    def test_another_size_than_mnists_is_said(self, tmp_path, arrays):
+        arrays["train-labels"][:] = np.arange(20) % 10
+        write_folder(tmp_path, arrays)
+        said = []
+        load("mnist", tmp_path, notify=said.append)
+        assert said == [
+            f"The data in {tmp_path} are not of MNIST's size: found 20 training and 7 test "
+            f"images of 4×5 pixels; MNIST has 60,000 and 10,000 of 28×28."
+        ]
+
+    def test_swapped_parts_are_said(self, tmp_path, arrays):
+        other = {"train": "t10k", "t10k": "train"}
+        swapped = {
+            f"{other[part]}-{kind}": arrays[f"{part}-{kind}"]
+            for part in other
+            for kind in ("images", "labels")
+        }
+        write_folder(tmp_path, swapped)
+        said = []
+        load("auto", tmp_path, notify=said.append)
+        assert len(said) == 1
+        assert "found 7 training and 20 test images" in said[0]
+        assert said[0].endswith(
+            " There are fewer training than test images: the names of the train and t10k files may "
+            "have been swapped."
+        )
+
+    def test_missing_classes_are_said(self, tmp_path, arrays):
+        arrays["train-labels"][:] = np.arange(20) % 3
+        write_folder(tmp_path, arrays)
+        said = []
+        load("mnist", tmp_path, notify=said.append)
+        assert "found 20 training and 7 test images of 4×5 pixels in 3 classes;" in said[0]
+        assert said[0].endswith("MNIST has 60,000 and 10,000 of 28×28 in 10 classes.")
+
     def test_header_that_promises_terabytes(self, tmp_path):
         path = tmp_path / "train-images-idx3-ubyte"
         path.write_bytes(bytes([0, 0, 8, 3]) + b"\xff\xff\xff\xff" * 3 + b"abc")
@@ -229,7 +264,9 @@ def no_network(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def mnist_arrays(mnist_dir) -> dict[str, np.ndarray]:
-    data = idx.load_folder(mnist_dir)
+    said: list[str] = []
+    data = idx.load_folder(mnist_dir, notify=said.append)
+    assert said == []  # nothing to say about MNIST itself
     return {name: getattr(data, name) for name in mnist._MEMBERS}
 
 

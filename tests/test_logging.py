@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import json
 import os
 import time
@@ -177,8 +178,26 @@ def test_without_tensorboardx_it_is_said_once_and_training_goes_on(tmp_path, mon
 
 def test_unwritable_log_directory(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match="file"):
+    with pytest.raises(OSError, match="file") as caught:
         Trainer(TrainConfig(**SETTINGS, log_dir=str(tmp_path / "file"))).run()
+    folder = tmp_path / "file" / "fp" / "hid_32" / "bs_128" / "0.0001"
+    assert str(caught.value) == (
+        f"The 'log_dir' must be a folder in which run folders can be made; {folder} cannot be made "
+        f"or written: Not a directory. Give another with --log_dir."
+    )
+
+
+def test_restored_run_with_nothing_left_to_train_writes_no_nan(tmp_path, capfd, caplog):
+    first = Trainer(TrainConfig(**SETTINGS, log_dir=str(tmp_path))).run()
+    config = TrainConfig(**SETTINGS, log_dir=str(tmp_path), restore=str(first.run_folder))
+    trainer = Trainer(config)
+    trainer.step -= 1  # as if its last step had not been recorded
+    trainer.config = dataclasses.replace(config, max_steps=trainer.step)
+    result = trainer.run()
+    assert np.isnan(result.final.train_loss)
+    scalars, _ = events(result.run_folder)
+    assert set(scalars) == {"loss/test", "accuracy/test"}
+    assert "NaN or Inf" not in "".join(capfd.readouterr()) + caplog.text
 
 
 def test_full_disk_ends_the_run_with_a_clear_error(tmp_path, monkeypatch):

@@ -59,6 +59,11 @@ class TestOutput:
             "20,",
         ]
         assert done.stderr.count("The loss is no longer finite. --debug stops") == 1
+        assert done.stderr.count("\n") == 1  # and nothing of NumPy's beside it
+        for steps in (1, 3):  # also where no evaluation of a step comes after it
+            done = train(*QUICK[:-4], "--max_steps", steps, "--lr", "1e30")
+            assert done.stderr.count("The loss is no longer finite.") == 1, steps
+            assert done.stderr.count("\n") == 1
         assert "no longer finite" not in train(*QUICK).stderr
 
     def test_xnor_and_dense_print_the_same_trace(self):
@@ -382,11 +387,10 @@ class TestDebug:
 
     def test_message_and_exit_code(self):
         done = train(*self.OPTIONS, check=1, stdin=subprocess.DEVNULL)
-        assert re.search(
-            r"^cupybnn train: not finite at step \d+: \d+ value\(s\) of the .* of \w+ in fc\w+, "
-            r"shape \(.*\), are NaN or infinite\.$",
+        assert re.fullmatch(
+            r"cupybnn train: not finite at step \d+: \d+ value\(s\) of the .* of \w+ in fc\w+, "
+            r"shape \(.*\), are NaN or infinite\.\n",
             done.stderr,
-            re.M,
         )
         assert "Traceback" not in done.stderr
 

@@ -103,7 +103,11 @@ class Console(Callback):
             f"step {evaluation.step}, loss = {evaluation.train_loss:.4f}, {kind} accuracy "
             f"{evaluation.test_accuracy:.4f} ({evaluation.examples_per_second:.1f} ex/s)"
         )
-        if self._finite and not math.isfinite(evaluation.train_loss):
+        self._tell_if_not_finite(trainer, evaluation.train_loss)
+
+    def _tell_if_not_finite(self, trainer: Trainer, loss: float) -> None:
+        """Say so once, at the first that is not."""
+        if self._finite and not math.isfinite(loss):
             self._finite = False
             self.on_notice(
                 trainer,
@@ -114,6 +118,8 @@ class Console(Callback):
     def on_end(self, trainer: Trainer, result: TrainResult) -> None:
         """Print the final figures, or those so far."""
         self.close()
+        # A run that made no step has no training loss.
+        self._tell_if_not_finite(trainer, result.final.test_loss)
         kind = "validation" if trainer.dataset.test_is_validation else "test"
         beside = ""
         if result.fallback_reason is not None:

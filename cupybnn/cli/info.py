@@ -12,6 +12,11 @@ from cupybnn.backends.devices import Device, cuda_status, resolve
 
 __all__ = ["add_parser", "lines", "run"]
 
+_NO_NVRTC = (
+    "cannot be loaded, and without it no kernel can be compiled: install cupybnn[cuda13] or "
+    "cupybnn[cuda12], which bring it along"
+)
+
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the parser of ``cupybnn info``."""
@@ -38,6 +43,13 @@ def _row(label: str, value: object) -> str:
 
 def _folder(path: Path) -> str:
     return str(path) if path.is_dir() else f"{path} (not made yet)"
+
+
+def _driver(version: str | None, newest_cuda: str | None) -> str:
+    """Say which driver there is: its version, and the newest CUDA that it can do."""
+    if newest_cuda is None:
+        return "no NVIDIA driver found" if version is None else f"{version}, not usable by CUDA"
+    return f"{version or 'of unknown version'}, up to CUDA {newest_cuda}"
 
 
 def _kernels(device: Device) -> str:
@@ -78,9 +90,10 @@ def lines() -> Iterator[str]:
         yield _row(name, machine.version_of(name) or "not installed")
     yield _row("CuPy", cuda["cupy"] or "not usable")
     if cuda["cupy"]:
-        yield _row("  NVRTC", cuda["nvrtc"])
-        yield _row("  runtime", f"CUDA {cuda['runtime_cuda']}")
-        yield _row("  driver", f"{cuda['driver'] or 'not found'}, up to CUDA {cuda['driver_cuda']}")
+        yield _row("  NVRTC", cuda["nvrtc"] or _NO_NVRTC)
+        runtime = cuda["runtime_cuda"]
+        yield _row("  runtime", "cannot be loaded" if runtime is None else f"CUDA {runtime}")
+        yield _row("  driver", _driver(cuda["driver"], cuda["driver_cuda"]))
     yield ""
     yield _row("CUDA", cuda["reason"])
     yield _row("cpu", f"{facts['cpu']}, {facts['cpus']} processors")

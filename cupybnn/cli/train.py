@@ -9,6 +9,8 @@ import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cupybnn.errors import NonFiniteError
 
 if TYPE_CHECKING:
@@ -189,7 +191,9 @@ def _train(given: dict[str, Any], signals: _Signals) -> None:
     try:
         trainer = Trainer(config, [console])
         signals.training_begins(trainer)
-        trainer.run()
+        # Console says once that the loss is not finite; NumPy would say it of each operation.
+        with np.errstate(all="ignore"):
+            trainer.run()
     finally:
         console.close()
 

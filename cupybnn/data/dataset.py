@@ -118,7 +118,8 @@ def load(
     data_dir : path-like, optional
         A folder with MNIST's four IDX files, plain or .gz, of any usual names.
     notify : callable, optional
-        Called with a sentence before something that takes long.
+        Called with a sentence before something that takes long, and where the files in `data_dir`
+        are not of MNIST's size.
 
     Raises
     ------
@@ -139,7 +140,7 @@ def load(
             )
         return digits.load()
     if data_dir is not None:
-        return idx.load_folder(data_dir)
+        return idx.load_folder(data_dir, notify=notify)
     try:
         return mnist.load(notify=notify)
     except DataError as error:

@@ -12,6 +12,7 @@ import io
 import os
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ __all__ = ["find_files", "load_folder", "read_idx"]
 
 _UNSIGNED_BYTE = 8
 _CLASSES = 10
+_MNIST_IMAGES = (60_000, 10_000)  # training and test
+_MNIST_SHAPE = (28, 28)
 #: Folders below the given one that other programs put the files into.
 _SUBFOLDERS = ("", "raw", "MNIST/raw", "mnist", "MNIST")
 _NAME = re.compile(
@@ -168,8 +171,17 @@ def _read(stream: io.BufferedIOBase, size: int) -> tuple[bytes, bool]:
     return b"".join(chunks), False
 
 
-def load_folder(folder: str | os.PathLike[str]) -> Dataset:
+def load_folder(
+    folder: str | os.PathLike[str], *, notify: Callable[[str], None] | None = None
+) -> Dataset:
     """Read the four IDX files in `folder` as a `Dataset`.
+
+    Parameters
+    ----------
+    folder : path-like
+    notify : callable, optional
+        Called with a sentence where the data have another size than MNIST: a subset or another
+        data set is welcome, but may have been taken unawares.
 
     Raises
     ------
@@ -204,7 +216,7 @@ def load_folder(folder: str | os.PathLike[str]) -> Dataset:
             f"{paths['test images']} does not belong to {paths['train images']}: expected images "
             f"of {train.shape[1]}×{train.shape[2]} pixels, found {test.shape[1]}×{test.shape[2]}."
         )
-    return Dataset(
+    data = Dataset(
         name="mnist",
         train_images=train.reshape(len(train), -1),
         train_labels=arrays["train labels"],
@@ -213,3 +225,29 @@ def load_folder(folder: str | os.PathLike[str]) -> Dataset:
         image_shape=(train.shape[1], train.shape[2]),
         pixel_max=255,
     )
+    if notify is not None and (sentence := _other_size(data, folder)):
+        notify(sentence)
+    return data
+
+
+def _other_size(data: Dataset, folder: str | os.PathLike[str]) -> str | None:
+    """Say how the size of `data` differs from MNIST's; None where it does not."""
+    train, test = len(data.train_labels), len(data.test_labels)
+    classes = len(np.unique(data.train_labels))
+    if (train, test, data.image_shape, classes) == (*_MNIST_IMAGES, _MNIST_SHAPE, _CLASSES):
+        return None
+    found, expected = "", ""
+    if classes != _CLASSES:
+        found, expected = f" in {classes} classes", f" in {_CLASSES} classes"
+    (height, width), (mnist_height, mnist_width) = data.image_shape, _MNIST_SHAPE
+    sentence = (
+        f"The data in {os.fspath(folder)} are not of MNIST's size: found {train:,} training and "
+        f"{test:,} test images of {height}×{width} pixels{found}; MNIST has {_MNIST_IMAGES[0]:,} "
+        f"and {_MNIST_IMAGES[1]:,} of {mnist_height}×{mnist_width}{expected}."
+    )
+    if train < test:
+        sentence += (
+            " There are fewer training than test images: the names of the train and t10k files may "
+            "have been swapped."
+        )
+    return sentence

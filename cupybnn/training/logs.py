@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,11 +47,11 @@ class CheckpointWriter(Callback):
 class TensorBoardWriter(Callback):
     """Scalars and histograms for TensorBoard, at each evaluation and at the end.
 
-    Scalars: ``loss/train``, ``loss/test``, ``accuracy/train``, ``accuracy/test`` and
-    ``examples_per_second``. Histograms, for each layer such as ``fc2``: ``fc2/weight`` (the latent
-    weights where they are binary), ``fc2/weight_sign``, ``fc2/weight_gradient`` (of the last
-    step), ``fc2/product`` and ``fc2/activation`` (before and after batch norm and non-linearity,
-    on the first images of the test set), and ``logits``.
+    Scalars, where they are finite: ``loss/train``, ``loss/test``, ``accuracy/train``,
+    ``accuracy/test`` and ``examples_per_second``. Histograms, for each layer such as ``fc2``:
+    ``fc2/weight`` (the latent weights where they are binary), ``fc2/weight_sign``,
+    ``fc2/weight_gradient`` (of the last step), ``fc2/product`` and ``fc2/activation`` (before and
+    after batch norm and non-linearity, on the first images of the test set), and ``logits``.
 
     Of binary layers also, as shares from 0 to 1: ``flips/fc2`` and ``flips_since_start/fc2``
     (binary weights with another sign than at the record before, and than when this process
@@ -98,7 +99,9 @@ class TensorBoardWriter(Callback):
             *self._measures(trainer.model, activations),
         ]
         for tag, value in scalars:
-            self._writer.add_scalar(tag, value, step)
+            # A run without a step has no training loss, and tensorboardX prints that it got a NaN.
+            if math.isfinite(value):
+                self._writer.add_scalar(tag, value, step)
         for tag, histogram in Histogram.of_all([*_of_weights(trainer.model), *activations]):
             self._writer.add_histogram_raw(tag, **histogram.fields(), global_step=step)
         self._writer.flush()

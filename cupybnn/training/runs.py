@@ -60,9 +60,19 @@ def new_run_folder(config: TrainConfig, fill: Callable[[Path], None] | None = No
     Raises
     ------
     OSError
-        If the folder cannot be made; the message names it.
+        If the folder cannot be made; the message names it and the setting.
     """
     parent = settings_folder(config)
+    try:
+        return _new_folder(parent, config, fill)
+    except OSError as error:
+        raise OSError(
+            f"The 'log_dir' must be a folder in which run folders can be made; {parent} cannot be "
+            f"made or written: {error.strerror or error}. Give another with --log_dir."
+        ) from error
+
+
+def _new_folder(parent: Path, config: TrainConfig, fill: Callable[[Path], None] | None) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(parent / _HIDDEN, A_DAY)
     for run in parent.iterdir():

@@ -300,7 +300,8 @@ class Trainer:
         if not self.config.debug:
             return self.make_step(step)
         try:
-            with debug.check_finite():
+            # What NumPy would warn of is what the check tells, and where.
+            with debug.check_finite(), np.errstate(all="ignore"):
                 return self.make_step(step)
         except NonFiniteError as error:
             error.step = step
