@@ -47,6 +47,13 @@ class Mean(Function):
         return ctx.xp.broadcast_to(shares, ctx.edges[0].shape)
 
 
+def _keep_extreme(ctx: Context, x: Any, out: Any, axis: Axis) -> Any:
+    """Keep for the backward pass what an extreme is of, and return the extreme."""
+    ctx.axis, ctx.kept = axis, _kept(x.shape, axis)
+    ctx.save(x, out)
+    return out
+
+
 def _extreme_gradient(ctx: Context, grad: Any) -> Any:
     """Share `grad` among the elements that equal the extreme."""
     x, out = ctx.saved
@@ -60,10 +67,7 @@ class Max(Function):
 
     @staticmethod
     def forward(ctx: Context, x: Any, axis: Axis, keepdims: bool) -> Any:
-        out = x.max(axis=axis, keepdims=keepdims)
-        ctx.axis, ctx.kept = axis, _kept(x.shape, axis)
-        ctx.save(x, out)
-        return out
+        return _keep_extreme(ctx, x, x.max(axis=axis, keepdims=keepdims), axis)
 
     @staticmethod
     def backward(ctx: Context, grad: Any) -> Any:
@@ -75,10 +79,7 @@ class Min(Function):
 
     @staticmethod
     def forward(ctx: Context, x: Any, axis: Axis, keepdims: bool) -> Any:
-        out = x.min(axis=axis, keepdims=keepdims)
-        ctx.axis, ctx.kept = axis, _kept(x.shape, axis)
-        ctx.save(x, out)
-        return out
+        return _keep_extreme(ctx, x, x.min(axis=axis, keepdims=keepdims), axis)
 
     @staticmethod
     def backward(ctx: Context, grad: Any) -> Any:
