@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 LIMIT = 0.050  # seconds beyond importing numpy
-HEAVY = ("cupy", "sklearn", "scipy", "tqdm", "matplotlib", "tensorboardX", "torch", "nvmath")
+HEAVY = ("cupy", "sklearn", "scipy", "tqdm", "matplotlib", "tensorboard", "torch", "nvmath")
 
 
 def fresh_process(code: str, folder) -> str:

@@ -6,15 +6,19 @@ import builtins
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from cupybnn.errors import CheckpointError
 from cupybnn.training import TrainConfig, Trainer
 from cupybnn.training import logs as logs_module
 from cupybnn.training.checkpoint import BEST, NEWEST, load
+from cupybnn.training.event_file import EventFile
 from cupybnn.training.histogram import Histogram
 from cupybnn.training.runs import CONFIG_NAME
 
@@ -37,7 +41,6 @@ STEPS = [0, 10, 20, 24]
 
 def events(folder):
     """Read the event files of a run folder: {tag: [(step, value or histogram)]}."""
-    pytest.importorskip("tensorboardX")
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
     scalars, histograms = {}, {}
     for path in sorted(folder.glob("events.out.tfevents.*")):
@@ -160,11 +163,11 @@ def test_the_run_folder_appears_with_a_checkpoint_in_it(tmp_path, monkeypatch):
     assert found[0] == (0, True)
 
 
-def test_without_tensorboardx_it_is_said_once_and_training_goes_on(tmp_path, monkeypatch):
+def test_without_tensorboard_it_is_said_once_and_training_goes_on(tmp_path, monkeypatch):
     real = builtins.__import__
 
     def missing(name, *args, **kwargs):
-        if name.split(".")[0] == "tensorboardX":
+        if name.split(".")[0] == "tensorboard":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return real(name, *args, **kwargs)
 
@@ -174,6 +177,50 @@ def test_without_tensorboardx_it_is_said_once_and_training_goes_on(tmp_path, mon
     assert 'pip install "cupybnn[tensorboard]"' in result.notices[0]
     assert load(result.run_folder).step == 25
     assert not list(result.run_folder.glob("events*"))
+
+
+def test_records_import_no_other_framework(tmp_path):
+    """Where PyTorch or TensorFlow are installed, importing them takes seconds."""
+    pytest.importorskip("tensorboard")
+    for name in ("torch", "tensorflow"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported ' + __name__)")
+    command = [sys.executable, "-m", "cupybnn", "train", "--dataset", "digits", "--max_steps", "3"]
+    done = subprocess.run(
+        [*command, "--device", "cpu", "--log_dir", str(tmp_path / "runs")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("runs/**/events.out.tfevents.*")
+    scalars, _ = events(path.parent)
+    assert [step for step, _ in scalars["loss/test"]] == [0, 2]
+
+
+def test_a_new_event_file_each_time(tmp_path):
+    pytest.importorskip("tensorboard")
+    for step in range(3):
+        file = EventFile(tmp_path)
+        file.add(step, [("a", step)], [])
+        file.close()
+    assert len(list(tmp_path.iterdir())) == 3
+    assert sorted(events(tmp_path)[0]["a"]) == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_records_that_cannot_be_written_are_named(tmp_path):
+    pytest.importorskip("tensorboard")
+    file = EventFile(tmp_path)
+
+    class Full:
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    file._records = Full()
+    with pytest.raises(
+        OSError, match=r"cannot be written to .*tfevents.*: No space left on device"
+    ):
+        file.add(0, [], [])
 
 
 def test_unwritable_log_directory(tmp_path):
@@ -212,7 +259,7 @@ def test_full_disk_ends_the_run_with_a_clear_error(tmp_path, monkeypatch):
 
 def test_logging_costs_little(tmp_path):
     """Writing records takes at most 5 % of the time of the 100 steps between them."""
-    pytest.importorskip("tensorboardX")
+    pytest.importorskip("tensorboard")
     config = TrainConfig(
         dataset="digits", binary=True, max_steps=101, log_dir=str(tmp_path), device="cpu"
     )

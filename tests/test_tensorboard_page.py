@@ -16,7 +16,6 @@ import pytest
 from cupybnn import train
 
 pytest.importorskip("tensorboard", reason="needs tensorboard: pip install cupybnn[tensorboard]")
-pytest.importorskip("tensorboardX", reason="needs tensorboardX: pip install cupybnn[tensorboard]")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 SCALARS = {"accuracy/test", "loss/train", "examples_per_second", "flips/fc2", "sign_entropy/fc1"}

@@ -86,7 +86,7 @@ def lines() -> Iterator[str]:
     yield _row("cupybnn", f"{facts['cupybnn']} in {package}")
     yield _row("Python", f"{facts['python']} ({sys.executable})")
     yield _row("platform", facts["platform"])
-    for name in ("numpy", "scikit-learn", "tqdm", "tensorboardX", "torch"):
+    for name in ("numpy", "scikit-learn", "tqdm", "tensorboard", "torch"):
         yield _row(name, machine.version_of(name) or "not installed")
     yield _row("CuPy", cuda["cupy"] or "not usable")
     if cuda["cupy"]:

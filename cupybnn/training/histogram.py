@@ -94,13 +94,13 @@ class Histogram:
         return cls(low, high, int(values.size), total, squares, limits.tolist(), counts.tolist())
 
     def fields(self) -> dict[str, Any]:
-        """Return the arguments of tensorboardX's ``add_histogram_raw``."""
+        """Return the fields of TensorBoard's ``HistogramProto``."""
         return {
             "min": self.minimum,
             "max": self.maximum,
             "num": self.count,
             "sum": self.total,
             "sum_squares": self.squares,
-            "bucket_limits": self.limits,
-            "bucket_counts": self.counts,
+            "bucket_limit": self.limits,
+            "bucket": self.counts,
         }

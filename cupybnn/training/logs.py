@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cupybnn import nn
 from cupybnn.autograd import Tensor, no_grad
 from cupybnn.training.checkpoint import CheckpointFolder
+from cupybnn.training.event_file import EventFile
 from cupybnn.training.histogram import Histogram
 from cupybnn.training.measures import FlipCounter, outside_window, sign_entropy
 from cupybnn.training.records import Callback, Evaluation, TrainResult
@@ -67,26 +68,25 @@ class TensorBoardWriter(Callback):
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._writer: Any = None
+        self._file: EventFile | None = None
         self._flips: FlipCounter | None = None
         self._last = -1
 
     def on_start(self, trainer: Trainer) -> None:
         """Open the event file, or say once how it can be had."""
         try:
-            from tensorboardX import SummaryWriter
+            self._file = EventFile(self._folder)
         except ImportError:
             trainer.notice(
-                "No TensorBoard records are written, since tensorboardX is not installed: "
+                "No TensorBoard records are written, since tensorboard is not installed: "
                 'pip install "cupybnn[tensorboard]". Checkpoints are written all the same.'
             )
             return
-        self._writer = SummaryWriter(str(self._folder))
         self._flips = FlipCounter(trainer.model)
 
     def on_evaluate(self, trainer: Trainer, evaluation: Evaluation) -> None:
         """Write everything for the step of `evaluation`."""
-        if self._writer is None:
+        if self._file is None:
             return
         step = self._last = evaluation.step
         activations = self._of_activations(trainer)
@@ -98,13 +98,10 @@ class TensorBoardWriter(Callback):
             ("examples_per_second", evaluation.examples_per_second),
             *self._measures(trainer.model, activations),
         ]
-        for tag, value in scalars:
-            # A run without a step has no training loss, and tensorboardX prints that it got a NaN.
-            if math.isfinite(value):
-                self._writer.add_scalar(tag, value, step)
-        for tag, histogram in Histogram.of_all([*_of_weights(trainer.model), *activations]):
-            self._writer.add_histogram_raw(tag, **histogram.fields(), global_step=step)
-        self._writer.flush()
+        # A run without a step has no training loss.
+        finite = [(tag, value) for tag, value in scalars if math.isfinite(value)]
+        histograms = Histogram.of_all([*_of_weights(trainer.model), *activations])
+        self._file.add(step, finite, histograms)
 
     def on_end(self, trainer: Trainer, result: TrainResult) -> None:
         """Write the state after the last step, unless that was just done."""
@@ -113,9 +110,9 @@ class TensorBoardWriter(Callback):
 
     def close(self) -> None:
         """Close the event file."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def _measures(
         self, model: nn.Module, activations: list[tuple[str, Any, bool]]
