@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from cupybnn import optim
+from cupybnn.backends.devices import Device
+from cupybnn.data import BatchOrder
 from cupybnn.data.dataset import Dataset
 from cupybnn.training import Callback, TrainConfig, Trainer
 from cupybnn.training.fast import NetworkPlan, obstacle
+from cupybnn.training.fast.feed import Feed
 from cupybnn.training.fast.plan import exact_product_dtype
 from cupybnn.training.step import PlainStep
 
@@ -570,3 +574,15 @@ def test_settings_of_the_step_are_plain_settings():
     config = TrainConfig(**SMALL, fused=False, graph=False)
     assert TrainConfig.from_json(config.to_json()) == config
     assert dataclasses.replace(config, dtype="tf32").storage_dtype == "float32"
+
+
+def test_the_order_of_images_is_drawn_ahead_and_is_the_same():
+    feed = object.__new__(Feed)  # without what it keeps on a device
+    feed._order, feed.ring = BatchOrder(100, 8, seed=3, device=Device("cpu")), 7
+    feed.images = np.empty((feed.ring, 8))
+    feed._thread, feed._ahead = ThreadPoolExecutor(1), None
+    expected = BatchOrder(100, 8, seed=3, device=Device("cpu"))
+    for first in (0, 7, 14, 70, 77, 7, 14):  # with two jumps, as after a restored checkpoint
+        for number, images in enumerate(feed._drawn(first)):
+            np.testing.assert_array_equal(images, expected.indices(first + number))
+        assert feed._ahead[0] == first + feed.ring

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ class Feed:
     """Tables on the device with a row a step, written ahead for many steps at once.
 
     Row ``s % ring`` is that of step s: a captured graph looks there by the number of the step,
-    which the device counts itself. The host writes when a step begins another round of the ring.
+    which the device counts itself. The host writes when a step begins another round of the ring; it
+    draws the order of images for the round after it meanwhile, in another thread, since that takes
+    milliseconds and the device would wait.
 
     Parameters
     ----------
@@ -52,6 +55,8 @@ class Feed:
         # Memory that the device reads by itself, so that the host need not wait until it does.
         self._staging = cupyx.empty_pinned(self.images.shape, np.int32)
         self._copied = cupy.cuda.Event(disable_timing=True)
+        self._thread = ThreadPoolExecutor(1, "cupybnn-feed")
+        self._ahead: tuple[int, Future[np.ndarray]] | None = None
         self._next: int | None = None
         self._updates: int | None = None
         self._options: tuple[Any, ...] = ()
@@ -77,8 +82,25 @@ class Feed:
         import cupy
 
         stream = cupy.cuda.get_current_stream()
+        drawn = self._drawn(first)
         self._copied.synchronize()  # what was staged before may still wait to be read
-        flat = self._staging.reshape(-1)
+        self._staging[...] = drawn
+        self.images.set(self._staging, stream=stream)
+        self._copied.record(stream)
+
+    def _drawn(self, first: int) -> np.ndarray:
+        """Return the numbers for a round from step `first` on, and have the next ones drawn."""
+        ahead, self._ahead = self._ahead, None
+        images = None if ahead is None else ahead[1].result()  # one thread at a time may draw
+        if images is None or ahead is None or ahead[0] != first:
+            images = self._draw(first)
+        following = first + self.ring
+        self._ahead = following, self._thread.submit(self._draw, following)
+        return images
+
+    def _draw(self, first: int) -> np.ndarray:
+        images = np.empty(self.images.shape, np.int32)
+        flat = images.reshape(-1)
         size = self._order.images
         epoch, start = divmod(first * self._order.batch_size, size)
         done = 0
@@ -87,8 +109,7 @@ class Feed:
             flat[done : done + len(part)] = part
             done += len(part)
             epoch, start = epoch + 1, 0
-        self.images.set(self._staging, stream=stream)
-        self._copied.record(stream)
+        return images
 
     def _write_rates(self, step: int) -> None:
         """Write the rates from `step` to the end of its round."""
