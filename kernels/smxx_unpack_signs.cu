@@ -3,8 +3,8 @@
 // unpack_rows: of a left operand, whose lines are rows. A thread turns one byte into eight neighbours, 16
 // or 32 bytes.
 //
-// unpack_columns: of a right operand, whose lines are columns. A warp takes a word, 32 rows, of
-// 32 * VECTOR columns; a block eight words that follow each other, which lie together.
+// unpack_columns: of a right operand, whose lines are columns. A thread takes 16 bytes, 128 rows, of each of
+// VECTOR columns; the threads of a block write a row's neighbours together.
 //
 // What bounds both: writing.
 //
@@ -42,26 +42,31 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    unpack_columns(const u32* __restrict__ words, i64 rows, i64 cols, real_t* __restrict__ out) {
+    unpack_columns(const uint4* __restrict__ words, i64 rows, i64 cols, real_t* __restrict__ out) {
   const i64 chunks = (rows + CHUNK_BITS - 1) / CHUNK_BITS;
-  const u32 groups = (u32)((cols + 32 * VECTOR - 1) / (32 * VECTOR));
-  const int word = (int)(blockIdx.x / groups) * WARPS + (threadIdx.x >> 5);
-  const i64 col = ((i64)(blockIdx.x % groups) * 32 + (threadIdx.x & 31)) * VECTOR;
-  const i64 row0 = (i64)word * 32;
-  if (row0 >= rows || col >= cols) return;
-  u32 bits[VECTOR];
+  const u32 groups = (u32)((cols + THREADS * VECTOR - 1) / (THREADS * VECTOR));
+  const int piece = (int)(blockIdx.x / groups);
+  const i64 col = ((i64)(blockIdx.x % groups) * THREADS + threadIdx.x) * VECTOR;
+  const i64 row0 = (i64)piece * 128;
+  if (col >= cols) return;
+  u32 bits[4][VECTOR];
 #pragma unroll
   for (int i = 0; i < VECTOR; i++) {
     const u32 position = position_of((u32)(col + i));
-    bits[i] = words[line_chunk(0, chunks, word / CHUNK_WORDS, cols, position) +
-                    swizzled_word(position, word % CHUNK_WORDS)];
+    const i64 first = line_chunk(0, chunks, piece / CHUNK_PIECES, cols, position) / 4;
+    const uint4 four = words[first + swizzled_piece(position, piece % CHUNK_PIECES)];
+    bits[0][i] = four.x, bits[1][i] = four.y, bits[2][i] = four.z, bits[3][i] = four.w;
   }
-  const int count = (int)min(rows - row0, (i64)32);
-#pragma unroll 8
-  for (int r = 0; r < count; r++) {
-    float v[VECTOR];
 #pragma unroll
-    for (int i = 0; i < VECTOR; i++) v[i] = bits[i] >> r & 1 ? 1.0f : -1.0f;
-    store<VECTOR>(out + (row0 + r) * cols + col, v);
+  for (int word = 0; word < 4; word++) {
+    const i64 from = row0 + word * 32;
+    const int count = (int)max((i64)0, min(rows - from, (i64)32));
+#pragma unroll 8
+    for (int r = 0; r < count; r++) {
+      float v[VECTOR];
+#pragma unroll
+      for (int i = 0; i < VECTOR; i++) v[i] = bits[word][i] >> r & 1 ? 1.0f : -1.0f;
+      store<VECTOR>(out + (from + r) * cols + col, v);
+    }
   }
 }

@@ -227,12 +227,11 @@ class Launcher:
         vector = 16 // out.itemsize  # as much as a lane can store at once
         while cols % vector:
             vector //= 2
-        words = -(-rows // 32)
         self.launch(
             "smxx_unpack_signs",
             "unpack_columns",
             (("VECTOR", vector),),
-            (-(-words // _WARPS) * -(-cols // (32 * vector)),),
+            (-(-rows // 128) * -(-cols // (_THREADS * vector)),),
             (packed.words, np.int64(rows), np.int64(cols), out),
         )
 
