@@ -20,7 +20,8 @@
 
 #include "training.cuh"
 
-constexpr int BATCH = HELD && HELD < 8 ? HELD : 8;  // rows whose loads are in flight
+constexpr int MOST = BLOCK_WARPS > 8 ? 4 : 8;  // as registers allow
+constexpr int BATCH = HELD && HELD < MOST ? HELD : MOST;  // rows whose loads are in flight
 
 #if HELD
 __device__ __forceinline__ HeldElements<real_t> held_gradients() {

@@ -76,6 +76,12 @@ def few_rows(arch: str) -> list[dict]:
     return [few] if capability(arch) >= 90 else []
 
 
+def many_rows(arch: str) -> list[dict]:
+    """Walk a layer of many rows: with more threads."""
+    many = {"VECTOR": 4, "COLS": 32, "CLUSTER": 16, "HELD": 8, "BLOCK_WARPS": 16}
+    return [many] if capability(arch) >= 90 else []
+
+
 def with_passes(arch: str, choices: list[dict]) -> list[dict]:
     """Combine layers with choices; without batch norm there are no sums, and nothing is held."""
     more = variants(arch, MORE_LAYERS, choices[0], choices[-1])
@@ -91,7 +97,9 @@ def test_batch(arch):
 def test_activation(arch):
     require(arch)
     kinds = [{"OUTPUT": o, "GATE": g} for o, g in ((0, 1), (0, 0), (1, 1), (2, 1), (3, 0), (4, 1))]
-    choices = [{**k, **s} for k, s in itertools.product(kinds, strips(arch, 4))]
+    choices = [
+        {**k, **s} for k, s in itertools.product(kinds, [*strips(arch, 4), *many_rows(arch)])
+    ]
     choices += [{"OUTPUT": 0, "GATE": 1, **s} for s in [*strips(arch, 1), *few_rows(arch)]]
     # Of a layer without batch norm whose activations are not wanted there is nothing to compile.
     wanted = [v for v in with_passes(arch, choices) if v["NORM"] or v["OUTPUT"] != 3]
@@ -101,7 +109,9 @@ def test_activation(arch):
 def test_activation_gradient(arch):
     require(arch)
     kinds = [{"GATE": 0}, {"GATE": 1}, {"GATE": 2}]
-    choices = [{**k, **s} for k, s in itertools.product(kinds, strips(arch, 4))]
+    choices = [
+        {**k, **s} for k, s in itertools.product(kinds, [*strips(arch, 4), *many_rows(arch)])
+    ]
     choices += [{"GATE": 1, **s} for s in [*strips(arch, 1), *few_rows(arch)]]
     compile_all("smxx_activation_gradient", arch, with_passes(arch, choices))
 

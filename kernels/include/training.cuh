@@ -8,6 +8,7 @@
 //     VECTOR   neighbouring columns of a lane: 1, 2 or 4; it divides the number of columns
 //     COLS, CLUSTER  columns of a strip and blocks of its cluster, where there are strips (see below)
 //     HELD     rows of a thread that stay in shared memory from one pass to the next, or 0 (see below)
+//     BLOCK_WARPS  warps of a block: 8, or 16 for strips of many rows
 //     NORM     1: there is batch norm
 //     DROP     DROP_*: where dropout stands, if there is any
 #pragma once
@@ -25,6 +26,9 @@
 #ifndef HELD
 #define HELD 0
 #endif
+#ifndef BLOCK_WARPS
+#define BLOCK_WARPS 8
+#endif
 
 typedef REAL real_t;
 typedef PRODUCT product_t;
@@ -33,7 +37,7 @@ typedef PRODUCT product_t;
 #define DROP_PRODUCT 1     // hidden products are dropped, before batch norm and sign
 #define DROP_ACTIVATION 2  // activations are dropped, after batch norm and ReLU
 
-constexpr int WARPS = 8;
+constexpr int WARPS = BLOCK_WARPS;
 constexpr int THREADS = 32 * WARPS;
 constexpr u32 ALL = 0xffffffffu;
 

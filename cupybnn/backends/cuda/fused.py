@@ -26,6 +26,7 @@ from cupybnn.backends.cuda.fused_walk import Sums, Walk
 __all__ = ["Launcher"]
 
 _THREADS, _WARPS = 256, 8
+_ROUNDS = 2  # of blocks, at least, for a warp to take more rows of logits at a time
 _REAL = {"float32": "float", "uint16": "bfloat16_bits"}
 
 
@@ -71,12 +72,13 @@ class Launcher:
         defines: Defines,
         grid: tuple[int, ...],
         arguments: tuple[Any, ...],
+        threads: int = _THREADS,
         shared: int = 0,
     ) -> None:
-        """Launch blocks of 256 threads of a kernel of a file for the element type of `real`."""
+        """Launch a kernel of a file for the element type of `real`."""
         defines = (("REAL", self.real), *defines)
         kernel = load_kernel(source, function, defines, self.device, shared)
-        kernel(grid, (_THREADS,), arguments, shared_mem=shared)
+        kernel(grid, (threads,), arguments, shared_mem=shared)
 
     # The batch ---------------------------------------------------------------------------------
 
@@ -186,7 +188,7 @@ class Launcher:
             Output "none": only the statistics.
         """
         assert layer.norm is not None
-        walk = self._walk.strips(layer, Sums(2))
+        walk = self._walk.strips(layer, Sums(2, most_warps=16))
         self.launch(
             "smxx_activation",
             "normalise",
@@ -196,6 +198,7 @@ class Launcher:
                 layer.argument(), self._partials, self._tickets, *layer.norm[:2], *running,
                 np.float32(decay), np.float32(1 - decay), np.float32(eps), to.argument(),
             ),
+            walk.threads,
             walk.shared,
         )  # fmt: skip
         if not walk.clustered:
@@ -258,12 +261,14 @@ class Launcher:
         source, gate_define = "smxx_activation_gradient", ("GATE", GATES[gate])
         arguments = (layer.argument(), grad, out, np.uintp(address(mask)))
         if layer.norm is not None:
-            walk = self._walk.strips(layer, Sums(2, self._itemsize, 4 * (gate == "mask")))
+            sums = Sums(2, self._itemsize, 4 * (gate == "mask"), most_warps=16)
+            walk = self._walk.strips(layer, sums)
             defines = (*walk.defines, gate_define)
             rest = (self._partials, self._tickets, *grads)
             self.launch(
-                source, "gradient_sums", defines, walk.grid, (*arguments, *rest), walk.shared
-            )
+                source, "gradient_sums", defines, walk.grid, (*arguments, *rest), walk.threads,
+                walk.shared,
+            )  # fmt: skip
             if walk.clustered:
                 return
         walk = self._walk.strips(layer)
@@ -310,7 +315,9 @@ class Launcher:
         vector = 4 if cols % 4 == 0 else 1
         at_a_time = 1
         while (
-            at_a_time < 4 and vector == 4 and rows >= 4 * at_a_time * _WARPS * self._multiprocessors
+            at_a_time < 4
+            and vector == 4
+            and rows >= _ROUNDS * at_a_time * _WARPS * self._multiprocessors
         ):
             at_a_time *= 2
         self._loss_blocks = -(-rows // (_WARPS * at_a_time))
@@ -386,7 +393,9 @@ class Launcher:
         arguments = (layer.argument(), back)
         grid = (walk.grid[0] + 1, walk.grid[1])  # one more strip, for the loss
         defines = (*walk.defines, *end)
-        self.launch("smxx_head", "head_sums", defines, grid, (*arguments, *rest), walk.shared)
+        self.launch(
+            "smxx_head", "head_sums", defines, grid, (*arguments, *rest), walk.threads, walk.shared
+        )
         if not walk.clustered:
             walk = self._walk.strips(layer, None, widest)
             defines = (*walk.defines, *end)

@@ -9,7 +9,9 @@ from cupybnn.backends.cuda.fused_arguments import DROP_NONE, Layer
 
 __all__ = ["Strips", "Sums", "Walk"]
 
-_THREADS, _WARPS, _COLS = 256, 8, 32
+_WARPS, _COLS = 8, 32
+# Where blocks are few and a thread would have many rows, more threads share them.
+_FEW_BLOCKS, _MANY_ROWS = 2, 16  # of a multiprocessor, of a thread
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,14 @@ class Sums:
         Of an array's elements that are held beside the products; 0 for none.
     row_bytes : int
         What else is held of a row.
+    most_warps : int
+        Of a block: 8, or 16 where a thread's registers allow two such blocks a multiprocessor.
     """
 
     count: int
     itemsize: int = 0
     row_bytes: int = 0
+    most_warps: int = _WARPS
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class Strips:
     grid : (int, int)
     clustered : bool
         Whether the blocks of a strip are a cluster.
+    threads : int
+        Of a block.
     shared : int
         Bytes of dynamic shared memory.
     """
@@ -48,6 +55,7 @@ class Strips:
     defines: Defines
     grid: tuple[int, int]
     clustered: bool
+    threads: int
     shared: int = 0
 
 
@@ -84,44 +92,51 @@ class Walk:
         rows, cols = layer.shape
         while cols % vector:
             vector //= 2
-        at_once = _THREADS * vector // _COLS
-        blocks = held = shared = 0
+        at_once = _rows_at_once(_WARPS, vector)
+        blocks, warps, held, shared = 1, _WARPS, 0, 0
+        clustered = False
         if sums is None or not self._has_clusters:
             blocks = self.row_blocks(rows, cols, vector)
         else:
-            blocks = 1
             while blocks < min(self._most_blocks(layer, sums, at_once), -(-rows // at_once)):
                 blocks *= 2
-        clustered = sums is not None and self._has_clusters and blocks > 1
-        if clustered:
-            assert sums is not None
-            held, shared = self._held(layer, sums, vector, -(-rows // (blocks * at_once)))
+            clustered = blocks > 1
+            if clustered:
+                few = -(-cols // _COLS) * blocks <= _FEW_BLOCKS * self._multiprocessors
+                if few and rows >= _MANY_ROWS * blocks * at_once:
+                    warps = sums.most_warps
+                held, shared = self._held(layer, sums, vector, warps, blocks)
         defines = (
+            ("BLOCK_WARPS", warps),
             ("CLUSTER", blocks if clustered else 1),
             ("COLS", _COLS),
             *layer.defines(),
             ("HELD", held),
             ("VECTOR", vector),
         )
-        return Strips(defines, (-(-cols // _COLS), blocks), clustered, shared)
+        return Strips(defines, (-(-cols // _COLS), blocks), clustered, 32 * warps, shared)
 
-    def _held(self, layer: Layer, sums: Sums, vector: int, turns: int) -> tuple[int, int]:
+    def _held(
+        self, layer: Layer, sums: Sums, vector: int, warps: int, blocks: int
+    ) -> tuple[int, int]:
         """Return how many of a thread's rows are held, all or none, and the bytes that it takes."""
+        at_once = _rows_at_once(warps, vector)
+        turns = -(-layer.shape[0] // (blocks * at_once))
         itemsize = layer.product.dtype.itemsize
         if vector * min(itemsize, sums.itemsize or itemsize) < 4:
             return 0, 0  # less than what can be copied asynchronously
         # Whole batches of the kernels' loops: of 8, or a divisor of it.
         held = -(-turns // 8) * 8 if turns > 4 else 1 << (turns - 1).bit_length()
-        row_bytes, own = self._bytes(layer, sums, itemsize)
-        shared = held * (_THREADS * vector // _COLS) * row_bytes
+        row_bytes, own = self._bytes(layer, sums, itemsize, warps)
+        shared = held * at_once * row_bytes
         return (held, shared) if shared + own <= self._shared else (0, 0)
 
     @staticmethod
-    def _bytes(layer: Layer, sums: Sums, itemsize: int) -> tuple[int, int]:
+    def _bytes(layer: Layer, sums: Sums, itemsize: int, warps: int = _WARPS) -> tuple[int, int]:
         """Return the bytes that are held of a strip's row, and what a block needs beside them."""
         row = _COLS * (itemsize + sums.itemsize) + sums.row_bytes + 4 * (layer.drop != DROP_NONE)
         # Sums of warps (float) and of the cluster (double), and what is small.
-        return row, sums.count * _COLS * (4 * _WARPS + 8) + 4096
+        return row, sums.count * _COLS * (4 * warps + 8) + 4096
 
     def _most_blocks(self, layer: Layer, sums: Sums, at_once: int) -> int:
         """Return the most blocks of a cluster: 16 where two of 8 do not fit a multiprocessor.
@@ -138,3 +153,7 @@ class Walk:
         """Return how many blocks share the rows of a strip, without clusters."""
         fill = -(-8 * self._multiprocessors // -(-cols // _COLS))
         return max(1, min(rows // (16 * vector), fill))
+
+
+def _rows_at_once(warps: int, vector: int) -> int:
+    return 32 * warps * vector // _COLS
