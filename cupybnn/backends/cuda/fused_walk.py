@@ -11,7 +11,7 @@ __all__ = ["Strips", "Sums", "Walk"]
 
 _WARPS, _COLS = 8, 32
 # Where blocks are few and a thread would have many rows, more threads share them.
-_FEW_BLOCKS, _MANY_ROWS = 2, 16  # of a multiprocessor, of a thread
+_FEW_BLOCKS, _MANY_ROWS = 1, 8  # of a multiprocessor, of a thread
 
 
 @dataclass(frozen=True)
