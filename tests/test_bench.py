@@ -103,6 +103,22 @@ def test_the_tables_can_be_shown_again_from_the_record(quick, tmp_path, capsys):
         assert line in again
 
 
+@pytest.mark.parametrize(
+    ("tops", "scale", "written"),
+    [
+        (12512.9, 1.0, "12,513"),
+        (1723.5, 1.0, "1,724"),
+        (999.96, 1.0, "1,000"),
+        (52.0, 1.0, "52.00"),
+        (1.486, 1.0, "1.486"),
+        (0.0918, 1e3, "91.80"),
+        (0.00000123, 1e3, "0.001230"),
+    ],
+)
+def test_rates_are_written_without_an_exponent(tops, scale, written):
+    assert tables._rate(tops, scale) == written
+
+
 def test_only_the_sections_asked_for(tmp_path):
     found = record.run(CPU, quick=True, only=["host"])
     assert found["products"] == []
@@ -354,6 +370,25 @@ def test_chart_is_written_as_svg_and_png(tmp_path):
     assert "NVIDIA H200" in svg
     assert files[1].read_bytes().startswith(b"\x89PNG")
     assert sorted(os.listdir(tmp_path)) == ["square.png", "square.svg"]
+
+
+def test_a_record_is_drawn_the_same_each_time(tmp_path):
+    """So that a published chart can be made again from its record and compared."""
+    pytest.importorskip("matplotlib")
+    first, second = (chart.draw(a_gpu_record(), tmp_path / name) for name in ("a", "b"))
+    assert [f.read_bytes() for f in first] == [f.read_bytes() for f in second]
+
+
+def test_the_peak_is_said_to_be_that_of_the_gpu_it_was_measured_on(tmp_path):
+    """It was measured on an H200; for other GPUs of its architecture it is worked out."""
+    pytest.importorskip("matplotlib")
+    (svg, _) = chart.draw(a_gpu_record(), tmp_path / "x")
+    assert "peak of the 1-bit instruction as measured on an H200" in svg.read_text()
+    found = record.run(CPU, quick=True, only=["host"])
+    heading = list(tables.heading({**found, "peak_operations_per_second": 15.5e15}))
+    assert heading[-1].endswith(
+        "; peak of the 1-bit instruction as measured on an H200, by multiprocessors: 15,500 TOPS"
+    )
 
 
 @pytest.mark.parametrize(
