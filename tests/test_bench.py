@@ -143,13 +143,25 @@ def test_a_section_that_fails_leaves_a_note_and_the_others(monkeypatch):
         (["--only", "cubes"], "'only' must name sections of original, square, .*; got 'cubes'"),
         (["--json", "nowhere/x.json"], "'--json' must be in a folder that exists"),
         (["--chart", "nowhere/x"], "'--chart' must be in a folder that exists"),
-        (["--tune", "--device", "cpu"], "'--tune' needs a CUDA device"),
+        (["--tune", "--device", "cpu"], "'--tune' needs a GPU"),
         (["--from", __file__], "must be JSON"),
     ],
 )
 def test_wrong_arguments_are_told_before_anything_is_measured(arguments, message, capsys, tmp_path):
     assert main.main(["bench", "--quick", *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_tuning_says_why_there_is_no_gpu_to_tune(monkeypatch, capsys):
+    from cupybnn.backends.devices import CudaStatus
+    from cupybnn.cli import bench
+
+    monkeypatch.setattr(bench, "resolve", lambda name: CPU)
+    monkeypatch.setattr(bench, "cuda_status", lambda: CudaStatus(False, "The driver is too old."))
+    assert main.main(["bench", "--tune"]) == 2
+    said = capsys.readouterr().err
+    assert "'--tune' needs a GPU, for it measures the CUDA kernels" in said
+    assert said.endswith("got cpu. The driver is too old.\n")
 
 
 def test_a_record_of_another_format_is_refused(tmp_path):

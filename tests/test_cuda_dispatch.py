@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 
 from cupybnn.backends.cuda import configs, dispatch, tuning
 from cupybnn.backends.cuda.configs import kernels_for, sm90
 from cupybnn.backends.cuda.dispatch import choose, force_kernel
+from cupybnn.backends.cuda.sources import kernels_dir
 
 SQUARES = [128, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 SHAPES = [
@@ -120,5 +122,17 @@ class TestTunedTable:
         assert config == dispatch.shipped("sm90", 90, 8192, 8192, 8192, 1, False, False)
 
 
-def test_the_digest_covers_every_source():
-    assert len(tuning.sources_digest()) == 16
+def test_the_digest_changes_with_every_source(tmp_path, monkeypatch):
+    """So that a table that was measured with other kernels is never read."""
+    folder = tmp_path / "kernels"
+    shutil.copytree(kernels_dir(), folder)
+    monkeypatch.setattr(tuning, "kernels_dir", lambda: folder)
+    seen = {tuning.sources_digest.__wrapped__()}
+    for path in sorted(folder.rglob("*.cu*")):
+        path.write_bytes(path.read_bytes() + b"// changed")
+        seen.add(tuning.sources_digest.__wrapped__())
+    assert len(seen) == 1 + len(list(folder.rglob("*.cu"))) + len(list(folder.rglob("*.cuh")))
+    configs_file = tmp_path / "configs.py"
+    configs_file.write_text("# other configurations")
+    monkeypatch.setattr(configs, "__file__", str(configs_file))
+    assert tuning.sources_digest.__wrapped__() not in seen

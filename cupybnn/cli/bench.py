@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cupybnn.backends.devices import Device, resolve
+from cupybnn.backends.devices import Device, cuda_status, resolve
 
 __all__ = ["add_parser", "run"]
 
@@ -243,8 +243,10 @@ def _lines_of(record: dict[str, Any], done: str) -> Iterable[str]:
 
 def _tune(device: Device) -> None:
     if device.kind != "cuda":
+        status = cuda_status()
+        why = "" if status.available else f" {status.reason}"
         raise ValueError(
-            f"The '--tune' needs a CUDA device, for it measures the CUDA kernels; got {device}."
+            f"The '--tune' needs a GPU, for it measures the CUDA kernels; got {device}.{why}"
         )
     from cupybnn.backends.cuda.tuning import table_path
     from cupybnn.benchmark import tuning
