@@ -7,11 +7,13 @@ import json
 import shutil
 
 import pytest
+import test_cuda_kernels
 
 from cupybnn.backends.cuda import configs, dispatch, tuning
 from cupybnn.backends.cuda.configs import kernels_for, sm90
 from cupybnn.backends.cuda.dispatch import choose, force_kernel
 from cupybnn.backends.cuda.sources import kernels_dir
+from cupybnn.benchmark import tuning as benchmark_tuning
 
 SQUARES = [128, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 SHAPES = [
@@ -60,6 +62,16 @@ def test_every_candidate_fits_the_device():
                     assert config.shared_bytes(False) <= limit * 1024
                     assert config.split_k <= -(-k // 1024)
                     assert not (packed and config.swap)
+
+
+def test_every_candidate_is_among_those_that_the_gpu_tests_run():
+    tested = {(c.kernel, c.defines, c.swap) for c in test_cuda_kernels.reachable()}
+    for capability, kernel in ((75, "sm75"), (80, "sm80"), (86, "sm80"), (90, "sm90")):
+        for m, n, k in (*SHAPES, *(shape[:3] for shape in benchmark_tuning.SHAPES)):
+            for packed in (False, True):
+                chosen = dispatch.candidates(kernel, capability, m, n, k, packed)
+                chosen.append(dispatch.shipped(kernel, capability, m, n, k, 1, packed, False))
+                assert {(c.kernel, c.defines, c.swap) for c in chosen} <= tested, (m, n, k, packed)
 
 
 def test_forcing_a_kernel_or_a_configuration():
