@@ -143,6 +143,9 @@ def test_a_section_that_fails_leaves_a_note_and_the_others(monkeypatch):
         (["--only", "cubes"], "'only' must name sections of original, square, .*; got 'cubes'"),
         (["--json", "nowhere/x.json"], "'--json' must be in a folder that exists"),
         (["--chart", "nowhere/x"], "'--chart' must be in a folder that exists"),
+        (["--json", "."], "'--json' must be a file; got the folder '.'"),
+        (["--chart", "."], "'--chart' must be a file; got the folder '.'"),
+        (["--chart", "x", "--only", "host,mlp"], "'--chart' needs the section 'square'"),
         (["--tune", "--device", "cpu"], "'--tune' needs a GPU"),
         (["--from", __file__], "must be JSON"),
     ],
@@ -162,6 +165,25 @@ def test_tuning_says_why_there_is_no_gpu_to_tune(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert "'--tune' needs a GPU, for it measures the CUDA kernels" in said
     assert said.endswith("got cpu. The driver is too old.\n")
+
+
+def test_a_run_that_is_interrupted_leaves_a_record_that_can_be_shown(tmp_path, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record, "original_table", interrupt)
+    path = str(tmp_path / "r.json")
+    assert main.main(["bench", "--quick", "--device", "cpu", "--json", path]) == 130
+    capsys.readouterr()
+    assert main.main(["bench", "--from", path]) == 0
+    assert "copy: " in capsys.readouterr().out
+
+
+def test_a_record_without_its_parts_is_refused(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"format": 1, "gpu": null}')
+    with pytest.raises(ValueError, match=r"a whole record .* lacks date, machine, notes"):
+        record.load(path)
 
 
 def test_a_record_of_another_format_is_refused(tmp_path):

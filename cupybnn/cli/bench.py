@@ -146,7 +146,14 @@ def _check(args: argparse.Namespace) -> None:
         path = getattr(args, option)
         if path is not None and not path.resolve().parent.is_dir():
             raise ValueError(f"The '--{option}' must be in a folder that exists; got '{path}'.")
+        if path is not None and path.is_dir():
+            raise ValueError(f"The '--{option}' must be a file; got the folder '{path}'.")
     if args.chart is not None:
+        if args.only is not None and "square" not in args.only:
+            raise ValueError(
+                f"The '--chart' needs the section 'square', which it draws; got '--only' with "
+                f"{', '.join(args.only) or 'none'}."
+            )
         from cupybnn.benchmark.chart import needs_matplotlib
 
         needs_matplotlib()
