@@ -301,7 +301,13 @@ def _factor(problem: _Problem, x: Any, what: str) -> Any:
 def _beside(problem: _Problem, x: Any, what: str) -> Any:
     """Return `x` as an array on the problem's device; only numbers and lists are moved there."""
     if isinstance(x, (bool, int, float, list, tuple, np.generic)):
-        return problem.device.xp.asarray(x)
+        try:
+            return problem.device.xp.asarray(x)
+        except (TypeError, ValueError) as error:  # lists in it are of different lengths, for one
+            raise TypeError(
+                f"The {what} must be a number, an array, or a list that makes one; got "
+                f"{type_name(x)} ({error})."
+            ) from error
     array = as_native(x, what)
     if device_of(array) != problem.device:
         raise TypeError(
@@ -317,6 +323,10 @@ def _per_column(
     """Return a threshold or a flip as an array of shape (N,); None stays None."""
     if x is None:
         return None
+    # No product lies beyond int32, so a threshold there means what its limits mean.
+    limits = np.iinfo(np.int32)
+    if type(x) is int:  # it may be one that no integer type holds
+        x = max(limits.min, min(x, limits.max))
     x = _beside(problem, x, what)
     if x.dtype.kind not in kinds:
         raise TypeError(f"The {what} must be of {numbers}; got dtype {x.dtype}.")
@@ -326,8 +336,6 @@ def _per_column(
         )
     xp = problem.device.xp
     if dtype.kind == "i" and x.dtype != dtype:
-        # No product lies beyond int32, so a threshold there means what its limits mean.
-        limits = np.iinfo(dtype)
         x = xp.clip(
             x, max(limits.min, np.iinfo(x.dtype).min), min(limits.max, np.iinfo(x.dtype).max)
         )

@@ -103,6 +103,22 @@ def test_the_tables_can_be_shown_again_from_the_record(quick, tmp_path, capsys):
         assert line in again
 
 
+@pytest.mark.parametrize(
+    ("tops", "scale", "written"),
+    [
+        (12512.9, 1.0, "12,513"),
+        (1723.5, 1.0, "1,724"),
+        (999.96, 1.0, "1,000"),
+        (52.0, 1.0, "52.00"),
+        (1.486, 1.0, "1.486"),
+        (0.0918, 1e3, "91.80"),
+        (0.00000123, 1e3, "0.001230"),
+    ],
+)
+def test_rates_are_written_without_an_exponent(tops, scale, written):
+    assert tables._rate(tops, scale) == written
+
+
 def test_only_the_sections_asked_for(tmp_path):
     found = record.run(CPU, quick=True, only=["host"])
     assert found["products"] == []
@@ -127,13 +143,47 @@ def test_a_section_that_fails_leaves_a_note_and_the_others(monkeypatch):
         (["--only", "cubes"], "'only' must name sections of original, square, .*; got 'cubes'"),
         (["--json", "nowhere/x.json"], "'--json' must be in a folder that exists"),
         (["--chart", "nowhere/x"], "'--chart' must be in a folder that exists"),
-        (["--tune", "--device", "cpu"], "'--tune' needs a CUDA device"),
+        (["--json", "."], "'--json' must be a file; got the folder '.'"),
+        (["--chart", "."], "'--chart' must be a file; got the folder '.'"),
+        (["--chart", "x", "--only", "host,mlp"], "'--chart' needs the section 'square'"),
+        (["--tune", "--device", "cpu"], "'--tune' needs a GPU"),
         (["--from", __file__], "must be JSON"),
     ],
 )
 def test_wrong_arguments_are_told_before_anything_is_measured(arguments, message, capsys, tmp_path):
     assert main.main(["bench", "--quick", *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_tuning_says_why_there_is_no_gpu_to_tune(monkeypatch, capsys):
+    from cupybnn.backends.devices import CudaStatus
+    from cupybnn.cli import bench
+
+    monkeypatch.setattr(bench, "resolve", lambda name: CPU)
+    monkeypatch.setattr(bench, "cuda_status", lambda: CudaStatus(False, "The driver is too old."))
+    assert main.main(["bench", "--tune"]) == 2
+    said = capsys.readouterr().err
+    assert "'--tune' needs a GPU, for it measures the CUDA kernels" in said
+    assert said.endswith("got cpu. The driver is too old.\n")
+
+
+def test_a_run_that_is_interrupted_leaves_a_record_that_can_be_shown(tmp_path, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(record, "original_table", interrupt)
+    path = str(tmp_path / "r.json")
+    assert main.main(["bench", "--quick", "--device", "cpu", "--json", path]) == 130
+    capsys.readouterr()
+    assert main.main(["bench", "--from", path]) == 0
+    assert "copy: " in capsys.readouterr().out
+
+
+def test_a_record_without_its_parts_is_refused(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('{"format": 1, "gpu": null}')
+    with pytest.raises(ValueError, match=r"a whole record .* lacks date, machine, notes"):
+        record.load(path)
 
 
 def test_a_record_of_another_format_is_refused(tmp_path):
@@ -354,6 +404,25 @@ def test_chart_is_written_as_svg_and_png(tmp_path):
     assert "NVIDIA H200" in svg
     assert files[1].read_bytes().startswith(b"\x89PNG")
     assert sorted(os.listdir(tmp_path)) == ["square.png", "square.svg"]
+
+
+def test_a_record_is_drawn_the_same_each_time(tmp_path):
+    """So that a published chart can be made again from its record and compared."""
+    pytest.importorskip("matplotlib")
+    first, second = (chart.draw(a_gpu_record(), tmp_path / name) for name in ("a", "b"))
+    assert [f.read_bytes() for f in first] == [f.read_bytes() for f in second]
+
+
+def test_the_peak_is_said_to_be_that_of_the_gpu_it_was_measured_on(tmp_path):
+    """It was measured on an H200; for other GPUs of its architecture it is worked out."""
+    pytest.importorskip("matplotlib")
+    (svg, _) = chart.draw(a_gpu_record(), tmp_path / "x")
+    assert "peak of the 1-bit instruction as measured on an H200" in svg.read_text()
+    found = record.run(CPU, quick=True, only=["host"])
+    heading = list(tables.heading({**found, "peak_operations_per_second": 15.5e15}))
+    assert heading[-1].endswith(
+        "; peak of the 1-bit instruction as measured on an H200, by multiprocessors: 15,500 TOPS"
+    )
 
 
 @pytest.mark.parametrize(

@@ -224,12 +224,15 @@ def test_info_names_the_gpu_and_its_kernels():
 
 # --- verify
 
+#: Comparisons for each kernel.
+COMPARISONS = sum(len(verify.kinds(case)) for case in verify.CASES)
+
 
 def test_verify_on_numpy_has_a_line_for_each_case():
     done = command("verify", "--device", "cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     equal = [line for line in done.stdout.splitlines() if re.match("cpu .* equal [(]", line)]
-    assert len(equal) == 2 * len(verify.CASES)
+    assert len(equal) == COMPARISONS
     assert f"All {len(equal)} comparisons are equal (numpy on cpu)." in done.stdout
 
 
@@ -241,15 +244,15 @@ def test_verify_runs_every_kernel_of_the_gpu():
     assert done.returncode == 0, done.stdout + done.stderr
     for kernel in cuda.kernels_for(Device("cuda", 0)):
         lines = [x for x in done.stdout.splitlines() if re.match(f"cuda:0 +{kernel} ", x)]
-        assert sum(" equal (" in line for line in lines) == 2 * len(verify.CASES)
+        assert sum(" equal (" in line for line in lines) == COMPARISONS
 
 
 def test_verify_names_the_first_element_that_differs(monkeypatch, capsys):
     product = verify._product
 
-    def broken(a, b, packed):
-        result = product(a, b, packed)
-        if packed and result.shape == (17, 31):
+    def broken(a, b, kind, terms):
+        result = product(a, b, kind, terms)
+        if kind == "packed" and result.shape == (17, 31):
             result[4, 30] += 2
             result[9, 2] -= 2
         return result
@@ -259,22 +262,45 @@ def test_verify_names_the_first_element_that_differs(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert re.search(r"packed +\(17, 33\) @ \(33, 31\)  DIFFERS at \[4, 30\]: xnor_gemm gives", out)
     assert "(2 of 527 elements differ)" in out
-    assert f"1 of {2 * len(verify.CASES)} comparisons FAILED" in out
+    assert f"1 of {COMPARISONS} comparisons FAILED" in out
 
 
 def test_verify_tells_a_kernel_that_raises_and_goes_on(monkeypatch, capsys):
     product = verify._product
 
-    def broken(a, b, packed):
+    def broken(a, b, *how):
         if a.shape == (3, 5):
             raise RuntimeError("illegal address")
-        return product(a, b, packed)
+        return product(a, b, *how)
 
     monkeypatch.setattr(verify, "_product", broken)
     assert main.main(["verify", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
-    assert out.count("FAILED: RuntimeError: illegal address") == 2
-    assert out.count(" equal (") == 2 * len(verify.CASES) - 2
+    assert out.count("FAILED: RuntimeError: illegal address") == 4
+    assert out.count(" equal (") == COMPARISONS - 4
+
+
+def test_verify_finds_a_wrong_scale_threshold_and_popcount(monkeypatch):
+    """Each is set wrong in turn; then exactly the comparisons that it takes part in differ."""
+    cases = (verify.Case((17, 33), (33, 31)), verify.Case((63,), (63,)))
+    product = verify._product
+
+    def outcomes(**wrong):
+        def broken(a, b, kind, terms):
+            return product(a, b, kind, {**terms, **{n: f(terms[n]) for n, f in wrong.items()}})
+
+        monkeypatch.setattr(verify, "_product", broken if wrong else product)
+        found = verify.check(CPU, "numpy", cases=cases[: 1 if wrong else 2])
+        return [outcome.kind for outcome in found if outcome.problem]
+
+    assert outcomes() == []
+    for name in ("row", "column", "bias"):
+        assert outcomes(**{name: lambda x: x + np.float32(1)}) == ["scaled"]
+    assert outcomes(threshold=lambda x: x + 4) == ["signs"]
+    assert outcomes(flip=lambda x: ~x) == ["signs"]
+    miscounted = verify._with_counts
+    monkeypatch.setattr(verify, "_with_counts", lambda s, n: miscounted(s, n + (n.dtype == "i4")))
+    assert outcomes() == ["signs"]
 
 
 def test_verify_finds_a_wrong_shape():

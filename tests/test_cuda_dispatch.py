@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
+import test_cuda_kernels
 
 from cupybnn.backends.cuda import configs, dispatch, tuning
 from cupybnn.backends.cuda.configs import kernels_for, sm90
 from cupybnn.backends.cuda.dispatch import choose, force_kernel
+from cupybnn.backends.cuda.sources import kernels_dir
+from cupybnn.benchmark import tuning as benchmark_tuning
 
 SQUARES = [128, 512, 1024, 2048, 4096, 8192, 16384, 32768]
 SHAPES = [
@@ -58,6 +62,16 @@ def test_every_candidate_fits_the_device():
                     assert config.shared_bytes(False) <= limit * 1024
                     assert config.split_k <= -(-k // 1024)
                     assert not (packed and config.swap)
+
+
+def test_every_candidate_is_among_those_that_the_gpu_tests_run():
+    tested = {(c.kernel, c.defines, c.swap) for c in test_cuda_kernels.reachable()}
+    for capability, kernel in ((75, "sm75"), (80, "sm80"), (86, "sm80"), (90, "sm90")):
+        for m, n, k in (*SHAPES, *(shape[:3] for shape in benchmark_tuning.SHAPES)):
+            for packed in (False, True):
+                chosen = dispatch.candidates(kernel, capability, m, n, k, packed)
+                chosen.append(dispatch.shipped(kernel, capability, m, n, k, 1, packed, False))
+                assert {(c.kernel, c.defines, c.swap) for c in chosen} <= tested, (m, n, k, packed)
 
 
 def test_forcing_a_kernel_or_a_configuration():
@@ -120,5 +134,17 @@ class TestTunedTable:
         assert config == dispatch.shipped("sm90", 90, 8192, 8192, 8192, 1, False, False)
 
 
-def test_the_digest_covers_every_source():
-    assert len(tuning.sources_digest()) == 16
+def test_the_digest_changes_with_every_source(tmp_path, monkeypatch):
+    """So that a table that was measured with other kernels is never read."""
+    folder = tmp_path / "kernels"
+    shutil.copytree(kernels_dir(), folder)
+    monkeypatch.setattr(tuning, "kernels_dir", lambda: folder)
+    seen = {tuning.sources_digest.__wrapped__()}
+    for path in sorted(folder.rglob("*.cu*")):
+        path.write_bytes(path.read_bytes() + b"// changed")
+        seen.add(tuning.sources_digest.__wrapped__())
+    assert len(seen) == 1 + len(list(folder.rglob("*.cu"))) + len(list(folder.rglob("*.cuh")))
+    configs_file = tmp_path / "configs.py"
+    configs_file.write_text("# other configurations")
+    monkeypatch.setattr(configs, "__file__", str(configs_file))
+    assert tuning.sources_digest.__wrapped__() not in seen

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import numpy as np
 import pytest
-from gemm_cases import check_random_cases
+from gemm_cases import BFLOAT16, check_random_cases, host
 
 import cupybnn
-from cupybnn.backends.cuda import configs
+import cupybnn.gemm
+from cupybnn.backends import cuda
+from cupybnn.backends.cuda import configs, dispatch, product
 from cupybnn.backends.cuda.configs import Config, sm75, sm80, sm90, smxx
 from cupybnn.backends.cuda.dispatch import force_kernel
 
 pytestmark = pytest.mark.gpu
 
 POISON = -(2**31)
+POISON_BYTE = 0xA5
 
-# All kinds of configuration in the shipped table and the tuning space.
+# Configurations by name, for shapes chosen by hand. `reachable` has all.
 GENERAL = {
     "smxx": smxx(),
     "sm75": sm75(),
@@ -66,6 +70,37 @@ LONG_EDGES = [
 ]  # fmt: skip
 
 
+def reachable() -> list[Config]:
+    """Every configuration that the shipped table has or tuning measures, once.
+
+    Those that differ only in the order of tiles are compiled alike: of them, the last stands here,
+    with the larger group.
+    """
+    lengths = (1, 9, 17, 33, 64, 65, 129, 256, 768, 1024, 1500, 4096, 16384)
+    ks = (1, 1024, 2048, 4096, 6144, 8192, 12288, 70_000)
+    found: dict[object, Config] = {}
+    for m, n, k, packed in itertools.product(lengths, lengths, ks, (False, True)):
+        for kernel, capability in (("sm90", 90), ("sm80", 80), ("sm80", 86), ("sm75", 75)):
+            for scaled, batch in ((False, 1), (not packed, 1), (False, 8)):
+                config = dispatch.shipped(kernel, capability, m, n, k, batch, packed, scaled)
+                found[config.kernel, config.defines, config.swap] = config
+            for config in dispatch.candidates(kernel, capability, m, n, k, packed):
+                found[config.kernel, config.defines, config.swap] = config
+    return [smxx(), *found.values()]
+
+
+def edges(config: Config) -> list[tuple[int, int, int]]:
+    """Products (m, n, k) around the edges of a configuration's tiles and of its least K."""
+    height, width = config.tile_m * config.cluster_m, config.tile_n * config.cluster_n
+    least = max(config.split_k, 4 if config.deferred else 1)  # chunks of K that it needs
+    ks = itertools.cycle((1024 * least, 1024 * (least - 1) + 1, 1024 * least + 1, 1024 * least - 1))
+    sizes = [(height + i, width + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+    sizes += [(config.tile_m + 1, config.tile_n + 1), (1, 1)]
+    # More tiles than multiprocessors: blocks go on to a second tile.
+    sizes += [(12 * height + 1, 12 * width - 1)]
+    return [(n, m, k) if config.swap else (m, n, k) for (m, n), k in zip(sizes, ks, strict=False)]
+
+
 @pytest.fixture(scope="module")
 def cupy():
     import cupy
@@ -76,6 +111,27 @@ def cupy():
 @pytest.fixture(scope="module")
 def capability(cupy):
     return int(cupy.cuda.Device().compute_capability)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(cupy, monkeypatch):
+    """Fill the memory that a product asks for, so that what is not written is not right by luck."""
+    empty, alloc = cupy.empty, product._alloc
+
+    def poisoned_empty(*args, **kwargs):
+        array = empty(*args, **kwargs)
+        if array.nbytes:
+            array.data.memset_async(POISON_BYTE, array.nbytes)
+        return array
+
+    def poisoned_alloc(size):
+        memory = alloc(size)
+        memory.memset_async(POISON_BYTE, size)
+        return memory
+
+    monkeypatch.setattr(cupy, "empty", poisoned_empty)
+    monkeypatch.setattr(product, "_alloc", poisoned_alloc)
+    monkeypatch.setattr(cupybnn.gemm, "_cuda", lambda: (cuda, poisoned_empty))
 
 
 def operands(cupy, m, n, k, seed=0):
@@ -90,9 +146,10 @@ def expected(cupy, a, b):
     return cupy.rint(signs[0] @ signs[1]).astype(np.int32)
 
 
-def require(config: Config, capability: int) -> None:
-    if capability not in configs.KERNELS[config.kernel]:
-        pytest.skip(f"{config.kernel} does not run on compute capability {capability}")
+def require(config: Config | str, capability: int) -> None:
+    kernel = config if isinstance(config, str) else config.kernel
+    if capability not in configs.KERNELS[kernel]:
+        pytest.skip(f"{kernel} does not run on compute capability {capability}")
 
 
 def check(cupy, config, shape, *, packed=True):
@@ -140,6 +197,34 @@ def test_a_swapped_configuration_is_exact(cupy, capability, name):
         check(cupy, SWAPPED[name], (m, n, k), packed=False)
 
 
+@pytest.mark.parametrize("config", reachable(), ids=str)
+def test_every_configuration_of_the_table_and_of_tuning_is_exact(cupy, capability, config):
+    require(config, capability)
+    room = cupy.cuda.Device().attributes["MaxSharedMemoryPerBlockOptin"]
+    if config.shared_bytes(False) > room:
+        pytest.skip(f"{config} asks for more than the {room} bytes of shared memory that are here")
+    for shape in edges(config):
+        check(cupy, config, shape, packed=not config.swap and config.tile_n % 32 == 0)
+
+
+def test_packed_words_that_are_all_covered_are_all_written(cupy, capability):
+    """Where N is a multiple of 1024 and M of 16 nothing clears the words beforehand."""
+    for kernel in configs.kernels_for(capability):
+        for m, n, k in ((16, 1024, 33), (272, 3072, 4097), (528, 1024, 100)):
+            a, b = operands(cupy, m, n, k)
+            bits = expected(cupy, a, b) >= 0
+            with force_kernel(kernel):
+                result = cupybnn.xnor_gemm_packed(a, b)
+            assert bool((result.unpack(np.int8) == cupy.where(bits, 1, -1)).all()), (kernel, m, n)
+            assert bool((result.popcounts == bits.sum(1)).all()), (kernel, m, n)
+
+
+def test_memory_is_poisoned(cupy):
+    word = np.frombuffer(bytes([POISON_BYTE] * 4), np.int32)[0]
+    assert bool((cupybnn.gemm._cuda()[1]((5, 3), np.int32) == word).all())
+    assert bool((cupy.ndarray(7, np.int32, memptr=product._alloc(28)) == word).all())
+
+
 @pytest.mark.parametrize("seed", range(25))
 @pytest.mark.parametrize("kernel", configs.KERNELS)
 def test_a_kernel_equals_an_int64_product_on_random_cases(cupy, capability, kernel, seed):
@@ -152,7 +237,8 @@ def test_a_kernel_equals_an_int64_product_on_random_cases(cupy, capability, kern
 
 def test_every_k_up_to_a_chunk_and_beyond(cupy, capability):
     for kernel in configs.kernels_for(capability):
-        for k in [*range(1, 70), *range(1020, 1030), 2047, 2048, 2049]:
+        long = (2047, 2048, 2049, 4095, 4097, 9999, 32_767, 32_769, 65_535, 65_537, 70_000)
+        for k in [*range(1, 70), *range(1020, 1030), *long]:
             a, b = operands(cupy, 33, 17, k)
             with force_kernel(kernel):
                 got = cupybnn.xnor_gemm(a, b, dtype=np.int32)
@@ -220,11 +306,13 @@ def test_a_view_is_written_and_nothing_around_it(cupy):
     assert bool((around == POISON).all())
 
 
-def test_on_a_stream_of_its_own(cupy):
+@pytest.mark.parametrize("kernel", configs.KERNELS)
+def test_on_a_stream_of_its_own(cupy, capability, kernel):
+    require(kernel, capability)
     a, b = operands(cupy, 500, 600, 4500)
     want = expected(cupy, a, b)
     cupy.cuda.Device().synchronize()
-    with cupy.cuda.Stream(non_blocking=True) as stream:
+    with force_kernel(kernel), cupy.cuda.Stream(non_blocking=True) as stream:
         got = cupybnn.xnor_gemm(a, b)
         packed = cupybnn.xnor_gemm_packed(a, b)
         bits = packed.unpack(np.int8)
@@ -233,7 +321,9 @@ def test_on_a_stream_of_its_own(cupy):
     assert bool((bits == cupy.where(want >= 0, 1, -1)).all())
 
 
-def test_from_several_threads(cupy):
+@pytest.mark.parametrize("kernel", configs.KERNELS)
+def test_from_several_threads(cupy, capability, kernel):
+    require(kernel, capability)
     shapes = [(100 + 7 * i, 200 + 3 * i, 1000 + 500 * i) for i in range(8)]
     wrong: list[object] = []
 
@@ -241,7 +331,8 @@ def test_from_several_threads(cupy):
         try:
             a, b = operands(cupy, *shape)
             want = expected(cupy, a, b)
-            with cupy.cuda.Stream(non_blocking=True) as stream:
+            # What is forced holds for the thread that forces it.
+            with force_kernel(kernel), cupy.cuda.Stream(non_blocking=True) as stream:
                 stream.wait_event(cupy.cuda.Stream.null.record())
                 for _ in range(20):
                     got = cupybnn.xnor_gemm(a, b)
@@ -259,14 +350,16 @@ def test_from_several_threads(cupy):
     assert not wrong
 
 
-def test_in_a_cuda_graph(cupy):
+@pytest.mark.parametrize("kernel", configs.KERNELS)
+def test_in_a_cuda_graph(cupy, capability, kernel):
+    require(kernel, capability)
     a, b = operands(cupy, 300, 400, 5000)
     weights = cupybnn.pack(b, axis=-2)
     out = cupy.full((300, 400), POISON, np.int32)
-    cupybnn.xnor_gemm(a, weights, out=out)
     pool = cupy.cuda.MemoryPool()
     stream = cupy.cuda.Stream(non_blocking=True)
-    with stream, cupy.cuda.using_allocator(pool.malloc):
+    cupy.cuda.Device().synchronize()
+    with force_kernel(kernel), stream, cupy.cuda.using_allocator(pool.malloc):
         cupybnn.xnor_gemm(a, weights, out=out)
         stream.synchronize()
         stream.begin_capture()
@@ -281,10 +374,9 @@ def test_in_a_cuda_graph(cupy):
         assert bool((out == expected(cupy, a, b)).all())
 
 
-@pytest.mark.parametrize("kernel", ["sm90", "sm80", "smxx"])
+@pytest.mark.parametrize("kernel", configs.KERNELS)
 def test_more_than_2_to_the_31_results(cupy, capability, kernel):
-    if capability not in configs.KERNELS[kernel]:
-        pytest.skip(f"{kernel} does not run on compute capability {capability}")
+    require(kernel, capability)
     m, n, k = 40_000, 60_000, 64
     if cupy.cuda.runtime.memGetInfo()[0] < 12 * 2**30:
         pytest.skip("needs 12 GiB of free GPU memory")
@@ -312,6 +404,25 @@ def test_threshold_and_flip_in_every_kernel(cupy, capability):
             bits = (want >= threshold) ^ flip
             assert bool((got.unpack(np.int8) == cupy.where(bits, 1, -1)).all()), kernel
             assert bool((got.popcounts == bits.sum(1)).all()), kernel
+
+
+@pytest.mark.parametrize("kernel", configs.KERNELS)
+@pytest.mark.parametrize("dtype", ["f4", "f2", *(d.name for d in BFLOAT16)])
+def test_scale_and_bias_in_every_kernel(cupy, capability, kernel, dtype):
+    """Each step rounded to float32, rows first, whichever way round the kernel has them."""
+    require(kernel, capability)
+    dtype = BFLOAT16[0] if dtype == "bfloat16" else np.dtype(dtype)
+    for m, n, k in ((70, 300, 500), (3, 300, 5000), (300, 1100, 4500)):
+        a, b = operands(cupy, m, n, k)
+        random = np.random.default_rng(5)
+        row, column, bias = (
+            random.standard_normal(shape).astype(np.float32) for shape in ((m, 1), n, n)
+        )
+        want = (host(expected(cupy, a, b)).astype(np.float32) * row * column + bias).astype(dtype)
+        scale = cupy.asarray(row), cupy.asarray(column)
+        with force_kernel(kernel):
+            got = cupybnn.xnor_gemm(a, b, scale=scale, bias=cupy.asarray(bias), dtype=dtype)
+        np.testing.assert_array_equal(host(got).astype(np.float64), want.astype(np.float64))
 
 
 def test_a_packed_result_is_the_next_products_operand(cupy):

@@ -152,6 +152,9 @@ def test_threshold_of_one_number_and_beyond_int32(xp):
     np.testing.assert_array_equal(
         host(xnor_gemm_packed(a, b, threshold=far).unpack(bool)), expected
     )
+    for number in (10**30, -(10**30)):  # no integer type of NumPy holds it
+        got = host(xnor_gemm_packed(a, b, threshold=number).unpack(bool))
+        assert (got == (number < 0)).all()
     unsigned = xp.full(9, 2**32 - 1, np.uint32)
     assert not host(xnor_gemm_packed(a, b, threshold=unsigned).unpack(bool)).any()
 

@@ -180,6 +180,17 @@ def test_wrong_scale_and_bias(xp):
             xnor_gemm(a, b, bias=xp.ones(5), dtype=dtype)
 
 
+def test_lists_that_are_no_array_are_told_with_the_argument(xp):
+    a, b = xp.ones((3, 4)), xp.ones((4, 5))
+    ragged = [[1, 2], [3]]
+    for name in ("scale", "bias"):
+        with raises(TypeError, f"The '{name}' of xnor_gemm must be a number", "got list ("):
+            xnor_gemm(a, b, **{name: ragged})
+    for name in ("threshold", "flip"):
+        with raises(TypeError, f"The '{name}' of xnor_gemm_packed must be a number", "got list ("):
+            xnor_gemm_packed(a, b, **{name: ragged})
+
+
 def test_wrong_threshold_and_flip(xp):
     a, b = xp.ones((3, 4)), xp.ones((4, 5))
     with raises(TypeError, "'threshold' of xnor_gemm_packed must be of integers; got dtype float"):

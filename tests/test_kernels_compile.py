@@ -52,10 +52,28 @@ def require(arch: str) -> None:
         pytest.skip(f"this NVRTC compiles for {sorted(known)} only")
 
 
-def compile_all(source: str, arch: str, variants: list[dict], *, spills: bool = False) -> None:
-    """Compile each variant; unless `spills`, check that it uses registers alone."""
+def most_shared_bytes(arch: str) -> int:
+    """Bytes of shared memory that a block may have (CUDA C++ Programming Guide, technical
+    specifications)."""
+    kib = {"sm_75": 64, "sm_80": 163, "sm_90a": 227, "sm_100": 227}
+    return 1024 * kib.get(arch, 99)
 
-    def one(defines: dict) -> str:
+
+def compile_all(
+    source: str,
+    arch: str,
+    variants: list[dict],
+    *,
+    spills: bool = False,
+    asked: list[int] | None = None,
+) -> None:
+    """Compile each variant; unless `spills`, check that it uses registers alone.
+
+    `asked` are the bytes of shared memory that a launch of each variant asks for: with those that
+    the kernel declares they must fit the architecture.
+    """
+
+    def one(defines: dict, shared: int) -> str:
         try:
             cubin, used = compile_cubin(source, arch, defines)
         except RuntimeError as error:
@@ -67,13 +85,16 @@ def compile_all(source: str, arch: str, variants: list[dict], *, spills: bool = 
             problems.append("ptxas did not say how many registers it uses")
         if not spills and (used.spill_bytes or used.stack_bytes):
             problems.append(f"{used.spill_bytes} bytes spilled, {used.stack_bytes} bytes of stack")
+        if used.shared_bytes + shared > most_shared_bytes(arch):
+            problems.append(f"{used.shared_bytes} + {shared} bytes of shared memory")
         if used.serialized_wgmma:
             problems.append("wgmma serialised")
         return f"{defines}: {'; '.join(problems)}" if problems else ""
 
     assert variants
+    asked = asked or [0] * len(variants)
     with ThreadPoolExecutor(2) as pool:
-        problems = [problem for problem in pool.map(one, variants) if problem]
+        problems = [problem for problem in pool.map(one, variants, asked) if problem]
     assert not problems, "\n".join(problems)
 
 
@@ -98,9 +119,9 @@ def test_products_that_the_shipped_table_chooses(kernel, arch):
             config = dispatch.shipped(
                 kernel, capability(arch), *shape, 1, output == PACKED, bool(scaled)
             )
-            chosen.add((config.defines, output, scaled))
-    variants = [{**dict(d), "OUTPUT": output, "SCALED": scaled} for d, output, scaled in chosen]
-    compile_all(f"{kernel}_xnor_gemm", arch, variants)
+            chosen.add((config.defines, output, scaled, config.shared_bytes(bool(scaled))))
+    variants = [{**dict(d), "OUTPUT": output, "SCALED": scaled} for d, output, scaled, _ in chosen]
+    compile_all(f"{kernel}_xnor_gemm", arch, variants, asked=[shared for *_, shared in chosen])
 
 
 @pytest.mark.parametrize("kernel", configs.KERNELS)
@@ -108,13 +129,13 @@ def test_products_that_tuning_may_choose(kernel):
     arch = home_of(kernel)
     require(arch)
     chosen = {
-        config.defines
+        (config.defines, PACKED if packed else INT32)
         for shape in SHAPES
         for packed in (False, True)
         for config in dispatch.candidates(kernel, capability(arch), *shape, packed)
     }
     # One that spills is a bad choice, which measuring it will show; but it must compile.
-    variants = [{**dict(defines), "OUTPUT": INT32, "SCALED": 0} for defines in chosen]
+    variants = [{**dict(defines), "OUTPUT": output, "SCALED": 0} for defines, output in chosen]
     compile_all(f"{kernel}_xnor_gemm", arch, variants, spills=True)
 
 
@@ -167,6 +188,16 @@ def test_a_kernel_that_does_not_compile_is_told_with_the_compilers_words():
         RuntimeError, match=r"sm80_xnor_gemm.cu does not compile for sm_80: .*error"
     ):
         compile_cubin("sm80_xnor_gemm", "sm_80", {})
+
+
+def test_a_launch_that_asks_for_too_much_shared_memory_is_found():
+    require("sm_86")
+    config = configs.sm80(2, 4, 4, 4, 3)  # with the terms of scales it takes all that there is
+    defines = {**dict(config.defines), "OUTPUT": FLOAT32, "SCALED": 1}
+    asked = config.shared_bytes(True)
+    compile_all("sm80_xnor_gemm", "sm_86", [defines], asked=[asked])
+    with pytest.raises(AssertionError, match=r"3072 \+ \d+ bytes of shared memory"):
+        compile_all("sm80_xnor_gemm", "sm_86", [defines], asked=[asked + 16])
 
 
 def test_a_kernel_that_spills_is_found(monkeypatch):

@@ -97,7 +97,7 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
     if peak:
         axes.plot(ticks[:: len(ticks) - 1 or 1], [peak / 1e12] * min(2, len(ticks)), "-k", lw=0.8)
         axes.annotate(
-            "measured peak of the 1-bit instruction",
+            "peak of the 1-bit instruction as measured on an H200",
             (ticks[0], peak / 1e12),
             xytext=(0, 3),
             textcoords="offset points",
@@ -116,19 +116,23 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
 
 
 def write(figure: Any, path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Write a figure as SVG and PNG; return the files' paths."""
+    """Write a figure as SVG and PNG, the same for the same figure; return the files' paths."""
+    import matplotlib
+
     stem = Path(path)
     files = stem.with_suffix(".svg"), stem.with_suffix(".png")
     for file in files:
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=file.suffix[1:], dpi=160, metadata=_metadata(file))
+        # Names of an SVG's parts are random unless they are made from a salt.
+        with matplotlib.rc_context({"svg.hashsalt": "cupybnn"}):
+            figure.savefig(buffer, format=file.suffix[1:], dpi=160, metadata=_metadata(file))
         with atomic_write(file) as out:
             out.write(buffer.getvalue())
     return files
 
 
 def _metadata(file: Path) -> dict[str, Any]:
-    # Without its date an SVG is the same whenever it is drawn from the same record.
+    # An SVG without its date does not change when it is drawn again.
     return {"Date": None} if file.suffix == ".svg" else {}
 
 

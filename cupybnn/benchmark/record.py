@@ -97,6 +97,7 @@ def _run(
     clock = make_clock(device)
     methods, notes = methods_for(device)
     record = begun("product", device, quick, notes)
+    record["products"] = []  # from the start: a run may be interrupted before the first
     facts = record["gpu"]
     copy = copy_bandwidth(device, clock)
     limits = Limits(peak_operations(facts) if facts else None, copy["bytes_per_second"])
@@ -107,7 +108,6 @@ def _run(
         sizes = original_sizes(gpu, quick)
         record["original"] = original_table(device, clock, sizes, 5 if quick else 10)
         report(record, "original")
-    record["products"] = []
     budget = 0.03 if quick else 0.12
     for shape in shapes(gpu, quick):
         if shape.group in wanted:
@@ -158,5 +158,12 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(
             f"The file '{path}' must be a record of cupybnn bench, format {FORMAT}; "
             f"got {type(record).__name__} without that format."
+        )
+    parts = {"date", "gpu", "machine", "notes"}
+    parts.add("sizes" if kind_of(record) == "train" else "products")
+    if missing := sorted(parts - set(record)):
+        raise ValueError(
+            f"The file '{path}' must be a whole record of cupybnn bench; it lacks "
+            f"{', '.join(missing)}."
         )
     return record

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from cupybnn.backends.devices import Device, resolve
+from cupybnn.backends.devices import Device, cuda_status, resolve
 
 __all__ = ["add_parser", "run"]
 
@@ -37,8 +37,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
             + ", ".join(SECTIONS)
             + ". In the tables, 'median' to 'p90' are times on "
             "the device with the queue full, 'issued' is the time of a call in a Python loop, 'of "
-            "peak' compares with the measured rate of the 1-bit instruction, 'of memory' with the "
-            "time of copying as many bytes, 'speedup' with float32."
+            "peak' compares with the rate of the 1-bit instruction as measured on an H200, by "
+            "multiprocessors, 'of memory' with the time of copying as many bytes, 'speedup' with "
+            "float32."
         ),
     )
     parser.add_argument(
@@ -145,7 +146,14 @@ def _check(args: argparse.Namespace) -> None:
         path = getattr(args, option)
         if path is not None and not path.resolve().parent.is_dir():
             raise ValueError(f"The '--{option}' must be in a folder that exists; got '{path}'.")
+        if path is not None and path.is_dir():
+            raise ValueError(f"The '--{option}' must be a file; got the folder '{path}'.")
     if args.chart is not None:
+        if args.only is not None and "square" not in args.only:
+            raise ValueError(
+                f"The '--chart' needs the section 'square', which it draws; got '--only' with "
+                f"{', '.join(args.only) or 'none'}."
+            )
         from cupybnn.benchmark.chart import needs_matplotlib
 
         needs_matplotlib()
@@ -242,8 +250,10 @@ def _lines_of(record: dict[str, Any], done: str) -> Iterable[str]:
 
 def _tune(device: Device) -> None:
     if device.kind != "cuda":
+        status = cuda_status()
+        why = "" if status.available else f" {status.reason}"
         raise ValueError(
-            f"The '--tune' needs a CUDA device, for it measures the CUDA kernels; got {device}."
+            f"The '--tune' needs a GPU, for it measures the CUDA kernels; got {device}.{why}"
         )
     from cupybnn.backends.cuda.tuning import table_path
     from cupybnn.benchmark import tuning

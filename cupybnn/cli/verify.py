@@ -1,4 +1,4 @@
-"""``cupybnn verify``: xnor_gemm against a plain product of ±1 matrices, element by element."""
+"""``cupybnn verify``: products by xnor_gemm against plain ones of ±1, element by element."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn.backends.devices import CPU, Device, cuda_status, resolve, synchronize, to_device
+from cupybnn.backends.devices import (
+    CPU,
+    Device,
+    array_module,
+    cuda_status,
+    resolve,
+    synchronize,
+    to_device,
+)
 
-__all__ = ["CASES", "Case", "Outcome", "add_parser", "check", "run"]
+__all__ = ["CASES", "Case", "Outcome", "add_parser", "check", "kinds", "run"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,12 @@ CASES = (
 )
 
 
+def kinds(case: Case) -> tuple[str, ...]:
+    """Return the ways in which a case is multiplied; scales and thresholds are for matrices."""
+    matrices = len(case.a) > 1 and len(case.b) > 1
+    return ("arrays", "packed", "scaled", "signs") if matrices else ("arrays", "packed")
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What one comparison found: ``problem`` is empty where every element is equal."""
@@ -65,14 +79,14 @@ class Outcome:
     device: str
     kernel: str
     case: Case
-    operands: str
+    kind: str
     elements: int
     seconds: float
     problem: str = ""
 
     def line(self) -> str:
         """Return the outcome as one line of the report."""
-        what = f"{self.device:<7} {self.kernel:<16} {self.operands:<7} {self.case}"
+        what = f"{self.device:<7} {self.kernel:<16} {self.kind:<7} {self.case}"
         if self.problem:
             return f"{what}  {self.problem}"
         return f"{what}  equal ({self.elements} elements, {self.seconds * 1e3:.1f} ms)"
@@ -85,7 +99,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="compare every kernel of this machine with a plain product, element by element",
         description=(
             "Multiply random matrices of +1 and -1 by xnor_gemm and by matmul and compare every "
-            "element, for each kernel that this machine can run and for a list of awkward shapes. "
+            "element, for each kernel that this machine can run and for a list of awkward shapes: "
+            "from arrays, from packed matrices, with scales and a bias ('scaled'), and with a "
+            "packed result against thresholds ('signs'). "
             "The exit code is 1 if anything differs."
         ),
     )
@@ -168,21 +184,24 @@ def check(
     Yields
     ------
     Outcome
-        Two for each case: from arrays, and from packed operands.
+        One for each case and each of its `kinds`.
     """
     rng = np.random.default_rng(seed)
     for case in cases:
         a, b = _signs(rng, case.a, case.layout), _signs(rng, case.b, case.layout)
         # Exact: |sum| <= K < 2**24, in float32 on the host, whatever the device and kernel.
-        want = np.matmul(a, b)
+        product = np.matmul(a, b)
+        terms = _terms(rng, product, case.a[-1])
         # The copy to a device keeps transposed layouts; a strided one is cut out over there.
         with device.scope():
             a_there, b_there = (_on_device(x, device, case.layout) for x in (a, b))
-        for operands in ("arrays", "packed"):
+        for kind in kinds(case):
+            want = _wanted(product, kind, terms)
             start = time.perf_counter()
             try:
                 with device.scope(), _forced(device, kernel):
-                    got = _product(a_there, b_there, operands == "packed")
+                    terms_there = {name: to_device(x, device) for name, x in terms.items()}
+                    got = _product(a_there, b_there, kind, terms_there)
                     synchronize(device)
                     got = np.asarray(to_device(got, CPU))
                 problem = _difference(got, want)
@@ -192,11 +211,42 @@ def check(
                 str(device),
                 kernel,
                 case,
-                operands,
-                int(want.size),
+                kind,
+                int(product.size),
                 time.perf_counter() - start,
                 problem,
             )
+
+
+def _terms(rng: np.random.Generator, product: np.ndarray, k: int) -> dict[str, Any]:
+    """Return random scales, bias, thresholds and flips for a product of matrices."""
+    if product.ndim < 2:
+        return {}
+    m, n = product.shape[-2:]
+    spread = int(k**0.5) + 1  # of a product of random signs: thresholds lie among the results
+    return {
+        "row": rng.standard_normal((m, 1), np.float32),
+        "column": rng.standard_normal((n,), np.float32),
+        "bias": rng.standard_normal((n,), np.float32),
+        "threshold": rng.integers(-spread, spread + 1, n).astype(np.int32),
+        "flip": rng.random(n) < 0.5,
+    }
+
+
+def _wanted(product: np.ndarray, kind: str, terms: dict[str, Any]) -> np.ndarray:
+    """Return what a kind of product must give, from the plain one, by the documented formulas."""
+    if kind == "scaled":
+        return product * terms["row"] * terms["column"] + terms["bias"]
+    if kind == "signs":
+        plus = (product >= terms["threshold"]) != terms["flip"]
+        return _with_counts(np.where(plus, np.float32(1), np.float32(-1)), plus.sum(axis=-1))
+    return product
+
+
+def _with_counts(signs: Any, popcounts: Any) -> Any:
+    """Return signs with the number of +1 in each row as a further column."""
+    counts = popcounts.astype(np.float32)[..., None]
+    return array_module(signs, counts).concatenate([signs, counts], axis=-1)
 
 
 def _signs(rng: np.random.Generator, shape: tuple[int, ...], layout: str) -> np.ndarray:
@@ -221,10 +271,15 @@ def _on_device(x: np.ndarray, device: Device, layout: str) -> Any:
     return there
 
 
-def _product(a: Any, b: Any, packed: bool) -> Any:
-    from cupybnn import pack, xnor_gemm
+def _product(a: Any, b: Any, kind: str, terms: dict[str, Any]) -> Any:
+    from cupybnn import pack, xnor_gemm, xnor_gemm_packed
 
-    if packed:
+    if kind == "scaled":
+        return xnor_gemm(a, b, scale=(terms["row"], terms["column"]), bias=terms["bias"])
+    if kind == "signs":
+        p = xnor_gemm_packed(a, b, threshold=terms["threshold"], flip=terms["flip"])
+        return _with_counts(p.unpack(np.float32), p.popcounts)
+    if kind == "packed":
         a, b = pack(a, axis=-1), pack(b, axis=-2 if b.ndim > 1 else -1)
     return xnor_gemm(a, b)
 
@@ -232,13 +287,14 @@ def _product(a: Any, b: Any, packed: bool) -> Any:
 def _difference(got: np.ndarray, want: np.ndarray) -> str:
     """Return a sentence about the first element that differs; "" if none does."""
     if got.shape != want.shape:
-        return f"DIFFERS: shape {got.shape}, matmul gives {want.shape}"
+        return f"DIFFERS: shape {got.shape}, a plain product gives {want.shape}"
     wrong = got != want
     count = int(np.count_nonzero(wrong))
     if count == 0:
         return ""
     first = tuple(int(i) for i in np.argwhere(wrong)[0])
     return (
-        f"DIFFERS at {list(first)}: xnor_gemm gives {got[first]}, matmul {want[first]} "
+        f"DIFFERS at {list(first)}: xnor_gemm gives {got[first]}, a plain product "
+        f"{want[first]} "
         f"({count} of {want.size} elements differ)"
     )

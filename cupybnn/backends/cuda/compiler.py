@@ -82,11 +82,15 @@ def load_kernel(source: str, function: str, defines: Defines, device: int, share
 
 @dataclass(frozen=True)
 class Resources:
-    """What ptxas says of a kernel: registers, stack and spilled bytes of a thread."""
+    """What ptxas says of a kernel: registers, stack and spilled bytes of a thread.
+
+    `shared_bytes` are those of a block that the kernel declares, beside what a launch asks for.
+    """
 
     registers: int
     stack_bytes: int
     spill_bytes: int
+    shared_bytes: int
     serialized_wgmma: bool
 
 
@@ -138,5 +142,6 @@ def _resources(log: str) -> Resources:
         registers=largest(r"Used (\d+) registers"),
         stack_bytes=largest(r"(\d+) bytes stack frame"),
         spill_bytes=largest(r"(\d+) bytes spill stores"),
+        shared_bytes=largest(r"(\d+) bytes smem"),
         serialized_wgmma="C7510" in log or "C7515" in log,
     )

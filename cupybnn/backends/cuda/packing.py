@@ -72,10 +72,24 @@ def pack(x: Any, axis: int) -> tuple[Any, Any]:
     popcounts = cupy.empty((*x.shape[:-2], lines), np.int32)
     if popcounts.size:
         x = x if x.ndim <= 3 else x.reshape(batch, *x.shape[-2:])
-        PackPlan([(x, axis)], x.device.id).launch(
-            [(x.data.ptr, words.data.ptr, popcounts.data.ptr)]
-        )
+        _plan(x, axis).launch([(x.data.ptr, words.data.ptr, popcounts.data.ptr)])
     return words, popcounts
+
+
+_plans: dict[tuple[Any, ...], PackPlan] = {}
+_MOST_PLANS = 10_000  # a program whose shapes never repeat should not grow for ever
+
+
+def _plan(x: Any, axis: int) -> PackPlan:
+    """Return the plan for arrays of this kind, worked out at the first of them."""
+    device = x.data.device_id
+    key = (x.shape, x.strides, x.dtype, x.data.ptr & 15, axis, device)
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = PackPlan([(x, axis)], device)
+    return plan
 
 
 class PackPlan:
