@@ -109,7 +109,7 @@ def test_own_file(tmp_path):
         ("n_hidden = ", "is not TOML"),
         ("n_hidden = 5", r"must hold a 'summary' and a table \[settings\].*got n_hidden"),
         ("", "got nothing"),
-        ("[settings]\nlearning = 1", r"got learning\. Known:"),
+        ("[settings]\nlearning = 1", r"recipe .*bad\.toml must name .*; got learning\. Known:"),
         ("[settings]\nlr = -1.0", "The 'lr' must be"),
     ],
 )
@@ -126,6 +126,12 @@ def test_unknown_name(capsys):
         assert (
             "must be one of augmented, binarynet, digits, original, tiny" in capsys.readouterr().err
         )
+
+
+def test_no_such_file(tmp_path, capsys):
+    path = str(tmp_path / "mine.toml")
+    assert main(["train", "--recipe", path]) == 2
+    assert f"or a .toml file; there is no file {path!r}." in capsys.readouterr().err
 
 
 QUICK = {
