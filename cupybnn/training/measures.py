@@ -6,15 +6,22 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cupybnn import nn
-from cupybnn.autograd import Tensor
+from cupybnn.autograd import Tensor, no_grad
 from cupybnn.autograd.storage import module_of
 from cupybnn.training.records import Callback
 
 if TYPE_CHECKING:
-    from cupybnn.training.records import StepOutput
+    from cupybnn.training.records import Evaluation, StepOutput, TrainResult
     from cupybnn.training.trainer import Trainer
 
-__all__ = ["FlipCounter", "FlipRecord", "Flips", "outside_window", "sign_entropy"]
+__all__ = [
+    "EntropyRecord",
+    "FlipCounter",
+    "FlipRecord",
+    "Flips",
+    "outside_window",
+    "sign_entropy",
+]
 
 
 class Flips(NamedTuple):
@@ -134,3 +141,42 @@ class FlipRecord(Callback):
             self.flips.setdefault(name, []).append(flips)
         for name, share in outside_window(trainer.model).items():
             self.outside.setdefault(name, []).append(share)
+
+
+class EntropyRecord(Callback):
+    """Keeps the entropy of the activations' signs at each evaluation and at the end, by layer.
+
+    Parameters
+    ----------
+    images : int
+        It is taken over so many of the first test images.
+
+    Attributes
+    ----------
+    steps : list of int
+        Numbers of the steps.
+    entropy : dict of str to list of float
+        By the name of the layer that the activations come from, such as "fc1": `sign_entropy`, in
+        bits, one for each of `steps`. Layers whose activations are no signs are not in it.
+    """
+
+    def __init__(self, images: int = 256) -> None:
+        self.steps: list[int] = []
+        self.entropy: dict[str, list[float]] = {}
+        self._images = images
+
+    def on_evaluate(self, trainer: Trainer, evaluation: Evaluation) -> None:
+        """Measure."""
+        self.steps.append(evaluation.step)
+        inputs = trainer.data.scale(trainer.data.test_images[: self._images])
+        trainer.model.eval()
+        with no_grad():
+            for tag, value in trainer.model.stages(Tensor(inputs)):
+                if value.two_valued:
+                    layer = tag.removesuffix("/activation")
+                    self.entropy.setdefault(layer, []).append(sign_entropy(value))
+
+    def on_end(self, trainer: Trainer, result: TrainResult) -> None:
+        """Measure after the last step, unless that was just done."""
+        if result.final.step not in self.steps[-1:]:
+            self.on_evaluate(trainer, result.final)
