@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import subprocess
+import sys
 from typing import ClassVar
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from cupybnn import nn
 from cupybnn.autograd import Tensor
@@ -391,3 +397,23 @@ class TestAverage:
         first = train(**settings, log_dir=str(tmp_path))
         with pytest.raises(CheckpointError, match="average: checkpoint 'ema', this run 'swa'"):
             train(**{**settings, "average": "swa", "restore": str(first.run_folder)})
+
+
+def test_bench_script_makes_a_row_and_a_record(tmp_path):
+    path = tmp_path / "recipes.json"
+    command = [sys.executable, str(ROOT / "bench/recipes.py"), "digits", "--seeds", "2"]
+    command += ["--json", str(path), "--", "--max_steps", "3", "--n_hidden", "8", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    number = r"\d\.\d{4}"
+    assert re.fullmatch(
+        rf"\| `digits` \| {number} ± {number} \| \d+ to \d+ s a seed on cpu \|\n", done.stdout
+    )
+    record = json.loads(path.read_text(encoding="utf-8"))
+    runs = record["recipes"]["digits"]["runs"]
+    assert [run["seed"] for run in runs] == [0, 1]
+    settings = {**recipes.load("digits").settings, "max_steps": 3, "n_hidden": 8, "device": "cpu"}
+    assert runs[1]["accuracy"] == round(train(**settings, seed=1).final_accuracy, 4)
+    assert record["machine"]["cpu"]
+    assert record["options"][:2] == ["--max_steps", "3"]
