@@ -19,8 +19,10 @@ __all__ = [
     "FlipCounter",
     "FlipRecord",
     "Flips",
+    "flipped",
     "outside_window",
     "sign_entropy",
+    "weight_signs",
 ]
 
 
@@ -38,6 +40,19 @@ def _binary_weights(model: nn.Module) -> Iterator[tuple[str, nn.BinaryLinear, An
             yield f"{name}.weight" if name else "weight", module, module.weight.data
 
 
+def weight_signs(model: nn.Module) -> dict[str, Any]:
+    """Return, for each binary layer's weight by name, where it is +1: arrays of bool."""
+    return {name: array >= 0 for name, _, array in _binary_weights(model)}
+
+
+def flipped(model: nn.Module, before: dict[str, Any]) -> dict[str, float]:
+    """Return, by name, the share of binary weights with another sign than in `weight_signs`.
+
+    Reads the counts from the device, and so waits for it.
+    """
+    return {name: _share(signs != before[name]) for name, signs in weight_signs(model).items()}
+
+
 class FlipCounter:
     """Counts the binary weights that flip.
 
@@ -49,7 +64,7 @@ class FlipCounter:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._start = {name: array >= 0 for name, _, array in _binary_weights(model)}
+        self._start = weight_signs(model)
         self._last = dict(self._start)
 
     def update(self) -> dict[str, Flips]:
@@ -58,8 +73,7 @@ class FlipCounter:
         Reads the counts from the device, and so waits for it.
         """
         flips = {}
-        for name, _, array in _binary_weights(self._model):
-            signs = array >= 0
+        for name, signs in weight_signs(self._model).items():
             shares = (_share(signs != then[name]) for then in (self._last, self._start))
             flips[name] = Flips(*shares)
             self._last[name] = signs
