@@ -5,14 +5,14 @@
 
 What follows ``--`` goes to ``cupybnn train``: MNIST's folder, the device, ``--validation N`` to
 choose settings by. The accuracy is that after the last step; the time is of the whole command,
-start, data and evaluations included. The deviation is that of these seeds (the root of their mean
-square distance from their mean).
+start, data and evaluations included. The deviation is the sample standard deviation of the seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 import subprocess
@@ -50,7 +50,8 @@ def row(recipe: str, runs: list[dict[str, Any]]) -> str:
     """Return the recipe's row: mean and deviation of the accuracy, least and greatest time."""
     accuracies = [run["accuracy"] for run in runs]
     seconds = [run["seconds"] for run in runs]
-    mean, deviation = statistics.fmean(accuracies), statistics.pstdev(accuracies)
+    mean = statistics.fmean(accuracies)
+    deviation = statistics.stdev(accuracies) if len(runs) > 1 else math.nan
     return (
         f"| `{recipe}` | {mean:.4f} ± {deviation:.4f} | "
         f"{min(seconds):.0f} to {max(seconds):.0f} s a seed on {runs[0]['device']} |"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -397,6 +398,21 @@ class TestAverage:
         first = train(**settings, log_dir=str(tmp_path))
         with pytest.raises(CheckpointError, match="average: checkpoint 'ema', this run 'swa'"):
             train(**{**settings, "average": "swa", "restore": str(first.run_folder)})
+
+
+def test_row_of_a_recipe():
+    spec = importlib.util.spec_from_file_location("bench_recipes", ROOT / "bench/recipes.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    accuracies, seconds = (0.9859, 0.9831, 0.9746, 0.9803, 0.9775), (9.4, 9.0, 11.6, 10.0, 10.0)
+    runs = [
+        {"accuracy": accuracy, "seconds": time, "device": "cpu"}
+        for accuracy, time in zip(accuracies, seconds, strict=True)
+    ]
+    # The sample standard deviation: 0.0040 would be that of these five as all there are.
+    expected = "| `digits` | 0.9803 ± 0.0045 | 9 to 12 s a seed on cpu |"
+    assert script.row("digits", runs) == expected
+    assert "0.9859 ± nan" in script.row("digits", runs[:1])
 
 
 def test_bench_script_makes_a_row_and_a_record(tmp_path):
