@@ -20,6 +20,7 @@ from cupybnn.training import logs as logs_module
 from cupybnn.training.checkpoint import BEST, NEWEST, load
 from cupybnn.training.event_file import EventFile
 from cupybnn.training.histogram import Histogram
+from cupybnn.training.measures import FlipRecord
 from cupybnn.training.runs import CONFIG_NAME
 
 SETTINGS = {
@@ -66,7 +67,7 @@ def test_every_tag_with_the_right_steps(tmp_path, binary):
         expected |= {"fc2/weight_sign", "fc3/weight_sign"}
     measures = set()
     if binary:
-        kinds = ("flips", "flips_since_start", "outside_window")
+        kinds = ("flips", "flips_at_step", "flips_since_start", "outside_window")
         measures = {f"{kind}/{name}" for kind in kinds for name in ("fc2", "fc3")}
         measures |= {"sign_entropy/fc1", "sign_entropy/fc2"}
     assert set(scalars) == SCALARS | measures
@@ -119,6 +120,37 @@ def test_measures_are_those_of_the_weights(tmp_path):
     assert scalars["flips/fc3"][-1][1] <= flipped
     assert scalars["outside_window/fc3"][-1][1] == 0
     assert 0.5 < scalars["sign_entropy/fc1"][-1][1] <= 1
+
+
+@pytest.mark.parametrize("every", [1, 3, 10])
+def test_flips_at_a_step_are_those_of_that_step(tmp_path, every):
+    settings = {**SETTINGS, "max_steps": 12, "eval_every_n": every}
+    record = FlipRecord()
+    config = TrainConfig(**settings, binary=True, batch_norm=True, log_dir=str(tmp_path))
+    result = Trainer(config, [record]).run()
+    scalars, _ = events(result.run_folder)
+    assert [step for step, _ in scalars["flips_at_step/fc2"]][-1] == 11
+    for layer in ("fc2", "fc3"):
+        each = [flips.since_last for flips in record.flips[f"{layer}.weight"]]
+        assert any(each)
+        for step, share in scalars[f"flips_at_step/{layer}"]:
+            assert share == pytest.approx(each[step])
+
+
+def test_flips_at_a_step_that_was_not_foreseen_are_left_out(tmp_path):
+    config = TrainConfig(**SETTINGS, binary=True, batch_norm=True, log_dir=str(tmp_path))
+    trainer = Trainer(config)
+    step = trainer.make_step
+
+    def step_and_stop(number):
+        if number == 15:
+            trainer.request_stop()
+        return step(number)
+
+    trainer.make_step = step_and_stop
+    scalars, _ = events(trainer.run().run_folder)
+    assert [step for step, _ in scalars["flips/fc2"]] == [0, 10, 15]
+    assert [step for step, _ in scalars["flips_at_step/fc2"]] == [0, 10]
 
 
 def test_files_of_a_run(tmp_path):
@@ -263,9 +295,14 @@ def test_logging_costs_little(tmp_path):
     config = TrainConfig(
         dataset="digits", binary=True, max_steps=101, log_dir=str(tmp_path), device="cpu"
     )
-    spent = []
+    spent, beside = [], []
 
     class Timed(logs_module.TensorBoardWriter):
+        def on_step(self, trainer, step, output):
+            start = time.perf_counter()
+            super().on_step(trainer, step, output)
+            beside.append(time.perf_counter() - start)
+
         def on_evaluate(self, trainer, evaluation):
             start = time.perf_counter()
             super().on_evaluate(trainer, evaluation)
@@ -279,7 +316,8 @@ def test_logging_costs_little(tmp_path):
     finally:
         logs_module.TensorBoardWriter = original
     training = 100 * config.batch_size / trainer.timer.median()
-    assert min(spent) < 0.05 * training
+    assert len(beside) == 101
+    assert min(spent) + sum(beside) < 0.05 * training
 
 
 class TestHistogram:

@@ -7,7 +7,13 @@ import pytest
 
 from cupybnn import nn
 from cupybnn.autograd import Tensor
-from cupybnn.training.measures import FlipCounter, FlipRecord, outside_window, sign_entropy
+from cupybnn.training.measures import (
+    EntropyRecord,
+    FlipCounter,
+    FlipRecord,
+    outside_window,
+    sign_entropy,
+)
 
 
 def layer_of(xp, values):
@@ -54,3 +60,38 @@ def test_record_of_a_run():
     assert len(flips) == 5
     assert any(f.since_last > 0 for f in flips)
     assert flips[0].since_last == flips[0].since_start
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_entropy_of_a_run(last):
+    from cupybnn.training import TrainConfig, Trainer
+
+    record = EntropyRecord()
+    config = TrainConfig(
+        dataset="digits",
+        device="cpu",
+        binary=True,
+        last=last,
+        n_hidden=16,
+        max_steps=25,
+        eval_every_n=10,
+    )
+    trainer = Trainer(config, callbacks=[record])
+    trainer.run()
+    assert record.steps == [0, 10, 20, 24]
+    assert set(record.entropy) == {"fc1", "fc2"} | ({"fc3"} if last else set())
+    images = trainer.data.scale(trainer.data.test_images[:256])
+    trainer.model.eval()
+    stages = dict(trainer.model.stages(Tensor(images)))
+    for name, entropy in record.entropy.items():
+        assert len(entropy) == 4
+        assert entropy[-1] == sign_entropy(stages[f"{name}/activation"])
+
+
+def test_entropy_of_a_network_without_signs_is_empty():
+    from cupybnn.training import TrainConfig, Trainer
+
+    record = EntropyRecord()
+    config = TrainConfig(dataset="digits", device="cpu", n_hidden=16, max_steps=1)
+    Trainer(config, callbacks=[record]).run()
+    assert (record.steps, record.entropy) == ([0], {})

@@ -79,6 +79,9 @@ def run(tmp_path, monkeypatch):
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
+        watch = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        watch += "import legends\nlegends.watch()"
+        notebook.cells.insert(0, nbformat.v4.new_code_cell(watch))
         client = nbclient.NotebookClient(
             notebook,
             timeout=300,
@@ -134,6 +137,42 @@ def test_runs_on_mnist(number, run, mnist_dir, tmp_path):
     np.savez(tmp_path / "data" / "mnist_784.npz", allow_pickle=False, **arrays)
     (path,) = FOLDER.glob(f"{number}_*.ipynb")
     assert "mnist on cpu" in "".join(map(text_of, outputs(run(path))))
+
+
+def test_a_legend_on_the_data_is_found():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from legends import covering
+
+    def check(draw: Any, place: str) -> list[str]:
+        figure, axes = plt.subplots()
+        draw(axes)
+        axes.axhline(0.5)
+        axes.set(xlim=(0, 1), ylim=(0, 1), title="one")
+        axes.legend(loc=place)
+        figure.canvas.draw()
+        found = covering(figure)
+        plt.close(figure)
+        return found
+
+    def rising(axes: Any) -> None:
+        axes.plot([0, 1], [0, 1], label="rising")
+
+    def point(axes: Any) -> None:
+        axes.plot([0.1], [0.95], "o", label="point")
+
+    def bar(axes: Any) -> None:
+        axes.bar([0.1], [0.97], 0.1, label="bar")
+
+    for draw, under, beside in (
+        (rising, "center", "upper left"),
+        (point, "upper left", "lower left"),
+        (bar, "upper left", "upper right"),
+    ):
+        assert check(draw, under) == ["the legend of 'one' covers what is shown"]
+        assert check(draw, beside) == []
 
 
 def test_the_checks_can_fail():

@@ -6,6 +6,7 @@ Finite differences cannot test them: a pseudo-gradient is not the derivative of 
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -112,10 +113,12 @@ def test_window_is_where_the_pseudo_gradient_ends(name):
 @pytest.mark.parametrize("name", ops.quantizer_names())
 def test_docstring_says_formula_picture_and_source(name):
     text = type(ops.get_quantizer(name)).__doc__
+    assert "Forward: " in text
     assert "Pseudo-gradient:" in text
     assert "::" in text
     assert "-1         0         1" in text
-    assert "Notes" in text
+    source = text.partition("Notes\n    -----\n")[2]
+    assert re.match(r"\s+[\w ]+( et al\.|, [\w, ]+): \w.*\b20\d\d\b", source, re.DOTALL)
 
 
 @pytest.mark.parametrize("name", ops.quantizer_names())

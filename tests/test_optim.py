@@ -327,17 +327,15 @@ class TestWeightAverage:
         p = make(xp, (3,))
         average = optim.WeightAverage([p], decay)
         rng = np.random.default_rng(3)
-        expected = None
         history = []
         for _ in range(4):
             p.data = xp.asarray(rng.standard_normal(3))
             history.append(host(p.data).copy())
             average.update()
-            now = history[-1]
-            expected = now if expected is None or decay is None else 0.8 * expected + 0.2 * now
-        if decay is None:
-            expected = np.mean(history, 0)
-        np.testing.assert_allclose(host(average.averages[0]), expected, rtol=1e-12)
+            # Each update before counts 0.8 times as much as the next; the first is not favoured.
+            shares = None if decay is None else decay ** np.arange(len(history))[::-1]
+            expected = np.average(history, axis=0, weights=shares)
+            np.testing.assert_allclose(host(average.averages[0]), expected, rtol=1e-12)
 
     def test_applied_for_a_while(self, xp):
         p = make(xp, (3,))

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from cupybnn.cli.main import main
+from cupybnn.ops import Quantizer, get_quantizer, quantizer_names, quantizers
 from cupybnn.training import TrainConfig
 from cupybnn.training.checkpoint import NEWEST, load
 from cupybnn.training.runs import CONFIG_NAME
@@ -114,6 +115,16 @@ class TestOutput:
         assert "--xnor has no effect without --binary." in done.stderr
         assert "--last has no effect without --binary." in done.stderr
 
+    def test_settings_of_another_choice_are_said_to_have_no_effect(self):
+        idle = ["--label_smoothing", "0.1", "--weight_decay", "0.1", "--milestones", "10"]
+        done = train(*QUICK, *idle, "--loss", "squared_hinge", "--penalty", "bipolar")
+        assert "--label_smoothing has no effect without --loss cross_entropy." in done.stderr
+        assert "--weight_decay has no effect without --optimizer adamw." in done.stderr
+        assert "--milestones has no effect without --schedule step." in done.stderr
+        assert "--penalty bipolar has no effect without --binary." in done.stderr
+        used = ["--optimizer", "adamw", "--schedule", "step"]
+        assert "no effect" not in train(*QUICK, *idle, *used).stderr
+
     def test_bar_on_a_terminal(self):
         master, slave = os.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
@@ -187,6 +198,11 @@ class TestUsage:
         text = capsys.readouterr().out
         for name in TrainConfig.__dataclass_fields__:
             assert (f"--{name} " in text or f"--{name}," in text) or name == "data_dir"
+        for name, kind in vars(quantizers).items():
+            if isinstance(kind, type) and issubclass(kind, Quantizer) and kind is not Quantizer:
+                names = [n for n in quantizer_names() if type(get_quantizer(n)) is kind]
+                assert names, name
+                assert all(n in text for n in names)
 
     def test_defaults_are_the_configurations(self):
         from cupybnn.cli import train as module

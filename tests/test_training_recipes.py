@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
 from typing import ClassVar
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from cupybnn import nn
 from cupybnn.autograd import Tensor
@@ -109,7 +116,7 @@ def test_own_file(tmp_path):
         ("n_hidden = ", "is not TOML"),
         ("n_hidden = 5", r"must hold a 'summary' and a table \[settings\].*got n_hidden"),
         ("", "got nothing"),
-        ("[settings]\nlearning = 1", r"got learning\. Known:"),
+        ("[settings]\nlearning = 1", r"recipe .*bad\.toml must name .*; got learning\. Known:"),
         ("[settings]\nlr = -1.0", "The 'lr' must be"),
     ],
 )
@@ -126,6 +133,12 @@ def test_unknown_name(capsys):
         assert (
             "must be one of augmented, binarynet, digits, original, tiny" in capsys.readouterr().err
         )
+
+
+def test_no_such_file(tmp_path, capsys):
+    path = str(tmp_path / "mine.toml")
+    assert main(["train", "--recipe", path]) == 2
+    assert f"or a .toml file; there is no file {path!r}." in capsys.readouterr().err
 
 
 QUICK = {
@@ -385,3 +398,38 @@ class TestAverage:
         first = train(**settings, log_dir=str(tmp_path))
         with pytest.raises(CheckpointError, match="average: checkpoint 'ema', this run 'swa'"):
             train(**{**settings, "average": "swa", "restore": str(first.run_folder)})
+
+
+def test_row_of_a_recipe():
+    spec = importlib.util.spec_from_file_location("bench_recipes", ROOT / "bench/recipes.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    accuracies, seconds = (0.9859, 0.9831, 0.9746, 0.9803, 0.9775), (9.4, 9.0, 11.6, 10.0, 10.0)
+    runs = [
+        {"accuracy": accuracy, "seconds": time, "device": "cpu"}
+        for accuracy, time in zip(accuracies, seconds, strict=True)
+    ]
+    # The sample standard deviation: 0.0040 would be that of these five as all there are.
+    expected = "| `digits` | 0.9803 ± 0.0045 | 9 to 12 s a seed on cpu |"
+    assert script.row("digits", runs) == expected
+    assert "0.9859 ± nan" in script.row("digits", runs[:1])
+
+
+def test_bench_script_makes_a_row_and_a_record(tmp_path):
+    path = tmp_path / "recipes.json"
+    command = [sys.executable, str(ROOT / "bench/recipes.py"), "digits", "--seeds", "2"]
+    command += ["--json", str(path), "--", "--max_steps", "3", "--n_hidden", "8", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    number = r"\d\.\d{4}"
+    assert re.fullmatch(
+        rf"\| `digits` \| {number} ± {number} \| \d+ to \d+ s a seed on cpu \|\n", done.stdout
+    )
+    record = json.loads(path.read_text(encoding="utf-8"))
+    runs = record["recipes"]["digits"]["runs"]
+    assert [run["seed"] for run in runs] == [0, 1]
+    settings = {**recipes.load("digits").settings, "max_steps": 3, "n_hidden": 8, "device": "cpu"}
+    assert runs[1]["accuracy"] == round(train(**settings, seed=1).final_accuracy, 4)
+    assert record["machine"]["cpu"]
+    assert record["options"][:2] == ["--max_steps", "3"]

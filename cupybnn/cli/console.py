@@ -65,11 +65,26 @@ class Console(Callback):
         if config.adversarial:
             details.append(f"images moved against the network ({config.adversarial:g})")
         self._say(f"Network: {data.features}-{hidden}-{data.classes}, {', '.join(details)}")
-        for name in ("xnor", "first", "last"):
-            if getattr(config, name) and not config.binary:
-                self.on_notice(trainer, f"--{name} has no effect without --binary.")
-        if config.sign_keep_prob < 1 and not config.binary:
-            self.on_notice(trainer, "--sign_keep_prob has no effect without --binary.")
+        for option, idle, needed in (
+            ("xnor", config.xnor and not config.binary, "binary"),
+            ("first", config.first and not config.binary, "binary"),
+            ("last", config.last and not config.binary, "binary"),
+            ("sign_keep_prob", config.sign_keep_prob < 1 and not config.binary, "binary"),
+            ("penalty bipolar", config.penalty == "bipolar" and not config.binary, "binary"),
+            (
+                "label_smoothing",
+                config.label_smoothing > 0 and config.loss != "cross_entropy",
+                "loss cross_entropy",
+            ),
+            (
+                "weight_decay",
+                config.weight_decay > 0 and config.optimizer != "adamw",
+                "optimizer adamw",
+            ),
+            ("milestones", config.milestones and config.schedule != "step", "schedule step"),
+        ):
+            if idle:
+                self.on_notice(trainer, f"--{option} has no effect without --{needed}.")
         if config.average != "none":
             kind_of = {"ema": f"exponential, decay {config.average_decay}", "swa": "equal weights"}
             since = f"from step {config.average_from} on"

@@ -55,8 +55,9 @@ def add_parser(subparsers: Any) -> None:
         group,
         "ste",
         "NAME",
-        "pseudo-gradient of sign: hard_tanh, clipped_grad (the original program's), identity, "
-        "approx_sign, swish_sign, magnitude_aware_sign, stochastic_sign, ... (hard_tanh)",
+        "pseudo-gradient of sign: hard_tanh or ste_sign, clipped_grad (the original program's), "
+        "identity, approx_sign, swish_sign, magnitude_aware_sign, stochastic_sign, ede_sign "
+        "(sharpens over training) (hard_tanh)",
     )
     _switch(group, "batch_norm", "batch normalization after each hidden product")
     _option(group, "keep_prob", "P", "chance of a hidden unit not to be dropped (1.0)", float)
@@ -212,8 +213,10 @@ def _config(given: dict[str, Any]) -> TrainConfig:
 
     known = {field.name for field in fields(TrainConfig)}
     settings = {name: value for name, value in given.items() if name in known}
+    source = "settings"
     if "recipe" in given:
         settings = {**recipes.load(given["recipe"]).settings, **settings}
+        source = f"recipe {given['recipe']}"
     if "gpu" in given:
         device = f"cuda:{given['gpu']}"
         if given["gpu"] < 0 or settings.get("device", device) not in (device, "cuda"):
@@ -224,7 +227,7 @@ def _config(given: dict[str, Any]) -> TrainConfig:
         settings["device"] = device
     if "restore" in settings:
         return restored_config(settings.pop("restore"), **settings)
-    return TrainConfig.from_mapping(settings)
+    return TrainConfig.from_mapping(settings, source=source)
 
 
 class _Signals:

@@ -31,7 +31,7 @@ __all__ = [
 class SteSign(Quantizer):
     """Straight-through within a window, as if the sign were a hard tanh.
 
-    Pseudo-gradient: ``grad`` where ``|x| <= window``, else 0::
+    Forward: ``sign(x)``. Pseudo-gradient: ``grad`` where ``|x| <= window``, else 0::
 
         1        ┌─────────┬─────────┐
                  │         │         │
@@ -69,7 +69,7 @@ class SteSign(Quantizer):
 class ClippedGrad(Quantizer):
     """Straight-through everywhere, the gradient clipped.
 
-    Pseudo-gradient: ``grad`` limited to [-limit, limit], whatever x is::
+    Forward: ``sign(x)``. Pseudo-gradient: ``grad`` limited to [-limit, limit], whatever x is::
 
         1  ────────────────┬────────────────
                            │
@@ -83,7 +83,9 @@ class ClippedGrad(Quantizer):
 
     Notes
     -----
-    What the TensorFlow program did that this package follows.
+    Bengio, Léonard, Courville: Estimating or propagating gradients through stochastic neurons for
+    conditional computation, 2013, for the estimator without its limit. With it, the TensorFlow
+    program did so that this package follows.
     """
 
     def __init__(self, limit: float = 1.0) -> None:
@@ -97,7 +99,7 @@ class ClippedGrad(Quantizer):
 class IdentitySign(Quantizer):
     """Straight-through everywhere.
 
-    Pseudo-gradient: ``grad``::
+    Forward: ``sign(x)``. Pseudo-gradient: ``grad``::
 
         1  ────────────────┬────────────────
                            │
@@ -118,7 +120,7 @@ class IdentitySign(Quantizer):
 class ApproxSign(Quantizer):
     """The derivative of a piecewise quadratic approximation of the sign.
 
-    Pseudo-gradient: ``grad * (2 - 2 |x|)`` where ``|x| <= 1``, else 0::
+    Forward: ``sign(x)``. Pseudo-gradient: ``grad * (2 - 2 |x|)`` where ``|x| <= 1``, else 0::
 
         2                  ╱╲
                          ╱  │ ╲
@@ -147,8 +149,9 @@ class ApproxSign(Quantizer):
 class SwishSign(Quantizer):
     """The derivative of SignSwish, a smooth approximation that overshoots.
 
-    Pseudo-gradient: ``grad * b (2 - b x tanh(b x / 2)) / (1 + cosh(b x))``, negative where
-    ``|b x| > 2.4``; for b = 5::
+    Forward: ``sign(x)``. Pseudo-gradient:
+    ``grad * b (2 - b x tanh(b x / 2)) / (1 + cosh(b x))``, negative where ``|b x| > 2.4``; for
+    b = 5::
 
         5                  ╭┴╮
                           ╱ │ ╲
@@ -241,9 +244,9 @@ class StochasticSign(SteSign):
 class EdeSign(Quantizer):
     """The derivative of a tanh that sharpens over training: error decay estimation.
 
-    Pseudo-gradient: ``grad * k t (1 - tanh(t x)**2)`` with ``t = 0.1 * 100**progress`` and
-    ``k = max(1 / t, 1)``: nearly the identity at first, nearly the sign's own derivative in the
-    end::
+    Forward: ``sign(x)``. Pseudo-gradient: ``grad * k t (1 - tanh(t x)**2)`` with
+    ``t = 0.1 * 100**progress`` and ``k = max(1 / t, 1)``: nearly the identity at first, nearly the
+    sign's own derivative in the end::
 
         10                 │                  progress = 1: the spike
                            │

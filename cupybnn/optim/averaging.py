@@ -26,7 +26,9 @@ class WeightAverage:
     parameters : iterable of Parameter
         The parameters.
     decay : float, optional
-        ``average = decay * average + (1 - decay) * weight``. None: the mean of all updates (SWA).
+        How much each update counts in comparison with the next: the mean of all updates, the
+        newest with weight 1, the one before with ``decay``, then ``decay**2`` and so on. None: all
+        count the same (SWA).
 
     Examples
     --------
@@ -41,7 +43,10 @@ class WeightAverage:
     Notes
     -----
     Polyak, Juditsky: Acceleration of stochastic approximation by averaging, 1992; Izmailov et al.:
-    Averaging weights leads to wider optima and better generalization (SWA), UAI 2018.
+    Averaging weights leads to wider optima and better generalization (SWA), UAI 2018. The weights
+    of the exponential mean sum to 1 from the first update on, as Adam's do by its correction;
+    ``average = decay * average + (1 - decay) * weight`` alone would leave ``decay**updates`` to the
+    weights it began with, which is a third after 1000 updates of 0.999.
     """
 
     def __init__(self, parameters: Iterable[Parameter], decay: float | None = None) -> None:
@@ -55,7 +60,10 @@ class WeightAverage:
     def update(self) -> None:
         """Take the present weights into the average; the first ones are the whole of it."""
         self.updates += 1
-        part = 1 / self.updates if self.decay is None or self.updates == 1 else 1 - self.decay
+        if self.decay is None:
+            part = 1 / self.updates
+        else:
+            part = (1 - self.decay) / (1 - self.decay**self.updates)
         for average, parameter in zip(self.averages, self.parameters, strict=True):
             with device_of(average).scope():
                 average += part * (parameter._data - average)

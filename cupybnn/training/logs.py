@@ -12,10 +12,17 @@ from cupybnn.autograd import Tensor, no_grad
 from cupybnn.training.checkpoint import CheckpointFolder
 from cupybnn.training.event_file import EventFile
 from cupybnn.training.histogram import Histogram
-from cupybnn.training.measures import FlipCounter, outside_window, sign_entropy
+from cupybnn.training.measures import (
+    FlipCounter,
+    flipped,
+    outside_window,
+    sign_entropy,
+    weight_signs,
+)
 from cupybnn.training.records import Callback, Evaluation, TrainResult
 
 if TYPE_CHECKING:
+    from cupybnn.training.step import StepOutput
     from cupybnn.training.trainer import Trainer
 
 __all__ = ["CheckpointWriter", "TensorBoardWriter"]
@@ -54,10 +61,11 @@ class TensorBoardWriter(Callback):
     ``fc2/weight_gradient`` (of the last step), ``fc2/product`` and ``fc2/activation`` (before and
     after batch norm and non-linearity, on the first images of the test set), and ``logits``.
 
-    Of binary layers also, as shares from 0 to 1: ``flips/fc2`` and ``flips_since_start/fc2``
-    (binary weights with another sign than at the record before, and than when this process
-    started), ``outside_window/fc2`` (latent weights that get no gradient any more), and in bits
-    ``sign_entropy/fc1`` (of the activations' signs, a unit's mean).
+    Of binary layers also, as shares from 0 to 1: ``flips_at_step/fc2``, ``flips/fc2`` and
+    ``flips_since_start/fc2`` (binary weights with another sign than before this step, than at the
+    record before, and than when this process started), ``outside_window/fc2`` (latent weights that
+    get no gradient any more), and in bits ``sign_entropy/fc1`` (of the activations' signs, a
+    unit's mean). The first is not known of the step at which a run is stopped early.
 
     Parameters
     ----------
@@ -70,6 +78,9 @@ class TensorBoardWriter(Callback):
         self._folder = folder
         self._file: EventFile | None = None
         self._flips: FlipCounter | None = None
+        # Signs before a step that will be recorded; flips of a step that was; numbers of both.
+        self._before: tuple[int, dict[str, Any]] = (-1, {})
+        self._at_step: tuple[int, dict[str, float]] = (-1, {})
         self._last = -1
 
     def on_start(self, trainer: Trainer) -> None:
@@ -83,6 +94,21 @@ class TensorBoardWriter(Callback):
             )
             return
         self._flips = FlipCounter(trainer.model)
+        self._look_before(trainer, trainer.step)
+
+    def on_step(self, trainer: Trainer, step: int, output: StepOutput) -> None:
+        """Count the flips of a step that is to be recorded, and look before the next such."""
+        if self._file is None:
+            return
+        number, before = self._before
+        if number == step:
+            self._at_step = (step, flipped(trainer.model, before))
+        self._look_before(trainer, step + 1)
+
+    def _look_before(self, trainer: Trainer, step: int) -> None:
+        config = trainer.config
+        if step % config.eval_every_n == 0 or step == config.max_steps - 1:
+            self._before = (step, weight_signs(trainer.model))
 
     def on_evaluate(self, trainer: Trainer, evaluation: Evaluation) -> None:
         """Write everything for the step of `evaluation`."""
@@ -96,7 +122,7 @@ class TensorBoardWriter(Callback):
             ("accuracy/train", evaluation.train_accuracy),
             ("accuracy/test", evaluation.test_accuracy),
             ("examples_per_second", evaluation.examples_per_second),
-            *self._measures(trainer.model, activations),
+            *self._measures(trainer.model, activations, step),
         ]
         # A run without a step has no training loss.
         finite = [(tag, value) for tag, value in scalars if math.isfinite(value)]
@@ -115,10 +141,13 @@ class TensorBoardWriter(Callback):
             self._file = None
 
     def _measures(
-        self, model: nn.Module, activations: list[tuple[str, Any, bool]]
+        self, model: nn.Module, activations: list[tuple[str, Any, bool]], step: int
     ) -> Iterator[tuple[str, float]]:
         """Yield (tag, value) of what happens to the signs."""
         assert self._flips is not None
+        number, shares = self._at_step
+        for name, share in shares.items() if number == step else ():
+            yield f"flips_at_step/{name.removesuffix('.weight')}", share
         for name, flips in self._flips.update().items():
             layer = name.removesuffix(".weight")
             yield f"flips/{layer}", flips.since_last

@@ -6,15 +6,24 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cupybnn import nn
-from cupybnn.autograd import Tensor
+from cupybnn.autograd import Tensor, no_grad
 from cupybnn.autograd.storage import module_of
 from cupybnn.training.records import Callback
 
 if TYPE_CHECKING:
-    from cupybnn.training.records import StepOutput
+    from cupybnn.training.records import Evaluation, StepOutput, TrainResult
     from cupybnn.training.trainer import Trainer
 
-__all__ = ["FlipCounter", "FlipRecord", "Flips", "outside_window", "sign_entropy"]
+__all__ = [
+    "EntropyRecord",
+    "FlipCounter",
+    "FlipRecord",
+    "Flips",
+    "flipped",
+    "outside_window",
+    "sign_entropy",
+    "weight_signs",
+]
 
 
 class Flips(NamedTuple):
@@ -31,6 +40,19 @@ def _binary_weights(model: nn.Module) -> Iterator[tuple[str, nn.BinaryLinear, An
             yield f"{name}.weight" if name else "weight", module, module.weight.data
 
 
+def weight_signs(model: nn.Module) -> dict[str, Any]:
+    """Return, for each binary layer's weight by name, where it is +1: arrays of bool."""
+    return {name: array >= 0 for name, _, array in _binary_weights(model)}
+
+
+def flipped(model: nn.Module, before: dict[str, Any]) -> dict[str, float]:
+    """Return, by name, the share of binary weights with another sign than in `weight_signs`.
+
+    Reads the counts from the device, and so waits for it.
+    """
+    return {name: _share(signs != before[name]) for name, signs in weight_signs(model).items()}
+
+
 class FlipCounter:
     """Counts the binary weights that flip.
 
@@ -42,7 +64,7 @@ class FlipCounter:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._start = {name: array >= 0 for name, _, array in _binary_weights(model)}
+        self._start = weight_signs(model)
         self._last = dict(self._start)
 
     def update(self) -> dict[str, Flips]:
@@ -51,8 +73,7 @@ class FlipCounter:
         Reads the counts from the device, and so waits for it.
         """
         flips = {}
-        for name, _, array in _binary_weights(self._model):
-            signs = array >= 0
+        for name, signs in weight_signs(self._model).items():
             shares = (_share(signs != then[name]) for then in (self._last, self._start))
             flips[name] = Flips(*shares)
             self._last[name] = signs
@@ -134,3 +155,42 @@ class FlipRecord(Callback):
             self.flips.setdefault(name, []).append(flips)
         for name, share in outside_window(trainer.model).items():
             self.outside.setdefault(name, []).append(share)
+
+
+class EntropyRecord(Callback):
+    """Keeps the entropy of the activations' signs at each evaluation and at the end, by layer.
+
+    Parameters
+    ----------
+    images : int
+        It is taken over so many of the first test images.
+
+    Attributes
+    ----------
+    steps : list of int
+        Numbers of the steps.
+    entropy : dict of str to list of float
+        By the name of the layer that the activations come from, such as "fc1": `sign_entropy`, in
+        bits, one for each of `steps`. Layers whose activations are no signs are not in it.
+    """
+
+    def __init__(self, images: int = 256) -> None:
+        self.steps: list[int] = []
+        self.entropy: dict[str, list[float]] = {}
+        self._images = images
+
+    def on_evaluate(self, trainer: Trainer, evaluation: Evaluation) -> None:
+        """Measure."""
+        self.steps.append(evaluation.step)
+        inputs = trainer.data.scale(trainer.data.test_images[: self._images])
+        trainer.model.eval()
+        with no_grad():
+            for tag, value in trainer.model.stages(Tensor(inputs)):
+                if value.two_valued:
+                    layer = tag.removesuffix("/activation")
+                    self.entropy.setdefault(layer, []).append(sign_entropy(value))
+
+    def on_end(self, trainer: Trainer, result: TrainResult) -> None:
+        """Measure after the last step, unless that was just done."""
+        if result.final.step not in self.steps[-1:]:
+            self.on_evaluate(trainer, result.final)

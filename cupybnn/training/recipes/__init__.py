@@ -60,8 +60,9 @@ def load(name: str) -> Recipe:
     own = name.endswith(".toml") and Path(name).expanduser().is_file()
     path = Path(name).expanduser() if own else _FOLDER / f"{name}.toml"
     if not own and name not in names():
+        what = f"there is no file {name!r}" if name.endswith(".toml") else f"got {name!r}"
         raise ValueError(
-            f"The 'recipe' must be one of {', '.join(names())}, or a .toml file; got {name!r}."
+            f"The 'recipe' must be one of {', '.join(names())}, or a .toml file; {what}."
         )
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))

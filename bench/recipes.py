@@ -1,0 +1,90 @@
+"""Run recipes with several seeds, each as ``cupybnn train``, and make rows for the README's table.
+
+    python bench/recipes.py digits
+    python bench/recipes.py original tiny --json FILE -- FOLDER --device cuda
+
+What follows ``--`` goes to ``cupybnn train``: MNIST's folder, the device, ``--validation N`` to
+choose settings by. The accuracy is that after the last step; the time is of the whole command,
+start, data and evaluations included. The deviation is the sample standard deviation of the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from typing import Any
+
+from cupybnn.files import atomic_write
+from cupybnn.machine import describe
+from cupybnn.training import recipes
+
+_FINAL = re.compile(r"^Final (?:test|validation) accuracy (\d\.\d+)", re.MULTILINE)
+_DEVICE = re.compile(r"; device: (.+)$", re.MULTILINE)
+
+
+def measure(recipe: str, seed: int, options: list[str]) -> dict[str, Any]:
+    """Return accuracy, seconds and device of one run."""
+    command = [sys.executable, "-m", "cupybnn", "train", "--recipe", recipe, "--seed", str(seed)]
+    start = time.perf_counter()
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - start
+    accuracy, device = _FINAL.search(done.stdout), _DEVICE.search(done.stdout)
+    if done.returncode or accuracy is None or device is None:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return {
+        "seed": seed,
+        "accuracy": float(accuracy[1]),
+        "seconds": seconds,
+        "device": device[1],
+    }
+
+
+def row(recipe: str, runs: list[dict[str, Any]]) -> str:
+    """Return the recipe's row: mean and deviation of the accuracy, least and greatest time."""
+    accuracies = [run["accuracy"] for run in runs]
+    seconds = [run["seconds"] for run in runs]
+    mean = statistics.fmean(accuracies)
+    deviation = statistics.stdev(accuracies) if len(runs) > 1 else math.nan
+    return (
+        f"| `{recipe}` | {mean:.4f} ± {deviation:.4f} | "
+        f"{min(seconds):.0f} to {max(seconds):.0f} s a seed on {runs[0]['device']} |"
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure the recipes that are named."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("recipe", nargs="+", choices=recipes.names(), metavar="RECIPE")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1 (5)")
+    parser.add_argument("--json", metavar="FILE", help="write every run and the machine")
+    given = sys.argv[1:] if arguments is None else arguments
+    at = given.index("--") if "--" in given else len(given)
+    args, options = parser.parse_args(given[:at]), given[at + 1 :]
+    record: dict[str, Any] = {
+        "kind": "recipes",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": describe(),
+        "options": options,
+        "recipes": {},
+    }
+    for recipe in args.recipe:
+        runs = []
+        for seed in range(args.seeds):
+            runs.append(measure(recipe, seed, options))
+            print(f"{recipe}, seed {seed}: {runs[-1]['accuracy']:.4f}", file=sys.stderr)
+        record["recipes"][recipe] = {"settings": recipes.load(recipe).settings, "runs": runs}
+        print(row(recipe, runs), flush=True)
+    if args.json:
+        with atomic_write(args.json) as file:
+            file.write((json.dumps(record, indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
