@@ -724,6 +724,8 @@ class TestGradcheck:
             gradcheck(lambda x: x * x, Tensor([1.0], requires_grad=True))
         with pytest.raises(TypeError, match="requires_grad=False"):
             gradcheck(lambda x: x * x, Tensor(np.ones(2)))
+        with pytest.raises(TypeError, match=r"inputs one by one; got list as input 0"):
+            gradcheck(lambda x: x * x, [leaf(np)])
 
     def test_leaves_the_input_as_it_was(self):
         x = leaf(np)

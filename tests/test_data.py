@@ -145,6 +145,18 @@ class TestIdxFolder:
         with pytest.raises(DataError, match=r"t10k-images-idx3-ubyte\.gz is (corrupt|truncated)"):
             load("mnist", tmp_path)
 
+    def test_gzip_stream_that_gives_too_much(self, tmp_path):
+        """Too much of a damaged stream is damage; of a sound one, it is what the file holds."""
+        path = tmp_path / "train-labels-idx1-ubyte.gz"
+        data = bytearray(gzip.compress(idx_bytes(np.arange(10, dtype=np.uint8)) + b"more"))
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=r"longer than its header says: expected 10 bytes"):
+            idx.read_idx(path, 1)
+        data[-8] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(DataError, match=r"corrupt: CRC check failed"):
+            idx.read_idx(path, 1)
+
     def test_wrong_checksum_in_gzip(self, tmp_path, arrays):
         path = write_folder(tmp_path, arrays, NAMES["lecun-gz"])["t10k-images"]
         data = bytearray(path.read_bytes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import io
 import json
 import os
 import subprocess
@@ -248,11 +249,35 @@ def test_records_that_cannot_be_written_are_named(tmp_path):
         def write(self, data):
             raise OSError(28, "No space left on device")
 
+        def close(self):
+            pass
+
     file._records = Full()
     with pytest.raises(
         OSError, match=r"cannot be written to .*tfevents.*: No space left on device"
     ):
         file.add(0, [], [])
+
+
+def test_a_failed_record_does_not_fail_again_at_the_end(tmp_path):
+    """What the failed write left in a buffer must not fail again under another message."""
+    pytest.importorskip("tensorboard")
+
+    class Full(io.RawIOBase):
+        def writable(self):
+            return True
+
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    writer = logs_module.TensorBoardWriter(tmp_path)
+    writer._file = file = EventFile(tmp_path)
+    file._records.close()
+    file._records._writer = io.BufferedWriter(Full())
+    with pytest.raises(OSError, match="records for TensorBoard cannot be written to"):
+        file.add(0, [("a", 1.0)], [])
+    writer.close()
+    assert file._records.closed
 
 
 def test_unwritable_log_directory(tmp_path):

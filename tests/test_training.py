@@ -323,7 +323,12 @@ class TestRestore:
         monkeypatch.setattr(mnist, "_fetch", lambda folder: (_ for _ in ()).throw(OSError("off")))
         _, first, _ = run(dataset="auto", log_dir=tmp_path, max_steps=3)
         monkeypatch.setattr(mnist, "_fetch", lambda folder: pytest.fail("fetched"))
-        assert Trainer(restored_config(str(first.run_folder))).dataset.name == "digits"
+        data = Trainer(restored_config(str(first.run_folder))).dataset
+        assert data.name == "digits"
+        assert data.fallback_reason == f"The run in {first.run_folder} fell back on them."
+        # Who asked for the digits is not told of MNIST.
+        _, asked, _ = run(dataset="digits", log_dir=tmp_path, max_steps=1)
+        assert Trainer(restored_config(str(asked.run_folder))).dataset.fallback_reason is None
 
     def test_bad_checkpoints(self, tmp_path):
         with pytest.raises(CheckpointError, match="does not exist"):

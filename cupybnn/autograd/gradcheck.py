@@ -49,8 +49,14 @@ def gradcheck(
     AssertionError
         If an element differs; names the input, the element and both values.
     TypeError
-        If no input requires a gradient, or one that does is not a float64 leaf.
+        If no input requires a gradient, one that does is not a float64 leaf, or one is no Tensor.
     """
+    for number, x in enumerate(inputs):
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"gradcheck takes a function and then its inputs one by one; got "
+                f"{type(x).__name__} as input {number}, not a Tensor."
+            )
     wanted = [x for x in inputs if x.requires_grad]
     if not wanted or any(x.dtype != np.float64 or not x.is_leaf for x in wanted):
         raise TypeError(

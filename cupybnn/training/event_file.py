@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -50,7 +51,7 @@ class EventFile:
         Raises
         ------
         OSError
-            With the file's name, if it cannot be written.
+            With the file's name, if it cannot be written; the file is closed then.
         """
         event = self._event(wall_time=time.time(), step=step)
         for tag, value in scalars:
@@ -68,6 +69,10 @@ class EventFile:
             self._records.write(event.SerializeToString())  # type: ignore[attr-defined]
             self._records.flush()
         except OSError as error:
+            # Now, since closing writes what is in the buffer: later it would fail once more, and
+            # hide this error.
+            with contextlib.suppress(OSError):
+                self._records.close()
             raise OSError(
                 f"The records for TensorBoard cannot be written to {self._path}: {error.strerror}."
             ) from error

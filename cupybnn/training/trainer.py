@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,10 +126,14 @@ class Trainer:
             for sentence in check_settings(config, stored):
                 self.notice(sentence)
         if dataset is None:
-            name = config.dataset
+            name, reason = config.dataset, None
             if stored is not None and name == "auto" and config.data_dir is None:
                 name = stored.info["dataset"]  # what "auto" came to when the run began
+                if name == "digits":
+                    reason = f"The run in {config.restore} fell back on them."
             dataset = load(name, config.data_dir, notify=self.notice)
+            if reason is not None:
+                dataset = replace(dataset, fallback_reason=reason)
         if config.validation:
             dataset = dataset.with_validation(config.validation)
         self.dataset = dataset
