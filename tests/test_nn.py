@@ -164,6 +164,25 @@ class TestLayers:
         with pytest.raises(ValueError, match=r"'keep_prob' must be in \(0, 1\]; got 2"):
             nn.Dropout(2)
 
+    @pytest.mark.parametrize(
+        ("make", "error", "message"),
+        [
+            (lambda: nn.Linear(-1, 3), ValueError, "'in_features' must be 0 or more; got -1"),
+            (
+                lambda: nn.BinaryLinear(3, -2),
+                ValueError,
+                "'out_features' must be 0 or more; got -2",
+            ),
+            (lambda: nn.Linear(2.0, 3), TypeError, r"must be a whole number; got 2\.0 \(float\)"),
+            (lambda: nn.BatchNorm("8"), TypeError, r"'features' must be .*; got '8' \(str\)"),
+            (lambda: nn.BatchNorm(8, eps=0), ValueError, "'eps' must be above 0; got 0"),
+            (lambda: nn.BatchNorm(8, decay=1.5), ValueError, r"'decay' must be in \[0, 1\]; got 1"),
+        ],
+    )
+    def test_sizes_and_settings_are_checked(self, make, error, message):
+        with pytest.raises(error, match=message):
+            make()
+
     def test_sequential(self):
         net = nn.Sequential(nn.ReLU(), nn.Sign(), last=nn.ReLU())
         assert len(net) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,6 +38,19 @@ def glorot_uniform(shape: tuple[int, int], rng: Rng = None, dtype: Any = "float3
     return np.random.default_rng(rng).uniform(-limit, limit, shape).astype(dtype)
 
 
+def _size(name: str, value: Any) -> int:
+    """Return a number of features, if it is one."""
+    try:
+        size = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"The {name!r} must be a whole number; got {value!r} ({type(value).__name__})."
+        ) from None
+    if size < 0:
+        raise ValueError(f"The {name!r} must be 0 or more; got {size}.")
+    return size
+
+
 class Linear(Module):
     """``y = x @ weight + bias``.
 
@@ -66,8 +80,9 @@ class Linear(Module):
         rng: Rng = None,
         dtype: Any = "float32",
     ) -> None:
-        self.weight = Parameter(glorot_uniform((in_features, out_features), rng, dtype))
-        self.bias = Parameter(np.zeros(out_features, dtype)) if bias else None
+        shape = _size("in_features", in_features), _size("out_features", out_features)
+        self.weight = Parameter(glorot_uniform(shape, rng, dtype))
+        self.bias = Parameter(np.zeros(shape[1], dtype)) if bias else None
 
     def _biased(self, y: Tensor) -> Tensor:
         return y if self.bias is None else y + self.bias
@@ -124,6 +139,11 @@ class BatchNorm(Module):
     def __init__(
         self, features: int, eps: float = 1e-4, decay: float = 0.9, dtype: Any = "float32"
     ) -> None:
+        features = _size("features", features)
+        if not eps > 0:
+            raise ValueError(f"The 'eps' must be above 0; got {eps!r}.")
+        if not 0 <= decay <= 1:
+            raise ValueError(f"The 'decay' must be in [0, 1]; got {decay!r}.")
         self.gamma = Parameter(np.ones(features, dtype))
         self.beta = Parameter(np.zeros(features, dtype))
         self.mean = np.zeros(features, dtype)
