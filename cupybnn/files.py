@@ -13,9 +13,14 @@ from typing import IO
 
 import numpy as np
 
-__all__ = ["A_DAY", "atomic_write", "read_npz", "remove_leftovers"]
+__all__ = ["A_DAY", "atomic_write", "read_npz", "remove_leftovers", "temporary_path"]
 
 A_DAY = 24 * 3600.0  # seconds; nothing is being written for so long
+
+
+def temporary_path(path: Path) -> Path:
+    """Return a name beside `path` for what is being made, which `remove_leftovers` knows."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
 @contextlib.contextmanager
@@ -37,7 +42,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     binary file, open for writing and seekable
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    temporary = temporary_path(path)
     try:
         with open(temporary, "xb") as file:
             yield file

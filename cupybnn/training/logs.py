@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cupybnn import nn
-from cupybnn.autograd import Tensor, no_grad
 from cupybnn.training.checkpoint import CheckpointFolder
 from cupybnn.training.event_file import EventFile
 from cupybnn.training.histogram import Histogram
@@ -17,6 +16,7 @@ from cupybnn.training.measures import (
     flipped,
     outside_window,
     sign_entropy,
+    stages_of,
     weight_signs,
 )
 from cupybnn.training.records import Callback, Evaluation, TrainResult
@@ -159,13 +159,8 @@ class TensorBoardWriter(Callback):
                 yield f"sign_entropy/{tag.removesuffix('/activation')}", sign_entropy(array)
 
     def _of_activations(self, trainer: Trainer) -> list[tuple[str, Any, bool]]:
-        inputs = trainer.data.scale(trainer.data.test_images[: self._PROBE])
-        trainer.model.eval()
-        with no_grad():
-            return [
-                (tag, value.data, value.two_valued)
-                for tag, value in trainer.model.stages(Tensor(inputs))
-            ]
+        stages = stages_of(trainer, self._PROBE)
+        return [(tag, value.data, value.two_valued) for tag, value in stages]
 
 
 def _of_weights(model: nn.Module) -> Iterator[tuple[str, Any, bool]]:

@@ -22,6 +22,7 @@ __all__ = [
     "flipped",
     "outside_window",
     "sign_entropy",
+    "stages_of",
     "weight_signs",
 ]
 
@@ -157,6 +158,14 @@ class FlipRecord(Callback):
             self.outside.setdefault(name, []).append(share)
 
 
+def stages_of(trainer: Trainer, images: int) -> list[tuple[str, Tensor]]:
+    """Return (tag, value) of all that the model computes of the first test images."""
+    inputs = trainer.data.scale(trainer.data.test_images[:images])
+    trainer.model.eval()
+    with no_grad():
+        return list(trainer.model.stages(Tensor(inputs)))
+
+
 class EntropyRecord(Callback):
     """Keeps the entropy of the activations' signs at each evaluation and at the end, by layer.
 
@@ -182,13 +191,10 @@ class EntropyRecord(Callback):
     def on_evaluate(self, trainer: Trainer, evaluation: Evaluation) -> None:
         """Measure."""
         self.steps.append(evaluation.step)
-        inputs = trainer.data.scale(trainer.data.test_images[: self._images])
-        trainer.model.eval()
-        with no_grad():
-            for tag, value in trainer.model.stages(Tensor(inputs)):
-                if value.two_valued:
-                    layer = tag.removesuffix("/activation")
-                    self.entropy.setdefault(layer, []).append(sign_entropy(value))
+        for tag, value in stages_of(trainer, self._images):
+            if value.two_valued:
+                layer = tag.removesuffix("/activation")
+                self.entropy.setdefault(layer, []).append(sign_entropy(value))
 
     def on_end(self, trainer: Trainer, result: TrainResult) -> None:
         """Measure after the last step, unless that was just done."""

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from cupybnn.files import A_DAY, atomic_write, remove_leftovers
+from cupybnn.files import A_DAY, atomic_write, remove_leftovers, temporary_path
 from cupybnn.training.checkpoint import BEST, NEWEST
 from cupybnn.training.config import TrainConfig
 
 __all__ = ["CONFIG_NAME", "new_run_folder", "remove_abandoned", "settings_folder"]
 
 CONFIG_NAME = "config.json"
-_HIDDEN = "run"  # folders in the making are named as atomic_write names files
+_HIDDEN = "run"  # what a folder in the making is called
 
 
 def settings_folder(config: TrainConfig) -> Path:
@@ -78,7 +77,7 @@ def _new_folder(parent: Path, config: TrainConfig, fill: Callable[[Path], None] 
     for run in parent.iterdir():
         if run.name.isdecimal():
             remove_abandoned(run)
-    hidden = parent / f".{_HIDDEN}.{secrets.token_hex(6)}.tmp"
+    hidden = temporary_path(parent / _HIDDEN)
     try:
         hidden.mkdir()
         with atomic_write(hidden / CONFIG_NAME) as file:

@@ -56,7 +56,7 @@ class Feed:
         self._staging = cupyx.empty_pinned(self.images.shape, np.int32)
         self._copied = cupy.cuda.Event(disable_timing=True)
         self._thread = ThreadPoolExecutor(1, "cupybnn-feed")
-        self._ahead: tuple[int, Future[np.ndarray]] | None = None
+        self._ahead: dict[int, Future[np.ndarray]] = {}  # by the first step of the round
         self._next: int | None = None
         self._updates: int | None = None
         self._options: tuple[Any, ...] = ()
@@ -90,13 +90,10 @@ class Feed:
 
     def _drawn(self, first: int) -> np.ndarray:
         """Return the numbers for a round from step `first` on, and have the next ones drawn."""
-        ahead, self._ahead = self._ahead, None
-        images = None if ahead is None else ahead[1].result()  # one thread at a time may draw
-        if images is None or ahead is None or ahead[0] != first:
-            images = self._draw(first)
+        images = self._ahead.get(first) or self._thread.submit(self._draw, first)
         following = first + self.ring
-        self._ahead = following, self._thread.submit(self._draw, following)
-        return images
+        self._ahead = {following: self._thread.submit(self._draw, following)}
+        return images.result()
 
     def _draw(self, first: int) -> np.ndarray:
         images = np.empty(self.images.shape, np.int32)
