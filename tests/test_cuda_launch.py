@@ -104,7 +104,6 @@ def launches(monkeypatch):
     monkeypatch.setattr(product, "architecture", lambda device: 90)
     monkeypatch.setattr(product.tuning, "winners", lambda device: {})
     monkeypatch.setattr(product, "_plans", {})
-    monkeypatch.setattr(packing, "_plans", {})
     return recorded
 
 
@@ -158,35 +157,6 @@ def test_packing_one_array(launches):
     assert (launch.blocks, launch.threads) == (60, 256)
     assert launch.defines == {"SAME_TYPE": 1, "TYPE_A": "float", "TYPE_B": "float"}
     assert not launches.cleared
-
-
-def test_packing_is_planned_once_for_each_kind_of_array(launches, monkeypatch):
-    planned = []
-
-    class Counted(packing.PackPlan):
-        def __init__(self, operands, device):
-            planned.append(operands)
-            super().__init__(operands, device)
-
-    monkeypatch.setattr(packing, "PackPlan", Counted)
-    x = Array((33, 2000))
-    packing.pack(x, -1)
-    packing.pack(Array((33, 2000), address=0x7000_0010), -1)
-    assert len(planned) == 1
-    first, second = (operands_of(launch)[0] for launch in launches)
-    assert second == {**first, "x": 0x7000_0010}
-    others = [
-        (x, -2),
-        (Array((33, 2000), address=0x7000_0004), -1),
-        (Array((33, 2000), np.int32), -1),
-        (Array((33, 2001)), -1),
-        (Array((33, 2000), strides=(4000, 1)), -1),
-    ]
-    for count, (array, axis) in enumerate(others, 2):
-        packing.pack(array, axis)
-        assert len(planned) == count
-    # What was left out of the plan is what the launch is given.
-    assert operands_of(launches[3])[0]["wide"] == 0
 
 
 def test_packing_both_operands_in_one_launch(launches):

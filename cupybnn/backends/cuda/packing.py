@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -16,16 +16,12 @@ __all__ = [
     "chunk_count",
     "from_canonical",
     "geometry",
-    "keep_plan",
-    "kind_of",
     "pack",
     "sign",
     "to_canonical",
     "unpack",
     "words_shape",
 ]
-
-_P = TypeVar("_P")
 
 CHUNK_BITS = 1024
 CHUNK_WORDS = CHUNK_BITS // 32
@@ -76,34 +72,10 @@ def pack(x: Any, axis: int) -> tuple[Any, Any]:
     popcounts = cupy.empty((*x.shape[:-2], lines), np.int32)
     if popcounts.size:
         x = x if x.ndim <= 3 else x.reshape(batch, *x.shape[-2:])
-        _plan(x, axis).launch([(x.data.ptr, words.data.ptr, popcounts.data.ptr)])
+        PackPlan([(x, axis)], x.device.id).launch(
+            [(x.data.ptr, words.data.ptr, popcounts.data.ptr)]
+        )
     return words, popcounts
-
-
-_plans: dict[tuple[Any, ...], PackPlan] = {}
-_MOST_PLANS = 10_000  # a program whose shapes never repeat should not grow for ever
-
-
-def kind_of(x: Any) -> tuple[Any, ...]:
-    """Return what a plan depends on of a CuPy array."""
-    return x.shape, x.strides, x.dtype, x.data.ptr & 15
-
-
-def keep_plan(plans: dict[tuple[Any, ...], _P], key: tuple[Any, ...], plan: _P) -> _P:
-    """Put a plan among those that are kept, and return it."""
-    if len(plans) >= _MOST_PLANS:
-        plans.clear()
-    plans[key] = plan
-    return plan
-
-
-def _plan(x: Any, axis: int) -> PackPlan:
-    """Return the plan for arrays of this kind, worked out at the first of them."""
-    key = (kind_of(x), axis, x.data.device_id)
-    plan = _plans.get(key)
-    if plan is None:
-        plan = keep_plan(_plans, key, PackPlan([(x, axis)], x.data.device_id))
-    return plan
 
 
 class PackPlan:

@@ -14,14 +14,7 @@ import numpy as np
 
 from cupybnn.backends.cuda import dispatch, tuning
 from cupybnn.backends.cuda.compiler import architecture, load_kernel
-from cupybnn.backends.cuda.packing import (
-    PackPlan,
-    chunk_count,
-    geometry,
-    keep_plan,
-    kind_of,
-    words_shape,
-)
+from cupybnn.backends.cuda.packing import PackPlan, chunk_count, geometry, words_shape
 from cupybnn.backends.devices import is_cupy
 from cupybnn.backends.epilogue import Epilogue
 
@@ -174,6 +167,7 @@ def _alloc(size: int) -> Any:
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}
+_MOST_PLANS = 10_000  # a program whose shapes never repeat should not grow for ever
 
 
 def forget_plans() -> None:
@@ -183,7 +177,9 @@ def forget_plans() -> None:
 
 def _kind(x: Any) -> Any:
     """Return what a plan depends on in an operand."""
-    return kind_of(x) if is_cupy(x) else x.shape
+    if is_cupy(x):
+        return x.shape, x.strides, x.dtype, x.data.ptr & 15
+    return x.shape
 
 
 def _plan(
@@ -193,7 +189,9 @@ def _plan(
     key = (_kind(a), _kind(b), batch_shape, strides, output, scaled, device, dispatch.forced())
     plan = _plans.get(key)
     if plan is None:
-        plan = keep_plan(_plans, key, Plan(a, b, batch_shape, strides, output, scaled, device))
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = Plan(a, b, batch_shape, strides, output, scaled, device)
     return plan
 
 
