@@ -1,0 +1,84 @@
+// One step of Adam or AdamW for an element, with the penalty and its gradient, the pseudo-gradient of a
+// latent weight and its clipping; and what is known of a parameter.
+//
+// The translation unit sets, beside what training.cuh wants, PENALTY, one of PENALTY_*; and
+// WRITE_GRADIENT, 1 to leave gradients in float with the penalty's part in them.
+#pragma once
+
+#include "training.cuh"
+
+#define PENALTY_NONE 0
+#define PENALTY_L1 1
+#define PENALTY_BIPOLAR 2  // sum(1 - w**2)
+
+constexpr i64 BINARY = 1;   // the copy holds signs
+constexpr i64 CLIPPED = 2;  // pseudo-gradient: limited to [-1, 1]
+constexpr i64 WINDOW = 4;   // pseudo-gradient: 0 where the weight is beyond [-1, 1]
+constexpr i64 ALIGNED = 8;  // four neighbours can be moved together
+constexpr i64 ROUNDED = 16; // the gradient is a dense product's: real_t, else float
+
+// Filled by cupybnn/backends/cuda/fused_update.py, field by field in this order.
+struct Parameter {
+  float* weight;
+  const void* grad;
+  float* mean;
+  float* square;
+  real_t* copy;     // or null
+  u32* words;  // or null
+  int* pops;
+  float* left;  // gets the gradient; may be where it comes from
+  i64 rows, cols, count, first_block, flags;
+  double limit;  // 0: none
+  double lr_scale, penalty, weight_decay;
+};
+
+// Of one step, from the host.
+struct Rates {
+  float lr, factor, eps, unused;  // lr; lr * root / (1 - b1**t) and eps * root, root = sqrt(1 - b2**t)
+};
+
+struct Adam {
+  const Parameter& p;
+  float penalty, limit, factor, shrink, eps, gain_mean, gain_square;
+
+  __device__ __forceinline__ Adam(const Parameter& p, const Rates& rate, float gain_mean,
+                                  float gain_square)
+      : p(p),
+        penalty((float)p.penalty),
+        limit((float)p.limit),
+        factor(rate.factor * (float)p.lr_scale),
+        shrink(1.0f - rate.lr * (float)p.lr_scale * (float)p.weight_decay),
+        eps(rate.eps),
+        gain_mean(gain_mean),
+        gain_square(gain_square) {}
+
+  // Move weight v with the gradient d and the means m and s of it and of its square; the penalty is
+  // added to `sum`.
+  __device__ __forceinline__ void operator()(float& v, float& d, float& m, float& s, bool exists,
+                                             float& sum) const {
+    if (p.flags & CLIPPED) d = d > 1 ? 1.0f : d < -1 ? -1.0f : d;
+    if (p.flags & WINDOW) d = fabsf(v) <= 1 ? d : 0.0f;
+#if PENALTY == PENALTY_L1
+    sum += penalty * fabsf(v);
+    d += v > 0 ? penalty : v < 0 ? -penalty : 0.0f;
+#elif PENALTY == PENALTY_BIPOLAR
+    if (exists) sum += penalty * (1.0f - v * v);
+    d -= 2.0f * penalty * v;
+#endif
+    m += (d - m) * gain_mean;
+    s += (d * d - s) * gain_square;
+    v = v * shrink - m / (sqrtf(s) + eps) * factor;
+    if (limit > 0) v = v > limit ? limit : v < -limit ? -limit : v;
+  }
+};
+
+// Put the signs of 32 rows of a column, and note what they were, into the packed matrix: `word` counts
+// such groups of rows.
+__device__ __forceinline__ void pack_column(const Parameter& p, i64 col, i64 word, u32 after, u32 before) {
+  if (after == before) return;
+  const i64 chunks = (p.rows + CHUNK_BITS - 1) / CHUNK_BITS, position = position_of((u32)col);
+  p.words[line_chunk(0, chunks, word / CHUNK_WORDS, p.cols, position) +
+          swizzled_word(position, (int)(word % CHUNK_WORDS))] = after;
+  const int more = __popc(after) - __popc(before);
+  if (more) atomicAdd(p.pops + col, more);
+}

@@ -1,0 +1,325 @@
+// Signs, of which one operand has only the bits, times a bfloat16 matrix, on Hopper's tensor cores: the
+// two products of the backward pass of a binary layer.
+//
+//     RESULT_TRANSPOSED  gradient of the inputs: weights (M inputs x K units) by the products' gradient
+//                        (N images x K), stored as N x M
+//     RESULT_UPDATE      gradient of the weights: inputs (K images x M) by the products' gradient
+//                        (K x N units); it is not stored: the weights are updated by it
+//
+// The signs are those that the forward product reads, packed across K here: a word holds 32 of the M
+// results' rows at one k. Warps make bfloat16 operands of them in registers, 32 rows each, where a shift
+// and a byte permutation put two bits where signs belong. So signs take a sixteenth of the memory
+// traffic, and nobody unpacks them beforehand.
+//
+// The first warpgroup feeds and writes: its first warp keeps STAGES slots of shared memory filled with 64
+// elements of K, the matrix by the copy engine and the signs by copies of its own. Two further
+// warpgroups multiply, 128 rows x 128 columns each, and leave a finished tile, rounded to bfloat16, in
+// shared memory. From there the first warpgroup's other warps store it, or update the weights, while
+// the next tile is multiplied: reading four arrays and writing three, which takes the memory a third
+// of the time that a tile of K = 8192 takes the tensor cores.
+//
+// Shared memory: slots; barriers; a tile of results.
+//
+// What bounds it: the tensor cores, 256 clocks for 16 of K; the L2 cache has to bring 18 bytes a clock.
+//
+// The translation unit sets RESULT, and PENALTY and WRITE_GRADIENT (adam.cuh).
+
+#define RESULT_TRANSPOSED 0
+#define RESULT_UPDATE 1
+
+#define REAL bfloat16_bits
+#define BLOCK_WARPS 12
+#define VECTOR 4
+#define NORM 0
+#define DROP 0
+#define PRODUCT float
+#include "adam.cuh"
+#include "wgmma.cuh"
+
+constexpr int TILE_M = 256, TILE_N = 128, DEPTH = 64, STAGES = 8;
+constexpr int CONSUMER_WARPS = 8, WRITERS = 3;
+constexpr int MATRIX_BYTES = TILE_N * DEPTH * 2, SIGN_WORDS = TILE_M / 32;
+constexpr bool ACROSS = RESULT == RESULT_UPDATE;  // the matrix's neighbours are columns, not elements of K
+constexpr int BOX_BYTES = 64 * DEPTH * 2;         // of 64 columns
+
+// A tile of results: rows of the array that is written, apart so far that eight are in different banks.
+constexpr int RESULT_ROWS = ACROSS ? TILE_M : TILE_N, RESULT_COLS = ACROSS ? TILE_N : TILE_M;
+constexpr int PITCH = RESULT_COLS + 8;
+
+// Registers of a thread by role; see sm90_xnor_gemm.cu.
+constexpr int WRITER_REGISTERS = 120, CONSUMER_REGISTERS = 192;
+static_assert(WRITER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * (65536 / THREADS / 8 * 8),
+              "the roles share the block's registers");
+
+struct SignProduct {
+  const uint4* words;  // of K lines of M signs
+  bfloat16_bits* out;  // RESULT_TRANSPOSED: N x M
+  i64 m, n, k;
+};
+
+struct alignas(64) TensorMap { u64 opaque[16]; };
+
+struct Shared {
+  unsigned char matrix[STAGES][MATRIX_BYTES];
+  u32 signs[STAGES][DEPTH][SIGN_WORDS];
+  bfloat16_bits results[RESULT_ROWS][PITCH];
+  u64 full[STAGES], empty[STAGES], results_full, results_empty;
+};
+
+// Tiles one after the other, those of the same columns first: they read the same part of the matrix, and the
+// signs are small.
+struct Tiles {
+  u32 rows, count;
+  __device__ __forceinline__ explicit Tiles(const SignProduct& p)
+      : rows(((u32)p.m + TILE_M - 1) / TILE_M),
+        count(rows * (((u32)p.n + TILE_N - 1) / TILE_N)) {}
+  __device__ __forceinline__ int m(u32 tile) const { return (int)(tile % rows) * TILE_M; }
+  __device__ __forceinline__ int n(u32 tile) const { return (int)(tile / rows) * TILE_N; }
+};
+
+// Where a line of 16 stands in a slot: lines that the four lanes of a row read together are neighbours.
+__device__ __forceinline__ int place_of(int line) {
+  return (line & ~15) | (line >> 1 & 3) | (line & 1) << 2 | (line & 8);
+}
+
+// Fill slots. For one warp.
+__device__ __forceinline__ void produce(const SignProduct& p, const TensorMap& map, Shared& shared) {
+  const Tiles tiles(p);
+  const int lane = threadIdx.x & 31;
+  const u32 lines = (u32)padded_lines(p.k);
+  Ring<STAGES> turn;
+  for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+    const int m = tiles.m(tile), n = tiles.n(tile);
+    const uint4* chunk = p.words + (i64)(m / CHUNK_BITS) * lines * CHUNK_PIECES;
+    const int piece = m % CHUNK_BITS / 128;  // of a line, the first of two
+    for (int k = 0; k < (int)p.k; k += DEPTH) {
+      const u32 full = shared_address(&shared.full[turn.slot]);
+      const u32 matrix = shared_address(shared.matrix[turn.slot]);
+      const u32 signs = shared_address(shared.signs[turn.slot]);
+      barrier_wait(shared_address(&shared.empty[turn.slot]), turn.parity ^ 1);
+      if (lane == 0) {
+        barrier_expect(full, MATRIX_BYTES);
+        if constexpr (ACROSS) {
+          tensor_load(matrix, &map, n, k, full);
+          tensor_load(matrix + BOX_BYTES, &map, n + 64, k, full);
+        } else {
+          tensor_load(matrix, &map, k, n, full);
+        }
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < DEPTH * 2 / 32; i++) {
+        const int position = i * 16 + (lane >> 1), half = lane & 1;
+        const u32 stored = (u32)(k + position);
+        const uint4* from =
+            chunk + (i64)min(stored, lines - 1) * CHUNK_PIECES + swizzled_piece(stored, piece + half);
+        copy_or_zero(signs + (place_of(line_at(position)) * SIGN_WORDS + half * 4) * 4, from,
+                     stored < lines);
+      }
+      barrier_arrive_with_copies(full);
+      turn.next();
+    }
+  }
+}
+
+// Two signs as bfloat16 +1 or -1: those that stand in the top bit of byte BYTE of each word.
+template <int BYTE> __device__ __forceinline__ u32 two_signs(u32 first, u32 second) {
+  return (__byte_perm(first, second, 0x4400 + 0x1111 * BYTE) & 0x80008000u) ^ 0xbf80bf80u;
+}
+
+// The operand of 16 elements of K for this warp's 32 rows: 16 and 16.
+struct Operand {
+  u32 a[2][4];
+  __device__ __forceinline__ void make(const u32* from, int shift) {
+    u32 w[4];  // elements 2t, 2t + 1, 2t + 8, 2t + 9
+#pragma unroll
+    for (int i = 0; i < 4; i++) w[i] = from[i * 4 * SIGN_WORDS] << shift;
+    a[0][0] = two_signs<0>(w[0], w[1]), a[0][1] = two_signs<1>(w[0], w[1]);
+    a[0][2] = two_signs<0>(w[2], w[3]), a[0][3] = two_signs<1>(w[2], w[3]);
+    a[1][0] = two_signs<2>(w[0], w[1]), a[1][1] = two_signs<3>(w[0], w[1]);
+    a[1][2] = two_signs<2>(w[2], w[3]), a[1][3] = two_signs<3>(w[2], w[3]);
+  }
+};
+
+__device__ __forceinline__ u32 two_rounded(float first, float second) {
+  u32 both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  return both;
+}
+
+// Multiply all tiles. For the consumers; `warp` counts theirs.
+__device__ __forceinline__ void consume(const SignProduct& p, Shared& shared, int warp) {
+  const Tiles tiles(p);
+  const int lane = threadIdx.x & 31, quad = lane & 3, shift = 7 - (lane >> 2);
+  Ring<STAGES> turn;
+  int left = -1, parity = 1;
+  for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+    float acc[2][64];
+    Operand operands[2];
+    for (int k = 0; k < (int)p.k; k += DEPTH) {
+      barrier_wait(shared_address(&shared.full[turn.slot]), turn.parity);
+      const u32* signs = &shared.signs[turn.slot][quad][warp];
+      const u32 matrix = shared_address(shared.matrix[turn.slot]);
+      const u64 b = ACROSS ? operand_descriptor_across(matrix, BOX_BYTES) : operand_descriptor(matrix);
+#pragma unroll
+      for (int step = 0; step < DEPTH / 16; step++) {
+        Operand& operand = operands[step & 1];
+        operand.make(signs + step * 16 * SIGN_WORDS, shift);
+        wgmma_fence();
+#pragma unroll
+        for (int block = 0; block < 2; block++)
+          wgmma_bf16_128<ACROSS>(acc[block], operand.a[block], b + step * (ACROSS ? 128 : 2), k | step);
+        wgmma_commit();
+        // The step before has been read, and with it the slot before.
+        wgmma_wait<1>();
+        if (step == 0 && left >= 0 && lane == 0) barrier_arrive(shared_address(&shared.empty[left]));
+      }
+      left = turn.slot;
+      turn.next();
+    }
+    wgmma_wait<0>();
+    if (lane == 0) barrier_arrive(shared_address(&shared.empty[left]));
+    left = -1;
+
+    // To shared memory, once the tile before has been written from there.
+    barrier_wait(shared_address(&shared.results_empty), parity);
+    parity ^= 1;
+#pragma unroll
+    for (int block = 0; block < 2; block++) {
+      const int m = warp * 32 + block * 16 + (lane & 8), n = lane >> 4 << 3;
+      const u32 to = ACROSS ? shared_address(&shared.results[m + (lane & 7)][n])
+                            : shared_address(&shared.results[n + (lane & 7)][m]);
+#pragma unroll
+      for (int i = 0; i < TILE_N / 16; i++) {
+        const float* v = acc[block] + 8 * i;
+        const u32 rounded[4] = {two_rounded(v[0], v[1]), two_rounded(v[2], v[3]),
+                                two_rounded(v[4], v[5]), two_rounded(v[6], v[7])};
+        store_blocks<!ACROSS>(to + i * 16 * (ACROSS ? 1 : PITCH) * 2, rounded);
+      }
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(shared_address(&shared.results_full));
+  }
+}
+
+#if RESULT == RESULT_TRANSPOSED
+// Store a tile of results. For the writers, of which this is number `writer`.
+__device__ __forceinline__ void store_tile(const SignProduct& p, const Shared& shared, int m, int n,
+                                           int writer) {
+  const int col = (threadIdx.x & 31) * 8;
+  if (m + col >= (int)p.m) return;
+  bfloat16_bits* to = p.out + n * p.m + m + col;
+#pragma unroll 4
+  for (int row = writer; row < min(TILE_N, (int)p.n - n); row += WRITERS)
+    *(uint4*)(to + row * p.m) = *(const uint4*)&shared.results[row][col];
+}
+#else
+constexpr int TOGETHER = 4;  // rows whose loads are under way at a time
+
+// Update the weights by a tile of gradients; return what it adds to the penalty.
+__device__ __forceinline__ float update_tile(const Parameter& p, const Adam& move,
+                                             const Shared& shared, int m, int n, int writer) {
+  const int col = n + (threadIdx.x & 31) * 4;
+  float sum = 0;
+  if (col >= (int)p.cols) return sum;
+#pragma unroll 1
+  for (int first = writer * 32; first < min(TILE_M, (int)p.rows - m); first += WRITERS * 32) {
+    u32 after[4] = {}, before[4] = {};
+#pragma unroll 1
+    for (int skip = 0; skip < 32; skip += TOGETHER) {
+      float w[TOGETHER][4], mean[TOGETHER][4], square[TOGETHER][4];
+      const i64 row = m + first + skip;
+#pragma unroll
+      for (int r = 0; r < TOGETHER; r++) {
+        const i64 at = min(row + r, p.rows - 1) * p.cols + col;
+        load<4>(p.weight + at, w[r]);
+        load<4>(p.mean + at, mean[r]);
+        load<4>(p.square + at, square[r]);
+      }
+#pragma unroll
+      for (int r = 0; r < TOGETHER; r++) {
+        if (row + r >= p.rows) break;
+        float gradient[4];
+        load<4>(&shared.results[first + skip + r][col - n], gradient);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          before[i] |= (u32)nonnegative(w[r][i]) << (skip + r);
+          move(w[r][i], gradient[i], mean[r][i], square[r][i], true, sum);
+          after[i] |= (u32)nonnegative(w[r][i]) << (skip + r);
+        }
+        const i64 at = (row + r) * p.cols + col;
+        store<4>(p.weight + at, w[r]);
+        store<4>(p.mean + at, mean[r]);
+        store<4>(p.square + at, square[r]);
+#if WRITE_GRADIENT
+        store<4>(p.left + at, gradient);
+#endif
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) pack_column(p, col + i, (m + first) / 32, after[i], before[i]);
+  }
+  return sum;
+}
+#endif
+
+// Set up the barriers, and send each warp to its role; `write(tile's m, n, number, writer)`.
+template <typename Write>
+__device__ __forceinline__ void run(const SignProduct& p, const TensorMap& map, const Write& write) {
+  extern __shared__ __align__(1024) unsigned char raw[];
+  Shared& shared = *(Shared*)raw;
+  const int warp = threadIdx.x >> 5;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < STAGES; i++) {
+      barrier_init(shared_address(&shared.full[i]), 1 + 32);  // who expects the bytes, and copies
+      barrier_init(shared_address(&shared.empty[i]), CONSUMER_WARPS);
+    }
+    barrier_init(shared_address(&shared.results_full), CONSUMER_WARPS);
+    barrier_init(shared_address(&shared.results_empty), WRITERS);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if (warp >= 4) {
+    take_registers<CONSUMER_REGISTERS>();
+    consume(p, shared, warp - 4);
+    return;
+  }
+  give_registers<WRITER_REGISTERS>();
+  if (warp == 0) {
+    produce(p, map, shared);
+    return;
+  }
+  const Tiles tiles(p);
+  int parity = 0;
+  for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+    barrier_wait(shared_address(&shared.results_full), parity);
+    parity ^= 1;
+    write(shared, tiles.m(tile), tiles.n(tile), tile, warp - 1);
+    __syncwarp();
+    if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared.results_empty));
+  }
+}
+
+#if RESULT == RESULT_TRANSPOSED
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    sign_gemm(const __grid_constant__ SignProduct p, const __grid_constant__ TensorMap map) {
+  run(p, map, [&](const Shared& shared, int m, int n, u32, int writer) {
+    store_tile(p, shared, m, n, writer);
+  });
+}
+#else
+// Of the penalty each writer leaves its part in `partials`, from `earlier` on.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    sign_gemm(const __grid_constant__ SignProduct p, const __grid_constant__ TensorMap map,
+              const __grid_constant__ Parameter parameter, const Rates* __restrict__ rates, i64 ring,
+              const i64* step, float gain_mean, float gain_square, float* partials, i64 earlier) {
+  const Adam move(parameter, rates[*step % ring], gain_mean, gain_square);
+  run(p, map, [&](const Shared& shared, int m, int n, u32 tile, int writer) {
+    const float sum = update_tile(parameter, move, shared, m, n, writer);
+#if PENALTY != PENALTY_NONE
+    const float total = sum_of_warp(sum);
+    if ((threadIdx.x & 31) == 0) partials[earlier + tile * WRITERS + writer] = total;
+#endif
+  });
+}
+#endif
