@@ -11,12 +11,11 @@
 // and a byte permutation put two bits where signs belong. So signs take a sixteenth of the memory
 // traffic, and nobody unpacks them beforehand.
 //
-// The first warpgroup feeds and writes: its first warp keeps STAGES slots of shared memory filled with 64
-// elements of K, the matrix by the copy engine and the signs by copies of its own. Two further
-// warpgroups multiply, 128 rows x 128 columns each, and leave a finished tile, rounded to bfloat16, in
-// shared memory. From there the first warpgroup's other warps store it, or update the weights, while
-// the next tile is multiplied: reading four arrays and writing three, which takes the memory a third
-// of the time that a tile of K = 8192 takes the tensor cores.
+// One warp keeps STAGES slots of shared memory filled with 64 elements of K, the matrix by the copy engine
+// and the signs by copies of its own. Two warpgroups multiply, 128 rows x 128 columns each, and leave a
+// finished tile, rounded to bfloat16, in shared memory. From there seven warps store it, or update the
+// weights, while the next tile is multiplied: reading three arrays and writing them takes the memory
+// a third of the time that a tile of K = 8192 takes the tensor cores.
 //
 // Shared memory: slots; barriers; a tile of results.
 //
@@ -28,7 +27,7 @@
 #define RESULT_UPDATE 1
 
 #define REAL bfloat16_bits
-#define BLOCK_WARPS 12
+#define BLOCK_WARPS 16
 #define VECTOR 4
 #define NORM 0
 #define DROP 0
@@ -37,7 +36,7 @@
 #include "wgmma.cuh"
 
 constexpr int TILE_M = 256, TILE_N = 128, DEPTH = 64, STAGES = 8;
-constexpr int CONSUMER_WARPS = 8, WRITERS = 3;
+constexpr int CONSUMER_WARPS = 8, WRITERS = 7;
 constexpr int MATRIX_BYTES = TILE_N * DEPTH * 2, SIGN_WORDS = TILE_M / 32;
 constexpr bool ACROSS = RESULT == RESULT_UPDATE;  // the matrix's neighbours are columns, not elements of K
 constexpr int BOX_BYTES = 64 * DEPTH * 2;         // of 64 columns
@@ -47,9 +46,16 @@ constexpr int RESULT_ROWS = ACROSS ? TILE_M : TILE_N, RESULT_COLS = ACROSS ? TIL
 constexpr int PITCH = RESULT_COLS + 8;
 
 // Registers of a thread by role; see sm90_xnor_gemm.cu.
-constexpr int WRITER_REGISTERS = 120, CONSUMER_REGISTERS = 192;
-static_assert(WRITER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * (65536 / THREADS / 8 * 8),
-              "the roles share the block's registers");
+constexpr int WRITER_REGISTERS = 88, CONSUMER_REGISTERS = 168;
+static_assert(WRITER_REGISTERS + CONSUMER_REGISTERS <= 65536 / THREADS / 8 * 8 * 2,
+              "the roles, two warpgroups each, share the block's registers");
+
+// Rows of a tile that a warp updates in turn, a nibble of the packed signs; and those whose weights are
+// loaded together.
+#ifndef TOG
+#define TOG 4
+#endif
+constexpr int NIBBLE = 4, GROUPS = TILE_M / NIBBLE, TOGETHER = TOG;
 
 struct SignProduct {
   const uint4* words;  // of K lines of M signs
@@ -63,6 +69,9 @@ struct Shared {
   unsigned char matrix[STAGES][MATRIX_BYTES];
   u32 signs[STAGES][DEPTH][SIGN_WORDS];
   bfloat16_bits results[RESULT_ROWS][PITCH];
+#if RESULT == RESULT_UPDATE
+  unsigned char nibbles[GROUPS][TILE_N];  // signs of a group's rows: after, and before
+#endif
   u64 full[STAGES], empty[STAGES], results_full, results_empty;
 };
 
@@ -214,21 +223,20 @@ __device__ __forceinline__ void store_tile(const SignProduct& p, const Shared& s
     *(uint4*)(to + row * p.m) = *(const uint4*)&shared.results[row][col];
 }
 #else
-constexpr int TOGETHER = 4;  // rows whose loads are under way at a time
-
 // Update the weights by a tile of gradients; return what it adds to the penalty.
-__device__ __forceinline__ float update_tile(const Parameter& p, const Adam& move,
-                                             const Shared& shared, int m, int n, int writer) {
-  const int col = n + (threadIdx.x & 31) * 4;
+__device__ __forceinline__ float update_tile(const Parameter& p, const Adam& move, Shared& shared, int m,
+                                             int n, int writer) {
+  const int lane = threadIdx.x & 31, col = n + lane * 4;
+  const bool has_cols = col < (int)p.cols;
   float sum = 0;
-  if (col >= (int)p.cols) return sum;
 #pragma unroll 1
-  for (int first = writer * 32; first < min(TILE_M, (int)p.rows - m); first += WRITERS * 32) {
-    u32 after[4] = {}, before[4] = {};
+  for (int group = writer; group < GROUPS; group += WRITERS) {
+    u32 signs[4] = {};
 #pragma unroll 1
-    for (int skip = 0; skip < 32; skip += TOGETHER) {
+    for (int skip = 0; skip < NIBBLE; skip += TOGETHER) {
+      const i64 row = m + group * NIBBLE + skip;
+      if (!has_cols || row >= p.rows) break;
       float w[TOGETHER][4], mean[TOGETHER][4], square[TOGETHER][4];
-      const i64 row = m + first + skip;
 #pragma unroll
       for (int r = 0; r < TOGETHER; r++) {
         const i64 at = min(row + r, p.rows - 1) * p.cols + col;
@@ -240,12 +248,14 @@ __device__ __forceinline__ float update_tile(const Parameter& p, const Adam& mov
       for (int r = 0; r < TOGETHER; r++) {
         if (row + r >= p.rows) break;
         float gradient[4];
-        load<4>(&shared.results[first + skip + r][col - n], gradient);
+        load<4>(&shared.results[group * NIBBLE + skip + r][lane * 4], gradient);
+        u32 changes[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          before[i] |= (u32)nonnegative(w[r][i]) << (skip + r);
+          changes[i] = (u32)nonnegative(w[r][i]) << 4;
           move(w[r][i], gradient[i], mean[r][i], square[r][i], true, sum);
-          after[i] |= (u32)nonnegative(w[r][i]) << (skip + r);
+          changes[i] |= (u32)nonnegative(w[r][i]);
+          signs[i] |= changes[i] << (skip + r);
         }
         const i64 at = (row + r) * p.cols + col;
         store<4>(p.weight + at, w[r]);
@@ -256,8 +266,20 @@ __device__ __forceinline__ float update_tile(const Parameter& p, const Adam& mov
 #endif
       }
     }
+    *(u32*)&shared.nibbles[group][lane * 4] =
+        signs[0] | signs[1] << 8 | signs[2] << 16 | signs[3] << 24;
+  }
+  asm volatile("bar.sync 1, %0;" ::"n"(WRITERS * 32) : "memory");
+  for (int i = writer * 32 + lane; i < SIGN_WORDS * TILE_N; i += WRITERS * 32) {
+    const int word = i / TILE_N, at = i % TILE_N;
+    u32 after = 0, before = 0;
 #pragma unroll
-    for (int i = 0; i < 4; i++) pack_column(p, col + i, (m + first) / 32, after[i], before[i]);
+    for (int group = 0; group < 8; group++) {
+      const u32 both = shared.nibbles[word * 8 + group][at];
+      after |= (both & 15) << (4 * group);
+      before |= (both >> 4) << (4 * group);
+    }
+    if (n + at < (int)p.cols) pack_column(p, n + at, m / 32 + word, after, before);
   }
   return sum;
 }
@@ -279,7 +301,7 @@ __device__ __forceinline__ void run(const SignProduct& p, const TensorMap& map, 
     barrier_init_fence();
   }
   __syncthreads();
-  if (warp >= 4) {
+  if (warp >= 4 && warp < 4 + CONSUMER_WARPS) {
     take_registers<CONSUMER_REGISTERS>();
     consume(p, shared, warp - 4);
     return;
@@ -290,11 +312,12 @@ __device__ __forceinline__ void run(const SignProduct& p, const TensorMap& map, 
     return;
   }
   const Tiles tiles(p);
+  const int writer = warp < 4 ? warp - 1 : warp - 1 - CONSUMER_WARPS;
   int parity = 0;
   for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
     barrier_wait(shared_address(&shared.results_full), parity);
     parity ^= 1;
-    write(shared, tiles.m(tile), tiles.n(tile), tile, warp - 1);
+    write(shared, tiles.m(tile), tiles.n(tile), tile, writer);
     __syncwarp();
     if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared.results_empty));
   }
@@ -314,7 +337,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
               const __grid_constant__ Parameter parameter, const Rates* __restrict__ rates, i64 ring,
               const i64* step, float gain_mean, float gain_square, float* partials, i64 earlier) {
   const Adam move(parameter, rates[*step % ring], gain_mean, gain_square);
-  run(p, map, [&](const Shared& shared, int m, int n, u32 tile, int writer) {
+  run(p, map, [&](Shared& shared, int m, int n, u32 tile, int writer) {
     const float sum = update_tile(parameter, move, shared, m, n, writer);
 #if PENALTY != PENALTY_NONE
     const float total = sum_of_warp(sum);

@@ -14,7 +14,7 @@ from cupybnn.backends.cuda.fused import Launcher
 
 pytestmark = pytest.mark.gpu
 
-#: (batch, inputs, units): tiles are 256 inputs by 128 columns, 64 of K a slot, 8 slots; the last has
+#: (batch, inputs, units): tiles are 256 inputs by 128 columns, 64 of K a slot, 8 slots. The last has
 #: more tiles than a GPU has multiprocessors.
 SIZES = [
     (1, 8, 8),
@@ -101,12 +101,12 @@ def test_update_equals_that_by_a_stored_gradient(sizes, penalty):
             **more,
         )
 
-    small = [cupy.zeros(8, np.float32) for _ in range(4)]
+    small = fused_update.Updated(*(cupy.zeros(8, np.float32) for _ in range(5)))
     stored = updated(cupy.asarray(to_bfloat16(entered.T @ gradient)))
     at_once = updated(None)
     losses = []
     for parameter in (stored, at_once):
-        groups = [[parameter, fused_update.Updated(*small)], [fused_update.Updated(*small)]]
+        groups = [[parameter, small], [small]]
         update = fused_update.Update(launcher, groups, (0.9, 0.999), penalty, True)
         step, mean_loss = cupy.zeros(1, np.int64), cupy.ones(1, np.float32)
         loss = cupy.full(1, np.nan, np.float32)

@@ -17,10 +17,10 @@ __all__ = ["WRITERS", "fits", "pays", "tiles", "transposed_product", "weight_upd
 
 # As sm90_sign_gemm.cu has them.
 _TILE_M, _TILE_N, _DEPTH, _STAGES = 256, 128, 64, 8
-_THREADS = 384
+_THREADS = 512
 _TRANSPOSED, _UPDATE = 0, 1
 #: Warps that write a tile, each of which leaves its part of the penalty.
-WRITERS = 3
+WRITERS = 7
 
 _PRODUCT = np.dtype((np.void, 8 * 5))  # struct SignProduct
 _TENSOR_MAP = np.dtype((np.void, 128))
@@ -106,8 +106,10 @@ def _launch(
 def _shared_bytes(result: int) -> int:
     """Bytes of struct Shared."""
     slot = _TILE_N * _DEPTH * 2 + _DEPTH * _TILE_M // 8
-    rows, cols = (_TILE_M, _TILE_N) if result == _UPDATE else (_TILE_N, _TILE_M)
-    return _STAGES * (slot + 16) + rows * (cols + 8) * 2 + 16
+    rows, cols, nibbles = _TILE_N, _TILE_M, 0
+    if result == _UPDATE:
+        rows, cols, nibbles = _TILE_M, _TILE_N, _TILE_M * _TILE_N // 4
+    return _STAGES * (slot + 16) + rows * (cols + 8) * 2 + nibbles + 16
 
 
 @cache
