@@ -46,14 +46,14 @@ constexpr int RESULT_ROWS = ACROSS ? TILE_M : TILE_N, RESULT_COLS = ACROSS ? TIL
 constexpr int PITCH = RESULT_COLS + 8;
 
 // Registers of a thread by role; see sm90_xnor_gemm.cu.
-constexpr int WRITER_REGISTERS = 88, CONSUMER_REGISTERS = 168;
+constexpr int WRITER_REGISTERS = 80, CONSUMER_REGISTERS = 176;
 static_assert(WRITER_REGISTERS + CONSUMER_REGISTERS <= 65536 / THREADS / 8 * 8 * 2,
               "the roles, two warpgroups each, share the block's registers");
 
 // Rows of a tile that a warp updates in turn, a nibble of the packed signs; and those whose weights are
 // loaded together.
 #ifndef TOG
-#define TOG 4
+#define TOG 2
 #endif
 constexpr int NIBBLE = 4, GROUPS = TILE_M / NIBBLE, TOGETHER = TOG;
 
@@ -136,19 +136,25 @@ template <int BYTE> __device__ __forceinline__ u32 two_signs(u32 first, u32 seco
   return (__byte_perm(first, second, 0x4400 + 0x1111 * BYTE) & 0x80008000u) ^ 0xbf80bf80u;
 }
 
-// The operand of 16 elements of K for this warp's 32 rows: 16 and 16.
-struct Operand {
-  u32 a[2][4];
-  __device__ __forceinline__ void make(const u32* from, int shift) {
-    u32 w[4];  // elements 2t, 2t + 1, 2t + 8, 2t + 9
+// The words of 16 elements of K for this warp's 32 rows: a thread's elements 2t, 2t + 1, 2t + 8, 2t + 9.
+struct Words {
+  u32 at[4];
+  __device__ __forceinline__ void load(const u32* from) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) w[i] = from[i * 4 * SIGN_WORDS] << shift;
-    a[0][0] = two_signs<0>(w[0], w[1]), a[0][1] = two_signs<1>(w[0], w[1]);
-    a[0][2] = two_signs<0>(w[2], w[3]), a[0][3] = two_signs<1>(w[2], w[3]);
-    a[1][0] = two_signs<2>(w[0], w[1]), a[1][1] = two_signs<3>(w[0], w[1]);
-    a[1][2] = two_signs<2>(w[2], w[3]), a[1][3] = two_signs<3>(w[2], w[3]);
+    for (int i = 0; i < 4; i++) at[i] = from[i * 4 * SIGN_WORDS];
+  }
+  __device__ __forceinline__ void shift(int by) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) at[i] <<= by;
   }
 };
+
+// The operand of the warp's first (HALF 0) or last (1) 16 rows.
+template <int HALF> __device__ __forceinline__ void make_operand(u32 (&a)[4], const Words& words) {
+  const u32(&w)[4] = words.at;
+  a[0] = two_signs<2 * HALF>(w[0], w[1]), a[1] = two_signs<2 * HALF + 1>(w[0], w[1]);
+  a[2] = two_signs<2 * HALF>(w[2], w[3]), a[3] = two_signs<2 * HALF + 1>(w[2], w[3]);
+}
 
 __device__ __forceinline__ u32 two_rounded(float first, float second) {
   u32 both;
@@ -156,40 +162,99 @@ __device__ __forceinline__ u32 two_rounded(float first, float second) {
   return both;
 }
 
+// A consumer's way through the slots. It has two instructions under way, the operands of a third in
+// registers, and makes those of a fourth: the tensor cores never wait for it.
+struct Consumer {
+  static constexpr int COUNT = 2 * DEPTH / 16;  // instructions of a slot
+  Shared& shared;
+  const int warp, lane;
+  Ring<STAGES> turn;  // of the slot whose words are loaded
+  const u32* signs;   // this thread's, there
+  Words loaded, words;
+  u32 operands[4][4];
+  float acc[2][64];
+
+  __device__ __forceinline__ Consumer(Shared& shared, int warp)
+      : shared(shared), warp(warp), lane(threadIdx.x & 31) {}
+
+  // Wait for the slot whose turn it is.
+  __device__ __forceinline__ void enter() {
+    barrier_wait(shared_address(&shared.full[turn.slot]), turn.parity);
+    signs = &shared.signs[turn.slot][lane & 3][warp];
+  }
+  __device__ __forceinline__ void load(int step) { loaded.load(signs + step * 16 * SIGN_WORDS); }
+  // Make the operand of instruction I of a slot.
+  template <int I> __device__ __forceinline__ void make() {
+    if constexpr (I % 2 == 0) {
+      words = loaded;
+      words.shift(7 - (lane >> 2));
+    }
+    make_operand<I % 2>(operands[I % 4], words);
+  }
+  __device__ __forceinline__ void release(int slot) {
+    if (lane == 0) barrier_arrive(shared_address(&shared.empty[slot]));
+  }
+
+  // Begin a tile.
+  __device__ __forceinline__ void begin() {
+    enter();
+    load(0);
+    make<0>();
+    make<1>();
+    load(1);
+  }
+
+  // Start instruction I of a slot, and make what comes two later ready; of the tile's LAST slot nothing.
+  template <int I, bool LAST>
+  __device__ __forceinline__ void step(u64 b, int slot, int before, int k) {
+    wgmma_wait<1>();
+    if (I == 1 && before >= 0) release(before);
+    wgmma_fence();
+    wgmma_bf16_128<ACROSS>(acc[I % 2], operands[I % 4], b + I / 2 * (ACROSS ? 128 : 2), k | I / 2);
+    wgmma_commit();
+    constexpr int NEXT = I + 2;
+    if constexpr (NEXT < COUNT || !LAST) {
+      make<NEXT % COUNT>();
+      if constexpr (I % 2 == 1) {
+        constexpr int STEP = (NEXT + 1) / 2;
+        if constexpr (STEP == DEPTH / 16 && !LAST) {
+          turn.next();
+          enter();
+        }
+        if constexpr (STEP < DEPTH / 16 || !LAST) load(STEP % (DEPTH / 16));
+      }
+    }
+    if constexpr (I + 1 < COUNT) step<I + 1, LAST>(b, slot, before, k);
+  }
+
+  // Multiply a tile.
+  __device__ __forceinline__ void multiply(int depth) {
+    begin();
+    int before = -1, k = 0;
+    for (; k + DEPTH < depth; k += DEPTH) {
+      const int slot = turn.slot;
+      step<0, false>(descriptor(slot), slot, before, k);
+      before = slot;
+    }
+    step<0, true>(descriptor(turn.slot), turn.slot, before, k);
+    wgmma_wait<0>();
+    release(turn.slot);
+    turn.next();
+  }
+  __device__ __forceinline__ u64 descriptor(int slot) const {
+    const u32 matrix = shared_address(shared.matrix[slot]);
+    return ACROSS ? operand_descriptor_across(matrix, BOX_BYTES) : operand_descriptor(matrix);
+  }
+};
+
 // Multiply all tiles. For the consumers; `warp` counts theirs.
 __device__ __forceinline__ void consume(const SignProduct& p, Shared& shared, int warp) {
   const Tiles tiles(p);
-  const int lane = threadIdx.x & 31, quad = lane & 3, shift = 7 - (lane >> 2);
-  Ring<STAGES> turn;
-  int left = -1, parity = 1;
+  const int lane = threadIdx.x & 31;
+  Consumer consumer(shared, warp);
+  int parity = 1;
   for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
-    float acc[2][64];
-    Operand operands[2];
-    for (int k = 0; k < (int)p.k; k += DEPTH) {
-      barrier_wait(shared_address(&shared.full[turn.slot]), turn.parity);
-      const u32* signs = &shared.signs[turn.slot][quad][warp];
-      const u32 matrix = shared_address(shared.matrix[turn.slot]);
-      const u64 b = ACROSS ? operand_descriptor_across(matrix, BOX_BYTES) : operand_descriptor(matrix);
-#pragma unroll
-      for (int step = 0; step < DEPTH / 16; step++) {
-        Operand& operand = operands[step & 1];
-        operand.make(signs + step * 16 * SIGN_WORDS, shift);
-        wgmma_fence();
-#pragma unroll
-        for (int block = 0; block < 2; block++)
-          wgmma_bf16_128<ACROSS>(acc[block], operand.a[block], b + step * (ACROSS ? 128 : 2), k | step);
-        wgmma_commit();
-        // The step before has been read, and with it the slot before.
-        wgmma_wait<1>();
-        if (step == 0 && left >= 0 && lane == 0) barrier_arrive(shared_address(&shared.empty[left]));
-      }
-      left = turn.slot;
-      turn.next();
-    }
-    wgmma_wait<0>();
-    if (lane == 0) barrier_arrive(shared_address(&shared.empty[left]));
-    left = -1;
-
+    consumer.multiply((int)p.k);
     // To shared memory, once the tile before has been written from there.
     barrier_wait(shared_address(&shared.results_empty), parity);
     parity ^= 1;
@@ -200,7 +265,7 @@ __device__ __forceinline__ void consume(const SignProduct& p, Shared& shared, in
                             : shared_address(&shared.results[n + (lane & 7)][m]);
 #pragma unroll
       for (int i = 0; i < TILE_N / 16; i++) {
-        const float* v = acc[block] + 8 * i;
+        const float* v = consumer.acc[block] + 8 * i;
         const u32 rounded[4] = {two_rounded(v[0], v[1]), two_rounded(v[2], v[3]),
                                 two_rounded(v[4], v[5]), two_rounded(v[6], v[7])};
         store_blocks<!ACROSS>(to + i * 16 * (ACROSS ? 1 : PITCH) * 2, rounded);

@@ -143,5 +143,5 @@ def _resources(log: str) -> Resources:
         stack_bytes=largest(r"(\d+) bytes stack frame"),
         spill_bytes=largest(r"(\d+) bytes spill stores"),
         shared_bytes=largest(r"(\d+) bytes smem"),
-        serialized_wgmma="C7510" in log or "C7515" in log,
+        serialized_wgmma="instructions are serialized" in log,
     )
