@@ -7,19 +7,19 @@
 //                        (K x N units); it is not stored: the weights are updated by it
 //
 // The signs are those that the forward product reads, packed across K here: a word holds 32 of the M
-// results' rows at one k. Warps make bfloat16 operands of them in registers, 32 rows each, where a shift
+// results' rows at one k. Warps make bfloat16 operands of them in registers, 16 rows each, where a shift
 // and a byte permutation put two bits where signs belong. So signs take a sixteenth of the memory
 // traffic, and nobody unpacks them beforehand.
 //
 // One warp keeps STAGES slots of shared memory filled with 64 elements of K, the matrix by the copy engine
-// and the signs by copies of its own. Two warpgroups multiply, 128 rows x 128 columns each, and leave a
-// finished tile, rounded to bfloat16, in shared memory. From there seven warps store it, or update the
+// and the signs by copies of its own. Two warpgroups multiply, 64 rows x 256 columns each, and leave a
+// finished tile, rounded to bfloat16, in shared memory. From there three warps store it, or update the
 // weights, while the next tile is multiplied: reading three arrays and writing them takes the memory
 // a third of the time that a tile of K = 8192 takes the tensor cores.
 //
 // Shared memory: slots; barriers; a tile of results.
 //
-// What bounds it: the tensor cores, 256 clocks for 16 of K; the L2 cache has to bring 18 bytes a clock.
+// What bounds it: the tensor cores, 256 clocks for 16 of K; the L2 cache has to bring 33 bytes a clock.
 //
 // The translation unit sets RESULT, and PENALTY and WRITE_GRADIENT (adam.cuh).
 
@@ -27,7 +27,7 @@
 #define RESULT_UPDATE 1
 
 #define REAL bfloat16_bits
-#define BLOCK_WARPS 16
+#define BLOCK_WARPS 12
 #define VECTOR 4
 #define NORM 0
 #define DROP 0
@@ -35,8 +35,8 @@
 #include "adam.cuh"
 #include "wgmma.cuh"
 
-constexpr int TILE_M = 256, TILE_N = 128, DEPTH = 64, STAGES = 8;
-constexpr int CONSUMER_WARPS = 8, WRITERS = 7;
+constexpr int TILE_M = 128, TILE_N = 256, DEPTH = 64, STAGES = 4;
+constexpr int CONSUMER_WARPS = 8, WRITERS = 3;
 constexpr int MATRIX_BYTES = TILE_N * DEPTH * 2, SIGN_WORDS = TILE_M / 32;
 constexpr bool ACROSS = RESULT == RESULT_UPDATE;  // the matrix's neighbours are columns, not elements of K
 constexpr int BOX_BYTES = 64 * DEPTH * 2;         // of 64 columns
@@ -46,16 +46,12 @@ constexpr int RESULT_ROWS = ACROSS ? TILE_M : TILE_N, RESULT_COLS = ACROSS ? TIL
 constexpr int PITCH = RESULT_COLS + 8;
 
 // Registers of a thread by role; see sm90_xnor_gemm.cu.
-constexpr int WRITER_REGISTERS = 80, CONSUMER_REGISTERS = 176;
-static_assert(WRITER_REGISTERS + CONSUMER_REGISTERS <= 65536 / THREADS / 8 * 8 * 2,
-              "the roles, two warpgroups each, share the block's registers");
+constexpr int WRITER_REGISTERS = 152, CONSUMER_REGISTERS = 176;
+static_assert(WRITER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * (65536 / THREADS / 8 * 8),
+              "the roles share the block's registers");
 
-// Rows of a tile that a warp updates in turn, a nibble of the packed signs; and those whose weights are
-// loaded together.
-#ifndef TOG
-#define TOG 2
-#endif
-constexpr int NIBBLE = 4, GROUPS = TILE_M / NIBBLE, TOGETHER = TOG;
+// Rows of a tile that a warp updates at a time, a nibble of the packed signs.
+constexpr int NIBBLE = 4, GROUPS = TILE_M / NIBBLE;
 
 struct SignProduct {
   const uint4* words;  // of K lines of M signs
@@ -67,7 +63,7 @@ struct alignas(64) TensorMap { u64 opaque[16]; };
 
 struct Shared {
   unsigned char matrix[STAGES][MATRIX_BYTES];
-  u32 signs[STAGES][DEPTH][SIGN_WORDS];
+  u32 signs[STAGES][SIGN_WORDS][DEPTH];
   bfloat16_bits results[RESULT_ROWS][PITCH];
 #if RESULT == RESULT_UPDATE
   unsigned char nibbles[GROUPS][TILE_N];  // signs of a group's rows: after, and before
@@ -86,9 +82,10 @@ struct Tiles {
   __device__ __forceinline__ int n(u32 tile) const { return (int)(tile / rows) * TILE_N; }
 };
 
-// Where a line of 16 stands in a slot: lines that the four lanes of a row read together are neighbours.
+// Where a line stands among the words of a slot: of each 16 a thread reads four, 2t, 2t + 1, 2t + 8 and
+// 2t + 9, as neighbours.
 __device__ __forceinline__ int place_of(int line) {
-  return (line & ~15) | (line >> 1 & 3) | (line & 1) << 2 | (line & 8);
+  return (line & ~15) | (line & 6) << 1 | (line & 8) >> 2 | (line & 1);
 }
 
 // Fill slots. For one warp.
@@ -100,7 +97,7 @@ __device__ __forceinline__ void produce(const SignProduct& p, const TensorMap& m
   for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
     const int m = tiles.m(tile), n = tiles.n(tile);
     const uint4* chunk = p.words + (i64)(m / CHUNK_BITS) * lines * CHUNK_PIECES;
-    const int piece = m % CHUNK_BITS / 128;  // of a line, the first of two
+    const int piece = m % CHUNK_BITS / 128;  // of a line
     for (int k = 0; k < (int)p.k; k += DEPTH) {
       const u32 full = shared_address(&shared.full[turn.slot]);
       const u32 matrix = shared_address(shared.matrix[turn.slot]);
@@ -109,51 +106,29 @@ __device__ __forceinline__ void produce(const SignProduct& p, const TensorMap& m
       if (lane == 0) {
         barrier_expect(full, MATRIX_BYTES);
         if constexpr (ACROSS) {
-          tensor_load(matrix, &map, n, k, full);
-          tensor_load(matrix + BOX_BYTES, &map, n + 64, k, full);
+#pragma unroll
+          for (int box = 0; box < TILE_N / 64; box++)
+            tensor_load(matrix + box * BOX_BYTES, &map, n + 64 * box, k, full);
         } else {
           tensor_load(matrix, &map, k, n, full);
         }
       }
       __syncwarp();
 #pragma unroll
-      for (int i = 0; i < DEPTH * 2 / 32; i++) {
-        const int position = i * 16 + (lane >> 1), half = lane & 1;
+      for (int i = 0; i < DEPTH / 32; i++) {
+        const int position = i * 32 + lane;
         const u32 stored = (u32)(k + position);
-        const uint4* from =
-            chunk + (i64)min(stored, lines - 1) * CHUNK_PIECES + swizzled_piece(stored, piece + half);
-        copy_or_zero(signs + (place_of(line_at(position)) * SIGN_WORDS + half * 4) * 4, from,
-                     stored < lines);
+        const u32* from = (const u32*)(chunk + (i64)min(stored, lines - 1) * CHUNK_PIECES +
+                                       swizzled_piece(stored, piece));
+        const u32 to = signs + place_of(line_at(position)) * 4;
+#pragma unroll
+        for (int word = 0; word < SIGN_WORDS; word++)
+          copy_or_zero(to + word * DEPTH * 4, from + word, stored < lines);
       }
       barrier_arrive_with_copies(full);
       turn.next();
     }
   }
-}
-
-// Two signs as bfloat16 +1 or -1: those that stand in the top bit of byte BYTE of each word.
-template <int BYTE> __device__ __forceinline__ u32 two_signs(u32 first, u32 second) {
-  return (__byte_perm(first, second, 0x4400 + 0x1111 * BYTE) & 0x80008000u) ^ 0xbf80bf80u;
-}
-
-// The words of 16 elements of K for this warp's 32 rows: a thread's elements 2t, 2t + 1, 2t + 8, 2t + 9.
-struct Words {
-  u32 at[4];
-  __device__ __forceinline__ void load(const u32* from) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) at[i] = from[i * 4 * SIGN_WORDS];
-  }
-  __device__ __forceinline__ void shift(int by) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) at[i] <<= by;
-  }
-};
-
-// The operand of the warp's first (HALF 0) or last (1) 16 rows.
-template <int HALF> __device__ __forceinline__ void make_operand(u32 (&a)[4], const Words& words) {
-  const u32(&w)[4] = words.at;
-  a[0] = two_signs<2 * HALF>(w[0], w[1]), a[1] = two_signs<2 * HALF + 1>(w[0], w[1]);
-  a[2] = two_signs<2 * HALF>(w[2], w[3]), a[3] = two_signs<2 * HALF + 1>(w[2], w[3]);
 }
 
 __device__ __forceinline__ u32 two_rounded(float first, float second) {
@@ -165,78 +140,78 @@ __device__ __forceinline__ u32 two_rounded(float first, float second) {
 // A consumer's way through the slots. It has two instructions under way, the operands of a third in
 // registers, and makes those of a fourth: the tensor cores never wait for it.
 struct Consumer {
-  static constexpr int COUNT = 2 * DEPTH / 16;  // instructions of a slot
+  static constexpr int STEPS = DEPTH / 16;  // instructions of a slot
   Shared& shared;
   const int warp, lane;
+  const int turned;  // by how much words are turned, so that a row's sign is in the top bit of a byte
   Ring<STAGES> turn;  // of the slot whose words are loaded
-  const u32* signs;   // this thread's, there
-  Words loaded, words;
+  const uint4* signs;  // this thread's, there
+  uint4 loaded;        // elements 2t, 2t + 1, 2t + 8, 2t + 9
   u32 operands[4][4];
-  float acc[2][64];
+  float acc[128];
+  u32 mask;
 
+  // Of each word this warp has one half, and a thread one bit of each of its bytes.
   __device__ __forceinline__ Consumer(Shared& shared, int warp)
-      : shared(shared), warp(warp), lane(threadIdx.x & 31) {}
+      : shared(shared), warp(warp), lane(threadIdx.x & 31), turned(7 - (lane >> 2) + (warp & 1) * 16) {
+    asm volatile("mov.u32 %0, 0x80008000;" : "=r"(mask));  // in a register, not made anew each time
+  }
 
   // Wait for the slot whose turn it is.
   __device__ __forceinline__ void enter() {
     barrier_wait(shared_address(&shared.full[turn.slot]), turn.parity);
-    signs = &shared.signs[turn.slot][lane & 3][warp];
+    signs = (const uint4*)shared.signs[turn.slot][warp / 2] + (lane & 3);
   }
-  __device__ __forceinline__ void load(int step) { loaded.load(signs + step * 16 * SIGN_WORDS); }
-  // Make the operand of instruction I of a slot.
-  template <int I> __device__ __forceinline__ void make() {
-    if constexpr (I % 2 == 0) {
-      words = loaded;
-      words.shift(7 - (lane >> 2));
-    }
-    make_operand<I % 2>(operands[I % 4], words);
+  __device__ __forceinline__ void load(int step) { loaded = signs[step * 4]; }
+  // Two signs as bfloat16 +1 or -1: those in the top bit of byte BYTE of each word.
+  template <int BYTE> __device__ __forceinline__ u32 two_signs(u32 first, u32 second) const {
+    return (__byte_perm(first, second, 0x4400 + 0x1111 * BYTE) & mask) ^ 0xbf80bf80u;
+  }
+  // Make the operand of a slot's instruction from the loaded words.
+  __device__ __forceinline__ void make(int step) {
+    u32(&a)[4] = operands[step];
+    const u32 x = __funnelshift_l(loaded.x, loaded.x, turned);
+    const u32 y = __funnelshift_l(loaded.y, loaded.y, turned);
+    const u32 z = __funnelshift_l(loaded.z, loaded.z, turned);
+    const u32 w = __funnelshift_l(loaded.w, loaded.w, turned);
+    a[0] = two_signs<0>(x, y), a[1] = two_signs<1>(x, y);
+    a[2] = two_signs<0>(z, w), a[3] = two_signs<1>(z, w);
   }
   __device__ __forceinline__ void release(int slot) {
     if (lane == 0) barrier_arrive(shared_address(&shared.empty[slot]));
   }
 
-  // Begin a tile.
-  __device__ __forceinline__ void begin() {
-    enter();
-    load(0);
-    make<0>();
-    make<1>();
-    load(1);
-  }
-
-  // Start instruction I of a slot, and make what comes two later ready; of the tile's LAST slot nothing.
-  template <int I, bool LAST>
-  __device__ __forceinline__ void step(u64 b, int slot, int before, int k) {
+  // Start instruction STEP of a slot and make the operand of the one after the next, unless this is the
+  // tile's LAST slot and there is none; and so on.
+  template <int STEP, bool LAST>
+  __device__ __forceinline__ void start(u64 b, int before, int k) {
     wgmma_wait<1>();
-    if (I == 1 && before >= 0) release(before);
+    if (STEP == 1 && before >= 0) release(before);
     wgmma_fence();
-    wgmma_bf16_128<ACROSS>(acc[I % 2], operands[I % 4], b + I / 2 * (ACROSS ? 128 : 2), k | I / 2);
+    wgmma_bf16_256<ACROSS>(acc, operands[STEP], b + STEP * (ACROSS ? 128 : 2), k | STEP);
     wgmma_commit();
-    constexpr int NEXT = I + 2;
-    if constexpr (NEXT < COUNT || !LAST) {
-      make<NEXT % COUNT>();
-      if constexpr (I % 2 == 1) {
-        constexpr int STEP = (NEXT + 1) / 2;
-        if constexpr (STEP == DEPTH / 16 && !LAST) {
-          turn.next();
-          enter();
-        }
-        if constexpr (STEP < DEPTH / 16 || !LAST) load(STEP % (DEPTH / 16));
-      }
+    if constexpr (STEP + 2 < STEPS || !LAST) make((STEP + 2) % STEPS);
+    if constexpr (STEP + 3 == STEPS && !LAST) {
+      turn.next();
+      enter();
     }
-    if constexpr (I + 1 < COUNT) step<I + 1, LAST>(b, slot, before, k);
+    if constexpr (STEP + 3 < STEPS || !LAST) load((STEP + 3) % STEPS);
+    if constexpr (STEP + 1 < STEPS) start<STEP + 1, LAST>(b, before, k);
   }
 
   // Multiply a tile.
   __device__ __forceinline__ void multiply(int depth) {
-    begin();
+    enter();
+    load(0), make(0);
+    load(1), make(1);
+    load(2);
     int before = -1, k = 0;
     for (; k + DEPTH < depth; k += DEPTH) {
       const int slot = turn.slot;
-      step<0, false>(descriptor(slot), slot, before, k);
+      start<0, false>(descriptor(slot), before, k);
       before = slot;
     }
-    step<0, true>(descriptor(turn.slot), turn.slot, before, k);
+    start<0, true>(descriptor(turn.slot), before, k);
     wgmma_wait<0>();
     release(turn.slot);
     turn.next();
@@ -258,18 +233,15 @@ __device__ __forceinline__ void consume(const SignProduct& p, Shared& shared, in
     // To shared memory, once the tile before has been written from there.
     barrier_wait(shared_address(&shared.results_empty), parity);
     parity ^= 1;
+    const int m = warp * 16 + (lane & 8), n = lane >> 4 << 3;
+    const u32 to = ACROSS ? shared_address(&shared.results[m + (lane & 7)][n])
+                          : shared_address(&shared.results[n + (lane & 7)][m]);
 #pragma unroll
-    for (int block = 0; block < 2; block++) {
-      const int m = warp * 32 + block * 16 + (lane & 8), n = lane >> 4 << 3;
-      const u32 to = ACROSS ? shared_address(&shared.results[m + (lane & 7)][n])
-                            : shared_address(&shared.results[n + (lane & 7)][m]);
-#pragma unroll
-      for (int i = 0; i < TILE_N / 16; i++) {
-        const float* v = consumer.acc[block] + 8 * i;
-        const u32 rounded[4] = {two_rounded(v[0], v[1]), two_rounded(v[2], v[3]),
-                                two_rounded(v[4], v[5]), two_rounded(v[6], v[7])};
-        store_blocks<!ACROSS>(to + i * 16 * (ACROSS ? 1 : PITCH) * 2, rounded);
-      }
+    for (int i = 0; i < TILE_N / 16; i++) {
+      const float* v = consumer.acc + 8 * i;
+      const u32 rounded[4] = {two_rounded(v[0], v[1]), two_rounded(v[2], v[3]),
+                              two_rounded(v[4], v[5]), two_rounded(v[6], v[7])};
+      store_blocks<!ACROSS>(to + i * 16 * (ACROSS ? 1 : PITCH) * 2, rounded);
     }
     __syncwarp();
     if (lane == 0) barrier_arrive(shared_address(&shared.results_full));
@@ -280,58 +252,72 @@ __device__ __forceinline__ void consume(const SignProduct& p, Shared& shared, in
 // Store a tile of results. For the writers, of which this is number `writer`.
 __device__ __forceinline__ void store_tile(const SignProduct& p, const Shared& shared, int m, int n,
                                            int writer) {
-  const int col = (threadIdx.x & 31) * 8;
+  constexpr int LANES_OF_ROW = TILE_M / 8, AT_ONCE = 32 / LANES_OF_ROW;
+  const int lane = threadIdx.x & 31, col = lane % LANES_OF_ROW * 8;
   if (m + col >= (int)p.m) return;
   bfloat16_bits* to = p.out + n * p.m + m + col;
+  const int rows = min(TILE_N, (int)p.n - n);
 #pragma unroll 4
-  for (int row = writer; row < min(TILE_N, (int)p.n - n); row += WRITERS)
+  for (int row = writer * AT_ONCE + lane / LANES_OF_ROW; row < rows; row += WRITERS * AT_ONCE)
     *(uint4*)(to + row * p.m) = *(const uint4*)&shared.results[row][col];
 }
 #else
-// Update the weights by a tile of gradients; return what it adds to the penalty.
+// Four columns a lane of weights and the optimiser's means of them.
+struct Rows {
+  float weight[NIBBLE][4], mean[NIBBLE][4], square[NIBBLE][4];
+  // Of rows beyond the last, the last.
+  __device__ __forceinline__ void load_from(const Parameter& p, int row, int col) {
+    if (col >= (int)p.cols) return;
+#pragma unroll
+    for (int r = 0; r < NIBBLE; r++) {
+      const i64 at = min(row + r, (int)p.rows - 1) * p.cols + col;
+      load<4>(p.weight + at, weight[r]);
+      load<4>(p.mean + at, mean[r]);
+      load<4>(p.square + at, square[r]);
+    }
+  }
+};
+
+// Update the weights by a tile of gradients; return what it adds to the penalty. A warp takes four rows of
+// 128 columns at a time, while what it takes next is on its way.
 __device__ __forceinline__ float update_tile(const Parameter& p, const Adam& move, Shared& shared, int m,
                                              int n, int writer) {
-  const int lane = threadIdx.x & 31, col = n + lane * 4;
-  const bool has_cols = col < (int)p.cols;
+  constexpr int PARTS = TILE_N / 128;
+  const int lane = threadIdx.x & 31;
+  const auto row_of = [&](int i) { return m + i / PARTS * NIBBLE; };
+  const auto col_of = [&](int i) { return n + i % PARTS * 128 + lane * 4; };
   float sum = 0;
+  Rows next;
+  next.load_from(p, row_of(writer), col_of(writer));
 #pragma unroll 1
-  for (int group = writer; group < GROUPS; group += WRITERS) {
+  for (int i = writer; i < GROUPS * PARTS; i += WRITERS) {
+    Rows now = next;
+    if (i + WRITERS < GROUPS * PARTS)
+      next.load_from(p, row_of(i + WRITERS), col_of(i + WRITERS));
+    const int row = row_of(i), col = col_of(i);
     u32 signs[4] = {};
-#pragma unroll 1
-    for (int skip = 0; skip < NIBBLE; skip += TOGETHER) {
-      const i64 row = m + group * NIBBLE + skip;
-      if (!has_cols || row >= p.rows) break;
-      float w[TOGETHER][4], mean[TOGETHER][4], square[TOGETHER][4];
+    if (col < (int)p.cols) {
 #pragma unroll
-      for (int r = 0; r < TOGETHER; r++) {
-        const i64 at = min(row + r, p.rows - 1) * p.cols + col;
-        load<4>(p.weight + at, w[r]);
-        load<4>(p.mean + at, mean[r]);
-        load<4>(p.square + at, square[r]);
-      }
-#pragma unroll
-      for (int r = 0; r < TOGETHER; r++) {
-        if (row + r >= p.rows) break;
+      for (int r = 0; r < NIBBLE; r++) {
+        if (row + r >= (int)p.rows) break;
         float gradient[4];
-        load<4>(&shared.results[group * NIBBLE + skip + r][lane * 4], gradient);
-        u32 changes[4];
+        load<4>(&shared.results[row - m + r][col - n], gradient);
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-          changes[i] = (u32)nonnegative(w[r][i]) << 4;
-          move(w[r][i], gradient[i], mean[r][i], square[r][i], true, sum);
-          changes[i] |= (u32)nonnegative(w[r][i]);
-          signs[i] |= changes[i] << (skip + r);
+        for (int e = 0; e < 4; e++) {
+          signs[e] |= (u32)nonnegative(now.weight[r][e]) << (4 + r);
+          move(now.weight[r][e], gradient[e], now.mean[r][e], now.square[r][e], true, sum);
+          signs[e] |= (u32)nonnegative(now.weight[r][e]) << r;
         }
-        const i64 at = (row + r) * p.cols + col;
-        store<4>(p.weight + at, w[r]);
-        store<4>(p.mean + at, mean[r]);
-        store<4>(p.square + at, square[r]);
+        const i64 at = (i64)(row + r) * p.cols + col;
+        store<4>(p.weight + at, now.weight[r]);
+        store<4>(p.mean + at, now.mean[r]);
+        store<4>(p.square + at, now.square[r]);
 #if WRITE_GRADIENT
         store<4>(p.left + at, gradient);
 #endif
       }
     }
-    *(u32*)&shared.nibbles[group][lane * 4] =
+    *(u32*)&shared.nibbles[i / PARTS][col - n] =
         signs[0] | signs[1] << 8 | signs[2] << 16 | signs[3] << 24;
   }
   asm volatile("bar.sync 1, %0;" ::"n"(WRITERS * 32) : "memory");
@@ -366,7 +352,7 @@ __device__ __forceinline__ void run(const SignProduct& p, const TensorMap& map, 
     barrier_init_fence();
   }
   __syncthreads();
-  if (warp >= 4 && warp < 4 + CONSUMER_WARPS) {
+  if (warp >= 4) {
     take_registers<CONSUMER_REGISTERS>();
     consume(p, shared, warp - 4);
     return;
@@ -377,12 +363,11 @@ __device__ __forceinline__ void run(const SignProduct& p, const TensorMap& map, 
     return;
   }
   const Tiles tiles(p);
-  const int writer = warp < 4 ? warp - 1 : warp - 1 - CONSUMER_WARPS;
   int parity = 0;
   for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
     barrier_wait(shared_address(&shared.results_full), parity);
     parity ^= 1;
-    write(shared, tiles.m(tile), tiles.n(tile), tile, writer);
+    write(shared, tiles.m(tile), tiles.n(tile), tile, warp - 1);
     __syncwarp();
     if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared.results_empty));
   }

@@ -49,14 +49,14 @@ WGMMA_B1(192, 96, 96, 97, 98)
 WGMMA_B1(256, 128, 128, 129, 130)
 
 // On bfloat16, acc (+)= a b, for 64 rows of a, which are in registers (PTX ISA, wgmma: each thread has
-// of its rows g and g + 8 the elements 2t, 2t + 1, then 2t + 8, 2t + 9), and 128 columns of b. B_ALONG_N: b's
+// of its rows g and g + 8 the elements 2t, 2t + 1, then 2t + 8, 2t + 9), and 256 columns of b. B_ALONG_N: b's
 // rows, not its columns, are contiguous.
 template <int B_ALONG_N>
-__device__ __forceinline__ void wgmma_bf16_128(float (&d)[64], const u32 (&a)[4], u64 b, int accumulate) {
+__device__ __forceinline__ void wgmma_bf16_256(float (&d)[128], const u32 (&a)[4], u64 b, int accumulate) {
   asm volatile(
-      "{ .reg .pred keep;\nsetp.ne.b32 keep, %69, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" NAMES_64
-      "}, {%64, %65, %66, %67}, %68, keep, 1, 1, %70; }"
-      : OPERANDS_64("+f", 0)
+      "{ .reg .pred keep;\nsetp.ne.b32 keep, %133, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" NAMES_128
+      "}, {%128, %129, %130, %131}, %132, keep, 1, 1, %134; }"
+      : OPERANDS_128("+f", 0)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(B_ALONG_N));
 }

@@ -16,11 +16,11 @@ from cupybnn.backends.cuda.fused_arguments import struct
 __all__ = ["WRITERS", "fits", "pays", "tiles", "transposed_product", "weight_update"]
 
 # As sm90_sign_gemm.cu has them.
-_TILE_M, _TILE_N, _DEPTH, _STAGES = 256, 128, 64, 8
-_THREADS = 512
+_TILE_M, _TILE_N, _DEPTH, _STAGES = 128, 256, 64, 4
+_THREADS = 384
 _TRANSPOSED, _UPDATE = 0, 1
 #: Warps that write a tile, each of which leaves its part of the penalty.
-WRITERS = 7
+WRITERS = 3
 
 _PRODUCT = np.dtype((np.void, 8 * 5))  # struct SignProduct
 _TENSOR_MAP = np.dtype((np.void, 128))
