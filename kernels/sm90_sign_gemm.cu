@@ -296,18 +296,19 @@ __device__ __forceinline__ float update_tile(const Parameter& p, const Adam& mov
       next.load_from(p, row_of(i + WRITERS), col_of(i + WRITERS));
     const int row = row_of(i), col = col_of(i);
     u32 signs[4] = {};
-    if (col < (int)p.cols) {
 #pragma unroll
-      for (int r = 0; r < NIBBLE; r++) {
-        if (row + r >= (int)p.rows) break;
-        float gradient[4];
-        load<4>(&shared.results[row - m + r][col - n], gradient);
+    for (int r = 0; r < NIBBLE; r++) {
+      const bool exists = row + r < (int)p.rows & col < (int)p.cols;
+      float gradient[4];
+      load<4>(&shared.results[row - m + r][col - n], gradient);
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-          signs[e] |= (u32)nonnegative(now.weight[r][e]) << (4 + r);
-          move(now.weight[r][e], gradient[e], now.mean[r][e], now.square[r][e], true, sum);
-          signs[e] |= (u32)nonnegative(now.weight[r][e]) << r;
-        }
+      for (int e = 0; e < 4; e++) {
+        const u32 before = nonnegative(now.weight[r][e]);
+        move(now.weight[r][e], gradient[e], now.mean[r][e], now.square[r][e], exists, sum);
+        const u32 after = nonnegative(now.weight[r][e]);
+        signs[e] |= (after | before << 4) << r;
+      }
+      if (exists) {
         const i64 at = (i64)(row + r) * p.cols + col;
         store<4>(p.weight + at, now.weight[r]);
         store<4>(p.mean + at, now.mean[r]);
@@ -315,6 +316,9 @@ __device__ __forceinline__ float update_tile(const Parameter& p, const Adam& mov
 #if WRITE_GRADIENT
         store<4>(p.left + at, gradient);
 #endif
+      } else {
+#pragma unroll
+        for (int e = 0; e < 4; e++) signs[e] &= ~(0x11u << r);
       }
     }
     *(u32*)&shared.nibbles[i / PARTS][col - n] =

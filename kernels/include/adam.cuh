@@ -37,32 +37,39 @@ struct Rates {
   float lr, factor, eps, unused;  // lr; lr * root / (1 - b1**t) and eps * root, root = sqrt(1 - b2**t)
 };
 
+// What is the same for all elements of a parameter. No element branches: several are worked on at once.
 struct Adam {
-  const Parameter& p;
-  float penalty, limit, factor, shrink, eps, gain_mean, gain_square;
+  bool windowed;
+  float bound, limit;  // of the gradient, of the weight; infinite where there is none
+  float penalty, factor, shrink, eps, gain_mean, gain_square;
 
   __device__ __forceinline__ Adam(const Parameter& p, const Rates& rate, float gain_mean,
                                   float gain_square)
-      : p(p),
+      : windowed(p.flags & WINDOW),
+        bound(p.flags & CLIPPED ? 1.0f : __int_as_float(0x7f800000)),
+        limit(p.limit > 0 ? (float)p.limit : __int_as_float(0x7f800000)),
         penalty((float)p.penalty),
-        limit((float)p.limit),
         factor(rate.factor * (float)p.lr_scale),
         shrink(1.0f - rate.lr * (float)p.lr_scale * (float)p.weight_decay),
         eps(rate.eps),
         gain_mean(gain_mean),
         gain_square(gain_square) {}
 
-  // Move weight v with the gradient d and the means m and s of it and of its square; the penalty is
-  // added to `sum`.
+  // A NaN stays one.
+  static __device__ __forceinline__ float within(float x, float most) {
+    return x > most ? most : x < -most ? -most : x;
+  }
+  // Move weight v with the gradient d and the means m and s of it and of its square; the penalty of one
+  // that exists is added to `sum`.
   __device__ __forceinline__ void operator()(float& v, float& d, float& m, float& s, bool exists,
                                              float& sum) const {
-    if (p.flags & CLIPPED) d = d > 1 ? 1.0f : d < -1 ? -1.0f : d;
-    if (p.flags & WINDOW) d = fabsf(v) <= 1 ? d : 0.0f;
+    d = within(d, bound);
+    d = !windowed | (fabsf(v) <= 1) ? d : 0.0f;
 #if PENALTY == PENALTY_L1
-    sum += penalty * fabsf(v);
+    sum += exists ? penalty * fabsf(v) : 0.0f;
     d += v > 0 ? penalty : v < 0 ? -penalty : 0.0f;
 #elif PENALTY == PENALTY_BIPOLAR
-    if (exists) sum += penalty * (1.0f - v * v);
+    sum += exists ? penalty * (1.0f - v * v) : 0.0f;
     d -= 2.0f * penalty * v;
 #endif
     m += (d - m) * gain_mean;
@@ -70,8 +77,7 @@ struct Adam {
     // Within 3 units in the last place of the step; exact roots and quotients take 30 instructions.
     float root;
     asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(s));
-    v = v * shrink - __fdividef(m, root + eps) * factor;
-    if (limit > 0) v = v > limit ? limit : v < -limit ? -limit : v;
+    v = within(v * shrink - __fdividef(m, root + eps) * factor, limit);
   }
 };
 
