@@ -66,7 +66,7 @@ struct Shared {
   u32 signs[STAGES][SIGN_WORDS][DEPTH];
   bfloat16_bits results[RESULT_ROWS][PITCH];
 #if RESULT == RESULT_UPDATE
-  unsigned char nibbles[GROUPS][TILE_N];  // signs of a group's rows: after, and before
+  unsigned char nibbles[GROUPS][TILE_N];  // signs of a group's rows
 #endif
   u64 full[STAGES], empty[STAGES], results_full, results_empty;
 };
@@ -303,10 +303,9 @@ __device__ __forceinline__ float update_tile(const Parameter& p, const Adam& mov
       load<4>(&shared.results[row - m + r][col - n], gradient);
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        const u32 before = nonnegative(now.weight[r][e]);
         move(now.weight[r][e], gradient[e], now.mean[r][e], now.square[r][e], exists, sum);
-        const u32 after = nonnegative(now.weight[r][e]);
-        signs[e] |= (after | before << 4) << r;
+        // A result of arithmetic that flushes to zero: of what `nonnegative` looks at only a NaN is left.
+        signs[e] |= now.weight[r][e] >= 0 & exists ? 1u << r : 0;
       }
       if (exists) {
         const i64 at = (i64)(row + r) * p.cols + col;
@@ -316,25 +315,31 @@ __device__ __forceinline__ float update_tile(const Parameter& p, const Adam& mov
 #if WRITE_GRADIENT
         store<4>(p.left + at, gradient);
 #endif
-      } else {
-#pragma unroll
-        for (int e = 0; e < 4; e++) signs[e] &= ~(0x11u << r);
       }
     }
     *(u32*)&shared.nibbles[i / PARTS][col - n] =
         signs[0] | signs[1] << 8 | signs[2] << 16 | signs[3] << 24;
   }
-  asm volatile("bar.sync 1, %0;" ::"n"(WRITERS * 32) : "memory");
-  for (int i = writer * 32 + lane; i < SIGN_WORDS * TILE_N; i += WRITERS * 32) {
-    const int word = i / TILE_N, at = i % TILE_N;
-    u32 after = 0, before = 0;
+  constexpr int WORDS = SIGN_WORDS * TILE_N, EACH = (WORDS + WRITERS * 32 - 1) / (WRITERS * 32);
+  u32 before[EACH], *to[EACH];
 #pragma unroll
-    for (int group = 0; group < 8; group++) {
-      const u32 both = shared.nibbles[word * 8 + group][at];
-      after |= (both & 15) << (4 * group);
-      before |= (both >> 4) << (4 * group);
-    }
-    if (n + at < (int)p.cols) pack_column(p, n + at, m / 32 + word, after, before);
+  for (int i = 0; i < EACH; i++) {
+    const int index = (i * WRITERS + writer) * 32 + lane;
+    const int word = m / 32 + index / TILE_N, at = n + index % TILE_N;
+    const bool exists = index < WORDS & word * 32 < (int)p.rows & at < (int)p.cols;
+    to[i] = exists ? packed_signs(p, at, word) : nullptr;
+    before[i] = exists ? *to[i] : 0;
+  }
+  asm volatile("bar.sync 1, %0;" ::"n"(WRITERS * 32) : "memory");
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    if (to[i] == nullptr) continue;
+    const int index = (i * WRITERS + writer) * 32 + lane, word = index / TILE_N, at = index % TILE_N;
+    u32 after = 0;
+#pragma unroll
+    for (int group = 0; group < 8; group++)
+      after |= (u32)shared.nibbles[word * 8 + group][at] << (4 * group);
+    pack_signs(p, n + at, to[i], after, before[i]);
   }
   return sum;
 }

@@ -145,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         after |= (both & 15) << (4 * i);
         before |= (both >> 4) << (4 * i);
       }
-      pack_column(p, line, row0 / 32, after, before);
+      pack_signs(p, line, packed_signs(p, line, row0 / 32), after, before);
     }
   }
 

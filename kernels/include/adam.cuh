@@ -57,7 +57,14 @@ struct Adam {
 
   // A NaN stays one.
   static __device__ __forceinline__ float within(float x, float most) {
+#if __CUDA_ARCH__ >= 800
+    float y;
+    asm("{ .reg .f32 least;\nneg.f32 least, %2;\n"
+        "min.NaN.f32 %0, %1, %2;\nmax.NaN.f32 %0, %0, least; }" : "=f"(y) : "f"(x), "f"(most));
+    return y;
+#else
     return x > most ? most : x < -most ? -most : x;
+#endif
   }
   // Move weight v with the gradient d and the means m and s of it and of its square; the penalty of one
   // that exists is added to `sum`.
@@ -74,20 +81,24 @@ struct Adam {
 #endif
     m += (d - m) * gain_mean;
     s += (d * d - s) * gain_square;
-    // Within 3 units in the last place of the step; exact roots and quotients take 30 instructions.
-    float root;
+    // Within a few units in the last place of the step; exact roots and quotients take 30 instructions.
+    float root, inverse;
     asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(s));
-    v = within(v * shrink - __fdividef(m, root + eps) * factor, limit);
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(root + eps));
+    v = within(v * shrink - m * inverse * factor, limit);
   }
 };
 
-// Put the signs of 32 rows of a column, and note what they were, into the packed matrix: `word` counts
-// such groups of rows.
-__device__ __forceinline__ void pack_column(const Parameter& p, i64 col, i64 word, u32 after, u32 before) {
-  if (after == before) return;
+// Where the packed matrix has a column's signs of 32 rows: `word` counts such groups of rows.
+__device__ __forceinline__ u32* packed_signs(const Parameter& p, i64 col, i64 word) {
   const i64 chunks = (p.rows + CHUNK_BITS - 1) / CHUNK_BITS, position = position_of((u32)col);
-  p.words[line_chunk(0, chunks, word / CHUNK_WORDS, p.cols, position) +
-          swizzled_word(position, (int)(word % CHUNK_WORDS))] = after;
+  return p.words + line_chunk(0, chunks, word / CHUNK_WORDS, p.cols, position) +
+         swizzled_word(position, (int)(word % CHUNK_WORDS));
+}
+// Put signs there, in place of what they were before.
+__device__ __forceinline__ void pack_signs(const Parameter& p, i64 col, u32* to, u32 after, u32 before) {
+  if (after == before) return;
+  *to = after;
   const int more = __popc(after) - __popc(before);
   if (more) atomicAdd(p.pops + col, more);
 }

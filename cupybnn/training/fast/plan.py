@@ -168,8 +168,9 @@ def _numbers(config: TrainConfig) -> Iterator[int]:
 def _backward_by_bits(config: TrainConfig, device: int | None) -> tuple[bool, bool]:
     """Whether products between hidden layers go by bits: gradients of inputs, of weights."""
     batch, units = config.batch_size, config.n_hidden
-    usable = config.binary and config.xnor and device is not None
-    if not usable or not sign_gemm.fits(device, config.dtype, units, units):
+    if device is None or not (config.binary and config.xnor):
+        return False, False
+    if not sign_gemm.fits(device, config.dtype, units, units):
         return False, False
     return sign_gemm.pays(device, units, batch), sign_gemm.pays(device, units, units)
 
