@@ -178,6 +178,7 @@ struct Consumer {
     a[2] = two_signs<0>(z, w), a[3] = two_signs<1>(z, w);
   }
   __device__ __forceinline__ void release(int slot) {
+    __syncwarp();
     if (lane == 0) barrier_arrive(shared_address(&shared.empty[slot]));
   }
 
@@ -243,8 +244,7 @@ __device__ __forceinline__ void consume(const SignProduct& p, Shared& shared, in
                               two_rounded(v[4], v[5]), two_rounded(v[6], v[7])};
       store_blocks<!ACROSS>(to + i * 16 * (ACROSS ? 1 : PITCH) * 2, rounded);
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared_address(&shared.results_full));
+    barrier_arrive(shared_address(&shared.results_full));
   }
 }
 
@@ -356,8 +356,9 @@ __device__ __forceinline__ void run(const SignProduct& p, const TensorMap& map, 
       barrier_init(shared_address(&shared.full[i]), 1 + 32);  // who expects the bytes, and copies
       barrier_init(shared_address(&shared.empty[i]), CONSUMER_WARPS);
     }
-    barrier_init(shared_address(&shared.results_full), CONSUMER_WARPS);
-    barrier_init(shared_address(&shared.results_empty), WRITERS);
+    // Each lane speaks for what it has written or read itself.
+    barrier_init(shared_address(&shared.results_full), CONSUMER_WARPS * 32);
+    barrier_init(shared_address(&shared.results_empty), WRITERS * 32);
     barrier_init_fence();
   }
   __syncthreads();
@@ -377,8 +378,7 @@ __device__ __forceinline__ void run(const SignProduct& p, const TensorMap& map, 
     barrier_wait(shared_address(&shared.results_full), parity);
     parity ^= 1;
     write(shared, tiles.m(tile), tiles.n(tile), tile, warp - 1);
-    __syncwarp();
-    if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared.results_empty));
+    barrier_arrive(shared_address(&shared.results_empty));
   }
 }
 

@@ -14,8 +14,8 @@ from cupybnn.backends.cuda.fused import Launcher
 
 pytestmark = pytest.mark.gpu
 
-#: (batch, inputs, units): tiles are 128 inputs by 256 columns, 64 of K a slot, 4 slots. Of the last
-#: there are more tiles than a GPU has multiprocessors.
+#: (batch, inputs, units): tiles are 128 inputs by 256 columns, 64 of K a slot, 4 slots. The last
+#: two have more tiles than a GPU has multiprocessors.
 SIZES = [
     (1, 8, 8),
     (16, 128, 256),
@@ -24,6 +24,7 @@ SIZES = [
     (257, 1032, 72),
     (1000, 1024, 1000),
     (513, 2304, 640),
+    (64, 4104, 4104),
     (2048, 4096, 2560),
 ]
 
