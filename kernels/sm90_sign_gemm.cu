@@ -12,7 +12,7 @@
 // traffic, and nobody unpacks them beforehand.
 //
 // One warp keeps STAGES slots of shared memory filled with 64 elements of K, the matrix by the copy engine
-// and the signs by copies of its own. Two warpgroups multiply, 64 rows x 256 columns each, and leave a
+// and the signs by itself. Two warpgroups multiply, 64 rows x 256 columns each, and leave a
 // finished tile, rounded to bfloat16, in shared memory. From there three warps store it, or update the
 // weights, while the next tile is multiplied: reading three arrays and writing them takes the memory
 // a third of the time that a tile of K = 8192 takes the tensor cores.
@@ -88,22 +88,58 @@ __device__ __forceinline__ int place_of(int line) {
   return (line & ~15) | (line & 6) << 1 | (line & 8) >> 2 | (line & 1);
 }
 
+// The signs of a slot: a thread has one piece of 16 bytes of each of LINES lines.
+struct Pieces {
+  static constexpr int LINES = DEPTH / 32;
+  uint4 at[LINES];
+  // Zeros in place of lines that do not exist.
+  __device__ __forceinline__ void load(const SignProduct& p, int m, int k) {
+    const u32 lines = (u32)padded_lines(p.k);
+    const uint4* chunk = p.words + (i64)(m / CHUNK_BITS) * lines * CHUNK_PIECES;
+#pragma unroll
+    for (int i = 0; i < LINES; i++) {
+      const u32 stored = (u32)k + i * 32 + (threadIdx.x & 31);
+      at[i] = make_uint4(0, 0, 0, 0);
+      if (stored < lines)
+        at[i] = __ldg(chunk + (i64)stored * CHUNK_PIECES +
+                      swizzled_piece(stored, m % CHUNK_BITS / 128));
+    }
+  }
+  __device__ __forceinline__ void store(u32 (&to)[SIGN_WORDS][DEPTH]) const {
+    static_assert(SIGN_WORDS == 4, "a piece");
+#pragma unroll
+    for (int i = 0; i < LINES; i++) {
+      const int place = place_of(line_at(i * 32 + (threadIdx.x & 31)));
+      to[0][place] = at[i].x, to[1][place] = at[i].y;
+      to[2][place] = at[i].z, to[3][place] = at[i].w;
+    }
+  }
+};
+
 // Fill slots. For one warp.
 __device__ __forceinline__ void produce(const SignProduct& p, const TensorMap& map, Shared& shared) {
   const Tiles tiles(p);
-  const int lane = threadIdx.x & 31;
-  const u32 lines = (u32)padded_lines(p.k);
   Ring<STAGES> turn;
+  // Signs are loaded two slots ahead.
+  Pieces now, next, later;
+  u32 ahead = blockIdx.x;
+  int ahead_k = 0;
+  const auto load_ahead = [&](Pieces& pieces) {
+    if (ahead >= tiles.count) return;
+    pieces.load(p, tiles.m(ahead), ahead_k);
+    ahead_k += DEPTH;
+    if (ahead_k >= (int)p.k) ahead_k = 0, ahead += gridDim.x;
+  };
+  load_ahead(now);
+  load_ahead(next);
   for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
-    const int m = tiles.m(tile), n = tiles.n(tile);
-    const uint4* chunk = p.words + (i64)(m / CHUNK_BITS) * lines * CHUNK_PIECES;
-    const int piece = m % CHUNK_BITS / 128;  // of a line
+    const int n = tiles.n(tile);
     for (int k = 0; k < (int)p.k; k += DEPTH) {
       const u32 full = shared_address(&shared.full[turn.slot]);
       const u32 matrix = shared_address(shared.matrix[turn.slot]);
-      const u32 signs = shared_address(shared.signs[turn.slot]);
+      load_ahead(later);
       barrier_wait(shared_address(&shared.empty[turn.slot]), turn.parity ^ 1);
-      if (lane == 0) {
+      if ((threadIdx.x & 31) == 0) {
         barrier_expect(full, MATRIX_BYTES);
         if constexpr (ACROSS) {
 #pragma unroll
@@ -113,19 +149,9 @@ __device__ __forceinline__ void produce(const SignProduct& p, const TensorMap& m
           tensor_load(matrix, &map, k, n, full);
         }
       }
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < DEPTH / 32; i++) {
-        const int position = i * 32 + lane;
-        const u32 stored = (u32)(k + position);
-        const u32* from = (const u32*)(chunk + (i64)min(stored, lines - 1) * CHUNK_PIECES +
-                                       swizzled_piece(stored, piece));
-        const u32 to = signs + place_of(line_at(position)) * 4;
-#pragma unroll
-        for (int word = 0; word < SIGN_WORDS; word++)
-          copy_or_zero(to + word * DEPTH * 4, from + word, stored < lines);
-      }
-      barrier_arrive_with_copies(full);
+      now.store(shared.signs[turn.slot]);
+      barrier_arrive(full);
+      now = next, next = later;
       turn.next();
     }
   }
@@ -353,7 +379,7 @@ __device__ __forceinline__ void run(const SignProduct& p, const TensorMap& map, 
   const int warp = threadIdx.x >> 5;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
-      barrier_init(shared_address(&shared.full[i]), 1 + 32);  // who expects the bytes, and copies
+      barrier_init(shared_address(&shared.full[i]), 1 + 32);  // for the matrix; a lane's signs
       barrier_init(shared_address(&shared.empty[i]), CONSUMER_WARPS);
     }
     // Each lane speaks for what it has written or read itself.

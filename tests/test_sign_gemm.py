@@ -31,7 +31,7 @@ SIZES = [
 
 @pytest.fixture(autouse=True)
 def hopper():
-    if not sign_gemm.fits(0, "bfloat16", 8, 8):
+    if not sign_gemm.fits(0, "bfloat16", 8, 8, 8):
         pytest.skip("needs a GPU of compute capability 9.0, and cuda-bindings")
 
 
@@ -153,37 +153,36 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("ways", [("bits", "bits"), ("bits", "dense"), ("dense", "bits")], ids=str)
 @pytest.mark.parametrize("settings", NETWORKS.values(), ids=NETWORKS.keys())
-def test_steps_by_bits_are_those_by_dense_products(monkeypatch, tmp_path, settings, ways):
-    settings = {"binary": True, "xnor": True, "dtype": "bfloat16", **settings}
+def test_steps_by_bits_are_those_by_dense_products(monkeypatch, tmp_path, settings):
+    settings = {"binary": True, "xnor": True, "dtype": "bfloat16", "max_steps": 40, **settings}
     if settings.pop("spared", False):
         monkeypatch.setattr("cupybnn.training.fast.plan._ROOM", 0)
     log = {"log_dir": str(tmp_path)} if settings.pop("recorded", False) else {}
     losses, parameters, gradients = {}, {}, {}
-    for by in (("dense", "dense"), ways):
-        asked = iter(by)
-        monkeypatch.setattr(
-            sign_gemm, "pays", lambda device, m, n, asked=asked: next(asked) == "bits"
-        )
+    for way in ("dense", "bits"):
+        monkeypatch.setattr(sign_gemm, "pays", lambda *sizes, way=way: way == "bits")
         made = trainer(**settings, **log)
-        losses[by] = [float(made.make_step(0).loss)]
-        hidden = made._step.plan.hidden[1:]
-        assert {(h.input_gradient, h.weight_gradient) for h in hidden} == {by}
+        losses[way] = [float(made.make_step(0).loss)]
+        assert {h.backward for h in made._step.plan.hidden[1:]} == {way}
         named = dict(made.model.named_parameters())
-        parameters[by] = {name: p.data.copy() for name, p in named.items()}
-        gradients[by] = {name: p.grad.copy() for name, p in named.items() if p.grad is not None}
-        losses[by] += [float(made.make_step(s).loss) for s in range(1, 6)]
-    dense = ("dense", "dense")
-    assert losses[ways][0] == losses[dense][0]
+        parameters[way] = {name: p.data.copy() for name, p in named.items()}
+        gradients[way] = {name: p.grad.copy() for name, p in named.items() if p.grad is not None}
+        losses[way] += [float(made.make_step(s).loss) for s in range(1, 40)]
+        # What the products read has followed the weights.
+        for number in range(2, len(made._step.plan.hidden) + 1):
+            packed = made._step.buffers.hidden[number - 1].packed_weight
+            latent = pack(named[f"fc{number}.weight"].data, axis=-2)
+            np.testing.assert_array_equal(packed.words.get(), latent.words.get())
+    assert losses["bits"][0] == losses["dense"][0]
     # After it, sums in another order, rounded to bfloat16: now and then a pixel or a weight goes
     # another way.
-    np.testing.assert_allclose(losses[ways], losses[dense], rtol=0.15)
-    for name, expected in parameters[dense].items():
-        changed = abs(parameters[ways][name] - expected) > 0.1 * made.config.lr
+    np.testing.assert_allclose(np.mean(losses["bits"]), np.mean(losses["dense"]), rtol=0.1)
+    for name, expected in parameters["dense"].items():
+        changed = abs(parameters["bits"][name] - expected) > 0.1 * made.config.lr
         assert float(changed.mean()) < 0.05, name
-    assert gradients[ways].keys() == gradients[dense].keys()
-    assert "fc2.weight" in gradients[ways] or not log
-    for name, expected in gradients[dense].items():
-        apart = abs(gradients[ways][name] - expected).mean()
+    assert gradients["bits"].keys() == gradients["dense"].keys()
+    assert "fc2.weight" in gradients["bits"] or not log
+    for name, expected in gradients["dense"].items():
+        apart = abs(gradients["bits"][name] - expected).mean()
         assert float(apart) <= 0.02 * float(abs(expected).mean()) + 1e-8, name

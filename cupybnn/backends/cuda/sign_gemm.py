@@ -19,7 +19,6 @@ __all__ = ["WRITERS", "fits", "pays", "tiles", "transposed_product", "weight_upd
 _TILE_M, _TILE_N, _DEPTH, _STAGES = 128, 256, 64, 4
 _THREADS = 384
 _TRANSPOSED, _UPDATE = 0, 1
-_FEWEST_TILES = 0.9  # for each multiprocessor
 #: Warps that write a tile, each of which leaves its part of the penalty.
 WRITERS = 3
 
@@ -27,16 +26,16 @@ _PRODUCT = np.dtype((np.void, 8 * 5))  # struct SignProduct
 _TENSOR_MAP = np.dtype((np.void, 128))
 
 
-def fits(device: int, precision: str, inputs: int, units: int) -> bool:
+def fits(device: int, precision: str, batch: int, inputs: int, units: int) -> bool:
     """Whether the kernel can take a layer's backward pass, of this precision and these sizes."""
     # Rows that the copy engine fetches, or that are stored, are whole pieces of 16 bytes.
     whole = inputs % 8 == 0 and units % 8 == 0
     return architecture(device) == 90 and precision == "bfloat16" and whole and _can_map()
 
 
-def pays(device: int, m: int, n: int) -> bool:
-    """Whether an M x N product has tiles enough for the GPU: with fewer, cuBLAS is faster."""
-    return tiles(m, n) >= _FEWEST_TILES * _multiprocessors(device)
+def pays(device: int, batch: int, inputs: int, units: int) -> bool:
+    """Whether both products have a tile for each multiprocessor: with fewer, cuBLAS is faster."""
+    return min(tiles(inputs, batch), tiles(inputs, units)) >= _multiprocessors(device)
 
 
 def tiles(m: int, n: int) -> int:

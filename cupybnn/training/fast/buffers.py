@@ -79,8 +79,7 @@ class HiddenBuffers:
             plan.activation, self.dense, self.packed, self.mask, plan.window
         )
         latent = getattr(model, f"fc{plan.number}").weight._data
-        by_bits = plan.input_gradient == "bits"
-        only_packed = plan.product == "xnor" and (by_bits or not network.roomy)
+        only_packed = plan.product == "xnor" and (plan.backward == "bits" or not network.roomy)
         self.copied = not only_packed and (plan.product != "dense" or real != latent.dtype)
         self.weight = latent
         if self.copied:
@@ -169,13 +168,8 @@ class Buffers:
         ]
         self._scratch = None
         if not plan.roomy:
-            # The first layer always does.
-            sharing = [
-                hidden.inputs * hidden.units
-                for hidden in plan.hidden
-                if "dense" in (hidden.input_gradient, hidden.weight_gradient)
-            ]
-            size = max(sharing)
+            dense = [hidden for hidden in plan.hidden if hidden.backward == "dense"]
+            size = max(hidden.inputs * hidden.units for hidden in dense)
             self._scratch = cupy.empty(size, real)
         products = {f"fc{hidden.number}.weight": hidden for hidden in plan.hidden}
         self.gradients, self.left = {}, {}
@@ -183,7 +177,7 @@ class Buffers:
             stays = True
             if name not in products:
                 gradient = cupy.zeros(parameter.shape, np.float32)
-            elif products[name].weight_gradient == "bits":
+            elif products[name].backward == "bits":
                 gradient, stays = None, False
             elif plan.roomy:
                 gradient = cupy.zeros(parameter.shape, real)
@@ -203,7 +197,7 @@ class Buffers:
         count = count if plan.roomy else min(count, 2)
         self._gradients = [cupy.empty((plan.batch, units), real) for _ in range(count)]
         unpacked = [
-            h.packed is not None and h.dense is None and following.weight_gradient == "dense"
+            h.packed is not None and h.dense is None and following.backward == "dense"
             for h, following in zip(self.hidden, [*plan.hidden[1:], plan.hidden[-1]], strict=True)
         ]
         self.signs = None

@@ -46,7 +46,7 @@ class HiddenPlan:
     activation : {"packed_sign", "both_signs", "sign", "relu", "none"}
         What is stored for the next layer and the backward pass; "both_signs": packed for the one,
         dense for the other. Of the last layer nothing is: see `NetworkPlan.head`.
-    input_gradient, weight_gradient : {"dense", "bits"}
+    backward : {"dense", "bits"}
         What the products of the backward pass read: the weights, and the activations of the layer
         before, as numbers or as their packed signs. By bits, weights are updated at once.
     gate : {"none", "mask", "clip"}
@@ -64,8 +64,7 @@ class HiddenPlan:
     units: int
     product: str
     activation: str
-    input_gradient: str
-    weight_gradient: str
+    backward: str
     gate: str
     window: float
     product_dtype: np.dtype
@@ -134,7 +133,7 @@ class NetworkPlan:
         """
         itemsize = operand_dtype(config.dtype).itemsize
         roomy = config.batch_size * config.n_hidden * itemsize <= _ROOM
-        by_bits = _backward_by_bits(config, device)
+        by_bits = device is not None and _backward_by_bits(config, device)
         hidden = tuple(
             _hidden(config, number, features, roomy, by_bits) for number in _numbers(config)
         )
@@ -165,18 +164,15 @@ def _numbers(config: TrainConfig) -> Iterator[int]:
     return iter(range(1, config.hidden_layers + 1))
 
 
-def _backward_by_bits(config: TrainConfig, device: int | None) -> tuple[bool, bool]:
-    """Whether products between hidden layers go by bits: gradients of inputs, of weights."""
-    batch, units = config.batch_size, config.n_hidden
-    if device is None or not (config.binary and config.xnor):
-        return False, False
-    if not sign_gemm.fits(device, config.dtype, units, units):
-        return False, False
-    return sign_gemm.pays(device, units, batch), sign_gemm.pays(device, units, units)
+def _backward_by_bits(config: TrainConfig, device: int) -> bool:
+    """Whether products between hidden layers go backward by bits."""
+    sizes = (config.batch_size, config.n_hidden, config.n_hidden)
+    usable = config.binary and config.xnor and sign_gemm.fits(device, config.dtype, *sizes)
+    return usable and sign_gemm.pays(device, *sizes)
 
 
 def _hidden(
-    config: TrainConfig, number: int, features: int, roomy: bool, by_bits: tuple[bool, bool]
+    config: TrainConfig, number: int, features: int, roomy: bool, by_bits: bool
 ) -> HiddenPlan:
     first, last = number == 1, number == config.hidden_layers
     inputs = features if first else config.n_hidden
@@ -191,22 +187,20 @@ def _hidden(
         gate, activation = _gate(quantizer, "mask"), "none"
         window = quantizer.window or 0.0
         if not last:
-            packed = "both_signs" if roomy and not by_bits[1] else "packed_sign"
+            packed = "both_signs" if roomy and not by_bits else "packed_sign"
             activation = packed if config.xnor else "sign"
     kept = np.dtype(np.float32)
     if product == "xnor":
         kept = exact_product_dtype(inputs)
     elif product == "dense":
         kept = operand_dtype(config.dtype)
-    of_input, of_weight = ("bits" if product == "xnor" and bits else "dense" for bits in by_bits)
     return HiddenPlan(
         number=number,
         inputs=inputs,
         units=config.n_hidden,
         product=product,
         activation=activation,
-        input_gradient=of_input,
-        weight_gradient=of_weight,
+        backward="bits" if by_bits and product == "xnor" else "dense",
         gate=gate,
         window=window,
         product_dtype=kept,

@@ -365,7 +365,7 @@ class FusedStep:
 
         def finish(i: int) -> None:
             own, gradient = buffers.gradient_of(i)
-            if buffers.hidden[i].plan.weight_gradient == "bits":
+            if buffers.hidden[i].plan.backward == "bits":
                 self._update_weights(i, gradient)
             else:
                 self._weight_gradient(i, gradient, self._blas_aside)
@@ -390,7 +390,7 @@ class FusedStep:
         """Gradient of what enters the product of hidden layer `i` > 0, counted from 0."""
         hidden, gradient = self.buffers.hidden[i], self.buffers.gradient_of(i)[1]
         arriving = self.buffers.arriving_at(i - 1)
-        by_bits = hidden.plan.input_gradient == "bits"
+        by_bits = hidden.plan.backward == "bits"
         weight = None if by_bits else self._weight_of(i)
         with self._span(f"gradient of fc{i + 1}'s input"):
             if by_bits:
