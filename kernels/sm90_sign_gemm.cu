@@ -12,7 +12,7 @@
 // traffic, and nobody unpacks them beforehand.
 //
 // One warp keeps STAGES slots of shared memory filled with 64 elements of K, the matrix by the copy engine
-// and the signs by itself. Two warpgroups multiply, 64 rows x 256 columns each, and leave a
+// and the signs by copies of its own. Two warpgroups multiply, 64 rows x 256 columns each, and leave a
 // finished tile, rounded to bfloat16, in shared memory. From there three warps store it, or update the
 // weights, while the next tile is multiplied: reading three arrays and writing them takes the memory
 // a third of the time that a tile of K = 8192 takes the tensor cores.
@@ -36,6 +36,9 @@
 #include "wgmma.cuh"
 
 constexpr int TILE_M = 128, TILE_N = 256, DEPTH = 64, STAGES = 4;
+#ifndef RELEASING
+#define RELEASING 1
+#endif
 constexpr int CONSUMER_WARPS = 8, WRITERS = 3;
 constexpr int MATRIX_BYTES = TILE_N * DEPTH * 2, SIGN_WORDS = TILE_M / 32;
 constexpr bool ACROSS = RESULT == RESULT_UPDATE;  // the matrix's neighbours are columns, not elements of K
@@ -88,58 +91,22 @@ __device__ __forceinline__ int place_of(int line) {
   return (line & ~15) | (line & 6) << 1 | (line & 8) >> 2 | (line & 1);
 }
 
-// The signs of a slot: a thread has one piece of 16 bytes of each of LINES lines.
-struct Pieces {
-  static constexpr int LINES = DEPTH / 32;
-  uint4 at[LINES];
-  // Zeros in place of lines that do not exist.
-  __device__ __forceinline__ void load(const SignProduct& p, int m, int k) {
-    const u32 lines = (u32)padded_lines(p.k);
-    const uint4* chunk = p.words + (i64)(m / CHUNK_BITS) * lines * CHUNK_PIECES;
-#pragma unroll
-    for (int i = 0; i < LINES; i++) {
-      const u32 stored = (u32)k + i * 32 + (threadIdx.x & 31);
-      at[i] = make_uint4(0, 0, 0, 0);
-      if (stored < lines)
-        at[i] = __ldg(chunk + (i64)stored * CHUNK_PIECES +
-                      swizzled_piece(stored, m % CHUNK_BITS / 128));
-    }
-  }
-  __device__ __forceinline__ void store(u32 (&to)[SIGN_WORDS][DEPTH]) const {
-    static_assert(SIGN_WORDS == 4, "a piece");
-#pragma unroll
-    for (int i = 0; i < LINES; i++) {
-      const int place = place_of(line_at(i * 32 + (threadIdx.x & 31)));
-      to[0][place] = at[i].x, to[1][place] = at[i].y;
-      to[2][place] = at[i].z, to[3][place] = at[i].w;
-    }
-  }
-};
-
 // Fill slots. For one warp.
 __device__ __forceinline__ void produce(const SignProduct& p, const TensorMap& map, Shared& shared) {
   const Tiles tiles(p);
+  const int lane = threadIdx.x & 31;
+  const u32 lines = (u32)padded_lines(p.k);
   Ring<STAGES> turn;
-  // Signs are loaded two slots ahead.
-  Pieces now, next, later;
-  u32 ahead = blockIdx.x;
-  int ahead_k = 0;
-  const auto load_ahead = [&](Pieces& pieces) {
-    if (ahead >= tiles.count) return;
-    pieces.load(p, tiles.m(ahead), ahead_k);
-    ahead_k += DEPTH;
-    if (ahead_k >= (int)p.k) ahead_k = 0, ahead += gridDim.x;
-  };
-  load_ahead(now);
-  load_ahead(next);
   for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
-    const int n = tiles.n(tile);
+    const int m = tiles.m(tile), n = tiles.n(tile);
+    const uint4* chunk = p.words + (i64)(m / CHUNK_BITS) * lines * CHUNK_PIECES;
+    const int piece = m % CHUNK_BITS / 128;  // of a line
     for (int k = 0; k < (int)p.k; k += DEPTH) {
       const u32 full = shared_address(&shared.full[turn.slot]);
       const u32 matrix = shared_address(shared.matrix[turn.slot]);
-      load_ahead(later);
+      const u32 signs = shared_address(shared.signs[turn.slot]);
       barrier_wait(shared_address(&shared.empty[turn.slot]), turn.parity ^ 1);
-      if ((threadIdx.x & 31) == 0) {
+      if (lane == 0) {
         barrier_expect(full, MATRIX_BYTES);
         if constexpr (ACROSS) {
 #pragma unroll
@@ -149,9 +116,19 @@ __device__ __forceinline__ void produce(const SignProduct& p, const TensorMap& m
           tensor_load(matrix, &map, k, n, full);
         }
       }
-      now.store(shared.signs[turn.slot]);
-      barrier_arrive(full);
-      now = next, next = later;
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < DEPTH / 32; i++) {
+        const int position = i * 32 + lane;
+        const u32 stored = (u32)(k + position);
+        const u32* from = (const u32*)(chunk + (i64)min(stored, lines - 1) * CHUNK_PIECES +
+                                       swizzled_piece(stored, piece));
+        const u32 to = signs + place_of(line_at(position)) * 4;
+#pragma unroll
+        for (int word = 0; word < SIGN_WORDS; word++)
+          copy_or_zero(to + word * DEPTH * 4, from + word, stored < lines);
+      }
+      barrier_arrive_with_copies(full);
       turn.next();
     }
   }
@@ -205,7 +182,7 @@ struct Consumer {
   }
   __device__ __forceinline__ void release(int slot) {
     __syncwarp();
-    if (lane == 0) barrier_arrive(shared_address(&shared.empty[slot]));
+    if (lane < RELEASING) barrier_arrive(shared_address(&shared.empty[slot]));
   }
 
   // Start instruction STEP of a slot and make the operand of the one after the next, unless this is the
@@ -379,8 +356,8 @@ __device__ __forceinline__ void run(const SignProduct& p, const TensorMap& map, 
   const int warp = threadIdx.x >> 5;
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
-      barrier_init(shared_address(&shared.full[i]), 1 + 32);  // for the matrix; a lane's signs
-      barrier_init(shared_address(&shared.empty[i]), CONSUMER_WARPS);
+      barrier_init(shared_address(&shared.full[i]), 1 + 32);  // for the matrix; a lane's copies
+      barrier_init(shared_address(&shared.empty[i]), CONSUMER_WARPS * RELEASING);
     }
     // Each lane speaks for what it has written or read itself.
     barrier_init(shared_address(&shared.results_full), CONSUMER_WARPS * 32);

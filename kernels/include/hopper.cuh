@@ -73,6 +73,17 @@ __device__ __forceinline__ void tensor_load(u32 to, const void* map, int x, int 
       " [%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(bar)
       : "memory");
 }
+// Copy a word by this thread, or write zeros in place of what does not exist; ...
+__device__ __forceinline__ void copy_or_zero(u32 to, const u32* from, bool exists) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
+               "r"(exists ? 4 : 0)
+               : "memory");
+}
+// ... and arrive when all of this thread's copies have.
+__device__ __forceinline__ void barrier_arrive_with_copies(u32 bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
+}
+
 __device__ __forceinline__ int cluster_rank() {
   int rank;
   asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
