@@ -36,9 +36,6 @@
 #include "wgmma.cuh"
 
 constexpr int TILE_M = 128, TILE_N = 256, DEPTH = 64, STAGES = 4;
-#ifndef RELEASING
-#define RELEASING 1
-#endif
 constexpr int CONSUMER_WARPS = 8, WRITERS = 3;
 constexpr int MATRIX_BYTES = TILE_N * DEPTH * 2, SIGN_WORDS = TILE_M / 32;
 constexpr bool ACROSS = RESULT == RESULT_UPDATE;  // the matrix's neighbours are columns, not elements of K
@@ -53,8 +50,8 @@ constexpr int WRITER_REGISTERS = 152, CONSUMER_REGISTERS = 176;
 static_assert(WRITER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * (65536 / THREADS / 8 * 8),
               "the roles share the block's registers");
 
-// Rows of a tile that a warp updates at a time, a nibble of the packed signs.
-constexpr int NIBBLE = 4, GROUPS = TILE_M / NIBBLE;
+// Rows of a tile that a warp updates at a time.
+constexpr int TOGETHER = 2, GROUPS = TILE_M / TOGETHER;
 
 struct SignProduct {
   const uint4* words;  // of K lines of M signs
@@ -69,7 +66,7 @@ struct Shared {
   u32 signs[STAGES][SIGN_WORDS][DEPTH];
   bfloat16_bits results[RESULT_ROWS][PITCH];
 #if RESULT == RESULT_UPDATE
-  unsigned char nibbles[GROUPS][TILE_N];  // signs of a group's rows
+  unsigned char signs_after[GROUPS][TILE_N];  // of a group's rows
 #endif
   u64 full[STAGES], empty[STAGES], results_full, results_empty;
 };
@@ -181,8 +178,7 @@ struct Consumer {
     a[2] = two_signs<0>(z, w), a[3] = two_signs<1>(z, w);
   }
   __device__ __forceinline__ void release(int slot) {
-    __syncwarp();
-    if (lane < RELEASING) barrier_arrive(shared_address(&shared.empty[slot]));
+    barrier_arrive(shared_address(&shared.empty[slot]));
   }
 
   // Start instruction STEP of a slot and make the operand of the one after the next, unless this is the
@@ -265,14 +261,14 @@ __device__ __forceinline__ void store_tile(const SignProduct& p, const Shared& s
     *(uint4*)(to + row * p.m) = *(const uint4*)&shared.results[row][col];
 }
 #else
-// Four columns a lane of weights and the optimiser's means of them.
+// Four columns a lane of some rows of weights and of the optimiser's means.
 struct Rows {
-  float weight[NIBBLE][4], mean[NIBBLE][4], square[NIBBLE][4];
+  float weight[TOGETHER][4], mean[TOGETHER][4], square[TOGETHER][4];
   // Of rows beyond the last, the last.
   __device__ __forceinline__ void load_from(const Parameter& p, int row, int col) {
     if (col >= (int)p.cols) return;
 #pragma unroll
-    for (int r = 0; r < NIBBLE; r++) {
+    for (int r = 0; r < TOGETHER; r++) {
       const i64 at = min(row + r, (int)p.rows - 1) * p.cols + col;
       load<4>(p.weight + at, weight[r]);
       load<4>(p.mean + at, mean[r]);
@@ -281,68 +277,79 @@ struct Rows {
   }
 };
 
-// Update the weights by a tile of gradients; return what it adds to the penalty. A warp takes four rows of
-// 128 columns at a time, while what it takes next is on its way.
+// Update the weights by a tile of gradients; return what it adds to the penalty. A warp takes two rows of
+// 128 columns at a time, while the next AHEAD times as many are on their way.
 __device__ __forceinline__ float update_tile(const Parameter& p, const Adam& move, Shared& shared, int m,
                                              int n, int writer) {
-  constexpr int PARTS = TILE_N / 128;
+  constexpr int PARTS = TILE_N / 128, COUNT = GROUPS * PARTS, AHEAD = 3;
   const int lane = threadIdx.x & 31;
-  const auto row_of = [&](int i) { return m + i / PARTS * NIBBLE; };
+  const auto row_of = [&](int i) { return m + i / PARTS * TOGETHER; };
   const auto col_of = [&](int i) { return n + i % PARTS * 128 + lane * 4; };
   float sum = 0;
-  Rows next;
-  next.load_from(p, row_of(writer), col_of(writer));
+  Rows rows[AHEAD];
+#pragma unroll
+  for (int j = 0; j < AHEAD; j++)
+    rows[j].load_from(p, row_of(writer + j * WRITERS), col_of(writer + j * WRITERS));
 #pragma unroll 1
-  for (int i = writer; i < GROUPS * PARTS; i += WRITERS) {
-    Rows now = next;
-    if (i + WRITERS < GROUPS * PARTS)
-      next.load_from(p, row_of(i + WRITERS), col_of(i + WRITERS));
-    const int row = row_of(i), col = col_of(i);
-    u32 signs[4] = {};
+  for (int first = writer; first < COUNT; first += AHEAD * WRITERS) {
 #pragma unroll
-    for (int r = 0; r < NIBBLE; r++) {
-      const bool exists = row + r < (int)p.rows & col < (int)p.cols;
-      float gradient[4];
-      load<4>(&shared.results[row - m + r][col - n], gradient);
+    for (int j = 0; j < AHEAD; j++) {
+      const int i = first + j * WRITERS;
+      if (i >= COUNT) break;
+      __syncwarp();  // one after the other: together they take too many registers
+      const int row = row_of(i), col = col_of(i);
+      Rows& now = rows[j];
+      u32 signs[4] = {};
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        move(now.weight[r][e], gradient[e], now.mean[r][e], now.square[r][e], exists, sum);
-        // A result of arithmetic that flushes to zero: of what `nonnegative` looks at only a NaN is left.
-        signs[e] |= now.weight[r][e] >= 0 & exists ? 1u << r : 0;
-      }
-      if (exists) {
-        const i64 at = (i64)(row + r) * p.cols + col;
-        store<4>(p.weight + at, now.weight[r]);
-        store<4>(p.mean + at, now.mean[r]);
-        store<4>(p.square + at, now.square[r]);
+      for (int r = 0; r < TOGETHER; r++) {
+        const bool exists = row + r < (int)p.rows & col < (int)p.cols;
+        float gradient[4];
+        load<4>(&shared.results[row - m + r][col - n], gradient);
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          move(now.weight[r][e], gradient[e], now.mean[r][e], now.square[r][e], exists, sum);
+          // A result of arithmetic that flushes to zero: of what `nonnegative` looks at only a NaN is
+          // left.
+          signs[e] |= now.weight[r][e] >= 0 & exists ? 1u << r : 0;
+        }
+        if (exists) {
+          const i64 at = (i64)(row + r) * p.cols + col;
+          store<4>(p.weight + at, now.weight[r]);
+          store<4>(p.mean + at, now.mean[r]);
+          store<4>(p.square + at, now.square[r]);
 #if WRITE_GRADIENT
-        store<4>(p.left + at, gradient);
+          store<4>(p.left + at, gradient);
 #endif
+        }
       }
+      const int later = i + AHEAD * WRITERS;
+      if (later < COUNT) now.load_from(p, row_of(later), col_of(later));
+      *(u32*)&shared.signs_after[i / PARTS][col - n] =
+          signs[0] | signs[1] << 8 | signs[2] << 16 | signs[3] << 24;
     }
-    *(u32*)&shared.nibbles[i / PARTS][col - n] =
-        signs[0] | signs[1] << 8 | signs[2] << 16 | signs[3] << 24;
-  }
-  constexpr int WORDS = SIGN_WORDS * TILE_N, EACH = (WORDS + WRITERS * 32 - 1) / (WRITERS * 32);
-  u32 before[EACH], *to[EACH];
-#pragma unroll
-  for (int i = 0; i < EACH; i++) {
-    const int index = (i * WRITERS + writer) * 32 + lane;
-    const int word = m / 32 + index / TILE_N, at = n + index % TILE_N;
-    const bool exists = index < WORDS & word * 32 < (int)p.rows & at < (int)p.cols;
-    to[i] = exists ? packed_signs(p, at, word) : nullptr;
-    before[i] = exists ? *to[i] : 0;
   }
   asm volatile("bar.sync 1, %0;" ::"n"(WRITERS * 32) : "memory");
+  constexpr int WORDS = SIGN_WORDS * TILE_N, EACH = 4;  // a lane's words, loaded together
+#pragma unroll 1
+  for (int first = writer * 32 + lane; first < WORDS; first += EACH * WRITERS * 32) {
+    u32 before[EACH], *to[EACH];
 #pragma unroll
-  for (int i = 0; i < EACH; i++) {
-    if (to[i] == nullptr) continue;
-    const int index = (i * WRITERS + writer) * 32 + lane, word = index / TILE_N, at = index % TILE_N;
-    u32 after = 0;
+    for (int i = 0; i < EACH; i++) {
+      const int index = first + i * WRITERS * 32, at = n + index % TILE_N, word = m / 32 + index / TILE_N;
+      const bool exists = index < WORDS & word * 32 < (int)p.rows & at < (int)p.cols;
+      to[i] = exists ? packed_signs(p, at, word) : nullptr;
+      before[i] = exists ? *to[i] : 0;
+    }
 #pragma unroll
-    for (int group = 0; group < 8; group++)
-      after |= (u32)shared.nibbles[word * 8 + group][at] << (4 * group);
-    pack_signs(p, n + at, to[i], after, before[i]);
+    for (int i = 0; i < EACH; i++) {
+      if (to[i] == nullptr) continue;
+      const int index = first + i * WRITERS * 32, at = index % TILE_N, word = index / TILE_N;
+      u32 after = 0;
+#pragma unroll
+      for (int group = 0; group < 32 / TOGETHER; group++)
+        after |= (u32)shared.signs_after[word * (32 / TOGETHER) + group][at] << (TOGETHER * group);
+      pack_signs(p, n + at, to[i], after, before[i]);
+    }
   }
   return sum;
 }
@@ -355,11 +362,11 @@ __device__ __forceinline__ void run(const SignProduct& p, const TensorMap& map, 
   Shared& shared = *(Shared*)raw;
   const int warp = threadIdx.x >> 5;
   if (threadIdx.x == 0) {
+    // Each lane speaks for what it has written or read itself.
     for (int i = 0; i < STAGES; i++) {
       barrier_init(shared_address(&shared.full[i]), 1 + 32);  // for the matrix; a lane's copies
-      barrier_init(shared_address(&shared.empty[i]), CONSUMER_WARPS * RELEASING);
+      barrier_init(shared_address(&shared.empty[i]), CONSUMER_WARPS * 32);
     }
-    // Each lane speaks for what it has written or read itself.
     barrier_init(shared_address(&shared.results_full), CONSUMER_WARPS * 32);
     barrier_init(shared_address(&shared.results_empty), WRITERS * 32);
     barrier_init_fence();

@@ -106,10 +106,10 @@ def _launch(
 def _shared_bytes(result: int) -> int:
     """Bytes of struct Shared."""
     slot = _TILE_N * _DEPTH * 2 + _DEPTH * _TILE_M // 8
-    rows, cols, nibbles = _TILE_N, _TILE_M, 0
+    rows, cols, signs = _TILE_N, _TILE_M, 0
     if result == _UPDATE:
-        rows, cols, nibbles = _TILE_M, _TILE_N, _TILE_M * _TILE_N // 4
-    return _STAGES * (slot + 16) + rows * (cols + 8) * 2 + nibbles + 16
+        rows, cols, signs = _TILE_M, _TILE_N, _TILE_M // 2 * _TILE_N
+    return _STAGES * (slot + 16) + rows * (cols + 8) * 2 + signs + 16
 
 
 @cache
