@@ -52,8 +52,8 @@ class Feed:
         self.images = cupy.empty((self.ring, order.batch_size), np.int32)
         self.rates = cupy.empty((self.ring, 4), np.float32)
         self.step = cupy.zeros(1, np.int64)
-        # Memory that the device reads by itself, so that the host need not wait until it does; for one
-        # round and the next, with what tells that the device has read it.
+        # Memory that the device reads by itself, so that the host need not wait until it does, for
+        # one round and the next; and what tells that the device has read it.
         self._staging = [cupyx.empty_pinned(self.images.shape, np.int32) for _ in range(2)]
         self._copied = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
         self._thread = ThreadPoolExecutor(1, "cupybnn-feed")
