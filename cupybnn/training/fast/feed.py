@@ -44,7 +44,6 @@ class Feed:
 
     def __init__(self, order: BatchOrder, optimizer: optim.Adam) -> None:
         import cupy
-        import cupyx
 
         self._order = order
         self._optimizer = optimizer
@@ -54,7 +53,14 @@ class Feed:
         self.step = cupy.zeros(1, np.int64)
         # Memory that the device reads by itself, so that the host need not wait until it does, for
         # one round and the next; and what tells that the device has read it.
-        self._staging = [cupyx.empty_pinned(self.images.shape, np.int32) for _ in range(2)]
+        self._staging = [
+            np.ndarray(
+                self.images.shape,
+                np.int32,
+                cupy.cuda.alloc_pinned_memory(self.images.nbytes),  # type: ignore[attr-defined]
+            )
+            for _ in range(2)
+        ]
         self._copied = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
         self._thread = ThreadPoolExecutor(1, "cupybnn-feed")
         self._ahead: dict[int, Future[np.ndarray]] = {}  # by the first step of the round
