@@ -29,7 +29,7 @@
 
 #include "results.cuh"
 #include "hopper.cuh"
-#include "wgmma_b1.cuh"
+#include "wgmma.cuh"
 
 constexpr int ROWS = 64 * BLOCKS_M;  // of a consumer
 constexpr int TILE_M = ROWS * CONSUMERS;
@@ -63,13 +63,6 @@ struct Shared {
   TileTerms terms[TERMS];
 };
 
-// A position in a ring of slots: which one, and the parity of its barriers.
-template <int SLOTS> struct Ring {
-  int slot = 0, parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++slot == SLOTS) { slot = 0; parity ^= 1; }
-  }
-};
 typedef Ring<STAGES> Turn;
 
 // This block's share of the loads of one operand for a tile: the SHARERS blocks that need the same

@@ -16,51 +16,20 @@
 //
 // What bounds it: reading four arrays and writing three.
 //
-// The translation unit sets REAL; PENALTY, one of PENALTY_*; and WRITE_GRADIENT, 1 to leave gradients in
-// float with the penalty's part in them.
-
-#define PENALTY_NONE 0
-#define PENALTY_L1 1
-#define PENALTY_BIPOLAR 2  // sum(1 - w**2)
+// The translation unit sets REAL, and PENALTY and WRITE_GRADIENT (adam.cuh).
 
 #define VECTOR 4
 #define NORM 0
 #define DROP 0
 #define PRODUCT float
-#include "training.cuh"
+#include "adam.cuh"
 
 constexpr int TILE_ROWS = 32, TILE_COLS = 128, EACH = TILE_ROWS / WARPS;
-
-constexpr i64 BINARY = 1;   // the copy holds signs
-constexpr i64 CLIPPED = 2;  // pseudo-gradient: limited to [-1, 1]
-constexpr i64 WINDOW = 4;   // pseudo-gradient: 0 where the weight is beyond [-1, 1]
-constexpr i64 ALIGNED = 8;  // four neighbours can be moved together
-constexpr i64 ROUNDED = 16; // the gradient is a dense product's: real_t, else float
-
-// Filled by cupybnn/backends/cuda/fused_update.py, field by field in this order.
-struct Parameter {
-  float* weight;
-  const void* grad;
-  float* mean;
-  float* square;
-  real_t* copy;     // or null
-  u32* words;  // or null
-  int* pops;
-  float* left;  // gets the gradient; may be where it comes from
-  i64 rows, cols, count, first_block, flags;
-  double limit;  // 0: none
-  double lr_scale, penalty, weight_decay;
-};
 
 constexpr int MOST = 8;  // in a launch
 struct Parameters {
   Parameter at[MOST];
   i64 count;
-};
-
-// Of one step, from the host.
-struct Rates {
-  float lr, factor, eps, unused;  // lr; lr * root / (1 - b1**t) and eps * root, root = sqrt(1 - b2**t)
 };
 
 template <typename E>
@@ -121,7 +90,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const i64 tiles = (p.cols + TILE_COLS - 1) / TILE_COLS, tile = blockIdx.x - p.first_block;
   const i64 row0 = tile / tiles * TILE_ROWS, row = row0 + warp * EACH;
   const i64 col = tile % tiles * TILE_COLS + lane * 4;
-  const float penalty = (float)p.penalty, limit = (float)p.limit;
 
   float w[EACH][4], g[EACH][4], m[EACH][4], s[EACH][4];
   int exist[EACH];
@@ -137,8 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     load_rows<float>(p, row, col, whole, exist, w, g, m, s);
   // Read here, so that no other load waits for these, one of which needs the other.
   const Rates rate = rates[*step % ring];
-  const float lr_factor = rate.factor * (float)p.lr_scale;
-  const float shrink = 1.0f - rate.lr * (float)p.lr_scale * (float)p.weight_decay;
+  const Adam move(p, rate, gain_mean, gain_square);
   float sum = 0;
   u32 signs[4] = {};
 #pragma unroll
@@ -148,26 +115,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     bool stale = !(p.flags & BINARY);  // signs are written only where one has changed
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      float v = w[r][i], d = g[r][i];
-      const bool before = i < exist[r] && nonnegative(v);
-      if (p.flags & CLIPPED) d = d > 1 ? 1.0f : d < -1 ? -1.0f : d;
-      if (p.flags & WINDOW) d = fabsf(v) <= 1 ? d : 0.0f;
-#if PENALTY == PENALTY_L1
-      sum += penalty * fabsf(v);
-      d += v > 0 ? penalty : v < 0 ? -penalty : 0.0f;
-#elif PENALTY == PENALTY_BIPOLAR
-      if (i < exist[r]) sum += penalty * (1.0f - v * v);
-      d -= 2.0f * penalty * v;
-#endif
-      g[r][i] = d;
-      m[r][i] += (d - m[r][i]) * gain_mean;
-      s[r][i] += (d * d - s[r][i]) * gain_square;
-      v = v * shrink - m[r][i] / (sqrtf(s[r][i]) + rate.eps) * lr_factor;
-      if (limit > 0) v = v > limit ? limit : v < -limit ? -limit : v;
-      w[r][i] = v;
-      const bool after = i < exist[r] && nonnegative(v);
+      const bool before = i < exist[r] && nonnegative(w[r][i]);
+      move(w[r][i], g[r][i], m[r][i], s[r][i], i < exist[r], sum);
+      const bool after = i < exist[r] && nonnegative(w[r][i]);
       signs[i] |= (u32)after << r | (u32)before << (4 + r);
-      copy[i] = p.flags & BINARY ? (after ? 1.0f : -1.0f) : v;
+      copy[i] = p.flags & BINARY ? (after ? 1.0f : -1.0f) : w[r][i];
       stale |= after != before;
     }
     if (exist[r] == 0) continue;
@@ -193,14 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         after |= (both & 15) << (4 * i);
         before |= (both >> 4) << (4 * i);
       }
-      if (after != before) {
-        const i64 position = position_of(line), word = row0 / 32;
-        const i64 chunks = (p.rows + CHUNK_BITS - 1) / CHUNK_BITS;
-        p.words[line_chunk(0, chunks, word / CHUNK_WORDS, p.cols, position) +
-                swizzled_word(position, (int)(word % CHUNK_WORDS))] = after;
-        const int more = __popc(after) - __popc(before);
-        if (more) atomicAdd(p.pops + line, more);
-      }
+      pack_signs(p, line, packed_signs(p, line, row0 / 32), after, before);
     }
   }
 

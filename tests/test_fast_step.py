@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -579,7 +580,8 @@ def test_settings_of_the_step_are_plain_settings():
 def test_the_order_of_images_is_drawn_ahead_and_is_the_same():
     feed = object.__new__(Feed)  # without what it keeps on a device
     feed._order, feed.ring = BatchOrder(100, 8, seed=3, device=Device("cpu")), 7
-    feed.images = np.empty((feed.ring, 8))
+    feed._staging = [np.empty((feed.ring, 8), np.int32) for _ in range(2)]
+    feed._copied = [SimpleNamespace(synchronize=lambda: None)] * 2
     feed._thread, feed._ahead = ThreadPoolExecutor(1), {}
     expected = BatchOrder(100, 8, seed=3, device=Device("cpu"))
     for first in (0, 7, 14, 70, 77, 7, 14):  # with two jumps, as after a restored checkpoint

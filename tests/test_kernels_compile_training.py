@@ -6,6 +6,7 @@ import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import test_kernels_compile
 from test_kernels_compile import ARCHITECTURES, capability, require
 
 from cupybnn.backends.cuda.compiler import compile_cubin
@@ -147,3 +148,15 @@ def test_unpack_signs(arch):
     compile_all(
         "smxx_unpack_signs", arch, variants(arch, [{}], *({"VECTOR": v} for v in (8, 4, 2, 1)))
     )
+
+
+def test_sign_gemm(arch):
+    require(arch)
+    if arch != "sm_90a":
+        pytest.skip("of Hopper alone")
+    updates = [
+        {"RESULT": 1, "PENALTY": p, "WRITE_GRADIENT": w} for p, w in ((0, 0), (1, 1), (2, 1))
+    ]
+    choices = [{"RESULT": 0, "PENALTY": 0, "WRITE_GRADIENT": 0}, *updates]
+    # Strictly: what does not fit the registers waits for each instruction of the tensor cores.
+    test_kernels_compile.compile_all("sm90_sign_gemm", arch, choices)

@@ -41,6 +41,14 @@ __device__ __forceinline__ void barrier_wait(u32 bar, int parity) {
       : "memory");
 }
 
+// A position in a ring of slots: which one, and the parity of its barriers.
+template <int SLOTS> struct Ring {
+  int slot = 0, parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++slot == SLOTS) { slot = 0; parity ^= 1; }
+  }
+};
+
 // Copy bytes (a multiple of 16) from device memory; `bar` counts them in.
 __device__ __forceinline__ void bulk_load(u32 to, const void* from, u32 bytes, u32 bar) {
   asm volatile(
@@ -55,6 +63,25 @@ __device__ __forceinline__ void bulk_load_multicast(u32 to, const void* from, u3
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
       " [%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from), "r"(bytes), "r"(bar), "h"(blocks)
       : "memory");
+}
+
+// Copy a box of a matrix that a tensor map describes, from column x and row y on; what is beyond the
+// matrix is filled with zeros, and `bar` counts them in, too.
+__device__ __forceinline__ void tensor_load(u32 to, const void* map, int x, int y, u32 bar) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(bar)
+      : "memory");
+}
+// Copy a word by this thread, or write zeros in place of what does not exist; ...
+__device__ __forceinline__ void copy_or_zero(u32 to, const u32* from, bool exists) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
+               "r"(exists ? 4 : 0)
+               : "memory");
+}
+// ... and arrive when all of this thread's copies have.
+__device__ __forceinline__ void barrier_arrive_with_copies(u32 bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
 }
 
 __device__ __forceinline__ int cluster_rank() {
@@ -101,9 +128,26 @@ template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// Four 8 x 8 blocks of 16-bit elements from the registers in which tensor cores leave results, a row or,
+// TRANSPOSED, a column of each to the address that one lane gives.
+template <bool TRANSPOSED> __device__ __forceinline__ void store_blocks(u32 to, const u32 (&v)[4]) {
+  if constexpr (TRANSPOSED)
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+                 "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+  else
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+                 "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+}
+
 // Descriptor of a K-major operand whose lines are 128 bytes long, swizzled: leading offset 16 bytes,
 // stride offset 1024 bytes (eight lines), 128-byte swizzle. 256 bits along K are 32 bytes further,
 // 2 in the address field.
 __device__ __forceinline__ u64 operand_descriptor(u32 address) {
   return (u64)((address & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+}
+// The same for an operand whose lines' neighbours are contiguous, 64 elements of 16 bits at a time, and
+// swizzled likewise: stride offset 1024 bytes (eight elements along K), and `next` bytes to the next
+// 64 lines. 16 elements along K are 2048 bytes further, 128 in the address field.
+__device__ __forceinline__ u64 operand_descriptor_across(u32 address, u32 next) {
+  return (u64)((address & 0x3ffff) >> 4) | ((u64)(next >> 4) << 16) | (64ull << 32) | (1ull << 62);
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["PRECISIONS", "Blas", "capturable", "operand_dtype"]
+__all__ = ["PRECISIONS", "Blas", "capturable", "failures", "operand_dtype"]
 
 #: How dense products are computed, with the least compute capability for it; results are summed in
 #: float32 in each case.
@@ -52,6 +52,12 @@ def capturable() -> bool:
     except Exception:  # a library that is missing or too old is told in several ways
         return False
     return True
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """Return what NVIDIA's bindings raise when cuBLAS refuses."""
+    cublas = _nvmath()
+    return () if cublas is None else (cublas.cuBLASError,)
 
 
 class Blas:

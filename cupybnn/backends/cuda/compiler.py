@@ -16,7 +16,7 @@ __all__ = ["Resources", "architecture", "compile_cubin", "load_kernel"]
 Defines = Sequence[tuple[str, int | str]]
 
 # wgmma and setmaxnreg exist only in code that runs on Hopper alone.
-_ARCHITECTURE_SPECIFIC = {"sm90_xnor_gemm": "sm_90a"}
+_ARCHITECTURE_SPECIFIC = {"sm90_sign_gemm": "sm_90a", "sm90_xnor_gemm": "sm_90a"}
 
 # Blocks that a cluster may have on every GPU that has clusters; a kernel must ask for more
 # (CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED).
@@ -143,5 +143,5 @@ def _resources(log: str) -> Resources:
         stack_bytes=largest(r"(\d+) bytes stack frame"),
         spill_bytes=largest(r"(\d+) bytes spill stores"),
         shared_bytes=largest(r"(\d+) bytes smem"),
-        serialized_wgmma="C7510" in log or "C7515" in log,
+        serialized_wgmma="instructions are serialized" in log,
     )

@@ -48,7 +48,7 @@ def _sm90(m: int, n: int, k: int, batch: int, packed: bool, scaled: bool) -> Con
         return sm90(2, 128 if scaled else 192, 4)
     if packed and k < 6144:
         return sm90(2, 128, 4, deferred=True)
-    return sm90(1, 256, 4, deferred=True, group=16 if packed else 8)
+    return sm90(1, 256, 4, deferred=True, group=16)
 
 
 def _split(tiles: int, chunks: int) -> int:

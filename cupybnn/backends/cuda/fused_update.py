@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from cupybnn.backends.cuda import sign_gemm
 from cupybnn.backends.cuda.fused import Launcher
 from cupybnn.backends.cuda.fused_arguments import address
 
 __all__ = ["PENALTIES", "Rates", "Update", "Updated"]
 
-# As smxx_adam.cu names them.
+# As adam.cuh names them.
 PENALTIES = {"none": 0, "l1": 1, "bipolar": 2}
 _BINARY, _CLIPPED, _WINDOW, _ALIGNED, _ROUNDED = 1, 2, 4, 8, 16
 _TILE_ROWS, _TILE_COLS = 32, 128
@@ -25,7 +26,8 @@ _PARAMETER = np.dtype(
 )
 _MOST = 8  # parameters of a launch
 _PARAMETERS = np.dtype((np.void, _MOST * _PARAMETER.itemsize + 8))
-#: struct Rates of smxx_adam.cu: learning rate, its factor, Adam's eps, and padding.
+_ONE = np.dtype((np.void, _PARAMETER.itemsize))
+#: struct Rates of adam.cuh: learning rate, its factor, Adam's eps, and padding.
 Rates = np.dtype((np.float32, 4))
 
 
@@ -37,7 +39,7 @@ class Updated:
     ----------
     weight, grad, mean, square : cupy.ndarray of float32, of one shape
         The parameter, its gradient, the optimiser's two means. The gradient may be in the operands'
-        dtype.
+        dtype; None: the product that computes it updates the parameter at once.
     left : cupy.ndarray of float32 or None
         Gets the gradient, with the penalty's part, where gradients are to be left.
     copy : cupy.ndarray or None
@@ -80,6 +82,27 @@ class Updated:
         return -(-rows // _TILE_ROWS) * -(-cols // _TILE_COLS)
 
 
+class _Group:
+    """What is updated by one launch, and before it by a product that has the gradient, if any."""
+
+    def __init__(self, parameters: Sequence[Updated], earlier: int) -> None:
+        at_once = [p for p in parameters if p.grad is None]
+        others = [p for p in parameters if p.grad is not None]
+        self.at_once: Any = None
+        self.earlier = self.earlier_others = earlier  # parts of the penalty from launches before
+        if at_once:
+            (only,) = at_once
+            entry = np.zeros(1, _PARAMETER)
+            _fill(entry[0], only, 0)
+            self.at_once = entry.view(_ONE)
+            self.earlier_others += sign_gemm.tiles(*only.weight.shape) * sign_gemm.WRITERS
+        self.table: Any = None
+        self.blocks = 0
+        if others:
+            self.table, self.blocks = _table(others)
+        self.end = self.earlier_others + self.blocks
+
+
 class Update:
     """The update of all parameters, in one or more launches of groups of them.
 
@@ -87,7 +110,8 @@ class Update:
     ----------
     launcher : Launcher
     groups : sequence of sequences of Updated
-        What is updated by one launch, in the order in which they are made.
+        What is updated by one launch, in the order in which they are made. One of each, whose
+        gradient is None, may be left to `launch_at_once`; in the last group, not all.
     betas : (float, float)
         Decay of the optimiser's means.
     penalty : str
@@ -112,10 +136,30 @@ class Update:
             ("PENALTY", PENALTIES[penalty]),
             ("WRITE_GRADIENT", int(write_gradient)),
         )
-        self._groups = [_table(group) for group in groups]
-        blocks = sum(count for _, count in self._groups)
-        self._partials = cupy.empty(blocks, np.float32)
+        self._groups: list[_Group] = []
+        end = 0
+        for parameters in groups:
+            self._groups.append(_Group(parameters, end))
+            end = self._groups[-1].end
+        self._partials = cupy.empty(end, np.float32)
         self._ticket = cupy.zeros(1, np.uint32)
+
+    def launch_at_once(self, group: int, signs: Any, matrix: Any, rates: Any, step: Any) -> None:
+        """Compute the gradient of a group's weights and update them with it.
+
+        Parameters
+        ----------
+        signs, matrix
+            The factors; see `sign_gemm.weight_update`.
+        group, rates, step
+            As for `launch`, which must follow.
+        """
+        parts = self._groups[group]
+        arguments = (
+            parts.at_once, rates, np.int64(rates.shape[0]), step, *self._gains, self._partials,
+            np.int64(parts.earlier),
+        )  # fmt: skip
+        sign_gemm.weight_update(signs, matrix, arguments, self._defines, self._launcher.device)
 
     def launch(self, group: int, rates: Any, step: Any, mean_loss: Any, loss: Any) -> None:
         """Update a group; the last one also computes the loss with penalty and counts the step.
@@ -131,17 +175,18 @@ class Update:
         mean_loss, loss : cupy.ndarray of float32, shape (1,)
             Without and with the penalty.
         """
-        table, blocks = self._groups[group]
-        earlier = sum(count for _, count in self._groups[:group])
+        parts = self._groups[group]
+        if parts.table is None:
+            return
         self._launcher.launch(
             "smxx_adam",
             "adam",
             self._defines,
-            (blocks,),
+            (parts.blocks,),
             (
-                table, rates, np.int64(rates.shape[0]), step, *self._gains, mean_loss,
-                loss, self._partials, np.int64(earlier), np.int32(group == len(self._groups) - 1),
-                self._ticket,
+                parts.table, rates, np.int64(rates.shape[0]), step, *self._gains, mean_loss, loss,
+                self._partials, np.int64(parts.earlier_others),
+                np.int32(group == len(self._groups) - 1), self._ticket,
             ),
         )  # fmt: skip
 
@@ -152,27 +197,33 @@ def _table(parameters: Sequence[Updated]) -> tuple[Any, int]:
     table = np.zeros(_MOST, _PARAMETER)
     first = 0
     for entry, p in zip(table, parameters, strict=False):
-        arrays = (p.weight, p.grad, p.mean, p.square, p.copy, p.left)
-        names = ("weight", "grad", "mean", "square", "copy", "left")
-        for name, array in zip(names, arrays, strict=True):
-            entry[name] = address(array)
-        if p.packed is not None:
-            entry["words"] = address(p.packed.words)
-            entry["pops"] = address(p.packed.popcounts)
-        rows, cols = p.geometry()
-        entry["rows"], entry["cols"], entry["count"] = rows, cols, p.weight.size
-        entry["first_block"] = first
-        aligned = cols % 4 == 0 and not any(address(x) % 16 for x in arrays)
-        entry["flags"] = (
-            _BINARY * p.binary
-            + _CLIPPED * (p.gate == "clip")
-            + _WINDOW * (p.gate == "window")
-            + _ALIGNED * aligned
-            + _ROUNDED * (p.grad.dtype != np.float32)
-        )
-        entry["limit"] = p.limit or 0.0
-        entry["lr_scale"], entry["penalty"] = p.lr_scale, p.penalty
-        entry["weight_decay"] = p.weight_decay
+        _fill(entry, p, first)
         first += p.blocks()
     whole = table.tobytes() + np.int64(len(parameters)).tobytes()
     return np.frombuffer(whole, _PARAMETERS), first
+
+
+def _fill(entry: Any, p: Updated, first_block: int) -> None:
+    """Fill a record of `_PARAMETER`."""
+    arrays = (p.weight, p.grad, p.mean, p.square, p.copy, p.left)
+    names = ("weight", "grad", "mean", "square", "copy", "left")
+    for name, array in zip(names, arrays, strict=True):
+        entry[name] = address(array)
+    if p.packed is not None:
+        entry["words"] = address(p.packed.words)
+        entry["pops"] = address(p.packed.popcounts)
+    rows, cols = p.geometry()
+    entry["rows"], entry["cols"], entry["count"] = rows, cols, p.weight.size
+    entry["first_block"] = first_block
+    aligned = cols % 4 == 0 and not any(address(x) % 16 for x in arrays)
+    rounded = p.grad is not None and p.grad.dtype != np.float32
+    entry["flags"] = (
+        _BINARY * p.binary
+        + _CLIPPED * (p.gate == "clip")
+        + _WINDOW * (p.gate == "window")
+        + _ALIGNED * aligned
+        + _ROUNDED * rounded
+    )
+    entry["limit"] = p.limit or 0.0
+    entry["lr_scale"], entry["penalty"] = p.lr_scale, p.penalty
+    entry["weight_decay"] = p.weight_decay

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from cupybnn.backends.cuda import blas
 
 __all__ = ["Fork", "capture"]
 
@@ -33,7 +36,7 @@ def capture(stream: Any, launch: Callable[[], None]) -> Any:
     import cupy
 
     try:
-        with stream, cupy.cuda.using_allocator(_refuse):
+        with stream, cupy.cuda.using_allocator(_refuse), _without_collection():
             stream.begin_capture()
             try:
                 launch()
@@ -43,10 +46,28 @@ def capture(stream: Any, launch: Callable[[], None]) -> Any:
                     stream.end_capture()
                 raise
             return stream.end_capture()
-    except (NotImplementedError, cupy.cuda.runtime.CUDARuntimeError) as error:
+    except (
+        NotImplementedError,
+        cupy.cuda.runtime.CUDARuntimeError,
+        cupy.cuda.driver.CUDADriverError,
+        *blas.failures(),
+    ) as error:
         raise RuntimeError(f"a CUDA graph cannot be captured: {error}") from error
-    except cupy.cuda.driver.CUDADriverError as error:
-        raise RuntimeError(f"a CUDA graph cannot be captured: {error}") from error
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keep Python's garbage collector out: what it finds may wait for the device when it goes.
+
+    A handle of cuBLAS does, say one of an earlier network, and that breaks a capture off.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _refuse(size: int) -> Any:

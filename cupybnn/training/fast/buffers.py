@@ -79,7 +79,7 @@ class HiddenBuffers:
             plan.activation, self.dense, self.packed, self.mask, plan.window
         )
         latent = getattr(model, f"fc{plan.number}").weight._data
-        only_packed = plan.product == "xnor" and not network.roomy
+        only_packed = plan.product == "xnor" and (plan.backward == "bits" or not network.roomy)
         self.copied = not only_packed and (plan.product != "dense" or real != latent.dtype)
         self.weight = latent
         if self.copied:
@@ -139,7 +139,8 @@ class Buffers:
     hidden : list of HiddenBuffers
     gradients : dict of str to cupy.ndarray
         By the parameter's name. Those of hidden layers' weights, which dense products write, are in
-        the operands' dtype, and where memory is spared all in `scratch`.
+        the operands' dtype, and where memory is spared all in `scratch`; those that are never
+        stored are None.
     left : dict of str to cupy.ndarray
         Gradients in float32 that stay as they are until the next step; None for others.
     signs : cupy.ndarray, shape (batch, units), or None
@@ -167,14 +168,17 @@ class Buffers:
         ]
         self._scratch = None
         if not plan.roomy:
-            size = max(hidden.inputs * hidden.units for hidden in plan.hidden)
+            dense = [hidden for hidden in plan.hidden if hidden.backward == "dense"]
+            size = max(hidden.inputs * hidden.units for hidden in dense)
             self._scratch = cupy.empty(size, real)
-        products = {f"fc{hidden.number}.weight" for hidden in plan.hidden}
+        products = {f"fc{hidden.number}.weight": hidden for hidden in plan.hidden}
         self.gradients, self.left = {}, {}
         for name, parameter in model.named_parameters():
             stays = True
             if name not in products:
                 gradient = cupy.zeros(parameter.shape, np.float32)
+            elif products[name].backward == "bits":
+                gradient, stays = None, False
             elif plan.roomy:
                 gradient = cupy.zeros(parameter.shape, real)
             else:
@@ -192,11 +196,14 @@ class Buffers:
         count = self._in_place.count(False)
         count = count if plan.roomy else min(count, 2)
         self._gradients = [cupy.empty((plan.batch, units), real) for _ in range(count)]
-        only_packed = [h.packed is not None and h.dense is None for h in self.hidden]
+        unpacked = [
+            h.packed is not None and h.dense is None and following.backward == "dense"
+            for h, following in zip(self.hidden, [*plan.hidden[1:], plan.hidden[-1]], strict=True)
+        ]
         self.signs = None
-        if any(only_packed):
+        if any(unpacked):
             # What arrived has been read by then.
-            free = all(there for there, p in zip(self._in_place, only_packed, strict=True) if p)
+            free = all(there for there, p in zip(self._in_place, unpacked, strict=True) if p)
             self.signs = self._arriving if free else cupy.empty((plan.batch, units), real)
 
     def scratch(self, shape: tuple[int, ...]) -> Any:

@@ -44,7 +44,6 @@ class Feed:
 
     def __init__(self, order: BatchOrder, optimizer: optim.Adam) -> None:
         import cupy
-        import cupyx
 
         self._order = order
         self._optimizer = optimizer
@@ -52,9 +51,17 @@ class Feed:
         self.images = cupy.empty((self.ring, order.batch_size), np.int32)
         self.rates = cupy.empty((self.ring, 4), np.float32)
         self.step = cupy.zeros(1, np.int64)
-        # Memory that the device reads by itself, so that the host need not wait until it does.
-        self._staging = cupyx.empty_pinned(self.images.shape, np.int32)
-        self._copied = cupy.cuda.Event(disable_timing=True)
+        # Memory that the device reads by itself, so that the host need not wait until it does, for
+        # one round and the next; and what tells that the device has read it.
+        self._staging = [
+            np.ndarray(
+                self.images.shape,
+                np.int32,
+                cupy.cuda.alloc_pinned_memory(self.images.nbytes),  # type: ignore[attr-defined]
+            )
+            for _ in range(2)
+        ]
+        self._copied = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
         self._thread = ThreadPoolExecutor(1, "cupybnn-feed")
         self._ahead: dict[int, Future[np.ndarray]] = {}  # by the first step of the round
         self._next: int | None = None
@@ -82,11 +89,12 @@ class Feed:
         import cupy
 
         stream = cupy.cuda.get_current_stream()
-        drawn = self._drawn(first)
-        self._copied.synchronize()  # what was staged before may still wait to be read
-        self._staging[...] = drawn
-        self.images.set(self._staging, stream=stream)
-        self._copied.record(stream)
+        self.images.set(self._drawn(first), stream=stream)
+        self._copied[self._side(first)].record(stream)
+
+    def _side(self, first: int) -> int:
+        """Which of the two staging arrays a round from step `first` on has."""
+        return first // self.ring % 2
 
     def _drawn(self, first: int) -> np.ndarray:
         """Return the numbers for a round from step `first` on, and have the next ones drawn."""
@@ -96,7 +104,9 @@ class Feed:
         return images.result()
 
     def _draw(self, first: int) -> np.ndarray:
-        images = np.empty(self.images.shape, np.int32)
+        side = self._side(first)
+        self._copied[side].synchronize()  # what stands there may still wait to be read
+        images = self._staging[side]
         flat = images.reshape(-1)
         size = self._order.images
         epoch, start = divmod(first * self._order.batch_size, size)

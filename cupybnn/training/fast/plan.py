@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn import nn, ops, optim
+from cupybnn.backends.cuda import sign_gemm
 from cupybnn.backends.cuda.blas import PRECISIONS, operand_dtype
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.network import Perceptron
@@ -45,6 +46,9 @@ class HiddenPlan:
     activation : {"packed_sign", "both_signs", "sign", "relu", "none"}
         What is stored for the next layer and the backward pass; "both_signs": packed for the one,
         dense for the other. Of the last layer nothing is: see `NetworkPlan.head`.
+    backward : {"dense", "bits"}
+        What the products of the backward pass read: the weights, and the activations of the layer
+        before, as numbers or as their packed signs. By bits, weights are updated at once.
     gate : {"none", "mask", "clip"}
         How the gradient comes through the activation.
     window : float
@@ -60,6 +64,7 @@ class HiddenPlan:
     units: int
     product: str
     activation: str
+    backward: str
     gate: str
     window: float
     product_dtype: np.dtype
@@ -119,11 +124,19 @@ class NetworkPlan:
     roomy: bool
 
     @classmethod
-    def of(cls, config: TrainConfig, features: int, classes: int) -> NetworkPlan:
-        """Plan a network of `config` that `obstacle` has nothing against."""
+    def of(
+        cls, config: TrainConfig, features: int, classes: int, device: int | None = None
+    ) -> NetworkPlan:
+        """Plan a network of `config` that `obstacle` has nothing against.
+
+        `device` is the number of the CUDA device; without one nothing that only some have is used.
+        """
         itemsize = operand_dtype(config.dtype).itemsize
         roomy = config.batch_size * config.n_hidden * itemsize <= _ROOM
-        hidden = tuple(_hidden(config, number, features, roomy) for number in _numbers(config))
+        by_bits = device is not None and _backward_by_bits(config, device)
+        hidden = tuple(
+            _hidden(config, number, features, roomy, by_bits) for number in _numbers(config)
+        )
         return cls(
             batch=config.batch_size,
             features=features,
@@ -151,7 +164,16 @@ def _numbers(config: TrainConfig) -> Iterator[int]:
     return iter(range(1, config.hidden_layers + 1))
 
 
-def _hidden(config: TrainConfig, number: int, features: int, roomy: bool) -> HiddenPlan:
+def _backward_by_bits(config: TrainConfig, device: int) -> bool:
+    """Whether products between hidden layers go backward by bits."""
+    sizes = (config.batch_size, config.n_hidden, config.n_hidden)
+    usable = config.binary and config.xnor and sign_gemm.fits(device, config.dtype, *sizes)
+    return usable and sign_gemm.pays(device, *sizes)
+
+
+def _hidden(
+    config: TrainConfig, number: int, features: int, roomy: bool, by_bits: bool
+) -> HiddenPlan:
     first, last = number == 1, number == config.hidden_layers
     inputs = features if first else config.n_hidden
     product, activation, gate = "dense", "relu", "mask"
@@ -165,14 +187,24 @@ def _hidden(config: TrainConfig, number: int, features: int, roomy: bool) -> Hid
         gate, activation = _gate(quantizer, "mask"), "none"
         window = quantizer.window or 0.0
         if not last:
-            packed = "both_signs" if roomy else "packed_sign"
+            packed = "both_signs" if roomy and not by_bits else "packed_sign"
             activation = packed if config.xnor else "sign"
     kept = np.dtype(np.float32)
     if product == "xnor":
         kept = exact_product_dtype(inputs)
     elif product == "dense":
         kept = operand_dtype(config.dtype)
-    return HiddenPlan(number, inputs, config.n_hidden, product, activation, gate, window, kept)
+    return HiddenPlan(
+        number=number,
+        inputs=inputs,
+        units=config.n_hidden,
+        product=product,
+        activation=activation,
+        backward="bits" if by_bits and product == "xnor" else "dense",
+        gate=gate,
+        window=window,
+        product_dtype=kept,
+    )
 
 
 def _gate(quantizer: ops.Quantizer, window: str) -> str:

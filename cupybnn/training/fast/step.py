@@ -8,7 +8,7 @@ from typing import Any
 
 from cupybnn import optim
 from cupybnn.backends import cuda
-from cupybnn.backends.cuda import blas, fused, fused_arguments, fused_update
+from cupybnn.backends.cuda import blas, fused, fused_arguments, fused_update, sign_gemm
 from cupybnn.backends.cuda.graph import Fork, capture
 from cupybnn.data import BatchOrder, DeviceData
 from cupybnn.training.config import TrainConfig
@@ -56,7 +56,8 @@ class FusedStep:
     ) -> None:
         import cupy
 
-        self.plan = NetworkPlan.of(config, data.features, data.classes)
+        self._device = data.device.index
+        self.plan = NetworkPlan.of(config, data.features, data.classes, self._device)
         self._config = config
         self._model, self._optimizer, self._data = model, optimizer, data
         self._notify = notify or (lambda sentence: None)
@@ -364,7 +365,10 @@ class FusedStep:
 
         def finish(i: int) -> None:
             own, gradient = buffers.gradient_of(i)
-            self._weight_gradient(i, gradient, self._blas_aside)
+            if buffers.hidden[i].plan.backward == "bits":
+                self._update_weights(i, gradient)
+            else:
+                self._weight_gradient(i, gradient, self._blas_aside)
             if own is not None:
                 in_use[own] = fork.mark()
             self._update_layer(i + 1)
@@ -384,10 +388,15 @@ class FusedStep:
 
     def _input_gradient(self, i: int) -> None:
         """Gradient of what enters the product of hidden layer `i` > 0, counted from 0."""
-        buffers = self.buffers
-        gradient, weight = buffers.gradient_of(i)[1], self._weight_of(i)
+        hidden, gradient = self.buffers.hidden[i], self.buffers.gradient_of(i)[1]
+        arriving = self.buffers.arriving_at(i - 1)
+        by_bits = hidden.plan.backward == "bits"
+        weight = None if by_bits else self._weight_of(i)
         with self._span(f"gradient of fc{i + 1}'s input"):
-            self._blas.multiply(gradient, weight, buffers.arriving_at(i - 1), transpose_b=True)
+            if by_bits:
+                sign_gemm.transposed_product(hidden.packed_weight, gradient, arriving, self._device)
+            else:
+                self._blas.multiply(gradient, weight, arriving, transpose_b=True)
 
     def _activation_gradient(self, i: int) -> None:
         """Turn the gradient of hidden layer `i`'s activation into that of its product."""
@@ -407,6 +416,12 @@ class FusedStep:
         with self._span("unpack signs"):
             self._launcher.unpack_columns(hidden.packed_weight, out)
         return out
+
+    def _update_weights(self, i: int, gradient: Any) -> None:
+        """Compute the gradient of hidden layer `i`'s weights and update them with it."""
+        signs, group = self.buffers.hidden[i - 1].packed, len(self.buffers.hidden) - 1 - i
+        with self._span(f"gradient of fc{i + 1}'s weights and their update"):
+            self._update.launch_at_once(group, signs, gradient, self.feed.rates, self.feed.step)
 
     def _weight_gradient(self, i: int, gradient: Any, products: blas.Blas) -> None:
         out = self.buffers.gradients[f"fc{i + 1}.weight"]

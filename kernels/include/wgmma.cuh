@@ -1,5 +1,5 @@
-// The 1-bit product of a warpgroup, acc (+)= popcount(a & b), for 64 lines of a and N lines of b:
-// one function for each N in use, since the registers of an instruction are part of its text.
+// The matrix products of a warpgroup: one function for each shape in use, since the registers of an
+// instruction are part of its text.
 #pragma once
 
 #include "hopper.cuh"
@@ -19,17 +19,17 @@
 #define NAMES_128 NAMES_96 \
   ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
   ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-// ... and as its operands.
-#define OPERANDS_4(i) "+r"(d[i]), "+r"(d[(i) + 1]), "+r"(d[(i) + 2]), "+r"(d[(i) + 3])
-#define OPERANDS_8(i) OPERANDS_4(i), OPERANDS_4((i) + 4)
-#define OPERANDS_16(i) OPERANDS_8(i), OPERANDS_8((i) + 8)
-#define OPERANDS_32(i) OPERANDS_16(i), OPERANDS_16((i) + 16)
-#define OPERANDS_64(i) OPERANDS_32(i), OPERANDS_32((i) + 32)
-#define OPERANDS_96(i) OPERANDS_64(i), OPERANDS_32((i) + 64)
-#define OPERANDS_128(i) OPERANDS_64(i), OPERANDS_64((i) + 64)
+// ... and as its operands, c being the constraint: "+r" or "+f".
+#define OPERANDS_4(c, i) c(d[i]), c(d[(i) + 1]), c(d[(i) + 2]), c(d[(i) + 3])
+#define OPERANDS_8(c, i) OPERANDS_4(c, i), OPERANDS_4(c, (i) + 4)
+#define OPERANDS_16(c, i) OPERANDS_8(c, i), OPERANDS_8(c, (i) + 8)
+#define OPERANDS_32(c, i) OPERANDS_16(c, i), OPERANDS_16(c, (i) + 16)
+#define OPERANDS_64(c, i) OPERANDS_32(c, i), OPERANDS_32(c, (i) + 32)
+#define OPERANDS_96(c, i) OPERANDS_64(c, i), OPERANDS_32(c, (i) + 64)
+#define OPERANDS_128(c, i) OPERANDS_64(c, i), OPERANDS_64(c, (i) + 64)
 
-// `accumulate` 0 overwrites the accumulators. A, B and KEEP are the numbers of the operands that
-// follow the COUNT accumulators.
+// On bits, acc (+)= popcount(a & b), for 64 lines of a and N lines of b. `accumulate` 0 overwrites the
+// accumulators. A, B and KEEP are the numbers of the operands that follow the COUNT accumulators.
 template <int N> struct WgmmaB1;
 #define WGMMA_B1(N, COUNT, A, B, KEEP)                                                     \
   template <> struct WgmmaB1<N> {                                                          \
@@ -38,7 +38,7 @@ template <int N> struct WgmmaB1;
           "{ .reg .pred keep;\nsetp.ne.b32 keep, %" #KEEP ", 0;\n"                         \
           "wgmma.mma_async.sync.aligned.m64n" #N "k256.s32.b1.b1.and.popc {" NAMES_##COUNT \
           "}, %" #A ", %" #B ", keep; }"                                                   \
-          : OPERANDS_##COUNT(0) : "l"(a), "l"(b), "r"(accumulate));                        \
+          : OPERANDS_##COUNT("+r", 0) : "l"(a), "l"(b), "r"(accumulate));                  \
     }                                                                                      \
   };
 WGMMA_B1(16, 8, 8, 9, 10)
@@ -47,3 +47,16 @@ WGMMA_B1(64, 32, 32, 33, 34)
 WGMMA_B1(128, 64, 64, 65, 66)
 WGMMA_B1(192, 96, 96, 97, 98)
 WGMMA_B1(256, 128, 128, 129, 130)
+
+// On bfloat16, acc (+)= a b, for 64 rows of a, which are in registers (PTX ISA, wgmma: each thread has
+// of its rows g and g + 8 the elements 2t, 2t + 1, then 2t + 8, 2t + 9), and 256 columns of b. B_ALONG_N: b's
+// rows, not its columns, are contiguous.
+template <int B_ALONG_N>
+__device__ __forceinline__ void wgmma_bf16_256(float (&d)[128], const u32 (&a)[4], u64 b, int accumulate) {
+  asm volatile(
+      "{ .reg .pred keep;\nsetp.ne.b32 keep, %133, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" NAMES_128
+      "}, {%128, %129, %130, %131}, %132, keep, 1, 1, %134; }"
+      : OPERANDS_128("+f", 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate), "n"(B_ALONG_N));
+}

@@ -1,0 +1,161 @@
+"""Products of packed signs with a bfloat16 matrix: the backward pass of a binary layer on Hopper.
+
+See ``kernels/sm90_sign_gemm.cu``.
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends.cuda.compiler import Defines, architecture, load_kernel
+from cupybnn.backends.cuda.fused_arguments import struct
+
+__all__ = ["WRITERS", "fits", "pays", "tiles", "transposed_product", "weight_update"]
+
+# As sm90_sign_gemm.cu has them.
+_TILE_M, _TILE_N, _DEPTH, _STAGES = 128, 256, 64, 4
+_THREADS = 384
+_TRANSPOSED, _UPDATE = 0, 1
+#: Warps that write a tile, each of which leaves its part of the penalty.
+WRITERS = 3
+
+_PRODUCT = np.dtype((np.void, 8 * 5))  # struct SignProduct
+_TENSOR_MAP = np.dtype((np.void, 128))
+
+
+def fits(device: int, precision: str, batch: int, inputs: int, units: int) -> bool:
+    """Whether the kernel can take a layer's backward pass, of this precision and these sizes."""
+    # Rows that the copy engine fetches, or that are stored, are whole pieces of 16 bytes.
+    whole = inputs % 8 == 0 and units % 8 == 0
+    return architecture(device) == 90 and precision == "bfloat16" and whole and _can_map()
+
+
+def pays(device: int, batch: int, inputs: int, units: int) -> bool:
+    """Whether both products have a tile for each multiprocessor: with fewer, cuBLAS is faster."""
+    return min(tiles(inputs, batch), tiles(inputs, units)) >= _multiprocessors(device)
+
+
+def tiles(m: int, n: int) -> int:
+    """Tiles of an M x N product."""
+    return -(-m // _TILE_M) * -(-n // _TILE_N)
+
+
+def transposed_product(signs: Any, matrix: Any, out: Any, device: int) -> None:
+    """Compute ``out = matrix @ signs.T``, the gradient of a layer's inputs.
+
+    Parameters
+    ----------
+    signs : PackedMatrix, shape (inputs, units), packed along the inputs
+        The layer's weights.
+    matrix : cupy.ndarray of uint16, shape (batch, units)
+        Bit patterns of bfloat16: the gradient of the layer's products.
+    out : cupy.ndarray of uint16, shape (batch, inputs)
+        Likewise, rounded to nearest even.
+    device : int
+        Number of the current CUDA device.
+    """
+    batch, units = matrix.shape
+    inputs = out.shape[1]
+    product = struct([signs.words, out, inputs, batch, units], _PRODUCT)
+    # Rows of the matrix are columns of the product, and their elements those of K.
+    _launch(_TRANSPOSED, (), product, matrix, _TILE_N, (), device)
+
+
+def weight_update(
+    signs: Any, matrix: Any, arguments: tuple[Any, ...], defines: Defines, device: int
+) -> None:
+    """Update weights by their gradient, ``signs.T @ matrix``, rounded to bfloat16.
+
+    Parameters
+    ----------
+    signs : PackedMatrix, shape (batch, inputs), packed along the inputs
+        What entered the layer.
+    matrix : cupy.ndarray of uint16, shape (batch, units)
+        Bit patterns of bfloat16: the gradient of the layer's products.
+    arguments : tuple
+        What the kernel is given of the update: struct Parameter and what follows it.
+    defines : tuple of (name, value)
+        PENALTY and WRITE_GRADIENT.
+    device : int
+        Number of the current CUDA device.
+    """
+    (batch, units), inputs = matrix.shape, signs.shape[-1]
+    product = struct([signs.words, None, inputs, units, batch], _PRODUCT)
+    _launch(_UPDATE, defines, product, matrix, _DEPTH, arguments, device)
+
+
+def _launch(
+    result: int, defines: Defines, product: Any, matrix: Any, box_rows: int,
+    arguments: tuple[Any, ...], device: int,
+) -> None:  # fmt: skip
+    m, n = product.view(np.int64)[2:4]
+    shared = _shared_bytes(result)
+    if not defines:
+        defines = (("PENALTY", 0), ("WRITE_GRADIENT", 0))
+    kernel = load_kernel(
+        "sm90_sign_gemm", "sign_gemm", (("RESULT", result), *defines), device, shared
+    )
+    blocks = min(tiles(int(m), int(n)), _multiprocessors(device))
+    tensor_map = _tensor_map(matrix.data.ptr, matrix.shape, box_rows)
+    kernel((blocks,), (_THREADS,), (product, tensor_map, *arguments), shared_mem=shared)
+
+
+def _shared_bytes(result: int) -> int:
+    """Bytes of struct Shared."""
+    slot = _TILE_N * _DEPTH * 2 + _DEPTH * _TILE_M // 8
+    rows, cols, signs = _TILE_N, _TILE_M, 0
+    if result == _UPDATE:
+        rows, cols, signs = _TILE_M, _TILE_N, _TILE_M // 2 * _TILE_N
+    return _STAGES * (slot + 16) + rows * (cols + 8) * 2 + signs + 16
+
+
+@cache
+def _multiprocessors(device: int) -> int:
+    import cupy
+
+    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
+
+
+@cache
+def _can_map() -> bool:
+    """Whether tensor maps can be made: CuPy has no function for it."""
+    try:
+        from cuda.bindings import driver  # type: ignore[import-untyped]
+    except ImportError:
+        return False
+    return hasattr(driver, "cuTensorMapEncodeTiled")
+
+
+@lru_cache(maxsize=256)
+def _tensor_map(address: int, shape: tuple[int, int], box_rows: int) -> Any:
+    """Describe a row-major matrix of 16-bit elements, for boxes of 64 columns, swizzled.
+
+    Raises
+    ------
+    RuntimeError
+        If the driver refuses.
+    """
+    from cuda.bindings import driver
+
+    rows, cols = shape
+    swizzle, promotion = driver.CUtensorMapSwizzle, driver.CUtensorMapL2promotion
+    error, described = driver.cuTensorMapEncodeTiled(
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        2,
+        address,
+        [driver.cuuint64_t(cols), driver.cuuint64_t(rows)],
+        [driver.cuuint64_t(cols * 2)],
+        [driver.cuuint32_t(64), driver.cuuint32_t(box_rows)],
+        [driver.cuuint32_t(1), driver.cuuint32_t(1)],
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        swizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"A tensor map of a {rows} x {cols} matrix cannot be made: {error}.")
+    words = np.array([int(word) for word in described.opaque], np.uint64)
+    return words.view(_TENSOR_MAP)

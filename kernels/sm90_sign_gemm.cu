@@ -1,0 +1,417 @@
+// Signs, of which one operand has only the bits, times a bfloat16 matrix, on Hopper's tensor cores: the
+// two products of the backward pass of a binary layer.
+//
+//     RESULT_TRANSPOSED  gradient of the inputs: weights (M inputs x K units) by the products' gradient
+//                        (N images x K), stored as N x M
+//     RESULT_UPDATE      gradient of the weights: inputs (K images x M) by the products' gradient
+//                        (K x N units); it is not stored: the weights are updated by it
+//
+// The signs are those that the forward product reads, packed across K here: a word holds 32 of the M
+// results' rows at one k. Warps make bfloat16 operands of them in registers, 16 rows each, where a shift
+// and a byte permutation put two bits where signs belong. So signs take a sixteenth of the memory
+// traffic, and nobody unpacks them beforehand.
+//
+// One warp keeps STAGES slots of shared memory filled with 64 elements of K, the matrix by the copy engine
+// and the signs by copies of its own. Two warpgroups multiply, 64 rows x 256 columns each, and leave a
+// finished tile, rounded to bfloat16, in shared memory. From there three warps store it, or update the
+// weights, while the next tile is multiplied: reading three arrays and writing them takes the memory
+// a third of the time that a tile of K = 8192 takes the tensor cores.
+//
+// Shared memory: slots; barriers; a tile of results.
+//
+// What bounds it: the tensor cores, 256 clocks for 16 of K; the L2 cache has to bring 33 bytes a clock.
+//
+// The translation unit sets RESULT, and PENALTY and WRITE_GRADIENT (adam.cuh).
+
+#define RESULT_TRANSPOSED 0
+#define RESULT_UPDATE 1
+
+#define REAL bfloat16_bits
+#define BLOCK_WARPS 12
+#define VECTOR 4
+#define NORM 0
+#define DROP 0
+#define PRODUCT float
+#include "adam.cuh"
+#include "wgmma.cuh"
+
+constexpr int TILE_M = 128, TILE_N = 256, DEPTH = 64, STAGES = 4;
+constexpr int CONSUMER_WARPS = 8, WRITERS = 3;
+constexpr int MATRIX_BYTES = TILE_N * DEPTH * 2, SIGN_WORDS = TILE_M / 32;
+constexpr bool ACROSS = RESULT == RESULT_UPDATE;  // the matrix's neighbours are columns, not elements of K
+constexpr int BOX_BYTES = 64 * DEPTH * 2;         // of 64 columns
+
+// A tile of results: rows of the array that is written, apart so far that eight are in different banks.
+constexpr int RESULT_ROWS = ACROSS ? TILE_M : TILE_N, RESULT_COLS = ACROSS ? TILE_N : TILE_M;
+constexpr int PITCH = RESULT_COLS + 8;
+
+// Registers of a thread by role; see sm90_xnor_gemm.cu.
+constexpr int WRITER_REGISTERS = 152, CONSUMER_REGISTERS = 176;
+static_assert(WRITER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * (65536 / THREADS / 8 * 8),
+              "the roles share the block's registers");
+
+// Rows of a tile that a warp updates at a time.
+constexpr int TOGETHER = 2, GROUPS = TILE_M / TOGETHER;
+
+struct SignProduct {
+  const uint4* words;  // of K lines of M signs
+  bfloat16_bits* out;  // RESULT_TRANSPOSED: N x M
+  i64 m, n, k;
+};
+
+struct alignas(64) TensorMap { u64 opaque[16]; };
+
+struct Shared {
+  unsigned char matrix[STAGES][MATRIX_BYTES];
+  u32 signs[STAGES][SIGN_WORDS][DEPTH];
+  bfloat16_bits results[RESULT_ROWS][PITCH];
+#if RESULT == RESULT_UPDATE
+  unsigned char signs_after[GROUPS][TILE_N];  // of a group's rows
+#endif
+  u64 full[STAGES], empty[STAGES], results_full, results_empty;
+};
+
+// Tiles one after the other, those of the same columns first: they read the same part of the matrix, and the
+// signs are small.
+struct Tiles {
+  u32 rows, count;
+  __device__ __forceinline__ explicit Tiles(const SignProduct& p)
+      : rows(((u32)p.m + TILE_M - 1) / TILE_M),
+        count(rows * (((u32)p.n + TILE_N - 1) / TILE_N)) {}
+  __device__ __forceinline__ int m(u32 tile) const { return (int)(tile % rows) * TILE_M; }
+  __device__ __forceinline__ int n(u32 tile) const { return (int)(tile / rows) * TILE_N; }
+};
+
+// Where a line stands among the words of a slot: of each 16 a thread reads four, 2t, 2t + 1, 2t + 8 and
+// 2t + 9, as neighbours.
+__device__ __forceinline__ int place_of(int line) {
+  return (line & ~15) | (line & 6) << 1 | (line & 8) >> 2 | (line & 1);
+}
+
+// Fill slots. For one warp.
+__device__ __forceinline__ void produce(const SignProduct& p, const TensorMap& map, Shared& shared) {
+  const Tiles tiles(p);
+  const int lane = threadIdx.x & 31;
+  const u32 lines = (u32)padded_lines(p.k);
+  Ring<STAGES> turn;
+  for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+    const int m = tiles.m(tile), n = tiles.n(tile);
+    const uint4* chunk = p.words + (i64)(m / CHUNK_BITS) * lines * CHUNK_PIECES;
+    const int piece = m % CHUNK_BITS / 128;  // of a line
+    for (int k = 0; k < (int)p.k; k += DEPTH) {
+      const u32 full = shared_address(&shared.full[turn.slot]);
+      const u32 matrix = shared_address(shared.matrix[turn.slot]);
+      const u32 signs = shared_address(shared.signs[turn.slot]);
+      barrier_wait(shared_address(&shared.empty[turn.slot]), turn.parity ^ 1);
+      if (lane == 0) {
+        barrier_expect(full, MATRIX_BYTES);
+        if constexpr (ACROSS) {
+#pragma unroll
+          for (int box = 0; box < TILE_N / 64; box++)
+            tensor_load(matrix + box * BOX_BYTES, &map, n + 64 * box, k, full);
+        } else {
+          tensor_load(matrix, &map, k, n, full);
+        }
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < DEPTH / 32; i++) {
+        const int position = i * 32 + lane;
+        const u32 stored = (u32)(k + position);
+        const u32* from = (const u32*)(chunk + (i64)min(stored, lines - 1) * CHUNK_PIECES +
+                                       swizzled_piece(stored, piece));
+        const u32 to = signs + place_of(line_at(position)) * 4;
+#pragma unroll
+        for (int word = 0; word < SIGN_WORDS; word++)
+          copy_or_zero(to + word * DEPTH * 4, from + word, stored < lines);
+      }
+      barrier_arrive_with_copies(full);
+      turn.next();
+    }
+  }
+}
+
+__device__ __forceinline__ u32 two_rounded(float first, float second) {
+  u32 both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  return both;
+}
+
+// A consumer's way through the slots. It has two instructions under way, the operands of a third in
+// registers, and makes those of a fourth: the tensor cores never wait for it.
+struct Consumer {
+  static constexpr int STEPS = DEPTH / 16;  // instructions of a slot
+  Shared& shared;
+  const int warp, lane;
+  const int turned;  // by how much words are turned, so that a row's sign is in the top bit of a byte
+  Ring<STAGES> turn;  // of the slot whose words are loaded
+  const uint4* signs;  // this thread's, there
+  uint4 loaded;        // elements 2t, 2t + 1, 2t + 8, 2t + 9
+  u32 operands[4][4];
+  float acc[128];
+  u32 mask;
+
+  // Of each word this warp has one half, and a thread one bit of each of its bytes.
+  __device__ __forceinline__ Consumer(Shared& shared, int warp)
+      : shared(shared), warp(warp), lane(threadIdx.x & 31), turned(7 - (lane >> 2) + (warp & 1) * 16) {
+    asm volatile("mov.u32 %0, 0x80008000;" : "=r"(mask));  // in a register, not made anew each time
+  }
+
+  // Wait for the slot whose turn it is.
+  __device__ __forceinline__ void enter() {
+    barrier_wait(shared_address(&shared.full[turn.slot]), turn.parity);
+    signs = (const uint4*)shared.signs[turn.slot][warp / 2] + (lane & 3);
+  }
+  __device__ __forceinline__ void load(int step) { loaded = signs[step * 4]; }
+  // Two signs as bfloat16 +1 or -1: those in the top bit of byte BYTE of each word.
+  template <int BYTE> __device__ __forceinline__ u32 two_signs(u32 first, u32 second) const {
+    return (__byte_perm(first, second, 0x4400 + 0x1111 * BYTE) & mask) ^ 0xbf80bf80u;
+  }
+  // Make the operand of a slot's instruction from the loaded words.
+  __device__ __forceinline__ void make(int step) {
+    u32(&a)[4] = operands[step];
+    const u32 x = __funnelshift_l(loaded.x, loaded.x, turned);
+    const u32 y = __funnelshift_l(loaded.y, loaded.y, turned);
+    const u32 z = __funnelshift_l(loaded.z, loaded.z, turned);
+    const u32 w = __funnelshift_l(loaded.w, loaded.w, turned);
+    a[0] = two_signs<0>(x, y), a[1] = two_signs<1>(x, y);
+    a[2] = two_signs<0>(z, w), a[3] = two_signs<1>(z, w);
+  }
+  __device__ __forceinline__ void release(int slot) {
+    barrier_arrive(shared_address(&shared.empty[slot]));
+  }
+
+  // Start instruction STEP of a slot and make the operand of the one after the next, unless this is the
+  // tile's LAST slot and there is none; and so on.
+  template <int STEP, bool LAST>
+  __device__ __forceinline__ void start(u64 b, int before, int k) {
+    wgmma_wait<1>();
+    if (STEP == 1 && before >= 0) release(before);
+    wgmma_fence();
+    wgmma_bf16_256<ACROSS>(acc, operands[STEP], b + STEP * (ACROSS ? 128 : 2), k | STEP);
+    wgmma_commit();
+    if constexpr (STEP + 2 < STEPS || !LAST) make((STEP + 2) % STEPS);
+    if constexpr (STEP + 3 == STEPS && !LAST) {
+      turn.next();
+      enter();
+    }
+    if constexpr (STEP + 3 < STEPS || !LAST) load((STEP + 3) % STEPS);
+    if constexpr (STEP + 1 < STEPS) start<STEP + 1, LAST>(b, before, k);
+  }
+
+  // Multiply a tile.
+  __device__ __forceinline__ void multiply(int depth) {
+    enter();
+    load(0), make(0);
+    load(1), make(1);
+    load(2);
+    int before = -1, k = 0;
+    for (; k + DEPTH < depth; k += DEPTH) {
+      const int slot = turn.slot;
+      start<0, false>(descriptor(slot), before, k);
+      before = slot;
+    }
+    start<0, true>(descriptor(turn.slot), before, k);
+    wgmma_wait<0>();
+    release(turn.slot);
+    turn.next();
+  }
+  __device__ __forceinline__ u64 descriptor(int slot) const {
+    const u32 matrix = shared_address(shared.matrix[slot]);
+    return ACROSS ? operand_descriptor_across(matrix, BOX_BYTES) : operand_descriptor(matrix);
+  }
+};
+
+// Multiply all tiles. For the consumers; `warp` counts theirs.
+__device__ __forceinline__ void consume(const SignProduct& p, Shared& shared, int warp) {
+  const Tiles tiles(p);
+  const int lane = threadIdx.x & 31;
+  Consumer consumer(shared, warp);
+  int parity = 1;
+  for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+    consumer.multiply((int)p.k);
+    // To shared memory, once the tile before has been written from there.
+    barrier_wait(shared_address(&shared.results_empty), parity);
+    parity ^= 1;
+    const int m = warp * 16 + (lane & 8), n = lane >> 4 << 3;
+    const u32 to = ACROSS ? shared_address(&shared.results[m + (lane & 7)][n])
+                          : shared_address(&shared.results[n + (lane & 7)][m]);
+#pragma unroll
+    for (int i = 0; i < TILE_N / 16; i++) {
+      const float* v = consumer.acc + 8 * i;
+      const u32 rounded[4] = {two_rounded(v[0], v[1]), two_rounded(v[2], v[3]),
+                              two_rounded(v[4], v[5]), two_rounded(v[6], v[7])};
+      store_blocks<!ACROSS>(to + i * 16 * (ACROSS ? 1 : PITCH) * 2, rounded);
+    }
+    barrier_arrive(shared_address(&shared.results_full));
+  }
+}
+
+#if RESULT == RESULT_TRANSPOSED
+// Store a tile of results. For the writers, of which this is number `writer`.
+__device__ __forceinline__ void store_tile(const SignProduct& p, const Shared& shared, int m, int n,
+                                           int writer) {
+  constexpr int LANES_OF_ROW = TILE_M / 8, AT_ONCE = 32 / LANES_OF_ROW;
+  const int lane = threadIdx.x & 31, col = lane % LANES_OF_ROW * 8;
+  if (m + col >= (int)p.m) return;
+  bfloat16_bits* to = p.out + n * p.m + m + col;
+  const int rows = min(TILE_N, (int)p.n - n);
+#pragma unroll 4
+  for (int row = writer * AT_ONCE + lane / LANES_OF_ROW; row < rows; row += WRITERS * AT_ONCE)
+    *(uint4*)(to + row * p.m) = *(const uint4*)&shared.results[row][col];
+}
+#else
+// Four columns a lane of some rows of weights and of the optimiser's means.
+struct Rows {
+  float weight[TOGETHER][4], mean[TOGETHER][4], square[TOGETHER][4];
+  // Of rows beyond the last, the last.
+  __device__ __forceinline__ void load_from(const Parameter& p, int row, int col) {
+    if (col >= (int)p.cols) return;
+#pragma unroll
+    for (int r = 0; r < TOGETHER; r++) {
+      const i64 at = min(row + r, (int)p.rows - 1) * p.cols + col;
+      load<4>(p.weight + at, weight[r]);
+      load<4>(p.mean + at, mean[r]);
+      load<4>(p.square + at, square[r]);
+    }
+  }
+};
+
+// Update the weights by a tile of gradients; return what it adds to the penalty. A warp takes two rows of
+// 128 columns at a time, while the next AHEAD times as many are on their way.
+__device__ __forceinline__ float update_tile(const Parameter& p, const Adam& move, Shared& shared, int m,
+                                             int n, int writer) {
+  constexpr int PARTS = TILE_N / 128, COUNT = GROUPS * PARTS, AHEAD = 3;
+  const int lane = threadIdx.x & 31;
+  const auto row_of = [&](int i) { return m + i / PARTS * TOGETHER; };
+  const auto col_of = [&](int i) { return n + i % PARTS * 128 + lane * 4; };
+  float sum = 0;
+  Rows rows[AHEAD];
+#pragma unroll
+  for (int j = 0; j < AHEAD; j++)
+    rows[j].load_from(p, row_of(writer + j * WRITERS), col_of(writer + j * WRITERS));
+#pragma unroll 1
+  for (int first = writer; first < COUNT; first += AHEAD * WRITERS) {
+#pragma unroll
+    for (int j = 0; j < AHEAD; j++) {
+      const int i = first + j * WRITERS;
+      if (i >= COUNT) break;
+      __syncwarp();  // one after the other: together they take too many registers
+      const int row = row_of(i), col = col_of(i);
+      Rows& now = rows[j];
+      u32 signs[4] = {};
+#pragma unroll
+      for (int r = 0; r < TOGETHER; r++) {
+        const bool exists = row + r < (int)p.rows & col < (int)p.cols;
+        float gradient[4];
+        load<4>(&shared.results[row - m + r][col - n], gradient);
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          move(now.weight[r][e], gradient[e], now.mean[r][e], now.square[r][e], exists, sum);
+          // A result of arithmetic that flushes to zero: of what `nonnegative` looks at only a NaN is
+          // left.
+          signs[e] |= now.weight[r][e] >= 0 & exists ? 1u << r : 0;
+        }
+        if (exists) {
+          const i64 at = (i64)(row + r) * p.cols + col;
+          store<4>(p.weight + at, now.weight[r]);
+          store<4>(p.mean + at, now.mean[r]);
+          store<4>(p.square + at, now.square[r]);
+#if WRITE_GRADIENT
+          store<4>(p.left + at, gradient);
+#endif
+        }
+      }
+      const int later = i + AHEAD * WRITERS;
+      if (later < COUNT) now.load_from(p, row_of(later), col_of(later));
+      *(u32*)&shared.signs_after[i / PARTS][col - n] =
+          signs[0] | signs[1] << 8 | signs[2] << 16 | signs[3] << 24;
+    }
+  }
+  asm volatile("bar.sync 1, %0;" ::"n"(WRITERS * 32) : "memory");
+  constexpr int WORDS = SIGN_WORDS * TILE_N, EACH = 4;  // a lane's words, loaded together
+#pragma unroll 1
+  for (int first = writer * 32 + lane; first < WORDS; first += EACH * WRITERS * 32) {
+    u32 before[EACH], *to[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+      const int index = first + i * WRITERS * 32, at = n + index % TILE_N, word = m / 32 + index / TILE_N;
+      const bool exists = index < WORDS & word * 32 < (int)p.rows & at < (int)p.cols;
+      to[i] = exists ? packed_signs(p, at, word) : nullptr;
+      before[i] = exists ? *to[i] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+      if (to[i] == nullptr) continue;
+      const int index = first + i * WRITERS * 32, at = index % TILE_N, word = index / TILE_N;
+      u32 after = 0;
+#pragma unroll
+      for (int group = 0; group < 32 / TOGETHER; group++)
+        after |= (u32)shared.signs_after[word * (32 / TOGETHER) + group][at] << (TOGETHER * group);
+      pack_signs(p, n + at, to[i], after, before[i]);
+    }
+  }
+  return sum;
+}
+#endif
+
+// Set up the barriers, and send each warp to its role; `write(tile's m, n, number, writer)`.
+template <typename Write>
+__device__ __forceinline__ void run(const SignProduct& p, const TensorMap& map, const Write& write) {
+  extern __shared__ __align__(1024) unsigned char raw[];
+  Shared& shared = *(Shared*)raw;
+  const int warp = threadIdx.x >> 5;
+  if (threadIdx.x == 0) {
+    // Each lane speaks for what it has written or read itself.
+    for (int i = 0; i < STAGES; i++) {
+      barrier_init(shared_address(&shared.full[i]), 1 + 32);  // for the matrix; a lane's copies
+      barrier_init(shared_address(&shared.empty[i]), CONSUMER_WARPS * 32);
+    }
+    barrier_init(shared_address(&shared.results_full), CONSUMER_WARPS * 32);
+    barrier_init(shared_address(&shared.results_empty), WRITERS * 32);
+    barrier_init_fence();
+  }
+  __syncthreads();
+  if (warp >= 4) {
+    take_registers<CONSUMER_REGISTERS>();
+    consume(p, shared, warp - 4);
+    return;
+  }
+  give_registers<WRITER_REGISTERS>();
+  if (warp == 0) {
+    produce(p, map, shared);
+    return;
+  }
+  const Tiles tiles(p);
+  int parity = 0;
+  for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
+    barrier_wait(shared_address(&shared.results_full), parity);
+    parity ^= 1;
+    write(shared, tiles.m(tile), tiles.n(tile), tile, warp - 1);
+    barrier_arrive(shared_address(&shared.results_empty));
+  }
+}
+
+#if RESULT == RESULT_TRANSPOSED
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    sign_gemm(const __grid_constant__ SignProduct p, const __grid_constant__ TensorMap map) {
+  run(p, map, [&](const Shared& shared, int m, int n, u32, int writer) {
+    store_tile(p, shared, m, n, writer);
+  });
+}
+#else
+// Of the penalty each writer leaves its part in `partials`, from `earlier` on.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    sign_gemm(const __grid_constant__ SignProduct p, const __grid_constant__ TensorMap map,
+              const __grid_constant__ Parameter parameter, const Rates* __restrict__ rates, i64 ring,
+              const i64* step, float gain_mean, float gain_square, float* partials, i64 earlier) {
+  const Adam move(parameter, rates[*step % ring], gain_mean, gain_square);
+  run(p, map, [&](Shared& shared, int m, int n, u32 tile, int writer) {
+    const float sum = update_tile(parameter, move, shared, m, n, writer);
+#if PENALTY != PENALTY_NONE
+    const float total = sum_of_warp(sum);
+    if ((threadIdx.x & 31) == 0) partials[earlier + tile * WRITERS + writer] = total;
+#endif
+  });
+}
+#endif

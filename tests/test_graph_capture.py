@@ -1,0 +1,116 @@
+"""Capturing a CUDA graph: what may go wrong on the way, without a GPU, and on one."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from cupybnn.backends.cuda import blas
+from cupybnn.backends.cuda.graph import capture
+
+
+class CuBlasError(Exception):
+    pass
+
+
+class Stream:
+    """Stands for a stream that captures."""
+
+    ended = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+    def begin_capture(self):
+        return None
+
+    def end_capture(self):
+        self.ended += 1
+        return "graph"
+
+
+@pytest.fixture
+def stream(monkeypatch) -> Stream:
+    """Give such a stream, with as much of CuPy as `capture` asks for."""
+    cuda = SimpleNamespace(
+        using_allocator=lambda allocator: contextlib.nullcontext(),
+        runtime=SimpleNamespace(CUDARuntimeError=type("CUDARuntimeError", (Exception,), {})),
+        driver=SimpleNamespace(CUDADriverError=type("CUDADriverError", (Exception,), {})),
+    )
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(blas, "_nvmath", lambda: SimpleNamespace(cuBLASError=CuBlasError))
+    return Stream()
+
+
+def test_nothing_is_collected_meanwhile(stream):
+    during = []
+    assert capture(stream, lambda: during.append(gc.isenabled())) == "graph"
+    assert during == [False]
+    assert gc.isenabled()
+
+
+def test_collection_stays_off_where_it_was(stream):
+    gc.disable()
+    try:
+        capture(stream, lambda: None)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_what_a_library_refuses_is_told_and_the_capture_ended(stream):
+    def refuse():
+        raise CuBlasError("the function failed to launch on the GPU")
+
+    with pytest.raises(RuntimeError, match=r"cannot be captured: the function failed to launch"):
+        capture(stream, refuse)
+    assert stream.ended == 1
+    assert gc.isenabled()
+
+
+def test_mistakes_of_ours_are_not_taken_for_that(stream):
+    with pytest.raises(ZeroDivisionError):
+        capture(stream, lambda: 1 // 0)
+    assert stream.ended == 1
+    assert gc.isenabled()
+
+
+@pytest.mark.gpu
+def test_an_earlier_networks_handle_does_not_break_a_capture_off():
+    import cupy
+
+    if not blas.capturable():
+        pytest.skip("needs nvmath-python")
+    products = blas.Blas("float32")
+    a, out = cupy.ones((64, 64), "f4"), cupy.empty((64, 64), "f4")
+    products.multiply(a, a, out)
+
+    class Network:
+        """In a cycle, so that only the collector finds it."""
+
+        def __init__(self):
+            self.itself, self.products = self, blas.Blas("float32")
+
+    def launch():
+        for _ in range(3):
+            products.multiply(a, a, out)
+            [[] for _ in range(1000)]  # enough for the collector to set out
+
+    before = gc.get_threshold()
+    gc.set_threshold(10, 1, 1)
+    try:
+        for _ in range(3):
+            Network()
+            graph = capture(cupy.cuda.Stream(non_blocking=True), launch)
+            out.fill(0)
+            graph.launch()
+            assert bool((out == 64).all())
+    finally:
+        gc.set_threshold(*before)

@@ -1,0 +1,188 @@
+"""Products of packed signs with a bfloat16 matrix, against plain ones; on Hopper."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from test_fast_step import trainer
+
+from cupybnn import pack
+from cupybnn.backends.cuda import fused_update, sign_gemm
+from cupybnn.backends.cuda.fused import Launcher
+
+pytestmark = pytest.mark.gpu
+
+#: (batch, inputs, units): tiles are 128 inputs by 256 columns, 64 of K a slot, 4 slots. The last
+#: two have more tiles than a GPU has multiprocessors.
+SIZES = [
+    (1, 8, 8),
+    (16, 128, 256),
+    (64, 136, 264),
+    (65, 120, 248),
+    (257, 1032, 72),
+    (1000, 1024, 1000),
+    (513, 2304, 640),
+    (64, 4104, 4104),
+    (2048, 4096, 2560),
+]
+
+
+@pytest.fixture(autouse=True)
+def hopper():
+    if not sign_gemm.fits(0, "bfloat16", 8, 8, 8):
+        pytest.skip("needs a GPU of compute capability 9.0, and cuda-bindings")
+
+
+def to_bfloat16(x: Any) -> Any:
+    """Bit patterns, rounded to nearest even; for finite numbers."""
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
+
+
+def from_bfloat16(x: Any) -> Any:
+    return (x.astype(np.uint32) << 16).view(np.float32)
+
+
+def integers(random: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    """Small ones: products of them and signs are exact, in whichever order they are added up."""
+    return random.integers(-8, 9, shape).astype(np.float32)
+
+
+def signs(random: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
+    return np.where(random.random(shape) < 0.5, -1, 1).astype(np.float32)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_gradient_of_inputs(sizes):
+    import cupy
+
+    batch, inputs, units = sizes
+    random = np.random.default_rng(units)
+    gradient, weight = integers(random, (batch, units)), signs(random, (inputs, units))
+    # Poisoned, and with a margin that must stay as it is.
+    out = cupy.full((batch + 1, inputs), 0x7FC1, np.uint16)
+    packed = pack(cupy.asarray(weight), axis=-2)
+    matrix = cupy.asarray(to_bfloat16(gradient))
+    sign_gemm.transposed_product(packed, matrix, out[:batch], 0)
+    np.testing.assert_array_equal(out[:batch].get(), to_bfloat16(gradient @ weight.T))
+    assert (out[batch:] == 0x7FC1).all()
+
+
+@pytest.mark.parametrize("penalty", fused_update.PENALTIES)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_update_equals_that_by_a_stored_gradient(sizes, penalty):
+    import cupy
+
+    batch, inputs, units = sizes
+    random = np.random.default_rng(inputs)
+    gradient, entered = integers(random, (batch, units)), signs(random, (batch, inputs))
+    shape = (inputs, units)
+    latent = random.uniform(-1.1, 1.1, shape).astype(np.float32)
+    latent[random.random(shape) < 0.3] *= 1e-3  # so that some change their sign
+    means = random.normal(size=shape).astype(np.float32)
+    squares = random.random(shape).astype(np.float32)
+    rates = cupy.asarray([[1e-2, 1e-2, 1e-8, 0]], np.float32)
+    launcher = Launcher(0, np.dtype(np.uint16), batch, units, 10)
+
+    def updated(grad: Any, **more: Any) -> fused_update.Updated:
+        arrays = [cupy.asarray(x.copy()) for x in (latent, means, squares)]
+        return fused_update.Updated(
+            arrays[0],
+            grad,
+            *arrays[1:],
+            left=cupy.zeros(shape, np.float32),
+            packed=pack(arrays[0], axis=-2),
+            binary=True,
+            gate="window",
+            limit=1.0,
+            penalty=1e-3,
+            weight_decay=0.1,
+            **more,
+        )
+
+    small = fused_update.Updated(*(cupy.zeros(8, np.float32) for _ in range(5)))
+    stored = updated(cupy.asarray(to_bfloat16(entered.T @ gradient)))
+    at_once = updated(None)
+    losses = []
+    for parameter in (stored, at_once):
+        groups = [[parameter, small], [small]]
+        update = fused_update.Update(launcher, groups, (0.9, 0.999), penalty, True)
+        step, mean_loss = cupy.zeros(1, np.int64), cupy.ones(1, np.float32)
+        loss = cupy.full(1, np.nan, np.float32)
+        if parameter is at_once:
+            packed = pack(cupy.asarray(entered), axis=-1)
+            matrix = cupy.asarray(to_bfloat16(gradient))
+            update.launch_at_once(0, packed, matrix, rates, step)
+        for group in (0, 1):
+            update.launch(group, rates, step, mean_loss, loss)
+        assert int(step[0]) == 1
+        losses.append(float(loss[0]))
+    for name in ("weight", "mean", "square", "left"):
+        expected, got = getattr(stored, name), getattr(at_once, name)
+        np.testing.assert_array_equal(got.get(), expected.get(), err_msg=name)
+    assert (cupy.signbit(stored.weight) != cupy.asarray(np.signbit(latent))).any()
+    again = pack(at_once.weight, axis=-2)
+    for name in ("words", "popcounts"):
+        np.testing.assert_array_equal(
+            getattr(at_once.packed, name).get(), getattr(again, name).get(), err_msg=name
+        )
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+NETWORKS = {
+    "three layers": {"batch_norm": True},
+    "memory spared": {"batch_norm": True, "spared": True},
+    "without batch norm": {},
+    "five layers, ragged": {
+        "batch_norm": True,
+        "hidden_layers": 5,
+        "n_hidden": 264,
+        "batch_size": 90,
+    },
+    "clipped, l1": {"batch_norm": True, "ste": "clipped_grad", "reg": 1e-4},
+    "all binary, against the network": {
+        "batch_norm": True,
+        "first": True,
+        "last": True,
+        "keep_prob": 0.5,
+        "adversarial": 0.1,
+    },
+    "recorded": {"batch_norm": True, "recorded": True},
+}
+
+
+@pytest.mark.parametrize("settings", NETWORKS.values(), ids=NETWORKS.keys())
+def test_steps_by_bits_are_those_by_dense_products(monkeypatch, tmp_path, settings):
+    settings = {"binary": True, "xnor": True, "dtype": "bfloat16", "max_steps": 40, **settings}
+    if settings.pop("spared", False):
+        monkeypatch.setattr("cupybnn.training.fast.plan._ROOM", 0)
+    log = {"log_dir": str(tmp_path)} if settings.pop("recorded", False) else {}
+    losses, parameters, gradients = {}, {}, {}
+    for way in ("dense", "bits"):
+        monkeypatch.setattr(sign_gemm, "pays", lambda *sizes, way=way: way == "bits")
+        made = trainer(**settings, **log)
+        losses[way] = [float(made.make_step(0).loss)]
+        assert {h.backward for h in made._step.plan.hidden[1:]} == {way}
+        named = dict(made.model.named_parameters())
+        parameters[way] = {name: p.data.copy() for name, p in named.items()}
+        gradients[way] = {name: p.grad.copy() for name, p in named.items() if p.grad is not None}
+        losses[way] += [float(made.make_step(s).loss) for s in range(1, 40)]
+        # What the products read has followed the weights.
+        for number in range(2, len(made._step.plan.hidden) + 1):
+            packed = made._step.buffers.hidden[number - 1].packed_weight
+            latent = pack(named[f"fc{number}.weight"].data, axis=-2)
+            np.testing.assert_array_equal(packed.words.get(), latent.words.get())
+    assert losses["bits"][0] == losses["dense"][0]
+    # After it, sums in another order, rounded to bfloat16: now and then a pixel or a weight goes
+    # another way.
+    np.testing.assert_allclose(np.mean(losses["bits"]), np.mean(losses["dense"]), rtol=0.1)
+    for name, expected in parameters["dense"].items():
+        changed = abs(parameters["bits"][name] - expected) > 0.1 * made.config.lr
+        assert float(changed.mean()) < 0.05, name
+    assert gradients["bits"].keys() == gradients["dense"].keys()
+    assert "fc2.weight" in gradients["bits"] or not log
+    for name, expected in gradients["dense"].items():
+        apart = abs(gradients["bits"][name] - expected).mean()
+        assert float(apart) <= 0.02 * float(abs(expected).mean()) + 1e-8, name
