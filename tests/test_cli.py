@@ -158,6 +158,7 @@ def test_info_tells_of_a_cupy_that_sees_no_device(tmp_path):
     assert "sees no CUDA device" in line
     assert "cudaErrorNoDevice" in line
     assert re.search(r"  NVRTC +13.0", done.stdout)
+    assert re.search(r"  cuda-bindings +(\d+\.\d|not installed, for the backward)", done.stdout)
     assert re.search(r"device='auto' +cpu", done.stdout)
 
 

@@ -16,6 +16,11 @@ _NO_NVRTC = (
     "cannot be loaded, and without it no kernel can be compiled: install cupybnn[cuda13] or "
     "cupybnn[cuda12], which bring it along"
 )
+#: Packages that are of use beside CuPy, and for what.
+_BESIDE_CUPY = {
+    "nvmath-python": "training steps replayed as a CUDA graph",
+    "cuda-bindings": "the backward pass by bits on Hopper",
+}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -38,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _row(label: str, value: object) -> str:
-    return f"{label:<14} {value}"
+    return f"{label:<15} {value}"
 
 
 def _folder(path: Path) -> str:
@@ -90,6 +95,8 @@ def lines() -> Iterator[str]:
         yield _row(name, machine.version_of(name) or "not installed")
     yield _row("CuPy", cuda["cupy"] or "not usable")
     if cuda["cupy"]:
+        for name, use in _BESIDE_CUPY.items():
+            yield _row(f"  {name}", machine.version_of(name) or f"not installed, for {use}")
         yield _row("  NVRTC", cuda["nvrtc"] or _NO_NVRTC)
         runtime = cuda["runtime_cuda"]
         yield _row("  runtime", "cannot be loaded" if runtime is None else f"CUDA {runtime}")
