@@ -15,9 +15,10 @@
 // and the signs by copies of its own. Two warpgroups multiply, 64 rows x 256 columns each, and leave a
 // finished tile, rounded to bfloat16, in shared memory. From there three warps store it, or update the
 // weights, while the next tile is multiplied: reading three arrays and writing them takes the memory
-// a third of the time that a tile of K = 8192 takes the tensor cores.
+// two fifths of the time that a tile of K = 8192 takes the tensor cores.
 //
-// Shared memory: slots; barriers; a tile of results.
+// Shared memory: slots of the matrix and of signs; a tile of results, and the signs of updated weights;
+// barriers.
 //
 // What bounds it: the tensor cores, 256 clocks for 16 of K; the L2 cache has to bring 33 bytes a clock.
 //
@@ -32,7 +33,7 @@
 #define NORM 0
 #define DROP 0
 #define PRODUCT float
-#include "adam.cuh"
+#include "tile_update.cuh"
 #include "wgmma.cuh"
 
 constexpr int TILE_M = 128, TILE_N = 256, DEPTH = 64, STAGES = 4;
@@ -50,9 +51,6 @@ constexpr int WRITER_REGISTERS = 152, CONSUMER_REGISTERS = 176;
 static_assert(WRITER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * (65536 / THREADS / 8 * 8),
               "the roles share the block's registers");
 
-// Rows of a tile that a warp updates at a time.
-constexpr int TOGETHER = 2, GROUPS = TILE_M / TOGETHER;
-
 struct SignProduct {
   const uint4* words;  // of K lines of M signs
   bfloat16_bits* out;  // RESULT_TRANSPOSED: N x M
@@ -66,7 +64,7 @@ struct Shared {
   u32 signs[STAGES][SIGN_WORDS][DEPTH];
   bfloat16_bits results[RESULT_ROWS][PITCH];
 #if RESULT == RESULT_UPDATE
-  unsigned char signs_after[GROUPS][TILE_N];  // of a group's rows
+  unsigned char signs_after[TILE_M / TOGETHER][TILE_N];
 #endif
   u64 full[STAGES], empty[STAGES], results_full, results_empty;
 };
@@ -260,99 +258,6 @@ __device__ __forceinline__ void store_tile(const SignProduct& p, const Shared& s
   for (int row = writer * AT_ONCE + lane / LANES_OF_ROW; row < rows; row += WRITERS * AT_ONCE)
     *(uint4*)(to + row * p.m) = *(const uint4*)&shared.results[row][col];
 }
-#else
-// Four columns a lane of some rows of weights and of the optimiser's means.
-struct Rows {
-  float weight[TOGETHER][4], mean[TOGETHER][4], square[TOGETHER][4];
-  // Of rows beyond the last, the last.
-  __device__ __forceinline__ void load_from(const Parameter& p, int row, int col) {
-    if (col >= (int)p.cols) return;
-#pragma unroll
-    for (int r = 0; r < TOGETHER; r++) {
-      const i64 at = min(row + r, (int)p.rows - 1) * p.cols + col;
-      load<4>(p.weight + at, weight[r]);
-      load<4>(p.mean + at, mean[r]);
-      load<4>(p.square + at, square[r]);
-    }
-  }
-};
-
-// Update the weights by a tile of gradients; return what it adds to the penalty. A warp takes two rows of
-// 128 columns at a time, while the next AHEAD times as many are on their way.
-__device__ __forceinline__ float update_tile(const Parameter& p, const Adam& move, Shared& shared, int m,
-                                             int n, int writer) {
-  constexpr int PARTS = TILE_N / 128, COUNT = GROUPS * PARTS, AHEAD = 3;
-  const int lane = threadIdx.x & 31;
-  const auto row_of = [&](int i) { return m + i / PARTS * TOGETHER; };
-  const auto col_of = [&](int i) { return n + i % PARTS * 128 + lane * 4; };
-  float sum = 0;
-  Rows rows[AHEAD];
-#pragma unroll
-  for (int j = 0; j < AHEAD; j++)
-    rows[j].load_from(p, row_of(writer + j * WRITERS), col_of(writer + j * WRITERS));
-#pragma unroll 1
-  for (int first = writer; first < COUNT; first += AHEAD * WRITERS) {
-#pragma unroll
-    for (int j = 0; j < AHEAD; j++) {
-      const int i = first + j * WRITERS;
-      if (i >= COUNT) break;
-      __syncwarp();  // one after the other: together they take too many registers
-      const int row = row_of(i), col = col_of(i);
-      Rows& now = rows[j];
-      u32 signs[4] = {};
-#pragma unroll
-      for (int r = 0; r < TOGETHER; r++) {
-        const bool exists = row + r < (int)p.rows & col < (int)p.cols;
-        float gradient[4];
-        load<4>(&shared.results[row - m + r][col - n], gradient);
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          move(now.weight[r][e], gradient[e], now.mean[r][e], now.square[r][e], exists, sum);
-          // A result of arithmetic that flushes to zero: of what `nonnegative` looks at only a NaN is
-          // left.
-          signs[e] |= now.weight[r][e] >= 0 & exists ? 1u << r : 0;
-        }
-        if (exists) {
-          const i64 at = (i64)(row + r) * p.cols + col;
-          store<4>(p.weight + at, now.weight[r]);
-          store<4>(p.mean + at, now.mean[r]);
-          store<4>(p.square + at, now.square[r]);
-#if WRITE_GRADIENT
-          store<4>(p.left + at, gradient);
-#endif
-        }
-      }
-      const int later = i + AHEAD * WRITERS;
-      if (later < COUNT) now.load_from(p, row_of(later), col_of(later));
-      *(u32*)&shared.signs_after[i / PARTS][col - n] =
-          signs[0] | signs[1] << 8 | signs[2] << 16 | signs[3] << 24;
-    }
-  }
-  asm volatile("bar.sync 1, %0;" ::"n"(WRITERS * 32) : "memory");
-  constexpr int WORDS = SIGN_WORDS * TILE_N, EACH = 4;  // a lane's words, loaded together
-#pragma unroll 1
-  for (int first = writer * 32 + lane; first < WORDS; first += EACH * WRITERS * 32) {
-    u32 before[EACH], *to[EACH];
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      const int index = first + i * WRITERS * 32, at = n + index % TILE_N, word = m / 32 + index / TILE_N;
-      const bool exists = index < WORDS & word * 32 < (int)p.rows & at < (int)p.cols;
-      to[i] = exists ? packed_signs(p, at, word) : nullptr;
-      before[i] = exists ? *to[i] : 0;
-    }
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      if (to[i] == nullptr) continue;
-      const int index = first + i * WRITERS * 32, at = index % TILE_N, word = index / TILE_N;
-      u32 after = 0;
-#pragma unroll
-      for (int group = 0; group < 32 / TOGETHER; group++)
-        after |= (u32)shared.signs_after[word * (32 / TOGETHER) + group][at] << (TOGETHER * group);
-      pack_signs(p, n + at, to[i], after, before[i]);
-    }
-  }
-  return sum;
-}
 #endif
 
 // Set up the barriers, and send each warp to its role; `write(tile's m, n, number, writer)`.
@@ -407,7 +312,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
               const i64* step, float gain_mean, float gain_square, float* partials, i64 earlier) {
   const Adam move(parameter, rates[*step % ring], gain_mean, gain_square);
   run(p, map, [&](Shared& shared, int m, int n, u32 tile, int writer) {
-    const float sum = update_tile(parameter, move, shared, m, n, writer);
+    const float sum =
+        update_tile<WRITERS>(parameter, move, shared.results, shared.signs_after, m, n, writer);
 #if PENALTY != PENALTY_NONE
     const float total = sum_of_warp(sum);
     if ((threadIdx.x & 31) == 0) partials[earlier + tile * WRITERS + writer] = total;

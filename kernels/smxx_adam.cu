@@ -11,8 +11,8 @@
 // Learning rate and the corrections of Adam's means come from a table on the device, by the number of
 // the step.
 //
-// `earlier` counts the blocks of the launches before. Parameters are arguments, and not in memory: a block
-// starts on its arrays without having to load where they are.
+// `earlier` counts the parts of the penalty that launches before have left. Parameters are arguments, and
+// not in memory: a block starts on its arrays without having to load where they are.
 //
 // What bounds it: reading four arrays and writing three.
 //

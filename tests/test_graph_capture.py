@@ -99,12 +99,14 @@ def test_an_earlier_networks_handle_does_not_break_a_capture_off():
             self.itself, self.products = self, blas.Blas("float32")
 
     def launch():
+        gc.set_threshold(10, 1, 1)
         for _ in range(3):
             products.multiply(a, a, out)
             [[] for _ in range(1000)]  # enough for the collector to set out
+        gc.set_threshold(10**6)
 
     before = gc.get_threshold()
-    gc.set_threshold(10, 1, 1)
+    gc.set_threshold(10**6)  # not before the capture
     try:
         for _ in range(3):
             Network()

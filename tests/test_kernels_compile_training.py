@@ -154,9 +154,8 @@ def test_sign_gemm(arch):
     require(arch)
     if arch != "sm_90a":
         pytest.skip("of Hopper alone")
-    updates = [
-        {"RESULT": 1, "PENALTY": p, "WRITE_GRADIENT": w} for p, w in ((0, 0), (1, 1), (2, 1))
-    ]
+    kinds = itertools.product((0, 1, 2), (0, 1))
+    updates = [{"RESULT": 1, "PENALTY": p, "WRITE_GRADIENT": w} for p, w in kinds]
     choices = [{"RESULT": 0, "PENALTY": 0, "WRITE_GRADIENT": 0}, *updates]
     # Strictly: what does not fit the registers waits for each instruction of the tensor cores.
     test_kernels_compile.compile_all("sm90_sign_gemm", arch, choices)

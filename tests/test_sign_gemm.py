@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_fast_step import trainer
+from test_fast_step import arrays, run, trainer
 
 from cupybnn import pack
 from cupybnn.backends.cuda import fused_update, sign_gemm
@@ -31,8 +31,9 @@ SIZES = [
 
 @pytest.fixture(autouse=True)
 def hopper():
-    if not sign_gemm.fits(0, "bfloat16", 8, 8, 8):
-        pytest.skip("needs a GPU of compute capability 9.0, and cuda-bindings")
+    reason = sign_gemm.obstacle(0, "bfloat16", 8, 8)
+    if reason is not None:
+        pytest.skip(f"needs a product by signs: {reason}")
 
 
 def to_bfloat16(x: Any) -> Any:
@@ -151,6 +152,22 @@ NETWORKS = {
     },
     "recorded": {"batch_norm": True, "recorded": True},
 }
+
+
+@pytest.mark.parametrize("room", [None, 0], ids=["roomy", "memory spared"])
+def test_the_graph_changes_nothing_by_bits(monkeypatch, room):
+    monkeypatch.setattr(sign_gemm, "pays", lambda *sizes: True)
+    if room is not None:
+        monkeypatch.setattr("cupybnn.training.fast.plan._ROOM", room)
+    settings = {"binary": True, "xnor": True, "batch_norm": True, "dtype": "bfloat16"}
+    settings |= {"n_hidden": 1024, "batch_size": 300, "max_steps": 60, "reg": 1e-4}
+    with_graph, a = run(**settings)
+    without, b = run(**settings, graph=False)
+    assert {h.backward for h in with_graph._step.plan.hidden[1:]} == {"bits"}
+    assert a == b
+    expected = arrays(without)
+    for name, array in arrays(with_graph).items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 
 @pytest.mark.parametrize("settings", NETWORKS.values(), ids=NETWORKS.keys())

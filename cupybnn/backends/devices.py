@@ -71,7 +71,7 @@ def _cupy_wheels() -> list[str]:
     """Names of the installed distributions that each provide the module ``cupy``."""
     # By the names of their folders: importlib.metadata would read the metadata of every package.
     found = (info for entry in sys.path for info in Path(entry).glob("cupy*.*-info"))
-    names = {info.name.split("-")[0].replace("_", "-").lower() for info in found}
+    names = {re.split(r"[-.]", info.name)[0].replace("_", "-").lower() for info in found}
     return sorted(n for n in names if re.fullmatch(r"cupy(-cuda\d+x?|-rocm-.+)?", n))
 
 

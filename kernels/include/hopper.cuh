@@ -1,6 +1,7 @@
-// Instructions of sm_90a under readable names: barriers in shared memory, bulk copies, clusters,
-// and the asynchronous 1-bit matrix product of a warpgroup (PTX ISA: mbarrier, cp.async.bulk,
-// barrier.cluster, wgmma).
+// Instructions of sm_90a under readable names: barriers in shared memory, asynchronous copies, clusters,
+// registers by role, and what stands around a warpgroup's matrix products (wgmma.cuh): their order, their
+// operands' descriptors, storing their results (PTX ISA: mbarrier, cp.async, cp.async.bulk,
+// barrier.cluster, setmaxnreg, wgmma, stmatrix).
 #pragma once
 
 #include "layout.cuh"

@@ -8,7 +8,7 @@
 //     VECTOR   neighbouring columns of a lane: 1, 2 or 4; it divides the number of columns
 //     COLS, CLUSTER  columns of a strip and blocks of its cluster, where there are strips (see below)
 //     HELD     rows of a thread that stay in shared memory from one pass to the next, or 0 (see below)
-//     BLOCK_WARPS  warps of a block: 8, or 16 for strips of many rows
+//     BLOCK_WARPS  warps of a block: 8 unless it is set; 16 for strips of many rows
 //     NORM     1: there is batch norm
 //     DROP     DROP_*: where dropout stands, if there is any
 #pragma once

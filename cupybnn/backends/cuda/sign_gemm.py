@@ -13,7 +13,7 @@ import numpy as np
 from cupybnn.backends.cuda.compiler import Defines, architecture, load_kernel
 from cupybnn.backends.cuda.fused_arguments import struct
 
-__all__ = ["WRITERS", "fits", "pays", "tiles", "transposed_product", "weight_update"]
+__all__ = ["WRITERS", "obstacle", "pays", "tiles", "transposed_product", "weight_update"]
 
 # As sm90_sign_gemm.cu has them.
 _TILE_M, _TILE_N, _DEPTH, _STAGES = 128, 256, 64, 4
@@ -26,11 +26,15 @@ _PRODUCT = np.dtype((np.void, 8 * 5))  # struct SignProduct
 _TENSOR_MAP = np.dtype((np.void, 128))
 
 
-def fits(device: int, precision: str, batch: int, inputs: int, units: int) -> bool:
-    """Whether the kernel can take a layer's backward pass, of this precision and these sizes."""
-    # Rows that the copy engine fetches, or that are stored, are whole pieces of 16 bytes.
-    whole = inputs % 8 == 0 and units % 8 == 0
-    return architecture(device) == 90 and precision == "bfloat16" and whole and _can_map()
+def obstacle(device: int, precision: str, inputs: int, units: int) -> str | None:
+    """Return why the kernel cannot take a layer's backward pass, or None, as a sentence's end."""
+    if architecture(device) != 90:
+        return "the device has no compute capability 9.0"
+    if precision != "bfloat16":
+        return f"dense products are in {precision}"
+    if inputs % 8 or units % 8:  # rows that are fetched or stored must be whole pieces of 16 bytes
+        return "the number of units is not a multiple of 8"
+    return None if _can_map() else "the package cuda-bindings is missing"
 
 
 def pays(device: int, batch: int, inputs: int, units: int) -> bool:
@@ -61,7 +65,8 @@ def transposed_product(signs: Any, matrix: Any, out: Any, device: int) -> None:
     inputs = out.shape[1]
     product = struct([signs.words, out, inputs, batch, units], _PRODUCT)
     # Rows of the matrix are columns of the product, and their elements those of K.
-    _launch(_TRANSPOSED, (), product, matrix, _TILE_N, (), device)
+    defines = (("PENALTY", 0), ("WRITE_GRADIENT", 0))
+    _launch(_TRANSPOSED, defines, product, matrix, _TILE_N, (), device)
 
 
 def weight_update(
@@ -93,8 +98,6 @@ def _launch(
 ) -> None:  # fmt: skip
     m, n = product.view(np.int64)[2:4]
     shared = _shared_bytes(result)
-    if not defines:
-        defines = (("PENALTY", 0), ("WRITE_GRADIENT", 0))
     kernel = load_kernel(
         "sm90_sign_gemm", "sign_gemm", (("RESULT", result), *defines), device, shared
     )

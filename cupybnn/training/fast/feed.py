@@ -62,7 +62,8 @@ class Feed:
             for _ in range(2)
         ]
         self._copied = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
-        self._thread = ThreadPoolExecutor(1, "cupybnn-feed")
+        # A thread begins on device 0, whichever this is.
+        self._thread = ThreadPoolExecutor(1, "cupybnn-feed", cupy.cuda.Device().use)
         self._ahead: dict[int, Future[np.ndarray]] = {}  # by the first step of the round
         self._next: int | None = None
         self._updates: int | None = None

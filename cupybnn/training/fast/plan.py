@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
-from cupybnn import nn, ops, optim
+from cupybnn import nn, ops, optim, settings
 from cupybnn.backends.cuda import sign_gemm
 from cupybnn.backends.cuda.blas import PRECISIONS, operand_dtype
 from cupybnn.training.config import TrainConfig
@@ -166,9 +167,16 @@ def _numbers(config: TrainConfig) -> Iterator[int]:
 
 def _backward_by_bits(config: TrainConfig, device: int) -> bool:
     """Whether products between hidden layers go backward by bits."""
-    sizes = (config.batch_size, config.n_hidden, config.n_hidden)
-    usable = config.binary and config.xnor and sign_gemm.fits(device, config.dtype, *sizes)
-    return usable and sign_gemm.pays(device, *sizes)
+    if not (config.binary and config.xnor):
+        return False
+    batch, units = config.batch_size, config.n_hidden
+    reason = sign_gemm.obstacle(device, config.dtype, units, units)
+    if reason is None and not sign_gemm.pays(device, batch, units, units):
+        reason = "its products have fewer tiles than the device has multiprocessors"
+    if settings.debug():
+        way = "by bits" if reason is None else f"by dense products, since {reason}"
+        print(f"cupybnn: backward pass of {units} units, {batch} examples: {way}", file=sys.stderr)
+    return reason is None
 
 
 def _hidden(

@@ -41,8 +41,8 @@ class FusedStep:
 
     Notes
     -----
-    What a step returns is overwritten by the next one. So are parameters' gradients; where dense
-    products round them, and nobody records them, `grad` is None.
+    What a step returns is overwritten by the next one. So are parameters' gradients; where products
+    round them or update by them at once, and nobody records them, `grad` is None.
     """
 
     def __init__(
@@ -68,9 +68,10 @@ class FusedStep:
         self._launcher = fused.Launcher(
             data.device.index, real, config.batch_size, config.n_hidden, data.classes
         )
-        # One for each stream: products of both may run at the same time.
-        self._blas = blas.Blas(config.dtype)
-        self._blas_aside = blas.Blas(config.dtype) if self.plan.roomy else self._blas
+        # One for each stream that has products: those of both may run at the same time.
+        self._blas = self._blas_aside = blas.Blas(config.dtype)
+        if self.plan.roomy and any(hidden.backward == "dense" for hidden in self.plan.hidden[1:]):
+            self._blas_aside = blas.Blas(config.dtype)
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._stream_aside = cupy.cuda.Stream(non_blocking=True)
         self._graph: Any = None
