@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from cupybnn import nn, optim
+from cupybnn import settings as cupybnn_settings
+from cupybnn.backends.cuda import sign_gemm
 from cupybnn.backends.devices import Device
 from cupybnn.data import BatchOrder
 from cupybnn.data.dataset import Dataset
@@ -164,8 +166,8 @@ def arrays(made: Trainer) -> dict[str, np.ndarray]:
 # Without a GPU -----------------------------------------------------------------------------------
 
 
-def plan(**settings) -> NetworkPlan:
-    return NetworkPlan.of(TrainConfig(**{**SMALL, **settings}), 784, 10)
+def plan(device: int | None = None, **settings) -> NetworkPlan:
+    return NetworkPlan.of(TrainConfig(**{**SMALL, **settings}), 784, 10, device)
 
 
 def test_the_products_of_a_plan():
@@ -176,6 +178,45 @@ def test_the_products_of_a_plan():
     assert [h.activation for h in small.hidden] == ["both_signs", "both_signs", "none"]
     assert [h.activation for h in large.hidden] == ["packed_sign", "packed_sign", "none"]
     assert [h.inputs for h in plan().hidden] == [784, 128, 128]
+
+
+def test_which_layers_go_backward_by_bits(monkeypatch, capsys):
+    monkeypatch.setattr(sign_gemm, "architecture", lambda device: 90)
+    monkeypatch.setattr(sign_gemm, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(sign_gemm, "_can_map", lambda: True)
+    monkeypatch.setattr(cupybnn_settings, "debug", lambda: True)
+    wide = {"binary": True, "xnor": True, "dtype": "bfloat16", "n_hidden": 4096}
+
+    def ways(**settings):
+        made = plan(**{"device": 0, "batch_size": 4096, **wide, **settings})
+        return [hidden.backward for hidden in made.hidden], capsys.readouterr().err
+
+    made = plan(device=0, batch_size=4096, **wide)
+    assert [h.activation for h in made.hidden] == ["packed_sign", "packed_sign", "none"]
+    capsys.readouterr()
+    told = "cupybnn: backward pass of 4096 units, 4096 examples: by bits\n"
+    assert ways() == (["dense", "bits", "bits"], told)
+    for settings, reason in (
+        ({"batch_size": 1024}, "fewer tiles"),
+        ({"dtype": "float32"}, "in float32"),
+        ({"n_hidden": 4100}, "multiple of 8"),
+    ):
+        by, told = ways(**settings)
+        assert by == ["dense"] * 3
+        assert "by dense products, since " in told
+        assert reason in told
+    monkeypatch.setattr(sign_gemm, "_can_map", lambda: False)
+    assert "cuda-bindings is missing" in ways()[1]
+    # Where nothing of it is possible nothing is told.
+    assert ways(xnor=False) == (["dense"] * 3, "")
+    assert ways(device=None) == (["dense"] * 3, "")
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "tiles"), [(1, 1, 1), (128, 256, 1), (129, 256, 2), (128, 257, 2), (4096, 4096, 512)]
+)
+def test_tiles_of_a_product_by_signs(m, n, tiles):
+    assert sign_gemm.tiles(m, n) == tiles
 
 
 def test_only_products_of_real_numbers_are_rounded():
