@@ -39,6 +39,7 @@
 constexpr int TILE_M = 128, TILE_N = 256, DEPTH = 64, STAGES = 4;
 constexpr int CONSUMER_WARPS = 8, WRITERS = 3;
 constexpr int MATRIX_BYTES = TILE_N * DEPTH * 2, SIGN_WORDS = TILE_M / 32;
+static_assert(TILE_M == 128, "of a line of signs a tile has one piece of 16 bytes");
 constexpr bool ACROSS = RESULT == RESULT_UPDATE;  // the matrix's neighbours are columns, not elements of K
 constexpr int BOX_BYTES = 64 * DEPTH * 2;         // of 64 columns
 

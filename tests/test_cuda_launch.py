@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupybnn.backends.cuda import dispatch, packing, product
+from cupybnn.backends.cuda import dispatch, fused_update, packing, product, sign_gemm
 from cupybnn.backends.cuda.dispatch import force_kernel
 from cupybnn.backends.cuda.sources import translation_unit
 from cupybnn.backends.epilogue import Epilogue
@@ -93,7 +93,6 @@ def launches(monkeypatch):
     cupy.ascontiguousarray = lambda x, dtype=None: x
     cupy.broadcast_to = lambda x, shape: Array(shape, x.dtype, address=x.data.ptr)
     cupy.cuda = SimpleNamespace(
-        Device=lambda number: SimpleNamespace(attributes={"MultiProcessorCount": 132}),
         alloc=lambda size: SimpleNamespace(ptr=WORDS, size=size),
         get_current_stream=lambda: SimpleNamespace(ptr=0),
         runtime=SimpleNamespace(memsetAsync=clear),
@@ -102,6 +101,7 @@ def launches(monkeypatch):
     for module in (packing, product):
         monkeypatch.setattr(module, "load_kernel", load_kernel)
     monkeypatch.setattr(product, "architecture", lambda device: 90)
+    monkeypatch.setattr(product, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(product.tuning, "winners", lambda device: {})
     monkeypatch.setattr(product, "_plans", {})
     return recorded
@@ -117,8 +117,8 @@ def fields_of(source: str, struct: str) -> list[str]:
         if not declaration.strip():
             continue
         pointer = re.fullmatch(r"\s*(?:const )?[\w ]+\* ?(\w+)", declaration)
-        numbers = re.fullmatch(r"\s*i64 ([\w, ]+)", declaration)
-        assert pointer or numbers, f"{declaration!r} is neither a pointer nor of i64"
+        numbers = re.fullmatch(r"\s*(?:i64|double) ([\w, ]+)", declaration)
+        assert pointer or numbers, f"{declaration!r} is neither a pointer nor a number"
         names += [pointer[1]] if pointer else re.split(r",\s*", numbers[1])
     return names
 
@@ -409,3 +409,46 @@ def test_an_empty_matrix_goes_there_and_back(launches, shape, axis):
     back = packing.to_canonical(SimpleNamespace(get=lambda: placed), shape, axis)
     assert back.shape == canonical.shape
     assert not placed.any()
+
+
+@pytest.fixture
+def sign_launches(launches, monkeypatch):
+    """Record launches of products by signs, too, with tensor maps as their arguments."""
+    for name in ("load_kernel", "multiprocessors"):
+        monkeypatch.setattr(sign_gemm, name, getattr(product, name))
+    monkeypatch.setattr(sign_gemm, "_tensor_map", lambda *described: described)
+    return launches
+
+
+def test_product_by_signs_transposed(sign_launches):
+    weight = Packed((1032, 264), WORDS)
+    gradient, out = Array((300, 264), np.uint16), Array((300, 1032), np.uint16, address=0x5000_0000)
+    sign_gemm.transposed_product(weight, gradient, out, 0)
+    (launch,) = sign_launches
+    argument, described = launch.arguments
+    assert decode(argument, fields_of(launch.source, "SignProduct")) == {
+        "words": WORDS, "out": out.data.ptr, "m": 1032, "n": 300, "k": 264,
+    }  # fmt: skip
+    assert described == (gradient.data.ptr, (300, 264), 256)
+    assert (launch.blocks, launch.threads) == (9 * 2, 384)
+    assert launch.defines == {"RESULT": 0, "PENALTY": 0, "WRITE_GRADIENT": 0}
+
+
+def test_update_by_signs(sign_launches):
+    entered, gradient = Packed((300, 4096), WORDS), Array((300, 8192), np.uint16)
+    defines = (("PENALTY", 1), ("WRITE_GRADIENT", 0))
+    sign_gemm.weight_update(entered, gradient, ("parameter", "rates"), defines, 0)
+    (launch,) = sign_launches
+    argument, described, *rest = launch.arguments
+    assert decode(argument, fields_of(launch.source, "SignProduct")) == {
+        "words": WORDS, "out": 0, "m": 4096, "n": 8192, "k": 300,
+    }  # fmt: skip
+    assert described == (gradient.data.ptr, (300, 8192), 64)
+    assert rest == ["parameter", "rates"]
+    assert launch.blocks == 132  # which take 32 x 32 tiles in turn
+    assert launch.defines == {"RESULT": 1, "PENALTY": 1, "WRITE_GRADIENT": 0}
+
+
+@pytest.mark.parametrize("source", ["smxx_adam", "sm90_sign_gemm"])
+def test_fields_of_a_parameter(source):
+    assert tuple(fields_of(source, "Parameter")) == fused_update._PARAMETER.names

@@ -24,14 +24,12 @@ SUMS = {
 
 
 def walk_of(monkeypatch, capability: int) -> Walk:
-    attributes = {
-        "MultiProcessorCount": MULTIPROCESSORS,
-        "MaxSharedMemoryPerBlockOptin": SHARED if capability >= 90 else 101376,
-    }
+    attributes = {"MaxSharedMemoryPerBlockOptin": SHARED if capability >= 90 else 101376}
     device = SimpleNamespace(attributes=attributes)
     cuda = SimpleNamespace(Device=lambda number: device)
     monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(fused_walk, "architecture", lambda number: capability)
+    monkeypatch.setattr(fused_walk, "multiprocessors", lambda number: MULTIPROCESSORS)
     return Walk(0)
 
 

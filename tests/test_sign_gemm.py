@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
-from test_fast_step import arrays, run, trainer
+from fast_networks import arrays, run, trainer
 
 from cupybnn import pack
 from cupybnn.backends.cuda import fused_update, sign_gemm
@@ -36,14 +37,9 @@ def hopper():
         pytest.skip(f"needs a product by signs: {reason}")
 
 
-def to_bfloat16(x: Any) -> Any:
-    """Bit patterns, rounded to nearest even; for finite numbers."""
-    bits = x.astype(np.float32).view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16).astype(np.uint16)
-
-
-def from_bfloat16(x: Any) -> Any:
-    return (x.astype(np.uint32) << 16).view(np.float32)
+def to_bfloat16(x: np.ndarray) -> np.ndarray:
+    """Bit patterns, rounded to nearest even."""
+    return x.astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
 def integers(random: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 
 from cupybnn.backends.cuda.sources import translation_unit
 
-__all__ = ["Resources", "architecture", "compile_cubin", "load_kernel"]
+__all__ = ["Resources", "architecture", "compile_cubin", "load_kernel", "multiprocessors"]
 
 Defines = Sequence[tuple[str, int | str]]
 
@@ -32,6 +32,14 @@ def architecture(device: int) -> int:
     import cupy
 
     return int(cupy.cuda.Device(device).compute_capability)
+
+
+@cache
+def multiprocessors(device: int) -> int:
+    """Multiprocessors of CUDA device number `device`."""
+    import cupy
+
+    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
 
 
 def load_kernel(source: str, function: str, defines: Defines, device: int, shared: int = 0) -> Any:

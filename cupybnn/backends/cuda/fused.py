@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn.backends.cuda.compiler import Defines, load_kernel
+from cupybnn.backends.cuda.compiler import Defines, load_kernel, multiprocessors
 from cupybnn.backends.cuda.fused_arguments import (
     BACK,
     BATCH,
@@ -51,7 +51,7 @@ class Launcher:
         self.real = _REAL[real.name]
         self._itemsize = real.itemsize
         self.classes = classes
-        self._multiprocessors = cupy.cuda.Device(device).attributes["MultiProcessorCount"]
+        self._multiprocessors = multiprocessors(device)
         self._walk = Walk(device)
         slabs = max(self._walk.row_blocks(batch, columns, vector) for vector in (1, 2, 4))
         sums = slabs * (classes + 2) * columns

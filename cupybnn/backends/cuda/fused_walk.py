@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cupybnn.backends.cuda.compiler import Defines, architecture
+from cupybnn.backends.cuda.compiler import Defines, architecture, multiprocessors
 from cupybnn.backends.cuda.fused_arguments import DROP_NONE, Layer
 
 __all__ = ["Strips", "Sums", "Walk"]
@@ -71,9 +71,8 @@ class Walk:
     def __init__(self, device: int) -> None:
         import cupy
 
-        attributes = cupy.cuda.Device(device).attributes
-        self._multiprocessors = attributes["MultiProcessorCount"]
-        self._shared = attributes["MaxSharedMemoryPerBlockOptin"]
+        self._multiprocessors = multiprocessors(device)
+        self._shared = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
         self._has_clusters = architecture(device) >= 90
         # Data-centre Hopper has 16 multiprocessors that can be a cluster, the others may not.
         self._has_large_clusters = architecture(device) == 90

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn.backends.cuda import dispatch, tuning
-from cupybnn.backends.cuda.compiler import architecture, load_kernel
+from cupybnn.backends.cuda.compiler import architecture, load_kernel, multiprocessors
 from cupybnn.backends.cuda.packing import PackPlan, chunk_count, geometry, words_shape
 from cupybnn.backends.devices import is_cupy
 from cupybnn.backends.epilogue import Epilogue
@@ -61,8 +61,6 @@ class Plan:
         scaled: bool,
         device: int,
     ) -> None:
-        import cupy
-
         (m, k), n, batch = a.shape[-2:], b.shape[-1], math.prod(batch_shape)
         packed = output == _PACKED
         config = dispatch.choose(
@@ -83,8 +81,7 @@ class Plan:
         row, col, item = strides
         if config.swap:
             m, n, steps, row, col = n, m, steps[::-1], col, row
-        multiprocessors = cupy.cuda.Device(device).attributes["MultiProcessorCount"]
-        blocks = config.blocks(m, n, batch, multiprocessors)
+        blocks = config.blocks(m, n, batch, multiprocessors(device))
         if blocks >= 2**31 or max(m, n) >= 2**31:
             raise ValueError(
                 f"A product of {batch} times ({m}, {k}) by ({k}, {n}) has more tiles than a launch "

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn.backends.cuda.compiler import Defines, architecture, load_kernel
+from cupybnn.backends.cuda.compiler import Defines, architecture, load_kernel, multiprocessors
 from cupybnn.backends.cuda.fused_arguments import struct
 
 __all__ = ["WRITERS", "obstacle", "pays", "tiles", "transposed_product", "weight_update"]
@@ -39,7 +39,7 @@ def obstacle(device: int, precision: str, inputs: int, units: int) -> str | None
 
 def pays(device: int, batch: int, inputs: int, units: int) -> bool:
     """Whether both products have a tile for each multiprocessor: with fewer, cuBLAS is faster."""
-    return min(tiles(inputs, batch), tiles(inputs, units)) >= _multiprocessors(device)
+    return min(tiles(inputs, batch), tiles(inputs, units)) >= multiprocessors(device)
 
 
 def tiles(m: int, n: int) -> int:
@@ -61,12 +61,9 @@ def transposed_product(signs: Any, matrix: Any, out: Any, device: int) -> None:
     device : int
         Number of the current CUDA device.
     """
-    batch, units = matrix.shape
-    inputs = out.shape[1]
-    product = struct([signs.words, out, inputs, batch, units], _PRODUCT)
-    # Rows of the matrix are columns of the product, and their elements those of K.
+    (batch, units), inputs = matrix.shape, out.shape[1]
     defines = (("PENALTY", 0), ("WRITE_GRADIENT", 0))
-    _launch(_TRANSPOSED, defines, product, matrix, _TILE_N, (), device)
+    _launch(_TRANSPOSED, defines, signs, matrix, out, (inputs, batch, units), (), device)
 
 
 def weight_update(
@@ -88,21 +85,24 @@ def weight_update(
         Number of the current CUDA device.
     """
     (batch, units), inputs = matrix.shape, signs.shape[-1]
-    product = struct([signs.words, None, inputs, units, batch], _PRODUCT)
-    _launch(_UPDATE, defines, product, matrix, _DEPTH, arguments, device)
+    _launch(_UPDATE, defines, signs, matrix, None, (inputs, units, batch), arguments, device)
 
 
 def _launch(
-    result: int, defines: Defines, product: Any, matrix: Any, box_rows: int,
+    result: int, defines: Defines, signs: Any, matrix: Any, out: Any, sizes: tuple[int, int, int],
     arguments: tuple[Any, ...], device: int,
 ) -> None:  # fmt: skip
-    m, n = product.view(np.int64)[2:4]
+    """Launch for sizes M, N and K."""
+    m, n, _ = sizes
     shared = _shared_bytes(result)
     kernel = load_kernel(
         "sm90_sign_gemm", "sign_gemm", (("RESULT", result), *defines), device, shared
     )
-    blocks = min(tiles(int(m), int(n)), _multiprocessors(device))
-    tensor_map = _tensor_map(matrix.data.ptr, matrix.shape, box_rows)
+    product = struct([signs.words, out, *sizes], _PRODUCT)
+    # Rows of the matrix are those of K, or, transposed, columns of the product.
+    box = _DEPTH if result == _UPDATE else _TILE_N
+    tensor_map = _tensor_map(matrix.data.ptr, matrix.shape, box)
+    blocks = min(tiles(m, n), multiprocessors(device))
     kernel((blocks,), (_THREADS,), (product, tensor_map, *arguments), shared_mem=shared)
 
 
@@ -113,13 +113,6 @@ def _shared_bytes(result: int) -> int:
     if result == _UPDATE:
         rows, cols, signs = _TILE_M, _TILE_N, _TILE_M // 2 * _TILE_N
     return _STAGES * (slot + 16) + rows * (cols + 8) * 2 + signs + 16
-
-
-@cache
-def _multiprocessors(device: int) -> int:
-    import cupy
-
-    return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
 
 
 @cache

@@ -144,7 +144,8 @@ class Buffers:
     left : dict of str to cupy.ndarray
         Gradients in float32 that stay as they are until the next step; None for others.
     signs : cupy.ndarray, shape (batch, units), or None
-        For activations that are only packed: where one layer's at a time are unpacked.
+        For activations that are only packed, where dense products read them: one layer's at a time
+        are unpacked there.
     """
 
     def __init__(
@@ -196,14 +197,11 @@ class Buffers:
         count = self._in_place.count(False)
         count = count if plan.roomy else min(count, 2)
         self._gradients = [cupy.empty((plan.batch, units), real) for _ in range(count)]
-        unpacked = [
-            h.packed is not None and h.dense is None and following.backward == "dense"
-            for h, following in zip(self.hidden, [*plan.hidden[1:], plan.hidden[-1]], strict=True)
-        ]
+        only_packed = [h.packed is not None and h.dense is None for h in self.hidden]
         self.signs = None
-        if any(unpacked):
+        if any(only_packed) and plan.hidden[-1].backward == "dense":
             # What arrived has been read by then.
-            free = all(there for there, p in zip(self._in_place, unpacked, strict=True) if p)
+            free = all(there for there, p in zip(self._in_place, only_packed, strict=True) if p)
             self.signs = self._arriving if free else cupy.empty((plan.batch, units), real)
 
     def scratch(self, shape: tuple[int, ...]) -> Any:

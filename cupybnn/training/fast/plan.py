@@ -84,7 +84,7 @@ def exact_product_dtype(k: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class NetworkPlan:
-    """What the fused step does for a network, from its settings alone.
+    """What the fused step does for a network, from its settings and, as to bits, its device.
 
     Attributes
     ----------

@@ -1,0 +1,163 @@
+"""What a fused step plans for a network, and what it refuses; without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from fast_networks import SMALL, trainer
+
+from cupybnn import optim
+from cupybnn import settings as cupybnn_settings
+from cupybnn.backends.cuda import sign_gemm
+from cupybnn.training import Callback, TrainConfig
+from cupybnn.training.fast import NetworkPlan, obstacle
+from cupybnn.training.fast.plan import exact_product_dtype
+
+
+def plan(device: int | None = None, **settings) -> NetworkPlan:
+    return NetworkPlan.of(TrainConfig(**{**SMALL, **settings}), 784, 10, device)
+
+
+def test_the_products_of_a_plan():
+    assert [h.product for h in plan().hidden] == ["dense"] * 3
+    assert [h.product for h in plan(binary=True).hidden] == ["dense", "sign", "sign"]
+    assert [h.product for h in plan(binary=True, xnor=True).hidden] == ["dense", "xnor", "xnor"]
+    small, large = plan(binary=True, xnor=True), plan(binary=True, xnor=True, batch_size=1 << 17)
+    assert [h.activation for h in small.hidden] == ["both_signs", "both_signs", "none"]
+    assert [h.activation for h in large.hidden] == ["packed_sign", "packed_sign", "none"]
+    assert [h.inputs for h in plan().hidden] == [784, 128, 128]
+
+
+def test_which_layers_go_backward_by_bits(monkeypatch, capsys):
+    monkeypatch.setattr(sign_gemm, "architecture", lambda device: 90)
+    monkeypatch.setattr(sign_gemm, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(sign_gemm, "_can_map", lambda: True)
+    monkeypatch.setattr(cupybnn_settings, "debug", lambda: True)
+    wide = {"binary": True, "xnor": True, "dtype": "bfloat16", "n_hidden": 4096}
+
+    def ways(**settings):
+        made = plan(**{"device": 0, "batch_size": 4096, **wide, **settings})
+        return [hidden.backward for hidden in made.hidden], capsys.readouterr().err
+
+    made = plan(device=0, batch_size=4096, **wide)
+    assert [h.activation for h in made.hidden] == ["packed_sign", "packed_sign", "none"]
+    capsys.readouterr()
+    told = "cupybnn: backward pass of 4096 units, 4096 examples: by bits\n"
+    assert ways() == (["dense", "bits", "bits"], told)
+    for settings, reason in (
+        ({"batch_size": 1024}, "fewer tiles"),
+        ({"dtype": "float32"}, "in float32"),
+        ({"n_hidden": 4100}, "multiple of 8"),
+    ):
+        by, told = ways(**settings)
+        assert by == ["dense"] * 3
+        assert "by dense products, since " in told
+        assert reason in told
+    monkeypatch.setattr(sign_gemm, "_can_map", lambda: False)
+    assert "cuda-bindings is missing" in ways()[1]
+    # Where nothing of it is possible nothing is told.
+    assert ways(xnor=False) == (["dense"] * 3, "")
+    assert ways(device=None) == (["dense"] * 3, "")
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "tiles"), [(1, 1, 1), (128, 256, 1), (129, 256, 2), (128, 257, 2), (4096, 4096, 512)]
+)
+def test_tiles_of_a_product_by_signs(m, n, tiles):
+    assert sign_gemm.tiles(m, n) == tiles
+
+
+def test_only_products_of_real_numbers_are_rounded():
+    def dtypes(**settings):
+        return [h.product_dtype.name for h in plan(**settings).hidden]
+
+    assert dtypes(dtype="bfloat16") == ["uint16"] * 3
+    assert dtypes(dtype="bfloat16", binary=True) == ["uint16", "float32", "float32"]
+    assert dtypes(dtype="bfloat16", binary=True, xnor=True) == ["uint16", "float16", "float16"]
+    assert dtypes(dtype="tf32", binary=True, xnor=True) == ["float32", "float16", "float16"]
+
+
+def test_the_gates_of_a_plan():
+    assert {h.gate for h in plan().hidden} == {"mask"}
+    assert {h.gate for h in plan(binary=True).hidden} == {"mask"}
+    assert {h.gate for h in plan(binary=True, ste="clipped_grad").hidden} == {"clip"}
+    assert {h.gate for h in plan(binary=True, ste="identity").hidden} == {"none"}
+    assert plan(binary=True).latent_gate == "window"
+    assert plan(binary=True, ste="clipped_grad").latent_gate == "clip"
+
+
+def test_packing_does_not_change_the_order_in_which_the_penalty_is_added_up():
+    from cupybnn.backends.cuda.fused_update import Updated
+
+    arrays = [np.zeros((45, 70), np.float32) for _ in range(4)]
+    dense = Updated(*arrays, binary=True)
+    packed = Updated(*arrays, binary=True, packed=object())
+    assert dense.geometry() == packed.geometry() == (45, 70)
+    assert dense.blocks() == packed.blocks()
+
+
+def test_what_the_last_layer_reads():
+    all_binary = plan(binary=True, xnor=True, first=True, last=True, batch_norm=True)
+    assert [plan().head, plan(binary=True).head, all_binary.head] == ["relu", "none", "sign"]
+    assert [h.product for h in all_binary.hidden] == ["sign", "xnor", "xnor"]
+
+
+@pytest.mark.parametrize("k", [1, 2, 2048, 2049, 4095, 4096, 4098, 8192, 32767, 32768])
+def test_products_are_kept_in_a_type_that_holds_them(k):
+    possible = np.arange(-k, k + 1, 2).astype(np.float64)
+    dtype = exact_product_dtype(k)
+    np.testing.assert_array_equal(possible.astype(dtype).astype(np.float64), possible)
+    smaller = {np.float16: [], np.int16: [np.float16], np.float32: [np.float16, np.int16]}
+    for other in smaller[dtype.type]:
+        assert (possible.astype(other).astype(np.float64) != possible).any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "capability", "words"),
+    [
+        ({}, 90, None),
+        ({"dtype": "tf32"}, 80, None),
+        ({"dtype": "bfloat16"}, 75, "compute capability 8.0"),
+        ({"dtype": "float64"}, 90, "float64"),
+        ({"binary": True, "first": True}, 90, "without batch norm"),
+        ({"binary": True, "first": True, "last": True, "batch_norm": True}, 90, None),
+        ({"binary": True, "ste": "approx_sign"}, 90, "'approx_sign'"),
+        ({"optimizer": "sgd"}, 90, "SGD"),
+        ({"debug": True}, 90, "--debug"),
+        ({"augment_shift": 1.0, "augment_rotation": 5.0}, 90, None),
+        ({"augment_elastic": 1.0}, 90, "'augment_elastic'"),
+        ({"binary": True, "sign_keep_prob": 0.9}, 90, "'sign_keep_prob'"),
+        ({"adversarial": 0.1}, 90, None),
+        ({"binary": True, "optimizer": "bop"}, 90, "Combined"),
+        ({"schedule": "step", "milestones": (5,), "average": "ema", "latent_lr": 0.5}, 90, None),
+    ],
+)
+def test_what_stands_against_the_fused_step(settings, capability, words):
+    made = trainer(**{**settings, "device": "cpu"})
+    reason = obstacle(made.config, made.model, made.optimizer, capability)
+    assert reason is None if words is None else words in reason
+
+
+def test_another_network_or_optimiser_is_not_taken():
+    made = trainer(device="cpu")
+    assert "optimiser" in obstacle(made.config, made.model, optim.SGD([], 0.1), 90)
+    assert "network" in obstacle(made.config, made.model.fc1, made.optimizer, 90)
+
+
+def test_rounding_that_the_cpu_does_not_have_is_told():
+    heard: list[str] = []
+
+    class Ear(Callback):
+        def on_notice(self, trainer, sentence):
+            heard.append(sentence)
+
+    trainer([Ear()], device="cpu", dtype="bfloat16", max_steps=1).run()
+    assert heard == ["Dense products are in float32, not bfloat16: there is no GPU."]
+
+
+def test_settings_of_the_step_are_plain_settings():
+    config = TrainConfig(**SMALL, fused=False, graph=False)
+    assert TrainConfig.from_json(config.to_json()) == config
+    assert dataclasses.replace(config, dtype="tf32").storage_dtype == "float32"
