@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import attrgetter, is_
 from typing import Any
 
 from cupybnn import nn, optim
@@ -21,7 +22,9 @@ class Wiring:
     """
 
     def __init__(self, model: nn.Module, optimizer: optim.Optimizer) -> None:
-        self._values = list(_attributes(model))
+        # One look at all attributes of an object at a time: this is done before each step.
+        self._looks = [(owner, attrgetter(*names)) for owner, names in _attributes(model)]
+        self._values = self._now()
         # A module that was added or removed.
         chains = [m for _, m in model.named_modules() if isinstance(m, nn.Sequential)]
         self._sizes = [(chain, len(chain)) for chain in chains]
@@ -30,11 +33,17 @@ class Wiring:
         self._groups = optimizer.groups
         self._parameters = list(optimizer.groups[0]["params"])
 
+    def _now(self) -> list[Any]:
+        values: list[Any] = []
+        for owner, look in self._looks:
+            values += look(owner)
+        return values
+
     def changed(self) -> bool:
         """Whether any of it was replaced since."""
         kept = self._optimizer._slots
         return (
-            any(getattr(owner, name) is not value for owner, name, value in self._values)
+            not all(map(is_, self._now(), self._values))
             or any(len(chain) != size for chain, size in self._sizes)
             or any(kept.get(p) is not slots for p, slots in self._slots)
             or self._optimizer.groups is not self._groups
@@ -43,16 +52,14 @@ class Wiring:
         )
 
 
-def _attributes(model: nn.Module) -> Iterator[tuple[Any, str, Any]]:
-    """Yield (owner, name, value) of all attributes that a step is built on."""
+def _attributes(model: nn.Module) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    """Yield (owner, names of at least two attributes) of all that a step is built on."""
     for _, module in model.named_modules():
-        for name, value in vars(module).items():
-            # The random stream of a dropout is followed by its counter, and modes do not matter.
-            if name not in ("training", "random"):
-                yield module, name, value
+        # The random stream of a dropout is followed by its counter, and modes do not matter.
+        names = vars(module).keys() - {"training", "random"}
+        yield module, ("__class__", *names, "__class__")
     for parameter in model.parameters():
-        for name in ("_data", "requires_grad", "limit"):
-            yield parameter, name, getattr(parameter, name)
+        yield parameter, ("_data", "requires_grad", "limit")
 
 
 class Edits:
