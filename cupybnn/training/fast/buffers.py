@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn import nn
-from cupybnn.backends.cuda import fused_arguments
+from cupybnn.backends.cuda import fused_layers
 from cupybnn.backends.cuda.blas import operand_dtype
 from cupybnn.backends.cuda.packing import words_shape
 from cupybnn.backends.devices import Device
@@ -24,9 +24,9 @@ class HiddenBuffers:
     Attributes
     ----------
     plan : HiddenPlan
-    layer : fused_arguments.Layer
+    layer : fused_layers.Layer
         Product, dropout mask, batch norm.
-    activations : fused_arguments.Activations
+    activations : fused_layers.Activations
         Where the layer's activations go: to `dense`, `packed` and `mask`.
     dense : cupy.ndarray or None
         Activations in the operands' dtype, unless they are only packed.
@@ -50,21 +50,31 @@ class HiddenBuffers:
         self.plan = plan
         shape = (network.batch, plan.units)
         real = operand_dtype(network.precision)
-        drop = fused_arguments.DROP_NONE
+        drop = fused_layers.DROP_NONE
         if network.keep_prob < 1:
-            drop = fused_arguments.DROP_ACTIVATION if network.relu else fused_arguments.DROP_PRODUCT
+            drop = fused_layers.DROP_ACTIVATION if network.relu else fused_layers.DROP_PRODUCT
         norm = None
         if network.batch_norm:
             batch_norm = getattr(model, f"bn{plan.number}")
-            own = (cupy.empty(plan.units, np.float32) for _ in range(2))
-            norm = (*own, batch_norm.gamma._data, batch_norm.beta._data)
-        mask_shape = fused_arguments.mask_shape(*shape)
-        self.layer = fused_arguments.Layer(
-            cupy.empty(shape, plan.product_dtype),
-            cupy.empty(mask_shape, np.uint32) if drop else None,
-            norm,
-            drop,
-            network.keep_prob,
+            norm = fused_layers.BatchNorm(
+                gamma=batch_norm.gamma._data,
+                beta=batch_norm.beta._data,
+                grad_gamma=cupy.zeros(plan.units, np.float32),
+                grad_beta=cupy.zeros(plan.units, np.float32),
+                running_mean=batch_norm.mean,
+                running_variance=batch_norm.variance,
+                mean=cupy.empty(plan.units, np.float32),
+                inverse=cupy.empty(plan.units, np.float32),
+                decay=batch_norm.decay,
+                eps=batch_norm.eps,
+            )
+        mask_shape = fused_layers.mask_shape(*shape)
+        self.layer = fused_layers.Layer(
+            product=cupy.empty(shape, plan.product_dtype),
+            kept=cupy.empty(mask_shape, np.uint32) if drop else None,
+            norm=norm,
+            drop=drop,
+            keep_prob=network.keep_prob,
         )
         self.dense = self.packed = self.mask = None
         if plan.activation in ("packed_sign", "both_signs"):
@@ -75,8 +85,12 @@ class HiddenBuffers:
             self.dense = cupy.empty(shape, real)
         if plan.activation != "none" and plan.gate == "mask":
             self.mask = cupy.empty(mask_shape, np.uint32)
-        self.activations = fused_arguments.Activations(
-            plan.activation, self.dense, self.packed, self.mask, plan.window
+        self.activations = fused_layers.Activations(
+            output=plan.activation,
+            dense=self.dense,
+            packed=self.packed,
+            gate=self.mask,
+            window=plan.window,
         )
         latent = getattr(model, f"fc{plan.number}").weight._data
         only_packed = plan.product == "xnor" and (plan.backward == "bits" or not network.roomy)
@@ -173,10 +187,17 @@ class Buffers:
             size = max(hidden.inputs * hidden.units for hidden in dense)
             self._scratch = cupy.empty(size, real)
         products = {f"fc{hidden.number}.weight": hidden for hidden in plan.hidden}
+        norms = {}
+        for hidden in self.hidden:
+            if hidden.layer.norm is not None:
+                norms[f"bn{hidden.plan.number}.gamma"] = hidden.layer.norm.grad_gamma
+                norms[f"bn{hidden.plan.number}.beta"] = hidden.layer.norm.grad_beta
         self.gradients, self.left = {}, {}
         for name, parameter in model.named_parameters():
             stays = True
-            if name not in products:
+            if name in norms:
+                gradient = norms[name]
+            elif name not in products:
                 gradient = cupy.zeros(parameter.shape, np.float32)
             elif products[name].backward == "bits":
                 gradient, stays = None, False

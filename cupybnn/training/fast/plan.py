@@ -170,7 +170,7 @@ def _backward_by_bits(config: TrainConfig, device: int) -> bool:
     if not (config.binary and config.xnor):
         return False
     batch, units = config.batch_size, config.n_hidden
-    reason = sign_gemm.obstacle(device, config.dtype, units, units)
+    reason = sign_gemm.unsupported_reason(device, config.dtype, units, units)
     if reason is None and not sign_gemm.pays(device, batch, units, units):
         reason = "its products have fewer tiles than the device has multiprocessors"
     if settings.debug():

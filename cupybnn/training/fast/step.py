@@ -8,7 +8,15 @@ from typing import Any
 
 from cupybnn import optim
 from cupybnn.backends import cuda
-from cupybnn.backends.cuda import blas, fused, fused_arguments, fused_update, sign_gemm
+from cupybnn.backends.cuda import (
+    blas,
+    fused,
+    fused_batch,
+    fused_head,
+    fused_layers,
+    fused_update,
+    sign_gemm,
+)
 from cupybnn.backends.cuda.graph import Fork, capture
 from cupybnn.data import BatchOrder, DeviceData
 from cupybnn.training.config import TrainConfig
@@ -65,8 +73,9 @@ class FusedStep:
         self.buffers = Buffers(self.plan, model, data.device, self._recorded)
         self.feed = Feed(order, optimizer)
         real = blas.operand_dtype(config.dtype)
+        shapes = [hidden.layer.shape for hidden in self.buffers.hidden]
         self._launcher = fused.Launcher(
-            data.device.index, real, config.batch_size, config.n_hidden, data.classes
+            data.device.index, real, shapes=shapes, classes=data.classes
         )
         # One for each stream that has products: those of both may run at the same time.
         self._blas = self._blas_aside = blas.Blas(config.dtype)
@@ -87,8 +96,14 @@ class FusedStep:
         self._penalty = "none" if config.reg == 0 else config.penalty
         self._deformation = None
         if any(self.plan.augment):
-            self._deformation = fused_arguments.Deformation(
-                data.image_shape, augmentation_seed(config), *self.plan.augment
+            shift, rotation, scale, shear = self.plan.augment
+            self._deformation = fused_batch.Deformation(
+                shape=data.image_shape,
+                seed=augmentation_seed(config),
+                shift=shift,
+                rotation=rotation,
+                scale=scale,
+                shear=shear,
             )
         self._span: Callable[[str], Any] = _no_span
         self._parameters = list(model.named_parameters())
@@ -99,7 +114,7 @@ class FusedStep:
         group = self._optimizer.groups[0]
         scale = group["lr_scale"]
         layers = len(self.buffers.hidden)
-        groups: list[list[fused_update.Updated]] = [[] for _ in range(layers)]
+        groups: list[list[fused_update.ParameterUpdate]] = [[] for _ in range(layers)]
         for name, parameter in self._parameters:
             mean, square = self._optimizer._slots_of(parameter)
             layer, _, kind = name.partition(".")
@@ -108,12 +123,12 @@ class FusedStep:
             latent = parameter.bits == 1
             penalised = kind == "weight" and (self._penalty == "l1" or latent)
             groups[layers - number].append(
-                fused_update.Updated(
-                    parameter._data,
-                    self.buffers.gradients[name],
-                    mean,
-                    square,
-                    left=self.buffers.left[name],
+                fused_update.ParameterUpdate(
+                    weight=parameter._data,
+                    grad=self.buffers.gradients[name],
+                    mean=mean,
+                    square=square,
+                    kept_grad=self.buffers.left[name],
                     copy=hidden.weight if hidden is not None and hidden.copied else None,
                     packed=hidden.packed_weight if hidden is not None else None,
                     binary=latent,
@@ -125,7 +140,15 @@ class FusedStep:
                 )
             )
         return fused_update.Update(
-            self._launcher, groups, group["betas"], self._penalty, self._recorded
+            self._launcher,
+            groups,
+            betas=group["betas"],
+            penalty=self._penalty,
+            keep_gradients=self._recorded,
+            rates=self.feed.rates,
+            step=self.feed.step,
+            mean_loss=self.buffers.mean_loss,
+            loss=self.buffers.loss,
         )
 
     def refresh(self) -> None:
@@ -211,9 +234,10 @@ class FusedStep:
         if offsets != self._offsets:
             self._offsets, self._graph = offsets, None
 
-    def _draws(self) -> Iterator[fused_arguments.Draw]:
+    def _draws(self) -> Iterator[fused_batch.Draw]:
         for layer, offset in zip(self._dropouts(), self._offsets, strict=True):
-            yield fused_arguments.Draw(int(layer.random.state[0]), offset, layer.keep_prob)
+            seed = int(layer.random.state[0])
+            yield fused_batch.Draw(seed=seed, offset=offset, keep_prob=layer.keep_prob)
 
     # The launches of a step --------------------------------------------------------------------
 
@@ -221,26 +245,30 @@ class FusedStep:
         """Launch a step on the current stream, with what can wait aside."""
         plan, buffers, launcher, data = self.plan, self.buffers, self._launcher, self._data
         span = self._span
+        launcher.begin_step()
         draws = self._draws()
         of_pixels = next(draws) if plan.input_keep_prob < 1 else None
         with span("gather"):
-            launcher.gather(
-                data.train_images,
-                data.train_labels,
-                self.feed.images,
-                self.feed.step,
-                of_pixels,
-                buffers.inputs,
-                buffers.labels,
-                buffers.pops,
-                self._deformation,
-            )
+            fused_batch.Gather(
+                images=data.train_images,
+                all_labels=data.train_labels,
+                order=self.feed.images,
+                step=self.feed.step,
+                x=buffers.inputs,
+                labels=buffers.labels,
+                drop=of_pixels,
+                pops=buffers.pops,
+                deformation=self._deformation,
+            ).launch(launcher)
         for hidden in buffers.hidden:
             if hidden.layer.kept is not None:
                 with span("dropout"):
-                    launcher.dropout_mask(
-                        self.feed.step, next(draws), hidden.layer.shape, hidden.layer.kept
-                    )
+                    fused_batch.DropoutMask(
+                        step=self.feed.step,
+                        draw=next(draws),
+                        shape=hidden.layer.shape,
+                        out=hidden.layer.kept,
+                    ).launch(launcher)
         if plan.adversarial:
             self._forward()
             self._attack(of_pixels)
@@ -256,7 +284,7 @@ class FusedStep:
             self._normalise(hidden)
         self._head()
 
-    def _attack(self, of_pixels: fused_arguments.Draw | None) -> None:
+    def _attack(self, of_pixels: fused_batch.Draw | None) -> None:
         """Move the batch against the network. No gradient of a parameter is used."""
         buffers = self.buffers
         for i in reversed(range(1, len(buffers.hidden))):
@@ -270,25 +298,19 @@ class FusedStep:
                 transpose_b=True,
             )
         with self._span("attack"):
-            self._launcher.attack(
-                buffers.of_inputs,
-                self.feed.step,
-                of_pixels,
-                self.plan.adversarial / float(self._data.pixel_scale),
-                buffers.inputs,
-                buffers.pops,
-            )
+            fused_batch.Attack(
+                gradient=buffers.of_inputs,
+                step=self.feed.step,
+                drop=of_pixels,
+                amount=self.plan.adversarial / float(self._data.pixel_scale),
+                x=buffers.inputs,
+                pops=buffers.pops,
+            ).launch(self._launcher)
 
     def _update_layer(self, number: int) -> None:
         """Update what belongs to hidden layer `number`, and with the last one what follows it."""
         with self._span("update"):
-            self._update.launch(
-                len(self.buffers.hidden) - number,
-                self.feed.rates,
-                self.feed.step,
-                self.buffers.mean_loss,
-                self.buffers.loss,
-            )
+            self._update.launch(len(self.buffers.hidden) - number)
 
     def _input_scale(self) -> float:
         """Factor that makes pixels of the whole numbers in `Buffers.inputs`."""
@@ -310,50 +332,52 @@ class FusedStep:
                 self._blas.multiply(before.dense, hidden.weight, hidden.layer.product)
 
     def _normalise(self, hidden: HiddenBuffers) -> None:
-        number = hidden.plan.number
         with self._span("batch norm, activation"):
-            if hidden.layer.norm is None:
-                self._launcher.activate(hidden.layer, hidden.activations)
-                return
-            norm = getattr(self._model, f"bn{number}")
-            running = (norm.mean, norm.variance)
-            self._launcher.normalise(
-                hidden.layer, running, norm.decay, norm.eps, hidden.activations
-            )
+            activation = fused_layers.Activation(layer=hidden.layer, to=hidden.activations)
+            activation.launch(self._launcher)
 
-    def _norm_gradients(self, number: int) -> tuple[Any, Any] | None:
-        if not self.plan.batch_norm:
-            return None
-        gradients = self.buffers.gradients
-        return gradients[f"bn{number}.gamma"], gradients[f"bn{number}.beta"]
+    def _planned_head(self) -> fused_head.Head:
+        buffers, last, gradients = self.buffers, self.buffers.hidden[-1], self.buffers.gradients
+        parameters = dict(self._parameters)
+        factor, norm = parameters.get("scaleout.factor"), None
+        if self.plan.head == "sign" and factor is None:
+            module = vars(self._model)["bnout"]
+            norm = fused_layers.BatchNorm(
+                gamma=module.gamma._data,
+                beta=module.beta._data,
+                grad_gamma=gradients["bnout.gamma"],
+                grad_beta=gradients["bnout.beta"],
+                running_mean=module.mean,
+                running_variance=module.variance,
+                decay=module.decay,
+                eps=module.eps,
+            )
+        return fused_head.Head(
+            layer=last.layer,
+            reads=self.plan.head,
+            weight=parameters["fcout.weight"]._data,
+            grad_weight=gradients["fcout.weight"],
+            labels=buffers.labels,
+            loss=self._config.loss,
+            smoothing=self._config.label_smoothing,
+            logits=buffers.logits,
+            grad_logits=buffers.of_logits,
+            mean_loss=buffers.mean_loss,
+            factor=None if factor is None else factor._data,
+            grad_factor=gradients.get("scaleout.factor"),
+            norm=norm,
+            gate=last.plan.gate,
+            window=last.plan.window,
+            out=buffers.gradient_of(len(buffers.hidden) - 1)[1],
+        )
 
     def _head(self) -> None:
         """From the last hidden product to the loss, and back to that product's gradient."""
-        buffers, last = self.buffers, self.buffers.hidden[-1]
-        number, head = len(buffers.hidden), self.plan.head
-        weight = dict(self._parameters)["fcout.weight"]._data
-        kind, smoothing = self._config.loss, self._config.label_smoothing
-        scale = dict(self._parameters).get("scaleout.factor")
-        factor = None if scale is None else scale._data
+        head = self._planned_head()
         with self._span("logits and loss"):
-            self._launcher.logits(
-                last.layer, head, weight, buffers.labels, kind, smoothing, factor, buffers.logits,
-                buffers.of_logits,
-            )  # fmt: skip
-            if head == "sign" and factor is None:
-                norm, gradients = vars(self._model)["bnout"], buffers.gradients
-                self._launcher.output_norm(
-                    (norm.gamma._data, norm.beta._data), (norm.mean, norm.variance), norm.decay,
-                    norm.eps, buffers.labels, kind, smoothing, buffers.logits, buffers.of_logits,
-                    (gradients["bnout.gamma"], gradients["bnout.beta"]), buffers.mean_loss,
-                )  # fmt: skip
+            head.launch_logits(self._launcher)
         with self._span("gradient of the head"):
-            self._launcher.head_gradient(
-                last.layer, head, kind, weight, buffers.of_logits, last.plan.gate,
-                last.plan.window, buffers.gradients["fcout.weight"], self._norm_gradients(number),
-                buffers.gradient_of(number - 1)[1], buffers.mean_loss,
-                buffers.gradients.get("scaleout.factor"),
-            )  # fmt: skip
+            head.launch_gradient(self._launcher)
 
     def _backward(self, fork: Fork) -> None:
         """Gradients of the hidden layers' weights, from the last layer to the first.
@@ -403,10 +427,13 @@ class FusedStep:
         """Turn the gradient of hidden layer `i`'s activation into that of its product."""
         buffers, hidden = self.buffers, self.buffers.hidden[i]
         with self._span("gradient of activation"):
-            self._launcher.gradient(
-                hidden.layer, hidden.plan.gate, hidden.mask, buffers.arriving_at(i),
-                buffers.gradient_of(i)[1], self._norm_gradients(i + 1),
-            )  # fmt: skip
+            fused_layers.ActivationGradient(
+                layer=hidden.layer,
+                gate=hidden.plan.gate,
+                mask=hidden.mask,
+                grad=buffers.arriving_at(i),
+                out=buffers.gradient_of(i)[1],
+            ).launch(self._launcher)
 
     def _weight_of(self, i: int) -> Any:
         """Return hidden layer `i`'s weights for a dense product, unpacked where they must be."""
@@ -415,14 +442,15 @@ class FusedStep:
             return hidden.weight
         out = self.buffers.scratch((hidden.plan.inputs, hidden.plan.units))
         with self._span("unpack signs"):
-            self._launcher.unpack_columns(hidden.packed_weight, out)
+            unpack = fused_layers.UnpackColumns(packed=hidden.packed_weight, out=out)
+            unpack.launch(self._launcher)
         return out
 
     def _update_weights(self, i: int, gradient: Any) -> None:
         """Compute the gradient of hidden layer `i`'s weights and update them with it."""
         signs, group = self.buffers.hidden[i - 1].packed, len(self.buffers.hidden) - 1 - i
         with self._span(f"gradient of fc{i + 1}'s weights and their update"):
-            self._update.launch_at_once(group, signs, gradient, self.feed.rates, self.feed.step)
+            self._update.launch_fused_update(group, signs=signs, matrix=gradient)
 
     def _weight_gradient(self, i: int, gradient: Any, products: blas.Blas) -> None:
         out = self.buffers.gradients[f"fc{i + 1}.weight"]
@@ -433,7 +461,7 @@ class FusedStep:
             if left is None:
                 left = self.buffers.signs
                 with self._span("unpack signs"):
-                    self._launcher.unpack_rows(before.packed, left)
+                    fused_layers.UnpackRows(packed=before.packed, out=left).launch(self._launcher)
         with self._span(f"gradient of fc{i + 1}'s weights"):
             products.multiply(left, gradient, out, transpose_a=True, scale=scale)
 
