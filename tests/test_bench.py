@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cupybnn.backends.cuda import dispatch
+from cupybnn.backends.cuda.architectures import smxx
 from cupybnn.backends.devices import CPU, Device
 from cupybnn.benchmark import chart, methods, overheads, products, record, shapes, tables
 from cupybnn.benchmark.clock import HostClock, make_clock
@@ -337,7 +337,7 @@ def test_tuning_is_told_a_line_a_shape(monkeypatch, capsys):
     from cupybnn.cli import bench
 
     shape = (64, 32, 1000, True)
-    config = dispatch.shipped("smxx", 75, *shape[:3], 1, True, False)
+    config = smxx.config()
     trials = [
         tuning.Trial(shape, config, 20e-6, True),
         tuning.Trial(shape, replace(config, tile_m=128), 15e-6, False),
@@ -349,7 +349,7 @@ def test_tuning_is_told_a_line_a_shape(monkeypatch, capsys):
     bench._tune(Device("cuda", 1))
     assert capsys.readouterr().out.splitlines() == [
         "tune 64 x 32 x 1000 packed: best of 2 smxx 128x64 15.0 us, "
-        "shipped smxx 64x64 20.0 us, 1 failed",
+        "built in smxx 64x64 20.0 us, 1 failed",
         "tune 8 x 8 x 8: none of 1 configurations ran",
         "wrote /cache/tuned-1.json",
         "",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 
 import pytest
 import test_cuda_kernels
 
-from cupybnn.backends.cuda import configs, dispatch, tuning
-from cupybnn.backends.cuda.configs import kernels_for, sm90
+from cupybnn.backends.cuda import architectures, configs, dispatch, tuning
+from cupybnn.backends.cuda.architectures import kernels_for, sm90
+from cupybnn.backends.cuda.configs import Problem
 from cupybnn.backends.cuda.dispatch import choose, force_kernel
 from cupybnn.backends.cuda.sources import kernels_dir
 from cupybnn.benchmark import tuning as benchmark_tuning
@@ -23,18 +25,24 @@ SHAPES = [
 ]  # fmt: skip
 
 
-def picked(capability, m, n, k, *, packed=False, scaled=False, tuned=None):
-    return choose(capability, m, n, k, 1, packed, scaled, tuned or {})
+def problem(capability, m, n, k, **kind):
+    return Problem(
+        **{"m": m, "n": n, "k": k, "multiprocessors": 132, **kind}, capability=capability
+    )
+
+
+def picked(capability, m, n, k, *, tuned=None, **kind):
+    return choose(problem(capability, m, n, k, **kind), tuned or {})
 
 
 @pytest.mark.parametrize(("packed", "scaled"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_shipped_table_keeps_the_kernels_rules(shape, packed, scaled):
+def test_the_built_in_choice_keeps_the_kernels_rules(shape, packed, scaled):
     m, n, k = shape
     chunks = -(-k // 1024)
     for capability in (61, 70, 75, 80, 86, 89, 90, 100, 120, 130):
         config = picked(capability, m, n, k, packed=packed, scaled=scaled)
-        assert capability in configs.KERNELS[config.kernel]
+        assert capability in architectures.KERNELS[config.kernel].CAPABILITIES
         limit = 99 if capability in (86, 89) or capability >= 120 else 163
         limit = 227 if capability == 90 else limit
         assert config.shared_bytes(scaled) <= limit * 1024
@@ -58,7 +66,8 @@ def test_every_candidate_fits_the_device():
     for capability, kernel, limit in ((80, "sm80", 163), (86, "sm80", 99), (90, "sm90", 227)):
         for m, n, k in SHAPES:
             for packed in (False, True):
-                for config in dispatch.candidates(kernel, capability, m, n, k, packed):
+                wanted = problem(capability, m, n, k, packed=packed)
+                for config in dispatch.candidates(kernel, wanted):
                     assert config.shared_bytes(False) <= limit * 1024
                     assert config.split_k <= -(-k // 1024)
                     assert not (packed and config.swap)
@@ -69,13 +78,14 @@ def test_every_candidate_is_among_those_that_the_gpu_tests_run():
     for capability, kernel in ((75, "sm75"), (80, "sm80"), (86, "sm80"), (90, "sm90")):
         for m, n, k in (*SHAPES, *(shape[:3] for shape in benchmark_tuning.SHAPES)):
             for packed in (False, True):
-                chosen = dispatch.candidates(kernel, capability, m, n, k, packed)
-                chosen.append(dispatch.shipped(kernel, capability, m, n, k, 1, packed, False))
+                wanted = problem(capability, m, n, k, packed=packed)
+                chosen = dispatch.candidates(kernel, wanted)
+                chosen.append(dispatch.builtin_config(kernel, wanted))
                 assert {(c.kernel, c.defines, c.swap) for c in chosen} <= tested, (m, n, k, packed)
 
 
 def test_forcing_a_kernel_or_a_configuration():
-    mine = sm90(1, 128, 6)
+    mine = sm90.config(1, 128, 6)
     with force_kernel("smxx"):
         assert picked(90, 4096, 4096, 4096).kernel == "smxx"
         with force_kernel(mine):
@@ -107,8 +117,8 @@ class TestTunedTable:
 
     def test_winners_are_kept_and_used(self):
         assert tuning.winners(0) == {}
-        best = dispatch.candidates("sm90", 90, 8192, 8192, 8192, False)[5]
-        key = dispatch.shape_key(8192, 8192, 8192, 1, False)
+        wanted = problem(90, 8192, 8192, 8192)
+        best, key = dispatch.candidates("sm90", wanted)[5], wanted.key
         tuning.save(0, {key: best})
         assert tuning.winners(0) == {key: best}
         assert picked(90, 8192, 8192, 8192, tuned=tuning.winners(0)) == best
@@ -125,13 +135,13 @@ class TestTunedTable:
         assert tuning.winners(0) == {}
 
     def test_a_configuration_that_nobody_measured_is_not_launched(self, table):
-        key = dispatch.shape_key(8192, 8192, 8192, 1, False)
-        fields = dataclasses.asdict(sm90(1, 256, 4))
+        wanted = problem(90, 8192, 8192, 8192)
+        fields = dataclasses.asdict(sm90.config(1, 256, 4))
         fields["tile_m"] = 64  # not what its defines compile to
         table.parent.mkdir()
-        table.write_text(json.dumps({key: fields}))
+        table.write_text(json.dumps({wanted.key: fields}))
         config = picked(90, 8192, 8192, 8192, tuned=tuning.winners(0))
-        assert config == dispatch.shipped("sm90", 90, 8192, 8192, 8192, 1, False, False)
+        assert config == dispatch.builtin_config("sm90", wanted)
 
 
 def test_the_digest_changes_with_every_source(tmp_path, monkeypatch):
@@ -144,7 +154,42 @@ def test_the_digest_changes_with_every_source(tmp_path, monkeypatch):
         path.write_bytes(path.read_bytes() + b"// changed")
         seen.add(tuning.sources_digest.__wrapped__())
     assert len(seen) == 1 + len(list(folder.rglob("*.cu"))) + len(list(folder.rglob("*.cuh")))
-    configs_file = tmp_path / "configs.py"
-    configs_file.write_text("# other configurations")
-    monkeypatch.setattr(configs, "__file__", str(configs_file))
-    assert tuning.sources_digest.__wrapped__() not in seen
+    for module in (configs, sm90):
+        changed = tmp_path / "changed" / f"{module.__name__}.py"
+        changed.parent.mkdir(exist_ok=True)
+        changed.write_text("# other configurations")
+        with monkeypatch.context() as patch:
+            if module is sm90:
+                patch.setattr(architectures, "__file__", str(changed))
+            else:
+                patch.setattr(module, "__file__", str(changed))
+            digest = tuning.sources_digest.__wrapped__()
+        assert digest not in seen
+        seen.add(digest)
+
+
+def test_small_products_fill_the_gpu_that_they_run_on():
+    def split(multiprocessors):
+        return picked(90, 64, 1024, 8192, packed=True, multiprocessors=multiprocessors).split_k
+
+    assert [split(count) for count in (8, 16, 32, 64, 132)] == [1, 2, 4, 8, 8]
+    whole = picked(90, 1536, 1408, 8192, multiprocessors=132)
+    assert whole == sm90.config(1, 128, 6)  # 132 tiles
+    assert picked(90, 1536, 1408, 8192, multiprocessors=60) != whole
+
+
+def test_an_architecture_is_one_module(tmp_path, monkeypatch):
+    """A module that is put into the folder is found, and first where it is the newest."""
+    (tmp_path / "sm990.py").write_text(
+        "from cupybnn.backends.cuda.architectures.smxx import *\n"
+        "CAPABILITIES, TARGET = range(990, 1000), 'sm_990a'\n"
+    )
+    monkeypatch.setattr(architectures, "__path__", [*architectures.__path__, str(tmp_path)])
+    found = architectures._found()
+    monkeypatch.delitem(sys.modules, f"{architectures.__name__}.sm990")
+    monkeypatch.setattr(architectures, "KERNELS", found)
+    assert list(found) == ["sm990", "sm90", "sm80", "sm75", "smxx"]
+    assert kernels_for(991) == ["sm990", "sm80", "sm75", "smxx"]
+    assert architectures.compiler_target("sm990_xnor_gemm") == "sm_990a"
+    assert architectures.compiler_target("sm90_sign_gemm") == "sm_90a"
+    assert architectures.compiler_target("smxx_pack") is None

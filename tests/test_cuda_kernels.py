@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 
@@ -12,8 +13,9 @@ from gemm_cases import BFLOAT16, check_random_cases, host
 import cupybnn
 import cupybnn.gemm
 from cupybnn.backends import cuda
-from cupybnn.backends.cuda import configs, dispatch, product
-from cupybnn.backends.cuda.configs import Config, sm75, sm80, sm90, smxx
+from cupybnn.backends.cuda import architectures, dispatch, product
+from cupybnn.backends.cuda.architectures import sm75, sm80, sm90, smxx
+from cupybnn.backends.cuda.configs import Config, Problem
 from cupybnn.backends.cuda.dispatch import force_kernel
 
 pytestmark = pytest.mark.gpu
@@ -23,39 +25,39 @@ POISON_BYTE = 0xA5
 
 # Configurations by name, for shapes chosen by hand. `reachable` has all.
 GENERAL = {
-    "smxx": smxx(),
-    "sm75": sm75(),
-    "sm80 small": sm80(2, 2, 2, 4, 4),
-    "sm80 middle": sm80(2, 4, 4, 4, 3),
-    "sm80 middle, two stages": sm80(2, 4, 4, 4, 2),
-    "sm80 large": sm80(4, 2, 4, 8, 3),
-    "sm80 large, two stages": sm80(4, 2, 4, 8, 2),
-    "sm90 128x64": sm90(1, 64, 8),
-    "sm90 64x32": sm90(1, 32, 8, consumers=1),
-    "sm90 64x64": sm90(1, 64, 8, consumers=1),
-    "sm90 128x128": sm90(1, 128, 6),
-    "sm90 128x256": sm90(1, 256, 4),
-    "sm90 256x128": sm90(2, 128, 4),
-    "sm90 256x192": sm90(2, 192, 4),
-    "sm90 256x192, cluster 1x2": sm90(2, 192, 4, cluster=(1, 2)),
-    "sm90 256x128, cluster 2x1": sm90(2, 128, 4, cluster=(2, 1)),
+    "smxx": smxx.config(),
+    "sm75": sm75.config(),
+    "sm80 small": sm80.config(2, 2, 2, 4, 4),
+    "sm80 middle": sm80.config(2, 4, 4, 4, 3),
+    "sm80 middle, two stages": sm80.config(2, 4, 4, 4, 2),
+    "sm80 large": sm80.config(4, 2, 4, 8, 3),
+    "sm80 large, two stages": sm80.config(4, 2, 4, 8, 2),
+    "sm90 128x64": sm90.config(1, 64, 8),
+    "sm90 64x32": sm90.config(1, 32, 8, consumers=1),
+    "sm90 64x64": sm90.config(1, 64, 8, consumers=1),
+    "sm90 128x128": sm90.config(1, 128, 6),
+    "sm90 128x256": sm90.config(1, 256, 4),
+    "sm90 256x128": sm90.config(2, 128, 4),
+    "sm90 256x192": sm90.config(2, 192, 4),
+    "sm90 256x192, cluster 1x2": sm90.config(2, 192, 4, cluster=(1, 2)),
+    "sm90 256x128, cluster 2x1": sm90.config(2, 128, 4, cluster=(2, 1)),
 }
 DEFERRED = {
-    "sm90 128x256": sm90(1, 256, 4, deferred=True),
-    "sm90 256x128": sm90(2, 128, 4, deferred=True),
-    "sm90 128x256, cluster 2x1": sm90(1, 256, 4, deferred=True, cluster=(2, 1)),
-    "sm90 256x128, cluster 1x2": sm90(2, 128, 4, deferred=True, cluster=(1, 2)),
+    "sm90 128x256": sm90.config(1, 256, 4, deferred=True),
+    "sm90 256x128": sm90.config(2, 128, 4, deferred=True),
+    "sm90 128x256, cluster 2x1": sm90.config(1, 256, 4, deferred=True, cluster=(2, 1)),
+    "sm90 256x128, cluster 1x2": sm90.config(2, 128, 4, deferred=True, cluster=(1, 2)),
 }
 SPLIT = {
-    "sm90 128x128 / 2": sm90(1, 128, 6, split_k=2),
-    "sm90 128x128 / 8": sm90(1, 128, 6, split_k=8),
-    "sm90 128x64 / 4": sm90(1, 64, 8, split_k=4),
+    "sm90 128x128 / 2": sm90.config(1, 128, 6, split_k=2),
+    "sm90 128x128 / 8": sm90.config(1, 128, 6, split_k=8),
+    "sm90 128x64 / 4": sm90.config(1, 64, 8, split_k=4),
 }
 SWAPPED = {
-    "sm90 128x16": sm90(1, 16, 8, swap=True),
-    "sm90 128x64": sm90(1, 64, 8, swap=True),
-    "sm90 128x16 / 4": sm90(1, 16, 8, split_k=4, swap=True),
-    "sm90 64x16 / 2": sm90(1, 16, 10, consumers=1, split_k=2, swap=True),
+    "sm90 128x16": sm90.config(1, 16, 8, swap=True),
+    "sm90 128x64": sm90.config(1, 64, 8, swap=True),
+    "sm90 128x16 / 4": sm90.config(1, 16, 8, split_k=4, swap=True),
+    "sm90 64x16 / 2": sm90.config(1, 16, 10, consumers=1, split_k=2, swap=True),
 }
 
 EDGES = [
@@ -71,7 +73,7 @@ LONG_EDGES = [
 
 
 def reachable() -> list[Config]:
-    """Every configuration that the shipped table has or tuning measures, once.
+    """Every configuration that is built in or that tuning measures, once.
 
     Those that differ only in the order of tiles are compiled alike: of them, the last stands here,
     with the larger group.
@@ -81,12 +83,16 @@ def reachable() -> list[Config]:
     found: dict[object, Config] = {}
     for m, n, k, packed in itertools.product(lengths, lengths, ks, (False, True)):
         for kernel, capability in (("sm90", 90), ("sm80", 80), ("sm80", 86), ("sm75", 75)):
+            problem = Problem(
+                m=m, n=n, k=k, packed=packed, capability=capability, multiprocessors=132
+            )
             for scaled, batch in ((False, 1), (not packed, 1), (False, 8)):
-                config = dispatch.shipped(kernel, capability, m, n, k, batch, packed, scaled)
+                kind = dataclasses.replace(problem, scaled=scaled, batch=batch)
+                config = dispatch.builtin_config(kernel, kind)
                 found[config.kernel, config.defines, config.swap] = config
-            for config in dispatch.candidates(kernel, capability, m, n, k, packed):
+            for config in dispatch.candidates(kernel, problem):
                 found[config.kernel, config.defines, config.swap] = config
-    return [smxx(), *found.values()]
+    return [smxx.config(), *found.values()]
 
 
 def edges(config: Config) -> list[tuple[int, int, int]]:
@@ -148,7 +154,7 @@ def expected(cupy, a, b):
 
 def require(config: Config | str, capability: int) -> None:
     kernel = config if isinstance(config, str) else config.kernel
-    if capability not in configs.KERNELS[kernel]:
+    if capability not in architectures.KERNELS[kernel].CAPABILITIES:
         pytest.skip(f"{kernel} does not run on compute capability {capability}")
 
 
@@ -209,7 +215,7 @@ def test_every_configuration_of_the_table_and_of_tuning_is_exact(cupy, capabilit
 
 def test_packed_words_that_are_all_covered_are_all_written(cupy, capability):
     """Where N is a multiple of 1024 and M of 16 nothing clears the words beforehand."""
-    for kernel in configs.kernels_for(capability):
+    for kernel in architectures.kernels_for(capability):
         for m, n, k in ((16, 1024, 33), (272, 3072, 4097), (528, 1024, 100)):
             a, b = operands(cupy, m, n, k)
             bits = expected(cupy, a, b) >= 0
@@ -226,17 +232,17 @@ def test_memory_is_poisoned(cupy):
 
 
 @pytest.mark.parametrize("seed", range(25))
-@pytest.mark.parametrize("kernel", configs.KERNELS)
+@pytest.mark.parametrize("kernel", architectures.KERNELS)
 def test_a_kernel_equals_an_int64_product_on_random_cases(cupy, capability, kernel, seed):
     """25 seeds of 20 cases, for each kernel that runs here."""
-    if kernel not in configs.kernels_for(capability):
+    if kernel not in architectures.kernels_for(capability):
         pytest.skip(f"{kernel} does not run on compute capability {capability}")
     with force_kernel(kernel):
         check_random_cases(cupy, 1000 + seed)
 
 
 def test_every_k_up_to_a_chunk_and_beyond(cupy, capability):
-    for kernel in configs.kernels_for(capability):
+    for kernel in architectures.kernels_for(capability):
         long = (2047, 2048, 2049, 4095, 4097, 9999, 32_767, 32_769, 65_535, 65_537, 70_000)
         for k in [*range(1, 70), *range(1020, 1030), *long]:
             a, b = operands(cupy, 33, 17, k)
@@ -247,7 +253,7 @@ def test_every_k_up_to_a_chunk_and_beyond(cupy, capability):
 
 def test_the_named_kernel_is_the_one_that_runs(cupy, capability, capfd, monkeypatch):
     monkeypatch.setenv("CUPYBNN_DEBUG", "1")
-    for number, kernel in enumerate(configs.kernels_for(capability)):
+    for number, kernel in enumerate(architectures.kernels_for(capability)):
         a, b = operands(cupy, 40 + number, 50, 60)
         with force_kernel(kernel):
             cupybnn.xnor_gemm(a, b)
@@ -270,11 +276,11 @@ def test_results_of_any_strides(cupy, dtype):
 
 
 RAGGED = {
-    "sm80 large": sm80(4, 2, 4, 8, 3),
-    "sm90 128x128": sm90(1, 128, 6),
-    "sm90 256x192": sm90(2, 192, 4),
-    "sm90 128x256 deferred": sm90(1, 256, 4, deferred=True),
-    "sm90 256x128 deferred": sm90(2, 128, 4, deferred=True),
+    "sm80 large": sm80.config(4, 2, 4, 8, 3),
+    "sm90 128x128": sm90.config(1, 128, 6),
+    "sm90 256x192": sm90.config(2, 192, 4),
+    "sm90 128x256 deferred": sm90.config(1, 256, 4, deferred=True),
+    "sm90 256x128 deferred": sm90.config(2, 128, 4, deferred=True),
 }
 
 
@@ -306,7 +312,7 @@ def test_a_view_is_written_and_nothing_around_it(cupy):
     assert bool((around == POISON).all())
 
 
-@pytest.mark.parametrize("kernel", configs.KERNELS)
+@pytest.mark.parametrize("kernel", architectures.KERNELS)
 def test_on_a_stream_of_its_own(cupy, capability, kernel):
     require(kernel, capability)
     a, b = operands(cupy, 500, 600, 4500)
@@ -321,7 +327,7 @@ def test_on_a_stream_of_its_own(cupy, capability, kernel):
     assert bool((bits == cupy.where(want >= 0, 1, -1)).all())
 
 
-@pytest.mark.parametrize("kernel", configs.KERNELS)
+@pytest.mark.parametrize("kernel", architectures.KERNELS)
 def test_from_several_threads(cupy, capability, kernel):
     require(kernel, capability)
     shapes = [(100 + 7 * i, 200 + 3 * i, 1000 + 500 * i) for i in range(8)]
@@ -350,7 +356,7 @@ def test_from_several_threads(cupy, capability, kernel):
     assert not wrong
 
 
-@pytest.mark.parametrize("kernel", configs.KERNELS)
+@pytest.mark.parametrize("kernel", architectures.KERNELS)
 def test_in_a_cuda_graph(cupy, capability, kernel):
     require(kernel, capability)
     a, b = operands(cupy, 300, 400, 5000)
@@ -374,7 +380,7 @@ def test_in_a_cuda_graph(cupy, capability, kernel):
         assert bool((out == expected(cupy, a, b)).all())
 
 
-@pytest.mark.parametrize("kernel", configs.KERNELS)
+@pytest.mark.parametrize("kernel", architectures.KERNELS)
 def test_more_than_2_to_the_31_results(cupy, capability, kernel):
     require(kernel, capability)
     m, n, k = 40_000, 60_000, 64
@@ -391,7 +397,7 @@ def test_more_than_2_to_the_31_results(cupy, capability, kernel):
 
 
 def test_threshold_and_flip_in_every_kernel(cupy, capability):
-    for kernel in configs.kernels_for(capability):
+    for kernel in architectures.kernels_for(capability):
         for m, n, k in ((70, 300, 500), (300, 1100, 4500)):
             a, b = operands(cupy, m, n, k)
             want = expected(cupy, a, b)
@@ -406,7 +412,7 @@ def test_threshold_and_flip_in_every_kernel(cupy, capability):
             assert bool((got.popcounts == bits.sum(1)).all()), kernel
 
 
-@pytest.mark.parametrize("kernel", configs.KERNELS)
+@pytest.mark.parametrize("kernel", architectures.KERNELS)
 @pytest.mark.parametrize("dtype", ["f4", "f2", *(d.name for d in BFLOAT16)])
 def test_scale_and_bias_in_every_kernel(cupy, capability, kernel, dtype):
     """Each step rounded to float32, rows first, whichever way round the kernel has them."""
@@ -434,7 +440,7 @@ def test_a_packed_result_is_the_next_products_operand(cupy):
 
 
 def test_a_kernel_of_another_architecture_is_refused(cupy, capability):
-    if capability in configs.KERNELS["sm90"]:
+    if capability in sm90.CAPABILITIES:
         pytest.skip("all kernels run here")
     a, b = operands(cupy, 10, 10, 10)
     with (

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupybnn.backends.cuda import dispatch, fused_update, packing, product, sign_gemm
+from cupybnn.backends.cuda import dispatch, packing, product, sign_gemm
+from cupybnn.backends.cuda.architectures import sm90
 from cupybnn.backends.cuda.dispatch import force_kernel
 from cupybnn.backends.cuda.sources import translation_unit
 from cupybnn.backends.epilogue import Epilogue
@@ -100,10 +101,11 @@ def launches(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     for module in (packing, product):
         monkeypatch.setattr(module, "load_kernel", load_kernel)
-    monkeypatch.setattr(product, "architecture", lambda device: 90)
-    monkeypatch.setattr(product, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(dispatch, "architecture", lambda device: 90)
+    for module in (dispatch, packing):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(product.tuning, "winners", lambda device: {})
-    monkeypatch.setattr(product, "_plans", {})
+    monkeypatch.setattr(product, "_launches", {})
     return recorded
 
 
@@ -144,7 +146,7 @@ def product_of(launch) -> dict[str, int]:
 
 def test_packing_one_array(launches):
     x = Array((3, 70, 1100), strides=(90_000, 1200, 1))
-    packing.PackPlan([(x, -1)], 0).launch([(x.data.ptr, WORDS, POPCOUNTS)])
+    packing.PackLaunch([(x, -1)], 0)([(x.data.ptr, WORDS, POPCOUNTS)])
     (launch,) = launches
     a, b = operands_of(launch)
     # Two chunks: two warps to a line, so four lines of 80 x 3 to a block.
@@ -161,8 +163,8 @@ def test_packing_one_array(launches):
 
 def test_packing_both_operands_in_one_launch(launches):
     a, b = Array((33, 2000), np.int8), Array((2000, 50), np.float16, address=0x5000_0000)
-    plan = packing.PackPlan([(a, -1), (b, -2)], 0)
-    plan.launch([(a.data.ptr, WORDS, POPCOUNTS), (b.data.ptr, WORDS + 64, POPCOUNTS + 64)])
+    launch_both = packing.PackLaunch([(a, -1), (b, -2)], 0)
+    launch_both([(a.data.ptr, WORDS, POPCOUNTS), (b.data.ptr, WORDS + 64, POPCOUNTS + 64)])
     (launch,) = launches
     first, second = operands_of(launch)
     assert (first["x"], first["words"], first["pops"]) == (a.data.ptr, WORDS, POPCOUNTS)
@@ -201,9 +203,7 @@ def test_packing_both_operands_in_one_launch(launches):
 )
 def test_wide_loads_along_lines_are_aligned(launches, address, strides, wide):
     x = Array((40, 1000), strides=strides, address=0x1000_0000 + address)
-    fields = packing._operand(x, -1)
-    names = fields_of("smxx_pack", "Operand")[3:]
-    got = dict(zip(names, fields, strict=True))
+    got = packing._operand(x, -1, 132)
     assert (got["across"], got["wide"]) == (0, wide)
 
 
@@ -221,21 +221,20 @@ def test_wide_loads_across_lines_are_aligned_and_leave_no_line(
     launches, lines, address, pitch, wide
 ):
     x = Array((5000, lines), strides=(pitch, 1), address=0x1000_0000 + address)
-    names = fields_of("smxx_pack", "Operand")[3:]
-    got = dict(zip(names, packing._operand(x, -2), strict=True))
+    got = packing._operand(x, -2, 132)
     assert (got["across"], got["wide"]) == (1, wide)
     assert got["blocks"] == -(-lines // (64 if wide else 32)) * got["parts"]
 
 
 def test_every_line_has_warps_or_blocks_of_its_own():
     """As smxx_pack.cu deals them out: 8 / parts lines to a block, or 32 to 128 to some blocks."""
-    names = fields_of("smxx_pack", "Operand")[3:]
     for batch, lines, k, axis, dtype in itertools.product(
         (1, 3), (1, 2, 16, 17, 33, 64, 130, 4000), (1, 1024, 1025, 3000, 9000, 70_000), (-1, -2),
         (np.int8, np.float16, np.float32),
     ):  # fmt: skip
         shape = (batch, lines, k) if axis == -1 else (batch, k, lines)
-        got = dict(zip(names, packing._operand(Array(shape, dtype), axis), strict=True))
+        got = packing._operand(Array(shape, dtype), axis, 132)
+        assert list(got) == fields_of("smxx_pack", "Operand")[3:]
         assert (got["lines"], got["k"], got["batch"]) == (lines, k, batch)
         assert got["chunks"] * 1024 >= k > (got["chunks"] - 1) * 1024
         assert 1 <= got["parts"] <= got["chunks"] or not got["across"]
@@ -256,7 +255,7 @@ def test_as_many_lines_as_32_bits_do_not_count_are_refused(launches):
         data=SimpleNamespace(ptr=0),
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"fewer than 2\*\*31 lines; got 32768 times 65536"):
-        packing.PackPlan([(x, -1)], 0)
+        packing.PackLaunch([(x, -1)], 0)
 
 
 def test_a_product_of_packed_matrices(launches):
@@ -277,7 +276,7 @@ def test_a_product_of_packed_matrices(launches):
 
 
 def test_a_swapped_product_of_a_batch_with_scales(launches):
-    config = dispatch.sm90(1, 16, 8, split_k=2, swap=True, group=3)
+    config = sm90.config(1, 16, 8, split_k=2, swap=True, group=3)
     a, b = Packed((5, 9, 4096), 0x4000_0000), Packed((4096, 300), 0x5000_0000)
     out = Array((5, 9, 300), np.float16, address=0x6000_0000)
     rows = Array((5, 9, 1), np.float32, address=0x7000_0000)
@@ -304,7 +303,7 @@ def test_scales_follow_the_rows_and_columns_of_the_launch(launches, monkeypatch)
     monkeypatch.setattr(product, "_scale", lambda x, batch_shape, length: found[x])
     names = ("row_scale", "col_scale", "bias", "row_scale_batch", "col_scale_batch", "bias_batch")
     for swap, want in ((False, (11, 22, 33, 1, 2, 3)), (True, (22, 11, 33, 2, 1, 3))):
-        with force_kernel(dispatch.sm90(1, 16, 8, swap=swap)):
+        with force_kernel(sm90.config(1, 16, 8, swap=swap)):
             product.gemm(
                 Packed((9, 64), WORDS), Packed((64, 9), WORDS), Array((9, 9)),
                 Epilogue("rows", "columns", "bias"),
@@ -414,8 +413,8 @@ def test_an_empty_matrix_goes_there_and_back(launches, shape, axis):
 @pytest.fixture
 def sign_launches(launches, monkeypatch):
     """Record launches of products by signs, too, with tensor maps as their arguments."""
-    for name in ("load_kernel", "multiprocessors"):
-        monkeypatch.setattr(sign_gemm, name, getattr(product, name))
+    monkeypatch.setattr(sign_gemm, "load_kernel", product.load_kernel)
+    monkeypatch.setattr(sign_gemm, "multiprocessors", dispatch.multiprocessors)
     monkeypatch.setattr(sign_gemm, "_tensor_map", lambda *described: described)
     return launches
 
@@ -437,18 +436,21 @@ def test_product_by_signs_transposed(sign_launches):
 def test_update_by_signs(sign_launches):
     entered, gradient = Packed((300, 4096), WORDS), Array((300, 8192), np.uint16)
     defines = (("PENALTY", 1), ("WRITE_GRADIENT", 0))
-    sign_gemm.weight_update(entered, gradient, ("parameter", "rates"), defines, 0)
+    update = {
+        "parameter": b"p" * 136, "rates": Array((1024, 4), address=0x7000_0000), "ring": 1024,
+        "step": Array((1,), np.int64, address=0x7100_0000), "gain_mean": 0.25, "gain_square": 0.5,
+        "partials": Array((9,), address=0x7200_0000), "earlier": 7,
+    }  # fmt: skip
+    sign_gemm.weight_update(entered, gradient, update, defines=defines, device=0)
     (launch,) = sign_launches
-    argument, described, *rest = launch.arguments
+    argument, described, parameter, *rest = launch.arguments
     assert decode(argument, fields_of(launch.source, "SignProduct")) == {
         "words": WORDS, "out": 0, "m": 4096, "n": 8192, "k": 300,
     }  # fmt: skip
     assert described == (gradient.data.ptr, (300, 8192), 64)
-    assert rest == ["parameter", "rates"]
+    assert parameter.tobytes() == b"p" * 136
+    types = (np.uint64, np.int64, np.uint64, np.float32, np.float32, np.uint64, np.int64)
+    values = (0x7000_0000, 1024, 0x7100_0000, 0.25, 0.5, 0x7200_0000, 7)
+    assert [(type(x), x) for x in rest] == list(zip(types, values, strict=True))
     assert launch.blocks == 132  # which take 32 x 32 tiles in turn
     assert launch.defines == {"RESULT": 1, "PENALTY": 1, "WRITE_GRADIENT": 0}
-
-
-@pytest.mark.parametrize("source", ["smxx_adam", "sm90_sign_gemm"])
-def test_fields_of_a_parameter(source):
-    assert tuple(fields_of(source, "Parameter")) == fused_update._PARAMETER.names

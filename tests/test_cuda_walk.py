@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from cupybnn.backends.cuda import fused_walk
-from cupybnn.backends.cuda.fused_arguments import DROP_NONE, Layer
+from cupybnn.backends.cuda.fused_layers import DROP_NONE, Layer
 from cupybnn.backends.cuda.fused_walk import Sums, Walk
 
 MULTIPROCESSORS, SHARED = 132, 232448
@@ -24,17 +22,15 @@ SUMS = {
 
 
 def walk_of(monkeypatch, capability: int) -> Walk:
-    attributes = {"MaxSharedMemoryPerBlockOptin": SHARED if capability >= 90 else 101376}
-    device = SimpleNamespace(attributes=attributes)
-    cuda = SimpleNamespace(Device=lambda number: device)
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    shared = SHARED if capability >= 90 else 101376
+    monkeypatch.setattr(fused_walk, "shared_memory_limit", lambda number: shared)
     monkeypatch.setattr(fused_walk, "architecture", lambda number: capability)
     monkeypatch.setattr(fused_walk, "multiprocessors", lambda number: MULTIPROCESSORS)
     return Walk(0)
 
 
 def layer_of(rows: int, units: int, dtype: str) -> Layer:
-    return Layer(np.empty((rows, units), dtype), drop=DROP_NONE)
+    return Layer(product=np.empty((rows, units), dtype), drop=DROP_NONE)
 
 
 @pytest.mark.parametrize("capability", [75, 80, 90, 100, 120])
@@ -47,6 +43,8 @@ def test_every_row_has_a_thread_and_what_is_held_fits(monkeypatch, capability, n
         assert way.threads == 32 * defines["BLOCK_WARPS"]
         assert (strips - 1) * 32 < units <= strips * 32
         assert units % defines["VECTOR"] == 0
+        assert way.partials(3) == (0 if way.clustered else blocks * 3 * units)
+        assert way.partials(3) <= walk.most_partials(rows, units, 3)
         assert defines["CLUSTER"] == (blocks if way.clustered else 1)
         if way.clustered:
             assert capability >= 90

@@ -43,13 +43,14 @@ def test_dense_products(precision, transpose_a, transpose_b):
 def test_dropout_masks_are_the_plain_engines(shape):
     import cupy
 
-    from cupybnn.backends.cuda import fused, fused_arguments
+    from cupybnn.backends.cuda import fused, fused_batch, fused_layers
     from cupybnn.backends.random import chosen, random_words
 
-    launcher = fused.Launcher(0, np.dtype(np.float32), *shape, 10)
-    draw = fused_arguments.Draw(seed=2**63 - 5, offset=4, keep_prob=0.3)
-    out = cupy.empty(fused_arguments.mask_shape(*shape), np.uint32)
-    launcher.dropout_mask(cupy.asarray([3], np.int64), draw, shape, out)
+    launcher = fused.Launcher(0, np.dtype(np.float32))
+    draw = fused_batch.Draw(seed=2**63 - 5, offset=4, keep_prob=0.3)
+    out = cupy.empty(fused_layers.mask_shape(*shape), np.uint32)
+    step = cupy.asarray([3], np.int64)
+    fused_batch.DropoutMask(step=step, draw=draw, shape=shape, out=out).launch(launcher)
     bits = np.unpackbits(out.get().view(np.uint8), axis=1, bitorder="little")
     expected = chosen(random_words(shape, draw.seed, 7, np), 0.3)
     np.testing.assert_array_equal(bits[:, : shape[1]].astype(bool), expected)
@@ -62,11 +63,12 @@ def test_unpacked_rows(shape, real):
     import cupy
 
     import cupybnn
-    from cupybnn.backends.cuda import fused
+    from cupybnn.backends.cuda import fused, fused_layers
 
     x = cupy.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     out = cupy.empty(shape, real)
-    fused.Launcher(0, np.dtype(real), *shape, 10).unpack_rows(cupybnn.pack(x), out)
+    unpack = fused_layers.UnpackRows(packed=cupybnn.pack(x), out=out)
+    unpack.launch(fused.Launcher(0, np.dtype(real)))
     one, minus_one = (0x3F80, 0xBF80) if real is np.uint16 else (1, -1)
     np.testing.assert_array_equal(out.get(), np.where(x.get() >= 0, one, minus_one).astype(real))
 
@@ -77,11 +79,11 @@ def test_unpacked_columns(shape, real):
     import cupy
 
     import cupybnn
-    from cupybnn.backends.cuda import fused
+    from cupybnn.backends.cuda import fused, fused_layers
 
     x = cupy.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     out = cupy.empty(shape, real)
-    packed = cupybnn.pack(x, axis=-2)
-    fused.Launcher(0, np.dtype(real), *shape, 10).unpack_columns(packed, out)
+    unpack = fused_layers.UnpackColumns(packed=cupybnn.pack(x, axis=-2), out=out)
+    unpack.launch(fused.Launcher(0, np.dtype(real)))
     one, minus_one = (0x3F80, 0xBF80) if real is np.uint16 else (1, -1)
     np.testing.assert_array_equal(out.get(), np.where(x.get() >= 0, one, minus_one).astype(real))

@@ -102,11 +102,12 @@ def test_the_gates_of_a_plan():
 
 
 def test_packing_does_not_change_the_order_in_which_the_penalty_is_added_up():
-    from cupybnn.backends.cuda.fused_update import Updated
+    from cupybnn.backends.cuda.fused_update import ParameterUpdate
 
-    arrays = [np.zeros((45, 70), np.float32) for _ in range(4)]
-    dense = Updated(*arrays, binary=True)
-    packed = Updated(*arrays, binary=True, packed=object())
+    names = ("weight", "grad", "mean", "square")
+    arrays = {name: np.zeros((45, 70), np.float32) for name in names}
+    dense = ParameterUpdate(**arrays, binary=True)
+    packed = ParameterUpdate(**arrays, binary=True, packed=object())
     assert dense.geometry() == packed.geometry() == (45, 70)
     assert dense.blocks() == packed.blocks()
 

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cupybnn.backends.cuda import configs, dispatch, packing
+from cupybnn.backends.cuda import architectures, dispatch, packing
+from cupybnn.backends.cuda.architectures import sm80
 from cupybnn.backends.cuda.compiler import compile_cubin
+from cupybnn.backends.cuda.configs import Problem
 from cupybnn.backends.cuda.sources import kernel_names
 from cupybnn.benchmark import tuning
 
@@ -98,11 +100,16 @@ def compile_all(
     assert not problems, "\n".join(problems)
 
 
+def problem_of(arch: str, shape: tuple[int, int, int], **kind: bool) -> Problem:
+    m, n, k = shape
+    return Problem(m=m, n=n, k=k, **kind, capability=capability(arch), multiprocessors=132)
+
+
 def runs_on(kernel: str, arch: str) -> bool:
-    return kernel in configs.kernels_for(capability(arch))
+    return kernel in architectures.kernels_for(capability(arch))
 
 
-PRODUCTS = [(k, a) for k in configs.KERNELS for a in ARCHITECTURES if runs_on(k, a)]
+PRODUCTS = [(k, a) for k in architectures.KERNELS for a in ARCHITECTURES if runs_on(k, a)]
 
 
 def home_of(kernel: str) -> str:
@@ -111,20 +118,20 @@ def home_of(kernel: str) -> str:
 
 
 @pytest.mark.parametrize(("kernel", "arch"), PRODUCTS, ids=["-".join(pair) for pair in PRODUCTS])
-def test_products_that_the_shipped_table_chooses(kernel, arch):
+def test_products_that_the_built_in_table_chooses(kernel, arch):
     require(arch)
     chosen = set()
     for shape in SHAPES:
         for output, scaled in EVERY_RESULT if arch == home_of(kernel) else SOME_RESULTS:
-            config = dispatch.shipped(
-                kernel, capability(arch), *shape, 1, output == PACKED, bool(scaled)
-            )
+            packed = output == PACKED
+            problem = problem_of(arch, shape, packed=packed, scaled=bool(scaled))
+            config = dispatch.builtin_config(kernel, problem)
             chosen.add((config.defines, output, scaled, config.shared_bytes(bool(scaled))))
     variants = [{**dict(d), "OUTPUT": output, "SCALED": scaled} for d, output, scaled, _ in chosen]
     compile_all(f"{kernel}_xnor_gemm", arch, variants, asked=[shared for *_, shared in chosen])
 
 
-@pytest.mark.parametrize("kernel", configs.KERNELS)
+@pytest.mark.parametrize("kernel", architectures.KERNELS)
 def test_products_that_tuning_may_choose(kernel):
     arch = home_of(kernel)
     require(arch)
@@ -132,7 +139,7 @@ def test_products_that_tuning_may_choose(kernel):
         (config.defines, PACKED if packed else INT32)
         for shape in SHAPES
         for packed in (False, True)
-        for config in dispatch.candidates(kernel, capability(arch), *shape, packed)
+        for config in dispatch.candidates(kernel, problem_of(arch, shape, packed=packed))
     }
     # One that spills is a bad choice, which measuring it will show; but it must compile.
     variants = [{**dict(defines), "OUTPUT": output, "SCALED": 0} for defines, output in chosen]
@@ -192,7 +199,7 @@ def test_a_kernel_that_does_not_compile_is_told_with_the_compilers_words():
 
 def test_a_launch_that_asks_for_too_much_shared_memory_is_found():
     require("sm_86")
-    config = configs.sm80(2, 4, 4, 4, 3)  # with the terms of scales it takes all that there is
+    config = sm80.config(2, 4, 4, 4, 3)  # with the terms of scales it takes all that there is
     defines = {**dict(config.defines), "OUTPUT": FLOAT32, "SCALED": 1}
     asked = config.shared_bytes(True)
     compile_all("sm80_xnor_gemm", "sm_86", [defines], asked=[asked])

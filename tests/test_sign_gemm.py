@@ -32,7 +32,7 @@ SIZES = [
 
 @pytest.fixture(autouse=True)
 def hopper():
-    reason = sign_gemm.obstacle(0, "bfloat16", 8, 8)
+    reason = sign_gemm.unsupported_reason(0, "bfloat16", 8, 8)
     if reason is not None:
         pytest.skip(f"needs a product by signs: {reason}")
 
@@ -81,42 +81,54 @@ def test_update_equals_that_by_a_stored_gradient(sizes, penalty):
     means = random.normal(size=shape).astype(np.float32)
     squares = random.random(shape).astype(np.float32)
     rates = cupy.asarray([[1e-2, 1e-2, 1e-8, 0]], np.float32)
-    launcher = Launcher(0, np.dtype(np.uint16), batch, units, 10)
+    launcher = Launcher(0, np.dtype(np.uint16))
 
-    def updated(grad: Any, **more: Any) -> fused_update.Updated:
-        arrays = [cupy.asarray(x.copy()) for x in (latent, means, squares)]
-        return fused_update.Updated(
-            arrays[0],
-            grad,
-            *arrays[1:],
-            left=cupy.zeros(shape, np.float32),
-            packed=pack(arrays[0], axis=-2),
+    def updated(grad: Any) -> fused_update.ParameterUpdate:
+        weight, mean, square = (cupy.asarray(x.copy()) for x in (latent, means, squares))
+        return fused_update.ParameterUpdate(
+            weight=weight,
+            grad=grad,
+            mean=mean,
+            square=square,
+            kept_grad=cupy.zeros(shape, np.float32),
+            packed=pack(weight, axis=-2),
             binary=True,
             gate="window",
             limit=1.0,
             penalty=1e-3,
             weight_decay=0.1,
-            **more,
         )
 
-    small = fused_update.Updated(*(cupy.zeros(8, np.float32) for _ in range(5)))
+    names = ("weight", "grad", "mean", "square", "kept_grad")
+    zeros = {name: cupy.zeros(8, np.float32) for name in names}
+    small = fused_update.ParameterUpdate(**zeros)
     stored = updated(cupy.asarray(to_bfloat16(entered.T @ gradient)))
     at_once = updated(None)
     losses = []
     for parameter in (stored, at_once):
         groups = [[parameter, small], [small]]
-        update = fused_update.Update(launcher, groups, (0.9, 0.999), penalty, True)
         step, mean_loss = cupy.zeros(1, np.int64), cupy.ones(1, np.float32)
         loss = cupy.full(1, np.nan, np.float32)
+        update = fused_update.Update(
+            launcher,
+            groups,
+            betas=(0.9, 0.999),
+            penalty=penalty,
+            keep_gradients=True,
+            rates=rates,
+            step=step,
+            mean_loss=mean_loss,
+            loss=loss,
+        )
         if parameter is at_once:
             packed = pack(cupy.asarray(entered), axis=-1)
             matrix = cupy.asarray(to_bfloat16(gradient))
-            update.launch_at_once(0, packed, matrix, rates, step)
+            update.launch_fused_update(0, signs=packed, matrix=matrix)
         for group in (0, 1):
-            update.launch(group, rates, step, mean_loss, loss)
+            update.launch(group)
         assert int(step[0]) == 1
         losses.append(float(loss[0]))
-    for name in ("weight", "mean", "square", "left"):
+    for name in ("weight", "mean", "square", "kept_grad"):
         expected, got = getattr(stored, name), getattr(at_once, name)
         np.testing.assert_array_equal(got.get(), expected.get(), err_msg=name)
     assert (cupy.signbit(stored.weight) != cupy.asarray(np.signbit(latent))).any()

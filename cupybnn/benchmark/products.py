@@ -224,8 +224,6 @@ def _configuration(shape: Shape, device: Device, packed: bool) -> str:
     if device.kind == "cpu":
         return "numpy"
     from cupybnn.backends.cuda import dispatch, tuning
-    from cupybnn.backends.cuda.compiler import architecture
 
-    capability = architecture(device.index)
-    tuned = tuning.winners(device.index)
-    return str(dispatch.choose(capability, shape.m, shape.n, shape.k, 1, packed, False, tuned))
+    problem = dispatch.problem_on(device.index, shape.m, shape.n, shape.k, packed=packed)
+    return str(dispatch.choose(problem, tuning.winners(device.index)))

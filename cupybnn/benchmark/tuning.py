@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from cupybnn.backends.cuda import dispatch, product, tuning
+from cupybnn.backends.cuda.architectures import default_kernel
 from cupybnn.backends.cuda.compiler import architecture
-from cupybnn.backends.cuda.configs import Config, default_kernel
+from cupybnn.backends.cuda.configs import Config
 from cupybnn.benchmark.clock import CudaClock
 from cupybnn.packed import PackedMatrix, pack
 
@@ -37,13 +38,13 @@ class Trial:
     shape: tuple[int, int, int, bool]
     config: Config
     seconds: float | None
-    shipped: bool
+    builtin: bool
 
 
 def tune(
     device: int, shapes: Iterable[tuple[int, int, int, bool]] = SHAPES, *, least_gain: float = 0.02
 ) -> Iterator[Trial]:
-    """Measure the candidates for each shape and keep those that beat the shipped table.
+    """Measure the candidates for each shape and keep those that beat the built-in ones.
 
     Parameters
     ----------
@@ -51,7 +52,7 @@ def tune(
         Number of the CUDA device.
     shapes : iterable of (m, n, k, packed)
     least_gain : float
-        A candidate must be faster than the shipped configuration by this part to be kept.
+        A candidate must be faster than the built-in configuration by this part to be kept.
 
     Yields
     ------
@@ -61,29 +62,28 @@ def tune(
     import cupy
 
     with cupy.cuda.Device(device):
-        capability = architecture(device)
-        kernel = default_kernel(capability)
+        kernel = default_kernel(architecture(device))
         found = dict(tuning.winners(device))
         clock = CudaClock(cupy)
         for shape in shapes:
             m, n, k, packed = shape
-            shipped = dispatch.shipped(kernel, capability, m, n, k, 1, packed, False)
-            configs = dispatch.candidates(kernel, capability, m, n, k, packed)
+            problem = dispatch.problem_on(device, m, n, k, packed=packed)
+            builtin = dispatch.builtin_config(kernel, problem)
+            configs = dispatch.candidates(kernel, problem)
             contest = _Contest(clock, shape)
             times: dict[Config, float] = {}
-            for config in dict.fromkeys([shipped, *configs]):
+            for config in dict.fromkeys([builtin, *configs]):
                 seconds = contest.seconds(config)
                 if seconds is not None:
                     times[config] = seconds
-                yield Trial(shape, config, seconds, config == shipped)
-            key = dispatch.shape_key(m, n, k, 1, packed)
-            found.pop(key, None)
+                yield Trial(shape, config, seconds, config == builtin)
+            found.pop(problem.key, None)
             if times:
                 best = min(times, key=lambda c: times[c])
-                if times[best] < times.get(shipped, np.inf) * (1 - least_gain):
-                    found[key] = best
+                if times[best] < times.get(builtin, np.inf) * (1 - least_gain):
+                    found[problem.key] = best
             tuning.save(device, found)
-            product.forget_plans()
+            product.forget_launches()
 
 
 class _Contest:

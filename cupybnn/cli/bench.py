@@ -270,8 +270,8 @@ def _tuned_line(shape: tuple[int, int, int, bool], trials: list[Any]) -> str:
     if not measured:
         return f"{what} none of {len(trials)} configurations ran"
     best = min(measured, key=lambda t: t.seconds)
-    shipped = next((t for t in measured if t.shipped), None)
-    before = f", shipped {shipped.config} {shipped.seconds * 1e6:.1f} us" if shipped else ""
+    builtin = next((t for t in measured if t.builtin), None)
+    before = f", built in {builtin.config} {builtin.seconds * 1e6:.1f} us" if builtin else ""
     failed = len(trials) - len(measured)
     without = f", {failed} failed" if failed else ""
     return (

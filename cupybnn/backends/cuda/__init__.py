@@ -1,6 +1,6 @@
 """The CUDA backend: kernels of ``kernels/*.cu``, compiled at run time by CuPy."""
 
-from cupybnn.backends.cuda import configs
+from cupybnn.backends.cuda import architectures
 from cupybnn.backends.cuda.compiler import architecture
 from cupybnn.backends.cuda.dispatch import force_kernel
 from cupybnn.backends.cuda.packing import from_canonical, pack, sign, to_canonical, unpack
@@ -22,4 +22,4 @@ __all__ = [
 
 def kernels_for(device: Device) -> list[str]:
     """Return the names of the product kernels that run on a CUDA device, fastest first."""
-    return configs.kernels_for(architecture(device.index))
+    return architectures.kernels_for(architecture(device.index))

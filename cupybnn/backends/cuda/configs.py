@@ -1,18 +1,53 @@
-"""The ways to compile and launch a product kernel: kernels, and configurations of them."""
+"""A product to be launched, and one way to compile and launch its kernel."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["KERNELS", "Config", "default_kernel", "kernels_for", "sm75", "sm80", "sm90", "smxx"]
+__all__ = ["Config", "Problem"]
 
-# Kernels by the source file's prefix, fastest first, with the compute capabilities they run on.
-KERNELS = {
-    "sm90": range(90, 100),
-    "sm80": range(80, 1000),
-    "sm75": range(75, 1000),
-    "smxx": range(0, 1000),
-}
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """`batch` products of (m, k) by (k, n), and the GPU that computes them.
+
+    Attributes
+    ----------
+    m, n, k, batch : int
+    packed, scaled : bool
+        Whether the result is packed, or scaled.
+    capability : int
+        Compute capability of the device, 90 for 9.0.
+    multiprocessors : int
+        Of the device.
+    """
+
+    m: int
+    n: int
+    k: int
+    batch: int = 1
+    packed: bool = False
+    scaled: bool = False
+    capability: int
+    multiprocessors: int
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of 1024 bits in a line."""
+        return -(-self.k // 1024)
+
+    def tiles(self, tile_m: int, tile_n: int) -> int:
+        """Tiles of that size in the whole batch."""
+        return -(-self.m // tile_m) * -(-self.n // tile_n) * self.batch
+
+    @property
+    def key(self) -> str:
+        """Name of the shape in a tuned table."""
+        return f"{self.batch}x{self.m}x{self.n}x{self.k}{'p' if self.packed else ''}"
+
+    def __str__(self) -> str:
+        packed = " packed" if self.packed else ""
+        return f"{self.batch} x ({self.m}, {self.k}) @ ({self.k}, {self.n}){packed}"
 
 
 @dataclass(frozen=True)
@@ -22,19 +57,21 @@ class Config:
     Attributes
     ----------
     kernel : str
-        A key of `KERNELS`; the source is ``kernels/<kernel>_xnor_gemm.cu``.
+        A key of `architectures.KERNELS`; the source is ``kernels/<kernel>_xnor_gemm.cu``.
     defines : tuple of (name, int)
-        What the translation unit defines, beside the kind of output.
+        What the translation unit defines in addition to the kind of output.
     tile_m, tile_n : int
         Results of a block.
+    threads : int
+        Threads of a block.
+    shared, shared_scaled : int
+        Dynamic shared memory of a block in bytes, and where the result is scaled.
+    stages : int
+        Slots of shared memory for operands.
     cluster_m, cluster_n : int
         Blocks that share the tiles they load.
     split_k : int
         Blocks that share a tile's K.
-    threads : int
-        Of a block.
-    slot_bytes, stages : int
-        Dynamic shared memory for operands: bytes of a slot, and slots. 0 where none is asked for.
     persistent : bool
         Whether a block goes on to further tiles, so that the GPU is filled only once.
     swap : bool
@@ -48,7 +85,8 @@ class Config:
     tile_m: int
     tile_n: int
     threads: int
-    slot_bytes: int = 0
+    shared: int = 0
+    shared_scaled: int = 0
     stages: int = 0
     cluster_m: int = 1
     cluster_n: int = 1
@@ -76,90 +114,13 @@ class Config:
 
     def shared_bytes(self, scaled: bool) -> int:
         """Bytes of dynamic shared memory that a block asks for."""
-        if self.kernel != "sm90":
-            return self.stages * self.slot_bytes
-        # struct Shared of sm90_xnor_gemm.cu: slots, barriers, terms.
-        terms = (12 if scaled else 4) * (self.tile_m + self.tile_n) + 4 * -(-self.tile_n // 32)
-        tiles = 2 if self.deferred else 1
-        return self.stages * (self.slot_bytes + 16) + tiles * (16 + (terms + 15 & ~15))
+        return self.shared_scaled if scaled else self.shared
 
     def blocks(self, m: int, n: int, batch: int, multiprocessors: int) -> int:
         """Blocks to launch for `batch` products of m x n results (after any swap)."""
         cluster = self.cluster_m * self.cluster_n
-        tiles = (
-            -(-m // (self.tile_m * self.cluster_m))
-            * -(-n // (self.tile_n * self.cluster_n))
-            * batch
-        )
+        tiles_m = -(-m // (self.tile_m * self.cluster_m))
+        tiles = tiles_m * -(-n // (self.tile_n * self.cluster_n)) * batch
         if self.persistent:
             return min(tiles, multiprocessors // cluster) * cluster
         return tiles * self.split_k
-
-
-def smxx() -> Config:
-    """Population counts, on any GPU."""
-    return Config("smxx", (), 64, 64, 256)
-
-
-def sm75() -> Config:
-    """Tensor cores by XOR, from Turing on."""
-    return Config("sm75", (), 64, 64, 128)
-
-
-def sm80(
-    warps_m: int, warps_n: int, blocks_m: int, blocks_n: int, stages: int, group: int = 8
-) -> Config:
-    """Tensor cores by mma.sync; a warp has 16·blocks_m x 8·blocks_n results."""
-    tile_m, tile_n = 16 * blocks_m * warps_m, 8 * blocks_n * warps_n
-    defines = (
-        ("BLOCKS_M", blocks_m),
-        ("BLOCKS_N", blocks_n),
-        ("STAGES", stages),
-        ("WARPS_M", warps_m),
-        ("WARPS_N", warps_n),
-    )
-    slot = (tile_m + tile_n) * 128
-    return Config("sm80", defines, tile_m, tile_n, 32 * warps_m * warps_n, slot, stages)
-
-
-def sm90(
-    blocks_m: int,
-    tile_n: int,
-    stages: int,
-    *,
-    consumers: int = 2,
-    cluster: tuple[int, int] = (1, 1),
-    split_k: int = 1,
-    deferred: bool = False,
-    swap: bool = False,
-    group: int = 8,
-) -> Config:
-    """Hopper's tensor cores by wgmma; a consumer has 64·blocks_m x tile_n results."""
-    tile_m = 64 * blocks_m * consumers
-    defines = (
-        ("BLOCKS_M", blocks_m),
-        ("CLUSTER_M", cluster[0]),
-        ("CLUSTER_N", cluster[1]),
-        ("CONSUMERS", consumers),
-        ("DEFERRED", int(deferred)),
-        ("SPLIT_K", split_k),
-        ("STAGES", stages),
-        ("TILE_N", tile_n),
-    )
-    slot = (tile_m + tile_n) * 128
-    return Config(
-        "sm90", defines, tile_m, tile_n, 128 * (consumers + 1), slot, stages,
-        cluster[0], cluster[1], split_k, split_k == 1, swap, group,
-    )  # fmt: skip
-
-
-def kernels_for(capability: int) -> list[str]:
-    """Return the kernels that run on a compute capability (90 for 9.0), fastest first."""
-    return [name for name, capabilities in KERNELS.items() if capability in capabilities]
-
-
-def default_kernel(capability: int) -> str:
-    """Return the kernel that products use on a compute capability unless told otherwise."""
-    applicable = kernels_for(capability)
-    # From Hopper on XOR is emulated, slower than counting bits; sm75 is for sm_75 alone.
-    return next(name for name in applicable if name != "sm75" or "sm80" not in applicable)

@@ -1,31 +1,39 @@
-"""How fused kernels walk a layer by strips (training.cuh): grids, and what to define."""
+"""How fused kernels walk a layer by strips (strips.cuh): grids, and what to define."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from cupybnn.backends.cuda.compiler import Defines, architecture, multiprocessors
-from cupybnn.backends.cuda.fused_arguments import DROP_NONE, Layer
+from cupybnn.backends.cuda.compiler import (
+    Defines,
+    architecture,
+    multiprocessors,
+    shared_memory_limit,
+)
+
+if TYPE_CHECKING:
+    from cupybnn.backends.cuda.fused_layers import Layer
 
 __all__ = ["Strips", "Sums", "Walk"]
 
 _WARPS, _COLS = 8, 32
 # Where blocks are few and a thread would have many rows, more threads share them.
-_FEW_BLOCKS, _MANY_ROWS = 1, 8  # of a multiprocessor, of a thread
+_FEW_BLOCKS, _MANY_ROWS = 1, 8  # blocks a multiprocessor, rows a thread
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What a kernel adds up over the rows of a layer, and holds of each from one pass to the next.
+    """What a kernel adds up over the rows of a layer, and keeps from one pass to the next.
 
     Attributes
     ----------
     count : int
         Sums of a column.
     itemsize : int
-        Of an array's elements that are held beside the products; 0 for none.
+        Bytes of an element of the array that is held in addition to the products; 0 for none.
     row_bytes : int
-        What else is held of a row.
+        What else is held for each row.
     most_warps : int
         Of a block: 8, or 16 where a thread's registers allow two such blocks a multiprocessor.
     """
@@ -48,6 +56,8 @@ class Strips:
         Whether the blocks of a strip are a cluster.
     threads : int
         Of a block.
+    cols : int
+        Columns of the layer.
     shared : int
         Bytes of dynamic shared memory.
     """
@@ -56,11 +66,16 @@ class Strips:
     grid: tuple[int, int]
     clustered: bool
     threads: int
+    cols: int
     shared: int = 0
+
+    def partials(self, sums: int) -> int:
+        """Numbers that the blocks leave in memory for `sums` sums a column."""
+        return 0 if self.clustered else self.grid[1] * sums * self.cols
 
 
 class Walk:
-    """Ways of one device.
+    """How the kernels of one device walk layers.
 
     Parameters
     ----------
@@ -69,22 +84,20 @@ class Walk:
     """
 
     def __init__(self, device: int) -> None:
-        import cupy
-
         self._multiprocessors = multiprocessors(device)
-        self._shared = cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
+        self._shared = shared_memory_limit(device)
         self._has_clusters = architecture(device) >= 90
         # Data-centre Hopper has 16 multiprocessors that can be a cluster, the others may not.
         self._has_large_clusters = architecture(device) == 90
 
     def strips(self, layer: Layer, sums: Sums | None = None, vector: int = 4) -> Strips:
-        """Return how a layer is walked.
+        """Return how to walk a layer.
 
         Parameters
         ----------
         layer : Layer
         sums : Sums or None
-            Only where there are some clusters are of use.
+            Clusters are of use only where there are sums.
         vector : int
             Columns of a thread, where they divide the number of columns.
         """
@@ -113,7 +126,7 @@ class Walk:
             ("HELD", held),
             ("VECTOR", vector),
         )
-        return Strips(defines, (-(-cols // _COLS), blocks), clustered, 32 * warps, shared)
+        return Strips(defines, (-(-cols // _COLS), blocks), clustered, 32 * warps, cols, shared)
 
     def _held(
         self, layer: Layer, sums: Sums, vector: int, warps: int, blocks: int
@@ -132,8 +145,8 @@ class Walk:
 
     @staticmethod
     def _bytes(layer: Layer, sums: Sums, itemsize: int, warps: int = _WARPS) -> tuple[int, int]:
-        """Return the bytes that are held of a strip's row, and what a block needs beside them."""
-        row = _COLS * (itemsize + sums.itemsize) + sums.row_bytes + 4 * (layer.drop != DROP_NONE)
+        """Return the bytes that are held of a strip's row, and what a block needs in addition."""
+        row = _COLS * (itemsize + sums.itemsize) + sums.row_bytes + 4 * (layer.drop != 0)
         # Sums of warps (float) and of the cluster (double), and what is small.
         return row, sums.count * _COLS * (4 * warps + 8) + 4096
 
@@ -147,6 +160,10 @@ class Walk:
         turns = -(-layer.shape[0] // (8 * at_once))
         fits = 2 * (turns * at_once * row_bytes + own + 1024) <= self._shared + 1024
         return 16 if self._has_large_clusters and not fits else 8
+
+    def most_partials(self, rows: int, cols: int, sums: int) -> int:
+        """Return the most numbers that `Strips.partials` may be for a layer of this shape."""
+        return max(self.row_blocks(rows, cols, vector) for vector in (1, 2, 4)) * sums * cols
 
     def row_blocks(self, rows: int, cols: int, vector: int) -> int:
         """Return how many blocks share the rows of a strip, without clusters."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-import struct
 from typing import Any
 
 import numpy as np
 
-from cupybnn.backends.cuda.compiler import load_kernel
+from cupybnn.backends.cuda.compiler import load_kernel, multiprocessors
+from cupybnn.backends.cuda.structs import Struct
 
 __all__ = [
     "CHUNK_BITS",
-    "PackPlan",
+    "OPERAND",
+    "OPERANDS",
+    "PackLaunch",
     "chunk_count",
     "from_canonical",
     "geometry",
@@ -27,10 +29,14 @@ CHUNK_BITS = 1024
 CHUNK_WORDS = CHUNK_BITS // 32
 _WARPS = 8  # of a block of smxx_pack.cu
 
-# struct Operand of smxx_pack.cu: three addresses, then eleven numbers.
-_ADDRESSES = struct.Struct("3q")
-_NUMBERS = struct.Struct("11q")
-_OPERANDS = np.dtype((np.void, 2 * (_ADDRESSES.size + _NUMBERS.size)))
+OPERAND = Struct(
+    "Operand",
+    "ptr x, words, pops; i64 lines, k, chunks, batch, line_stride, k_stride, batch_stride;"
+    "i64 across, wide, parts, blocks",
+)
+OPERANDS = Struct("Operands", "Operand a, b", OPERAND)
+_ADDRESSES = OPERAND.section("x", "pops")
+_NUMBERS = OPERAND.section("lines", "blocks")
 _THREADS = (32 * _WARPS,)
 
 # Element types as smxx_pack.cu names them, by dtype name: bfloat16 is not NumPy's own.
@@ -72,23 +78,27 @@ def pack(x: Any, axis: int) -> tuple[Any, Any]:
     popcounts = cupy.empty((*x.shape[:-2], lines), np.int32)
     if popcounts.size:
         x = x if x.ndim <= 3 else x.reshape(batch, *x.shape[-2:])
-        PackPlan([(x, axis)], x.device.id).launch(
-            [(x.data.ptr, words.data.ptr, popcounts.data.ptr)]
-        )
+        launch = PackLaunch([(x, axis)], x.device.id)
+        launch([(x.data.ptr, words.data.ptr, popcounts.data.ptr)])
     return words, popcounts
 
 
-class PackPlan:
+class PackLaunch:
     """A launch that packs one array, or both of a product's, of a given kind.
 
     Parameters
     ----------
     operands : list of (x, axis)
         A CuPy array of shape (rows, columns) or (batch, rows, columns), none of them 0 except along
-        `axis`, and -1 or -2. The plan serves all arrays of the same shape, strides, dtype and
+        `axis`, and -1 or -2. The launch serves all arrays of the same shape, strides, dtype and
         alignment to 16 bytes.
     device : int
         The current device.
+
+    Raises
+    ------
+    ValueError
+        If an operand has 2**31 lines or more.
     """
 
     __slots__ = ("_blocks", "_first", "_kernel", "_second", "_zeros")
@@ -98,45 +108,36 @@ class PackPlan:
         self._zeros: list[tuple[int, int]] = []  # which operand, and bytes of popcounts to clear
         blocks = 0
         for i, (x, axis) in enumerate(operands):
-            fields = _operand(x, axis)
-            numbers.append(_NUMBERS.pack(*fields))
-            blocks += fields[-1]
-            batch, lines, _ = geometry(x.shape, axis)
+            fields = _operand(x, axis, multiprocessors(device))
+            batch, lines = fields["batch"], fields["lines"]
             if batch * ((lines + 15) & ~15) >= 2**31:
                 raise ValueError(
                     f"One call packs fewer than 2**31 lines; got {batch} times {lines}. "
                     f"Pack in parts."
                 )
-            *_, across, _, parts, _ = fields
-            if across and parts > 1:
+            numbers.append(_NUMBERS.pack(*fields.values()))
+            blocks += fields["blocks"]
+            if fields["across"] and fields["parts"] > 1:
                 self._zeros.append((i, 4 * batch * lines))
         first, last = operands[0][0].dtype.name, operands[-1][0].dtype.name
         self._first = numbers[0]
         self._second = numbers[-1] if len(numbers) > 1 else bytes(_NUMBERS.size)
-        self._kernel = load_kernel(
-            "smxx_pack",
-            "pack_operands",
-            (
-                ("SAME_TYPE", int(first == last)),
-                ("TYPE_A", _C_TYPES[first]),
-                ("TYPE_B", _C_TYPES[last]),
-            ),
-            device,
-        )
+        types = (("TYPE_A", _C_TYPES[first]), ("TYPE_B", _C_TYPES[last]))
+        defines = (("SAME_TYPE", int(first == last)), *types)
+        self._kernel = load_kernel("smxx_pack", "pack_operands", defines, device)
         self._blocks = (blocks,)
 
-    def launch(self, addresses: list[tuple[int, int, int]]) -> None:
+    def __call__(self, addresses: list[tuple[int, int, int]]) -> None:
         """Pack operands at the given addresses: of the array, the words and the popcounts."""
         for i, size in self._zeros:
             _zero(addresses[i][2], size)
-        # Bytes, of which NumPy then makes one struct: much quicker than setting array elements.
         first, second = _ADDRESSES.pack(*addresses[0]), _ADDRESSES.pack(*addresses[-1])
-        operands = np.frombuffer(first + self._first + second + self._second, _OPERANDS)
+        operands = OPERANDS.argument(first + self._first + second + self._second)
         self._kernel(self._blocks, _THREADS, (operands,))
 
 
-def _operand(x: Any, axis: int) -> list[int]:
-    """Return the fields of struct Operand in smxx_pack.cu, without the three addresses."""
+def _operand(x: Any, axis: int, multiprocessors: int) -> dict[str, int]:
+    """Return the fields of struct Operand in smxx_pack.cu, in order, without the addresses."""
     shape, strides = x.shape, x.strides
     batch, batch_stride = (1, 0) if len(shape) == 2 else (shape[0], strides[0])
     if axis == -1:
@@ -150,11 +151,11 @@ def _operand(x: Any, axis: int) -> list[int]:
         neighbours = 4 if itemsize == 1 else 2  # lines of a lane, as in smxx_pack.cu
         aligned = itemsize * neighbours - 1
         wide = not ((x.data.ptr | batch_stride | k_stride) & aligned or lines % neighbours)
-        # Wide loads make few blocks: not where that would leave most of a large GPU idle.
-        wide = wide and batch * lines * chunks >= 132 * 32 * neighbours
+        # Wide loads make few blocks: not where that would leave most of the GPU idle.
+        wide = wide and batch * lines * chunks >= multiprocessors * 32 * neighbours
         groups = batch * -(-lines // (32 * (neighbours if wide else 1)))
-        # Two blocks or more for each SM of a large GPU, with an equal number of chunks if possible.
-        parts = -(-chunks // max(1, min(chunks, chunks * groups // 264)))
+        # Two blocks or more for each multiprocessor, with an equal number of chunks if possible.
+        parts = -(-chunks // max(1, min(chunks, chunks * groups // (2 * multiprocessors))))
         blocks = groups * parts
     else:
         wide = k_stride == itemsize and not (x.data.ptr | batch_stride | line_stride) & 15
@@ -164,10 +165,11 @@ def _operand(x: Any, axis: int) -> list[int]:
         while parts < 8 and parts * units < chunks:
             parts *= 2
         blocks = -(-batch * ((lines + 15) & ~15) * parts // _WARPS)
-    return [
-        lines, k, chunks, batch, line_stride, k_stride, batch_stride,
-        across, wide, parts, blocks,
-    ]  # fmt: skip
+    return {
+        "lines": lines, "k": k, "chunks": chunks, "batch": batch,
+        "line_stride": line_stride, "k_stride": k_stride, "batch_stride": batch_stride,
+        "across": across, "wide": wide, "parts": parts, "blocks": blocks,
+    }  # fmt: skip
 
 
 def _zero(address: int, size: int) -> None:
@@ -197,17 +199,9 @@ def sign(x: Any, dtype: np.dtype) -> Any:
     x = cupy.ascontiguousarray(x)
     if out.size:
         c_type, one, minus_one = _plus_and_minus_one(dtype)
-        kernel = load_kernel(
-            "smxx_sign",
-            "sign",
-            (
-                ("TYPE", _C_TYPES[x.dtype.name]),
-                ("RESULT", c_type),
-                ("ONE", one),
-                ("MINUS_ONE", minus_one),
-            ),
-            out.device.id,
-        )
+        result = (("RESULT", c_type), ("ONE", one), ("MINUS_ONE", minus_one))
+        defines = (("TYPE", _C_TYPES[x.dtype.name]), *result)
+        kernel = load_kernel("smxx_sign", "sign", defines, out.device.id)
         kernel(_flat_grid(out.size), (256,), (x, out, out.size))
     return out
 
@@ -221,12 +215,8 @@ def unpack(words: Any, shape: tuple[int, ...], axis: int, dtype: Any) -> Any:
     out = cupy.empty((batch, lines, k), dtype)
     if out.size:
         c_type, one, minus_one = _plus_and_minus_one(dtype)
-        kernel = load_kernel(
-            "smxx_unpack",
-            "unpack_lines",
-            (("TYPE", c_type), ("ONE", one), ("MINUS_ONE", minus_one)),
-            out.device.id,
-        )
+        defines = (("TYPE", c_type), ("ONE", one), ("MINUS_ONE", minus_one))
+        kernel = load_kernel("smxx_unpack", "unpack_lines", defines, out.device.id)
         kernel(_flat_grid(out.size), (256,), (words, out, batch, lines, k, chunk_count(k)))
     if axis == -2:
         out = out.transpose(0, 2, 1)

@@ -7,34 +7,38 @@ the first call of its kind and kept, since the host's time is most of a small pr
 from __future__ import annotations
 
 import math
-import struct
 from typing import Any
 
 import numpy as np
 
 from cupybnn.backends.cuda import dispatch, tuning
-from cupybnn.backends.cuda.compiler import architecture, load_kernel, multiprocessors
-from cupybnn.backends.cuda.packing import PackPlan, chunk_count, geometry, words_shape
+from cupybnn.backends.cuda.compiler import load_kernel
+from cupybnn.backends.cuda.packing import PackLaunch, chunk_count, geometry, words_shape
+from cupybnn.backends.cuda.structs import Struct
 from cupybnn.backends.devices import is_cupy
 from cupybnn.backends.epilogue import Epilogue
 
-__all__ = ["forget_plans", "gemm", "gemm_packed"]
+__all__ = ["PRODUCT", "forget_launches", "gemm", "gemm_packed"]
 
 # OUTPUT_* of product.cuh, by the dtype's character, which is quicker to ask for than its name.
 _OUTPUTS = {np.dtype(np.int32).char: 0, "f": 1, "e": 2, "E": 3, "h": 5}
 _PACKED = 4
 
-# struct Product of product.cuh: addresses, sizes and strides, strides of scales, choices.
-_ADDRESSES = struct.Struct("11q")
-_SIZES = struct.Struct("10q")
-_SCALES = struct.Struct("3q")
-_CHOICES = struct.Struct("2q")
-_PRODUCT = np.dtype((np.void, 8 * 26))
+PRODUCT = Struct(
+    "Product",
+    "ptr a, b, pop_a, pop_b, out, out_pop, row_scale, col_scale, bias, threshold, flip;"
+    "i64 m, n, k, chunks, batch, a_step, b_step, out_row, out_col, out_batch;"
+    "i64 row_scale_batch, col_scale_batch, bias_batch, swapped, group",
+)
+_ADDRESSES = PRODUCT.section("a", "flip")
+_SIZES = PRODUCT.section("m", "out_batch")
+_SCALES = PRODUCT.section("row_scale_batch", "bias_batch")
+_CHOICES = PRODUCT.section("swapped", "group")
 _NO_COLUMNS = (0,) * 5
 _NO_STRIDES = (0,) * 3
 
 
-class Plan:
+class ProductLaunch:
     """All of a product's launches that shapes, strides and dtypes decide."""
 
     __slots__ = (
@@ -42,7 +46,6 @@ class Plan:
         "_block",
         "_bytes",
         "_choices",
-        "_fields",
         "_grid",
         "_kernel",
         "_pack",
@@ -52,36 +55,25 @@ class Plan:
     )
 
     def __init__(
-        self,
-        a: Any,
-        b: Any,
-        batch_shape: tuple[int, ...],
-        strides: tuple[int, int, int],
-        output: int,
-        scaled: bool,
-        device: int,
-    ) -> None:
+        self, a: Any, b: Any, *, batch_shape: tuple[int, ...], strides: tuple[int, int, int],
+        output: int, scaled: bool, device: int,
+    ) -> None:  # fmt: skip
         (m, k), n, batch = a.shape[-2:], b.shape[-1], math.prod(batch_shape)
         packed = output == _PACKED
-        config = dispatch.choose(
-            architecture(device), m, n, k, batch, packed, scaled, tuning.winners(device)
-        )
+        problem = dispatch.problem_on(device, m, n, k, batch=batch, packed=packed, scaled=scaled)
+        config = dispatch.choose(problem, tuning.winners(device))
         if packed and config.swap:
             raise ValueError(f"The configuration {config} cannot write packed results.")
         self.swap = config.swap
         self._shared = config.shared_bytes(scaled)
-        self._kernel = load_kernel(
-            f"{config.kernel}_xnor_gemm",
-            "xnor_gemm",
-            (*config.defines, ("OUTPUT", output), ("SCALED", int(scaled))),
-            device,
-            self._shared,
-        )
+        defines = (*config.defines, ("OUTPUT", output), ("SCALED", int(scaled)))
+        source = f"{config.kernel}_xnor_gemm"
+        self._kernel = load_kernel(source, "xnor_gemm", defines, device, self._shared)
         steps = tuple(1 if x.shape[:-2] == batch_shape else 0 for x in (a, b))
         row, col, item = strides
         if config.swap:
             m, n, steps, row, col = n, m, steps[::-1], col, row
-        blocks = config.blocks(m, n, batch, multiprocessors(device))
+        blocks = config.blocks(m, n, batch, problem.multiprocessors)
         if blocks >= 2**31 or max(m, n) >= 2**31:
             raise ValueError(
                 f"A product of {batch} times ({m}, {k}) by ({k}, {n}) has more tiles than a launch "
@@ -90,9 +82,9 @@ class Plan:
         self._grid, self._block = (blocks,), (config.threads,)
         self._sizes = _SIZES.pack(m, n, k, chunk_count(k), batch, *steps, row, col, item)
         self._choices = _CHOICES.pack(config.swap, config.group)
-        self._plan_packing(a, b, device)
+        self._prepare_packing(a, b, device)
 
-    def _plan_packing(self, a: Any, b: Any, device: int) -> None:
+    def _prepare_packing(self, a: Any, b: Any, device: int) -> None:
         # Words, then popcounts of each operand that is an array, from offsets in one allocation.
         self._arrays: list[tuple[int, int, int]] = []
         self._bytes = 0
@@ -106,17 +98,13 @@ class Plan:
             self._arrays.append((i, self._bytes, self._bytes + words))
             # The next operand starts at a multiple of 256 bytes, as memory from a pool does.
             self._bytes += (words + 4 * batch * lines + 255) & ~255
-        self._pack = PackPlan(operands, device) if operands else None
+        self._pack = PackLaunch(operands, device) if operands else None
 
-    def launch(
-        self,
-        a: Any,
-        b: Any,
-        out: tuple[int, int],
-        columns: tuple[int, ...] = _NO_COLUMNS,
+    def __call__(
+        self, a: Any, b: Any, *, out: tuple[int, int], columns: tuple[int, ...] = _NO_COLUMNS,
         strides: tuple[int, ...] = _NO_STRIDES,
-    ) -> None:
-        """Launch for operands of the planned kind.
+    ) -> None:  # fmt: skip
+        """Launch for operands of this kind.
 
         Parameters
         ----------
@@ -137,24 +125,16 @@ class Plan:
             for i, words, popcounts in self._arrays:
                 addresses.append((sides[i].data.ptr, base + words, base + popcounts))
                 sides[i] = (base + words, base + popcounts)
-            self._pack.launch(addresses)
+            self._pack(addresses)
         for i in (0, 1):
             side = sides[i]
             if type(side) is not tuple:
                 sides[i] = (side.words.data.ptr, side.popcounts.data.ptr)
         left, right = sides[::-1] if self.swap else sides
-        # Bytes, of which NumPy then makes one struct: much quicker than setting array elements.
-        product = b"".join(
-            (
-                _ADDRESSES.pack(left[0], right[0], left[1], right[1], *out, *columns),
-                self._sizes,
-                _SCALES.pack(*strides),
-                self._choices,
-            )
-        )
-        self._kernel(
-            self._grid, self._block, (np.frombuffer(product, _PRODUCT),), shared_mem=self._shared
-        )
+        pointers = _ADDRESSES.pack(left[0], right[0], left[1], right[1], *out, *columns)
+        product = b"".join((pointers, self._sizes, _SCALES.pack(*strides), self._choices))
+        argument = PRODUCT.argument(product)
+        self._kernel(self._grid, self._block, (argument,), shared_mem=self._shared)
 
 
 def _alloc(size: int) -> Any:
@@ -163,33 +143,36 @@ def _alloc(size: int) -> Any:
     return cupy.cuda.alloc(size)
 
 
-_plans: dict[tuple[Any, ...], Plan] = {}
-_MOST_PLANS = 10_000  # a program whose shapes never repeat should not grow for ever
+_launches: dict[tuple[Any, ...], ProductLaunch] = {}
+_MOST_LAUNCHES = 10_000  # a program whose shapes never repeat should not grow for ever
 
 
-def forget_plans() -> None:
+def forget_launches() -> None:
     """Look everything up anew: the tuned table has changed."""
-    _plans.clear()
+    _launches.clear()
 
 
 def _kind(x: Any) -> Any:
-    """Return what a plan depends on in an operand."""
+    """Return what a launch depends on in an operand."""
     if is_cupy(x):
         return x.shape, x.strides, x.dtype, x.data.ptr & 15
     return x.shape
 
 
-def _plan(
+def _launch_for(
     a: Any, b: Any, batch_shape: tuple[int, ...], strides: tuple[int, int, int],
     output: int, scaled: bool, device: int,
-) -> Plan:  # fmt: skip
+) -> ProductLaunch:  # fmt: skip
     key = (_kind(a), _kind(b), batch_shape, strides, output, scaled, device, dispatch.forced())
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= _MOST_PLANS:
-            _plans.clear()
-        plan = _plans[key] = Plan(a, b, batch_shape, strides, output, scaled, device)
-    return plan
+    launch = _launches.get(key)
+    if launch is None:
+        if len(_launches) >= _MOST_LAUNCHES:
+            _launches.clear()
+        launch = _launches[key] = ProductLaunch(
+            a, b, batch_shape=batch_shape, strides=strides, output=output, scaled=scaled,
+            device=device,
+        )  # fmt: skip
+    return launch
 
 
 def gemm(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> None:
@@ -219,18 +202,19 @@ def gemm(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> None:
         a, b = _batched(a, -1, batch_shape), _batched(b, -2, batch_shape)
         batch_shape = (math.prod(batch_shape),)
     steps = (strides[-2] // itemsize, strides[-1] // itemsize, batch_stride)
-    plan = _plan(a, b, batch_shape, steps, output, epilogue is not None, out.data.device_id)
+    launch = _launch_for(a, b, batch_shape, steps, output, epilogue is not None, out.data.device_id)
     if epilogue is None:
-        plan.launch(a, b, (out.data.ptr, 0))
+        launch(a, b, out=(out.data.ptr, 0))
     else:
         # Referenced until the launch.
         rows = _scale(epilogue.row_scale, shape[:-2], shape[-2])
         cols = _scale(epilogue.col_scale, shape[:-2], shape[-1])
         bias = _scale(epilogue.bias, shape[:-2], shape[-1])
-        if plan.swap:
+        if launch.swap:
             rows, cols = cols, rows
         columns = (rows[1], cols[1], bias[1], 0, 0)
-        plan.launch(a, b, (out.data.ptr, 0), columns, (rows[2], cols[2], bias[2]))
+        strides = (rows[2], cols[2], bias[2])
+        launch(a, b, out=(out.data.ptr, 0), columns=columns, strides=strides)
 
 
 class _Batch:
@@ -347,7 +331,7 @@ def gemm_packed(a: Any, b: Any, threshold: Any, flip: Any) -> tuple[Any, Any]:
     if batch_shape:
         a, b = _batched(a, -1, batch_shape), _batched(b, -2, batch_shape)
         batch_shape = (math.prod(batch_shape),)
-    plan = _plan(a, b, batch_shape, (0, 0, 0), _PACKED, False, words.data.device_id)
+    launch = _launch_for(a, b, batch_shape, (0, 0, 0), _PACKED, False, words.data.device_id)
     columns = [0 if x is None else x.data.ptr for x in (threshold, flip)]
-    plan.launch(a, b, (words.data.ptr, popcounts.data.ptr), (0, 0, 0, *columns))
+    launch(a, b, out=(words.data.ptr, popcounts.data.ptr), columns=(0, 0, 0, *columns))
     return words, popcounts

@@ -11,9 +11,17 @@ from typing import Any
 import numpy as np
 
 from cupybnn.backends.cuda.compiler import Defines, architecture, load_kernel, multiprocessors
-from cupybnn.backends.cuda.fused_arguments import struct
+from cupybnn.backends.cuda.fused_parameter import PARAMETER
+from cupybnn.backends.cuda.structs import Kernel, Struct
 
-__all__ = ["WRITERS", "obstacle", "pays", "tiles", "transposed_product", "weight_update"]
+__all__ = [
+    "WRITERS",
+    "pays",
+    "tiles",
+    "transposed_product",
+    "unsupported_reason",
+    "weight_update",
+]
 
 # As sm90_sign_gemm.cu has them.
 _TILE_M, _TILE_N, _DEPTH, _STAGES = 128, 256, 64, 4
@@ -22,11 +30,22 @@ _TRANSPOSED, _UPDATE = 0, 1
 #: Warps that write a tile, each of which leaves its part of the penalty.
 WRITERS = 3
 
-_PRODUCT = np.dtype((np.void, 8 * 5))  # struct SignProduct
-_TENSOR_MAP = np.dtype((np.void, 128))
+SIGN_PRODUCT = Struct("SignProduct", "ptr words, out; i64 m, n, k")
+TENSOR_MAP = Struct("TensorMap", "u64 opaque[16]")
+_OPERANDS = "SignProduct p; TensorMap map"
+TRANSPOSED = Kernel("sm90_sign_gemm", "sign_gemm", _OPERANDS, SIGN_PRODUCT, TENSOR_MAP)
+UPDATE = Kernel(
+    "sm90_sign_gemm",
+    "sign_gemm",
+    f"{_OPERANDS}; Parameter parameter; ptr rates; i64 ring; ptr step;"
+    "float gain_mean, gain_square; ptr partials; i64 earlier",
+    SIGN_PRODUCT,
+    TENSOR_MAP,
+    PARAMETER,
+)
 
 
-def obstacle(device: int, precision: str, inputs: int, units: int) -> str | None:
+def unsupported_reason(device: int, precision: str, inputs: int, units: int) -> str | None:
     """Return why the kernel cannot take a layer's backward pass, or None, as a sentence's end."""
     if architecture(device) != 90:
         return "the device has no compute capability 9.0"
@@ -62,12 +81,14 @@ def transposed_product(signs: Any, matrix: Any, out: Any, device: int) -> None:
         Number of the current CUDA device.
     """
     (batch, units), inputs = matrix.shape, out.shape[1]
-    defines = (("PENALTY", 0), ("WRITE_GRADIENT", 0))
-    _launch(_TRANSPOSED, defines, signs, matrix, out, (inputs, batch, units), (), device)
+    product = SIGN_PRODUCT.pack(words=signs.words, out=out, m=inputs, n=batch, k=units)
+    arguments = {"p": product, "map": _tensor_map(matrix.data.ptr, matrix.shape, _TILE_N)}
+    defines = (("RESULT", _TRANSPOSED), ("PENALTY", 0), ("WRITE_GRADIENT", 0))
+    _launch(TRANSPOSED, arguments, defines, tiles(inputs, batch), device)
 
 
 def weight_update(
-    signs: Any, matrix: Any, arguments: tuple[Any, ...], defines: Defines, device: int
+    signs: Any, matrix: Any, update: dict[str, Any], *, defines: Defines, device: int
 ) -> None:
     """Update weights by their gradient, ``signs.T @ matrix``, rounded to bfloat16.
 
@@ -77,33 +98,28 @@ def weight_update(
         What entered the layer.
     matrix : cupy.ndarray of uint16, shape (batch, units)
         Bit patterns of bfloat16: the gradient of the layer's products.
-    arguments : tuple
-        What the kernel is given of the update: struct Parameter and what follows it.
+    update : dict
+        The kernel's further arguments by name, `ParameterUpdate.pack`'s first.
     defines : tuple of (name, value)
         PENALTY and WRITE_GRADIENT.
     device : int
         Number of the current CUDA device.
     """
     (batch, units), inputs = matrix.shape, signs.shape[-1]
-    _launch(_UPDATE, defines, signs, matrix, None, (inputs, units, batch), arguments, device)
+    product = SIGN_PRODUCT.pack(words=signs.words, out=None, m=inputs, n=units, k=batch)
+    # Rows of the matrix are those of K here; above, columns of the product.
+    arguments = {"p": product, "map": _tensor_map(matrix.data.ptr, matrix.shape, _DEPTH)}
+    defines = (("RESULT", _UPDATE), *defines)
+    _launch(UPDATE, {**arguments, **update}, defines, tiles(inputs, units), device)
 
 
 def _launch(
-    result: int, defines: Defines, signs: Any, matrix: Any, out: Any, sizes: tuple[int, int, int],
-    arguments: tuple[Any, ...], device: int,
-) -> None:  # fmt: skip
-    """Launch for sizes M, N and K."""
-    m, n, _ = sizes
-    shared = _shared_bytes(result)
-    kernel = load_kernel(
-        "sm90_sign_gemm", "sign_gemm", (("RESULT", result), *defines), device, shared
-    )
-    product = struct([signs.words, out, *sizes], _PRODUCT)
-    # Rows of the matrix are those of K, or, transposed, columns of the product.
-    box = _DEPTH if result == _UPDATE else _TILE_N
-    tensor_map = _tensor_map(matrix.data.ptr, matrix.shape, box)
-    blocks = min(tiles(m, n), multiprocessors(device))
-    kernel((blocks,), (_THREADS,), (product, tensor_map, *arguments), shared_mem=shared)
+    kernel: Kernel, arguments: dict[str, Any], defines: Defines, tiles: int, device: int
+) -> None:
+    shared = _shared_bytes(_UPDATE if kernel is UPDATE else _TRANSPOSED)
+    loaded = load_kernel(kernel.source, kernel.function, defines, device, shared)
+    blocks = min(tiles, multiprocessors(device))
+    loaded((blocks,), (_THREADS,), kernel.arguments(**arguments), shared_mem=shared)
 
 
 def _shared_bytes(result: int) -> int:
@@ -154,4 +170,4 @@ def _tensor_map(address: int, shape: tuple[int, int], box_rows: int) -> Any:
     if error != driver.CUresult.CUDA_SUCCESS:
         raise RuntimeError(f"A tensor map of a {rows} x {cols} matrix cannot be made: {error}.")
     words = np.array([int(word) for word in described.opaque], np.uint64)
-    return words.view(_TENSOR_MAP)
+    return words.view(TENSOR_MAP.dtype)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cupybnn import settings
-from cupybnn.backends.cuda import configs
+from cupybnn.backends.cuda import architectures, configs
 from cupybnn.backends.cuda.configs import Config
 from cupybnn.backends.cuda.sources import kernels_dir
 from cupybnn.files import atomic_write
@@ -28,7 +28,8 @@ __all__ = ["save", "sources_digest", "table_path", "winners"]
 def sources_digest() -> str:
     """Digest of everything that decides what a configuration compiles to."""
     digest = hashlib.sha256()
-    for path in [*sorted(kernels_dir().rglob("*.cu*")), Path(configs.__file__)]:
+    modules = sorted(Path(architectures.__file__).parent.glob("*.py"))
+    for path in [*sorted(kernels_dir().rglob("*.cu*")), Path(configs.__file__), *modules]:
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -44,12 +45,12 @@ def table_path(device: int) -> Path:
 
 @cache
 def winners(device: int) -> dict[str, Config]:
-    """Return the measured winners by `dispatch.shape_key`; empty where nothing was tuned."""
+    """Return the measured winners by `Problem.key`; empty where nothing was tuned."""
     try:
         entries = json.loads(table_path(device).read_text(encoding="utf-8"))
         return {key: _config(**fields) for key, fields in entries.items()}
     except (OSError, ValueError, TypeError, AttributeError):
-        # Without a table, or with a damaged one, the shipped table serves: `--tune` writes it anew.
+        # Without a table, or with a damaged one, the built-in choice serves; `--tune` repairs it.
         return {}
 
 

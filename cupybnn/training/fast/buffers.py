@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn import nn
-from cupybnn.backends.cuda import fused_arguments
+from cupybnn.backends.cuda import fused_layers
 from cupybnn.backends.cuda.blas import operand_dtype
 from cupybnn.backends.cuda.packing import words_shape
 from cupybnn.backends.devices import Device
@@ -25,9 +25,9 @@ class HiddenBuffers:
     Attributes
     ----------
     plan : HiddenPlan
-    layer : fused_arguments.Layer
+    layer : fused_layers.Layer
         Product, dropout mask, batch norm.
-    activations : fused_arguments.Activations
+    activations : fused_layers.Activations
         Where the layer's activations go: to `dense`, `packed` and `mask`.
     dense : cupy.ndarray or None
         Activations in the operands' dtype, unless they are only packed.
@@ -49,17 +49,14 @@ class HiddenBuffers:
         self.plan = plan
         shape = (network.batch, plan.units)
         real = operand_dtype(network.precision)
-        norm = None
-        if plan.norm is not None:
-            own = (cupy.empty(plan.units, np.float32) for _ in range(2))
-            norm = (*own, plan.norm.gamma._data, plan.norm.beta._data)
-        mask_shape = fused_arguments.mask_shape(*shape)
-        self.layer = fused_arguments.Layer(
-            cupy.empty(shape, plan.product_dtype),
-            cupy.empty(mask_shape, np.uint32) if plan.drop else None,
-            norm,
-            plan.drop,
-            1.0 if plan.dropout is None else plan.dropout.keep_prob,
+        statistics = (cupy.empty(plan.units, np.float32) for _ in range(2))
+        mask_shape = fused_layers.mask_shape(*shape)
+        self.layer = fused_layers.Layer(
+            product=cupy.empty(shape, plan.product_dtype),
+            kept=cupy.empty(mask_shape, np.uint32) if plan.drop else None,
+            norm=None if plan.norm is None else norm_arguments(plan.norm, *statistics),
+            drop=plan.drop,
+            keep_prob=1.0 if plan.dropout is None else plan.dropout.keep_prob,
         )
         self.dense = self.packed = self.mask = None
         if plan.activation in ("packed_sign", "both_signs"):
@@ -70,8 +67,12 @@ class HiddenBuffers:
             self.dense = cupy.empty(shape, real)
         if plan.activation != "none" and plan.gate == "mask":
             self.mask = cupy.empty(mask_shape, np.uint32)
-        self.activations = fused_arguments.Activations(
-            plan.activation, self.dense, self.packed, self.mask, plan.window
+        self.activations = fused_layers.Activations(
+            output=plan.activation,
+            dense=self.dense,
+            packed=self.packed,
+            gate=self.mask,
+            window=plan.window,
         )
         latent = plan.linear.weight._data
         dense_copy = network.keep_dense_copies and plan.backward == "dense"
@@ -108,6 +109,33 @@ class HiddenBuffers:
         self.weight[...] = value
 
 
+def norm_arguments(
+    norm: nn.BatchNorm, mean: Any = None, inverse: Any = None
+) -> fused_layers.BatchNorm:
+    """Return a batch norm as kernels take it, with new memory for its gradients.
+
+    Parameters
+    ----------
+    norm : BatchNorm
+    mean, inverse : cupy.ndarray of float32, shape (units,), or None
+        Get the batch's statistics.
+    """
+    import cupy
+
+    return fused_layers.BatchNorm(
+        gamma=norm.gamma._data,
+        beta=norm.beta._data,
+        grad_gamma=cupy.zeros(norm.gamma.shape, np.float32),
+        grad_beta=cupy.zeros(norm.beta.shape, np.float32),
+        running_mean=norm.mean,
+        running_variance=norm.variance,
+        mean=mean,
+        inverse=inverse,
+        decay=norm.decay,
+        eps=norm.eps,
+    )
+
+
 class Buffers:
     """Everything that a step writes beside parameters and optimiser state.
 
@@ -134,6 +162,8 @@ class Buffers:
     pops : cupy.ndarray of int32, shape (layers, batch)
         Popcounts of packed activations, to be cleared before each forward pass.
     hidden : list of HiddenBuffers
+    head_norm : fused_layers.BatchNorm or None
+        Of the logits.
     gradients : dict of Parameter to cupy.ndarray
         Those of hidden layers' weights, which dense products write, are in the operands' dtype, and
         where memory is spared all in `weight_scratch`; those that are never stored are None.
@@ -166,6 +196,15 @@ class Buffers:
             HiddenBuffers(hidden, plan, device, pops)
             for hidden, pops in zip(plan.hidden, self.pops, strict=True)
         ]
+        norm = plan.head.norm
+        self.head_norm = None if norm is None else norm_arguments(norm)
+        norms = [(h.plan.norm, h.layer.norm) for h in self.hidden]
+        norms += [(norm, self.head_norm)]
+        norm_grads = {}
+        for module, arguments in norms:
+            if module is not None and arguments is not None:
+                norm_grads[module.gamma] = arguments.grad_gamma
+                norm_grads[module.beta] = arguments.grad_beta
         self._weight_scratch = None
         if not plan.keep_dense_copies:
             dense = [hidden for hidden in plan.hidden if hidden.backward == "dense"]
@@ -176,7 +215,9 @@ class Buffers:
         self.kept_grads: dict[nn.Parameter, Any] = {}
         for parameter in model.parameters():
             stays = True
-            if parameter not in products:
+            if parameter in norm_grads:
+                gradient = norm_grads[parameter]
+            elif parameter not in products:
                 gradient = cupy.zeros(parameter.shape, np.float32)
             elif products[parameter].backward == "bits":
                 gradient, stays = None, False

@@ -10,7 +10,7 @@ import numpy as np
 
 from cupybnn import nn, ops
 from cupybnn.backends.cuda.blas import operand_dtype
-from cupybnn.backends.cuda.fused_arguments import DROP_ACTIVATION, DROP_NONE, DROP_PRODUCT
+from cupybnn.backends.cuda.fused_layers import DROP_ACTIVATION, DROP_NONE, DROP_PRODUCT
 from cupybnn.training.network import Scale
 
 __all__ = [
@@ -193,9 +193,8 @@ def plan_head(block: nn.Block, last: HiddenPlan) -> HeadPlan:
     take = _Taker(block.name, block.rest)
     norm, scale = take(nn.BatchNorm), take(Scale)
     take.finish()
-    binary = isinstance(block.linear, nn.BinaryLinear)
-    if binary:
-        _latent(block.linear)
+    if binary := isinstance(block.linear, nn.BinaryLinear):
+        _product(block.linear)
     if binary != (last.nonlinearity == "sign"):
         raise Unsupported("of the last layer's weights and inputs it takes both or none as signs")
     if binary == (norm is None and scale is None) or (norm is not None and scale is not None):

@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from cupybnn.backends import cuda
-from cupybnn.backends.cuda import blas, fused, fused_arguments, sign_gemm
+from cupybnn.backends.cuda import blas, fused, sign_gemm
+from cupybnn.backends.cuda.fused_batch import Attack, Deformation, Draw, DropoutMask, Gather
+from cupybnn.backends.cuda.fused_head import Head
+from cupybnn.backends.cuda.fused_layers import (
+    Activation,
+    ActivationGradient,
+    UnpackColumns,
+    UnpackRows,
+)
 from cupybnn.backends.cuda.fused_update import Update
 from cupybnn.backends.cuda.graph import Fork
 from cupybnn.data import DeviceData
@@ -51,14 +59,13 @@ class Passes:
         config: TrainConfig,
     ) -> None:
         self._plan, self._buffers, self._feed = plan, buffers, feed
-        self._data, self._config = data, config
+        self._data = data
         self._device = data.device.index
         self.launcher = fused.Launcher(
             self._device,
             blas.operand_dtype(plan.precision),
-            plan.batch,
-            max(layer.units for layer in plan.hidden),
-            plan.classes,
+            shapes=[(plan.batch, layer.units) for layer in plan.hidden],
+            classes=plan.classes,
         )
         # One for each stream that has products: those of both may run at the same time.
         self._blas = self._blas_aside = blas.Blas(plan.precision)
@@ -66,15 +73,22 @@ class Passes:
             self._blas_aside = blas.Blas(plan.precision)
         self._deformation = None
         if any(plan.augment):
-            self._deformation = fused_arguments.Deformation(
-                data.image_shape, augmentation_seed(config), *plan.augment
+            shift, rotation, scale, shear = plan.augment
+            self._deformation = Deformation(
+                shape=data.image_shape,
+                seed=augmentation_seed(config),
+                shift=shift,
+                rotation=rotation,
+                scale=scale,
+                shear=shear,
             )
+        self._head = self._planned_head(config)
         keep = 1.0 if plan.input_dropout is None else plan.input_dropout.keep_prob
         #: Factor that makes pixels of the whole numbers in `Buffers.inputs`.
         self._input_scale = float(data.pixel_scale) / keep
         self.span: Callable[[str], Any] = no_span
 
-    def launch(self, fork: Fork, draws: Sequence[fused_arguments.Draw]) -> None:
+    def launch(self, fork: Fork, draws: Sequence[Draw]) -> None:
         """Launch a whole step, with what can wait aside.
 
         Parameters
@@ -83,27 +97,29 @@ class Passes:
         draws : sequence of Draw
             One for each dropout of the model, in the order of its layers.
         """
-        plan, buffers = self._plan, self._buffers
+        plan, buffers, feed = self._plan, self._buffers, self._feed
+        self.launcher.begin_step()
         left = iter(draws)
         pixel_draw = None if plan.input_dropout is None else next(left)
         with self.span("gather"):
-            self.launcher.gather(
-                self._data.train_images,
-                self._data.train_labels,
-                self._feed.images,
-                self._feed.step,
-                pixel_draw,
-                buffers.inputs,
-                buffers.labels,
-                buffers.pops,
-                self._deformation,
-            )
+            Gather(
+                images=self._data.train_images,
+                all_labels=self._data.train_labels,
+                order=feed.images,
+                step=feed.step,
+                x=buffers.inputs,
+                labels=buffers.labels,
+                drop=pixel_draw,
+                pops=buffers.pops,
+                deformation=self._deformation,
+            ).launch(self.launcher)
         for hidden in buffers.hidden:
-            if hidden.layer.kept is not None:
+            layer = hidden.layer
+            if layer.kept is not None:
                 with self.span("dropout"):
-                    self.launcher.dropout_mask(
-                        self._feed.step, next(left), hidden.layer.shape, hidden.layer.kept
-                    )
+                    DropoutMask(
+                        step=feed.step, draw=next(left), shape=layer.shape, out=layer.kept
+                    ).launch(self.launcher)
         if plan.adversarial:
             self._forward()
             self._attack(pixel_draw)
@@ -119,7 +135,7 @@ class Passes:
         for i in range(len(self._buffers.hidden)):
             self._multiply(i)
             self._activate(i)
-        self._head()
+        self._launch_head()
 
     def _multiply(self, i: int) -> None:
         """Compute the product of hidden layer `i`, counted from 0."""
@@ -141,49 +157,39 @@ class Passes:
 
     def _activate(self, i: int) -> None:
         """Normalise the product of hidden layer `i`, and take its sign or ReLU."""
-        hidden, norm = self._buffers.hidden[i], self._plan.hidden[i].norm
+        hidden = self._buffers.hidden[i]
         with self.span("batch norm, activation"):
-            if norm is None:
-                self.launcher.activate(hidden.layer, hidden.activations)
-            else:
-                self.launcher.normalise(
-                    hidden.layer,
-                    (norm.mean, norm.variance),
-                    norm.decay,
-                    norm.eps,
-                    hidden.activations,
-                )
+            Activation(layer=hidden.layer, to=hidden.activations).launch(self.launcher)
 
-    def _norm_grads(self, norm: Any) -> tuple[Any, Any] | None:
-        if norm is None:
-            return None
-        return self._buffers.gradients[norm.gamma], self._buffers.gradients[norm.beta]
-
-    def _head(self) -> None:
-        """From the last hidden product to the loss, and back to that product's gradient."""
-        buffers, head = self._buffers, self._plan.head
-        last, weight = buffers.hidden[-1], head.linear.weight
-        kind, smoothing = self._config.loss, self._config.label_smoothing
+    def _planned_head(self, config: TrainConfig) -> Head:
+        buffers, head, last = self._buffers, self._plan.head, self._buffers.hidden[-1]
+        weight = head.linear.weight
         factor = None if head.scale is None else head.scale.factor
+        return Head(
+            layer=last.layer,
+            reads=head.reads,
+            weight=weight._data,
+            grad_weight=buffers.gradients[weight],
+            labels=buffers.labels,
+            loss=config.loss,
+            smoothing=config.label_smoothing,
+            logits=buffers.logits,
+            grad_logits=buffers.logits_grad,
+            mean_loss=buffers.mean_loss,
+            factor=None if factor is None else factor._data,
+            grad_factor=None if factor is None else buffers.gradients[factor],
+            norm=buffers.head_norm,
+            gate=last.plan.gate,
+            window=last.plan.window,
+            out=buffers.product_grad(len(buffers.hidden) - 1)[1],
+        )
+
+    def _launch_head(self) -> None:
+        """From the last hidden product to the loss, and back to that product's gradient."""
         with self.span("logits and loss"):
-            self.launcher.logits(
-                last.layer, head.reads, weight._data, buffers.labels, kind, smoothing,
-                None if factor is None else factor._data, buffers.logits, buffers.logits_grad,
-            )  # fmt: skip
-            if head.norm is not None:
-                norm, grads = head.norm, self._norm_grads(head.norm)
-                self.launcher.output_norm(
-                    (norm.gamma._data, norm.beta._data), (norm.mean, norm.variance), norm.decay,
-                    norm.eps, buffers.labels, kind, smoothing, buffers.logits,
-                    buffers.logits_grad, grads, buffers.mean_loss,
-                )  # fmt: skip
+            self._head.launch_logits(self.launcher)
         with self.span("gradient of the head"):
-            self.launcher.head_gradient(
-                last.layer, head.reads, kind, weight._data, buffers.logits_grad, last.plan.gate,
-                last.plan.window, buffers.gradients[weight], self._norm_grads(last.plan.norm),
-                buffers.product_grad(len(buffers.hidden) - 1)[1], buffers.mean_loss,
-                None if factor is None else buffers.gradients[factor],
-            )  # fmt: skip
+            self._head.launch_gradient(self.launcher)
 
     # Backward ----------------------------------------------------------------------------------
 
@@ -235,10 +241,13 @@ class Passes:
         """Turn the gradient of hidden layer `i`'s activation into that of its product."""
         buffers, hidden = self._buffers, self._buffers.hidden[i]
         with self.span("gradient of activation"):
-            self.launcher.gradient(
-                hidden.layer, hidden.plan.gate, hidden.mask, buffers.incoming_grad(i),
-                buffers.product_grad(i)[1], self._norm_grads(hidden.plan.norm),
-            )  # fmt: skip
+            ActivationGradient(
+                layer=hidden.layer,
+                gate=hidden.plan.gate,
+                mask=hidden.mask,
+                grad=buffers.incoming_grad(i),
+                out=buffers.product_grad(i)[1],
+            ).launch(self.launcher)
 
     def _weight_of(self, i: int) -> Any:
         """Return hidden layer `i`'s weights for a dense product, unpacked where they must be."""
@@ -247,7 +256,7 @@ class Passes:
             return hidden.weight
         out = self._buffers.weight_scratch((hidden.plan.inputs, hidden.plan.units))
         with self.span("unpack signs"):
-            self.launcher.unpack_columns(hidden.packed_weight, out)
+            UnpackColumns(packed=hidden.packed_weight, out=out).launch(self.launcher)
         return out
 
     def _weight_gradient(self, i: int, gradient: Any, products: blas.Blas) -> None:
@@ -260,7 +269,7 @@ class Passes:
             if inputs is None:
                 inputs = self._buffers.signs(i - 1)
                 with self.span("unpack signs"):
-                    self.launcher.unpack_rows(before.packed, inputs)
+                    UnpackRows(packed=before.packed, out=inputs).launch(self.launcher)
         out = self._buffers.gradients[hidden.plan.linear.weight]
         with self.span(f"gradient of {hidden.plan.name}'s weights"):
             products.multiply(inputs, gradient, out, transpose_a=True, scale=scale)
@@ -269,9 +278,7 @@ class Passes:
         """Compute the gradient of hidden layer `i`'s weights and update them with it."""
         signs, name = self._buffers.hidden[i - 1].packed, self._plan.hidden[i].name
         with self.span(f"gradient of {name}'s weights and their update"):
-            self.update.launch_at_once(
-                self._group(i), signs, gradient, self._feed.rates, self._feed.step
-            )
+            self.update.launch_fused_update(self._group(i), signs=signs, matrix=gradient)
 
     def _group(self, i: int) -> int:
         """Number of the update of hidden layer `i`: they go from the last layer to the first."""
@@ -280,17 +287,11 @@ class Passes:
     def _update_layer(self, i: int) -> None:
         """Update what belongs to hidden layer `i`, and with the last one the head."""
         with self.span("update"):
-            self.update.launch(
-                self._group(i),
-                self._feed.rates,
-                self._feed.step,
-                self._buffers.mean_loss,
-                self._buffers.loss,
-            )
+            self.update.launch(self._group(i))
 
     # The attack --------------------------------------------------------------------------------
 
-    def _attack(self, pixel_draw: fused_arguments.Draw | None) -> None:
+    def _attack(self, pixel_draw: Draw | None) -> None:
         """Move the batch against the network. No gradient of a parameter is used."""
         buffers = self._buffers
         for i in reversed(range(1, len(buffers.hidden))):
@@ -304,14 +305,14 @@ class Passes:
                 transpose_b=True,
             )
         with self.span("attack"):
-            self.launcher.attack(
-                buffers.input_grad,
-                self._feed.step,
-                pixel_draw,
-                self._plan.adversarial / float(self._data.pixel_scale),
-                buffers.inputs,
-                buffers.pops,
-            )
+            Attack(
+                gradient=buffers.input_grad,
+                step=self._feed.step,
+                drop=pixel_draw,
+                amount=self._plan.adversarial / float(self._data.pixel_scale),
+                x=buffers.inputs,
+                pops=buffers.pops,
+            ).launch(self.launcher)
 
 
 @contextlib.contextmanager

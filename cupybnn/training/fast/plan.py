@@ -152,7 +152,7 @@ def _backward_ways(
     for layer in hidden:
         way = "dense"
         if layer.product == "xnor" and device is not None:
-            reason = sign_gemm.obstacle(device, config.dtype, layer.inputs, layer.units)
+            reason = sign_gemm.unsupported_reason(device, config.dtype, layer.inputs, layer.units)
             if reason is None and not sign_gemm.pays(
                 device, config.batch_size, layer.inputs, layer.units
             ):

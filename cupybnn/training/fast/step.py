@@ -8,7 +8,7 @@ from typing import Any
 
 from cupybnn import nn, optim
 from cupybnn.backends.cuda import blas
-from cupybnn.backends.cuda.fused_arguments import Draw
+from cupybnn.backends.cuda.fused_batch import Draw
 from cupybnn.backends.cuda.graph import Fork, capture
 from cupybnn.data import BatchOrder, DeviceData
 from cupybnn.training.config import TrainConfig
@@ -164,6 +164,7 @@ class FusedStep:
             self.passes.update = plan_update(
                 self.plan,
                 self.buffers,
+                self.feed,
                 self._objective,
                 self._optimizer,
                 self._parameters,
@@ -180,6 +181,6 @@ class FusedStep:
 
     def _draws(self) -> list[Draw]:
         return [
-            Draw(int(layer.random.state[0]), offset, layer.keep_prob)
+            Draw(seed=int(layer.random.state[0]), offset=offset, keep_prob=layer.keep_prob)
             for layer, offset in zip(self._dropouts, self._offsets, strict=True)
         ]

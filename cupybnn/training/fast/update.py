@@ -8,8 +8,9 @@ from typing import Any
 
 from cupybnn import nn, optim
 from cupybnn.backends.cuda.fused import Launcher
-from cupybnn.backends.cuda.fused_update import Update, Updated
+from cupybnn.backends.cuda.fused_update import ParameterUpdate, Update
 from cupybnn.training.fast.buffers import Buffers
+from cupybnn.training.fast.feed import Feed
 from cupybnn.training.fast.layers import latent_gate
 from cupybnn.training.fast.plan import NetworkPlan
 from cupybnn.training.step import Objective
@@ -47,6 +48,7 @@ class UpdateOptions:
 def plan_update(
     plan: NetworkPlan,
     buffers: Buffers,
+    feed: Feed,
     objective: Objective,
     optimizer: optim.Adam,
     parameters: Sequence[nn.Parameter],
@@ -60,7 +62,7 @@ def plan_update(
 
     Parameters
     ----------
-    plan, buffers, objective, optimizer, launcher
+    plan, buffers, feed, objective, optimizer, launcher
         Those of the step.
     parameters : sequence of Parameter
         In the order of ``options.lr_scales``.
@@ -70,14 +72,14 @@ def plan_update(
     """
     lr_scales = dict(zip(parameters, options.lr_scales, strict=True))
 
-    def updated(parameter: nn.Parameter, gate: str = "none", **copies: Any) -> Updated:
+    def updated(parameter: nn.Parameter, gate: str = "none", **copies: Any) -> ParameterUpdate:
         mean, square = optimizer._slots_of(parameter)
-        return Updated(
-            parameter._data,
-            buffers.gradients[parameter],
-            mean,
-            square,
-            left=buffers.kept_grads[parameter],
+        return ParameterUpdate(
+            weight=parameter._data,
+            grad=buffers.gradients[parameter],
+            mean=mean,
+            square=square,
+            kept_grad=buffers.kept_grads[parameter],
             binary=parameter.bits == 1,
             gate=gate,
             limit=parameter.limit,
@@ -87,7 +89,7 @@ def plan_update(
             **copies,
         )
 
-    def all_of(norm: nn.BatchNorm | None) -> list[Updated]:
+    def all_of(norm: nn.BatchNorm | None) -> list[ParameterUpdate]:
         return [] if norm is None else [updated(norm.gamma), updated(norm.beta)]
 
     groups = []
@@ -100,4 +102,14 @@ def plan_update(
     groups[0] += [updated(head.linear.weight, latent_gate(head.linear)), *all_of(head.norm)]
     if head.scale is not None:
         groups[0].append(updated(head.scale.factor))
-    return Update(launcher, groups, options.betas, objective.penalty_kind, recorded)
+    return Update(
+        launcher,
+        groups,
+        betas=options.betas,
+        penalty=objective.penalty_kind,
+        keep_gradients=recorded,
+        rates=feed.rates,
+        step=feed.step,
+        mean_loss=buffers.mean_loss,
+        loss=buffers.loss,
+    )

@@ -1,0 +1,210 @@
+"""Launching the start of a training step: its batch, and what dropout keeps (smxx_batch.cu)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from cupybnn.backends.cuda.fused import Launcher
+from cupybnn.backends.cuda.structs import Kernel, Struct
+
+__all__ = ["Attack", "Deformation", "Draw", "DropoutMask", "Gather"]
+
+BATCH = Struct(
+    "Batch",
+    "ptr images, all_labels, order, step, x, labels, pops; i64 ring, rows, cols, pop_count;"
+    "u64 seed; i64 draw, last",
+)
+DEFORMATION = Struct(
+    "Deformation", "i64 height, width; u64 seed; double shift, rotation, scale, shear"
+)
+GATHER = Kernel("smxx_batch", "gather", "Batch p", BATCH)
+GATHER_DEFORMED = Kernel(
+    "smxx_batch", "gather_deformed", "Batch p; Deformation d", BATCH, DEFORMATION
+)
+ATTACK = Kernel("smxx_batch", "attack", "Batch p; ptr gradient; float amount", BATCH)
+DROPOUT_MASK = Kernel(
+    "smxx_batch", "dropout_mask", "ptr step; i64 rows, cols; u64 seed; i64 draw; u32 last; ptr kept"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """Random numbers of one dropout.
+
+    Attributes
+    ----------
+    seed : int
+    offset : int
+        Added to the number of the step it is the counter of a draw.
+    keep_prob : float
+    """
+
+    seed: int
+    offset: int
+    keep_prob: float
+
+    def fields(self) -> dict[str, int]:
+        """Return what kernels take: seed, offset, and the greatest word that is kept."""
+        # As cupybnn.backends.random.chosen has it.
+        last = max(round(self.keep_prob * 2**32), 1) - 1
+        return {"seed": self.seed, "draw": self.offset, "last": last}
+
+
+_ALL_KEPT = Draw(seed=0, offset=0, keep_prob=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deformation:
+    """How images are deformed; see `cupybnn.data.Augmentation`.
+
+    Attributes
+    ----------
+    shape : (int, int)
+        Height and width.
+    seed : int
+        Each step deforms differently, by its number.
+    shift, rotation, scale, shear : float
+    """
+
+    shape: tuple[int, int]
+    seed: int
+    shift: float
+    rotation: float
+    scale: float
+    shear: float
+
+    def pack(self) -> bytes:
+        """Return struct Deformation."""
+        height, width = self.shape
+        return DEFORMATION.pack(
+            height=height, width=width, seed=self.seed, shift=self.shift,
+            rotation=math.radians(self.rotation), scale=self.scale, shear=self.shear,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """What both ways to write a batch have.
+
+    Attributes
+    ----------
+    step : cupy.ndarray of int64, shape (1,)
+        The number of the step, on the device.
+    x : cupy.ndarray, shape (batch, pixels)
+        Gets the pixels.
+    drop : Draw or None
+        Dropout of pixels; those that are kept are not scaled.
+    pops : cupy.ndarray of int32 or None
+        Set to 0.
+    """
+
+    step: Any
+    x: Any
+    drop: Draw | None = None
+    pops: Any = None
+
+    def _pack(self, **arrays: Any) -> bytes:
+        rows, cols = self.x.shape
+        order = arrays["order"]
+        return BATCH.pack(
+            **arrays, step=self.step, x=self.x, pops=self.pops,
+            ring=0 if order is None else order.shape[0], rows=rows, cols=cols,
+            pop_count=0 if self.pops is None else self.pops.size,
+            **(self.drop or _ALL_KEPT).fields(),
+        )  # fmt: skip
+
+    def _defines(self, vector: int) -> tuple[tuple[str, int], ...]:
+        return ("DROP", int(self.drop is not None)), ("VECTOR", vector)
+
+    def _vector(self, *widths: int) -> int:
+        return next(v for v in widths if self.x.shape[1] % v == 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gather(_Batch):
+    """Copy the batch of a step: whole numbers, unless they are deformed.
+
+    Attributes
+    ----------
+    images : cupy.ndarray of uint8, shape (images, pixels)
+    all_labels : cupy.ndarray of int64, shape (images,)
+    order : cupy.ndarray of int32, shape (ring, batch)
+        Numbers of the images of step s in row ``s % ring``.
+    labels : cupy.ndarray of int64, shape (batch,)
+        Gets the labels.
+    deformation : Deformation or None
+    """
+
+    images: Any
+    all_labels: Any
+    order: Any
+    labels: Any
+    deformation: Deformation | None = None
+
+    def launch(self, launcher: Launcher) -> None:
+        """Launch on the current stream."""
+        rows, cols = self.x.shape
+        batch = self._pack(
+            images=self.images, all_labels=self.all_labels, order=self.order, labels=self.labels
+        )
+        if self.deformation is not None:
+            arguments = {"p": batch, "d": self.deformation.pack()}
+            defines = self._defines(1)
+            launcher.launch(GATHER_DEFORMED, arguments, grid=(rows,), defines=defines, shared=cols)
+            return
+        vector = self._vector(16, 4, 1)
+        # No more blocks than run at a time: the latency of a second round costs more than its work.
+        grid = launcher.flat_grid(rows * cols // vector, 8)
+        launcher.launch(GATHER, {"p": batch}, grid=grid, defines=self._defines(vector))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(_Batch):
+    """Move a batch's pixels, in place, by `amount` in the direction of their gradient.
+
+    Attributes
+    ----------
+    gradient : cupy.ndarray, shape (batch, pixels)
+    amount : float
+    """
+
+    gradient: Any
+    amount: float
+
+    def launch(self, launcher: Launcher) -> None:
+        """Launch on the current stream. With the `drop` of `Gather` dropped pixels stay 0."""
+        vector = self._vector(4, 1)
+        batch = self._pack(images=None, all_labels=None, order=None, labels=None)
+        arguments = {"p": batch, "gradient": self.gradient, "amount": self.amount}
+        grid = launcher.flat_grid(self.x.size // vector)
+        launcher.launch(ATTACK, arguments, grid=grid, defines=self._defines(vector))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DropoutMask:
+    """Draw which elements of a layer are kept.
+
+    Attributes
+    ----------
+    step : cupy.ndarray of int64, shape (1,)
+    draw : Draw
+    shape : (int, int)
+        (batch, units).
+    out : cupy.ndarray of uint32, shape `fused_layers.mask_shape`
+        Gets one bit an element.
+    """
+
+    step: Any
+    draw: Draw
+    shape: tuple[int, int]
+    out: Any
+
+    def launch(self, launcher: Launcher) -> None:
+        """Launch on the current stream."""
+        rows, cols = self.shape
+        fields = {**self.draw.fields(), "step": self.step, "rows": rows, "cols": cols}
+        grid = launcher.flat_grid(self.out.size)
+        defines = (("DROP", 0), ("VECTOR", 1))
+        launcher.launch(DROPOUT_MASK, {**fields, "kept": self.out}, grid=grid, defines=defines)

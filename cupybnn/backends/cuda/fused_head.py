@@ -1,0 +1,179 @@
+"""Launching the end of the network: last layer, loss, and back to the last hidden product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cupybnn.backends.cuda.compiler import Defines
+from cupybnn.backends.cuda.fused import WARPS, Launcher
+from cupybnn.backends.cuda.fused_layers import GATES, LAYER, BatchNorm, Layer
+from cupybnn.backends.cuda.fused_walk import Sums
+from cupybnn.backends.cuda.structs import Kernel, Struct
+
+__all__ = ["LOSSES", "READS", "Head"]
+
+# As loss.cuh and smxx_head.cu name them.
+LOSSES = {"cross_entropy": 0, "squared_hinge": 1}
+READS = {"none": 0, "relu": 1, "sign": 2}
+
+BACK = Struct(
+    "Back",
+    "ptr weight, grad, out; double window; ptr partials, mean_loss, grad_factor; i64 partial_count",
+)
+OUTPUT_NORM = Struct(
+    "OutputNorm",
+    "ptr logits, grad, labels, gamma, beta, running_mean, running_variance, grad_gamma, grad_beta;"
+    "ptr mean_loss; i64 rows; double share, decay, eps, smoothing",
+)
+LOGITS = Kernel(
+    "smxx_head",
+    "logits",
+    "Layer p; ptr weight, labels; float smoothing; ptr factor, out, grad, partials",
+    LAYER,
+)
+HEAD_SUMS = Kernel(
+    "smxx_head",
+    "head_sums",
+    "Layer p; Back back; ptr partials, tickets, grad_weight, grad_gamma, grad_beta",
+    LAYER,
+    BACK,
+)
+HEAD_GRADIENT = Kernel(
+    "smxx_head", "head_gradient", "Layer p; Back back; ptr grad_gamma, grad_beta", LAYER, BACK
+)
+NORMALISE_OUTPUT = Kernel("smxx_output_norm", "output_norm", "OutputNorm p", OUTPUT_NORM)
+
+_ROUNDS = 2  # of blocks, at least, for a warp to take more rows of logits at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """Logits and loss of a batch, and the gradients of the last weights and hidden product.
+
+    Attributes
+    ----------
+    layer : Layer
+        The last hidden one. Its batch norm gets gradients.
+    reads : str
+        A key of `READS`: what the last layer reads. "sign": signs, by the signs of the weights; a
+        `factor` or a `norm` of the logits follows.
+    weight, grad_weight : cupy.ndarray of float32, shape (units, classes)
+        Weights, latent ones for "sign", and what gets their gradient.
+    labels : cupy.ndarray of int64, shape (batch,)
+    loss : str
+        A key of `LOSSES`.
+    smoothing : float
+        Of the labels.
+    logits : cupy.ndarray of float32, shape (batch, classes)
+    grad_logits : cupy.ndarray of float32, shape (batch, classes up to a multiple of 4)
+        Gets the gradient for the last product, before factor or norm.
+    mean_loss : cupy.ndarray of float32, shape (1,)
+    factor, grad_factor : cupy.ndarray of float32, shape (1,), or None
+        Factor of the logits, and what gets its gradient.
+    norm : BatchNorm or None
+        Of the logits.
+    gate : str
+        For "sign", a key of `GATES`, where "mask" stands for the window.
+    window : float
+    out : cupy.ndarray, shape (batch, units)
+        Gets the gradient of the layer's product. May be its memory where elements are as large.
+    """
+
+    layer: Layer
+    reads: str
+    weight: Any
+    grad_weight: Any
+    labels: Any
+    loss: str
+    smoothing: float
+    logits: Any
+    grad_logits: Any
+    mean_loss: Any
+    factor: Any = None
+    grad_factor: Any = None
+    norm: BatchNorm | None = None
+    gate: str
+    window: float
+    out: Any
+
+    def __post_init__(self) -> None:
+        followed = (self.factor is not None) + (self.norm is not None)
+        assert followed == (self.reads == "sign"), "signs are followed by a factor or a norm"
+        assert (self.factor is None) == (self.grad_factor is None)
+
+    @property
+    def _classes(self) -> int:
+        return int(self.logits.shape[1])
+
+    def _defines(self) -> Defines:
+        return (
+            ("CLASSES", self._classes),
+            ("HEAD", READS[self.reads]),
+            ("LOSS", LOSSES[self.loss]),
+            ("OUTPUT_NORM", int(self.norm is not None)),
+        )
+
+    def _rows_of_warp(self, launcher: Launcher) -> int:
+        """Rows of logits that a warp computes at a time."""
+        rows, cols = self.layer.shape
+        most = 4 if cols % 4 == 0 else 1
+        enough = _ROUNDS * WARPS * launcher.multiprocessors
+        return next(n for n in (4, 2, 1) if n == 1 or (n <= most and rows >= enough * (n // 2)))
+
+    def _loss_blocks(self, launcher: Launcher) -> int:
+        """Blocks of `logits`, each of which leaves a part of the loss."""
+        return -(-self.layer.shape[0] // (WARPS * self._rows_of_warp(launcher)))
+
+    def launch_logits(self, launcher: Launcher) -> None:
+        """Compute logits, and the loss's gradient for the last product, on the current stream."""
+        layer, blocks = self.layer, self._loss_blocks(launcher)
+        vector = 4 if layer.shape[1] % 4 == 0 else 1
+        arguments = {
+            "p": layer.pack(), "weight": self.weight, "labels": self.labels,
+            "smoothing": self.smoothing, "factor": self.factor, "out": self.logits,
+            "grad": self.grad_logits, "partials": launcher.losses(blocks),
+        }  # fmt: skip
+        ways = (("VECTOR", vector), ("ROWS", self._rows_of_warp(launcher)))
+        defines = (*layer.defines(), *self._defines(), *ways)
+        launcher.launch(LOGITS, arguments, grid=(blocks,), defines=defines)
+        if self.norm is not None:
+            self._launch_norm(launcher, self.norm)
+
+    def _launch_norm(self, launcher: Launcher, norm: BatchNorm) -> None:
+        """Normalise the logits over the batch, compute the loss, and go back through both."""
+        rows = self.logits.shape[0]
+        packed = OUTPUT_NORM.pack(
+            logits=self.logits, grad=self.grad_logits, labels=self.labels, gamma=norm.gamma,
+            beta=norm.beta, running_mean=norm.running_mean, running_variance=norm.running_variance,
+            **norm.gradients(), mean_loss=self.mean_loss, rows=rows, share=1 / rows,
+            decay=norm.decay, eps=norm.eps, smoothing=self.smoothing,
+        )  # fmt: skip
+        defines = (("CLASSES", self._classes), ("LOSS", LOSSES[self.loss]))
+        launcher.launch(NORMALISE_OUTPUT, {"p": packed}, grid=(1,), defines=defines)
+
+    def launch_gradient(self, launcher: Launcher) -> None:
+        """Go on to the gradients; add up the loss, unless `norm` has. After `launch_logits`."""
+        layer, walk, blocks = self.layer, launcher.walk, self._loss_blocks(launcher)
+        widest = 2 if self._classes <= 12 else 1  # more would need too many registers
+        back = BACK.pack(
+            weight=self.weight, grad=self.grad_logits, out=self.out, window=self.window,
+            partials=launcher.losses(blocks), mean_loss=self.mean_loss,
+            grad_factor=self.grad_factor, partial_count=blocks,
+        )  # fmt: skip
+        arguments = {"p": layer.pack(), "back": back, **layer.gradients()}
+        gate = ("GATE", GATES[self.gate] if self.reads == "sign" else 0)
+        held = 4 * self.grad_logits.shape[1]
+        sums = Sums(self._classes + 2 * (layer.norm is not None), row_bytes=held)
+        strips = walk.strips(layer, sums, widest)
+        scratch = launcher.sums_over_rows(strips, sums.count)
+        launcher.launch(
+            HEAD_SUMS, {**arguments, **scratch, "grad_weight": self.grad_weight},
+            grid=(strips.grid[0] + 1, strips.grid[1]),  # one more strip, for the loss
+            defines=(*strips.defines, *self._defines(), gate),
+            threads=strips.threads, shared=strips.shared,
+        )  # fmt: skip
+        if not strips.clustered:
+            strips = walk.strips(layer, None, widest)
+            defines = (*strips.defines, *self._defines(), gate)
+            launcher.launch(HEAD_GRADIENT, arguments, grid=strips.grid, defines=defines)

@@ -1,0 +1,321 @@
+"""Launching a hidden layer's way from product to activation and back, and unpacking of signs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cupybnn.backends.cuda.compiler import Defines
+from cupybnn.backends.cuda.fused import THREADS, Launcher
+from cupybnn.backends.cuda.fused_walk import Sums
+from cupybnn.backends.cuda.structs import Kernel, Struct
+
+__all__ = [
+    "DROP_ACTIVATION",
+    "DROP_NONE",
+    "DROP_PRODUCT",
+    "GATES",
+    "OUTPUTS",
+    "Activation",
+    "ActivationGradient",
+    "Activations",
+    "BatchNorm",
+    "Layer",
+    "UnpackColumns",
+    "UnpackRows",
+    "mask_shape",
+]
+
+# As layer.cuh and the kernels name them.
+DROP_NONE, DROP_PRODUCT, DROP_ACTIVATION = range(3)
+GATES = {"none": 0, "mask": 1, "clip": 2}
+OUTPUTS = {"packed_sign": 0, "sign": 1, "relu": 2, "none": 3, "both_signs": 4}
+_PRODUCT_TYPES = {
+    "float32": "float",
+    "float16": "float16_bits",
+    "int16": "short",
+    "uint16": "bfloat16_bits",
+}
+
+LAYER = Struct(
+    "Layer", "ptr z, kept, mean, inverse, gamma, beta; i64 rows, cols; double keep_scale, share"
+)
+ACTIVATIONS = Struct("Activations", "ptr dense, words, pops, gate; double window")
+NORMALISE = Kernel(
+    "smxx_activation",
+    "normalise",
+    "Layer p; ptr partials, tickets, mean, inverse, running_mean, running_variance;"
+    "float decay, gain, eps; Activations to",
+    LAYER,
+    ACTIVATIONS,
+)
+ACTIVATE = Kernel("smxx_activation", "activate", "Layer p; Activations to", LAYER, ACTIVATIONS)
+GRADIENT_SUMS = Kernel(
+    "smxx_activation_gradient",
+    "gradient_sums",
+    "Layer p; ptr grad, out, gate, partials, tickets, grad_gamma, grad_beta",
+    LAYER,
+)
+GRADIENT = Kernel(
+    "smxx_activation_gradient",
+    "gradient",
+    "Layer p; ptr grad, out, gate, grad_gamma, grad_beta",
+    LAYER,
+)
+UNPACK_ROWS = Kernel("smxx_unpack_signs", "unpack_rows", "ptr words; i64 rows, cols; ptr out")
+UNPACK_COLUMNS = Kernel("smxx_unpack_signs", "unpack_columns", "ptr words; i64 rows, cols; ptr out")
+
+
+def mask_shape(rows: int, cols: int) -> tuple[int, int]:
+    """Shape of the uint32 words of a mask of one bit an element."""
+    return rows, -(-cols // 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchNorm:
+    """Batch norm, by float32 arrays with an element a column.
+
+    Attributes
+    ----------
+    gamma, beta, grad_gamma, grad_beta : cupy.ndarray
+        Parameters, and what gets their gradients.
+    running_mean, running_variance : cupy.ndarray
+        Updated by each forward pass.
+    mean, inverse : cupy.ndarray or None
+        Get the batch's mean and the inverse of its deviation, for a hidden layer.
+    decay, eps : float
+    """
+
+    gamma: Any
+    beta: Any
+    grad_gamma: Any
+    grad_beta: Any
+    running_mean: Any
+    running_variance: Any
+    mean: Any = None
+    inverse: Any = None
+    decay: float
+    eps: float
+
+    def gradients(self) -> dict[str, Any]:
+        """Return what gets the parameters' gradients, as kernels name it."""
+        return {"grad_gamma": self.grad_gamma, "grad_beta": self.grad_beta}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A hidden layer's product, and what stands between it and the activation.
+
+    Attributes
+    ----------
+    product : cupy.ndarray, shape (batch, units)
+        float32; float16 or int16 where these hold its integers; uint16 for bfloat16.
+    kept : cupy.ndarray of uint32, shape `mask_shape`, or None
+        Mask of what dropout keeps.
+    norm : BatchNorm or None
+    drop : int
+        DROP_*: where dropout stands.
+    keep_prob : float
+    """
+
+    product: Any
+    kept: Any = None
+    norm: BatchNorm | None = None
+    drop: int = DROP_NONE
+    keep_prob: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(batch, units)."""
+        rows, cols = self.product.shape
+        return rows, cols
+
+    def defines(self) -> Defines:
+        """Return what a translation unit defines for it."""
+        return (
+            ("DROP", self.drop),
+            ("NORM", int(self.norm is not None)),
+            ("PRODUCT", _PRODUCT_TYPES[self.product.dtype.name]),
+        )
+
+    def gradients(self) -> dict[str, Any]:
+        """Return what gets the gradients of batch norm's parameters, if there is batch norm."""
+        return self.norm.gradients() if self.norm else {"grad_gamma": None, "grad_beta": None}
+
+    def pack(self) -> bytes:
+        """Return struct Layer."""
+        rows, cols = self.shape
+        names = ("mean", "inverse", "gamma", "beta")
+        return LAYER.pack(
+            z=self.product, kept=self.kept, **{n: getattr(self.norm, n, None) for n in names},
+            rows=rows, cols=cols, keep_scale=1 / self.keep_prob, share=1 / rows,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Where a layer's activations go.
+
+    Attributes
+    ----------
+    output : str
+        A key of `OUTPUTS`; "none": only batch norm's statistics are computed.
+    dense : cupy.ndarray or None
+        Gets the activations, unless they are only packed.
+    packed : PackedMatrix or None
+        Gets the signs, packed along the last axis; its popcounts must be 0.
+    gate : cupy.ndarray of uint32, shape `mask_shape`, or None
+        Gets where the gradient passes.
+    window : float
+        Half the width of the window in which sign has a pseudo-gradient.
+    """
+
+    output: str = "none"
+    dense: Any = None
+    packed: Any = None
+    gate: Any = None
+    window: float = 0.0
+
+    def defines(self) -> Defines:
+        """Return what the translation unit defines for them."""
+        return (("GATE", int(self.gate is not None)), ("OUTPUT", OUTPUTS[self.output]))
+
+    def pack(self) -> bytes:
+        """Return struct Activations."""
+        words, pops = getattr(self.packed, "words", None), getattr(self.packed, "popcounts", None)
+        return ACTIVATIONS.pack(
+            dense=self.dense, words=words, pops=pops, gate=self.gate, window=self.window
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activation:
+    """Normalise a layer's product over the batch, if it has batch norm, and take sign or ReLU.
+
+    Attributes
+    ----------
+    layer : Layer
+    to : Activations
+    """
+
+    layer: Layer
+    to: Activations
+
+    def launch(self, launcher: Launcher) -> None:
+        """Launch on the current stream."""
+        layer, norm, to = self.layer, self.layer.norm, self.to
+        arguments = {"p": layer.pack(), "to": to.pack()}
+        if norm is not None:
+            sums = Sums(2, most_warps=16)
+            strips = launcher.walk.strips(layer, sums)
+            statistics = {
+                **launcher.sums_over_rows(strips, sums.count), "mean": norm.mean,
+                "inverse": norm.inverse, "running_mean": norm.running_mean,
+                "running_variance": norm.running_variance, "decay": norm.decay,
+                "gain": 1 - norm.decay, "eps": norm.eps,
+            }  # fmt: skip
+            launcher.launch(
+                NORMALISE, {**arguments, **statistics}, grid=strips.grid,
+                defines=(*strips.defines, *to.defines()), threads=strips.threads,
+                shared=strips.shared,
+            )  # fmt: skip
+            if strips.clustered:  # which goes on to the activations
+                return
+        if to.output != "none":
+            strips = launcher.walk.strips(layer)
+            defines = (*strips.defines, *to.defines())
+            launcher.launch(ACTIVATE, arguments, grid=strips.grid, defines=defines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationGradient:
+    """Turn the gradient of a layer's activations into that of its product.
+
+    Attributes
+    ----------
+    layer : Layer
+        Its batch norm gets the gradients of gamma and beta.
+    gate : str
+        A key of `GATES`.
+    mask : cupy.ndarray or None
+        `Activations.gate`, for the gate "mask".
+    grad : cupy.ndarray, shape (batch, units)
+    out : cupy.ndarray, shape (batch, units)
+        May be `grad`, or the memory of the product where its elements are as large.
+    """
+
+    layer: Layer
+    gate: str
+    mask: Any
+    grad: Any
+    out: Any
+
+    def launch(self, launcher: Launcher) -> None:
+        """Launch on the current stream."""
+        layer, walk = self.layer, launcher.walk
+        arguments = {"p": layer.pack(), "grad": self.grad, "out": self.out, "gate": self.mask}
+        arguments |= layer.gradients()
+        gate = ("GATE", GATES[self.gate])
+        if layer.norm is not None:
+            sums = Sums(2, launcher.itemsize, 4 * (self.gate == "mask"), most_warps=16)
+            strips = walk.strips(layer, sums)
+            launcher.launch(
+                GRADIENT_SUMS, {**arguments, **launcher.sums_over_rows(strips, sums.count)},
+                grid=strips.grid, defines=(*strips.defines, gate), threads=strips.threads,
+                shared=strips.shared,
+            )  # fmt: skip
+            if strips.clustered:  # which goes on to the gradient
+                return
+        strips = walk.strips(layer)
+        launcher.launch(GRADIENT, arguments, grid=strips.grid, defines=(*strips.defines, gate))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnpackRows:
+    """Write signs that are packed along the last axis as +1 and -1.
+
+    Attributes
+    ----------
+    packed : PackedMatrix
+    out : cupy.ndarray, of its shape
+    """
+
+    packed: Any
+    out: Any
+
+    def launch(self, launcher: Launcher) -> None:
+        """Launch on the current stream."""
+        rows, cols = self.out.shape
+        launcher.launch(
+            UNPACK_ROWS,
+            {"words": self.packed.words, "rows": rows, "cols": cols, "out": self.out},
+            grid=(min(-(-rows * -(-cols // 8) // THREADS), 1 << 20),),
+            defines=(("VECTOR", 8 if cols % 8 == 0 else 1),),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnpackColumns:
+    """Write signs that are packed along the first axis as +1 and -1.
+
+    Attributes
+    ----------
+    packed : PackedMatrix
+    out : cupy.ndarray, of its shape
+    """
+
+    packed: Any
+    out: Any
+
+    def launch(self, launcher: Launcher) -> None:
+        """Launch on the current stream."""
+        rows, cols = self.out.shape
+        vector = 16 // self.out.itemsize  # as much as a lane can store at once
+        while cols % vector:
+            vector //= 2
+        launcher.launch(
+            UNPACK_COLUMNS,
+            {"words": self.packed.words, "rows": rows, "cols": cols, "out": self.out},
+            grid=(-(-rows // 128) * -(-cols // (THREADS * vector)),),
+            defines=(("VECTOR", vector),),
+        )

@@ -1,0 +1,93 @@
+"""A parameter that the fused update moves, and the struct that kernels take (adam.cuh)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends.cuda.structs import Struct, address
+
+__all__ = ["PARAMETER", "RATES", "ParameterUpdate"]
+
+PARAMETER = Struct(
+    "Parameter",
+    "ptr weight, grad, mean, square, copy, words, pops, kept_grad;"
+    "i64 rows, cols, count, first_block, flags; double limit, lr_scale, penalty, weight_decay",
+)
+#: A row of the table of rates.
+RATES = Struct("Rates", "float lr, factor, eps, unused")
+
+_BINARY, _CLIPPED, _WINDOW, _ALIGNED, _ROUNDED = 1, 2, 4, 8, 16
+_TILE_ROWS, _TILE_COLS = 32, 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterUpdate:
+    """A parameter that `Update` moves.
+
+    Attributes
+    ----------
+    weight, grad, mean, square : cupy.ndarray of float32, of one shape
+        The parameter, its gradient, the optimiser's two means. The gradient may be in the operands'
+        dtype; None: the product that computes it updates the parameter at the same time.
+    kept_grad : cupy.ndarray of float32 or None
+        Gets the gradient, with the penalty's part, where gradients are kept.
+    copy : cupy.ndarray or None
+        What products read instead: the weight in their dtype, or its sign.
+    packed : PackedMatrix or None
+        The packed signs, along the first axis.
+    binary : bool
+        Whether `copy` and `packed` hold signs.
+    gate : {"none", "window", "clip"}
+        Pseudo-gradient of a latent weight.
+    limit : float or None
+        Magnitude that the weight is clipped to.
+    lr_scale, penalty, weight_decay : float
+    """
+
+    weight: Any
+    grad: Any
+    mean: Any
+    square: Any
+    kept_grad: Any = None
+    copy: Any = None
+    packed: Any = None
+    binary: bool = False
+    gate: str = "none"
+    limit: float | None = None
+    lr_scale: float = 1.0
+    penalty: float = 0.0
+    weight_decay: float = 0.0
+
+    def geometry(self) -> tuple[int, int]:
+        """Return rows and columns as the kernel walks them."""
+        if self.binary:  # packed or not, so that the penalty is added up in the same order
+            rows, cols = self.weight.shape
+            return rows, cols
+        return -(-self.weight.size // _TILE_COLS), _TILE_COLS
+
+    def blocks(self) -> int:
+        """Blocks that take this parameter."""
+        rows, cols = self.geometry()
+        return -(-rows // _TILE_ROWS) * -(-cols // _TILE_COLS)
+
+    def pack(self, first_block: int) -> bytes:
+        """Return struct Parameter, for a launch whose block number `first_block` is its first."""
+        names = ("weight", "grad", "mean", "square", "copy", "kept_grad")
+        arrays = {name: address(getattr(self, name)) for name in names}
+        rows, cols = self.geometry()
+        flags = (
+            _BINARY * self.binary
+            + _CLIPPED * (self.gate == "clip")
+            + _WINDOW * (self.gate == "window")
+            + _ALIGNED * (cols % 4 == 0 and not any(x % 16 for x in arrays.values()))
+            + _ROUNDED * (self.grad is not None and self.grad.dtype != np.float32)
+        )
+        return PARAMETER.pack(
+            **arrays, words=getattr(self.packed, "words", None),
+            pops=getattr(self.packed, "popcounts", None), rows=rows, cols=cols,
+            count=self.weight.size, first_block=first_block, flags=flags, limit=self.limit or 0.0,
+            lr_scale=self.lr_scale, penalty=self.penalty, weight_decay=self.weight_decay,
+        )  # fmt: skip
