@@ -1,15 +1,9 @@
 """Layers, and the models made of them."""
 
 from cupybnn.nn.binary import BinaryLinear, Sign, SignDropout, set_progress
-from cupybnn.nn.layers import (
-    BatchNorm,
-    Dropout,
-    Linear,
-    ReLU,
-    Sequential,
-    glorot_uniform,
-    refresh_statistics,
-)
+from cupybnn.nn.containers import ModuleDict, ModuleList, Sequential
+from cupybnn.nn.elementwise import Flatten, HardTanh, Identity, ReLU, Scale, Sigmoid, Tanh
+from cupybnn.nn.layers import BatchNorm, Dropout, Linear, glorot_uniform, refresh_statistics
 from cupybnn.nn.module import Module, Parameter
 from cupybnn.nn.summary import Row, Summary
 
@@ -17,15 +11,23 @@ __all__ = [
     "BatchNorm",
     "BinaryLinear",
     "Dropout",
+    "Flatten",
+    "HardTanh",
+    "Identity",
     "Linear",
     "Module",
+    "ModuleDict",
+    "ModuleList",
     "Parameter",
     "ReLU",
     "Row",
+    "Scale",
     "Sequential",
+    "Sigmoid",
     "Sign",
     "SignDropout",
     "Summary",
+    "Tanh",
     "glorot_uniform",
     "refresh_statistics",
     "set_progress",

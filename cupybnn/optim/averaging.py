@@ -10,7 +10,7 @@ import numpy as np
 
 from cupybnn.backends.devices import CPU, device_of, to_device
 from cupybnn.nn import Parameter
-from cupybnn.nn.module import check_state
+from cupybnn.nn.state import check_state
 
 __all__ = ["WeightAverage"]
 

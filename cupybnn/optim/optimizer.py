@@ -13,7 +13,7 @@ from cupybnn.autograd.storage import module_of
 from cupybnn.backends import numpy_threads
 from cupybnn.backends.devices import CPU, device_of, to_device
 from cupybnn.nn import Parameter
-from cupybnn.nn.module import check_state
+from cupybnn.nn.state import check_state
 
 __all__ = ["Block", "Optimizer", "Rules"]
 

@@ -9,6 +9,7 @@ import numpy as np
 from cupybnn import nn, ops
 from cupybnn.autograd import Tensor
 from cupybnn.backends.random import Stream
+from cupybnn.nn import Scale
 from cupybnn.training.config import TrainConfig
 
 __all__ = ["Perceptron", "Scale", "build_network"]
@@ -18,24 +19,6 @@ _BATCH_NORM_DECAY = 0.9
 #: Where the trained factors of a layer with binary weights begin; products of signs are about
 #: sqrt(inputs) large, far outside the window in which the sign has a pseudo-gradient.
 _FIRST_SCALE = 0.05
-
-
-class Scale(nn.Module):
-    """Multiplies by one trained number.
-
-    Parameters
-    ----------
-    value : float
-        Where it begins.
-    dtype : str
-    """
-
-    def __init__(self, value: float, dtype: str) -> None:
-        self.factor = nn.Parameter(np.full((1,), value, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x * factor``."""
-        return x * self.factor
 
 
 class Perceptron(nn.Module):
