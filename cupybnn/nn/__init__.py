@@ -5,6 +5,7 @@ from cupybnn.nn.containers import ModuleDict, ModuleList, Sequential
 from cupybnn.nn.elementwise import Flatten, HardTanh, Identity, ReLU, Scale, Sigmoid, Tanh
 from cupybnn.nn.layers import BatchNorm, Dropout, Linear, glorot_uniform, refresh_statistics
 from cupybnn.nn.module import Module, Parameter
+from cupybnn.nn.saving import load, read_state, save
 from cupybnn.nn.summary import Row, Summary
 
 __all__ = [
@@ -29,6 +30,9 @@ __all__ = [
     "Summary",
     "Tanh",
     "glorot_uniform",
+    "load",
+    "read_state",
     "refresh_statistics",
+    "save",
     "set_progress",
 ]
