@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from cupybnn import backends
 from cupybnn.autograd import Context, Function, Tensor
-from cupybnn.backends import numpy_threads
 
 __all__ = ["batch_norm"]
 
@@ -47,7 +47,7 @@ class BatchNormTrain(Function):
             xp.multiply(here, gamma[part], out=work)
             work += beta[part]
 
-        numpy_threads.over_parts(x, -1, some_features)
+        backends.get(x).parallel_parts(x, -1, some_features)
         ctx.save(normal, gamma)
         return out
 
@@ -71,7 +71,7 @@ class BatchNormTrain(Function):
             out += here
             out *= gamma[part] * ctx.deviation_inverse[part]
 
-        numpy_threads.over_parts(grad, -1, some_features)
+        backends.get(grad).parallel_parts(grad, -1, some_features)
         return (grad_x if ctx.needs[0] else None), grad_gamma, grad_beta
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from cupybnn import backends
 from cupybnn.autograd.storage import module_of
-from cupybnn.backends import numpy_threads
 from cupybnn.backends.random import Stream, uniform
 from cupybnn.ops.quantizer import Quantizer, register_quantizer
 from cupybnn.packed import sign
@@ -61,7 +61,7 @@ class SteSign(Quantizer):
             magnitudes = xp.abs(x[part], out=out[part])
             xp.multiply(grad[part], magnitudes <= self.window, out=magnitudes)
 
-        numpy_threads.over_parts(x, 0, some)
+        backends.get(x).parallel_parts(x, 0, some)
         return out
 
 
