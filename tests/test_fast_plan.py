@@ -142,7 +142,9 @@ def test_what_stands_against_the_fused_step(settings, capability, words):
 
 def test_another_network_or_optimiser_is_not_taken():
     made = trainer(device="cpu")
-    assert "optimiser" in obstacle(made.config, made.model, optim.SGD([], 0.1), 90)
+    assert "optimiser" in obstacle(
+        made.config, made.model, optim.SGD(made.model.parameters(), 0.1), 90
+    )
     assert "network" in obstacle(made.config, made.model.fc1, made.optimizer, 90)
 
 

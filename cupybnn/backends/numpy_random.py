@@ -46,7 +46,7 @@ def random_words(shape: tuple[int, ...], seed: int, counter: Any, first: int = 0
     return words.reshape(-1)[:size].reshape(shape)
 
 
-def _philox(words: np.ndarray, block: np.ndarray, draw: np.uint64, seed: int) -> None:
+def _philox(words: np.ndarray, block: Any, draw: Any, seed: int) -> None:
     """Fill `words`, shape (n, 4), with the blocks of the numbers `block`, shape (n,)."""
     # Each 32-bit word of the counter lies in a 64-bit element, which a product of two words fits.
     c0, c1, c2, c3 = block & _LOW, block >> _HALF, draw & _LOW, draw >> _HALF

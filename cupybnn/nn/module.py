@@ -165,9 +165,9 @@ class Module:
         modules = [module for _, module in (self._walk()[0] if found is None else found)]
         known = {id(module) for module in modules}
         known |= {id(v) for m in modules for v in vars(m).values() if isinstance(v, Parameter)}
-        for *where, item in held:
-            if id(item) not in known:
-                raise stray_error(*where, item)
+        for stray in held:
+            if id(stray[-1]) not in known:
+                raise stray_error(*stray)
 
     def named_parameters(self, recurse: bool = True) -> Iterator[tuple[str, Parameter]]:
         """Yield (name, parameter) in the order of definition, a shared one once.

@@ -65,10 +65,11 @@ def save(model: Module, path: str | os.PathLike[str]) -> None:
         "version": _VERSION,
         "arrays": {name: [array.dtype.name, list(array.shape)] for name, array in state.items()},
     }
-    members = {_PREFIX + name: _storable(array) for name, array in state.items()}
+    members: dict[str, Any] = {_PREFIX + name: _storable(a) for name, a in state.items()}
+    members[_HEADER] = np.array(json.dumps(header))
     try:
         with atomic_write(path) as file:
-            np.savez(file, **{_HEADER: np.array(json.dumps(header))}, **members)
+            np.savez(file, **members)
     except OSError as error:
         raise CheckpointError(
             f"The model file {path} cannot be written: {error.strerror or error}."
