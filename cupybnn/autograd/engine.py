@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cupybnn.autograd.context import Context
-from cupybnn.autograd.state import state
+from cupybnn.autograd.state import checking
 from cupybnn.autograd.storage import module_of
 from cupybnn.backends.devices import device_of
 from cupybnn.errors import GraphError
@@ -117,8 +117,9 @@ def _step(node: Context, grad: Any, pending: dict[Context, tuple[Any, bool]]) ->
                 f"{edge.shape} and dtype {edge.dtype}; it returned "
                 + ("None." if got is None else f"shape {got.shape} and dtype {got.dtype}.")
             )
-        if state.check is not None:
-            state.check(node.function.name, got, f"gradient of {_operand(edge, i)}", node.place)
+        check = checking.get()
+        if check is not None:
+            check(node.function.name, got, f"gradient of {_operand(edge, i)}", node.place)
         if not isinstance(edge, Context):
             _add_to_leaf(edge, got, adopt=unshared)
         elif edge not in pending:
