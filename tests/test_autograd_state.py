@@ -1,4 +1,4 @@
-"""Settings of the engine as context managers and decorators: what they hold for, and for how long."""
+"""Settings of the engine as context managers and decorators: for what code each holds."""
 
 from __future__ import annotations
 

@@ -21,6 +21,11 @@ __all__ = ["backward"]
 
 def backward(root: Tensor, gradient: Any, retain_graph: bool) -> None:
     """Add the gradients of `root` to the leaves of its graph; see `Tensor.backward`."""
+    with np.errstate(all="ignore"):  # as in the forward pass: see `cupybnn.autograd.function`
+        _backward(root, gradient, retain_graph)
+
+
+def _backward(root: Tensor, gradient: Any, retain_graph: bool) -> None:
     if not root.requires_grad:
         raise GraphError(
             f"backward() needs a tensor that depends on one with requires_grad=True; this one, of "
@@ -62,6 +67,8 @@ def _start(root: Tensor, gradient: Any) -> Any:
             f"The 'gradient' of backward() must be a {xp.__name__} array like the tensor's; got "
             f"{type(gradient).__name__}."
         )
+    if not gradient.dtype.isnative:
+        gradient = gradient.astype(gradient.dtype.newbyteorder("="))
     if gradient.shape != root.shape or gradient.dtype != root.dtype:
         raise ValueError(
             f"The 'gradient' of backward() must have the tensor's shape {root.shape} and dtype "

@@ -90,14 +90,17 @@ def _apply(function: type[Function], operands: tuple[Any, ...], params: dict[str
     ctx = Context(function, xp, needs if recorded else (False,) * len(needs))
     try:
         if xp is np:
-            array = function.forward(ctx, *arrays, **params)
+            # Numbers behave as IEEE 754 says, on both backends, whatever the caller has NumPy do
+            # about overflow and the like; `debug.check_finite` finds where a NaN began.
+            with np.errstate(all="ignore"):
+                array = function.forward(ctx, *arrays, **params)
         else:
             ctx.device = tensors[0]._data.device
             with ctx.device:
                 array = function.forward(ctx, *arrays, **params)
     except (ValueError, TypeError, IndexError) as error:
         raise _explained(error, function, operands) from error
-    if isinstance(array, np.generic):
+    if xp is np and not isinstance(array, np.ndarray):
         array = np.asarray(array)  # a reduction to one number gives a NumPy scalar
     check = checking.get()
     if check is not None:

@@ -116,7 +116,7 @@ def _decorated(setting: type[Setting], function: Any) -> Any:
 
 def _is(kind: Callable[[Any], bool], function: Any) -> bool:
     """Whether a function, or an object that is called like one, is of this kind."""
-    return kind(function) or kind(getattr(type(function), "__call__", None))
+    return kind(function) or kind(type(function).__call__)
 
 
 def _held(setting: type[Setting], inner: Any) -> Generator[Any, Any, Any]:
