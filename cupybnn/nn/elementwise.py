@@ -55,10 +55,10 @@ class Tanh(Module):
 
 
 class Sigmoid(Module):
-    """``1 / (1 + exp(-x))``, computed as ``(1 + tanh(x / 2)) / 2``, which cannot overflow."""
+    """``1 / (1 + exp(-x))``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.tanh(x * 0.5) * 0.5 + 0.5
+        return ops.sigmoid(x)
 
 
 class Scale(Module):

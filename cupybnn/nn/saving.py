@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cupybnn.backends.interop import bfloat16_dtype
 from cupybnn.errors import CheckpointError
 from cupybnn.files import atomic_write, read_npz
 from cupybnn.nn.module import Module
@@ -38,7 +37,7 @@ def save(model: Module, path: str | os.PathLike[str]) -> None:
     Raises
     ------
     TypeError
-        If `model` is no `Module`.
+        If `model` is no `Module`, or a buffer is of a dtype that .npz files do not know.
     CheckpointError
         If the file cannot be written; what was there before is untouched.
 
@@ -60,12 +59,18 @@ def save(model: Module, path: str | os.PathLike[str]) -> None:
     _check_model("save", model)
     path = Path(path).expanduser()
     state = model.state_dict()
+    for name, array in state.items():
+        if array.dtype.kind not in "biuf":
+            raise TypeError(
+                f"The arrays of a model file must be numbers of NumPy's own dtypes; {name!r} is "
+                f"{array.dtype}. Keep it in float32."
+            )
     header = {
         "format": _FORMAT,
         "version": _VERSION,
         "arrays": {name: [array.dtype.name, list(array.shape)] for name, array in state.items()},
     }
-    members: dict[str, Any] = {_PREFIX + name: _storable(a) for name, a in state.items()}
+    members: dict[str, Any] = {_PREFIX + name: array for name, array in state.items()}
     members[_HEADER] = np.array(json.dumps(header))
     try:
         with atomic_write(path) as file:
@@ -142,20 +147,9 @@ def _check_model(function: str, model: Any) -> None:
         )
 
 
-def _storable(array: np.ndarray) -> np.ndarray:
-    """Return an array of a dtype that .npy files know: for bfloat16, its bits."""
-    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
-
-
 def _restored(name: str, array: np.ndarray | None, dtype: str, shape: list[int]) -> np.ndarray:
     if array is None:
         raise ValueError(f"the array {name!r} is missing")
-    if dtype == "bfloat16":
-        bfloat16 = bfloat16_dtype()
-        if bfloat16 is None:
-            raise ValueError(f"the array {name!r} is bfloat16, which needs the package ml_dtypes")
-        if array.dtype == np.uint16:
-            array = array.view(bfloat16)
     if array.dtype.name != dtype or list(array.shape) != shape:
         raise ValueError(
             f"the array {name!r} must be {tuple(shape)} {dtype} according to the header, is "

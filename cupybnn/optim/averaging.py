@@ -20,7 +20,7 @@ class WeightAverage:
     """A running average of parameters: exponential, or of equal weights.
 
     Of binary weights the latent ones are averaged. The statistics of batch norm do not belong to
-    the averaged weights: see `cupybnn.nn.refresh_statistics`. Averages of float16 and bfloat16
+    the averaged weights: see `cupybnn.nn.refresh_statistics`. Averages of float16
     parameters are kept in float32.
 
     Parameters

@@ -39,8 +39,8 @@ class Block:
     lr : float
         The learning rate, with schedule and scale.
     weight : ndarray, shape (n,)
-        To be changed in place. As all arrays here, of at least float32: of a parameter of 16 bits
-        a copy, which is rounded after the update.
+        To be changed in place. As all arrays here, of at least float32: of a float16 parameter a
+        copy, which is rounded after the update.
     grad : ndarray, shape (n,)
         The gradient, not to be changed.
     slots : list of ndarray, shape (n,)
@@ -95,7 +95,7 @@ class Optimizer:
     Notes
     -----
     A parameter that has a ``limit`` is clipped to it here, after its update. Arrays kept for a
-    parameter of float16 or bfloat16 are float32, and its update is computed in float32.
+    float16 parameter are float32, and its update is computed in float32.
 
     A subclass defines `update`, names the arrays that it keeps in `slots` and what its options must
     be in `rules`.
