@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 
@@ -135,6 +136,46 @@ class TestLayers:
         single = layer(x[:1])
         np.testing.assert_array_equal(host(layer.mean), before)
         np.testing.assert_allclose(host(layer(x).data)[:1], host(single.data), rtol=1e-6)
+
+    def test_batch_norm_of_large_float16(self, xp):
+        layer = nn.BatchNorm(2, decay=0.5, dtype="float16").to(device_name(xp))
+        values = np.float16([[6e4, 1], [-6e4, 3], [6e4, 5], [5e4, -7]])
+        x = Tensor(xp.asarray(values), requires_grad=True)
+        y = layer(x)
+        y.sum().backward()
+        wide = values.astype("f8")
+        assert layer.variance.dtype == layer.mean.dtype == np.float32
+        np.testing.assert_allclose(host(layer.mean), wide.mean(0) / 2, rtol=1e-6)
+        np.testing.assert_allclose(host(layer.variance), (1 + wide.var(0)) / 2, rtol=1e-6)
+        expected = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-4)
+        np.testing.assert_allclose(host(y.data), expected, rtol=1e-3, atol=1e-3)
+        layer.eval()
+        expected = (wide - host(layer.mean)) / np.sqrt(host(layer.variance) + 1e-4)
+        got = layer(x)
+        np.testing.assert_allclose(host(got.data), expected, rtol=1e-3, atol=1e-3)
+        assert y.dtype == got.dtype == layer.gamma.grad.dtype == np.float16
+
+    def test_float16_network_trains(self, xp):
+        net = nn.Sequential(
+            nn.Linear(6, 8, bias=True, rng=0, dtype="float16"),
+            nn.BatchNorm(8, dtype="float16"),
+            nn.Sign(),
+            nn.BinaryLinear(8, 3, rng=0, dtype="float16"),
+            nn.Scale(0.5, "float16"),
+        ).to(device_name(xp))
+        optimizer = optim.Adam(net.parameters(), 0.01)
+        x, labels = batch(xp, 64)
+        x = x.astype("float16")
+        losses = []
+        for _ in range(30):
+            loss = ops.softmax_cross_entropy(net(x), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            assert math.isfinite(float(optim.clip_grad_norm(net.parameters(), 1.0)))
+            optimizer.step()
+            losses.append(loss.item())
+        assert all(np.isfinite(a).all() for a in net.state_dict().values())
+        assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
 
     def test_statistics_are_refreshed(self, xp):
         net = nn.Sequential(
