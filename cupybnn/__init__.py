@@ -14,10 +14,12 @@ from cupybnn.gemm import xnor_gemm, xnor_gemm_packed
 from cupybnn.packed import PackedMatrix, pack, sign, unpack
 
 if TYPE_CHECKING:
+    from cupybnn.autograd import Tensor
     from cupybnn.training import TrainConfig, Trainer, TrainResult, train
 
 __all__ = [
     "PackedMatrix",
+    "Tensor",
     "TrainConfig",
     "TrainResult",
     "Trainer",
@@ -35,7 +37,11 @@ _FROM_TRAINING = {"TrainConfig", "TrainResult", "Trainer", "train"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import training when it is first asked for: a product needs none of it."""
+    """Import tensors and training when they are first asked for: a product needs none of them."""
+    if name == "Tensor":
+        from cupybnn.autograd import Tensor
+
+        return Tensor
     if name in _FROM_TRAINING:
         from cupybnn import training
 

@@ -81,13 +81,15 @@ class TestTensor:
             with pytest.raises(ValueError, match=r"truth of a tensor of shape \(.*\) is ambiguous"):
                 bool(Tensor(xp.zeros(shape)))
 
-    def test_equality_is_identity(self, xp):
-        x = Tensor(xp.ones(1))
+    def test_sets_and_dicts_tell_tensors_apart(self, xp):
+        x = Tensor(xp.ones(3))
         same = x.detach()
-        assert x == x
-        assert x != same
-        assert x != 1
+        assert hash(x) != hash(same)
         assert len({x, same}) == 2
+        names = {x: "x", same: "same", 1: "one"}
+        assert (names[x], names[same], names[1]) == ("x", "same", "one")
+        assert x in names
+        assert Tensor(xp.ones(3)) not in names
 
     def test_numpy_reads_it_as_data(self):
         x = leaf(np, (2, 3), dtype="float32")
@@ -266,6 +268,111 @@ class TestBackward:
             finally:
                 gc.enable()
             assert x._storage.saves == 0
+
+
+def returning(gradients):
+    """Return a function of two operands, their sum, whose backward pass is `gradients`."""
+
+    class Given(Function):
+        @staticmethod
+        def forward(ctx, a, b):
+            return a + b
+
+        @staticmethod
+        def backward(ctx, grad):
+            return gradients(ctx.xp, grad)
+
+    return Given
+
+
+kept_by_backward = []
+
+
+def one_array_for_both(xp, grad):
+    array = grad * 2
+    return array, array
+
+
+def views_of_one_array(xp, grad):
+    array = xp.stack([grad, grad])
+    return array[0], array[0]
+
+
+def array_and_a_view_of_it(xp, grad):
+    array = grad * 2
+    return array, array[...]
+
+
+def incoming_gradient(xp, grad):
+    return grad, grad
+
+
+def arrays_that_it_keeps(xp, grad):
+    kept_by_backward[:] = grad * 2, grad * 2
+    return kept_by_backward[0], kept_by_backward[1][...]
+
+
+def base_of_a_kept_view(xp, grad):
+    a, b = grad * 2, grad * 2
+    kept_by_backward[:] = a[1:], b[1:]
+    return a, b
+
+
+class TestGradientsThatABackwardShares:
+    """Adding to one leaf's gradient changes no other array, whatever a backward returned."""
+
+    @pytest.mark.parametrize(
+        "gradients",
+        [
+            one_array_for_both,
+            views_of_one_array,
+            array_and_a_view_of_it,
+            incoming_gradient,
+            arrays_that_it_keeps,
+            base_of_a_kept_view,
+        ],
+    )
+    def test_each_leaf_has_its_own(self, xp, gradients):
+        a, b = leaf(xp), leaf(xp, seed=1)
+        first = xp.full(3, 0.5)
+        returning(gradients).apply(a, b).backward(first)
+        expected = host(b.grad).copy()
+        kept = [host(array).copy() for array in kept_by_backward]
+        (a * 7).sum().backward()
+        a.grad += 30
+        np.testing.assert_array_equal(host(b.grad), expected)
+        np.testing.assert_array_equal(host(a.grad), expected + 37)
+        np.testing.assert_array_equal(host(first), [0.5, 0.5, 0.5])
+        for array, before in zip(kept_by_backward, kept, strict=True):
+            np.testing.assert_array_equal(host(array), before)
+        kept_by_backward.clear()
+
+    @pytest.mark.parametrize("gradients", [one_array_for_both, array_and_a_view_of_it])
+    @pytest.mark.parametrize("leaf_first", [True, False])
+    @pytest.mark.parametrize("swapped", [True, False])
+    def test_a_leaf_and_a_computed_tensor(self, xp, gradients, leaf_first, swapped):
+        # Between the function's backward and that of `b * 1`, the leaf's gradient grows.
+        a, b = leaf(xp), leaf(xp, seed=1)
+        computed = a * 28 + b * 1 if swapped else b * 1 + a * 28
+        operands = (a, computed) if leaf_first else (computed, a)
+        returning(gradients).apply(*operands).sum().backward()
+        np.testing.assert_array_equal(host(a.grad), [58, 58, 58])
+        np.testing.assert_array_equal(host(b.grad), [2, 2, 2])
+
+    def test_a_new_array_is_not_copied(self, xp):
+        addresses = []
+
+        def new_arrays(xp, grad):
+            arrays = grad * 2, grad * 3
+            addresses[:] = [address(array) for array in arrays]
+            return arrays
+
+        def address(array):
+            return array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr
+
+        a, b = leaf(xp), leaf(xp, seed=1)
+        returning(new_arrays).apply(a, b).sum().backward()
+        assert [address(a.grad), address(b.grad)] == addresses
 
 
 class TestRefusals:

@@ -176,6 +176,12 @@ def test_sign(arch):
     compile_all("smxx_sign", arch, [dict(zip(names, t, strict=True)) for t in types])
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_random(arch):
+    require(arch)
+    compile_all("smxx_random", arch, [{"UNIFORM": 0}, {"UNIFORM": 1}])
+
+
 def test_every_source_is_compiled_by_a_test():
     covered = {f"{kernel}_xnor_gemm" for kernel, _ in PRODUCTS}
     # Kernels of other subjects have tests of their own beside this one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 
@@ -136,6 +137,46 @@ class TestLayers:
         np.testing.assert_array_equal(host(layer.mean), before)
         np.testing.assert_allclose(host(layer(x).data)[:1], host(single.data), rtol=1e-6)
 
+    def test_batch_norm_of_large_float16(self, xp):
+        layer = nn.BatchNorm(2, decay=0.5, dtype="float16").to(device_name(xp))
+        values = np.float16([[6e4, 1], [-6e4, 3], [6e4, 5], [5e4, -7]])
+        x = Tensor(xp.asarray(values), requires_grad=True)
+        y = layer(x)
+        y.sum().backward()
+        wide = values.astype("f8")
+        assert layer.variance.dtype == layer.mean.dtype == np.float32
+        np.testing.assert_allclose(host(layer.mean), wide.mean(0) / 2, rtol=1e-6)
+        np.testing.assert_allclose(host(layer.variance), (1 + wide.var(0)) / 2, rtol=1e-6)
+        expected = (wide - wide.mean(0)) / np.sqrt(wide.var(0) + 1e-4)
+        np.testing.assert_allclose(host(y.data), expected, rtol=1e-3, atol=1e-3)
+        layer.eval()
+        expected = (wide - host(layer.mean)) / np.sqrt(host(layer.variance) + 1e-4)
+        got = layer(x)
+        np.testing.assert_allclose(host(got.data), expected, rtol=1e-3, atol=1e-3)
+        assert y.dtype == got.dtype == layer.gamma.grad.dtype == np.float16
+
+    def test_float16_network_trains(self, xp):
+        net = nn.Sequential(
+            nn.Linear(6, 8, bias=True, rng=0, dtype="float16"),
+            nn.BatchNorm(8, dtype="float16"),
+            nn.Sign(),
+            nn.BinaryLinear(8, 3, rng=0, dtype="float16"),
+            nn.Scale(0.5, "float16"),
+        ).to(device_name(xp))
+        optimizer = optim.Adam(net.parameters(), 0.01)
+        x, labels = batch(xp, 64)
+        x = x.astype("float16")
+        losses = []
+        for _ in range(30):
+            loss = ops.softmax_cross_entropy(net(x), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            assert math.isfinite(float(optim.clip_grad_norm(net.parameters(), 1.0)))
+            optimizer.step()
+            losses.append(loss.item())
+        assert all(np.isfinite(a).all() for a in net.state_dict().values())
+        assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
+
     def test_statistics_are_refreshed(self, xp):
         net = nn.Sequential(
             nn.Dropout(0.5, rng=0), nn.Linear(6, 4, rng=0), nn.BatchNorm(4, decay=0.5)
@@ -188,7 +229,7 @@ class TestLayers:
         assert len(net) == 3
         assert isinstance(net[1], nn.Sign)
         assert [name for name, _ in net.named_modules()] == ["", "0", "1", "last"]
-        with pytest.raises(TypeError, match="takes modules; got function for 0"):
+        with pytest.raises(TypeError, match="takes modules; got function for '0'"):
             nn.Sequential(ops.relu)
 
     def test_progress_reaches_the_quantizers(self):
@@ -209,6 +250,20 @@ class TestModule:
         net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         net[1].weight = net[0].weight
         assert len(list(net.parameters())) == 1
+
+    def test_shared_module_is_listed_once(self):
+        norm = nn.BatchNorm(2)
+        net = nn.Sequential(norm, nn.Linear(2, 2, rng=0), norm)
+        assert [name for name, _ in net.named_modules()] == ["", "0", "1"]
+        assert [name for name, _ in net.named_parameters()] == ["0.gamma", "0.beta", "1.weight"]
+        assert set(net.state_dict()) == {"0.gamma", "0.beta", "0.mean", "0.variance", "1.weight"}
+        assert [row.name for row in net.summary().rows] == ["0", "1"]
+
+    def test_modules_that_refer_to_each_other(self):
+        net = nn.Sequential(nn.Linear(2, 2, rng=0))
+        net[0].parent = net
+        assert len(list(net.parameters())) == len(list(net[0].parameters())) == 1
+        assert "..." in repr(net)
 
     def test_train_and_eval_reach_everything(self):
         net = small_net()
@@ -237,17 +292,27 @@ class TestModule:
         net = small_net()
         before = {k: v.tobytes() for k, v in net.state_dict().items()}
         state = {k: v + 1 for k, v in net.state_dict().items()}
-        del state["fc1.weight"]
+        del state["fc3.weight"]
+        state["fc1.weight"] = np.zeros((6, 8), bool)
+        state["fc2.bias"] = np.zeros(5, "complex64")
+        state["fc2.weight"] = np.zeros((8, 5), object)
+        state["bn2.mean"] = np.full(5, 1e300)
+        state["drop.random_state"] = np.array([-1, -1])
         state["fc9.weight"] = np.zeros(3)
         state["fc3.bias"] = np.zeros(4, "float32")
         state["bn1.mean"] = np.zeros(8, int)
         with pytest.raises(ValueError, match="does not fit this Sequential") as caught:
             net.load_state_dict(state)
         for line in (
-            "missing: fc1.weight",
+            "missing: fc3.weight",
             "unknown: fc9.weight",
             "fc3.bias: must be (3,) float32, is (4,) float32",
             "bn1.mean: must be (8,) float32, is (8,) int64",
+            "fc2.bias: must be (5,) float32, is (5,) complex64",
+            "fc2.weight: must be (8, 5) float32, is (8, 5) object",
+            "fc1.weight: must be (6, 8) float32, is (6, 8) bool",
+            "drop.random_state: must fit in uint64; got values from -1 to -1",
+            "bn2.mean: must fit in float32; 5 of its values overflow",
         ):
             assert line in str(caught.value)
         assert {k: v.tobytes() for k, v in net.state_dict().items()} == before
@@ -273,6 +338,15 @@ class TestModule:
         net.load_state_dict({"fc3.bias": np.float32([1, 2, 3]), "other": 7}, strict=False)
         np.testing.assert_array_equal(net.fc3.bias.data, [1, 2, 3])
 
+    def test_weights_of_another_precision_and_diverged_ones_are_loaded(self, xp):
+        layer = nn.Linear(2, 2, rng=0).to(device_name(xp))
+        layer.load_state_dict({"weight": xp.asarray([[np.nan, np.inf], [1, 2]], "float64")})
+        np.testing.assert_array_equal(host(layer.weight.data), [[np.nan, np.inf], [1, 2]])
+        assert layer.weight.dtype == np.float32
+        half = nn.Linear(2, 2, dtype="float16")
+        with pytest.raises(ValueError, match="weight: must fit in float16; 1 of its values overf"):
+            half.load_state_dict({"weight": np.float32([[1e5, 1], [1, np.inf]])})
+
     def test_loading_is_an_edit_in_place(self):
         from cupybnn.autograd import GraphError
 
@@ -297,8 +371,15 @@ class TestModule:
         assert isinstance(net.bn1.mean, np.ndarray)
 
     def test_repr_shows_the_layers(self):
-        text = repr(small_net())
-        assert "fc2: BinaryLinear(8, 5, binary input, SteSign(window=1.0))" in text
+        net = nn.Sequential(body=nn.Sequential(nn.BinaryLinear(8, 5, rng=0)), act=nn.ReLU())
+        assert repr(net).splitlines() == [
+            "Sequential(",
+            "  (body): Sequential(",
+            "    (0): BinaryLinear(8, 5, binary input, SteSign(window=1.0))",
+            "  )",
+            "  (act): ReLU()",
+            ")",
+        ]
 
     def test_non_finite_value_is_located(self):
         net = nn.Sequential(body=small_net(), head=nn.Linear(3, 2))
@@ -318,6 +399,167 @@ class TestModule:
             pytest.raises(NonFiniteError, match=r"gradient of operand 0 of \w+ in fc3"),
         ):
             (net(x) * 1e-30).sum().backward(np.float32(1e38))
+
+
+class Net(nn.Module):
+    def __init__(self, **attributes):
+        self.first = nn.Linear(2, 2, rng=0)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+class Helper:
+    """Not a module, with a module in it."""
+
+    def __init__(self, *layers):
+        self.layer = layers[0]
+        self.layers = list(layers)
+
+    def __call__(self, x):
+        return self.layer(x)
+
+
+class TestPartsThatWouldNotBeSeen:
+    @pytest.mark.parametrize(
+        ("wrap", "place", "fix"),
+        [
+            (lambda m: [m], r"layers\[0\]\) in a list", "nn.ModuleList for 'layers'"),
+            (lambda m: (1, m), r"layers\[1\]\) in a tuple", "nn.ModuleList"),
+            (lambda m: {"a": m}, r"layers\['a'\]\) in a dict", "nn.ModuleDict for 'layers'"),
+            (lambda m: {"a": [[], [m]]}, r"\['a'\]\[1\]\[0\]\) in a dict", "nn.ModuleDict"),
+            (lambda m: {m}, "in a set", "nn.ModuleList"),
+            (Helper, r"layers\.layer\) in a Helper", "nn.Module as the base class of Helper"),
+        ],
+    )
+    def test_are_refused(self, wrap, place, fix):
+        message = (
+            rf"'layers' of Net must not hold a Linear \(at .*{place}.* do not see it\. Use {fix}"
+        )
+        with pytest.raises(TypeError, match=message):
+            Net(layers=wrap(nn.Linear(2, 2, rng=0)))
+
+    def test_parameters_in_a_list(self):
+        with pytest.raises(
+            TypeError, match=r"a Parameter \(at weights\[0\]\).* of its own for each"
+        ):
+            Net(weights=[nn.Parameter(np.ones(2))])
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda net: list(net.parameters()),
+            lambda net: net.state_dict(),
+            lambda net: net.eval(),
+            lambda net: net.to("cpu"),
+            lambda net: optim.Adam(net.parameters()),
+            lambda net: nn.Sequential(net).summary(),
+        ],
+    )
+    def test_are_noticed_when_appended_later(self, use):
+        net = Net(layers=[])
+        net.layers.append(nn.Linear(2, 2, rng=0))
+        with pytest.raises(TypeError, match=r"at layers\[0\]\) in a list.* nn.ModuleList"):
+            use(net)
+        assert net.training
+
+    def test_a_list_of_parts_that_have_attributes_is_allowed(self):
+        net = Net()
+        net.layers = [net.first]
+        net.weights = {"first": net.first.weight}
+        net.optimizer = optim.Adam(net.parameters())
+        net.trainer = Helper(net)
+        assert [name for name, _ in net.named_parameters()] == ["first.weight"]
+        net.first = nn.Linear(2, 2, rng=1)
+        with pytest.raises(TypeError, match="'layers' of Net"):
+            list(net.parameters())
+
+    def test_a_function_may_refer_to_another_model(self):
+        other = nn.Linear(2, 2, rng=0)
+        assert len(list(Net(teacher=lambda: other).parameters())) == 1
+
+    def test_other_values_are_attributes_as_ever(self):
+        loop = []
+        loop.append(loop)
+        net = Net(a=[1, "x", None], b={"k": (1.0, np.ones(2))}, c=Tensor([1.0]), d=loop, e=np)
+        assert len(list(net.parameters())) == 1
+
+    def test_class_attributes_and_slots(self):
+        with pytest.raises(TypeError, match=r"class attribute 'fc' of Bad must not .*self\.fc = "):
+
+            class Bad(nn.Module):
+                fc = nn.Linear(2, 2, rng=0)
+
+        with pytest.raises(TypeError, match=r"class attribute 'fcs' of Bad .*; got a list"):
+
+            class Bad(nn.Module):
+                fcs = [nn.Linear(2, 2, rng=0)]  # noqa: RUF012
+
+        with pytest.raises(TypeError, match="Bad must not define __slots__"):
+
+            class Bad(nn.Module):
+                __slots__ = ("fc",)
+
+    @pytest.mark.parametrize(
+        "value", [np.ones((2, 2)), Tensor(np.ones((2, 2))), 1.0, [nn.Parameter(np.ones(2))]]
+    )
+    def test_a_parameter_is_not_replaced_by_something_that_does_not_learn(self, value):
+        net = Net()
+        with pytest.raises(TypeError, match=r"parameter 'weight' of Linear .*\.weight\.data = "):
+            net.first.weight = value
+        net.first.weight = nn.Parameter(np.ones((2, 2)))
+        net.first.weight = None
+        net.first.weight = nn.Parameter(np.ones((2, 2)))
+        assert len(list(net.parameters())) == 1
+
+    def test_a_module_without_forward(self):
+        with pytest.raises(NotImplementedError, match=r"Net defines no forward\(\)"):
+            Net()(Tensor([1.0]))
+
+
+class TestElementwiseLayers:
+    def test_values(self, xp):
+        x = np.array([[-2.0, -0.5, 0.0], [0.5, 2.0, 300.0]])
+        for layer, expected in (
+            (nn.Identity(), x),
+            (nn.ReLU(), np.maximum(x, 0)),
+            (nn.HardTanh(), x.clip(-1, 1)),
+            (nn.Tanh(), np.tanh(x)),
+            (nn.Sigmoid(), 1 / (1 + np.exp(-x))),
+            (nn.Scale(0.25).to(device_name(xp)), x / 4),
+        ):
+            got = host(layer(Tensor(xp.asarray(x))).data)
+            np.testing.assert_allclose(got, expected, rtol=1e-12, atol=1e-15)
+
+    def test_sigmoid_does_not_overflow(self, xp):
+        for dtype in ("float16", "float32"):
+            x = Tensor(xp.asarray([-1e4, 1e4], dtype), requires_grad=True)
+            y = nn.Sigmoid()(x)
+            y.sum().backward()
+            np.testing.assert_array_equal(host(y.data), [0, 1])
+            np.testing.assert_array_equal(host(x.grad), [0, 0])
+            assert y.dtype == dtype
+
+    @pytest.mark.parametrize(
+        ("shape", "expected"),
+        [((4, 3, 2), (4, 6)), ((4, 5), (4, 5)), ((4,), (4, 1)), ((0, 3, 2), (0, 6))],
+    )
+    def test_flatten(self, xp, shape, expected):
+        x = ops.sign(Tensor(xp.ones(shape, "float32")))
+        y = nn.Flatten()(x)
+        assert y.shape == expected
+        assert y.two_valued
+
+    def test_flatten_needs_a_batch(self):
+        with pytest.raises(ValueError, match=r"must have a batch axis; got shape \(\)"):
+            nn.Flatten()(Tensor(1.0))
+
+    def test_scale_learns(self):
+        layer = nn.Scale(0.5, "float64")
+        layer(Tensor(np.array([[1.0, 2.0]]))).sum().backward()
+        assert layer.factor.grad == [3.0]
+        for value in (np.nan, "a", None):
+            with pytest.raises(ValueError, match=r"'value' of Scale must be a finite number; got"):
+                nn.Scale(value)
 
 
 class TestSummary:
@@ -342,7 +584,9 @@ class TestSummary:
         assert summary.binary_share == 2100 / (7000 + 2100 + 300)
 
     def test_table(self):
-        text = str(small_net().summary())
+        summary = small_net().summary()
+        text = str(summary)
+        assert repr(summary) == text  # what a REPL shows
         assert "fc2    BinaryLinear  8 × 5" in text
         assert "1-bit parameters     40" in text
         assert "binary operations    38.8% of the products" in text

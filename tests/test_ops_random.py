@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from arrays import host
 
-from cupybnn.backends.random import Stream, _philox, chosen, random_words, uniform
+from cupybnn import backends
+from cupybnn.backends.devices import CPU, Device
+from cupybnn.backends.random import Stream, chosen, random_words, uniform
 
 # From the authors' known-answer file (kat_vectors of Random123): counter, key, result.
 KNOWN = [
@@ -30,11 +32,9 @@ KNOWN = [
 
 @pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
 def test_known_answers(xp, counter, key, expected):
-    words = xp.empty((1, 4), np.uint32)
-    first = np.array([counter[0] | counter[1] << 32], np.uint64)
-    draw = np.uint64(counter[2] | counter[3] << 32)
-    _philox(words, xp.asarray(first), draw, key[0] | key[1] << 32)
-    np.testing.assert_array_equal(host(words)[0], expected)
+    backend = backends.get(CPU if xp is np else Device("cuda"))
+    block, draw, seed = (low | high << 32 for low, high in (counter[:2], counter[2:], key))
+    np.testing.assert_array_equal(host(backend.random_words((4,), seed, draw, block)), expected)
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 5, 4 * 4096, 4 * 4096 + 1, 50_000])
@@ -45,11 +45,39 @@ def test_length_does_not_change_the_numbers(xp, size):
     np.testing.assert_array_equal(words, host(random_words((60_000,), 7, 11, xp))[:size])
 
 
-def test_backends_agree(xp):
-    np.testing.assert_array_equal(
-        host(random_words((10_001,), 2**63 + 5, 2**40, xp)),
-        random_words((10_001,), 2**63 + 5, 2**40, np),
-    )
+@pytest.mark.parametrize("shape", [(10_001,), (), (0, 3), (7, 5, 3), (2**20 + 3,)])
+def test_backends_agree(xp, shape):
+    seed, counter = 2**63 + 5, 2**40
+    for draw in (random_words, uniform):
+        ours, expected = draw(shape, seed, counter, xp), draw(shape, seed, counter, np)
+        assert (ours.shape, ours.dtype) == (shape, expected.dtype)
+        assert host(ours).tobytes() == expected.tobytes()
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_raises_the_counter():
+    import cupy
+
+    counter = cupy.asarray(5, np.uint64)
+    out = cupy.empty(1000, np.uint32)
+    stream, pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
+    cupy.cuda.get_current_stream().synchronize()
+
+    def step():
+        nonlocal counter
+        out[...] = random_words((1000,), 7, counter, cupy)
+        counter += 1
+
+    with stream, cupy.cuda.using_allocator(pool.malloc):
+        step()  # compiles what it needs, and leaves its memory to the pool
+        stream.synchronize()
+        stream.begin_capture()
+        step()
+        graph = stream.end_capture()
+        for number in (6, 7, 8):
+            graph.launch()
+            stream.synchronize()
+            np.testing.assert_array_equal(host(out), random_words((1000,), 7, number, np))
 
 
 def test_counter_may_be_an_array_on_the_device(xp):

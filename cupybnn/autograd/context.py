@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cupybnn.autograd.storage import Storage
+from cupybnn.autograd.precision import wide_sum
 from cupybnn.errors import GraphError
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ class Context:
     A function may set further attributes in its forward pass for its backward pass.
     """
 
+    _stamps: Any = ()  # for one that was never finished
+
     def __init__(self, function: type[Function], xp: Any, needs: tuple[bool, ...]) -> None:
         self.function = function
         self.xp = xp
@@ -46,7 +48,7 @@ class Context:
         self.place = ""
         self.freed = False
         self.retain: Tensor | None = None
-        self._stamps: list[tuple[Storage, int]] = []
+        self._stamps = []  # of (storage, its version when the array was saved)
 
     if TYPE_CHECKING:  # for the attributes that functions add
 
@@ -68,7 +70,7 @@ class Context:
         if grad.shape != shape:
             lead = grad.ndim - len(shape)
             stretched = tuple(i + lead for i, n in enumerate(shape) if n == 1)
-            grad = grad.sum(axis=(*range(lead), *stretched)).reshape(shape)
+            grad = wide_sum(grad, (*range(lead), *stretched)).reshape(shape)
         return grad if grad.dtype == edge.dtype else grad.astype(edge.dtype)
 
     def guard(self, tensors: tuple[Tensor, ...]) -> None:
@@ -110,6 +112,9 @@ class Context:
         self.saved = self.edges = ()
         self.retain = None
         self.freed = True
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise GraphError(f"The graph at {self} cannot be pickled or copied.")
 
     def __del__(self) -> None:
         for storage, _ in self._stamps:

@@ -7,16 +7,24 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
-from cupybnn.autograd.state import state
+from cupybnn.autograd.state import Setting, checking, state
 from cupybnn.autograd.storage import module_of
 from cupybnn.errors import NonFiniteError
 
 __all__ = ["check_finite", "place", "scope"]
 
 
-@contextmanager
-def check_finite() -> Iterator[None]:
-    """Context manager within which every forward value and every gradient is checked.
+def _raise_if_not_finite(op: str, array: Any, phase: str, where: str) -> None:
+    if array.dtype.kind in "biu":
+        return
+    finite = module_of(array).isfinite(array)
+    if not bool(finite.all()):
+        bad = array.size - int(finite.sum())
+        raise NonFiniteError(op, phase, where, tuple(array.shape), bad)
+
+
+class check_finite(Setting):
+    """Context manager and decorator within which every forward value and every gradient is checked.
 
     Raises
     ------
@@ -38,12 +46,9 @@ def check_finite() -> Iterator[None]:
     cupybnn.errors.NonFiniteError: 1 value(s) of the forward value of log, shape (2,), are NaN or \
 infinite.
     """
-    outer = state.check
-    state.check = _check
-    try:
-        yield
-    finally:
-        state.check = outer
+
+    variable = checking
+    value = staticmethod(_raise_if_not_finite)
 
 
 @contextmanager
@@ -62,12 +67,3 @@ def place() -> str:
     if len(modules) < 2:
         return type(modules[0]).__name__ if modules else ""
     return ".".join(outer.path_of(inner) for outer, inner in pairwise(modules))
-
-
-def _check(op: str, array: Any, phase: str, where: str) -> None:
-    if array.dtype.kind in "biu":
-        return
-    finite = module_of(array).isfinite(array)
-    if not bool(finite.all()):
-        bad = array.size - int(finite.sum())
-        raise NonFiniteError(op, phase, where, tuple(array.shape), bad)

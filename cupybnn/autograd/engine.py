@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cupybnn.autograd.context import Context
-from cupybnn.autograd.state import state
+from cupybnn.autograd.state import checking
 from cupybnn.autograd.storage import module_of
 from cupybnn.backends.devices import device_of
 from cupybnn.errors import GraphError
@@ -20,6 +21,11 @@ __all__ = ["backward"]
 
 def backward(root: Tensor, gradient: Any, retain_graph: bool) -> None:
     """Add the gradients of `root` to the leaves of its graph; see `Tensor.backward`."""
+    with np.errstate(all="ignore"):  # as in the forward pass: see `cupybnn.autograd.function`
+        _backward(root, gradient, retain_graph)
+
+
+def _backward(root: Tensor, gradient: Any, retain_graph: bool) -> None:
     if not root.requires_grad:
         raise GraphError(
             f"backward() needs a tensor that depends on one with requires_grad=True; this one, of "
@@ -61,6 +67,8 @@ def _start(root: Tensor, gradient: Any) -> Any:
             f"The 'gradient' of backward() must be a {xp.__name__} array like the tensor's; got "
             f"{type(gradient).__name__}."
         )
+    if not gradient.dtype.isnative:
+        gradient = gradient.astype(gradient.dtype.newbyteorder("="))
     if gradient.shape != root.shape or gradient.dtype != root.dtype:
         raise ValueError(
             f"The 'gradient' of backward() must have the tensor's shape {root.shape} and dtype "
@@ -95,17 +103,19 @@ def _step(node: Context, grad: Any, pending: dict[Context, tuple[Any, bool]]) ->
     """
     if node.retain is not None:
         _add_to_leaf(node.retain, grad, adopt=False)
-    grads = node.function.backward(node, grad)
-    if not isinstance(grads, tuple):
-        grads = (grads,)
+    returned = node.function.backward(node, grad)
+    grads = list(returned) if isinstance(returned, tuple) else [returned]
+    del returned  # `grads` is now the only thing here that refers to the gradients
     if len(grads) != len(node.edges):
         raise GraphError(
             f"The backward of {node} must return {len(node.edges)} gradient(s), one for each "
             f"operand; it returned {len(grads)}."
         )
-    for i, (edge, got) in enumerate(zip(node.edges, grads, strict=True)):
+    for i, edge in enumerate(node.edges):
         if edge is None:
             continue
+        unshared = _unshared(grads, i)
+        got = grads[i]
         if node.xp is np and type(got) is not np.ndarray and got is not None:
             got = np.asarray(got)  # NumPy turns results without dimensions into scalars
         if got is None or got.shape != edge.shape or got.dtype != edge.dtype:
@@ -114,11 +124,11 @@ def _step(node: Context, grad: Any, pending: dict[Context, tuple[Any, bool]]) ->
                 f"{edge.shape} and dtype {edge.dtype}; it returned "
                 + ("None." if got is None else f"shape {got.shape} and dtype {got.dtype}.")
             )
-        if state.check is not None:
-            state.check(node.function.name, got, f"gradient of {_operand(edge, i)}", node.place)
+        check = checking.get()
+        if check is not None:
+            check(node.function.name, got, f"gradient of {_operand(edge, i)}", node.place)
         if not isinstance(edge, Context):
-            shared = (grad, *node.saved, *grads[:i])
-            _add_to_leaf(edge, got, adopt=all(got is not other for other in shared))
+            _add_to_leaf(edge, got, adopt=unshared)
         elif edge not in pending:
             pending[edge] = (got, False)
         else:
@@ -130,10 +140,28 @@ def _step(node: Context, grad: Any, pending: dict[Context, tuple[Any, bool]]) ->
             pending[edge] = (so_far, True)
 
 
+def _references(arrays: list[Any], i: int) -> int:
+    return sys.getrefcount(arrays[i])
+
+
+# How often an object in a list is referred to when nothing else holds it; that depends on the
+# interpreter's version, so it is measured.
+_ONLY_THE_LIST = _references([object()], 0)
+
+
+def _unshared(grads: list[Any], i: int) -> bool:
+    """Whether `grads` alone refers to its gradient `i`, and to that gradient's memory.
+
+    A backward function may return one array for two operands, views of one array, the incoming
+    gradient, or an array that it keeps. Whoever holds the array, or a view of it, refers to it.
+    """
+    return _references(grads, i) <= _ONLY_THE_LIST and getattr(grads[i], "base", None) is None
+
+
 def _add_to_leaf(leaf: Tensor, grad: Any, adopt: bool) -> None:
-    """Add `grad` to a leaf's gradient; `adopt` says that nobody else holds this array."""
+    """Add `grad` to a leaf's gradient; `adopt` says that nobody else holds this memory."""
     if leaf.grad is None:
-        leaf.grad = grad if adopt and grad.base is None else grad.copy()
+        leaf.grad = grad if adopt else grad.copy()
     else:
         leaf.grad += grad
 

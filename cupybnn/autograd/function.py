@@ -9,7 +9,7 @@ import numpy as np
 
 from cupybnn.autograd.context import Context
 from cupybnn.autograd.debug import place
-from cupybnn.autograd.state import state
+from cupybnn.autograd.state import checking, recording
 from cupybnn.autograd.storage import Storage, module_of, same_memory
 from cupybnn.autograd.tensor import Tensor, as_operand
 
@@ -86,25 +86,28 @@ def _apply(function: type[Function], operands: tuple[Any, ...], params: dict[str
     arrays = [x._data if isinstance(x, Tensor) else x for x in operands]
     xp = _common_module(function, tensors)
     needs = tuple([isinstance(x, Tensor) and x.requires_grad for x in operands])
-    recording = state.recording and any(needs)
-    ctx = Context(function, xp, needs if recording else (False,) * len(needs))
+    recorded = recording.get() and any(needs)
+    ctx = Context(function, xp, needs if recorded else (False,) * len(needs))
     try:
         if xp is np:
-            array = function.forward(ctx, *arrays, **params)
+            # Numbers behave as IEEE 754 says, on both backends, whatever the caller has NumPy do
+            # about overflow and the like; `debug.check_finite` finds where a NaN began.
+            with np.errstate(all="ignore"):
+                array = function.forward(ctx, *arrays, **params)
         else:
             ctx.device = tensors[0]._data.device
             with ctx.device:
                 array = function.forward(ctx, *arrays, **params)
     except (ValueError, TypeError, IndexError) as error:
         raise _explained(error, function, operands) from error
-    if isinstance(array, np.generic):
+    if xp is np and not isinstance(array, np.ndarray):
         array = np.asarray(array)  # a reduction to one number gives a NumPy scalar
-    check = state.check
+    check = checking.get()
     if check is not None:
         ctx.place = place()
         check(function.name, array, "forward value", ctx.place)
-    result = Tensor._of(array, _shared_storage(array, tensors), ctx if recording else None)
-    if recording:
+    result = Tensor._of(array, _shared_storage(array, tensors), ctx if recorded else None)
+    if recorded:
         ctx.shape = array.shape
         ctx.dtype = array.dtype
         ctx.edges = tuple(

@@ -1,9 +1,17 @@
-"""Operators and methods of tensors, each an operation of `cupybnn.ops`."""
+"""Operators and methods of tensors, each an operation of `cupybnn.ops`.
+
+The operations build on this package, and ``x + y`` needs them: the one import here that runs
+upwards. It happens when an operator is first used, so that neither package needs the other in order
+to be imported, and each operation stays in one place.
+"""
 
 from __future__ import annotations
 
+import numbers
 import sys
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from cupybnn.autograd.tensor import Tensor
@@ -12,8 +20,16 @@ if TYPE_CHECKING:
 __all__ = ["Operators"]
 
 
+def _comparable(other: Any) -> bool:
+    """Whether == with `other` compares values; None, a string and the like differ from any tensor.
+
+    A list is not such: `cupybnn.ops.equal` refuses it, as all operations do.
+    """
+    return isinstance(other, list | tuple | numbers.Real | np.generic) or hasattr(other, "shape")
+
+
 def _ops() -> Any:
-    """Return `cupybnn.ops`; it builds on this package, so it is imported at the first use."""
+    """Return `cupybnn.ops`, imported at the first use."""
     ops = sys.modules.get("cupybnn.ops")
     if ops is None:
         import cupybnn.ops as ops
@@ -66,6 +82,27 @@ class Operators:
     def __abs__(self) -> Tensor:
         return _ops().absolute(self)
 
+    # A class that defines __eq__ has no hash unless it says which: that of identity.
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: Any) -> Any:
+        return _ops().equal(self, other) if _comparable(other) else NotImplemented
+
+    def __ne__(self, other: Any) -> Any:
+        return _ops().not_equal(self, other) if _comparable(other) else NotImplemented
+
+    def __lt__(self, other: Any) -> Any:
+        return _ops().less(self, other)
+
+    def __le__(self, other: Any) -> Any:
+        return _ops().less_equal(self, other)
+
+    def __gt__(self, other: Any) -> Any:
+        return _ops().greater(self, other)
+
+    def __ge__(self, other: Any) -> Any:
+        return _ops().greater_equal(self, other)
+
     def __getitem__(self, key: Any) -> Tensor:
         return _ops().index(self, key)
 
@@ -97,6 +134,30 @@ class Operators:
         """Return the elements limited to [low, high]."""
         return _ops().clip(self, low, high)
 
+    def sigmoid(self) -> Tensor:
+        """Return ``1 / (1 + exp(-x))`` of each element."""
+        return _ops().sigmoid(self)
+
+    def softmax(self, axis: int = -1) -> Tensor:
+        """Return the softmax along `axis`."""
+        return _ops().softmax(self, axis)
+
+    def log_softmax(self, axis: int = -1) -> Tensor:
+        """Return the logarithm of the softmax along `axis`."""
+        return _ops().log_softmax(self, axis)
+
+    def argmax(self, axis: int | None = None) -> Any:
+        """Return the index of the greatest element along `axis`, as a plain array."""
+        return _ops().argmax(self, axis)
+
+    def argmin(self, axis: int | None = None) -> Any:
+        """Return the index of the least element along `axis`, as a plain array."""
+        return _ops().argmin(self, axis)
+
+    def astype(self, dtype: Any) -> Tensor:
+        """Return the tensor in another dtype; itself if it has that one."""
+        return _ops().astype(self, dtype)
+
     def sum(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
         """Return the sum over `axis` (all axes by default)."""
         return _ops().sum(self, axis, keepdims)
@@ -117,9 +178,12 @@ class Operators:
         """Return the elements in another shape: ``t.reshape(2, -1)`` or ``t.reshape((2, -1))``."""
         return _ops().reshape(self, *shape)
 
-    def transpose(self, *axes: int) -> Tensor:
-        """Return the tensor with its axes in the given order, reversed by default."""
-        return _ops().transpose(self, axes or None)
+    def transpose(self, *axes: Any) -> Tensor:
+        """Return the tensor with its axes in the given order, reversed by default.
+
+        ``t.transpose(1, 0)``, ``t.transpose((1, 0))``, or ``t.transpose()``.
+        """
+        return _ops().transpose(self, axes[0] if len(axes) == 1 else axes or None)
 
     def to(self, device: str | Device) -> Tensor:
         """Return the tensor on `device` ("cpu", "cuda", "cuda:1"); itself if it is there."""

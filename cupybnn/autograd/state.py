@@ -1,31 +1,149 @@
-"""What the engine is doing at present in this thread: recording a graph, checking values."""
+"""What the engine is doing at present: recording a graph, checking values."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
-from collections.abc import Callable
-from contextlib import ContextDecorator
-from typing import Any
+import types
+from collections.abc import Callable, Generator
+from contextvars import ContextVar
+from typing import Any, ClassVar
 
-__all__ = ["is_grad_enabled", "no_grad", "state"]
+__all__ = ["Setting", "checking", "is_grad_enabled", "no_grad", "recording", "state"]
+
+# Context variables belong to one thread and, in asyncio, to one task.
+recording: ContextVar[bool] = ContextVar("cupybnn_recording", default=True)
+checking: ContextVar[Callable[[str, Any, str, str], None] | None] = ContextVar(
+    "cupybnn_check", default=None
+)
 
 
 class _State(threading.local):
-    """Settings of one thread."""
+    """What one thread is computing."""
 
     def __init__(self) -> None:
-        self.recording = True
-        # Called with (op, array, phase, place) for every forward value and gradient when set.
-        self.check: Callable[[str, Any, str, str], None] | None = None
         # The modules that are being computed, outermost first; kept only while values are checked.
         self.scopes: list[Any] = []
+
+    @property
+    def check(self) -> Callable[[str, Any, str, str], None] | None:
+        """Called with (op, array, phase, place) for every forward value and gradient when set."""
+        return checking.get()
 
 
 state = _State()
 
 
-class no_grad(ContextDecorator):
+class Setting:
+    """Base class of context managers and decorators that change the engine's state.
+
+    As a decorator it holds while the function's own code runs: in a generator, coroutine or
+    asynchronous generator it ends at every ``yield`` and ``await``, where other code runs, and
+    holds again when the function is resumed.
+    """
+
+    variable: ClassVar[ContextVar[Any]]
+    value: ClassVar[Any]
+
+    def __new__(cls, function: Any = None) -> Any:
+        new = super().__new__(cls)
+        return new if function is None else new(function)  # `@no_grad`, without parentheses
+
+    def __init__(self) -> None:
+        # An instance may be entered again before it is left, by other threads too.
+        self._outer = threading.local()
+
+    def __enter__(self) -> Any:
+        outer = self._outer.__dict__.setdefault("values", [])
+        outer.append(self.variable.get())
+        self.variable.set(self.value)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.variable.set(self._outer.values.pop())
+
+    def __call__(self, function: Any) -> Any:
+        name = type(self).__name__
+        if not callable(function) or isinstance(function, type):
+            raise TypeError(
+                f"{name}() decorates functions; got {function!r}. Decorate the methods of a "
+                f"class, and write @{name}() below @classmethod, @staticmethod or @property."
+            )
+        return _decorated(type(self), function)
+
+
+def _decorated(setting: type[Setting], function: Any) -> Any:
+    """Return `function` so that `setting` holds while its code runs, of the same kind as it is."""
+    await_held = types.coroutine(_held)
+
+    if _is(inspect.isasyncgenfunction, function):
+
+        async def wrapper(*args: Any, **kwargs: Any) -> Any:
+            inner = function(*args, **kwargs)
+            step = inner.asend(None)
+            while True:
+                try:
+                    result = await await_held(setting, step)
+                except StopAsyncIteration:
+                    return
+                try:
+                    step = inner.asend((yield result))
+                except GeneratorExit:
+                    await await_held(setting, inner.aclose())
+                    raise
+                except BaseException as error:
+                    step = inner.athrow(error)
+
+    elif _is(inspect.iscoroutinefunction, function):
+
+        async def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return await await_held(setting, function(*args, **kwargs))
+
+    elif _is(inspect.isgeneratorfunction, function):
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return (yield from _held(setting, function(*args, **kwargs)))
+
+    else:
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            with setting():
+                return function(*args, **kwargs)
+
+    return functools.update_wrapper(wrapper, function)
+
+
+def _is(kind: Callable[[Any], bool], function: Any) -> bool:
+    """Whether a function, or an object that is called like one, is of this kind."""
+    return kind(function) or kind(type(function).__call__)
+
+
+def _held(setting: type[Setting], inner: Any) -> Generator[Any, Any, Any]:
+    """Run `inner`, anything with send, throw and close, with `setting` while its code runs."""
+    resume, argument = inner.send, None
+    while True:
+        try:
+            with setting():
+                result = resume(argument)
+        except StopIteration as stop:
+            return stop.value
+        try:
+            resume, argument = inner.send, (yield result)
+        except GeneratorExit:
+            with setting():
+                inner.close()
+            raise
+        except BaseException as error:
+            resume, argument = inner.throw, error
+
+
+class no_grad(Setting):
     """Context manager and decorator within which operations record no graph.
+
+    It holds for the thread, or the asynchronous task, that enters it, and for the tasks that this
+    starts meanwhile. A decorated generator or
+    coroutine computes without recording; the code between its steps is not affected.
 
     Examples
     --------
@@ -36,20 +154,18 @@ class no_grad(ContextDecorator):
     ...     y = x * 2
     >>> y.requires_grad
     False
+    >>> @no_grad()
+    ... def doubled(tensors):
+    ...     for tensor in tensors:
+    ...         yield tensor * 2
+    >>> [y.requires_grad for y in doubled([x])]
+    [False]
     """
 
-    def __init__(self) -> None:
-        self._outer: list[bool] = []
-
-    def __enter__(self) -> no_grad:
-        self._outer.append(state.recording)
-        state.recording = False
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        state.recording = self._outer.pop()
+    variable = recording
+    value = False
 
 
 def is_grad_enabled() -> bool:
     """Whether operations on tensors that require gradients are recorded."""
-    return state.recording
+    return recording.get()

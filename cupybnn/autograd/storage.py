@@ -46,8 +46,22 @@ def same_memory(a: Any, b: Any) -> bool:
 
 
 def _bits(array: Any) -> Any:
-    """View `array` as unsigned integers, so that NaNs compare equal and -0.0 differs from 0.0."""
-    return array.view(f"u{array.dtype.itemsize}")
+    """View `array` as unsigned integers, so that NaNs compare equal and -0.0 differs from 0.0.
+
+    A longdouble is returned as it is: there is no integer of its size, and some of its bytes are
+    padding.
+    """
+    size = array.dtype.itemsize
+    return array.view(f"u{size}") if size <= 8 else array
+
+
+def _all_same(a: Any, b: Any) -> bool:
+    """Whether two arrays hold the same numbers, bit for bit."""
+    a, b = _bits(a), _bits(b)
+    same = a == b
+    if a.dtype.kind == "f":
+        same = (same & (np.signbit(a) == np.signbit(b))) | (np.isnan(a) & np.isnan(b))
+    return bool(same.all())
 
 
 class _Owner:
@@ -100,6 +114,9 @@ class Storage:
         self._copy: Any = None
         self._loans: list[weakref.ref] = []
 
+    def __reduce__(self) -> Any:
+        return _owned, (self.array,)  # loans are not taken along
+
     def touch(self) -> None:
         """Note that the contents are being changed."""
         self._version += 1
@@ -135,4 +152,11 @@ class Storage:
 
     def _differs(self) -> bool:
         with device_of(self.array).scope():
-            return not bool((_bits(self.array) == _bits(self._copy)).all())
+            return not _all_same(self.array, self._copy)
+
+
+def _owned(array: Any) -> Storage:
+    """Return the storage of an array that was unpickled, which may be a view of a buffer."""
+    if isinstance(array, np.ndarray) and not (array.flags.owndata and array.flags.writeable):
+        array = array.copy()
+    return Storage(array)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import numpy as np
 
 from cupybnn.autograd.context import Context
+from cupybnn.autograd.convert import as_number, index_key, new_array
 from cupybnn.autograd.engine import backward
 from cupybnn.autograd.operators import Operators
+from cupybnn.autograd.protocols import Protocols
 from cupybnn.autograd.storage import Storage, module_of, same_memory
 from cupybnn.backends.devices import Device, device_of, is_cupy, to_device
 from cupybnn.errors import GraphError
@@ -17,14 +18,15 @@ from cupybnn.errors import GraphError
 __all__ = ["Tensor", "as_operand"]
 
 
-class Tensor(Operators):
+class Tensor(Operators, Protocols):
     """A NumPy or CuPy array with a gradient.
 
     Parameters
     ----------
     data : array_like, number or Tensor
         Copied, so that later edits of the caller's array cannot reach a recorded graph. Python
-        numbers and lists of floats become float32; arrays keep their dtype.
+        numbers and lists of floats become float32; arrays keep their dtype, in the machine's byte
+        order. bfloat16 becomes float32, which holds all its values.
     requires_grad : bool
         Whether `backward` is to compute this tensor's gradient. Needs a floating dtype.
     name : str, optional
@@ -40,9 +42,12 @@ class Tensor(Operators):
 
     Notes
     -----
-    ``==`` is identity, so that tensors can be told apart in sets and dicts; compare values by
-    ``a.data == b.data``. `numpy.asarray` gives ``data`` itself, outside of the graph, and refuses
-    tensors on a GPU.
+    ``==``, ``<`` and the like compare element by element and give plain boolean arrays. As keys of
+    dicts and in sets, tensors are told apart by identity; ``tensor in list`` compares values, so
+    look for a tensor by ``any(tensor is other for other in list)``. `numpy.asarray` gives ``data``
+    itself, outside of the graph, and refuses tensors on a GPU.
+
+    A leaf can be pickled and deep-copied; a computed tensor, which its graph belongs to, cannot.
 
     Examples
     --------
@@ -214,16 +219,6 @@ class Tensor(Operators):
         tensor.two_valued = self.two_valued
         return tensor
 
-    def numpy(self) -> np.ndarray:
-        """Return the values as a NumPy array: on the CPU `data` itself, else a copy."""
-        return self._data.get() if is_cupy(self._data) else self.data
-
-    def item(self) -> float | int | bool:
-        """Return the value of a tensor of one element as a Python number."""
-        if self.size != 1:
-            raise ValueError(f"item() needs a tensor of one element; this one is {self.shape}.")
-        return self._data.item()
-
     def move(self, device: Device) -> None:
         """Move a leaf, and its gradient, to `device`, in place; `to` gives a new tensor."""
         array = to_device(self._data, device)
@@ -241,31 +236,33 @@ class Tensor(Operators):
                 "An element of a computed tensor cannot be assigned: its graph would not know. "
                 "Assign to a leaf, or to .detach()."
             )
+        key = index_key(key, module_of(self._data))
         self.write()[key] = value._data if isinstance(value, Tensor) else value
 
-    def __len__(self) -> int:
-        return len(self._data)
+    def __copy__(self) -> Tensor:
+        """Return a tensor on the same memory and in the same graph."""
+        twin = type(self).__new__(type(self))
+        for name in _slots(type(self)):
+            if hasattr(self, name):
+                setattr(twin, name, getattr(self, name))
+        twin._memory = self._storage
+        twin.grad = None if self.grad is None else self.grad.copy()
+        getattr(twin, "__dict__", {}).update(getattr(self, "__dict__", {}))
+        return twin
 
-    def __bool__(self) -> bool:
-        if self.size != 1:
-            raise ValueError(
-                f"The truth of a tensor of shape {self.shape} is ambiguous: only one element has "
-                f"one. Reduce the data: t.data.any(), t.data.all(), len(t) > 0."
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self._node is not None:
+            raise GraphError(
+                f"A computed tensor (shape {self.shape}, made by {self._node.function.name}) "
+                f"cannot be pickled or deep-copied, because its graph cannot: take t.detach()."
             )
-        return bool(self.item())
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        # For numpy.asarray and the like. Arithmetic with an array stays the tensor's: see
-        # `Operators.__array_ufunc__`.
-        if is_cupy(self._data):
-            raise TypeError(
-                f"A tensor on {self.device} is not turned into a NumPy array unasked: take "
-                f".numpy() for a copy on the host, or .data for the CuPy array."
-            )
-        return np.array(self.data, dtype=dtype, copy=copy)
-
-    def __float__(self) -> float:
-        return float(self.item())
+        storage = self._storage
+        if self._data is not storage.array:  # a view: what it is a view of stays behind
+            storage = Storage(self._data.copy())
+        facts = storage, self.requires_grad, self.name, self.grad, self.two_valued
+        of_subclass = _slots(type(self))[len(_slots(Tensor)) :]
+        slots = {name: getattr(self, name) for name in of_subclass if hasattr(self, name)}
+        return _restored, (type(self), *facts), (getattr(self, "__dict__", None), slots)
 
     def __repr__(self) -> str:
         words = [str(self._data)]
@@ -282,36 +279,44 @@ class Tensor(Operators):
         return f"{type(self).__name__}({', '.join(words)})"
 
 
+def _slots(kind: type[Tensor]) -> list[str]:
+    """Return the names of a class's slots, those of `Tensor` first."""
+    found = [name for base in reversed(kind.__mro__) for name in vars(base).get("__slots__", ())]
+    return [name for name in found if name not in ("__weakref__", "__dict__")]
+
+
+def _restored(
+    kind: type[Tensor],
+    storage: Storage,
+    requires_grad: bool,
+    name: str | None,
+    grad: Any,
+    two_valued: bool,
+) -> Tensor:
+    """Make a leaf anew from what `Tensor.__reduce_ex__` kept of it."""
+    tensor = kind.__new__(kind)
+    tensor._data = storage.array
+    tensor._memory = storage
+    tensor._node = None
+    tensor.grad = grad
+    tensor.name = name
+    tensor.requires_grad = requires_grad
+    tensor.two_valued = two_valued
+    return tensor
+
+
 def _as_array(data: Any) -> Any:
-    """Return a new, contiguous NumPy or CuPy array of `data`; Python floats give float32."""
-    if isinstance(data, Tensor):
-        return data._data.copy()
-    if isinstance(data, np.ma.MaskedArray):
-        raise TypeError("The 'data' of a tensor must not be a masked array: fill it first.")
-    if is_cupy(data):
-        with data.device:
-            array = data.copy(order="C")
-    else:
-        array = np.array(data, order="C")
-        if not hasattr(data, "dtype") and array.dtype == np.float64:
-            array = array.astype(np.float32)
-    if array.dtype.kind in "cOSUmM":
-        raise TypeError(
-            f"The 'data' of a tensor must be real numbers; got {type(data).__name__} with dtype "
-            f"{array.dtype}."
-        )
-    return array
+    """Return a new, contiguous NumPy or CuPy array of `data`; see `new_array`."""
+    return data._data.copy() if isinstance(data, Tensor) else new_array(data)
 
 
 def as_operand(value: Any, op: str) -> Any:
     """Turn an operand of the operation named `op` into a tensor or a Python number."""
     if isinstance(value, Tensor):
         return value
-    if type(value) is float or type(value) is int:
-        return value
-    if isinstance(value, numbers.Real):
-        # A NumPy scalar would impose its dtype, a Python number takes the tensor's.
-        return value.item() if isinstance(value, np.generic) else value
+    number = as_number(value)
+    if number is not None:
+        return number
     if isinstance(value, np.ndarray) or is_cupy(value):
         return Tensor(value)
     raise TypeError(

@@ -10,8 +10,23 @@ from cupybnn.backends import numpy_product, numpy_threads
 from cupybnn.backends.epilogue import Epilogue
 from cupybnn.backends.numpy_bits import write_bits
 from cupybnn.backends.numpy_lines import BLOCK, blocks, ones
+from cupybnn.backends.numpy_random import random_words, uniform
+from cupybnn.backends.numpy_threads import over as parallel_for
+from cupybnn.backends.numpy_threads import over_parts as parallel_parts
 
-__all__ = ["from_canonical", "gemm", "gemm_packed", "pack", "sign", "to_canonical", "unpack"]
+__all__ = [
+    "from_canonical",
+    "gemm",
+    "gemm_packed",
+    "pack",
+    "parallel_for",
+    "parallel_parts",
+    "random_words",
+    "sign",
+    "to_canonical",
+    "uniform",
+    "unpack",
+]
 
 WORD = np.dtype("<u8")
 

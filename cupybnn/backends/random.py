@@ -10,24 +10,14 @@ device, so that a captured CUDA graph can raise it.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
-from cupybnn.backends import numpy_threads
+from cupybnn import backends
+from cupybnn.backends.devices import CPU, Device
 
 __all__ = ["Stream", "chosen", "random_words", "uniform"]
-
-_ROUNDS = 10
-_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
-_LOW = np.uint64(0xFFFFFFFF)
-_HALF = np.uint64(32)
-# Blocks computed at a time on the host, so that the temporary arrays stay in its cache.
-_HOST_BLOCKS = 4096
-# How many passes over an array its computation is worth, roughly, when threads are shared out.
-_PASSES = 100
 
 
 def random_words(shape: tuple[int, ...], seed: int, counter: Any, xp: Any) -> Any:
@@ -42,49 +32,22 @@ def random_words(shape: tuple[int, ...], seed: int, counter: Any, xp: Any) -> An
     counter : int or 0-d uint64 array
         Number of the draw, from 0 to 2**64 - 1.
     xp : module
-        numpy or cupy.
+        numpy or cupy; of the latter, the result is on the current device.
 
     Returns
     -------
     ndarray of uint32
     """
-    size = math.prod(shape)
-    blocks = -(-size // 4)
-    words = xp.empty((blocks, 4), np.uint32)
-    draw = counter if isinstance(counter, xp.ndarray) else np.uint64(counter)
-    step = _HOST_BLOCKS if xp is np else max(blocks, 1)
-
-    def fill(start: int, stop: int) -> None:
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            _philox(words[first:last], xp.arange(first, last, dtype=np.uint64), draw, seed)
-
-    if xp is np:
-        numpy_threads.over(blocks, blocks * _PASSES, fill)
-    else:
-        fill(0, blocks)
-    return words.reshape(-1)[:size].reshape(shape)
-
-
-def _philox(words: Any, block: Any, draw: Any, seed: int) -> None:
-    """Fill `words`, shape (n, 4), with the blocks of the numbers `block`, shape (n,)."""
-    # Each 32-bit word of the counter lies in a 64-bit element, which a product of two words fits.
-    c0, c1, c2, c3 = block & _LOW, block >> _HALF, draw & _LOW, draw >> _HALF
-    keys = [seed & 0xFFFFFFFF, seed >> 32]
-    for _ in range(_ROUNDS):
-        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0 = (product1 >> _HALF) ^ c1 ^ np.uint64(keys[0])
-        c2 = (product0 >> _HALF) ^ c3 ^ np.uint64(keys[1])
-        c1, c3 = product1 & _LOW, product0 & _LOW
-        keys = [(k + w) & 0xFFFFFFFF for k, w in zip(keys, _KEY_STEPS, strict=True)]
-    for column, word in enumerate((c0, c1, c2, c3)):
-        words[:, column] = word
+    return _backend(xp).random_words(shape, seed, counter)
 
 
 def uniform(shape: tuple[int, ...], seed: int, counter: Any, xp: Any) -> Any:
     """Return float32 numbers, multiples of 2**-24, uniform in [0, 1); see `random_words`."""
-    words = random_words(shape, seed, counter, xp) >> np.uint32(8)
-    return words.astype(np.float32) * np.float32(2.0**-24)
+    return _backend(xp).uniform(shape, seed, counter)
+
+
+def _backend(xp: Any) -> Any:
+    return backends.get(CPU if xp is np else Device("cuda"))
 
 
 def chosen(words: Any, probability: float) -> Any:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cupybnn.autograd import Tensor
-from cupybnn.nn.layers import Linear, Sequential
+from cupybnn.nn.containers import Sequential
+from cupybnn.nn.layers import Linear
 from cupybnn.nn.module import Module
 
 __all__ = ["Block", "Chain", "stages"]

@@ -1,4 +1,4 @@
-"""Layers of full precision."""
+"""Layers with parameters, statistics or random numbers, in full precision."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from cupybnn import ops
 from cupybnn.autograd import Tensor, no_grad
 from cupybnn.backends.random import Stream
 from cupybnn.nn.module import Module, Parameter
+from cupybnn.nn.state import statistics_dtype
 
 __all__ = [
     "BatchNorm",
     "Dropout",
     "Linear",
-    "ReLU",
-    "Sequential",
     "glorot_uniform",
     "refresh_statistics",
 ]
@@ -105,13 +104,6 @@ class Linear(Module):
         return ", ".join(str(n) for n in self.weight.shape)
 
 
-class ReLU(Module):
-    """``max(x, 0)``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.relu(x)
-
-
 class BatchNorm(Module):
     """Batch normalisation of the last axis; see `cupybnn.ops.batch_norm`.
 
@@ -124,14 +116,15 @@ class BatchNorm(Module):
     decay : float
         Of the exponential moving averages that evaluation uses.
     dtype : dtype
-        Of parameters and statistics.
+        Of the parameters.
 
     Attributes
     ----------
     gamma, beta : Parameter, shape (features,)
         Scale and shift, at first 1 and 0.
     mean, variance : ndarray, shape (features,)
-        The moving averages, at first 0 and 1.
+        The moving averages, at first 0 and 1; of at least float32, since the variance of float16
+        activations need not fit in float16.
     """
 
     buffers = ("mean", "variance")
@@ -146,8 +139,8 @@ class BatchNorm(Module):
             raise ValueError(f"The 'decay' must be in [0, 1]; got {decay!r}.")
         self.gamma = Parameter(np.ones(features, dtype))
         self.beta = Parameter(np.zeros(features, dtype))
-        self.mean = np.zeros(features, dtype)
-        self.variance = np.ones(features, dtype)
+        self.mean = np.zeros(features, statistics_dtype(dtype))
+        self.variance = np.ones(features, statistics_dtype(dtype))
         self.eps = eps
         self.decay = decay
 
@@ -229,37 +222,3 @@ class Dropout(Module):
 
     def _settings(self) -> str:
         return f"keep_prob={self.keep_prob}"
-
-
-class Sequential(Module):
-    """Modules one after the other.
-
-    Parameters
-    ----------
-    *modules : Module
-        Named "0", "1", ... .
-    **named : Module
-        Further ones, with names.
-    """
-
-    def __init__(self, *modules: Module, **named: Module) -> None:
-        for name, module in [*enumerate(modules), *named.items()]:
-            if not isinstance(module, Module):
-                raise TypeError(
-                    f"Sequential takes modules; got {type(module).__name__} for {name!r}."
-                )
-            setattr(self, str(name), module)
-
-    def __iter__(self) -> Any:
-        return (value for value in vars(self).values() if isinstance(value, Module))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __getitem__(self, number: int) -> Module:
-        return list(self)[number]
-
-    def forward(self, x: Tensor) -> Tensor:
-        for module in self:
-            x = module(x)
-        return x

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from reprlib import recursive_repr
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -10,11 +11,12 @@ import numpy as np
 from cupybnn.autograd import Tensor
 from cupybnn.autograd.debug import scope
 from cupybnn.autograd.state import state as engine
-from cupybnn.backends.devices import CPU, Device, device_of, is_cupy, resolve, to_device
-from cupybnn.backends.interop import type_name
-from cupybnn.nn.summary import Summary, summarize
+from cupybnn.backends.devices import CPU, Device, resolve, to_device
+from cupybnn.nn.attributes import held_in, stray_error
+from cupybnn.nn.state import Expected, check_state, copy_into, misfits
+from cupybnn.nn.summary import Row, Summary, inference_nbytes
 
-__all__ = ["Module", "Parameter", "check_state"]
+__all__ = ["Module", "Parameter"]
 
 _M = TypeVar("_M", bound="Module")
 
@@ -44,7 +46,8 @@ class Module:
     """Base class of layers and models.
 
     A subclass assigns parameters and other modules to attributes, and defines `forward`. Names come
-    from the attributes: ``model.hidden.weight`` is "hidden.weight".
+    from the attributes: ``model.hidden.weight`` is "hidden.weight". Several modules in one
+    attribute go into a `ModuleList` or `ModuleDict`.
 
     Attributes
     ----------
@@ -52,14 +55,52 @@ class Module:
         Whether the module behaves as in training (batch norm, dropout, stochastic signs).
     buffers : tuple of str
         Names of a class's attributes that hold arrays which are state, but not learned.
+
+    Raises
+    ------
+    TypeError
+        If a module or parameter is put where it would not be found: into a plain list, tuple, set
+        or dict, into an object that is no module, or into the class itself. A list that merely
+        repeats modules which also have attributes of their own is allowed. What is appended to a
+        list later is noticed when modules or parameters are next listed. To refer to a module
+        without making it a part of this one, keep a function that returns it.
     """
 
     training = True
     buffers: ClassVar[tuple[str, ...]] = ()
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name, value in list(vars(cls).items()):
+            if _is_part(value) or any(held_in(value, _is_part)):
+                raise TypeError(
+                    f"The class attribute {name!r} of {cls.__name__} must not hold modules or "
+                    f"parameters, which all its instances would share; got a "
+                    f"{type(value).__name__}. Assign it in __init__: self.{name} = ..."
+                )
+        if vars(cls).get("__slots__"):
+            raise TypeError(
+                f"The class {cls.__name__} must not define __slots__: a Module finds its parts in "
+                f"its __dict__."
+            )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not isinstance(value, Parameter):
+            if value is not None and isinstance(vars(self).get(name), Parameter):
+                raise TypeError(
+                    f"The parameter {name!r} of {type(self).__name__} can be replaced by an "
+                    f"nn.Parameter or None; got {type(value).__name__}. To change its values, "
+                    f"assign to its data: .{name}.data = ..."
+                )
+            if not isinstance(value, _PLAIN):
+                held = list(held_in(value, _is_part))
+                if held:
+                    self._refuse_strays([(self, name, value, place, item) for place, item in held])
+        super().__setattr__(name, value)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute the module's result, from a tensor for most."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no forward().")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if engine.check is None:
@@ -73,11 +114,60 @@ class Module:
         return next(names, type(inner).__name__)
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
-        """Yield (name, module) for this module, whose name is "", and all within it."""
-        yield prefix, self
-        for name, value in vars(self).items():
-            if isinstance(value, Module):
-                yield from value.named_modules(f"{prefix}.{name}" if prefix else name)
+        """Yield (name, module) for this module, whose name is "", and all within it.
+
+        A module that is used in several places is listed once, by its first name.
+
+        Parameters
+        ----------
+        prefix : str
+            What the names begin with.
+        """
+        found, held = self._walk()
+        if held:
+            self._refuse_strays(held, found)
+        for name, module in found:
+            yield ".".join(part for part in (prefix, name) if part), module
+
+    def _walk(self) -> tuple[list[tuple[str, Module]], list[tuple[Any, ...]]]:
+        """Return names and modules, and what lies in containers, as `_refuse_strays` takes it."""
+        found: list[tuple[str, Module]] = []
+        held: list[tuple[Any, ...]] = []
+        seen: set[int] = set()
+
+        def visit(name: str, module: Module) -> None:
+            seen.add(id(module))
+            found.append((name, module))
+            for attribute, value in list(vars(module).items()):
+                if isinstance(value, Module):
+                    if id(value) not in seen:
+                        visit(f"{name}.{attribute}" if name else attribute, value)
+                elif not isinstance(value, _PLAIN):
+                    held.extend(
+                        (module, attribute, value, place, item)
+                        for place, item in held_in(value, _is_part)
+                    )
+
+        visit("", self)
+        return found, held
+
+    def _refuse_strays(
+        self, held: list[tuple[Any, ...]], found: list[tuple[str, Module]] | None = None
+    ) -> None:
+        """Raise TypeError if anything of `held` is not among this module's own parts as well.
+
+        Parameters
+        ----------
+        held : list of (owner, attribute, value, place, item)
+        found : list of (name, module), optional
+            All modules, if they have been listed.
+        """
+        modules = [module for _, module in (self._walk()[0] if found is None else found)]
+        known = {id(module) for module in modules}
+        known |= {id(v) for m in modules for v in vars(m).values() if isinstance(v, Parameter)}
+        for stray in held:
+            if id(stray[-1]) not in known:
+                raise stray_error(*stray)
 
     def named_parameters(self, recurse: bool = True) -> Iterator[tuple[str, Parameter]]:
         """Yield (name, parameter) in the order of definition, a shared one once.
@@ -87,11 +177,11 @@ class Module:
         recurse : bool
             Whether to go into the modules within this one.
         """
-        seen = set()
+        seen: set[int] = set()
         for prefix, module in self.named_modules() if recurse else [("", self)]:
             for name, value in vars(module).items():
-                if isinstance(value, Parameter) and value not in seen:
-                    seen.add(value)
+                if isinstance(value, Parameter) and id(value) not in seen:
+                    seen.add(id(value))
                     yield f"{prefix}.{name}" if prefix else name, value
 
     def parameters(self) -> Iterator[Parameter]:
@@ -137,33 +227,26 @@ class Module:
         TypeError
             If `state` is no mapping, or a value in it that is wanted is no array.
         ValueError
-            If names (when strict), shapes or kinds of dtype do not fit. All misfits are listed,
-            and nothing has been changed.
+            If names (when strict), shapes or kinds of dtype do not fit, or values do not fit the
+            dtype. All misfits are listed, and nothing has been changed.
+
+        Notes
+        -----
+        Values may be NaN or infinite: they are those of the model that was saved.
         """
         own = self._state()
         check_state(state, own, self)
-        faults = []
-        if strict:
-            faults += [f"missing: {name}" for name in own if name not in state]
-            faults += [f"unknown: {name}" for name in state if name not in own]
-        common = [name for name in own if name in state]
-        for name in common:
-            mine, given = own[name], state[name]
-            if mine.shape != given.shape or mine.dtype.kind != given.dtype.kind:
-                faults.append(
-                    f"{name}: must be {mine.shape} {mine.dtype}, is {given.shape} {given.dtype}"
-                )
-        if faults:
+        expected = {name: Expected.like(array) for name, array in own.items()}
+        if faults := misfits(state, expected, strict):
             raise ValueError(
                 f"The state does not fit this {type(self).__name__}; is it of a model with other "
                 f"options?\n  " + "\n  ".join(faults)
             )
         parameters = dict(self.named_parameters())
-        for name in common:
-            target = parameters[name].write() if name in parameters else own[name]
-            device = device_of(target)
-            with device.scope():
-                target[...] = to_device(state[name], device)
+        for name in own:
+            if name in state:
+                target = parameters[name].write() if name in parameters else own[name]
+                copy_into(target, state[name])
 
     def train(self: _M, training: bool = True) -> _M:
         """Make this module and all within it behave as in training; returns the module."""
@@ -201,41 +284,49 @@ class Module:
         return 0, 0
 
     def summary(self) -> Summary:
-        """Return a table of the layers: shapes, parameters, bits and bytes; print it to see it."""
-        return summarize(self)
+        """Return a table of the layers: shapes, parameters, bits and bytes."""
+        rows = (module._row(name) for name, module in self.named_modules())
+        return Summary(tuple(row for row in rows if row is not None))
 
+    def _row(self, name: str) -> Row | None:
+        """Return this module's own line of a summary, or None if it has no parameters."""
+        parameters = [p for _, p in self.named_parameters(recurse=False)]
+        if not parameters:
+            return None
+        state = parameters + [getattr(self, buffer) for buffer in self.buffers]
+        weight = parameters[0]
+        binary_products, full_products = self.multiply_adds()
+        return Row(
+            name=name,
+            kind=type(self).__name__,
+            shape=weight.shape,
+            bits=weight.bits,
+            one_bit=sum(p.size for p in parameters if p.bits == 1),
+            full=sum(p.size for p in parameters if p.bits != 1),
+            nbytes=sum(inference_nbytes(array) for array in state),
+            training_nbytes=sum(array.size * array.dtype.itemsize for array in state),
+            binary_products=binary_products,
+            full_products=full_products,
+        )
+
+    @recursive_repr()
     def __repr__(self) -> str:
-        lines = [f"{type(self).__name__}({self._settings()})"]
+        lines = [self._settings()] if self._settings() else []
         for name, value in vars(self).items():
             if isinstance(value, Module):
-                lines.append(f"  {name}: " + repr(value).replace("\n", "\n  "))
-        return "\n".join(lines)
+                lines.append(f"({name}): {value!r}".replace("\n", "\n  "))
+        if len(lines) == bool(self._settings()):
+            return f"{type(self).__name__}({''.join(lines)})"
+        return "\n  ".join([f"{type(self).__name__}(", *lines]) + "\n)"
 
     def _settings(self) -> str:
-        """What `repr` shows between the parentheses."""
+        """What `repr` shows before the modules within this one."""
         return ""
 
 
-def check_state(state: Any, names: Iterable[str], owner: Any) -> None:
-    """Raise TypeError unless `state` is a mapping whose values for `names` are arrays.
+def _is_part(value: Any) -> bool:
+    return isinstance(value, (Module, Parameter))
 
-    Parameters
-    ----------
-    state
-        What ``owner.load_state_dict`` was given.
-    names : iterable of str
-        Those that are looked at; they may be missing.
-    owner : object
-        Its class is named in the error.
-    """
-    what = f"The 'state' of {type(owner).__name__}.load_state_dict must"
-    if not isinstance(state, Mapping):
-        raise TypeError(f"{what} be a mapping of names to arrays; got {type_name(state)}.")
-    given = {name: state[name] for name in names if name in state}
-    wrong = [
-        f"{type_name(value)} for {name!r}"
-        for name, value in given.items()
-        if not isinstance(value, (np.ndarray, np.generic)) and not is_cupy(value)
-    ]
-    if wrong:
-        raise TypeError(f"{what} hold NumPy or CuPy arrays; got {', '.join(wrong)}.")
+
+# Values without parts in them, by far the most: they are not looked into.
+_PLAIN = (Module, Tensor, np.ndarray, np.generic, str, bytes, int, float, type(None))

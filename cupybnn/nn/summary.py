@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from cupybnn.nn.module import Module
-
-__all__ = ["Row", "Summary", "summarize"]
+__all__ = ["Row", "Summary", "inference_nbytes"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +45,9 @@ class Row:
     full_products: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Summary:
-    """Layers of a model and their totals; as a string, a table."""
+    """Layers of a model and their totals; shown as a table."""
 
     rows: tuple[Row, ...]
 
@@ -64,7 +61,7 @@ class Summary:
         products = self.total("binary_products") + self.total("full_products")
         return self.total("binary_products") / products if products else 0.0
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         head = ("layer", "kind", "shape", "parameters", "bits a weight", "bytes")
         cells = [head]
         for row in self.rows:
@@ -94,35 +91,8 @@ class Summary:
         return "\n".join(lines)
 
 
-def summarize(model: Module) -> Summary:
-    """Return the table of `model`; see `Module.summary`."""
-    rows = (_row(name, module) for name, module in model.named_modules())
-    return Summary(tuple(row for row in rows if row is not None))
-
-
-def _row(name: str, module: Module) -> Row | None:
-    parameters = [p for _, p in module.named_parameters(recurse=False)]
-    if not parameters:
-        return None
-    state = parameters + [getattr(module, buffer) for buffer in module.buffers]
-    weight = parameters[0]
-    binary_products, full_products = module.multiply_adds()
-    return Row(
-        name=name,
-        kind=type(module).__name__,
-        shape=weight.shape,
-        bits=weight.bits,
-        one_bit=sum(p.size for p in parameters if p.bits == 1),
-        full=sum(p.size for p in parameters if p.bits != 1),
-        nbytes=sum(_packed_nbytes(array) for array in state),
-        training_nbytes=sum(array.size * array.dtype.itemsize for array in state),
-        binary_products=binary_products,
-        full_products=full_products,
-    )
-
-
-def _packed_nbytes(array: Any) -> int:
-    """Bytes of an array in inference: one-bit columns are packed into 64-bit words."""
+def inference_nbytes(array: Any) -> int:
+    """Return the bytes of an array in inference, one-bit columns packed into 64-bit words."""
     if getattr(array, "bits", 32) != 1:
         return array.size * array.dtype.itemsize
     return array.shape[-1] * 8 * math.ceil(array.shape[0] / 64)

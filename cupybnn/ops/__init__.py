@@ -1,5 +1,16 @@
 """Differentiable operations on tensors: each a `Function` with forward and backward together."""
 
+from cupybnn.ops.cast import astype
+from cupybnn.ops.compare import (
+    argmax,
+    argmin,
+    equal,
+    greater,
+    greater_equal,
+    less,
+    less_equal,
+    not_equal,
+)
 from cupybnn.ops.dropout import dropout, sign_dropout
 from cupybnn.ops.elementwise import (
     absolute,
@@ -16,7 +27,8 @@ from cupybnn.ops.elementwise import (
     subtract,
     tanh,
 )
-from cupybnn.ops.losses import bipolar_penalty, l1, softmax_cross_entropy, squared_hinge
+from cupybnn.ops.joining import concatenate, stack
+from cupybnn.ops.losses import bipolar_penalty, l1, mse, softmax_cross_entropy, squared_hinge
 from cupybnn.ops.matmul import binary_matmul, matmul
 from cupybnn.ops.norm import batch_norm
 from cupybnn.ops.quantizer import (
@@ -36,8 +48,10 @@ from cupybnn.ops.quantizers import (
     SwishSign,
 )
 from cupybnn.ops.reduce import max, mean, min, sum
+from cupybnn.ops.select import maximum, minimum, where
 from cupybnn.ops.shape import index, reshape, to, transpose
 from cupybnn.ops.sign import quantize, sign
+from cupybnn.ops.softmax import log_softmax, sigmoid, softmax
 
 __all__ = [
     "ApproxSign",
@@ -51,37 +65,55 @@ __all__ = [
     "SwishSign",
     "absolute",
     "add",
+    "argmax",
+    "argmin",
+    "astype",
     "batch_norm",
     "binary_matmul",
     "bipolar_penalty",
     "clip",
+    "concatenate",
     "divide",
     "dropout",
+    "equal",
     "exp",
     "get_quantizer",
+    "greater",
+    "greater_equal",
     "index",
     "l1",
+    "less",
+    "less_equal",
     "log",
+    "log_softmax",
     "matmul",
     "max",
+    "maximum",
     "mean",
     "min",
+    "minimum",
+    "mse",
     "multiply",
     "negative",
+    "not_equal",
     "power",
     "quantize",
     "quantizer_names",
     "register_quantizer",
     "relu",
     "reshape",
+    "sigmoid",
     "sign",
     "sign_dropout",
+    "softmax",
     "softmax_cross_entropy",
     "sqrt",
     "squared_hinge",
+    "stack",
     "subtract",
     "sum",
     "tanh",
     "to",
     "transpose",
+    "where",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cupybnn.autograd import Context, Function, Tensor
+from cupybnn.autograd.convert import as_number
 
 __all__ = [
     "absolute",
@@ -242,10 +243,14 @@ def divide(a: Any, b: Any) -> Tensor:
 
 
 def power(x: Tensor, exponent: float) -> Tensor:
-    """Return x to a constant power."""
-    if not isinstance(exponent, int | float):
-        raise TypeError(f"The 'exponent' of power must be a number; got {type(exponent).__name__}.")
-    return Power.apply(x, exponent=exponent)
+    """Return x to a constant power: a real number, Python's or NumPy's."""
+    constant = as_number(exponent)
+    if constant is None:
+        raise TypeError(
+            f"The 'exponent' of power must be a number; got {type(exponent).__name__}. For an "
+            f"exponent that varies: ops.exp(exponent * ops.log(x))."
+        )
+    return Power.apply(x, exponent=constant)
 
 
 def negative(x: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from cupybnn.autograd import Context, Function, Tensor
+from cupybnn.autograd import Context, Function, Tensor, as_operand
+from cupybnn.autograd.precision import narrowed, wide_sum, widened
 
-__all__ = ["bipolar_penalty", "l1", "softmax_cross_entropy", "squared_hinge"]
+__all__ = ["bipolar_penalty", "l1", "mse", "softmax_cross_entropy", "squared_hinge"]
 
 
 def _targets(labels: Any, like: Any, xp: Any) -> Any:
@@ -17,28 +18,36 @@ def _targets(labels: Any, like: Any, xp: Any) -> Any:
 
 
 class SoftmaxCrossEntropy(Function):
-    """Mean over the batch of -sum(targets * log softmax(logits))."""
+    """Mean over the batch of -sum(targets * log softmax(logits)).
+
+    With the weight of an example, w = sum(targets), its gradient is w * softmax - targets.
+    """
 
     @staticmethod
     def forward(ctx: Context, logits: Any, labels: Any, smoothing: float) -> Any:
-        xp = ctx.xp
-        targets = _targets(labels, logits, xp)
+        xp, wide = ctx.xp, widened(logits)
+        targets = _targets(labels, wide, xp)
+        weights = targets.sum(axis=1, keepdims=True)
         if smoothing:
             targets = targets * (1 - smoothing) + smoothing / logits.shape[1]
-        shifted = logits - logits.max(axis=1, keepdims=True)
+            weights += smoothing * (1 - weights)  # exactly 1 if they were
+        shifted = wide - wide.max(axis=1, keepdims=True)
         difference = xp.exp(shifted)
         totals = difference.sum(axis=1, keepdims=True)
-        log_total = xp.log(totals)
-        loss = (targets * (log_total - shifted)).sum() / len(logits)
+        losses = xp.log(totals) - shifted
+        losses *= targets
+        # A class without weight adds nothing, even if it is infinitely improbable.
+        loss = xp.where(targets == 0, losses.dtype.type(0), losses).sum() / len(logits)
         difference /= totals
+        difference *= weights
         difference -= targets
         ctx.save(difference)
-        return loss
+        return narrowed(loss, logits)
 
     @staticmethod
     def backward(ctx: Context, grad: Any) -> Any:
         (difference,) = ctx.saved
-        return difference * (grad / len(difference)), None
+        return narrowed(difference * (widened(grad) / len(difference)), grad), None
 
 
 class SquaredHinge(Function):
@@ -46,16 +55,36 @@ class SquaredHinge(Function):
 
     @staticmethod
     def forward(ctx: Context, outputs: Any, labels: Any) -> Any:
-        targets = 2 * _targets(labels, outputs, ctx.xp) - 1
-        margins = ctx.xp.maximum(1 - targets * outputs, 0)
+        wide = widened(outputs)
+        targets = 2 * _targets(labels, wide, ctx.xp) - 1
+        margins = ctx.xp.maximum(1 - targets * wide, 0)
         targets *= margins
         ctx.save(targets)
-        return (margins * margins).mean()
+        return narrowed((margins * margins).mean(), outputs)
 
     @staticmethod
     def backward(ctx: Context, grad: Any) -> Any:
         (products,) = ctx.saved
-        return products * (grad * (-2 / products.size)), None
+        return narrowed(products * (widened(grad) * (-2 / products.size)), grad), None
+
+
+class Mse(Function):
+    """Mean of (a - b)**2."""
+
+    @staticmethod
+    def forward(ctx: Context, a: Any, b: Any) -> Any:
+        difference = widened(a) - widened(b)
+        ctx.save(difference)
+        return (difference * difference).mean().astype(a.dtype)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        (difference,) = ctx.saved
+        out = difference * (widened(grad) * (2 / difference.size))
+        return (
+            ctx.fit(out, 0) if ctx.needs[0] else None,
+            ctx.fit(-out, 1) if ctx.needs[1] else None,
+        )
 
 
 class L1(Function):
@@ -64,7 +93,7 @@ class L1(Function):
     @staticmethod
     def forward(ctx: Context, x: Any) -> Any:
         ctx.save(x)
-        return abs(x).sum()
+        return narrowed(wide_sum(abs(x)), x)
 
     @staticmethod
     def backward(ctx: Context, grad: Any) -> Any:
@@ -80,7 +109,8 @@ class BipolarPenalty(Function):
     @staticmethod
     def forward(ctx: Context, x: Any) -> Any:
         ctx.save(x)
-        return x.size - (x * x).sum()
+        wide = widened(x)
+        return narrowed(x.size - (wide * wide).sum(), x)
 
     @staticmethod
     def backward(ctx: Context, grad: Any) -> Any:
@@ -122,8 +152,10 @@ def softmax_cross_entropy(logits: Tensor, labels: Any, smoothing: float = 0.0) -
     logits : Tensor, shape (n, classes)
         Unnormalised log-probabilities.
     labels : Tensor or array, shape (n,) or (n, classes)
-        Class numbers, or class probabilities (soft labels, a teacher's outputs).
-        On a GPU, class numbers out of range are not noticed: none of the classes is then right.
+        Class numbers, or class probabilities (soft labels, a teacher's outputs). Those of an
+        example need not sum to 1: their sum is its weight, and 0 leaves it out.
+        On a GPU, class numbers out of range are not noticed: such an example has no label, and
+        weight 0.
     smoothing : float
         This much of each example's probability is spread evenly over all classes (label
         smoothing: Szegedy et al., CVPR 2016).
@@ -131,6 +163,11 @@ def softmax_cross_entropy(logits: Tensor, labels: Any, smoothing: float = 0.0) -
     Returns
     -------
     Tensor, shape ()
+
+    Notes
+    -----
+    A logit of -inf excludes a class. The loss is infinite if such a class has a label, and not
+    otherwise; it is NaN for an example with a logit of inf or NaN, or with none that is finite.
     """
     if not 0 <= smoothing < 1:
         raise ValueError(
@@ -159,6 +196,44 @@ def squared_hinge(outputs: Tensor, labels: Any) -> Tensor:
     """
     labels = _checked_labels(outputs, labels, "squared_hinge", "outputs")
     return SquaredHinge.apply(outputs, labels)
+
+
+def mse(outputs: Tensor, targets: Any) -> Tensor:
+    """Return the mean squared error, the mean over all elements of ``(outputs - targets)**2``.
+
+    Parameters
+    ----------
+    outputs : Tensor, any shape
+        Floating.
+    targets : Tensor or array, shape of `outputs`
+        May have a gradient, too.
+
+    Returns
+    -------
+    Tensor, shape ()
+        Of the dtype of `outputs`.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ (they are not broadcast, since that is a mistake here), or are empty.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> ops.mse(Tensor([1.0, 4.0]), Tensor([1.0, 2.0])).item()
+    2.0
+    """
+    outputs, targets = as_operand(outputs, "mse"), as_operand(targets, "mse")
+    shapes = [x.shape if isinstance(x, Tensor) else "a number" for x in (outputs, targets)]
+    if shapes[0] != shapes[1] or not isinstance(outputs, Tensor) or outputs.size == 0:
+        raise ValueError(
+            f"mse needs outputs and targets of one shape, with at least one element; got "
+            f"{shapes[0]} and {shapes[1]}."
+        )
+    if outputs.dtype.kind != "f":
+        raise TypeError(f"The 'outputs' of mse must be floating; got {outputs.dtype}.")
+    return Mse.apply(outputs, targets)
 
 
 def l1(x: Tensor) -> Tensor:

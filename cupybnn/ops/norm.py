@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from cupybnn import backends
 from cupybnn.autograd import Context, Function, Tensor
-from cupybnn.backends import numpy_threads
+from cupybnn.autograd.precision import narrowed, widened
 
 __all__ = ["batch_norm"]
 
@@ -13,6 +14,14 @@ __all__ = ["batch_norm"]
 def _row_sums(x: Any, out: Any = None) -> Any:
     """Sum over every axis but the last."""
     return x.reshape(-1, x.shape[-1]).sum(axis=0, out=out)
+
+
+def _of_operands(ctx: Context, *grads: Any) -> tuple[Any, ...]:
+    """Give gradients their operands' dtypes, and leave out those that are not wanted."""
+    return tuple(
+        ctx.fit(grad, i) if needed else None
+        for i, (grad, needed) in enumerate(zip(grads, ctx.needs, strict=True))
+    )
 
 
 class BatchNormTrain(Function):
@@ -28,6 +37,7 @@ class BatchNormTrain(Function):
         decay: float,
         eps: float,
     ) -> Any:
+        given, x = x, widened(x)
         xp, n = ctx.xp, x.size // x.shape[-1]
         normal, out = xp.empty_like(x), xp.empty_like(x)
         ctx.deviation_inverse = xp.empty_like(x, shape=x.shape[-1:])
@@ -39,17 +49,20 @@ class BatchNormTrain(Function):
             xp.multiply(here, here, out=work)
             variance = _row_sums(work) / n
             for average, now in zip(running, (mean, variance), strict=True):
-                moving = average[part]
+                kept = average[part]
+                moving = widened(kept)
                 moving *= decay
                 moving += (1 - decay) * now
+                if moving is not kept:
+                    kept[...] = moving
             inverse = xp.divide(1, xp.sqrt(variance + eps), out=ctx.deviation_inverse[part])
             here *= inverse
             xp.multiply(here, gamma[part], out=work)
             work += beta[part]
 
-        numpy_threads.over_parts(x, -1, some_features)
+        backends.get(x).parallel_parts(x, -1, some_features)
         ctx.save(normal, gamma)
-        return out
+        return narrowed(out, given)
 
     @staticmethod
     def backward(ctx: Context, grad: Any) -> Any:
@@ -57,6 +70,7 @@ class BatchNormTrain(Function):
         #   beta' = sum(grad),  gamma' = sum(grad * normal),
         #   x' = gamma / deviation * (grad - (beta' + normal * gamma') / n)
         normal, gamma = ctx.saved
+        grad, gamma = widened(grad), widened(gamma)
         xp, n = ctx.xp, grad.size // grad.shape[-1]
         grad_x = xp.empty_like(grad)
         grad_gamma, grad_beta = xp.empty_like(gamma), xp.empty_like(gamma)
@@ -71,8 +85,8 @@ class BatchNormTrain(Function):
             out += here
             out *= gamma[part] * ctx.deviation_inverse[part]
 
-        numpy_threads.over_parts(grad, -1, some_features)
-        return (grad_x if ctx.needs[0] else None), grad_gamma, grad_beta
+        backends.get(grad).parallel_parts(grad, -1, some_features)
+        return _of_operands(ctx, grad_x, grad_gamma, grad_beta)
 
 
 class BatchNormEval(Function):
@@ -84,18 +98,21 @@ class BatchNormEval(Function):
     ) -> Any:
         mean, variance = running
         ctx.mean = mean.copy()
-        ctx.deviation_inverse = 1 / ctx.xp.sqrt(variance + eps)
+        ctx.deviation_inverse = 1 / ctx.xp.sqrt(widened(variance) + eps)
         ctx.save(x, gamma)
         scale = gamma * ctx.deviation_inverse
         out = x * scale
         out += beta - mean * scale
-        return out
+        return narrowed(out, x)
 
     @staticmethod
     def backward(ctx: Context, grad: Any) -> Any:
         x, gamma = ctx.saved
-        normal = (x - ctx.mean) * ctx.deviation_inverse
-        return grad * (gamma * ctx.deviation_inverse), _row_sums(grad * normal), _row_sums(grad)
+        normal = (widened(x) - ctx.mean) * ctx.deviation_inverse
+        grad = widened(grad)
+        return _of_operands(
+            ctx, grad * (gamma * ctx.deviation_inverse), _row_sums(grad * normal), _row_sums(grad)
+        )
 
 
 def batch_norm(

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from cupybnn import backends
+from cupybnn.autograd.precision import narrowed, sum_dtype
 from cupybnn.autograd.storage import module_of
-from cupybnn.backends import numpy_threads
 from cupybnn.backends.random import Stream, uniform
 from cupybnn.ops.quantizer import Quantizer, register_quantizer
 from cupybnn.packed import sign
@@ -61,7 +62,7 @@ class SteSign(Quantizer):
             magnitudes = xp.abs(x[part], out=out[part])
             xp.multiply(grad[part], magnitudes <= self.window, out=magnitudes)
 
-        numpy_threads.over_parts(x, 0, some)
+        backends.get(x).parallel_parts(x, 0, some)
         return out
 
 
@@ -201,7 +202,8 @@ class MagnitudeAwareSign(SteSign):
     """
 
     def scale(self, x: Any) -> Any:
-        return abs(x).reshape(-1, x.shape[-1]).mean(axis=0)
+        magnitudes = abs(x).reshape(-1, x.shape[-1])
+        return narrowed(magnitudes.mean(axis=0, dtype=sum_dtype(x)), x)
 
 
 @register_quantizer("stochastic_sign")

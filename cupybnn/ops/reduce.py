@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from cupybnn.autograd import Context, Function, Tensor
+from cupybnn.autograd.precision import narrowed, sum_dtype, wide_sum, widened
+from cupybnn.ops.axes import Axis, as_axes
 
 __all__ = ["max", "mean", "min", "sum"]
-
-Axis = int | tuple[int, ...] | None
 
 
 def _kept(shape: tuple[int, ...], axis: Axis) -> tuple[int, ...]:
@@ -25,7 +27,7 @@ class Sum(Function):
     @staticmethod
     def forward(ctx: Context, x: Any, axis: Axis, keepdims: bool) -> Any:
         ctx.kept = _kept(x.shape, axis)
-        return x.sum(axis=axis, keepdims=keepdims)
+        return narrowed(wide_sum(x, axis, keepdims), x)
 
     @staticmethod
     def backward(ctx: Context, grad: Any) -> Any:
@@ -38,12 +40,15 @@ class Mean(Function):
     @staticmethod
     def forward(ctx: Context, x: Any, axis: Axis, keepdims: bool) -> Any:
         ctx.kept = _kept(x.shape, axis)
-        ctx.count = math.prod(x.shape) // math.prod(ctx.kept) if x.size else 0
-        return x.mean(axis=axis, keepdims=keepdims)
+        if x.size == 0:  # NaN, as by `numpy.mean`, which also warns
+            ctx.count = 0
+            return x.sum(axis=axis, keepdims=keepdims) * np.nan
+        ctx.count = x.size // math.prod(ctx.kept)
+        return narrowed(x.mean(axis=axis, keepdims=keepdims, dtype=sum_dtype(x)), x)
 
     @staticmethod
     def backward(ctx: Context, grad: Any) -> Any:
-        shares = (grad / ctx.count).reshape(ctx.kept)
+        shares = narrowed(widened(grad) / ctx.count, grad).reshape(ctx.kept)
         return ctx.xp.broadcast_to(shares, ctx.edges[0].shape)
 
 
@@ -59,7 +64,7 @@ def _extreme_gradient(ctx: Context, grad: Any) -> Any:
     x, out = ctx.saved
     chosen = x == out.reshape(ctx.kept)
     shares = chosen / chosen.sum(axis=ctx.axis, keepdims=True)
-    return shares.astype(grad.dtype) * grad.reshape(ctx.kept)
+    return (shares * grad.reshape(ctx.kept)).astype(grad.dtype, copy=False)
 
 
 class Max(Function):
@@ -88,19 +93,19 @@ class Min(Function):
 
 def sum(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """Return the sum over `axis` (all axes by default), in the dtype of `x`."""
-    return Sum.apply(x, axis=axis, keepdims=keepdims)
+    return Sum.apply(x, axis=as_axes(axis, "sum"), keepdims=keepdims)
 
 
 def mean(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """Return the mean over `axis` (all axes by default)."""
-    return Mean.apply(x, axis=axis, keepdims=keepdims)
+    return Mean.apply(x, axis=as_axes(axis, "mean"), keepdims=keepdims)
 
 
 def max(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """Return the greatest element over `axis`; equal ones share the gradient equally."""
-    return Max.apply(x, axis=axis, keepdims=keepdims)
+    return Max.apply(x, axis=as_axes(axis, "max"), keepdims=keepdims)
 
 
 def min(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
     """Return the least element over `axis`; equal ones share the gradient equally."""
-    return Min.apply(x, axis=axis, keepdims=keepdims)
+    return Min.apply(x, axis=as_axes(axis, "min"), keepdims=keepdims)

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 
 from cupybnn.autograd import Context, Function, Tensor
+from cupybnn.autograd.convert import index_key
+from cupybnn.autograd.precision import narrowed, widened
 from cupybnn.backends.devices import Device, device_of, resolve, to_device
+from cupybnn.ops.axes import as_axes
 
 __all__ = ["index", "reshape", "to", "transpose"]
 
@@ -52,8 +55,10 @@ class Index(Function):
         if _is_basic(ctx.key):
             out[ctx.key] = grad
         else:
-            ctx.xp.add.at(out, ctx.key, grad)  # an element may have been taken more than once
-        return out
+            out = widened(out)
+            # An element may have been taken more than once, and float16 counts to 2048 only.
+            ctx.xp.add.at(out, ctx.key, widened(grad))
+        return narrowed(out, grad)
 
 
 class Move(Function):
@@ -87,29 +92,22 @@ def _copied(key: Any, xp: Any) -> Any:
     return key.copy() if isinstance(key, xp.ndarray) else key
 
 
-def _arrays_of(key: Any, xp: Any) -> Any:
-    """Replace the tensors, lists and arrays in an index by arrays of `xp`."""
-    if isinstance(key, tuple):
-        return tuple(_arrays_of(part, xp) for part in key)
-    if isinstance(key, Tensor):
-        return key._data
-    return xp.asarray(key) if isinstance(key, list | np.ndarray) else key
-
-
 def reshape(x: Tensor, *shape: int | tuple[int, ...]) -> Tensor:
     """Return the elements of `x` in another shape; one length may be -1."""
-    lengths = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
+    lengths = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
     return _still_signs(Reshape.apply(x, shape=lengths), x)
 
 
 def transpose(x: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
     """Return `x` with its axes in the order `axes`, by default reversed."""
-    return _still_signs(Transpose.apply(x, axes=axes), x)
+    order = as_axes(axes, "transpose")
+    order = (order,) if isinstance(order, int) else order
+    return _still_signs(Transpose.apply(x, axes=order), x)
 
 
 def index(x: Tensor, key: Any) -> Tensor:
     """Return ``x[key]``: slices, integers, None, ..., index arrays, masks."""
-    return _still_signs(Index.apply(x, key=_arrays_of(key, x.device.xp)), x)
+    return _still_signs(Index.apply(x, key=index_key(key, x.device.xp)), x)
 
 
 def to(x: Tensor, device: str | Device) -> Tensor:

@@ -1,9 +1,10 @@
-"""Optimisers, learning-rate schedules, weight averaging."""
+"""Optimisers, learning-rate schedules, gradient clipping, weight averaging."""
 
 from cupybnn.optim import schedules
 from cupybnn.optim.adam import Adam, AdamW
 from cupybnn.optim.averaging import WeightAverage
 from cupybnn.optim.bop import Bop
+from cupybnn.optim.clipping import clip_grad_norm
 from cupybnn.optim.combined import Combined
 from cupybnn.optim.groups import binarynet_scale, is_binary, parameter_groups
 from cupybnn.optim.optimizer import Block, Optimizer
@@ -19,6 +20,7 @@ __all__ = [
     "Optimizer",
     "WeightAverage",
     "binarynet_scale",
+    "clip_grad_norm",
     "is_binary",
     "parameter_groups",
     "schedules",

@@ -35,6 +35,7 @@ class Adam(Optimizer):
     """
 
     slots = ("mean", "square")
+    nonnegative = ("square",)
     rules: ClassVar[Rules] = {
         **Optimizer.rules,
         "betas": (

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from cupybnn.nn.state import Expected
 from cupybnn.optim.optimizer import Optimizer
 
 __all__ = ["Combined"]
@@ -31,6 +32,8 @@ class Combined(Optimizer):
     ------
     ValueError
         If there is no optimiser, or a parameter is in two of them.
+    TypeError
+        If one is no optimiser.
 
     Examples
     --------
@@ -43,6 +46,9 @@ class Combined(Optimizer):
     def __init__(self, *optimizers: Optimizer) -> None:
         if not optimizers:
             raise ValueError("A Combined must be made of at least one optimiser; got none.")
+        for each in optimizers:
+            if not isinstance(each, Optimizer):
+                raise TypeError(f"A Combined takes optimisers; got {type(each).__name__}.")
         groups = [group for each in optimizers for group in each.groups]
         super().__init__(({"params": group["params"]} for group in groups), lr=0.0)
         self.optimizers = optimizers
@@ -60,20 +66,20 @@ class Combined(Optimizer):
             state |= {f"{number}/{name}": array for name, array in each.state_dict().items()}
         return state
 
-    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        super().load_state_dict(state)
+    def _expected(self) -> dict[str, Expected]:
+        expected = {"steps": Expected.count()}
         for number, each in enumerate(self.optimizers):
-            each.load_state_dict(_part(state, number))
+            expected |= {f"{number}/{name}": rule for name, rule in each._expected().items()}
+        return expected
 
-    def _faults(self, state: Mapping[str, np.ndarray]) -> list[str]:
-        known = tuple(f"{number}/" for number in range(len(self.optimizers)))
-        own = {name: array for name, array in state.items() if not name.startswith(known)}
-        faults = super()._faults(own)
+    def _load(self, state: Mapping[str, np.ndarray]) -> None:
+        self.steps = int(state["steps"])
         for number, each in enumerate(self.optimizers):
-            faults += [f"{number}/ {fault}" for fault in each._faults(_part(state, number))]
-        return faults
+            prefix = f"{number}/"
+            each._load(
+                {n.removeprefix(prefix): a for n, a in state.items() if n.startswith(prefix)}
+            )
 
-
-def _part(state: Mapping[str, np.ndarray], number: int) -> dict[str, np.ndarray]:
-    prefix = f"{number}/"
-    return {n.removeprefix(prefix): a for n, a in state.items() if n.startswith(prefix)}
+    def __repr__(self) -> str:
+        lines = [f"({i}): {each!r}" for i, each in enumerate(self.optimizers)]
+        return "\n".join(["Combined(", *lines]).replace("\n", "\n  ") + "\n)"

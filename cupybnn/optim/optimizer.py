@@ -9,16 +9,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from cupybnn import backends
 from cupybnn.autograd.storage import module_of
-from cupybnn.backends import numpy_threads
 from cupybnn.backends.devices import CPU, device_of, to_device
-from cupybnn.nn import Parameter
-from cupybnn.nn.module import check_state
+from cupybnn.nn import Module, Parameter
+from cupybnn.nn.state import Expected, check_state, copy_into, misfits, statistics_dtype
+from cupybnn.optim.options import Group, Rules, check_keywords, count_elements
 
 __all__ = ["Block", "Optimizer", "Rules"]
-
-# For each option what it must be, in words and as a test; the test may fail by TypeError.
-Rules = dict[str, tuple[str, Callable[[Any], Any]]]
 
 # Elements updated at a time on the host: the arrays of an update then stay in the cache between its
 # steps. Smaller blocks lose more than that to the calls, and to threads that wait for the
@@ -41,7 +39,8 @@ class Block:
     lr : float
         The learning rate, with schedule and scale.
     weight : ndarray, shape (n,)
-        To be changed in place.
+        To be changed in place. As all arrays here, of at least float32: of a float16 parameter a
+        copy, which is rounded after the update.
     grad : ndarray, shape (n,)
         The gradient, not to be changed.
     slots : list of ndarray, shape (n,)
@@ -65,8 +64,8 @@ class Optimizer:
     Parameters
     ----------
     parameters : iterable of Parameter, or of dict
-        The parameters; or groups of them, each a dict with "params" and the options that are to
-        differ from the optimiser's: "lr", "lr_scale" and those of the subclass.
+        The parameters, at least one; or groups of them, each a dict with "params" and the options
+        that are to differ from the optimiser's: "lr", "lr_scale" and those of the subclass.
     lr : float
         Learning rate.
     schedule : callable, optional
@@ -80,24 +79,32 @@ class Optimizer:
     Raises
     ------
     ValueError
-        If an option is unknown or not what it must be, or a parameter is in two groups.
+        If an option is not what it must be, a group has an unknown one, a parameter is given
+        twice, or there is none.
     TypeError
-        If what is to be updated is no Parameter.
+        If a keyword is no option of this optimiser, or what is to be updated is no Parameter.
 
     Attributes
     ----------
     groups : list of dict
-        The groups, with all their options; these may be changed between steps.
+        The groups, with all their options. Options may be changed between steps, and are checked
+        then, too.
     steps : int
         Number of steps done.
 
     Notes
     -----
-    A parameter that has a ``limit`` is clipped to it here, after its update.
+    A parameter that has a ``limit`` is clipped to it here, after its update. Arrays kept for a
+    float16 parameter are float32, and its update is computed in float32.
+
+    A subclass defines `update`, names the arrays that it keeps in `slots` and what its options must
+    be in `rules`.
     """
 
     # Names of the arrays that an optimiser keeps for each parameter, at first 0.
     slots: ClassVar[tuple[str, ...]] = ()
+    # Those of them that are never negative.
+    nonnegative: ClassVar[tuple[str, ...]] = ()
     # What the options must be; a subclass adds its own.
     rules: ClassVar[Rules] = {
         "lr": ("a finite number >= 0", lambda lr: 0 <= lr < math.inf),
@@ -115,39 +122,35 @@ class Optimizer:
         lr_scale: float | Callable[[Parameter], float] = 1.0,
         **options: Any,
     ) -> None:
+        kind = type(self)
+        check_keywords(kind, options)
+        if schedule is not None and not callable(schedule):
+            raise TypeError(
+                f"The 'schedule' of {kind.__name__} must be None or a function of the number of "
+                f"steps; got {schedule!r}. See cupybnn.optim.schedules."
+            )
         defaults = {"lr": lr, "lr_scale": lr_scale, **options}
-        given: list[Any] = list(parameters)
-        groups = given if given and isinstance(given[0], dict) else [{"params": given}]
-        self.groups = [self._checked_group(group, defaults) for group in groups]
+        self.groups = [Group(kind, {**defaults, **group}) for group in _grouped(parameters)]
         self.schedule = schedule
         self.steps = 0
         everything = [p for group in self.groups for p in group["params"]]
-        if len(set(everything)) < len(everything):
-            raise ValueError("A parameter must not be in two groups of an optimiser.")
+        if not everything:
+            raise ValueError(
+                f"The {kind.__name__} must have parameters to update; got none. A generator such "
+                f"as model.parameters() is empty after its first use, and a model whose layers "
+                f"are not attributes has no parameters."
+            )
+        if len({id(p) for p in everything}) < len(everything):
+            raise ValueError("A parameter must not be in two groups of an optimiser, nor twice.")
         self._slots: dict[Parameter, tuple[Any, ...]] = {}
 
-    def _checked_group(self, group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-        """Return the group with all options, its parameters as a list."""
-        unknown = set(group) - set(defaults) - {"params", "name"}
-        if unknown or "params" not in group:
-            raise ValueError(
-                f"A parameter group must have 'params' and may have {', '.join(sorted(defaults))} "
-                f"and 'name'; got {', '.join(map(repr, group))}."
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.rules:
+            raise AttributeError(
+                f"An option of an optimiser is set in its groups: for group in optimizer.groups: "
+                f"group[{name!r}] = {value!r}."
             )
-        merged = {**defaults, **group, "params": list(group["params"])}
-        if not all(isinstance(p, Parameter) for p in merged["params"]):
-            raise TypeError("An optimiser takes Parameters: model.parameters(), or groups of them.")
-        for name, (rule, holds) in self.rules.items():
-            value = merged[name]
-            try:
-                right = not isinstance(value, bool) and bool(holds(value))
-            except (TypeError, ValueError):  # no number at all, or an array of several
-                right = False
-            if not right:
-                raise ValueError(
-                    f"The {name!r} of {type(self).__name__} must be {rule}; got {value!r}."
-                )
-        return merged
+        super().__setattr__(name, value)
 
     def update(self, block: Block) -> None:
         """Change ``block.weight`` in place."""
@@ -165,27 +168,35 @@ class Optimizer:
                     self._update_parameter(group, group["lr"] * factor * scale, parameter)
 
     def _update_parameter(self, group: dict[str, Any], lr: float, parameter: Parameter) -> None:
-        arrays = (parameter.write(), parameter.grad, *self._slots_of(parameter))
+        grad = parameter.grad
+        if grad.shape != parameter.shape:
+            raise ValueError(
+                f"The gradient of a parameter must have its shape {parameter.shape}; got "
+                f"{grad.shape}."
+            )
+        arrays = (parameter.write(), grad, *self._slots_of(parameter))
         weight, grad, *slots = (array.reshape(-1) for array in arrays)
         limit = parameter.limit
         xp = module_of(weight)
+        dtype = statistics_dtype(weight.dtype)
 
         def update(start: int, stop: int) -> None:
             length = min(_HOST_BLOCK, stop - start) if xp is np else stop - start
-            work = xp.empty((2, length), weight.dtype)
+            work = xp.empty((2, length), dtype)
             for first in range(start, stop, length):
                 at = slice(first, min(first + length, stop))
-                part = weight[at]
                 kept = [slot[at] for slot in slots]
-                self.update(Block(xp, group, lr, part, grad[at], kept, work[:, : part.size]))
+                stored = weight[at]
+                part = stored.astype(dtype, copy=False)
+                slope = grad[at].astype(dtype, copy=False)
+                self.update(Block(xp, group, lr, part, slope, kept, work[:, : part.size]))
                 if limit is not None:
                     part.clip(-limit, limit, out=part)
+                if part is not stored:
+                    stored[...] = part
 
-        if xp is np:
-            numpy_threads.over(weight.size, weight.size * _PASSES, update)
-        else:
-            with device_of(weight).scope():
-                update(0, weight.size)
+        with device_of(weight).scope():
+            backends.get(weight).parallel_for(weight.size, weight.size * _PASSES, update)
 
     def _slots_of(self, parameter: Parameter) -> tuple[Any, ...]:
         """Return the arrays kept for a parameter, on its device; zeros at first."""
@@ -194,7 +205,8 @@ class Optimizer:
         kept = self._slots.get(parameter)
         with device.scope():
             if kept is None:
-                kept = tuple(module_of(array).zeros_like(array) for _ in self.slots)
+                zeros, dtype = module_of(array).zeros_like, statistics_dtype(array.dtype)
+                kept = tuple(zeros(array, dtype=dtype) for _ in self.slots)
             elif kept and device_of(kept[0]) != device:
                 kept = tuple(to_device(slot, device) for slot in kept)
         self._slots[parameter] = kept
@@ -237,27 +249,64 @@ class Optimizer:
         TypeError
             If `state` is no mapping of names to arrays.
         ValueError
-            If names or shapes do not fit; all misfits are listed, and nothing has been changed.
+            If names, shapes or dtypes do not fit, the number of steps is no whole number >= 0, or
+            an array holds what training cannot go on from: NaN, an infinity, a negative mean
+            square. All misfits are listed, and nothing has been changed.
         """
         check_state(state, state, self)
-        if faults := self._faults(state):
+        if faults := misfits(state, self._expected()):
             raise ValueError(
                 f"The state does not fit this {type(self).__name__}:\n  " + "\n  ".join(faults)
             )
+        self._load(state)
+
+    def _expected(self) -> dict[str, Expected]:
+        """Return what the arrays of a state must be."""
+        expected = {"steps": Expected.count()}
+        for name, parameter, k in self._named_slots():
+            least = 0 if self.slots[k] in self.nonnegative else None
+            dtype = statistics_dtype(parameter.dtype)
+            expected[name] = Expected(parameter.shape, dtype, finite=True, least=least)
+        return expected
+
+    def _load(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over a state that has been checked."""
         self.steps = int(state["steps"])
         for name, parameter, k in self._named_slots():
-            slot = self._slots_of(parameter)[k]
-            slot[...] = to_device(np.asarray(state[name]), device_of(slot))
+            copy_into(self._slots_of(parameter)[k], state[name])
 
-    def _faults(self, state: Mapping[str, np.ndarray]) -> list[str]:
-        """Return what of `state` does not fit."""
-        shapes = {name: parameter.shape for name, parameter, _ in self._named_slots()}
-        shapes["steps"] = ()
-        faults = [f"missing: {name}" for name in shapes if name not in state]
-        faults += [f"unknown: {name}" for name in state if name not in shapes]
-        faults += [
-            f"{name}: must be of shape {shape}, is {np.shape(state[name])}"
-            for name, shape in shapes.items()
-            if name in state and np.shape(state[name]) != shape
-        ]
-        return faults
+    def __repr__(self) -> str:
+        schedule = "" if self.schedule is None else f"schedule={self.schedule!r}, "
+        described = [_described(group) for group in self.groups]
+        name = type(self).__name__
+        if len(described) == 1:
+            return f"{name}({schedule}{described[0]})"
+        lines = [f"({i}): {text}" for i, text in enumerate(described)]
+        return "\n  ".join([f"{name}({schedule}".rstrip(", "), *lines]) + "\n)"
+
+
+def _grouped(parameters: Any) -> list[Mapping[str, Any]]:
+    """Return what an optimiser was given as groups."""
+    if isinstance(parameters, (Module, Parameter, Mapping)):
+        return [parameters if isinstance(parameters, Mapping) else {"params": parameters}]
+    given = list(parameters)
+    if not any(isinstance(each, Mapping) for each in given):
+        return [{"params": given}]
+    for each in given:
+        if not isinstance(each, Mapping) or "params" not in each:
+            raise ValueError(
+                f"Parameter groups must all be dicts with 'params'; got "
+                f"{'one without' if isinstance(each, Mapping) else type(each).__name__}."
+            )
+    return given
+
+
+def _described(group: Group) -> str:
+    """Return a group's name, options and size, for `repr`."""
+    names = ["name"] if "name" in group else []
+    names += [name for name in group if name not in ("params", "name", "lr_scale")]
+    options = [f"{name}={group[name]!r}" for name in names]
+    scale = group["lr_scale"]
+    if callable(scale) or scale != 1:
+        options.append(f"lr_scale={getattr(scale, '__name__', repr(scale))}")
+    return ", ".join([*options, count_elements(group["params"])])

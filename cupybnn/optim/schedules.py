@@ -1,4 +1,4 @@
-"""Learning-rate schedules: functions of the number of steps done, to be given to an optimiser.
+"""Learning-rate schedules: functions of the number of steps done, for an optimiser.
 
 Each function here returns a schedule: called with a step's number, counted from 0, it returns the
 factor for the learning rates.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 __all__ = ["Schedule", "constant", "cosine", "exponential", "step", "warm_up"]
 
@@ -16,12 +17,20 @@ Schedule = Callable[[int], float]
 
 def constant(factor: float = 1.0) -> Schedule:
     """Return a schedule that is always `factor`."""
-    return lambda number: factor
+    return _Made(_constant, factor)
+
+
+def _constant(number: int, factor: float) -> float:
+    return factor
 
 
 def step(boundaries: Sequence[int], factor: float = 0.1) -> Schedule:
     """Return a schedule that starts at 1 and is multiplied by `factor` at each of `boundaries`."""
-    return lambda number: factor ** sum(number >= boundary for boundary in boundaries)
+    return _Made(_step, tuple(boundaries), factor)
+
+
+def _step(number: int, boundaries: tuple[int, ...], factor: float) -> float:
+    return factor ** sum(number >= boundary for boundary in boundaries)
 
 
 def exponential(steps: int, final: float) -> Schedule:
@@ -30,7 +39,11 @@ def exponential(steps: int, final: float) -> Schedule:
         raise ValueError(
             f"An exponential schedule needs steps >= 1 and final > 0; got {steps!r} and {final!r}."
         )
-    return lambda number: final ** min(number / steps, 1.0)
+    return _Made(_exponential, steps, final)
+
+
+def _exponential(number: int, steps: int, final: float) -> float:
+    return final ** min(number / steps, 1.0)
 
 
 def cosine(steps: int, final: float = 0.0) -> Schedule:
@@ -42,11 +55,11 @@ def cosine(steps: int, final: float = 0.0) -> Schedule:
     """
     if steps < 1:
         raise ValueError(f"A cosine schedule needs steps >= 1; got {steps!r}.")
+    return _Made(_cosine, steps, final)
 
-    def factor(number: int) -> float:
-        return final + (1 - final) * (1 + math.cos(math.pi * min(number / steps, 1.0))) / 2
 
-    return factor
+def _cosine(number: int, steps: int, final: float) -> float:
+    return final + (1 - final) * (1 + math.cos(math.pi * min(number / steps, 1.0))) / 2
 
 
 def warm_up(steps: int, then: Schedule | None = None) -> Schedule:
@@ -54,11 +67,23 @@ def warm_up(steps: int, then: Schedule | None = None) -> Schedule:
 
     The first step has the factor ``1 / (steps + 1)`` times that of ``then(0)``.
     """
-    then = constant() if then is None else then
+    return _Made(_warm_up, steps, constant() if then is None else then)
 
-    def factor(number: int) -> float:
-        if number < steps:
-            return then(0) * (number + 1) / (steps + 1)
-        return then(number - steps)
 
-    return factor
+def _warm_up(number: int, steps: int, then: Schedule) -> float:
+    if number < steps:
+        return then(0) * (number + 1) / (steps + 1)
+    return then(number - steps)
+
+
+class _Made:
+    """A schedule made of a function and its arguments: it can be pickled, and shows them."""
+
+    def __init__(self, function: Callable[..., float], *arguments: Any) -> None:
+        self._function, self._arguments = function, arguments
+
+    def __call__(self, number: int) -> float:
+        return self._function(number, *self._arguments)
+
+    def __repr__(self) -> str:
+        return f"{self._function.__name__[1:]}({', '.join(map(repr, self._arguments))})"

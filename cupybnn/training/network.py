@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from cupybnn import nn, ops
-from cupybnn.autograd import Tensor
 from cupybnn.backends.random import Stream
 from cupybnn.training.config import TrainConfig
 
-__all__ = ["NETWORK_SETTINGS", "Scale", "build_network"]
+__all__ = ["NETWORK_SETTINGS", "build_network"]
 
 #: The settings that `build_network` reads, seed and dtype aside.
 NETWORK_SETTINGS = (
@@ -31,24 +30,6 @@ _BATCH_NORM_DECAY = 0.9
 #: Where the trained factors of a layer with binary weights begin; products of signs are about
 #: sqrt(inputs) large, far outside the window in which the sign has a pseudo-gradient.
 _FIRST_SCALE = 0.05
-
-
-class Scale(nn.Module):
-    """Multiplies by one trained number.
-
-    Parameters
-    ----------
-    value : float
-        Where it begins.
-    dtype : str
-    """
-
-    def __init__(self, value: float, dtype: str) -> None:
-        self.factor = nn.Parameter(np.full((1,), value, dtype=dtype))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x * factor``."""
-        return x * self.factor
 
 
 def build_network(config: TrainConfig, features: int, classes: int) -> nn.Sequential:
@@ -85,7 +66,7 @@ def build_network(config: TrainConfig, features: int, classes: int) -> nn.Sequen
             layers[f"dropout{number}"] = make.dropout(config.keep_prob)
             layers[f"bn{number}"] = make.batch_norm(units)
             if first and config.first and not config.batch_norm:
-                layers[f"scale{number}"] = Scale(_FIRST_SCALE, config.storage_dtype)
+                layers[f"scale{number}"] = nn.Scale(_FIRST_SCALE, config.storage_dtype)
             if not last or config.last:
                 layers[f"sign{number}"] = nn.Sign(make.quantizer())
                 if config.sign_keep_prob < 1:
@@ -101,7 +82,7 @@ def build_network(config: TrainConfig, features: int, classes: int) -> nn.Sequen
     if binary and config.batch_norm:
         layers["bnout"] = make.batch_norm(classes)
     elif binary:
-        layers["scaleout"] = Scale(_FIRST_SCALE, config.storage_dtype)
+        layers["scaleout"] = nn.Scale(_FIRST_SCALE, config.storage_dtype)
     return nn.Sequential(**{name: layer for name, layer in layers.items() if layer is not None})
 
 

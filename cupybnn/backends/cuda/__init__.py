@@ -1,10 +1,14 @@
 """The CUDA backend: kernels of ``kernels/*.cu``, compiled at run time by CuPy."""
 
+from collections.abc import Callable
+from typing import Any
+
 from cupybnn.backends.cuda import architectures
 from cupybnn.backends.cuda.compiler import architecture
 from cupybnn.backends.cuda.dispatch import force_kernel
 from cupybnn.backends.cuda.packing import from_canonical, pack, sign, to_canonical, unpack
 from cupybnn.backends.cuda.product import gemm, gemm_packed
+from cupybnn.backends.cuda.random import random_words, uniform
 from cupybnn.backends.devices import Device
 
 __all__ = [
@@ -14,8 +18,12 @@ __all__ = [
     "gemm_packed",
     "kernels_for",
     "pack",
+    "parallel_for",
+    "parallel_parts",
+    "random_words",
     "sign",
     "to_canonical",
+    "uniform",
     "unpack",
 ]
 
@@ -23,3 +31,13 @@ __all__ = [
 def kernels_for(device: Device) -> list[str]:
     """Return the names of the product kernels that run on a CUDA device, fastest first."""
     return architectures.kernels_for(architecture(device.index))
+
+
+def parallel_for(size: int, elements: int, work: Callable[[int, int], None]) -> None:
+    """Call ``work(0, size)``: kernels need no threads on the host."""
+    work(0, size)
+
+
+def parallel_parts(x: Any, axis: int, work: Callable[[Any], None]) -> None:
+    """Call ``work(...)``, with the index of all of `x`: kernels need no threads on the host."""
+    work(...)

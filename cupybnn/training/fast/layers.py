@@ -11,7 +11,6 @@ import numpy as np
 from cupybnn import nn, ops
 from cupybnn.backends.cuda.blas import operand_dtype
 from cupybnn.backends.cuda.fused_layers import DROP_ACTIVATION, DROP_NONE, DROP_PRODUCT
-from cupybnn.training.network import Scale
 
 __all__ = [
     "HeadPlan",
@@ -97,14 +96,14 @@ class HeadPlan:
     reads : {"relu", "none", "sign"}
         The non-linearity of the last hidden layer. For "sign" the weights' signs are meant, too.
     norm : BatchNorm or None
-    scale : Scale or None
+    scale : nn.Scale or None
         For "sign", one of the two follows the product.
     """
 
     linear: nn.Linear
     reads: str
     norm: nn.BatchNorm | None
-    scale: Scale | None
+    scale: nn.Scale | None
 
 
 def exact_product_dtype(k: int) -> np.dtype:
@@ -126,6 +125,12 @@ def plan_input(modules: Sequence[nn.Module]) -> nn.Dropout | None:
     return dropout
 
 
+def _does_nothing(module: nn.Module) -> bool:
+    if type(module) is nn.Dropout:
+        return module.keep_prob == 1
+    return type(module) in (nn.Identity, nn.Flatten)  # of a matrix
+
+
 class _Taker:
     """Takes the modules after a product one by one, in the order that the kernels compute."""
 
@@ -133,8 +138,8 @@ class _Taker:
         self._name, self._left = name, list(modules)
 
     def __call__(self, kind: type) -> Any:
-        """Return the next module if it is of a kind, else None; dropout that drops nothing goes."""
-        while self._left and type(self._left[0]) is nn.Dropout and self._left[0].keep_prob == 1:
+        """Return the next module if it is of a kind, else None; skip those that do nothing."""
+        while self._left and _does_nothing(self._left[0]):
             del self._left[0]
         return self._left.pop(0) if self._left and type(self._left[0]) is kind else None
 
@@ -191,7 +196,7 @@ def _product(linear: nn.Linear) -> str:
 def plan_head(block: nn.Block, last: HiddenPlan) -> HeadPlan:
     """Plan the last layer, after the last hidden one."""
     take = _Taker(block.name, block.rest)
-    norm, scale = take(nn.BatchNorm), take(Scale)
+    norm, scale = take(nn.BatchNorm), take(nn.Scale)
     take.finish()
     if binary := isinstance(block.linear, nn.BinaryLinear):
         _product(block.linear)

@@ -1,0 +1,31 @@
+"""Sums of float16: computed in float32, because float16 counts only to 2048 and ends at 65,504."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+__all__ = ["narrowed", "sum_dtype", "wide_sum", "widened"]
+
+_NARROW = np.dtype(np.float16)
+
+
+def widened(x: Any) -> Any:
+    """Return an array of float16 as float32, any other as it is."""
+    return x.astype(np.float32) if x.dtype == _NARROW else x
+
+
+def narrowed(result: Any, x: Any) -> Any:
+    """Return what was computed from ``widened(x)`` as float16 if `x` is, else as it is."""
+    return result.astype(np.float16) if x.dtype == _NARROW else result
+
+
+def sum_dtype(x: Any) -> Any:
+    """Return the ``dtype`` argument of a sum of `x`: None if its own will do."""
+    return np.float32 if x.dtype == _NARROW else None
+
+
+def wide_sum(x: Any, axis: Any = None, keepdims: bool = False) -> Any:
+    """Sum an array over axes; the sum of float16 is float32."""
+    return x.sum(axis=axis, keepdims=keepdims, dtype=sum_dtype(x))

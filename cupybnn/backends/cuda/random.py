@@ -1,0 +1,50 @@
+"""Random numbers on a CUDA device, a draw in one launch; see `cupybnn.backends.random`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends.cuda.compiler import load_kernel
+
+__all__ = ["random_words", "uniform"]
+
+_MOST_BLOCKS = 1 << 16  # of a launch; each thread then takes several blocks of four numbers
+
+
+def random_words(shape: tuple[int, ...], seed: int, counter: Any, first: int = 0) -> Any:
+    """Return random 32-bit words on the current device, a CuPy array of uint32.
+
+    Parameters
+    ----------
+    shape, seed, counter
+        As in `cupybnn.backends.random.random_words`.
+    first : int
+        Number of the first block of four words, from 0 to 2**64 - 1.
+    """
+    return _draw(shape, seed, counter, first, np.dtype(np.uint32))
+
+
+def uniform(shape: tuple[int, ...], seed: int, counter: Any) -> Any:
+    """Return numbers uniform in [0, 1) on the current device, a CuPy array of float32."""
+    return _draw(shape, seed, counter, 0, np.dtype(np.float32))
+
+
+def _draw(shape: tuple[int, ...], seed: int, counter: Any, first: int, dtype: np.dtype) -> Any:
+    import cupy
+
+    size = math.prod(shape)
+    blocks = -(-size // 4)
+    out = cupy.empty(4 * blocks, dtype)
+    if blocks:
+        kernel = load_kernel(
+            "smxx_random", "draw", (("UNIFORM", int(dtype.kind == "f")),), out.device.id
+        )
+        zero = np.uint64(0)
+        on_device = isinstance(counter, cupy.ndarray)
+        number = (zero, counter) if on_device else (np.uint64(counter), zero)
+        arguments = (out, np.int64(blocks), np.uint64(first), np.uint64(seed), *number)
+        kernel((min(-(-blocks // 256), _MOST_BLOCKS),), (256,), arguments)
+    return out[:size].reshape(shape)

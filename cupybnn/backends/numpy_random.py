@@ -1,0 +1,67 @@
+"""Random numbers on the host; see `cupybnn.backends.random`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends import numpy_threads
+
+__all__ = ["random_words", "uniform"]
+
+_ROUNDS = 10
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_LOW = np.uint64(0xFFFFFFFF)
+_HALF = np.uint64(32)
+# Blocks computed at a time on the host, so that the temporary arrays stay in its cache.
+_HOST_BLOCKS = 4096
+# How many passes over an array its computation is worth, roughly, when threads are shared out.
+_PASSES = 100
+
+
+def random_words(shape: tuple[int, ...], seed: int, counter: Any, first: int = 0) -> np.ndarray:
+    """Return random 32-bit words, an array of uint32.
+
+    Parameters
+    ----------
+    shape, seed, counter
+        As in `cupybnn.backends.random.random_words`.
+    first : int
+        Number of the first block of four words, from 0 to 2**64 - 1.
+    """
+    size = math.prod(shape)
+    blocks = -(-size // 4)
+    words = np.empty((blocks, 4), np.uint32)
+    draw, offset = np.uint64(counter), np.uint64(first)
+
+    def fill(start: int, stop: int) -> None:
+        for at in range(start, stop, _HOST_BLOCKS):
+            last = min(at + _HOST_BLOCKS, stop)
+            _philox(words[at:last], np.arange(at, last, dtype=np.uint64) + offset, draw, seed)
+
+    numpy_threads.over(blocks, blocks * _PASSES, fill)
+    return words.reshape(-1)[:size].reshape(shape)
+
+
+def _philox(words: np.ndarray, block: Any, draw: Any, seed: int) -> None:
+    """Fill `words`, shape (n, 4), with the blocks of the numbers `block`, shape (n,)."""
+    # Each 32-bit word of the counter lies in a 64-bit element, which a product of two words fits.
+    c0, c1, c2, c3 = block & _LOW, block >> _HALF, draw & _LOW, draw >> _HALF
+    keys = [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(_ROUNDS):
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0 = (product1 >> _HALF) ^ c1 ^ np.uint64(keys[0])
+        c2 = (product0 >> _HALF) ^ c3 ^ np.uint64(keys[1])
+        c1, c3 = product1 & _LOW, product0 & _LOW
+        keys = [(k + w) & 0xFFFFFFFF for k, w in zip(keys, _KEY_STEPS, strict=True)]
+    for column, word in enumerate((c0, c1, c2, c3)):
+        words[:, column] = word
+
+
+def uniform(shape: tuple[int, ...], seed: int, counter: Any) -> np.ndarray:
+    """Return numbers uniform in [0, 1), an array of float32."""
+    words = random_words((math.prod(shape),), seed, counter) >> np.uint32(8)
+    return (words.astype(np.float32) * np.float32(2.0**-24)).reshape(shape)

@@ -1,0 +1,85 @@
+"""Modules and parameters in places where no module looks for them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+__all__ = ["held_in", "stray_error"]
+
+_CONTAINERS = (list, tuple, set, frozenset, deque)
+# Objects whose attributes say nothing about a model.
+_CLOSED = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType)
+
+
+def held_in(value: Any, wanted: Callable[[Any], bool]) -> Iterator[tuple[str, Any]]:
+    """Yield (place, item) for the items of a container, or of an object's attributes.
+
+    Containers within containers are searched; of objects, only the attributes of `value` itself
+    and the containers in them. A function, a weak reference or an object with ``__slots__`` is not
+    looked into.
+
+    Parameters
+    ----------
+    value : object
+    wanted : callable
+        Whether an item is one to yield.
+
+    Yields
+    ------
+    place : str
+        As in ``[0]``, ``['encoder']`` or ``.hidden``.
+    item : object
+    """
+    if isinstance(value, (*_CONTAINERS, Mapping)):
+        yield from _in_container(value, "", wanted, set())
+    elif not isinstance(value, _CLOSED):
+        for name, item in list(getattr(value, "__dict__", {}).items()):
+            if wanted(item):
+                yield f".{name}", item
+            elif isinstance(item, (*_CONTAINERS, Mapping)):
+                yield from _in_container(item, f".{name}", wanted, set())
+
+
+def _in_container(
+    value: Any, place: str, wanted: Callable[[Any], bool], seen: set[int]
+) -> Iterator[tuple[str, Any]]:
+    if id(value) in seen:  # a list that contains itself
+        return
+    seen.add(id(value))
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    for key, item in list(items):
+        here = f"{place}[{key!r}]"
+        if wanted(item):
+            yield here, item
+        elif isinstance(item, (*_CONTAINERS, Mapping)):
+            yield from _in_container(item, here, wanted, seen)
+
+
+def stray_error(owner: Any, name: str, value: Any, place: str, item: Any) -> TypeError:
+    """Return the error for a module or parameter that its owner would not see.
+
+    Parameters
+    ----------
+    owner : Module
+    name : str
+        The attribute of `owner`.
+    value : object
+        What the attribute holds.
+    place, item
+        As `held_in` yields them.
+    """
+    kind = type(value).__name__
+    if not isinstance(value, (*_CONTAINERS, Mapping)):
+        fix = f"nn.Module as the base class of {kind}"
+    elif not hasattr(item, "named_modules"):
+        fix = "an attribute of its own for each parameter"
+    else:
+        fix = f"nn.Module{'Dict' if isinstance(value, Mapping) else 'List'} for {name!r}"
+    return TypeError(
+        f"The attribute {name!r} of {type(owner).__name__} must not hold a {type(item).__name__} "
+        f"(at {name}{place}) in a {kind}, where parameters(), state_dict() and to() do not see it. "
+        f"Use {fix}."
+    )

@@ -1,0 +1,92 @@
+"""Layers that apply one operation to each element, or rearrange the elements."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from cupybnn import ops
+from cupybnn.autograd import Tensor
+from cupybnn.nn.module import Module, Parameter
+
+__all__ = ["Flatten", "HardTanh", "Identity", "ReLU", "Scale", "Sigmoid", "Tanh"]
+
+
+class Identity(Module):
+    """The input itself: a place that another layer may take."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Flatten(Module):
+    """All axes but the first made one: (batch, ...) becomes (batch, features).
+
+    Signs stay known to be signs.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 0:
+            raise ValueError("The input of Flatten must have a batch axis; got shape ().")
+        return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+
+
+class ReLU(Module):
+    """``max(x, 0)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.relu(x)
+
+
+class HardTanh(Module):
+    """``min(max(x, -1), 1)``: its derivative is the pseudo-gradient of the usual sign."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.clip(x, -1.0, 1.0)
+
+
+class Tanh(Module):
+    """Hyperbolic tangent."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.tanh(x)
+
+
+class Sigmoid(Module):
+    """``1 / (1 + exp(-x))``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.sigmoid(x)
+
+
+class Scale(Module):
+    """Multiplies by one trained number.
+
+    Products of signs are about ``sqrt(inputs)`` large, far outside the window in which a sign has a
+    pseudo-gradient: where there is no batch norm, this brings them into it.
+
+    Parameters
+    ----------
+    value : float
+        The first value.
+    dtype : dtype
+        Of the parameter.
+
+    Attributes
+    ----------
+    factor : Parameter, shape (1,)
+    """
+
+    def __init__(self, value: float = 1.0, dtype: Any = "float32") -> None:
+        try:
+            finite = math.isfinite(value)
+        except TypeError:
+            finite = False
+        if not finite:
+            raise ValueError(f"The 'value' of Scale must be a finite number; got {value!r}.")
+        self.factor = Parameter(np.full((1,), value, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor

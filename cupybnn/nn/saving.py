@@ -1,0 +1,191 @@
+"""Saving a model's state to a file and loading it again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from cupybnn.errors import CheckpointError
+from cupybnn.files import atomic_write, read_npz
+from cupybnn.nn.module import Module
+
+__all__ = ["load", "read_state", "save"]
+
+_FORMAT = "cupybnn-model"
+_VERSION = 1
+_HEADER = "header"  # member with the JSON text; arrays are in members named "array/<name>"
+_PREFIX = "array/"
+
+_M = TypeVar("_M", bound=Module)
+
+
+def save(model: Module, path: str | os.PathLike[str]) -> None:
+    """Write a model's parameters, buffers and random states to a file.
+
+    Parameters
+    ----------
+    model : Module
+        On any device.
+    path : path-like
+        The .npz file to write, under exactly this name. A reader finds the old file or the new one.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no `Module`, or a buffer is of a dtype that .npz files do not know.
+    CheckpointError
+        If the file cannot be written; what was there before is untouched.
+
+    Notes
+    -----
+    The file holds arrays and names, no code and no pickle: make the same model to load it into.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from cupybnn import nn
+    >>> model = nn.Linear(3, 2, rng=0)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     nn.save(model, f"{folder}/model.npz")
+    ...     again = nn.load(nn.Linear(3, 2), f"{folder}/model.npz")
+    >>> bool((again.weight.data == model.weight.data).all())
+    True
+    """
+    _check_model("save", model)
+    path = Path(path).expanduser()
+    state = model.state_dict()
+    for name, array in state.items():
+        if array.dtype.kind not in "biuf":
+            raise TypeError(
+                f"The arrays of a model file must be numbers of NumPy's own dtypes; {name!r} is "
+                f"{array.dtype}. Keep it in float32."
+            )
+    header = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "arrays": {name: [array.dtype.name, list(array.shape)] for name, array in state.items()},
+    }
+    members: dict[str, Any] = {_PREFIX + name: array for name, array in state.items()}
+    members[_HEADER] = np.array(json.dumps(header))
+    try:
+        with atomic_write(path) as file:
+            np.savez(file, **members)
+    except OSError as error:
+        raise CheckpointError(
+            f"The model file {path} cannot be written: {error.strerror or error}."
+        ) from error
+
+
+def load(model: _M, path: str | os.PathLike[str], strict: bool = True) -> _M:
+    """Set a model's parameters, buffers and random states from a file that `save` wrote.
+
+    Parameters
+    ----------
+    model : Module
+        Made as the one that was saved; on any device, where it stays.
+    path : path-like
+    strict : bool
+        As in `Module.load_state_dict`.
+
+    Returns
+    -------
+    Module
+        The model itself.
+
+    Raises
+    ------
+    TypeError
+        If `model` is no `Module`.
+    CheckpointError
+        If the file cannot be read, is damaged or no model file, or does not fit the model; all
+        misfits are listed by name, and the model is as it was.
+    """
+    _check_model("load", model)
+    state = read_state(path)
+    try:
+        model.load_state_dict(state, strict)
+    except ValueError as error:
+        raise CheckpointError(f"The model file {path} cannot be loaded. {error}") from error
+    return model
+
+
+def read_state(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Return the state in a file that `save` wrote, as `Module.state_dict` gave it.
+
+    Raises
+    ------
+    CheckpointError
+        If the file cannot be read, is damaged or no model file.
+    """
+    path = Path(path).expanduser()
+    try:
+        expected = _declared_arrays(path, read_npz(path, (_HEADER,)))
+        members = read_npz(path, tuple(_PREFIX + name for name in expected))
+        return {
+            name: _restored(name, members.get(_PREFIX + name), dtype, shape)
+            for name, (dtype, shape) in expected.items()
+        }
+    except OSError as error:
+        raise CheckpointError(
+            f"The model file {path} cannot be read: {error.strerror or error}."
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"The model file {path} is damaged: {error}.") from error
+
+
+def _check_model(function: str, model: Any) -> None:
+    if not isinstance(model, Module):
+        raise TypeError(
+            f"The 'model' of nn.{function} must be a Module; got {type(model).__name__}. Call "
+            f"nn.{function}(model, path)"
+            + (", or nn.read_state(path) for the arrays alone." if function == "load" else ".")
+        )
+
+
+def _restored(name: str, array: np.ndarray | None, dtype: str, shape: list[int]) -> np.ndarray:
+    if array is None:
+        raise ValueError(f"the array {name!r} is missing")
+    if array.dtype.name != dtype or list(array.shape) != shape:
+        raise ValueError(
+            f"the array {name!r} must be {tuple(shape)} {dtype} according to the header, is "
+            f"{array.shape} {array.dtype}"
+        )
+    return array
+
+
+def _declared_arrays(path: Path, entries: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return the dtype and shape of each array, from a checked header."""
+    try:
+        header = json.loads(str(entries[_HEADER]))
+        ours = header["format"] == _FORMAT
+    except (KeyError, TypeError, ValueError, RecursionError):
+        ours = False
+    if not ours:
+        raise CheckpointError(
+            f"{path} is no model file of cupybnn. nn.save(model, path) writes one."
+        )
+    version, arrays = header.get("version"), header.get("arrays")
+    if type(version) is not int or version < 1:
+        raise ValueError(f"its version must be a whole number from 1 on, is {version!r}")
+    if version > _VERSION:
+        raise CheckpointError(
+            f"{path} is a model file of version {version}; this cupybnn reads versions up to "
+            f"{_VERSION}. Update cupybnn."
+        )
+    if not isinstance(arrays, dict) or not all(map(_is_declaration, arrays.values())):
+        raise ValueError("its header does not list the arrays with dtypes and shapes")
+    return arrays
+
+
+def _is_declaration(entry: Any) -> bool:
+    if not isinstance(entry, list) or len(entry) != 2:
+        return False
+    dtype, shape = entry
+    if not isinstance(dtype, str) or not isinstance(shape, list):
+        return False
+    return all(type(n) is int and n >= 0 for n in shape)

@@ -1,0 +1,157 @@
+"""Comparisons and the places of extremes: plain arrays of bool and integers, without gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cupybnn.autograd import Context, Function, Tensor, no_grad
+from cupybnn.ops.axes import as_axis
+
+__all__ = [
+    "argmax",
+    "argmin",
+    "equal",
+    "greater",
+    "greater_equal",
+    "less",
+    "less_equal",
+    "not_equal",
+]
+
+
+class _Comparison(Function):
+    """A comparison by the array module's function of the same name."""
+
+    @classmethod
+    def forward(cls, ctx: Context, a: Any, b: Any) -> Any:
+        return getattr(ctx.xp, cls.name)(a, b)
+
+    @classmethod
+    def of(cls, a: Any, b: Any) -> Any:
+        """Return the result's array, outside of any graph."""
+        with no_grad():
+            return cls.apply(a, b)._data
+
+
+class Equal(_Comparison):
+    """a == b."""
+
+
+class NotEqual(_Comparison):
+    """a != b."""
+
+
+class Less(_Comparison):
+    """a < b."""
+
+
+class LessEqual(_Comparison):
+    """a <= b."""
+
+
+class Greater(_Comparison):
+    """a > b."""
+
+
+class GreaterEqual(_Comparison):
+    """a >= b."""
+
+
+class _Place(Function):
+    """The place of an extreme, by the array module's function of the same name."""
+
+    @classmethod
+    def forward(cls, ctx: Context, x: Any, axis: int | None) -> Any:
+        return getattr(ctx.xp, cls.name)(x, axis=axis)
+
+    @classmethod
+    def of(cls, x: Any, axis: int | None) -> Any:
+        """Return the result's array, outside of any graph."""
+        with no_grad():
+            return cls.apply(x, axis=None if axis is None else as_axis(axis, cls.name))._data
+
+
+class Argmax(_Place):
+    """Index of the greatest element."""
+
+
+class Argmin(_Place):
+    """Index of the least element."""
+
+
+def equal(a: Any, b: Any) -> Any:
+    """Return ``a == b`` element by element, as an array of bool.
+
+    Parameters
+    ----------
+    a, b : Tensor, array or number
+        Of shapes that broadcast, on one device.
+
+    Returns
+    -------
+    numpy.ndarray or cupy.ndarray of bool
+        A plain array: a comparison has no gradient.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> ops.equal(Tensor([1.0, 2.0]), 2)
+    array([False,  True])
+    """
+    return Equal.of(a, b)
+
+
+def not_equal(a: Any, b: Any) -> Any:
+    """Return ``a != b`` element by element, as an array of bool; see `equal`."""
+    return NotEqual.of(a, b)
+
+
+def less(a: Any, b: Any) -> Any:
+    """Return ``a < b`` element by element, as an array of bool; see `equal`."""
+    return Less.of(a, b)
+
+
+def less_equal(a: Any, b: Any) -> Any:
+    """Return ``a <= b`` element by element, as an array of bool; see `equal`."""
+    return LessEqual.of(a, b)
+
+
+def greater(a: Any, b: Any) -> Any:
+    """Return ``a > b`` element by element, as an array of bool; see `equal`."""
+    return Greater.of(a, b)
+
+
+def greater_equal(a: Any, b: Any) -> Any:
+    """Return ``a >= b`` element by element, as an array of bool; see `equal`."""
+    return GreaterEqual.of(a, b)
+
+
+def argmax(x: Tensor, axis: int | None = None) -> Any:
+    """Return the index of the greatest element along `axis`, the first of equal ones.
+
+    Parameters
+    ----------
+    x : Tensor
+        Any shape, not empty.
+    axis : int, optional
+        By default, the index is that of the flattened tensor.
+
+    Returns
+    -------
+    numpy.ndarray or cupy.ndarray of int64
+        A plain array: an index has no gradient.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import Tensor, ops
+    >>> logits = Tensor([[0.5, 2.0], [3.0, 1.0]])
+    >>> ops.argmax(logits, axis=1)
+    array([1, 0])
+    """
+    return Argmax.of(x, axis)
+
+
+def argmin(x: Tensor, axis: int | None = None) -> Any:
+    """Return the index of the least element along `axis`, the first of equal ones; see `argmax`."""
+    return Argmin.of(x, axis)

@@ -1,0 +1,171 @@
+"""Operations that choose between two operands, element by element, with broadcasting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cupybnn.autograd import Context, Function, Tensor, as_operand
+from cupybnn.backends.devices import CPU, Device
+
+__all__ = ["maximum", "minimum", "where"]
+
+
+class Where(Function):
+    """a where a condition holds, else b."""
+
+    @staticmethod
+    def forward(ctx: Context, condition: Any, a: Any, b: Any) -> Any:
+        ctx.save(condition)
+        return ctx.xp.where(condition, a, b)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        (condition,) = ctx.saved
+        # Not a product with the condition: what was not chosen gets 0, even of NaN and inf.
+        zero = grad.dtype.type(0)
+        return (
+            None,
+            ctx.fit(ctx.xp.where(condition, grad, zero), 1) if ctx.needs[1] else None,
+            ctx.fit(ctx.xp.where(condition, zero, grad), 2) if ctx.needs[2] else None,
+        )
+
+
+def _keep_chosen(ctx: Context, a: Any, b: Any, out: Any) -> Any:
+    """Keep for the backward pass what an extreme of two is of, and return the extreme."""
+    ctx.save(a, b, out)
+    return out
+
+
+def _gradient_of_chosen(ctx: Context, grad: Any) -> tuple[Any, Any]:
+    """Hand `grad` to the operand that the result equals, half of it to each if both do."""
+    a, b, out = ctx.saved
+    zero, half = grad.dtype.type(0), grad.dtype.type(0.5)
+    shared = ctx.xp.where(a == b, grad * half, grad)
+    return (
+        ctx.fit(ctx.xp.where(a == out, shared, zero), 0) if ctx.needs[0] else None,
+        ctx.fit(ctx.xp.where(b == out, shared, zero), 1) if ctx.needs[1] else None,
+    )
+
+
+class Maximum(Function):
+    """The greater of a and b; equal ones share the gradient."""
+
+    @staticmethod
+    def forward(ctx: Context, a: Any, b: Any) -> Any:
+        return _keep_chosen(ctx, a, b, ctx.xp.maximum(a, b))
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        return _gradient_of_chosen(ctx, grad)
+
+
+class Minimum(Function):
+    """The lesser of a and b; equal ones share the gradient."""
+
+    @staticmethod
+    def forward(ctx: Context, a: Any, b: Any) -> Any:
+        return _keep_chosen(ctx, a, b, ctx.xp.minimum(a, b))
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        return _gradient_of_chosen(ctx, grad)
+
+
+def _with_a_tensor(a: Any, b: Any, op: str, device: Device = CPU) -> tuple[Any, Any]:
+    """Return two operands, the first as a tensor on `device` if both are numbers."""
+    a, b = as_operand(a, op), as_operand(b, op)
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a, b
+    return Tensor(a).to(device), b
+
+
+def where(condition: Any, a: Any, b: Any) -> Tensor:
+    """Return `a` where `condition` holds and `b` elsewhere, with broadcasting.
+
+    Parameters
+    ----------
+    condition : Tensor or array of bool
+        On the device of `a` and `b`; a comparison of tensors gives one. It has no gradient.
+    a, b : Tensor, array or number
+        The gradient reaches each only where it was chosen.
+
+    Returns
+    -------
+    Tensor
+
+    Raises
+    ------
+    TypeError
+        If the condition is not of bool.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> x = Tensor([-2.0, 3.0], requires_grad=True)
+    >>> leaky = ops.where(x > 0, x, 0.5 * x)
+    >>> leaky.data
+    array([-1.,  3.], dtype=float32)
+    >>> leaky.sum().backward()
+    >>> x.grad
+    array([0.5, 1. ], dtype=float32)
+    """
+    chosen = condition if isinstance(condition, Tensor) else Tensor(condition)
+    if chosen.dtype != bool:
+        raise TypeError(
+            f"The 'condition' of where must be of bool; got dtype {chosen.dtype}. Compare first: "
+            f"where(x != 0, a, b)."
+        )
+    return Where.apply(chosen, *_with_a_tensor(a, b, "where", chosen.device))
+
+
+def maximum(a: Any, b: Any) -> Tensor:
+    """Return the greater of `a` and `b`, element by element; NaN if one is NaN.
+
+    Parameters
+    ----------
+    a, b : Tensor, array or number
+        Of shapes that broadcast.
+
+    Returns
+    -------
+    Tensor
+
+    Notes
+    -----
+    The gradient goes to the greater operand; where both are equal, half of it to each, as in
+    `max`. (`relu` differs from ``maximum(x, 0)`` there: its gradient at 0 is 0.) Where one is NaN,
+    neither gets any.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> ops.maximum(Tensor([1.0, 5.0]), 2.0).data
+    array([2., 5.], dtype=float32)
+    """
+    return Maximum.apply(*_with_a_tensor(a, b, "maximum"))
+
+
+def minimum(a: Any, b: Any) -> Tensor:
+    """Return the lesser of `a` and `b`, element by element; NaN if one is NaN.
+
+    Parameters
+    ----------
+    a, b : Tensor, array or number
+        Of shapes that broadcast.
+
+    Returns
+    -------
+    Tensor
+
+    Notes
+    -----
+    The gradient goes to the lesser operand; where both are equal, half of it to each, as in `min`.
+    Where one is NaN, neither gets any.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> ops.minimum(Tensor([1.0, 5.0]), 2.0).data
+    array([1., 2.], dtype=float32)
+    """
+    return Minimum.apply(*_with_a_tensor(a, b, "minimum"))
