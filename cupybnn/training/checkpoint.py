@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ import numpy as np
 
 from cupybnn.errors import CheckpointError
 from cupybnn.files import atomic_write, read_npz, remove_leftovers
+from cupybnn.paths import user_path
 
 __all__ = ["BEST", "NEWEST", "Checkpoint", "CheckpointFolder", "find", "load", "load_info", "save"]
 
@@ -79,7 +78,10 @@ def find(path: str | os.PathLike[str]) -> Path:
     CheckpointError
         If there is none.
     """
-    path = Path(path).expanduser()
+    try:
+        path = user_path(path)
+    except ValueError as error:
+        raise CheckpointError(f"The checkpoint to restore cannot be found: {error}") from error
     if path.is_file():
         return path
     if not path.is_dir():
@@ -168,8 +170,7 @@ class CheckpointFolder:
     def __init__(self, folder: str | os.PathLike[str], best: float = -1.0) -> None:
         self.folder = Path(folder)
         self.best = best
-        for name in (NEWEST, BEST):
-            remove_leftovers(self.folder / name)
+        remove_leftovers(self.folder)
 
     def save(self, checkpoint: Checkpoint, accuracy: float | None = None) -> None:
         """Replace the newest checkpoint, and the best if `accuracy` is greater than its."""
@@ -179,17 +180,12 @@ class CheckpointFolder:
             self._newest_is_best()
 
     def _newest_is_best(self) -> None:
-        # A second name for the same file costs nothing; where links are impossible, a copy.
-        temporary = self.folder / f".{BEST}.{secrets.token_hex(6)}.tmp"
+        # A copy, not a second name for the same file: what damages one must not damage both.
+        best = self.folder / BEST
         try:
-            try:
-                os.link(self.folder / NEWEST, temporary)
-            except OSError:
-                shutil.copyfile(self.folder / NEWEST, temporary)
-            os.replace(temporary, self.folder / BEST)
+            with open(self.folder / NEWEST, "rb") as newest, atomic_write(best) as file:
+                shutil.copyfileobj(newest, file, 1 << 20)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
             raise CheckpointError(
-                f"The checkpoint {self.folder / BEST} cannot be written: {error.strerror or error}."
+                f"The checkpoint {best} cannot be written: {error.strerror or error}."
             ) from error
