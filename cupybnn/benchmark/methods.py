@@ -28,6 +28,7 @@ __all__ = [
     "Unsupported",
     "in_short",
     "methods_for",
+    "printable",
     "random_floats",
 ]
 
@@ -41,7 +42,12 @@ class Unsupported(Exception):
 
 def in_short(error: Exception) -> str:
     """Return the first line of an error, with its type: what stands in a row that failed."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    return printable(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def printable(text: str) -> str:
+    """Return the beginning of a text without what would move a terminal's cursor."""
+    return "".join(c if c.isprintable() else " " for c in text[:300])
 
 
 @lru_cache(maxsize=8)

@@ -17,7 +17,7 @@ import numpy as np
 import cupybnn
 from cupybnn.backends.devices import Device
 from cupybnn.benchmark.clock import Clock
-from cupybnn.benchmark.methods import in_short, random_floats
+from cupybnn.benchmark.methods import in_short, printable, random_floats
 from cupybnn.benchmark.products import release, rotation
 from cupybnn.gemm import xnor_gemm, xnor_gemm_packed
 from cupybnn.packed import pack
@@ -192,6 +192,7 @@ def first_call(device: Device) -> list[dict[str, Any]]:
             if done.returncode == 0:
                 row |= json.loads(done.stdout.splitlines()[-1])
             else:
-                row["error"] = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+                lines = done.stderr.strip().splitlines() or ["no message"]
+                row["error"] = printable(lines[-1])
             rows.append(row)
     return rows

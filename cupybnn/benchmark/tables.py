@@ -83,7 +83,7 @@ def heading(record: dict[str, Any]) -> Iterator[str]:
         return
     copy = record["copy"]["bytes_per_second"]
     line = f"copy: {copy / 1e9:,.0f} GB/s read and written"
-    if record["peak_operations_per_second"]:
+    if record.get("peak_operations_per_second"):
         line += (
             "; peak of the 1-bit instruction as measured on an H200, by multiprocessors: "
             f"{record['peak_operations_per_second'] / 1e12:,.0f} TOPS"
