@@ -30,6 +30,7 @@ __all__ = [
     "methods_for",
     "printable",
     "random_floats",
+    "reason_in",
 ]
 
 #: The method that speedups are relative to.
@@ -43,6 +44,17 @@ class Unsupported(Exception):
 def in_short(error: Exception) -> str:
     """Return the first line of an error, with its type: what stands in a row that failed."""
     return printable(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+@contextlib.contextmanager
+def reason_in(row: dict[str, Any]) -> Iterator[None]:
+    """Context in which what fails leaves its reason in a row, so that no other row is lost."""
+    try:
+        yield
+    except Unsupported as error:
+        row["error"] = str(error)
+    except Exception as error:
+        row["error"] = in_short(error)
 
 
 def printable(text: str) -> str:
