@@ -16,14 +16,13 @@ from cupybnn.backends import numpy_memory
 from cupybnn.backends.devices import resolve
 from cupybnn.data import BatchOrder, Dataset, DeviceData, load
 from cupybnn.errors import CheckpointError, NonFiniteError
-from cupybnn.files import remove_leftovers
 from cupybnn.training import checkpoint as checkpoints
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.evaluation import Averaging, evaluate
 from cupybnn.training.network import build_network
 from cupybnn.training.records import Callback, Evaluation, TrainResult
 from cupybnn.training.restore import check_settings
-from cupybnn.training.runs import new_run_folder
+from cupybnn.training.runs import new_run_folder, remove_abandoned
 from cupybnn.training.step import Objective, PlainStep, Step, StepOutput, make_optimizer
 from cupybnn.training.timing import StepTimer
 
@@ -123,7 +122,7 @@ class Trainer:
             numpy_memory.keep_freed()
         stored = checkpoints.load_run(config.restore) if config.restore is not None else None
         if config.restore is not None and stored is not None:
-            remove_leftovers(checkpoints.find(config.restore).parent)
+            remove_abandoned(checkpoints.find(config.restore).parent)
             for sentence in check_settings(config, stored):
                 self.notice(sentence)
         if dataset is None:
