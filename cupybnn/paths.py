@@ -17,10 +17,14 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
     Raises
     ------
     SettingError
-        If it is empty or holds a NUL character, which no file system can store.
+        If it is empty or holds a character that no name of a file can have, such as NUL.
     """
     text = os.fspath(path)
-    if not text or "\0" in text:
+    try:
+        possible = bool(text) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
         raise SettingError(f"A path must be a name without NUL characters; got {text!r}.")
     return Path(text)
 

@@ -8,6 +8,7 @@ import itertools
 import re
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from cupybnn.backends.devices import Device, cuda_status, resolve
@@ -65,14 +66,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="of 'train': units in each hidden layer and examples in a step, such as "
         "512x8192,4096x4096",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the record to FILE")
+    parser.add_argument("--json", metavar="FILE", type=_file, help="write the record to FILE")
     parser.add_argument(
-        "--chart", metavar="FILE", help="draw FILE.svg and FILE.png (needs matplotlib)"
+        "--chart", metavar="FILE", type=_file, help="draw FILE.svg and FILE.png (needs matplotlib)"
     )
     parser.add_argument(
         "--from",
         dest="source",
         metavar="FILE",
+        type=_file,
         help="measure nothing: show, and draw, the record that --json wrote",
     )
     parser.add_argument(
@@ -85,6 +87,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def _sections(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _file(text: str) -> Path:
+    try:
+        return user_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _sizes(text: str) -> list[tuple[int, int]]:
@@ -130,12 +139,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Check options before anything is measured: the figures take minutes."""
-    for option, name in (("json", "json"), ("chart", "chart"), ("from", "source")):
-        if getattr(args, name) is not None:
-            try:
-                setattr(args, name, user_path(getattr(args, name)))
-            except ValueError as error:
-                raise SettingError(f"The '--{option}' cannot be used: {error}") from error
     apart = {"train": ("only", "tune"), "product": ("sizes",)}
     for option in apart[args.what or "product"]:
         if getattr(args, option) not in (None, False):
