@@ -47,7 +47,7 @@ def xnor_gemm(
         Added after the scale. Used as float32.
     out : ndarray, shape (..., M, N), optional
         Where to put the result; its shape and device must be the result's, its dtype is then the
-        result's dtype. It may overlap an operand.
+        result's dtype. It may overlap any other argument.
     dtype : dtype, optional
         Real floating or signed integer. By default the operands' common floating type, but at
         least float32, when either is floating; else int32 (float32 with a scale or a bias).

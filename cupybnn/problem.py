@@ -63,18 +63,11 @@ def general_product(a: Any, b: Any, scale: Any, bias: Any, out: Any, dtype: Any)
     with problem.device.scope():
         epilogue = _epilogue(problem, scale, bias, function)
         result_dtype = _result_dtype(problem, dtype, out, epilogue is not None, function)
-        xp = problem.device.xp
         if out is None:
-            result = xp.empty(problem.shape, result_dtype)
+            result = problem.device.xp.empty(problem.shape, result_dtype)
         else:
             _check_out(problem, out, result_dtype, function)
-            # The backend reads operands after it began to write: not where they overlap.
-            overlaps = any(
-                xp.may_share_memory(out, x)
-                for x in (problem.a, problem.b)
-                if not isinstance(x, PackedMatrix)
-            )
-            result = xp.empty(problem.shape, result_dtype) if overlaps else out
+            result, epilogue = _apart(problem, out, epilogue)
         backend = backends.get(problem.device)
         backend.gemm(problem.a, problem.b, problem.as_matrix(result), epilogue)
         if out is not None:
@@ -247,6 +240,36 @@ def _check_out(problem: _Problem, out: Any, dtype: np.dtype, function: str) -> N
         )
     if problem.device == CPU and not out.flags.writeable:
         raise ValueError(f"The {what} must be writable; got a read-only array.")
+    if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.strides, strict=True)):
+        raise ValueError(
+            f"The {what} must have memory of its own for each element; got one of shape "
+            f"{out.shape} and strides {out.strides}, which repeats elements. Pass a copy: x.copy()."
+        )
+
+
+def _apart(problem: _Problem, out: Any, epilogue: Epilogue | None) -> tuple[Any, Epilogue | None]:
+    """Return where to write the product, and an epilogue, neither in memory that is still read.
+
+    A backend reads operands, scales and bias after it began to write. Where they overlap `out`, the
+    product goes into new memory or, as they are smaller, scales and bias are copied. Ranges of
+    addresses are compared: to tell whether views within one range share an element may take longer
+    than a copy.
+    """
+    xp = problem.device.xp
+    read = [
+        part
+        for x in (problem.a, problem.b)
+        for part in ((x.words, x.popcounts) if isinstance(x, PackedMatrix) else (x,))
+    ]
+    if any(xp.may_share_memory(out, x) for x in read):
+        return xp.empty(problem.shape, out.dtype), epilogue
+    if epilogue is None:
+        return out, None
+    row, column, bias = (
+        x.copy() if x is not None and xp.may_share_memory(out, x) else x
+        for x in (epilogue.row_scale, epilogue.col_scale, epilogue.bias)
+    )
+    return out, Epilogue(row, column, bias)
 
 
 def _epilogue(problem: _Problem, scale: Any, bias: Any, function: str) -> Epilogue | None:

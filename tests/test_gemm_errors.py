@@ -162,6 +162,18 @@ def test_masked_or_read_only_out():
     assert (out == 0).all()
 
 
+def test_out_that_repeats_elements(xp):
+    a = xp.ones((3, 3), xp.float32)
+    for shape, strides in (((3, 3), (0, 4)), ((3, 3), (4, 0))):
+        base = xp.zeros(9, xp.float32)
+        out = xp.lib.stride_tricks.as_strided(base, shape, strides)
+        with raises(ValueError, "'out' of xnor_gemm must have memory of its own", "x.copy()"):
+            xnor_gemm(a, a, out=out)
+        assert not base.any()
+    one_row = xp.lib.stride_tricks.as_strided(xp.zeros(3, xp.float32), (1, 3), (0, 4))
+    assert (xnor_gemm(a[:1], a, out=one_row) == 3).all()
+
+
 def test_wrong_scale_and_bias(xp):
     a, b = xp.ones((3, 4)), xp.ones((4, 5))
     for scale in (xp.ones(3), xp.ones((3, 5)), xp.ones((5, 1)), xp.ones((2, 1, 5))):
