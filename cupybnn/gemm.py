@@ -91,7 +91,9 @@ def xnor_gemm(
             if dtype is None:
                 result_dtype = _usual_dtype(a, b)
             else:
-                result_dtype = check_result_dtype(dtype, a.shape[1], False, "xnor_gemm")
+                result_dtype = check_result_dtype(
+                    dtype, a.shape[1], False, "xnor_gemm", on_cuda=home != HOST
+                )
             shape = (a.shape[0], b.shape[1])
             if home == HOST:
                 result = np.empty(shape, result_dtype)

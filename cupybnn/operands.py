@@ -16,6 +16,7 @@ from cupybnn.backends.interop import as_native, type_name
 __all__ = [
     "as_dtype",
     "as_operand",
+    "check_cuda_dtype",
     "check_result_dtype",
     "default_dtype",
     "dtype_has_sign",
@@ -108,16 +109,34 @@ def as_dtype(dtype: Any, what: str) -> np.dtype:
         raise TypeError(f"The {what} must be a NumPy dtype; got {dtype!r}.") from error
 
 
+def check_cuda_dtype(dtype: np.dtype, what: str) -> np.dtype:
+    """Return `dtype`, which errors call `what`; TypeError if a GPU has no such numbers."""
+    # CuPy creates arrays of the other byte order without complaint; kernels write their own order.
+    if not dtype.isnative:
+        raise TypeError(
+            f"The {what} must have native byte order on a GPU; got {dtype}. "
+            f"Use {dtype.newbyteorder('=')}."
+        )
+    if dtype.itemsize > 8:
+        raise TypeError(f"The {what} must have at most 64 bits on a GPU; got {dtype}. Use float64.")
+    return dtype
+
+
 def check_result_dtype(
-    dtype: Any, k: int, scaled: bool, function: str, what: str = "'dtype'"
+    dtype: Any,
+    k: int,
+    scaled: bool,
+    function: str,
+    what: str = "'dtype'",
+    on_cuda: bool = False,
 ) -> np.dtype:
     """Return `dtype`, which errors call `what`, as one that a product over K = `k` may have.
 
     Raises
     ------
     TypeError
-        If it is neither a real floating nor a signed integer type, or an integer type for a
-        product with scale or bias.
+        If it is neither a real floating nor a signed integer type, an integer type for a product
+        with scale or bias, or a type that a GPU has not while the product is `on_cuda`.
     ValueError
         If it is an integer type too small for -K ... K.
     """
@@ -125,12 +144,16 @@ def check_result_dtype(
         hash(dtype)
     except TypeError:  # a list or a dict, which may name a dtype but not an entry of the cache
         dtype = as_dtype(dtype, f"{what} of {function}")
-    return _checked_result_dtype(dtype, k, scaled, function, what)
+    return _checked_result_dtype(dtype, k, scaled, function, what, on_cuda)
 
 
 @lru_cache(maxsize=256)
-def _checked_result_dtype(dtype: Any, k: int, scaled: bool, function: str, what: str) -> np.dtype:
+def _checked_result_dtype(
+    dtype: Any, k: int, scaled: bool, function: str, what: str, on_cuda: bool
+) -> np.dtype:
     checked = as_dtype(dtype, f"{what} of {function}")
+    if on_cuda and (checked.kind == "i" or is_floating(checked)):
+        check_cuda_dtype(checked, f"{what} of {function}")
     if is_floating(checked):
         return checked
     if checked.kind != "i":

@@ -16,7 +16,7 @@ import numpy as np
 
 from cupybnn import backends
 from cupybnn.backends.devices import CPU, Device, device_of, resolve
-from cupybnn.operands import as_dtype, as_operand, dtype_has_sign
+from cupybnn.operands import as_dtype, as_operand, check_cuda_dtype, dtype_has_sign
 
 __all__ = ["PackedMatrix", "pack", "sign", "unpack"]
 
@@ -252,6 +252,8 @@ def unpack(p: PackedMatrix, dtype: Any = None) -> Any:
         raise TypeError(
             f"The 'dtype' of unpack must be real floating, signed integer or bool; got {target}."
         )
+    if p.device != CPU:
+        check_cuda_dtype(target, "'dtype' of unpack")
     with p.device.scope():
         matrix = backends.get(p.device).unpack(p.words, _as_matrix(p.shape), p.axis, target)
     return matrix if p.ndim > 1 else matrix[0]

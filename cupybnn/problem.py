@@ -202,14 +202,16 @@ def _check_current(device: Device, what: str) -> None:
 
 
 def _result_dtype(problem: _Problem, dtype: Any, out: Any, scaled: bool, function: str) -> np.dtype:
+    on_cuda = problem.device != CPU
     if dtype is not None:
-        return check_result_dtype(dtype, problem.k, scaled, function)
+        return check_result_dtype(dtype, problem.k, scaled, function, on_cuda=on_cuda)
     if out is not None:
         if not isinstance(out, np.ndarray) and not is_cupy(out):
             raise TypeError(
                 f"The 'out' of {function} must be a NumPy or CuPy array; got {type_name(out)}."
             )
-        return check_result_dtype(out.dtype, problem.k, scaled, function, "dtype of 'out'")
+        what = "dtype of 'out'"
+        return check_result_dtype(out.dtype, problem.k, scaled, function, what, on_cuda=on_cuda)
     default = default_dtype(
         *(INT32 if isinstance(x, PackedMatrix) else x.dtype for x in (problem.a, problem.b))
     )
@@ -318,7 +320,8 @@ def _factor(problem: _Problem, x: Any, what: str) -> Any:
     x = _beside(problem, x, what)
     if x.dtype.kind not in "iu" and not is_floating(x.dtype):
         raise TypeError(f"The {what} must be of real numbers; got dtype {x.dtype}.")
-    return x.astype(np.float32, copy=False)
+    with np.errstate(all="ignore"):  # beyond float32 there is infinity, as on a GPU
+        return x.astype(np.float32, copy=False)
 
 
 def _beside(problem: _Problem, x: Any, what: str) -> Any:

@@ -9,6 +9,7 @@ import pytest
 from gemm_cases import BFLOAT16
 
 from cupybnn import pack, xnor_gemm, xnor_gemm_packed
+from cupybnn.operands import check_result_dtype
 
 BOTH = pytest.mark.parametrize("function", [xnor_gemm, xnor_gemm_packed])
 
@@ -129,6 +130,36 @@ def test_integers_too_small_for_k(xp, dtype, limit):
         xnor_gemm(a, a.T, dtype=dtype)
     with raises(ValueError, *parts):
         xnor_gemm(pack(a), pack(a).T, out=xp.empty((1, 1), dtype))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "why"),
+    [
+        (">f4", "must have native byte order on a GPU; got >f4. Use float32."),
+        (">i8", "must have native byte order on a GPU; got >i8. Use int64."),
+        ("g", f"must have at most 64 bits on a GPU; got {np.dtype('g')}. Use float64."),
+    ],
+)
+def test_result_dtypes_that_a_gpu_has_not(dtype, why):
+    with raises(TypeError, "The 'dtype' of xnor_gemm", why):
+        check_result_dtype(dtype, 100, False, "xnor_gemm", on_cuda=True)
+    assert check_result_dtype(dtype, 100, False, "xnor_gemm") == np.dtype(dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [">f4", ">i4", "g"])
+def test_result_dtypes_that_a_gpu_has_not_in_every_call(dtype):
+    import cupy
+
+    a = cupy.ones((3, 3))
+    for call in (
+        lambda: xnor_gemm(a, a, dtype=dtype),
+        lambda: xnor_gemm(a, a, scale=2, dtype=dtype if dtype != ">i4" else ">f4"),
+        lambda: xnor_gemm(a, a, out=cupy.empty((3, 3), ">f4")),
+        lambda: pack(a).unpack(dtype),
+    ):
+        with raises(TypeError, "on a GPU; got"):
+            call()
 
 
 def test_the_default_integer_is_checked_too():
