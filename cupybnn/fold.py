@@ -50,17 +50,19 @@ def fold_batch_norm(
     # Beyond float32 there is infinity; a variance of 0 without eps divides by 0; NaN is -1. A GPU
     # neither warns nor raises where that happens.
     with np.errstate(all="ignore"):
-        return _fold(xp, *(xp.asarray(x, np.float32) for x in (mean, var, gamma, beta)), eps)
+        arrays = [xp.asarray(x, np.float32) for x in (mean, var, gamma, beta)]
+        return _fold(xp, arrays, np.float32(eps))
 
 
-def _fold(xp: Any, mean: Any, var: Any, gamma: Any, beta: Any, eps: float) -> tuple[Any, Any]:
-    shapes = [x.shape for x in (mean, var, gamma, beta)]
+def _fold(xp: Any, arrays: list[Any], eps: np.float32) -> tuple[Any, Any]:
+    mean, var, gamma, beta = arrays
+    shapes = [x.shape for x in arrays]
     if mean.ndim != 1 or len(set(shapes)) != 1:
         raise ValueError(
             "The 'mean', 'var', 'gamma' and 'beta' of fold_batch_norm must be vectors of one "
             f"length; got shapes {', '.join(map(str, shapes))}."
         )
-    scale = gamma * (1 / xp.sqrt(var + np.float32(eps)))
+    scale = gamma * (1 / xp.sqrt(var + eps))
     shift = beta - mean * scale
 
     def is_plus(s: Any) -> Any:

@@ -6,6 +6,8 @@ The rules are those of every function that takes signs: `cupybnn.sign`, `cupybnn
 
 from __future__ import annotations
 
+import sys
+import warnings
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +23,7 @@ __all__ = [
     "default_dtype",
     "dtype_has_sign",
     "is_floating",
+    "warn_of_zero_one",
 ]
 
 INT32 = np.dtype(np.int32)
@@ -63,9 +66,14 @@ def as_operand(x: Any, what: str) -> Any:
     if kind == "u":
         hint = (
             "Unsigned integers have no sign. If the data is 0 and 1, pass x.astype(bool) (True is "
-            "+1, False is -1); if its numbers are to be compared with a middle value, subtract "
-            "that first: x.astype('float32') - middle."
+            "+1, False is -1). "
         )
+        if array.dtype == np.uint8:
+            hint += (
+                "If numpy.packbits made it, eight elements a byte, pass "
+                "PackedMatrix.from_packbits(x, k, axis). "
+            )
+        hint += "If a middle value divides +1 from -1, pass x.astype('float32') - middle."
     elif kind == "c":
         hint = "A complex number has no sign: pass x.real, x.imag or abs(x) - threshold."
     elif kind == "O" and type_name(x) != "numpy.ndarray":
@@ -81,6 +89,45 @@ def as_operand(x: Any, what: str) -> Any:
     else:
         hint = "Convert it first: x.astype('float32')."
     raise TypeError(f"{message}. {hint}")
+
+
+def warn_of_zero_one(x: np.ndarray, what: str) -> None:
+    """Warn if the numbers of `x`, which the warning calls `what`, are all 0 and 1, and not all 1.
+
+    A glance at the first numbers dismisses nearly every other array.
+    """
+    if x.dtype.kind == "b" or x.size < 2:
+        return
+    head = x[(0,) * (x.ndim - 1)][:8].tolist()
+    if not all(v == 0 or v == 1 for v in head) or not _is_zero_one(x):
+        return
+    warnings.warn(
+        f"The {what} holds only 0 and 1, and the sign of both is +1. If they stand for -1 and +1, "
+        f"pass x.astype(bool) or 2 * x - 1.",
+        UserWarning,
+        stacklevel=_levels_to_caller(),
+    )
+
+
+def _is_zero_one(x: np.ndarray) -> bool:
+    zeros = 0
+    with np.errstate(invalid="ignore"):
+        # A chunk at a time, of any strides: nothing large is made, and most arrays end it early.
+        chunks: Any = np.nditer(x, ["external_loop", "buffered"], buffersize=1 << 14)
+        for chunk in chunks:
+            zero = chunk == 0
+            if not (zero | (chunk == 1)).all():
+                return False
+            zeros += int(np.count_nonzero(zero))
+    return 0 < zeros < x.size
+
+
+def _levels_to_caller() -> int:
+    """Return the `stacklevel` of the first frame outside of this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("cupybnn."):
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+    return level
 
 
 @lru_cache(maxsize=256)

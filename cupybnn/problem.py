@@ -16,7 +16,14 @@ from cupybnn import backends
 from cupybnn.backends.devices import CPU, Device, device_of, is_cupy
 from cupybnn.backends.epilogue import Epilogue
 from cupybnn.backends.interop import as_native, type_name
-from cupybnn.operands import INT32, as_operand, check_result_dtype, default_dtype, is_floating
+from cupybnn.operands import (
+    INT32,
+    as_operand,
+    check_result_dtype,
+    default_dtype,
+    is_floating,
+    warn_of_zero_one,
+)
 from cupybnn.packed import PackedMatrix
 
 __all__ = ["current_cuda_device", "general_packed_product", "general_product"]
@@ -100,7 +107,7 @@ def general_packed_product(a: Any, b: Any, threshold: Any, flip: Any) -> PackedM
             _per_column(problem, threshold, "iu", "integers", f"'threshold' of {function}", INT32),
             _per_column(problem, flip, "b", "bools", f"'flip' of {function}", np.dtype(bool)),
         )
-    return PackedMatrix(words, popcounts, problem.shape, -1, problem.device)
+    return PackedMatrix._of(words, popcounts, problem.shape, -1, problem.device)
 
 
 def current_cuda_device() -> int:
@@ -119,6 +126,8 @@ def _arrange(a: Any, b: Any, function: str) -> _Problem:
     }
     device = _common_device(x["a"], x["b"], function)
     for name, value in x.items():
+        if device == CPU and not isinstance(value, PackedMatrix):
+            warn_of_zero_one(value, f"{name!r} of {function}")
         if value.ndim == 0:
             raise ValueError(
                 f"The {name!r} of {function} must have at least one axis; got a scalar "
@@ -165,7 +174,7 @@ def _matrix(x: Any, k_axis: int) -> Any:
     if not isinstance(x, PackedMatrix):
         return x[None, :] if k_axis == -1 else x[:, None]
     shape = (1, x.k) if k_axis == -1 else (x.k, 1)
-    return PackedMatrix(x.words, x.popcounts, shape, k_axis, x.device)
+    return PackedMatrix._of(x.words, x.popcounts, shape, k_axis, x.device)
 
 
 def _where(x: Any) -> Device:

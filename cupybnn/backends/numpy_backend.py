@@ -11,7 +11,17 @@ from cupybnn.backends.epilogue import Epilogue
 from cupybnn.backends.numpy_bits import write_bits
 from cupybnn.backends.numpy_lines import BLOCK, blocks, ones
 
-__all__ = ["from_canonical", "gemm", "gemm_packed", "pack", "sign", "to_canonical", "unpack"]
+__all__ = [
+    "from_canonical",
+    "from_lines",
+    "gemm",
+    "gemm_packed",
+    "pack",
+    "select",
+    "sign",
+    "to_canonical",
+    "unpack",
+]
 
 WORD = np.dtype("<u8")
 
@@ -155,3 +165,13 @@ def to_canonical(words: np.ndarray, shape: tuple[int, ...], axis: int) -> np.nda
 def from_canonical(canonical: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:
     """Return words laid out as this backend wants them: as they come."""
     return canonical
+
+
+def select(words: np.ndarray, shape: tuple[int, ...], axis: int, key: tuple[Any, ...]) -> Any:
+    """Return the lines that `key` selects, in the canonical layout; a view where it can be one."""
+    return words[(*key, slice(None))]
+
+
+def from_lines(lines: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:
+    """Return lines in the canonical layout as this backend wants them: each without gaps."""
+    return np.ascontiguousarray(lines)

@@ -3,17 +3,27 @@
 from cupybnn.backends.cuda import configs
 from cupybnn.backends.cuda.compiler import architecture
 from cupybnn.backends.cuda.dispatch import force_kernel
-from cupybnn.backends.cuda.packing import from_canonical, pack, sign, to_canonical, unpack
+from cupybnn.backends.cuda.packing import (
+    from_canonical,
+    from_lines,
+    pack,
+    select,
+    sign,
+    to_canonical,
+    unpack,
+)
 from cupybnn.backends.cuda.product import gemm, gemm_packed
 from cupybnn.backends.devices import Device
 
 __all__ = [
     "force_kernel",
     "from_canonical",
+    "from_lines",
     "gemm",
     "gemm_packed",
     "kernels_for",
     "pack",
+    "select",
     "sign",
     "to_canonical",
     "unpack",
