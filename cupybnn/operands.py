@@ -94,11 +94,14 @@ def as_operand(x: Any, what: str) -> Any:
 def warn_of_zero_one(x: np.ndarray, what: str) -> None:
     """Warn if the numbers of `x`, which the warning calls `what`, are all 0 and 1, and not all 1.
 
-    A glance at the first numbers dismisses nearly every other array.
+    The first numbers dismiss nearly every other array, which keeps small products quick.
     """
     if x.dtype.kind == "b" or x.size < 2:
         return
-    head = x[(0,) * (x.ndim - 1)][:8].tolist()
+    first = x.item(0)
+    if not (first == 0 or first == 1):
+        return
+    head = x[(0,) * (x.ndim - 1)][:16].tolist()
     if not all(v == 0 or v == 1 for v in head) or not _is_zero_one(x):
         return
     warnings.warn(
