@@ -55,7 +55,7 @@ def pack(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     batch, k, lines = x.shape[:-2], x.shape[axis], x.shape[-3 - axis]
     words = np.zeros((*batch, lines, -(-k // 64)), WORD)
     octets = words.view(np.uint8)
-    for index in np.ndindex(batch):
+    for index in np.ndindex(batch if x.size else (0,)):  # leading axes may be long and hold nothing
         matrix = x[index] if axis == -1 else x[index].T
         if abs(matrix.strides[0]) >= abs(matrix.strides[1]):
             _pack_rows(matrix, octets[index])
@@ -113,7 +113,7 @@ def unpack(words: np.ndarray, shape: tuple[int, ...], axis: int, dtype: np.dtype
     """
     out = np.empty(shape, dtype)
     k, lines = shape[axis], shape[-3 - axis]
-    for index in np.ndindex(words.shape[:-2]):
+    for index in np.ndindex(words.shape[:-2] if out.size else (0,)):
         by_line = out[index] if axis == -1 else out[index].T
         octets = words[index].view(np.uint8)
         for part in blocks(0, lines, max(1, BLOCK // max(1, k))):
