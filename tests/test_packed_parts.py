@@ -285,7 +285,17 @@ def test_a_part_of_a_large_matrix_is_ready_for_a_product(xp):
     expected = reference(x, y)
     assert_product(xnor_gemm(p[37:205], w[:, ::3]), expected[37:205, ::3], "slices")
     rows = np.random.default_rng(0).integers(0, 300, 64)
-    assert_product(p[xp.asarray(rows)] @ w, expected[rows], "rows")
+    for numbers in (rows, xp.asarray(rows), rows.tolist()):
+        assert_product(p[numbers] @ w, expected[rows], "rows")
+
+
+@pytest.mark.gpu
+def test_host_is_not_indexed_by_a_gpu_array():
+    import cupy
+
+    p, _ = packed(np, (5, 70))
+    with pytest.raises(IndexError, match=r"cpu cannot be indexed by a cupy\.ndarray"):
+        p[cupy.arange(3)]
 
 
 def test_the_class_is_not_called(xp):

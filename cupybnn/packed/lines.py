@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn import backends
-from cupybnn.backends.devices import is_cupy
+from cupybnn.backends.devices import CPU, is_cupy
 from cupybnn.packed.matrix import PackedMatrix, as_matrix
 from cupybnn.packed.signs import pack
 
@@ -64,6 +64,7 @@ def index(p: PackedMatrix, key: Any) -> PackedMatrix:
                 )
             axis += 1
         else:
+            item = _here(p, item)
             after += item.ndim
             axis += 1
         selection.append(item)
@@ -126,6 +127,16 @@ def _item(item: Any) -> Any:
         f"An index of a PackedMatrix must be an integer, a slice, '...', None or an array of "
         f"integers; got {shown}.{hint}"
     )
+
+
+def _here(p: PackedMatrix, numbers: Any) -> Any:
+    """Return an array of indices on the device of `p`; only from the host it is moved there."""
+    if is_cupy(numbers) and p.device == CPU:
+        raise IndexError(
+            "A PackedMatrix on cpu cannot be indexed by a cupy.ndarray. Pass numbers.get()."
+        )
+    with p.device.scope():
+        return p.device.xp.asarray(numbers)
 
 
 def _check_whole(p: PackedMatrix, item: Any, axis: int) -> None:
