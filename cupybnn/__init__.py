@@ -11,7 +11,7 @@ with settings.resting_blas_threads():
 
 from cupybnn.fold import fold_batch_norm
 from cupybnn.gemm import xnor_gemm, xnor_gemm_packed
-from cupybnn.packed import PackedMatrix, pack, sign, unpack
+from cupybnn.packed import PackedMatrix, concatenate, pack, sign, unpack
 
 if TYPE_CHECKING:
     from cupybnn.autograd import Tensor
@@ -24,6 +24,7 @@ __all__ = [
     "TrainResult",
     "Trainer",
     "__version__",
+    "concatenate",
     "fold_batch_norm",
     "pack",
     "sign",

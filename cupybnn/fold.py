@@ -47,21 +47,26 @@ def fold_batch_norm(
         If the arguments are not vectors of one length.
     """
     xp = array_module(mean, var, gamma, beta)
-    mean, var, gamma, beta = (xp.asarray(x, np.float32) for x in (mean, var, gamma, beta))
-    shapes = [x.shape for x in (mean, var, gamma, beta)]
+    # Beyond float32 there is infinity; a variance of 0 without eps divides by 0; NaN is -1. A GPU
+    # neither warns nor raises where that happens.
+    with np.errstate(all="ignore"):
+        arrays = [xp.asarray(x, np.float32) for x in (mean, var, gamma, beta)]
+        return _fold(xp, arrays, np.float32(eps))
+
+
+def _fold(xp: Any, arrays: list[Any], eps: np.float32) -> tuple[Any, Any]:
+    mean, var, gamma, beta = arrays
+    shapes = [x.shape for x in arrays]
     if mean.ndim != 1 or len(set(shapes)) != 1:
         raise ValueError(
             "The 'mean', 'var', 'gamma' and 'beta' of fold_batch_norm must be vectors of one "
             f"length; got shapes {', '.join(map(str, shapes))}."
         )
-    # A variance of 0 without eps divides by 0: infinities are in order, NaN is -1.
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        scale = gamma * (1 / xp.sqrt(var + np.float32(eps)))
-        shift = beta - mean * scale
+    scale = gamma * (1 / xp.sqrt(var + eps))
+    shift = beta - mean * scale
 
     def is_plus(s: Any) -> Any:
-        with np.errstate(invalid="ignore", over="ignore"):
-            return s.astype(np.float32) * scale + shift >= 0
+        return s.astype(np.float32) * scale + shift >= 0
 
     low = xp.full(mean.shape, -LIMIT, np.int32)
     high = xp.full(mean.shape, LIMIT, np.int32)

@@ -16,7 +16,13 @@ import numpy as np
 from cupybnn import problem
 from cupybnn.backends import numpy_backend
 from cupybnn.backends.devices import CPU, Device, is_cupy
-from cupybnn.operands import INT32, check_result_dtype, default_dtype, dtype_has_sign
+from cupybnn.operands import (
+    INT32,
+    check_result_dtype,
+    default_dtype,
+    dtype_has_sign,
+    warn_of_zero_one,
+)
 from cupybnn.packed import PackedMatrix
 
 __all__ = ["xnor_gemm", "xnor_gemm_packed"]
@@ -47,7 +53,7 @@ def xnor_gemm(
         Added after the scale. Used as float32.
     out : ndarray, shape (..., M, N), optional
         Where to put the result; its shape and device must be the result's, its dtype is then the
-        result's dtype. It may overlap an operand.
+        result's dtype. It may overlap any other argument.
     dtype : dtype, optional
         Real floating or signed integer. By default the operands' common floating type, but at
         least float32, when either is floating; else int32 (float32 with a scale or a bias).
@@ -66,6 +72,12 @@ def xnor_gemm(
         If the two K differ, the leading axes do not broadcast, `out` has the wrong shape, or an
         integer `dtype` cannot hold K.
 
+    Warns
+    -----
+    UserWarning
+        If the numbers of a NumPy array are all 0 and 1: their signs are all +1. CuPy arrays are not
+        looked at, since that would wait for the GPU.
+
     Notes
     -----
     A result is rounded to nearest even where its dtype cannot hold the integer: in bfloat16 from
@@ -77,6 +89,8 @@ def xnor_gemm(
     GPU tensors of other libraries are taken without a copy, and the result can be handed back:
 
     >>> y = torch.from_dlpack(cupybnn.xnor_gemm(torch_x, torch_w))  # doctest: +SKIP
+
+    No floating-point warning or error comes of NaN and overflow, whatever `numpy.errstate` says.
 
     Examples
     --------
@@ -91,9 +105,12 @@ def xnor_gemm(
             if dtype is None:
                 result_dtype = _usual_dtype(a, b)
             else:
-                result_dtype = check_result_dtype(dtype, a.shape[1], False, "xnor_gemm")
+                result_dtype = check_result_dtype(
+                    dtype, a.shape[1], False, "xnor_gemm", on_cuda=home != HOST
+                )
             shape = (a.shape[0], b.shape[1])
             if home == HOST:
+                _warn_of_zero_one(a, b, "xnor_gemm")
                 result = np.empty(shape, result_dtype)
                 numpy_backend.gemm(a, b, result, None)
             else:
@@ -136,10 +153,12 @@ def xnor_gemm_packed(a: Any, b: Any, *, threshold: Any = None, flip: Any = None)
     home = _usual_home(a, b)
     if home is None or threshold is not None or flip is not None:
         return problem.general_packed_product(a, b, threshold, flip)
+    if home == HOST:
+        _warn_of_zero_one(a, b, "xnor_gemm_packed")
     backend = numpy_backend if home == HOST else _cuda()[0]
     words, popcounts = backend.gemm_packed(a, b, None, None)
     device = CPU if home == HOST else Device("cuda", home)
-    return PackedMatrix(words, popcounts, (a.shape[0], b.shape[1]), -1, device)
+    return PackedMatrix._of(words, popcounts, (a.shape[0], b.shape[1]), -1, device)
 
 
 def _usual_home(a: Any, b: Any) -> int | None:
@@ -169,6 +188,13 @@ def _home(x: Any, packed_axis: int) -> int | None:
     if is_cupy(x) and dtype_has_sign(x.dtype):
         return x.data.device_id
     return None
+
+
+def _warn_of_zero_one(a: Any, b: Any, function: str) -> None:
+    if type(a) is np.ndarray:
+        warn_of_zero_one(a, f"'a' of {function}")
+    if type(b) is np.ndarray:
+        warn_of_zero_one(b, f"'b' of {function}")
 
 
 def _usual_dtype(a: Any, b: Any) -> np.dtype:

@@ -6,6 +6,8 @@ The rules are those of every function that takes signs: `cupybnn.sign`, `cupybnn
 
 from __future__ import annotations
 
+import sys
+import warnings
 from functools import lru_cache
 from typing import Any
 
@@ -16,10 +18,12 @@ from cupybnn.backends.interop import as_native, type_name
 __all__ = [
     "as_dtype",
     "as_operand",
+    "check_cuda_dtype",
     "check_result_dtype",
     "default_dtype",
     "dtype_has_sign",
     "is_floating",
+    "warn_of_zero_one",
 ]
 
 INT32 = np.dtype(np.int32)
@@ -62,9 +66,14 @@ def as_operand(x: Any, what: str) -> Any:
     if kind == "u":
         hint = (
             "Unsigned integers have no sign. If the data is 0 and 1, pass x.astype(bool) (True is "
-            "+1, False is -1); if its numbers are to be compared with a middle value, subtract "
-            "that first: x.astype('float32') - middle."
+            "+1, False is -1). "
         )
+        if array.dtype == np.uint8:
+            hint += (
+                "If numpy.packbits made it, eight elements a byte, pass "
+                "PackedMatrix.from_packbits(x, k, axis). "
+            )
+        hint += "If a middle value divides +1 from -1, pass x.astype('float32') - middle."
     elif kind == "c":
         hint = "A complex number has no sign: pass x.real, x.imag or abs(x) - threshold."
     elif kind == "O" and type_name(x) != "numpy.ndarray":
@@ -80,6 +89,48 @@ def as_operand(x: Any, what: str) -> Any:
     else:
         hint = "Convert it first: x.astype('float32')."
     raise TypeError(f"{message}. {hint}")
+
+
+def warn_of_zero_one(x: np.ndarray, what: str) -> None:
+    """Warn if the numbers of `x`, which the warning calls `what`, are all 0 and 1, and not all 1.
+
+    The first numbers dismiss nearly every other array, which keeps small products quick.
+    """
+    if x.dtype.kind == "b" or x.size < 2:
+        return
+    first = x.item(0)
+    if not (first == 0 or first == 1):
+        return
+    head = x[(0,) * (x.ndim - 1)][:16].tolist()
+    if not all(v == 0 or v == 1 for v in head) or not _is_zero_one(x):
+        return
+    warnings.warn(
+        f"The {what} holds only 0 and 1, and the sign of both is +1. If they stand for -1 and +1, "
+        f"pass x.astype(bool) or 2 * x - 1.",
+        UserWarning,
+        stacklevel=_levels_to_caller(),
+    )
+
+
+def _is_zero_one(x: np.ndarray) -> bool:
+    zeros = 0
+    with np.errstate(invalid="ignore"):
+        # A chunk at a time, of any strides: nothing large is made, and most arrays end it early.
+        chunks: Any = np.nditer(x, ["external_loop", "buffered"], buffersize=1 << 14)
+        for chunk in chunks:
+            zero = chunk == 0
+            if not (zero | (chunk == 1)).all():
+                return False
+            zeros += int(np.count_nonzero(zero))
+    return 0 < zeros < x.size
+
+
+def _levels_to_caller() -> int:
+    """Return the `stacklevel` of the first frame outside of this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith("cupybnn."):
+        level, frame = level + 1, frame.f_back  # type: ignore[assignment]
+    return level
 
 
 @lru_cache(maxsize=256)
@@ -108,16 +159,34 @@ def as_dtype(dtype: Any, what: str) -> np.dtype:
         raise TypeError(f"The {what} must be a NumPy dtype; got {dtype!r}.") from error
 
 
+def check_cuda_dtype(dtype: np.dtype, what: str) -> np.dtype:
+    """Return `dtype`, which errors call `what`; TypeError if a GPU has no such numbers."""
+    # CuPy creates arrays of the other byte order without complaint; kernels write their own order.
+    if not dtype.isnative:
+        raise TypeError(
+            f"The {what} must have native byte order on a GPU; got {dtype}. "
+            f"Use {dtype.newbyteorder('=')}."
+        )
+    if dtype.itemsize > 8:
+        raise TypeError(f"The {what} must have at most 64 bits on a GPU; got {dtype}. Use float64.")
+    return dtype
+
+
 def check_result_dtype(
-    dtype: Any, k: int, scaled: bool, function: str, what: str = "'dtype'"
+    dtype: Any,
+    k: int,
+    scaled: bool,
+    function: str,
+    what: str = "'dtype'",
+    on_cuda: bool = False,
 ) -> np.dtype:
     """Return `dtype`, which errors call `what`, as one that a product over K = `k` may have.
 
     Raises
     ------
     TypeError
-        If it is neither a real floating nor a signed integer type, or an integer type for a
-        product with scale or bias.
+        If it is neither a real floating nor a signed integer type, an integer type for a product
+        with scale or bias, or a type that a GPU has not while the product is `on_cuda`.
     ValueError
         If it is an integer type too small for -K ... K.
     """
@@ -125,12 +194,16 @@ def check_result_dtype(
         hash(dtype)
     except TypeError:  # a list or a dict, which may name a dtype but not an entry of the cache
         dtype = as_dtype(dtype, f"{what} of {function}")
-    return _checked_result_dtype(dtype, k, scaled, function, what)
+    return _checked_result_dtype(dtype, k, scaled, function, what, on_cuda)
 
 
 @lru_cache(maxsize=256)
-def _checked_result_dtype(dtype: Any, k: int, scaled: bool, function: str, what: str) -> np.dtype:
+def _checked_result_dtype(
+    dtype: Any, k: int, scaled: bool, function: str, what: str, on_cuda: bool
+) -> np.dtype:
     checked = as_dtype(dtype, f"{what} of {function}")
+    if on_cuda and (checked.kind == "i" or is_floating(checked)):
+        check_cuda_dtype(checked, f"{what} of {function}")
     if is_floating(checked):
         return checked
     if checked.kind != "i":

@@ -16,7 +16,14 @@ from cupybnn import backends
 from cupybnn.backends.devices import CPU, Device, device_of, is_cupy
 from cupybnn.backends.epilogue import Epilogue
 from cupybnn.backends.interop import as_native, type_name
-from cupybnn.operands import INT32, as_operand, check_result_dtype, default_dtype, is_floating
+from cupybnn.operands import (
+    INT32,
+    as_operand,
+    check_result_dtype,
+    default_dtype,
+    is_floating,
+    warn_of_zero_one,
+)
 from cupybnn.packed import PackedMatrix
 
 __all__ = ["current_cuda_device", "general_packed_product", "general_product"]
@@ -63,18 +70,11 @@ def general_product(a: Any, b: Any, scale: Any, bias: Any, out: Any, dtype: Any)
     with problem.device.scope():
         epilogue = _epilogue(problem, scale, bias, function)
         result_dtype = _result_dtype(problem, dtype, out, epilogue is not None, function)
-        xp = problem.device.xp
         if out is None:
-            result = xp.empty(problem.shape, result_dtype)
+            result = problem.device.xp.empty(problem.shape, result_dtype)
         else:
             _check_out(problem, out, result_dtype, function)
-            # The backend reads operands after it began to write: not where they overlap.
-            overlaps = any(
-                xp.may_share_memory(out, x)
-                for x in (problem.a, problem.b)
-                if not isinstance(x, PackedMatrix)
-            )
-            result = xp.empty(problem.shape, result_dtype) if overlaps else out
+            result, epilogue = _apart(problem, out, epilogue)
         backend = backends.get(problem.device)
         backend.gemm(problem.a, problem.b, problem.as_matrix(result), epilogue)
         if out is not None:
@@ -107,7 +107,7 @@ def general_packed_product(a: Any, b: Any, threshold: Any, flip: Any) -> PackedM
             _per_column(problem, threshold, "iu", "integers", f"'threshold' of {function}", INT32),
             _per_column(problem, flip, "b", "bools", f"'flip' of {function}", np.dtype(bool)),
         )
-    return PackedMatrix(words, popcounts, problem.shape, -1, problem.device)
+    return PackedMatrix._of(words, popcounts, problem.shape, -1, problem.device)
 
 
 def current_cuda_device() -> int:
@@ -126,6 +126,8 @@ def _arrange(a: Any, b: Any, function: str) -> _Problem:
     }
     device = _common_device(x["a"], x["b"], function)
     for name, value in x.items():
+        if device == CPU and not isinstance(value, PackedMatrix):
+            warn_of_zero_one(value, f"{name!r} of {function}")
         if value.ndim == 0:
             raise ValueError(
                 f"The {name!r} of {function} must have at least one axis; got a scalar "
@@ -172,7 +174,7 @@ def _matrix(x: Any, k_axis: int) -> Any:
     if not isinstance(x, PackedMatrix):
         return x[None, :] if k_axis == -1 else x[:, None]
     shape = (1, x.k) if k_axis == -1 else (x.k, 1)
-    return PackedMatrix(x.words, x.popcounts, shape, k_axis, x.device)
+    return PackedMatrix._of(x.words, x.popcounts, shape, k_axis, x.device)
 
 
 def _where(x: Any) -> Device:
@@ -209,14 +211,16 @@ def _check_current(device: Device, what: str) -> None:
 
 
 def _result_dtype(problem: _Problem, dtype: Any, out: Any, scaled: bool, function: str) -> np.dtype:
+    on_cuda = problem.device != CPU
     if dtype is not None:
-        return check_result_dtype(dtype, problem.k, scaled, function)
+        return check_result_dtype(dtype, problem.k, scaled, function, on_cuda=on_cuda)
     if out is not None:
         if not isinstance(out, np.ndarray) and not is_cupy(out):
             raise TypeError(
                 f"The 'out' of {function} must be a NumPy or CuPy array; got {type_name(out)}."
             )
-        return check_result_dtype(out.dtype, problem.k, scaled, function, "dtype of 'out'")
+        what = "dtype of 'out'"
+        return check_result_dtype(out.dtype, problem.k, scaled, function, what, on_cuda=on_cuda)
     default = default_dtype(
         *(INT32 if isinstance(x, PackedMatrix) else x.dtype for x in (problem.a, problem.b))
     )
@@ -247,6 +251,36 @@ def _check_out(problem: _Problem, out: Any, dtype: np.dtype, function: str) -> N
         )
     if problem.device == CPU and not out.flags.writeable:
         raise ValueError(f"The {what} must be writable; got a read-only array.")
+    if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.strides, strict=True)):
+        raise ValueError(
+            f"The {what} must have memory of its own for each element; got one of shape "
+            f"{out.shape} and strides {out.strides}, which repeats elements. Pass a copy: x.copy()."
+        )
+
+
+def _apart(problem: _Problem, out: Any, epilogue: Epilogue | None) -> tuple[Any, Epilogue | None]:
+    """Return where to write the product, and an epilogue, neither in memory that is still read.
+
+    A backend reads operands, scales and bias after it began to write. Where they overlap `out`, the
+    product goes into new memory or, as they are smaller, scales and bias are copied. Ranges of
+    addresses are compared: to tell whether views within one range share an element may take longer
+    than a copy.
+    """
+    xp = problem.device.xp
+    read = [
+        part
+        for x in (problem.a, problem.b)
+        for part in ((x.words, x.popcounts) if isinstance(x, PackedMatrix) else (x,))
+    ]
+    if any(xp.may_share_memory(out, x) for x in read):
+        return xp.empty(problem.shape, out.dtype), epilogue
+    if epilogue is None:
+        return out, None
+    row, column, bias = (
+        x.copy() if x is not None and xp.may_share_memory(out, x) else x
+        for x in (epilogue.row_scale, epilogue.col_scale, epilogue.bias)
+    )
+    return out, Epilogue(row, column, bias)
 
 
 def _epilogue(problem: _Problem, scale: Any, bias: Any, function: str) -> Epilogue | None:
@@ -295,7 +329,8 @@ def _factor(problem: _Problem, x: Any, what: str) -> Any:
     x = _beside(problem, x, what)
     if x.dtype.kind not in "iu" and not is_floating(x.dtype):
         raise TypeError(f"The {what} must be of real numbers; got dtype {x.dtype}.")
-    return x.astype(np.float32, copy=False)
+    with np.errstate(all="ignore"):  # beyond float32 there is infinity, as on a GPU
+        return x.astype(np.float32, copy=False)
 
 
 def _beside(problem: _Problem, x: Any, what: str) -> Any:

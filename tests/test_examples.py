@@ -11,7 +11,14 @@ import pytest
 
 import cupybnn
 
-PACKAGES = ("cupybnn.autograd", "cupybnn.ops", "cupybnn.nn", "cupybnn.optim")
+PACKAGES = (
+    "cupybnn.autograd",
+    "cupybnn.gemm",
+    "cupybnn.nn",
+    "cupybnn.ops",
+    "cupybnn.optim",
+    "cupybnn.packed",
+)
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(cupybnn.__path__, "cupybnn.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from gemm_cases import (
@@ -193,6 +195,23 @@ def test_dtype_and_out(xp, dtype):
         assert (host(frame) == 99).all(), "wrote beside out"
 
 
+@pytest.mark.parametrize("dtype", [">f4", ">f8", ">f2", ">i4", ">i2", "g"])
+def test_operands_and_results_of_other_byte_orders_and_lengths(dtype):
+    rng = np.random.default_rng(0)
+    for m, k, n in ((3, 70, 5), (130, 300, 140), (140, 2100, 30), (1, 1500, 2000)):
+        a, b = (array(rng, np, shape, dtype) for shape in ((m, k), (k, n)))
+        expected = reference(a, b)
+        rounded = expected.astype(dtype)
+        assert_product(xnor_gemm(a, b), expected, dtype)
+        result = xnor_gemm(pack(a), pack(b, -2), dtype=dtype)
+        assert result.dtype == np.dtype(dtype)
+        assert_product(result, rounded, dtype)
+        for order in "CF":
+            out = np.full((m, n), 7, dtype, order=order)
+            xnor_gemm(a, b, out=out)
+            assert_product(out, rounded, (dtype, order))
+
+
 @pytest.mark.parametrize("name", ["f2", *(d.name for d in BFLOAT16)])
 def test_half_results_round_to_nearest_even(xp, name):
     dtype = np.dtype(name) if name == "f2" else BFLOAT16[0]
@@ -270,10 +289,32 @@ def test_array_likes():
     assert type(xnor_gemm(a, a)) is np.ndarray
 
 
-def test_not_a_number_raises_no_floating_point_error():
-    a = np.full((300, 300), np.nan, np.float32)
-    with np.errstate(all="raise"):
-        assert (xnor_gemm(a, a) == 300).all()
+@pytest.mark.parametrize("name", ["f4", "f8", "f2", "g", ">f4", *(d.name for d in BFLOAT16)])
+def test_not_a_number_raises_no_floating_point_error(name):
+    """Nor does it warn from a thread of the pool, which does not know of the caller's errstate."""
+    dtype = BFLOAT16[0] if name == "bfloat16" else np.dtype(name)
+    a = np.full((600, 600), np.nan).astype(dtype)
+    if name in ("f4", "f8"):  # signalling: even to compare it is an invalid operation
+        infinity, bits = (0x7F800001, "u4") if name == "f4" else (0x7FF0000000000001, "u8")
+        a = np.full((600, 600), infinity, bits).view(dtype)
+    with np.errstate(all="raise"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (xnor_gemm(a, a) == 600).all()
         assert (xnor_gemm(a[:4, :4], a[:4, :4]) == 4).all()
-        assert (xnor_gemm(a[:1], a) == 300).all()
-        assert (cupybnn.sign(a) == -1).all()
+        assert (xnor_gemm(a[:1], a) == 600).all()
+        assert (cupybnn.sign(a).astype("f4") == -1).all()
+        assert not pack(a).popcounts.any()
+
+
+def test_factors_beyond_a_dtype_raise_no_floating_point_error():
+    a = np.ones((600, 600), np.float32)
+    with np.errstate(all="raise"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (xnor_gemm(a, a, scale=1e300) == np.inf).all()
+        assert (xnor_gemm(a, a, scale=1e-300, dtype="f8") == 0).all()
+        assert (xnor_gemm(a, a, scale=(1e30, 1e30), bias=-1) == np.inf).all()
+        assert np.isnan(xnor_gemm(a, a, scale=np.inf, bias=-np.inf)).all()
+        assert (xnor_gemm(a, a, scale=1e-9, dtype="f2") == np.float16(6e-7)).all()
+        nothing = np.zeros(2)
+        threshold, flip = cupybnn.fold_batch_norm([1e300, 0], nothing, [1, 1e-45], nothing, 0.0)
+        assert (threshold.dtype, flip.dtype) == (np.int32, bool)

@@ -241,3 +241,51 @@ def test_fold_batch_norm_errors():
         fold_batch_norm(x, np.ones(2), x, x)
     with pytest.raises(ValueError, match="vectors of one length"):
         fold_batch_norm(*[np.ones((3, 1))] * 4)
+
+
+def overlapping_factors(frame, out, m, n):
+    """Row scale, column scale and bias that lie in `out` or, in part, before it in `frame`."""
+    return {
+        "row scale": (out[..., :, -1:], None),
+        "column scale": (None, out[..., -1, :]),
+        "both": (out[..., :, :1], out[..., :1, :]),
+        "bias": out[..., m // 2, :],
+        "bias, in part": frame.reshape(-1)[n // 2 : n // 2 + n],
+        "bias, reversed": out[..., 0, ::-1],
+        "bias of each matrix": out[..., 1:2, :],
+    }
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize(("m", "k", "n"), [(3, 20, 5), (2200, 200, 130), (2, 5000, 1100)])
+def test_factors_may_lie_in_out(xp, batch, m, k, n):
+    """Later panels, tiles and matrices of a batch must not read what earlier ones wrote."""
+    rng = np.random.default_rng(0)
+    a, b = array(rng, xp, (*batch, m, k)), array(rng, xp, (k, n))
+    for name in overlapping_factors(xp.zeros(n), xp.zeros((m, n)), m, n):
+        frame = xp.asarray(rng.standard_normal(n + m * n * (3 if batch else 1)), xp.float32)
+        out = frame[n:].reshape(*batch, m, n)
+        given = overlapping_factors(frame, out, m, n)[name]
+        if batch and name == "column scale":
+            given = (None, given[1][0])
+        if batch and name in ("bias", "bias, reversed"):
+            given = given[1]
+        argument = "bias" if "bias" in name else "scale"
+        apart = [None if x is None else x.copy() for x in given] if argument == "scale" else None
+        expected = xnor_gemm(a, b, **{argument: tuple(apart) if apart else given.copy()})
+        assert xnor_gemm(a, b, out=out, **{argument: given}) is out
+        assert_product(out, host(expected), (name, batch, m))
+
+
+def test_factors_are_copied_only_where_they_overlap(monkeypatch):
+    """The bias goes to the backend as it came in, but for the one that lies in `out`."""
+    given = []
+    monkeypatch.setattr(
+        "cupybnn.backends.numpy_backend.gemm", lambda a, b, out, epilogue: given.append(epilogue)
+    )
+    a, bias, frame = np.ones((3, 3)), np.ones(3, np.float32), np.ones((6, 3), np.float32)
+    xnor_gemm(a, a, bias=bias, out=frame[:3])
+    xnor_gemm(a, a, bias=frame[3], out=frame[:3])
+    xnor_gemm(a, a, bias=frame[2], out=frame[:3])
+    shares = [np.shares_memory(e.bias, x) for e, x in zip(given, (bias, frame, frame), strict=True)]
+    assert shares == [True, True, False]

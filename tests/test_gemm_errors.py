@@ -9,6 +9,7 @@ import pytest
 from gemm_cases import BFLOAT16
 
 from cupybnn import pack, xnor_gemm, xnor_gemm_packed
+from cupybnn.operands import check_result_dtype
 
 BOTH = pytest.mark.parametrize("function", [xnor_gemm, xnor_gemm_packed])
 
@@ -131,6 +132,36 @@ def test_integers_too_small_for_k(xp, dtype, limit):
         xnor_gemm(pack(a), pack(a).T, out=xp.empty((1, 1), dtype))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "why"),
+    [
+        (">f4", "must have native byte order on a GPU; got >f4. Use float32."),
+        (">i8", "must have native byte order on a GPU; got >i8. Use int64."),
+        ("g", f"must have at most 64 bits on a GPU; got {np.dtype('g')}. Use float64."),
+    ],
+)
+def test_result_dtypes_that_a_gpu_has_not(dtype, why):
+    with raises(TypeError, "The 'dtype' of xnor_gemm", why):
+        check_result_dtype(dtype, 100, False, "xnor_gemm", on_cuda=True)
+    assert check_result_dtype(dtype, 100, False, "xnor_gemm") == np.dtype(dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [">f4", ">i4", "g"])
+def test_result_dtypes_that_a_gpu_has_not_in_every_call(dtype):
+    import cupy
+
+    a = cupy.ones((3, 3))
+    for call in (
+        lambda: xnor_gemm(a, a, dtype=dtype),
+        lambda: xnor_gemm(a, a, scale=2, dtype=dtype if dtype != ">i4" else ">f4"),
+        lambda: xnor_gemm(a, a, out=cupy.empty((3, 3), ">f4")),
+        lambda: pack(a).unpack(dtype),
+    ):
+        with raises(TypeError, "on a GPU; got"):
+            call()
+
+
 def test_the_default_integer_is_checked_too():
     """K beyond int32: of repeated elements, for no such matrix fits into memory."""
     a = np.broadcast_to(np.int8(1), (1, 2**31))
@@ -160,6 +191,18 @@ def test_masked_or_read_only_out():
     with raises(ValueError, "'out' of xnor_gemm must be writable; got a read-only"):
         xnor_gemm(a, a, out=out)
     assert (out == 0).all()
+
+
+def test_out_that_repeats_elements(xp):
+    a = xp.ones((3, 3), xp.float32)
+    for shape, strides in (((3, 3), (0, 4)), ((3, 3), (4, 0))):
+        base = xp.zeros(9, xp.float32)
+        out = xp.lib.stride_tricks.as_strided(base, shape, strides)
+        with raises(ValueError, "'out' of xnor_gemm must have memory of its own", "x.copy()"):
+            xnor_gemm(a, a, out=out)
+        assert not base.any()
+    one_row = xp.lib.stride_tricks.as_strided(xp.zeros(3, xp.float32), (1, 3), (0, 4))
+    assert (xnor_gemm(a[:1], a, out=one_row) == 3).all()
 
 
 def test_wrong_scale_and_bias(xp):

@@ -163,3 +163,42 @@ def test_names_of_types():
     assert type_name(np.float32(1)) == "numpy.float32"
     assert type_name(type("Own", (), {"__module__": "__main__"})()) == "Own"
     assert type_name(type("Inner", (), {"__module__": "_package.part"})()) == "package.Inner"
+
+
+def test_pytorch_view_that_negates(torch, device):
+    """The imaginary part of a conjugate is a view of memory that holds the opposite."""
+    z = torch.tensor([[1 + 2j, 3 - 4j], [-1 - 1j, 2 + 5j]], device=device)
+    x = z.conj().imag
+    np.testing.assert_array_equal(host(sign(x)), [[-1, 1], [1, -1]])
+    y = numbers(x.resolve_neg())
+    assert_product(xnor_gemm(x, x), reference(y, y), "negated")
+
+
+class LikeJax:
+    """A host array whose DLPack NumPy refuses, but which gives an array by itself."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __dlpack__(self, **_):
+        raise BufferError("Unsupported dtype in DLTensor.")
+
+    def __dlpack_device__(self):
+        return (1, 0)
+
+    def __array__(self, dtype=None, copy=None):
+        if self.array is None:
+            raise RuntimeError("not from there either")
+        return self.array
+
+
+@pytest.mark.skipif(not BFLOAT16, reason="needs ml_dtypes")
+def test_bfloat16_that_comes_as_an_array():
+    a = np.random.default_rng(0).standard_normal((5, 70)).astype(BFLOAT16[0])
+    result = xnor_gemm(LikeJax(a), LikeJax(a.T))
+    assert result.dtype == np.float32
+    assert_product(result, reference(a, a.T), "bfloat16")
+    scale = LikeJax(np.full(5, 2).astype(BFLOAT16[0]))
+    assert_product(xnor_gemm(a, a.T, scale=scale), 2 * reference(a, a.T), "scale")
+    with pytest.raises(TypeError, match=r"that DLPack can hand over.*Unsupported dtype"):
+        xnor_gemm(LikeJax(None), a)

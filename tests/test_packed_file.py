@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
+import struct
+import tracemalloc
+import warnings
+import zipfile
+
 import numpy as np
 import pytest
 from gemm_cases import array, host
@@ -118,8 +125,191 @@ def test_objects_are_not_unpickled(good):
     path, entries = good
     entries["words"] = np.array([[print]], dtype=object)
     np.savez(path, allow_pickle=True, **entries)
-    with pytest.raises(ValueError, match=r"cannot be read as a PackedMatrix.*allow_pickle=False"):
+    with pytest.raises(ValueError, match=r"cannot be read as a PackedMatrix.*Python objects"):
         PackedMatrix.load(path)
+
+
+def test_a_changed_bit_that_zip_does_not_notice(good):
+    """Written anew by numpy.savez, with the CRC of zip that fits."""
+    path, entries = good
+    words, axis = entries["words"].copy(), entries["axis"]
+    entries["words"][3, 1] ^= np.uint64(4)
+    np.savez(path, **entries)
+    with pytest.raises(ValueError, match="words do not agree with its checksum"):
+        PackedMatrix.load(path.with_suffix(".npz"))
+    np.savez(path, **entries | {"words": words})
+    assert PackedMatrix.load(path).shape == (5, 70)
+    square = path.with_name("square.npz")
+    pack(np.random.default_rng(0).standard_normal((64, 64))).save(square)
+    with np.load(square) as file:
+        changed = dict(file) | {"axis": np.array(-2)}
+    np.savez(square, **changed)
+    with pytest.raises(ValueError, match="words do not agree with its checksum"):
+        PackedMatrix.load(square)
+    assert axis == -1
+
+
+def test_files_without_a_checksum_are_still_read(good):
+    path, entries = good
+    expected = PackedMatrix.load(path)
+    del entries["checksum"]
+    np.savez(path, **entries, more=np.ones(3))
+    assert PackedMatrix.load(path) == expected
+
+
+@pytest.fixture
+def little_memory():
+    """Fail where more than 64 MiB are in use at once."""
+    tracemalloc.start()
+    yield
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 << 20
+
+
+def npy(header, data=b""):
+    """Bytes of a .npy member with any header."""
+    text = (repr(header) if isinstance(header, dict) else header).encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
+
+
+def write_with(path, good_path, name, data, compression=zipfile.ZIP_STORED):
+    """Write the members of a good file with one replaced or added."""
+    with zipfile.ZipFile(good_path) as file:
+        members = {info.filename: file.read(info) for info in file.infolist()}
+    with zipfile.ZipFile(path, "w") as file:
+        for member, content in (members | {name: data}).items():
+            how = compression if member == name else zipfile.ZIP_STORED
+            file.writestr(member, content, how)
+
+
+def test_other_members_are_not_read(good, tmp_path, little_memory):
+    path, _ = good
+    bomb = tmp_path / "bomb.npz"
+    zeros = npy({"descr": "|u1", "fortran_order": False, "shape": (1 << 26,)}, bytes(1 << 26))
+    tracemalloc.stop()
+    write_with(bomb, path, "more.npy", zeros, zipfile.ZIP_DEFLATED)
+    del zeros
+    tracemalloc.start()
+    assert PackedMatrix.load(bomb) == PackedMatrix.load(path)
+
+
+HUGE = {"descr": "<u8", "fortran_order": False, "shape": (1 << 40, 2)}
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "why"),
+    [
+        ("words.npy", npy(HUGE), r"'words.npy' has 0 bytes for uint64 of shape \(1099511627776"),
+        ("words.npy", npy(HUGE | {"shape": (-5, 2)}), "has 0 bytes for uint64 of shape"),
+        ("words.npy", npy(HUGE | {"descr": "|O"}), "holds Python objects"),
+        ("words.npy", npy("(" * 5000), "truncated, damaged"),
+        ("words.npy", b"", "truncated, damaged"),
+        ("words.npy", b"\x93NUMPY\x09\x00", "of .npy version"),
+        ("shape.npy", npy(HUGE), "'shape.npy' has 0 bytes"),
+        ("shape.npy", bytes(5000), "its entry 'shape' claims 5000 bytes"),
+        ("version.npy", npy({"descr": "|O", "fortran_order": False, "shape": ()}), "objects"),
+        ("format.npy", npy({"descr": "<U0", "fortran_order": False, "shape": ()}), "of another"),
+        ("axis.npy", npy({"descr": "<i8", "fortran_order": False, "shape": ()}), "has 0 bytes"),
+        ("checksum.npy", npy({"descr": "<f8", "fortran_order": False, "shape": ()}, bytes(8)),
+         "its entry 'checksum' is"),
+    ],
+)  # fmt: skip
+def test_members_made_by_hand(good, tmp_path, little_memory, name, data, why):
+    path, _ = good
+    made = tmp_path / "made.npz"
+    write_with(made, path, name, data)
+    with pytest.raises(ValueError, match=f"made.npz' cannot be read as a PackedMatrix: .*{why}"):
+        PackedMatrix.load(made)
+
+
+@pytest.mark.parametrize("name", ["words.npy", "axis.npy"])
+@pytest.mark.parametrize("field", [20, 24])  # compressed and whole size, in zip's directory
+def test_sizes_that_the_archive_claims(good, little_memory, name, field):
+    path, _ = good
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(name.encode()) - 46
+    assert data[entry : entry + 4] == b"PK\x01\x02"
+    data[entry + field : entry + field + 4] = struct.pack("<I", 1 << 30)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="claims 1073741824 bytes"):
+        PackedMatrix.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"shape": [1 << 62, 0]}, "no elements, but too many lines"),
+        ({"shape": [1 << 40, 1 << 40, 70]}, "needs uint64 words of shape"),
+        ({"shape": [1] * 70}, "cannot be packed"),
+        ({"version": [1]}, "its entry 'version'"),
+        ({"version": 1.0}, "its entry 'version'"),
+        ({"version": "1"}, "its entry 'version'"),
+        ({"format": ["cupybnn.PackedMatrix"]}, "its entry 'format'"),
+        ({"format": 3}, "its entry 'format'"),
+        ({"axis": [-1]}, "its entry 'axis'"),
+        ({"shape": 5}, "its entry 'shape'"),
+        ({"checksum": 3}, "do not agree with its checksum"),
+    ],
+)
+def test_more_files_that_contradict_themselves(good, little_memory, changes, why):
+    path, entries = good
+    np.savez(path, **entries | changes)
+    with pytest.raises(ValueError, match=f"cannot be read as a PackedMatrix: .*{why}"):
+        PackedMatrix.load(path)
+
+
+def test_compressed_and_repeated_members(good, tmp_path):
+    path, entries = good
+    np.savez_compressed(tmp_path / "small.npz", **entries)
+    with pytest.raises(ValueError, match="is compressed, which save never does"):
+        PackedMatrix.load(tmp_path / "small.npz")
+    with zipfile.ZipFile(path, "a") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the name is there already
+        file.writestr("axis.npy", b"")
+    with pytest.raises(ValueError, match="two entries 'axis'"):
+        PackedMatrix.load(path)
+
+
+def test_words_in_the_other_order_of_memory(good):
+    path, entries = good
+    expected = PackedMatrix.load(path)
+    np.savez(path, **entries | {"words": np.asfortranarray(entries["words"])})
+    found = PackedMatrix.load(path)
+    assert found == expected
+    assert found.words.flags.c_contiguous
+
+
+def test_an_empty_matrix_of_many_dimensions(tmp_path):
+    """Nothing goes through its leading axes one by one."""
+    path = tmp_path / "p.npz"
+    pack(np.zeros((1 << 40, 0, 70))).save(path)
+    p = PackedMatrix.load(path)
+    assert p.unpack().shape == (1 << 40, 0, 70)
+    assert (p @ np.ones((70, 3))).shape == (1 << 40, 0, 3)
+
+
+def test_paths_that_cannot_be(tmp_path):
+    p = pack(np.ones((2, 2)))
+    for path in ("a\0b", b"a\0b", tmp_path / "a\0b"):
+        with pytest.raises(ValueError, match=r"'path' of PackedMatrix\.load must have no NUL"):
+            PackedMatrix.load(path)
+        with pytest.raises(ValueError, match=r"'path' of PackedMatrix\.save must have no NUL"):
+            p.save(path)
+    for path in (3, None, io.BytesIO()):
+        with pytest.raises(
+            TypeError, match=r"'path' of PackedMatrix\.load must be the path of a f"
+        ):
+            PackedMatrix.load(path)
+    with pytest.raises(IsADirectoryError):
+        PackedMatrix.load(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ValueError, match="it is no regular file"):
+        PackedMatrix.load(tmp_path / "fifo")
 
 
 def test_other_files(tmp_path):

@@ -69,16 +69,20 @@ def apply(acc: np.ndarray, epilogue: Epilogue | None, out: np.ndarray) -> None:
     epilogue : Epilogue or None
         None converts the integers straight to the dtype of `out`.
     out : ndarray, shape (..., M, N)
+
+    Notes
+    -----
+    Overflow gives an infinity and a NaN stays one, without a warning or an error whatever
+    `numpy.errstate` says: a GPU gives neither, and the same program is to run on both.
     """
-    if epilogue is not None:
-        wide = out.dtype.kind == "f" and out.dtype.itemsize >= 8
-        work = np.dtype(np.float64 if wide else np.float32)
-        acc = acc.astype(work)
-        for scale in (epilogue.row_scale, epilogue.col_scale):
-            if scale is not None:
-                acc = acc * scale.astype(work, copy=False)
-        if epilogue.bias is not None:
-            acc = acc + epilogue.bias.astype(work, copy=False)
-    # A value beyond float16 becomes infinite, as the contract says: no warning.
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
+        if epilogue is not None:
+            wide = out.dtype.kind == "f" and out.dtype.itemsize >= 8
+            work = np.dtype(np.float64 if wide else np.float32)
+            acc = acc.astype(work)
+            for scale in (epilogue.row_scale, epilogue.col_scale):
+                if scale is not None:
+                    acc = acc * scale.astype(work, copy=False)
+            if epilogue.bias is not None:
+                acc = acc + epilogue.bias.astype(work, copy=False)
         out[...] = acc

@@ -79,7 +79,7 @@ def as_native(x: Any, what: str) -> Any:
         return _cupy_for(x, what).asarray(x)
     try:
         return np.asarray(x)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"The {what} must be an array or something that numpy.asarray reads; "
             f"got {type_name(x)} ({error})."
@@ -100,6 +100,9 @@ def _cupy_for(x: Any, what: str) -> Any:
 
 
 def _from_dlpack(x: Any, what: str) -> Any:
+    is_negated = getattr(x, "is_neg", None)  # PyTorch's z.conj().imag: memory holds the opposite
+    if callable(is_negated) and is_negated():
+        x = x.resolve_neg()
     try:
         device_type = int(x.__dlpack_device__()[0])
         if device_type in _DLPACK_CUDA:
@@ -117,10 +120,24 @@ def _from_dlpack(x: Any, what: str) -> Any:
     )
 
 
+def _by_dlpack_or_array(x: Any) -> np.ndarray:
+    try:
+        return np.from_dlpack(x)
+    except (BufferError, RuntimeError, ValueError):
+        # NumPy's DLPack has no bfloat16, for one; JAX hands its own over as an array of ml_dtypes.
+        if not hasattr(type(x), "__array__"):
+            raise
+        try:
+            return np.asarray(x)
+        except (TypeError, ValueError, RuntimeError):
+            pass
+        raise
+
+
 def _host_from_dlpack(x: Any, what: str) -> np.ndarray:
     torch = sys.modules.get("torch")
     if torch is None or getattr(x, "dtype", None) is not torch.bfloat16:
-        return np.from_dlpack(x)
+        return _by_dlpack_or_array(x)
     # NumPy itself knows no bfloat16: hand over the same bits as int16 and name them again.
     bfloat16 = bfloat16_dtype()
     if bfloat16 is None:

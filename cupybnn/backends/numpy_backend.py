@@ -16,12 +16,14 @@ from cupybnn.backends.numpy_threads import over_parts as parallel_parts
 
 __all__ = [
     "from_canonical",
+    "from_lines",
     "gemm",
     "gemm_packed",
     "pack",
     "parallel_for",
     "parallel_parts",
     "random_words",
+    "select",
     "sign",
     "to_canonical",
     "uniform",
@@ -60,7 +62,7 @@ def pack(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     batch, k, lines = x.shape[:-2], x.shape[axis], x.shape[-3 - axis]
     words = np.zeros((*batch, lines, -(-k // 64)), WORD)
     octets = words.view(np.uint8)
-    for index in np.ndindex(batch):
+    for index in np.ndindex(batch if x.size else (0,)):  # leading axes may be long and hold nothing
         matrix = x[index] if axis == -1 else x[index].T
         if abs(matrix.strides[0]) >= abs(matrix.strides[1]):
             _pack_rows(matrix, octets[index])
@@ -118,7 +120,7 @@ def unpack(words: np.ndarray, shape: tuple[int, ...], axis: int, dtype: np.dtype
     """
     out = np.empty(shape, dtype)
     k, lines = shape[axis], shape[-3 - axis]
-    for index in np.ndindex(words.shape[:-2]):
+    for index in np.ndindex(words.shape[:-2] if out.size else (0,)):
         by_line = out[index] if axis == -1 else out[index].T
         octets = words[index].view(np.uint8)
         for part in blocks(0, lines, max(1, BLOCK // max(1, k))):
@@ -170,3 +172,13 @@ def to_canonical(words: np.ndarray, shape: tuple[int, ...], axis: int) -> np.nda
 def from_canonical(canonical: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:
     """Return words laid out as this backend wants them: as they come."""
     return canonical
+
+
+def select(words: np.ndarray, shape: tuple[int, ...], axis: int, key: tuple[Any, ...]) -> Any:
+    """Return the lines that `key` selects, in the canonical layout; a view where it can be one."""
+    return words[(*key, slice(None))]
+
+
+def from_lines(lines: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:
+    """Return lines in the canonical layout as this backend wants them: each without gaps."""
+    return np.ascontiguousarray(lines)

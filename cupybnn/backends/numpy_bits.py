@@ -23,7 +23,10 @@ def write_bits(x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         Where to write; it is new, and never shared with `x`, by default.
     """
     if x.dtype == FLOAT32:
-        return np.greater_equal(x, ZERO, out=out)
+        # Comparing a signalling NaN counts as an invalid operation: what it gives is defined here.
+        # Set in each thread, for those of the pool know nothing of the caller's numpy.errstate.
+        with np.errstate(invalid="ignore"):
+            return np.greater_equal(x, ZERO, out=out)
     if x.dtype.kind == "b":
         if out is None:
             return x.copy()
@@ -31,7 +34,8 @@ def write_bits(x: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         return out
     infinity = INFINITY.get(x.dtype.name)
     if infinity is None:
-        return np.greater_equal(x, x.dtype.type(0), out=out)
+        with np.errstate(invalid="ignore"):
+            return np.greater_equal(x, x.dtype.type(0), out=out)
     # NumPy compares 16-bit floats by converting each to float32. As integers, those from 0 to
     # infinity are in order from 0; beyond come NaN, then -0.0, then the negative ones.
     integers = x.view(np.dtype(np.uint16).newbyteorder(x.dtype.byteorder))

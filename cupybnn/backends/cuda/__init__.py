@@ -6,7 +6,15 @@ from typing import Any
 from cupybnn.backends.cuda import architectures
 from cupybnn.backends.cuda.compiler import architecture
 from cupybnn.backends.cuda.dispatch import force_kernel
-from cupybnn.backends.cuda.packing import from_canonical, pack, sign, to_canonical, unpack
+from cupybnn.backends.cuda.packing import (
+    from_canonical,
+    from_lines,
+    pack,
+    select,
+    sign,
+    to_canonical,
+    unpack,
+)
 from cupybnn.backends.cuda.product import gemm, gemm_packed
 from cupybnn.backends.cuda.random import random_words, uniform
 from cupybnn.backends.devices import Device
@@ -14,6 +22,7 @@ from cupybnn.backends.devices import Device
 __all__ = [
     "force_kernel",
     "from_canonical",
+    "from_lines",
     "gemm",
     "gemm_packed",
     "kernels_for",
@@ -21,6 +30,7 @@ __all__ = [
     "parallel_for",
     "parallel_parts",
     "random_words",
+    "select",
     "sign",
     "to_canonical",
     "uniform",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn.backends.cuda.compiler import load_kernel, multiprocessors
+from cupybnn.backends.cuda.lines import place, take
 from cupybnn.backends.cuda.structs import Struct
 
 __all__ = [
@@ -17,8 +18,10 @@ __all__ = [
     "PackLaunch",
     "chunk_count",
     "from_canonical",
+    "from_lines",
     "geometry",
     "pack",
+    "select",
     "sign",
     "to_canonical",
     "unpack",
@@ -229,28 +232,11 @@ def geometry(shape: tuple[int, ...], axis: int) -> tuple[int, int, int]:
     return math.prod(shape[:-2]), lines, k
 
 
-def _positions(padded: int) -> np.ndarray:
-    """Where each line stands (layout.cuh, position_of)."""
-    line = np.arange(padded)
-    return (line & ~15) | ((line & 2) << 2) | ((line & 12) >> 1) | (line & 1)
-
-
-def _pieces(positions: np.ndarray) -> np.ndarray:
-    """Where piece i of the line at each position stands: index array of shape (positions, 8)."""
-    return np.arange(8)[None] ^ (positions & 7)[:, None]
-
-
 def to_canonical(words: Any, shape: tuple[int, ...], axis: int) -> np.ndarray:
     """Return the words as '<u8' on the host, (*batch, lines, ceil(k / 64)), zero padded."""
     batch, lines, k = geometry(shape, axis)
-    _, chunks, padded, _ = words_shape(batch, lines, k)
-    host = words.get().reshape(batch, chunks, padded, 8, 4)
-    positions = _positions(padded)
-    host = host[:, :, positions]
-    host = np.take_along_axis(host, _pieces(positions)[None, None, :, :, None], axis=3)
-    host = np.moveaxis(host, 1, 2).reshape(batch, padded, chunks * CHUNK_WORDS)[:, :lines]
-    canonical = np.ascontiguousarray(host).view("<u8")[..., : -(-k // 64)]
-    return np.ascontiguousarray(canonical).reshape(*shape[:-2], lines, -(-k // 64))
+    numbers = np.arange(batch * lines).reshape(*shape[:-2], lines)
+    return take(np, words.get(), numbers, lines, k)
 
 
 def from_canonical(canonical: np.ndarray, shape: tuple[int, ...], axis: int) -> Any:
@@ -258,14 +244,21 @@ def from_canonical(canonical: np.ndarray, shape: tuple[int, ...], axis: int) -> 
     import cupy
 
     batch, lines, k = geometry(shape, axis)
-    _, chunks, padded, _ = words_shape(batch, lines, k)
-    host = np.zeros((batch, padded, chunks * 16), "<u8")
-    host[:, :lines, : -(-k // 64)] = canonical.reshape(batch, lines, -(-k // 64))
-    pieces = np.moveaxis(host.view(np.uint32).reshape(batch, padded, chunks, 8, 4), 2, 1)
-    positions = _positions(padded)
-    placed = np.empty(pieces.shape, np.uint32)
-    # The permutation of the pieces is its own inverse.
-    placed[:, :, positions] = np.take_along_axis(
-        pieces, _pieces(positions)[None, None, :, :, None], axis=3
-    )
-    return cupy.asarray(placed.reshape(batch, chunks, padded, CHUNK_WORDS))
+    return cupy.asarray(place(np, canonical, batch, lines, k, words_shape(batch, lines, k)))
+
+
+def select(words: Any, shape: tuple[int, ...], axis: int, key: tuple[Any, ...]) -> Any:
+    """Return the lines that `key` selects, in the canonical layout, on the device of `words`."""
+    import cupy
+
+    batch, lines, k = geometry(shape, axis)
+    numbers = cupy.arange(batch * lines).reshape(*shape[:-2], lines)[key]
+    return take(cupy, words, cupy.asarray(numbers), lines, k)
+
+
+def from_lines(lines: Any, shape: tuple[int, ...], axis: int) -> Any:
+    """Return lines in the canonical layout, which are on the device, as the kernels want them."""
+    import cupy
+
+    batch, count, k = geometry(shape, axis)
+    return place(cupy, lines, batch, count, k, words_shape(batch, count, k))

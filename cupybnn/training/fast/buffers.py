@@ -62,7 +62,7 @@ class HiddenBuffers:
         if plan.activation in ("packed_sign", "both_signs"):
             # Zeros stay where no row and no column is.
             words = cupy.zeros(words_shape(1, *shape), np.uint32)
-            self.packed = PackedMatrix(words, pops, shape, -1, device)
+            self.packed = PackedMatrix._of(words, pops, shape, -1, device)
         if plan.activation not in ("packed_sign", "none"):
             self.dense = cupy.empty(shape, real)
         if plan.activation != "none" and plan.gate == "mask":

@@ -1,0 +1,280 @@
+"""Parts of packed matrices, and packed matrices joined and compared: what is done to whole lines.
+
+The lines of a matrix are an array of their own, of the shape of the matrix without its packed axis.
+To index the matrix is to index that array; the packed axis stays whole, for its bits share words.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from cupybnn import backends
+from cupybnn.backends.devices import CPU, is_cupy
+from cupybnn.packed.matrix import PackedMatrix, as_matrix
+from cupybnn.packed.signs import pack
+
+__all__ = ["concatenate", "equal", "index", "iterate", "lines_of"]
+
+EVERY = slice(None)
+
+
+def lines_of(p: PackedMatrix, key: tuple[Any, ...] | None = None) -> Any:
+    """Return lines of `p`, all or those that `key` selects, in the canonical layout on its device.
+
+    Returns
+    -------
+    ndarray of uint64, shape (..., ceil(k / 64))
+        A vector is the one line of a matrix, shape (1, ...).
+    """
+    with p.device.scope():
+        shape = as_matrix(p.shape)
+        return backends.get(p.device).select(
+            p.words, shape, p.axis, (EVERY,) * (len(shape) - 1) if key is None else key
+        )
+
+
+def index(p: PackedMatrix, key: Any) -> PackedMatrix:
+    """Return ``p[key]``."""
+    items = _items(p, key)
+    packed = p.ndim + p.axis
+    selection: list[Any] = [0] if p.ndim == 1 else []
+    before = after = 0  # axes of the result before the packed one and after it
+    axis = 0
+    for item in items:
+        if item is not None and axis == packed:
+            _check_whole(p, item, axis)
+            before, after = after, 0  # what was counted so far comes before
+            axis += 1
+            continue
+        if item is None:
+            after += 1
+        elif isinstance(item, slice):
+            after += 1
+            axis += 1
+        elif isinstance(item, int):
+            n = p.shape[axis]
+            if not -n <= item < n:
+                raise IndexError(
+                    f"The index {item} is out of bounds for axis {axis} of a PackedMatrix of shape "
+                    f"{p.shape}."
+                )
+            axis += 1
+        else:
+            item = _here(p, item)
+            after += item.ndim
+            axis += 1
+        selection.append(item)
+    if after > 1:
+        raise IndexError(
+            f"The packed axis of a PackedMatrix must stay one of the last two; this index of shape "
+            f"{p.shape} would put {after} axes after it. Index p.T, or the array p.unpack()."
+        )
+    lines = lines_of(p, tuple(selection))
+    with p.device.scope():
+        popcounts = p.device.xp.array(p.popcounts[tuple(selection)], np.int32)
+        outer = popcounts.shape
+        shape = (*outer[:before], p.k, *outer[before:])
+        if not outer:
+            lines, popcounts = lines.reshape(1, -1), popcounts.reshape(1)
+        words = backends.get(p.device).from_lines(lines, as_matrix(shape), -1 - after)
+    return PackedMatrix._of(words, popcounts, shape, -1 - after, p.device)
+
+
+def _items(p: PackedMatrix, key: Any) -> list[Any]:
+    """Return `key` as ints, slices and arrays of ints, one for each axis, and None."""
+    given = [_item(item) for item in (key if isinstance(key, tuple) else (key,))]
+    ellipses = [i for i, item in enumerate(given) if item is ...]
+    if len(ellipses) > 1:
+        raise IndexError("An index of a PackedMatrix can have one ellipsis ('...') only.")
+    used = sum(item is not None and item is not ... for item in given)
+    if used > p.ndim:
+        raise IndexError(
+            f"Too many indices for a PackedMatrix of shape {p.shape}: it has {p.ndim} axes, but "
+            f"{used} were indexed."
+        )
+    at = ellipses[0] if ellipses else len(given)
+    given[at : at + 1] = [EVERY] * (p.ndim - used)
+    arrays = sum(not isinstance(item, (int, slice, type(None))) for item in given)
+    if arrays and (arrays > 1 or any(isinstance(item, int) for item in given)):
+        raise IndexError(
+            "An index of a PackedMatrix can have one array, beside slices: not several, nor "
+            "integers beside it. Index one axis after the other: p[i][j]."
+        )
+    return given
+
+
+def _item(item: Any) -> Any:
+    if item is None or item is ... or isinstance(item, slice):
+        return item
+    if isinstance(item, list):
+        item = np.asarray(item) if item else np.zeros(0, np.int64)
+    is_array = isinstance(item, np.ndarray) or is_cupy(item)
+    if is_array and item.ndim and item.dtype.kind in "iu":
+        return item
+    is_mask = isinstance(item, (bool, np.bool_)) or (is_array and item.dtype.kind == "b")
+    if not is_mask and not (is_array and item.ndim):
+        try:
+            return operator.index(item)
+        except TypeError:
+            pass
+    shown = f"an array of {item.dtype}" if is_array else f"{item!r:.60}"
+    hint = " Make numbers of a mask: numpy.flatnonzero(mask)." if is_mask else ""
+    raise IndexError(
+        f"An index of a PackedMatrix must be an integer, a slice, '...', None or an array of "
+        f"integers; got {shown}.{hint}"
+    )
+
+
+def _here(p: PackedMatrix, numbers: Any) -> Any:
+    """Return an array of indices on the device of `p`; only from the host it is moved there."""
+    if is_cupy(numbers) and p.device == CPU:
+        raise IndexError(
+            "A PackedMatrix on cpu cannot be indexed by a cupy.ndarray. Pass numbers.get()."
+        )
+    with p.device.scope():
+        return p.device.xp.asarray(numbers)
+
+
+def _check_whole(p: PackedMatrix, item: Any, axis: int) -> None:
+    if isinstance(item, slice) and item.indices(p.k) == (0, p.k, 1):
+        return
+    raise IndexError(
+        f"The packed axis of a PackedMatrix, axis {axis} of shape {p.shape}, cannot be indexed: "
+        f"its elements are bits of shared words. Index the other axes, or the array p.unpack()."
+    )
+
+
+def iterate(p: PackedMatrix) -> Iterator[PackedMatrix]:
+    """Return what ``for part in p`` goes through; TypeError where the first axis is packed."""
+    if p.ndim + p.axis == 0:
+        raise TypeError(
+            f"A PackedMatrix of shape {p.shape} that is packed along its first axis cannot be "
+            f"iterated over. Iterate over the array p.unpack(), or over p.T."
+            if p.ndim > 1
+            else "A packed vector cannot be iterated over. Iterate over the array p.unpack()."
+        )
+    return (index(p, i) for i in range(p.shape[0]))
+
+
+def equal(p: PackedMatrix, q: PackedMatrix) -> bool:
+    """Whether two packed matrices have the same shape and the same elements."""
+    if p.shape != q.shape:
+        return False
+    if p.axis != q.axis:
+        q = pack(q.unpack(bool), axis=p.axis)
+    if p.device != q.device:
+        p, q = p.to_numpy(), q.to_numpy()
+    with p.device.scope():
+        return bool((lines_of(p) == lines_of(q)).all())
+
+
+def concatenate(matrices: Iterable[PackedMatrix], axis: int = 0) -> PackedMatrix:
+    """Join packed matrices along an axis, as `numpy.concatenate` joins arrays.
+
+    Parameters
+    ----------
+    matrices : iterable of PackedMatrix
+        Of the same shape but for `axis`, packed along the same axis, on one device.
+    axis : int
+        Any axis. Along the packed one lines are joined word by word where all but the last are
+        multiples of 64 long; else they are unpacked on the way, to one byte an element.
+
+    Returns
+    -------
+    PackedMatrix
+        Packed along the same axis.
+
+    Raises
+    ------
+    TypeError
+        If `matrices` are not all packed, or some are on the host and some on a GPU.
+    ValueError
+        If there are none, or their shapes, packed axes or devices do not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import concatenate, pack
+    >>> p = pack(np.array([[1.0, -1.0, 1.0]]))
+    >>> concatenate([p, p]).unpack().tolist()
+    [[1, -1, 1], [1, -1, 1]]
+    >>> concatenate([p, p], axis=1).shape
+    (1, 6)
+    """
+    if isinstance(matrices, PackedMatrix):
+        raise TypeError(
+            "The 'matrices' of concatenate must be a list of PackedMatrix; got one PackedMatrix."
+        )
+    parts = list(matrices)
+    if not parts:
+        raise ValueError("The 'matrices' of concatenate must hold at least one PackedMatrix.")
+    for part in parts:
+        if not isinstance(part, PackedMatrix):
+            raise TypeError(
+                f"The 'matrices' of concatenate must be PackedMatrix, every one; got "
+                f"{type(part).__name__}. Pack it first: cupybnn.pack(x, axis={parts[0].axis})."
+                if isinstance(parts[0], PackedMatrix)
+                else f"The 'matrices' of concatenate must be PackedMatrix, every one; got "
+                f"{type(part).__name__}. For arrays there is numpy.concatenate."
+            )
+    first = parts[0]
+    axis = _axis_to_join(first, axis)
+    for part in parts:
+        if part.device != first.device:
+            kind = TypeError if part.device.kind != first.device.kind else ValueError
+            raise kind(
+                f"The 'matrices' of concatenate must be on one device; got {first.device} and "
+                f"{part.device}. Move them: to_cupy() or to_numpy()."
+            )
+        if part.axis != first.axis:
+            raise ValueError(
+                f"The 'matrices' of concatenate must be packed along the same axis; got axis "
+                f"{first.axis} and axis {part.axis}."
+            )
+        if len(part.shape) != first.ndim or any(
+            n != m
+            for i, (n, m) in enumerate(zip(part.shape, first.shape, strict=True))
+            if i != axis
+        ):
+            raise ValueError(
+                f"The 'matrices' of concatenate must have the same shape but for axis {axis}; got "
+                f"{first.shape} and {part.shape}."
+            )
+    with first.device.scope():
+        return _join(parts, axis)
+
+
+def _axis_to_join(p: PackedMatrix, axis: Any) -> int:
+    try:
+        number = operator.index(axis)
+    except TypeError:
+        number = p.ndim
+    if not -p.ndim <= number < p.ndim:
+        raise ValueError(
+            f"The 'axis' of concatenate must be an axis of the matrices, which have {p.ndim}; got "
+            f"{axis!r}."
+        )
+    return number % p.ndim
+
+
+def _join(parts: list[PackedMatrix], axis: int) -> PackedMatrix:
+    first = parts[0]
+    xp, packed = first.device.xp, first.ndim + first.axis
+    shape = list(first.shape)
+    shape[axis] = sum(part.shape[axis] for part in parts)
+    if axis != packed:
+        at = axis if axis < packed else axis - 1
+        popcounts = xp.concatenate([part.popcounts for part in parts], axis=at)
+    elif all(part.k % 64 == 0 for part in parts[:-1]):
+        at = -1
+        popcounts = sum((part.popcounts for part in parts[1:]), first.popcounts.copy())
+    else:
+        signs = xp.concatenate([part.unpack(bool) for part in parts], axis=axis)
+        return pack(signs, axis=first.axis)
+    lines = xp.concatenate([lines_of(part) for part in parts], axis=at)
+    words = backends.get(first.device).from_lines(lines, as_matrix(tuple(shape)), first.axis)
+    return PackedMatrix._of(words, popcounts, tuple(shape), first.axis, first.device)
