@@ -28,6 +28,10 @@ from cupybnn.training.timing import StepTimer
 
 __all__ = ["Trainer", "train"]
 
+#: A chance or a gradient that is too small to be told from 0 is 0, also for a caller who has NumPy
+#: raise at underflow.
+_UNDERFLOW_IS_ZERO: dict[str, Any] = {"under": "ignore"}
+
 
 def train(config: TrainConfig | None = None, /, **settings: Any) -> TrainResult:
     """Train a network; prints nothing.
@@ -220,7 +224,7 @@ class Trainer:
         if self.config.log_dir is not None:
             self._open_log()
         try:
-            with self.device.scope():
+            with self.device.scope(), np.errstate(**_UNDERFLOW_IS_ZERO):
                 return self._run()
         finally:
             for callback in self.callbacks:
@@ -332,7 +336,7 @@ class Trainer:
 
         They are those of the averaged weights, if the configuration wants an average.
         """
-        with self.averaged():
+        with self.averaged(), np.errstate(**_UNDERFLOW_IS_ZERO):
             return evaluate(self.model, self.objective, self.data)
 
     def averaged(self) -> AbstractContextManager[None]:
