@@ -213,7 +213,7 @@ def test_work_is_whole_when_no_further_thread_can_be_started(many_threads, monke
     monkeypatch.setattr(threading.Thread, "start", limited)
     for _ in range(20):
         rows = []
-        numpy_threads.over(5, 100, lambda i, j: rows.extend(range(i, j)))
+        numpy_threads.over(5, 100, lambda i, j, rows=rows: rows.extend(range(i, j)))
         assert sorted(rows) == [0, 1, 2, 3, 4]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn.errors import DeviceError
+from cupybnn.errors import DeviceError, SettingError
 
 __all__ = [
     "CPU",
@@ -140,7 +140,7 @@ def resolve(device: str | Device | None = "auto") -> Device:
         return _current_cuda_device() if status.available else CPU
     kind, _, number = name.partition(":")
     if kind != "cuda" or (":" in name and not number.isdecimal()):
-        raise ValueError(
+        raise SettingError(
             f"The 'device' must be 'auto', 'cpu', 'cuda' or 'cuda:N' with a device number N; "
             f"got {device!r}."
         )

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from cupybnn.errors import SettingError
 from cupybnn.files import atomic_write
 
 __all__ = ["draw", "needs_matplotlib", "write"]
@@ -32,13 +33,13 @@ def needs_matplotlib() -> None:
 
     Raises
     ------
-    ValueError
+    SettingError
         If matplotlib is not installed; the message says how to install it.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ValueError(
+        raise SettingError(
             "The '--chart' needs matplotlib, which is not installed: pip install matplotlib "
             "(or the extra cupybnn[bench])."
         ) from error
@@ -74,13 +75,13 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
 
     Raises
     ------
-    ValueError
+    SettingError
         If the record holds no square products, or matplotlib is not installed.
     """
     needs_matplotlib()
     series = _series(record)
     if not series:
-        raise ValueError("The record holds no square products to draw; run the section 'square'.")
+        raise SettingError("The record holds no square products to draw; run the section 'square'.")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cupybnn.backends.devices import Device, cuda_status, resolve
+from cupybnn.errors import SettingError
 
 __all__ = ["add_parser", "run"]
 
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         record = records.load(args.source)
         kind = records.kind_of(record)
         if args.what not in (None, kind):
-            raise ValueError(
+            raise SettingError(
                 f"The '--from' of 'bench {args.what}' must name a record that it wrote; "
                 f"'{args.source}' is one of 'bench {kind}'."
             )
@@ -132,25 +133,25 @@ def _check(args: argparse.Namespace) -> None:
     for option in apart[args.what or "product"]:
         if getattr(args, option):
             other = "product" if args.what == "train" else "train"
-            raise ValueError(
+            raise SettingError(
                 f"The '--{option}' must be given to 'bench {other}' only; got it with "
                 f"'bench {args.what or 'product'}'."
             )
     if args.source is not None:
         for option in ("only", "tune", "sizes", "json"):
             if getattr(args, option):
-                raise ValueError(
+                raise SettingError(
                     f"The '--{option}' must not be given with '--from', which measures nothing."
                 )
     for option in ("json", "chart"):
         path = getattr(args, option)
         if path is not None and not path.resolve().parent.is_dir():
-            raise ValueError(f"The '--{option}' must be in a folder that exists; got '{path}'.")
+            raise SettingError(f"The '--{option}' must be in a folder that exists; got '{path}'.")
         if path is not None and path.is_dir():
-            raise ValueError(f"The '--{option}' must be a file; got the folder '{path}'.")
+            raise SettingError(f"The '--{option}' must be a file; got the folder '{path}'.")
     if args.chart is not None:
         if args.only is not None and "square" not in args.only:
-            raise ValueError(
+            raise SettingError(
                 f"The '--chart' needs the section 'square', which it draws; got '--only' with "
                 f"{', '.join(args.only) or 'none'}."
             )
@@ -252,7 +253,7 @@ def _tune(device: Device) -> None:
     if device.kind != "cuda":
         status = cuda_status()
         why = "" if status.available else f" {status.reason}"
-        raise ValueError(
+        raise SettingError(
             f"The '--tune' needs a GPU, for it measures the CUDA kernels; got {device}.{why}"
         )
     from cupybnn.backends.cuda.tuning import table_path

@@ -20,6 +20,7 @@ from cupybnn.backends.devices import (
     synchronize,
     to_device,
 )
+from cupybnn.errors import SettingError
 
 __all__ = ["CASES", "Case", "Outcome", "add_parser", "check", "kinds", "run"]
 
@@ -119,14 +120,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print a line for each comparison and a summary."""
     if args.seed < 0:
-        raise ValueError(f"The '--seed' must be 0 or more; got {args.seed}.")
+        raise SettingError(f"The '--seed' must be 0 or more; got {args.seed}.")
     devices = _devices(args.device)
     count = 0
     failed = 0
     kernels = [(d, k) for d in devices for k in _kernels(d) if not args.kernel or k in args.kernel]
     if not kernels:
         known = sorted({k for d in devices for k in _kernels(d)})
-        raise ValueError(
+        raise SettingError(
             f"The '--kernel' must name a kernel of this machine ({', '.join(known)}); "
             f"got {', '.join(args.kernel)}."
         )

@@ -12,7 +12,6 @@ import numpy as np
 
 from cupybnn import optim
 from cupybnn.autograd import debug
-from cupybnn.backends import numpy_memory
 from cupybnn.backends.devices import resolve
 from cupybnn.data import BatchOrder, Dataset, DeviceData, load
 from cupybnn.errors import CheckpointError, NonFiniteError
@@ -122,8 +121,6 @@ class Trainer:
         self.step = 0
         self._stop = self._started = False
         self.device = resolve(config.device)
-        if self.device.kind == "cpu":
-            numpy_memory.keep_freed()
         stored = checkpoints.load(config.restore) if config.restore is not None else None
         if config.restore is not None and stored is not None:
             remove_abandoned(checkpoints.find(config.restore).parent)

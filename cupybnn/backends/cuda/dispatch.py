@@ -18,6 +18,7 @@ from cupybnn.backends.cuda.configs import (
     sm90,
     smxx,
 )
+from cupybnn.errors import SettingError
 
 __all__ = ["candidates", "choose", "force_kernel", "forced", "shape_key", "shipped"]
 
@@ -152,7 +153,7 @@ def force_kernel(name: str | Config | None) -> Iterator[None]:
 
 def _check(name: str) -> str:
     if name not in KERNELS:
-        raise ValueError(f"The kernel must be one of {', '.join(KERNELS)}; got {name!r}.")
+        raise SettingError(f"The kernel must be one of {', '.join(KERNELS)}; got {name!r}.")
     return name
 
 
@@ -195,7 +196,7 @@ def choose(
         applicable = kernels_for(capability)
         kernel = _check(asked) if asked else default_kernel(capability)
         if kernel not in applicable:
-            raise ValueError(
+            raise SettingError(
                 f"The kernel {kernel!r} does not run on compute capability "
                 f"{capability // 10}.{capability % 10}; here run {', '.join(applicable)}."
             )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cupybnn.benchmark.chart import needs_matplotlib, write
+from cupybnn.errors import SettingError
 
 __all__ = ["draw"]
 
@@ -66,7 +67,7 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
     needs_matplotlib()
     sizes = [found for found in record["sizes"] if _unit(found)[1] and not found.get("disturbed")]
     if not sizes:
-        raise ValueError("The record holds no training steps to draw.")
+        raise SettingError("The record holds no training steps to draw.")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
