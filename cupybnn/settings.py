@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from functools import lru_cache
@@ -20,6 +21,8 @@ __all__ = [
     "variables_set",
 ]
 
+#: No machine has more cores for one process, and each thread takes memory.
+_MOST_THREADS = 1024
 _FALSE = {"", "0", "false", "no", "off"}
 
 
@@ -29,17 +32,31 @@ def debug() -> bool:
 
 
 def cache_dir() -> Path:
-    """Folder for tuned kernel tables: ``CUPYBNN_CACHE_DIR`` or the system's cache folder."""
+    """Folder for tuned kernel tables: ``CUPYBNN_CACHE_DIR`` or the system's cache folder.
+
+    A user without a home folder, as in many containers, has one among the temporary files.
+    """
     given = os.environ.get("CUPYBNN_CACHE_DIR")
     if given:
-        return Path(given).expanduser()
+        return _expanded(given)
     if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        base, below = os.environ.get("LOCALAPPDATA"), "~/AppData/Local"
     elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
+        base, below = None, "~/Library/Caches"
     else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "cupybnn"
+        base, below = os.environ.get("XDG_CACHE_HOME"), "~/.cache"
+    folder = Path(base) if base else _expanded(below)
+    if folder.parts[:1] == ("~",):
+        import tempfile  # not needed otherwise
+
+        number = os.getuid() if hasattr(os, "getuid") else "user"
+        return Path(tempfile.gettempdir()) / f"cupybnn-{number}"
+    return folder / "cupybnn"
+
+
+def _expanded(path: str) -> Path:
+    """Return a path with "~" replaced; one of a user that does not exist stays as it is."""
+    return Path(os.path.expanduser(path))  # Path.expanduser raises for such a user
 
 
 @lru_cache(maxsize=1)
@@ -49,8 +66,8 @@ def cpu_threads() -> int:
     The variable is the one by which most BLAS libraries, and so NumPy's matmul, are limited too.
     """
     given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    if given.isdecimal() and int(given) > 0:
-        return int(given)
+    if re.fullmatch("0*[1-9][0-9]{0,8}", given):
+        return min(int(given), _MOST_THREADS)
     affinity = getattr(os, "sched_getaffinity", None)
     return min(8, len(affinity(0)) if affinity else os.cpu_count() or 1)
 
@@ -58,7 +75,7 @@ def cpu_threads() -> int:
 def data_dir() -> Path:
     """Folder for fetched data sets: ``CUPYBNN_DATA_DIR`` or ``data`` in the cache folder."""
     given = os.environ.get("CUPYBNN_DATA_DIR")
-    return Path(given).expanduser() if given else cache_dir() / "data"
+    return _expanded(given) if given else cache_dir() / "data"
 
 
 def kernel_override() -> str | None:
@@ -89,7 +106,7 @@ def resting_blas_threads() -> Iterator[None]:
 def scikit_learn_data() -> Path:
     """Folder where scikit-learn keeps what it fetched: ``SCIKIT_LEARN_DATA`` or its default."""
     given = os.environ.get("SCIKIT_LEARN_DATA")
-    return Path(given or "~/scikit_learn_data").expanduser()
+    return _expanded(given or "~/scikit_learn_data")
 
 
 def variables_set() -> dict[str, str]:

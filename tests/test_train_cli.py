@@ -13,6 +13,7 @@ import subprocess
 import sys
 import termios
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -379,6 +380,23 @@ class TestSignals:
         monkeypatch.setattr(module, "_load", interrupted)
         assert main(["train"]) == 130
         assert capsys.readouterr().err == "cupybnn: interrupted\n"
+
+    @pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_that_is_ignored_stays_ignored(self, ignored):
+        """As SIGINT is under nohup and in the background of a script."""
+        before = signal.signal(ignored, signal.SIG_IGN)
+        seen = []
+
+        def look(trainer, *args):
+            os.kill(os.getpid(), ignored)
+            seen.append(signal.getsignal(ignored))
+
+        try:
+            with mock.patch("cupybnn.cli.console.Console.on_step", look):
+                assert main(["train", *QUICK[:-4], "--max_steps", "2"]) == 0
+        finally:
+            signal.signal(ignored, before)
+        assert seen == [signal.SIG_IGN] * 2
 
     def test_handlers_are_put_back(self):
         before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]

@@ -64,15 +64,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="of 'train': units in each hidden layer and examples in a step, such as "
         "512x8192,4096x4096",
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the record to FILE")
+    parser.add_argument("--json", metavar="FILE", type=_file, help="write the record to FILE")
     parser.add_argument(
-        "--chart", metavar="FILE", type=Path, help="draw FILE.svg and FILE.png (needs matplotlib)"
+        "--chart", metavar="FILE", type=_file, help="draw FILE.svg and FILE.png (needs matplotlib)"
     )
     parser.add_argument(
         "--from",
         dest="source",
         metavar="FILE",
-        type=Path,
+        type=_file,
         help="measure nothing: show, and draw, the record that --json wrote",
     )
     parser.add_argument(
@@ -84,13 +84,27 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _sections(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    from cupybnn.benchmark.record import SECTIONS
+
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in SECTIONS]
+    if unknown or not names:
+        raise argparse.ArgumentTypeError(
+            f"must name sections of {', '.join(SECTIONS)}; got {', '.join(unknown) or 'none'}"
+        )
+    return names
+
+
+def _file(text: str) -> Path:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"must name a file; got {text!r}")
+    return Path(text)
 
 
 def _sizes(text: str) -> list[tuple[int, int]]:
     found = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*([1-9]\d*)x([1-9]\d*)\s*", part)
+        match = re.fullmatch(r"\s*([1-9][0-9]{0,99})x([1-9][0-9]{0,99})\s*", part)
         if match is None:
             raise argparse.ArgumentTypeError(f"must be HxB, or several with commas; got {part!r}")
         found.append((int(match[1]), int(match[2])))
@@ -103,7 +117,10 @@ def run(args: argparse.Namespace) -> int:
     if args.source is not None:
         from cupybnn.benchmark import record as records
 
-        record = records.load(args.source)
+        try:
+            record = records.load(args.source)
+        except ValueError as error:
+            raise SettingError(str(error)) from error
         kind = records.kind_of(record)
         if args.what not in (None, kind):
             raise SettingError(
@@ -131,7 +148,7 @@ def _check(args: argparse.Namespace) -> None:
     """Check options before anything is measured: the figures take minutes."""
     apart = {"train": ("only", "tune"), "product": ("sizes",)}
     for option in apart[args.what or "product"]:
-        if getattr(args, option):
+        if getattr(args, option) not in (None, False):
             other = "product" if args.what == "train" else "train"
             raise SettingError(
                 f"The '--{option}' must be given to 'bench {other}' only; got it with "
@@ -139,7 +156,7 @@ def _check(args: argparse.Namespace) -> None:
             )
     if args.source is not None:
         for option in ("only", "tune", "sizes", "json"):
-            if getattr(args, option):
+            if getattr(args, option) not in (None, False):
                 raise SettingError(
                     f"The '--{option}' must not be given with '--from', which measures nothing."
                 )
@@ -171,6 +188,8 @@ def _measure_training(args: argparse.Namespace) -> dict[str, Any]:
     from cupybnn.benchmark.training import record as training
     from cupybnn.benchmark.training import tables
     from cupybnn.benchmark.training.variants import Size
+    from cupybnn.training import TrainConfig
+    from cupybnn.training.limits import check_memory
 
     bar: Any = None
 
@@ -194,9 +213,13 @@ def _measure_training(args: argparse.Namespace) -> dict[str, Any]:
             records.save(record, args.json)
 
     sizes = [Size(*size) for size in args.sizes] if args.sizes else None
+    device = resolve(args.device)
+    for size in sizes or ():
+        config = TrainConfig(n_hidden=size.hidden, batch_size=size.batch, binary=True)
+        check_memory(config, training.FEATURES, training.CLASSES, device)
     try:
         record = training.run(
-            resolve(args.device),
+            device,
             quick=args.quick,
             sizes=sizes,
             starting=starting,

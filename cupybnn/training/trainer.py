@@ -18,6 +18,7 @@ from cupybnn.errors import CheckpointError, NonFiniteError
 from cupybnn.training import checkpoint as checkpoints
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.evaluation import Averaging, evaluate
+from cupybnn.training.limits import check_memory
 from cupybnn.training.network import build_network
 from cupybnn.training.records import Callback, Evaluation, TrainResult
 from cupybnn.training.restore import check_settings
@@ -145,6 +146,7 @@ class Trainer:
 
     def _build(self) -> None:
         config = self.config
+        check_memory(config, self.dataset.features, self.dataset.classes, self.device)
         self.data = DeviceData(self.dataset, self.device, config.storage_dtype)
         self.order = BatchOrder(
             len(self.dataset.train_labels), config.batch_size, config.seed, self.device
