@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
+import functools
 import os
 import re
 import select
@@ -18,7 +20,10 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from cupybnn.backends.devices import resolve
+from cupybnn.cli import main as command_line
 from cupybnn.cli.main import main
+from cupybnn.data import digits
 from cupybnn.ops import Quantizer, get_quantizer, quantizer_names, quantizers
 from cupybnn.training import TrainConfig
 from cupybnn.training.checkpoint import NEWEST, load
@@ -209,6 +214,40 @@ class TestUsage:
         from cupybnn.cli import train as module
 
         assert module._config({}) == TrainConfig()
+
+
+#: What people, scripts and unset variables put behind an option.
+ODD = ["", "--", "-1", "nan", "inf", "1e400", "9" * 25, "9" * 400, "9" * 5000, "٣", "a\0b"]
+ODD += ["\udcff", "\ud800", "2,1", "x" * 5000, "cuda:" + "9" * 5000, "."]
+
+
+@pytest.mark.parametrize("name", ["train", "verify", "bench"])
+def test_odd_values_of_any_option_end_in_a_line_at_the_most(name, monkeypatch, tmp_path, capsys):
+    """Each option with odd values, in one process; what would be measured is left out."""
+    monkeypatch.chdir(tmp_path)
+    nothing = {"products": [], "seconds": 0.0}
+    monkeypatch.setattr("cupybnn.cli.bench._measure", lambda args: resolve(args.device) and nothing)
+    monkeypatch.setattr("cupybnn.cli.verify.check", lambda *args, **options: ())
+    monkeypatch.setattr("cupybnn.data.digits.load", functools.cache(digits.load))
+    monkeypatch.setattr("cupybnn.training.trainer.Trainer.run", lambda trainer: None)
+    parser = command_line._load(name, argparse.ArgumentParser().add_subparsers())
+    usual = [*QUICK, "--n_hidden", "2"] if name == "train" else []
+    options = [a.option_strings[0] for a in parser._actions if a.option_strings and a.nargs != 0]
+    assert "--device" in options
+    odd = 0
+    for number, option in enumerate(options):
+        for value in ODD[number % 3 :: 3]:  # a third each: all take too long
+            words = [name, *usual, f"{option}={value}"]
+            try:
+                code = main(words)
+            except SystemExit as error:
+                code = error.code
+            error = capsys.readouterr().err
+            assert code in (0, 1, 2), (words, code)
+            assert "Traceback" not in error
+            assert code == 0 or f"cupybnn {name}" in error.splitlines()[-1], (words, error)
+            odd += code != 0
+    assert odd > len(options)
 
 
 class TestSignals:

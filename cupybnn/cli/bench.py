@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -96,7 +97,11 @@ def _sections(text: str) -> list[str]:
 
 
 def _file(text: str) -> Path:
-    if not text or "\0" in text:
+    try:
+        possible = bool(text) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
         raise argparse.ArgumentTypeError(f"must name a file; got {text!r}")
     return Path(text)
 

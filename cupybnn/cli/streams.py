@@ -7,7 +7,6 @@ import io
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 __all__ = ["complain", "flush", "usable_streams"]
 
@@ -27,10 +26,10 @@ def usable_streams() -> Iterator[None]:
                 stack.callback(setattr, sys, name, stream)
                 null = stack.enter_context(open(os.devnull, mode, encoding="utf-8"))
                 setattr(sys, name, null)
-        stdout: Any = sys.stdout
-        if isinstance(stdout, io.TextIOWrapper) and stdout.errors == "strict":
-            stack.callback(_escape, stdout, "strict")
-            _escape(stdout, "backslashreplace")
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stack.callback(_set_errors, stream, "strict")
+                _set_errors(stream, "backslashreplace")
         yield
 
 
@@ -45,7 +44,7 @@ def _occupy_descriptors() -> None:
     os.close(descriptor)
 
 
-def _escape(stream: io.TextIOWrapper, errors: str) -> None:
+def _set_errors(stream: io.TextIOWrapper, errors: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         stream.reconfigure(errors=errors)
 
