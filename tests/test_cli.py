@@ -219,23 +219,18 @@ def test_two_dashes_are_no_value(option, capsys):
     assert f"argument {name}: invalid value: '--'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--only="],
-        ["train", "--only="],
-        ["--only=,"],
-        ["train", "--sizes="],
-        ["--json="],
-        ["--chart", "a\0b"],
-        ["--from", ""],
-    ],
-)
-def test_empty_options_of_bench_are_not_ignored(words, capsys):
+@pytest.mark.parametrize("words", [["--only="], ["train", "--only="], ["--only", ","]])
+def test_naming_no_section_of_bench_is_an_error(words, capsys):
+    assert main.main(["bench", *words]) == 2
+    assert capsys.readouterr().err.startswith("cupybnn bench: The '")
+
+
+@pytest.mark.parametrize("words", [["--sizes="], ["--json="], ["--chart", "a\0b"], ["--from", ""]])
+def test_an_empty_option_of_bench_is_an_error(words, capsys):
     with pytest.raises(SystemExit) as caught:
         main.main(["bench", *words])
     assert caught.value.code == 2
-    assert "must" in capsys.readouterr().err
+    assert "must " in capsys.readouterr().err
 
 
 # --- info

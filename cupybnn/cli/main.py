@@ -52,10 +52,15 @@ _PLAIN_ERRORS = (
 
 def _top_level_parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     parser = argparse.ArgumentParser(
-        prog="cupybnn", description="1-bit matrix products and binarized neural networks."
+        prog="cupybnn",
+        description="1-bit matrix products and binarized neural networks.",
+        epilog="'cupybnn COMMAND --help' lists a command's options. Exit codes: 0 success, 1 the "
+        "work failed, 2 the command line or a setting was wrong, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"cupybnn {cupybnn.__version__}")
-    return parser, parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    return parser, parser.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND", required=True
+    )
 
 
 def _load(name: str, subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
