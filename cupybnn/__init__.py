@@ -2,19 +2,15 @@
 
 __version__ = "0.1.0"
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
-
-from cupybnn import settings
-
-with settings.resting_blas_threads():
-    import numpy  # noqa: F401
-
-from cupybnn.fold import fold_batch_norm
-from cupybnn.gemm import xnor_gemm, xnor_gemm_packed
-from cupybnn.packed import PackedMatrix, concatenate, pack, sign, unpack
 
 if TYPE_CHECKING:
     from cupybnn.autograd import Tensor
+    from cupybnn.fold import fold_batch_norm
+    from cupybnn.gemm import xnor_gemm, xnor_gemm_packed
+    from cupybnn.packed import PackedMatrix, concatenate, pack, sign, unpack
+    from cupybnn.process import tune_process
     from cupybnn.training import TrainConfig, Trainer, TrainResult, train
 
 __all__ = [
@@ -29,22 +25,35 @@ __all__ = [
     "pack",
     "sign",
     "train",
+    "tune_process",
     "unpack",
     "xnor_gemm",
     "xnor_gemm_packed",
 ]
 
-_FROM_TRAINING = {"TrainConfig", "TrainResult", "Trainer", "train"}
+#: Where each public name lives. A module is imported when one of its names is first asked for:
+#: a product needs nothing of training, and the command line tunes the process before NumPy.
+_MODULES = {
+    "autograd": ("Tensor",),
+    "fold": ("fold_batch_norm",),
+    "gemm": ("xnor_gemm", "xnor_gemm_packed"),
+    "packed": ("PackedMatrix", "concatenate", "pack", "sign", "unpack"),
+    "process": ("tune_process",),
+    "training": ("TrainConfig", "TrainResult", "Trainer", "train"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    """Import tensors and training when they are first asked for: a product needs none of them."""
-    if name == "Tensor":
-        from cupybnn.autograd import Tensor
-
-        return Tensor
-    if name in _FROM_TRAINING:
-        from cupybnn import training
-
-        return getattr(training, name)
+    """Import a public name, or a module of this package, when it is first asked for."""
+    if name in _MODULE_OF:
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value  # from now on found without this function
+        return value
+    if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

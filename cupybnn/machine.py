@@ -9,9 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import cupybnn
-from cupybnn.backends.devices import cuda_status
+from cupybnn.backends.devices import Device, cuda_status
 
-__all__ = ["cuda_facts", "describe", "device_facts", "version_of"]
+__all__ = ["cuda_facts", "describe", "device_facts", "memory_bytes", "version_of"]
+
+#: What a machine is taken to have that does not say.
+_UNKNOWN_MEMORY = 1 << 46
+#: Where Linux says how much a container may have, in both versions of control groups.
+_CONTAINER_LIMITS = (
+    "/sys/fs/cgroup/memory.max",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
 
 
 def version_of(distribution: str) -> str | None:
@@ -38,6 +46,23 @@ def _usable_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def memory_bytes(device: Device) -> int:
+    """Return how much memory a device has; for the CPU, how much this process may have."""
+    if device.kind == "cuda":
+        with device.scope():
+            return int(device.xp.cuda.runtime.memGetInfo()[1])
+    try:
+        amounts = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    except (AttributeError, OSError, ValueError):  # not a system that can be asked so
+        return _UNKNOWN_MEMORY
+    for file in _CONTAINER_LIMITS:
+        try:
+            amounts.append(int(Path(file).read_text(encoding="ascii")))
+        except (OSError, ValueError):  # no control groups, or no limit: "max"
+            continue
+    return min(amount for amount in amounts if amount > 0)
 
 
 def _driver_version() -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from functools import lru_cache
@@ -23,6 +24,8 @@ __all__ = [
     "variables_set",
 ]
 
+#: No machine has more cores for one process, and each thread takes memory.
+_MOST_THREADS = 1024
 _FALSE = {"", "0", "false", "no", "off"}
 
 
@@ -67,8 +70,8 @@ def cpu_threads() -> int:
     The variable is the one by which most BLAS libraries, and so NumPy's matmul, are limited too.
     """
     given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    if given.isdecimal() and int(given) > 0:
-        return int(given)
+    if re.fullmatch("0*[1-9][0-9]{0,8}", given):
+        return min(int(given), _MOST_THREADS)
     affinity = getattr(os, "sched_getaffinity", None)
     return min(8, len(affinity(0)) if affinity else os.cpu_count() or 1)
 

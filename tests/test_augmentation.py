@@ -157,6 +157,12 @@ class TestRepeatable:
         got = augmentation(cupy.asarray(images), SHAPE, 1, 7)
         np.testing.assert_allclose(got.get(), augmentation(images, SHAPE, 1, 7), atol=1e-4)
 
+    def test_positions_that_are_no_numbers_are_outside(self, xp):
+        nowhere = xp.asarray([[np.nan, np.inf, -np.inf, 1e30, 1]], np.float32)
+        images = xp.ones((1, 3, 3), np.float32)
+        got = sample(images, nowhere, xp.ones_like(nowhere))
+        np.testing.assert_array_equal(host(got), [[0, 0, 0, 0, 1]])
+
     def test_off(self):
         images = np.random.default_rng(0).random((4, 64), np.float32)
         assert not Augmentation()

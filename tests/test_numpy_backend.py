@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
@@ -176,19 +178,58 @@ def test_shared_out_products(many_threads):
             assert_product(xnor_gemm(pack(a), b), reference(a, b), (m, k, n, layout))
 
 
-def test_an_error_in_any_thread_is_raised_after_all_have_ended(many_threads):
-    ended = []
+@pytest.mark.parametrize("failing", [0, 4])
+def test_an_error_in_any_thread_is_raised_when_none_is_at_work(many_threads, failing):
+    begun, ended = [], []
 
     def work(start, stop):
-        if start in (0, 4):
-            raise MemoryError(start)
-        ended.append(start)
+        begun.append(start)
+        try:
+            if start == failing:
+                raise MemoryError(start)
+            time.sleep(0.01)
+        finally:
+            ended.append(start)
 
-    for failing in (0, 4):
-        ended.clear()
-        with pytest.raises(MemoryError):
-            numpy_threads.over(5, 100, lambda i, j, f=failing: work(i if i == f else 1, j))
-        assert len(ended) == 4
+    with pytest.raises(MemoryError):
+        numpy_threads.over(5, 100, work)
+    seen = list(begun)
+    assert sorted(ended) == sorted(seen)
+    assert len(set(seen)) == len(seen)
+    time.sleep(0.02)
+    assert begun == seen  # nor does one begin later
+
+
+@pytest.mark.parametrize("started", [0, 2])
+def test_work_is_whole_when_no_further_thread_can_be_started(many_threads, monkeypatch, started):
+    start, left = threading.Thread.start, [started]
+
+    def limited(thread):
+        if not left[0]:
+            raise RuntimeError("can't start new thread")
+        left[0] -= 1
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    for _ in range(20):
+        rows = []
+        numpy_threads.over(5, 100, lambda i, j, rows=rows: rows.extend(range(i, j)))
+        assert sorted(rows) == [0, 1, 2, 3, 4]
+
+
+def test_threads_treat_overflow_as_the_caller_does(many_threads):
+    large = np.full(5, 1e38, np.float32)
+
+    def work(start, stop):
+        time.sleep(0.01)  # so that others than the caller get a part
+        large[start:stop] * np.float32(1e38)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with np.errstate(all="ignore"):
+            numpy_threads.over(5, 100, work)
+    with np.errstate(all="raise"), pytest.raises(FloatingPointError):
+        numpy_threads.over(5, 100, lambda i, j: work(i, j) if i else time.sleep(0.1))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -656,6 +656,7 @@ class TestSchedules:
         assert values(schedules.exponential(10, 0.01), 0, 5, 10, 20) == [1, 0.1, 0.01, 0.01]
         assert values(schedules.cosine(10), 0, 5, 10, 20) == [1, 0.5, 0, 0]
         assert values(schedules.cosine(10, 0.2), 0, 5, 10) == [1, 0.6, 0.2]
+        assert 0 <= schedules.warm_up(10**400)(5) < 1e-300
         warm = schedules.warm_up(3, schedules.cosine(10))
         assert values(warm, 0, 1, 2, 3, 8, 13) == [0.25, 0.5, 0.75, 1, 0.5, 0]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
+import functools
 import os
 import re
 import select
@@ -13,11 +15,15 @@ import subprocess
 import sys
 import termios
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from cupybnn.backends.devices import resolve
+from cupybnn.cli import main as command_line
 from cupybnn.cli.main import main
+from cupybnn.data import digits
 from cupybnn.ops import Quantizer, get_quantizer, quantizer_names, quantizers
 from cupybnn.training import TrainConfig
 from cupybnn.training.checkpoint import NEWEST, load
@@ -210,6 +216,40 @@ class TestUsage:
         assert module._config({}) == TrainConfig()
 
 
+#: What people, scripts and unset variables put behind an option.
+ODD = ["", "--", "-1", "nan", "inf", "1e400", "9" * 25, "9" * 400, "9" * 5000, "٣", "a\0b"]
+ODD += ["\udcff", "\ud800", "2,1", "x" * 5000, "cuda:" + "9" * 5000, "."]
+
+
+@pytest.mark.parametrize("name", ["train", "verify", "bench"])
+def test_odd_values_of_any_option_end_in_a_line_at_the_most(name, monkeypatch, tmp_path, capsys):
+    """Each option with odd values, in one process; what would be measured is left out."""
+    monkeypatch.chdir(tmp_path)
+    nothing = {"products": [], "seconds": 0.0}
+    monkeypatch.setattr("cupybnn.cli.bench._measure", lambda args: resolve(args.device) and nothing)
+    monkeypatch.setattr("cupybnn.cli.verify.check", lambda *args, **options: ())
+    monkeypatch.setattr("cupybnn.data.digits.load", functools.cache(digits.load))
+    monkeypatch.setattr("cupybnn.training.trainer.Trainer.run", lambda trainer: None)
+    parser = command_line._load(name, argparse.ArgumentParser().add_subparsers())
+    usual = [*QUICK, "--n_hidden", "2"] if name == "train" else []
+    options = [a.option_strings[0] for a in parser._actions if a.option_strings and a.nargs != 0]
+    assert "--device" in options
+    odd = 0
+    for number, option in enumerate(options):
+        for value in ODD[number % 3 :: 3]:  # a third each: all take too long
+            words = [name, *usual, f"{option}={value}"]
+            try:
+                code = main(words)
+            except SystemExit as error:
+                code = error.code
+            error = capsys.readouterr().err
+            assert code in (0, 1, 2), (words, code)
+            assert "Traceback" not in error
+            assert code == 0 or f"cupybnn {name}" in error.splitlines()[-1], (words, error)
+            odd += code != 0
+    assert odd > len(options)
+
+
 class TestSignals:
     def test_sigterm_ends_as_cleanly(self, tmp_path):
         process = subprocess.Popen(
@@ -321,10 +361,10 @@ class TestSignals:
         ],
         ids=["plain", "swallowed", "turned"],
     )
-    @pytest.mark.parametrize("module", ["cupybnn.training", "sklearn.datasets", "console"])
+    @pytest.mark.parametrize("module", ["cupybnn.training", "digits", "console"])
     def test_signal_while_it_starts(self, tmp_path, number, moment, module):
         """A signal that comes while a module is imported."""
-        module = "cupybnn.cli.console" if module == "console" else module
+        module = {"console": "cupybnn.cli.console", "digits": "cupybnn.data"}.get(module, module)
         program = (
             "import os, sys, builtins\n"
             "real = builtins.__import__\n"
@@ -379,6 +419,23 @@ class TestSignals:
         monkeypatch.setattr(module, "_load", interrupted)
         assert main(["train"]) == 130
         assert capsys.readouterr().err == "cupybnn: interrupted\n"
+
+    @pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_that_is_ignored_stays_ignored(self, ignored):
+        """As SIGINT is under nohup and in the background of a script."""
+        before = signal.signal(ignored, signal.SIG_IGN)
+        seen = []
+
+        def look(trainer, *args):
+            os.kill(os.getpid(), ignored)
+            seen.append(signal.getsignal(ignored))
+
+        try:
+            with mock.patch("cupybnn.cli.console.Console.on_step", look):
+                assert main(["train", *QUICK[:-4], "--max_steps", "2"]) == 0
+        finally:
+            signal.signal(ignored, before)
+        assert seen == [signal.SIG_IGN] * 2
 
     def test_handlers_are_put_back(self):
         before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]

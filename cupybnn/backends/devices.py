@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn.errors import DeviceError
+from cupybnn.errors import DeviceError, SettingError
 
 __all__ = [
     "CPU",
@@ -70,8 +70,11 @@ class CudaStatus:
 def _cupy_wheels() -> list[str]:
     """Names of the installed distributions that each provide the module ``cupy``."""
     # By the names of their folders: importlib.metadata would read the metadata of every package.
-    found = (info for entry in sys.path for info in Path(entry).glob("cupy*.*-info"))
-    names = {re.split(r"[-.]", info.name)[0].replace("_", "-").lower() for info in found}
+    names = set()
+    for entry in sys.path:
+        with contextlib.suppress(OSError, ValueError, TypeError):  # a path may hold anything
+            for info in Path(entry).glob("cupy*.*-info"):
+                names.add(re.split(r"[-.]", info.name)[0].replace("_", "-").lower())
     return sorted(n for n in names if re.fullmatch(r"cupy(-cuda\d+x?|-rocm-.+)?", n))
 
 
@@ -85,6 +88,7 @@ def cuda_status() -> CudaStatus:
             f"Several CuPy packages are installed at once ({', '.join(wheels)}) and overwrite each "
             f"other's files: uninstall all of them, then install one.",
         )
+    imported_before = "cupy" in sys.modules
     try:
         import cupy
     except ModuleNotFoundError as error:
@@ -94,10 +98,19 @@ def cuda_status() -> CudaStatus:
             False,
             "CuPy is not installed: for an NVIDIA GPU install cupybnn[cuda13] or cupybnn[cuda12].",
         )
-    except Exception as error:  # CuPy raises whatever its libraries raise
+    except (Exception, SystemExit) as error:  # CuPy raises whatever its libraries raise
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         return CudaStatus(False, f"CuPy is installed but cannot be imported: {first_line}")
-    version = cupy.__version__
+    if not (hasattr(cupy, "__version__") and hasattr(cupy, "cuda")):
+        if not imported_before:
+            # Libraries that work with arrays of any kind take what is called cupy here for CuPy.
+            sys.modules.pop("cupy", None)
+        return CudaStatus(
+            False,
+            f"CuPy is not installed ({_whereabouts(cupy)} is imported in its place): for an NVIDIA "
+            f"GPU install cupybnn[cuda13] or cupybnn[cuda12].",
+        )
+    version = str(cupy.__version__)
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:
@@ -113,6 +126,15 @@ def cuda_status() -> CudaStatus:
     return CudaStatus(True, f"CuPy {version} sees {count} CUDA device(s).", count, version)
 
 
+def _whereabouts(module: Any) -> str:
+    """Say where a module that is not CuPy comes from."""
+    file = getattr(module, "__file__", None)
+    if file is not None:
+        return f"the file {file}"
+    folders = list(getattr(module, "__path__", ()))
+    return f"the folder {folders[0]}" if folders else "something else"
+
+
 def resolve(device: str | Device | None = "auto") -> Device:
     """Turn a device's name into a `Device`.
 
@@ -126,7 +148,7 @@ def resolve(device: str | Device | None = "auto") -> Device:
     ------
     DeviceError
         If CUDA is asked for by name and cannot be used, or has no device of that number.
-    ValueError
+    SettingError
         If the name is none of the above.
     """
     if device is None:
@@ -139,8 +161,8 @@ def resolve(device: str | Device | None = "auto") -> Device:
         assert status is not None
         return _current_cuda_device() if status.available else CPU
     kind, _, number = name.partition(":")
-    if kind != "cuda" or (":" in name and not number.isdecimal()):
-        raise ValueError(
+    if kind != "cuda" or (":" in name and not re.fullmatch("[0-9]{1,9}", number)):
+        raise SettingError(
             f"The 'device' must be 'auto', 'cpu', 'cuda' or 'cuda:N' with a device number N; "
             f"got {device!r}."
         )
@@ -167,7 +189,7 @@ def is_cupy(x: object) -> bool:
     """Whether `x` is a CuPy array; imports nothing."""
     cupy = sys.modules.get("cupy")
     ndarray = getattr(cupy, "ndarray", None)
-    return ndarray is not None and isinstance(x, ndarray)
+    return isinstance(ndarray, type) and isinstance(x, ndarray)
 
 
 def array_module(*arrays: Any) -> Any:

@@ -23,9 +23,9 @@ _KEPT = 512 << 20
 
 @lru_cache(maxsize=1)
 def keep_freed() -> None:
-    """Have this process keep memory that is freed, for the next arrays; glibc only, else nothing.
+    """Keep freed memory in the process (glibc; elsewhere nothing happens).
 
-    The setting is the process's own and stays: it is for a program that trains.
+    The setting is the whole process's and stays: see `cupybnn.tune_process`.
     """
     if not sys.platform.startswith("linux"):
         return

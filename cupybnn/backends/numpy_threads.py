@@ -6,9 +6,12 @@ lets go of the interpreter lock within each call, so that plain threads run side
 
 from __future__ import annotations
 
+import collections
+import contextvars
 import itertools
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -43,14 +46,14 @@ def over(size: int, elements: int, work: Callable[[int, int], None]) -> None:
         work(0, size)
         return
     ends = [size * i // threads for i in range(threads + 1)]
-    others = [_executor().submit(work, start, stop) for start, stop in itertools.pairwise(ends[1:])]
+    shared = _Shared(work, itertools.pairwise(ends))
     try:
-        work(0, ends[1])
-    finally:  # the others write to the caller's memory: never leave before they have ended
-        for other in others:
-            other.exception()
-    for other in others:
-        other.result()
+        shared.ask_for_help(threads - 1)
+        shared.help()
+    finally:
+        shared.finish()
+    if shared.error is not None:
+        raise shared.error
 
 
 def over_parts(x: Any, axis: int, work: Callable[[Any], None]) -> None:
@@ -80,12 +83,86 @@ def over_parts(x: Any, axis: int, work: Callable[[Any], None]) -> None:
     over(lines, x.size * ELEMENTS_A_THREAD // ELEMENTS_A_CALL, part)
 
 
+class _Shared:
+    """Parts of one piece of work. Each thread that is free takes the next one, the caller too.
+
+    So the caller never depends on the pool. Where no thread comes, because all are busy, none can
+    be started or the interpreter is ending, the caller does all parts by itself.
+    """
+
+    def __init__(self, work: Callable[[int, int], None], parts: Iterable[tuple[int, int]]) -> None:
+        self.error: BaseException | None = None
+        self._work = work
+        self._parts = collections.deque(parts)
+        self._helpers = 0  # threads of the pool that are in the middle of a part
+        self._changed = threading.Condition()
+
+    def ask_for_help(self, threads: int) -> None:
+        """Have up to so many threads of the pool call `help`, in the caller's context.
+
+        What NumPy does about overflow and the like (`numpy.errstate`) belongs to that context.
+        """
+        try:
+            pool = _executor()
+            for _ in range(threads):
+                pool.submit(contextvars.copy_context().run, self._help_from_pool)
+        except RuntimeError:  # no thread can be started, or none any more: do without
+            pass
+
+    def help(self) -> None:
+        """Work on parts until none is left or one has failed."""
+        while self.error is None:
+            try:
+                part = self._parts.popleft()
+            except IndexError:
+                return
+            self._do(part)
+
+    def _help_from_pool(self) -> None:
+        while True:
+            with self._changed:  # `finish` must see a part as not taken or as being worked on
+                if self.error is not None or not self._parts:
+                    return
+                try:
+                    part = self._parts.popleft()
+                except IndexError:
+                    return
+                self._helpers += 1
+            try:
+                self._do(part)
+            finally:
+                with self._changed:
+                    self._helpers -= 1
+                    self._changed.notify_all()
+
+    def _do(self, part: tuple[int, int]) -> None:
+        try:
+            self._work(*part)
+        except BaseException as error:  # raised again by the caller, once no thread is at work
+            self.error = error
+
+    def finish(self) -> None:
+        """Hand out no further part and wait for those begun: they write to the caller's memory."""
+        interruption: KeyboardInterrupt | None = None
+        while True:
+            try:
+                with self._changed:
+                    self._parts.clear()
+                    self._changed.wait_for(lambda: self._helpers == 0)
+                break
+            except KeyboardInterrupt as error:
+                interruption = error
+        if interruption is not None:
+            raise interruption
+
+
 def _executor() -> Any:
     global _pool
     if _pool is None:
         from concurrent.futures import ThreadPoolExecutor
 
-        _pool = ThreadPoolExecutor(settings.cpu_threads() - 1, thread_name_prefix="cupybnn")
+        threads = max(1, settings.cpu_threads() - 1)
+        _pool = ThreadPoolExecutor(threads, thread_name_prefix="cupybnn")
     return _pool
 
 

@@ -19,6 +19,30 @@ from cupybnn.paths import user_path
 __all__ = ["add_parser", "run"]
 
 
+_DESCRIPTION = """\
+cupybnn bench [product]
+  Time xnor_gemm, from packed operands and from arrays, against the dense
+  products of CuPy and PyTorch; on a machine without a GPU, against NumPy's.
+  Times are medians by CUDA events after a warm-up. Operands are random, and
+  rotated so that they do not sit in the L2 cache. The exit code is 1 if a
+  timed result is wrong.
+
+cupybnn bench train
+  Time training steps of a binarized network on random data, with dense
+  products and with xnor_gemm, against the same network in PyTorch. The exit
+  code is 1 if one of our steps fails.
+
+PyTorch takes part where it is installed."""
+_COLUMNS = """
+Columns of the tables:
+  median ... p90  time on the device while its queue is full
+  issued          time of a call in a Python loop
+  of peak         share of the rate of the 1-bit instruction, as measured on an
+                  H200 and scaled by the number of multiprocessors
+  of memory       share of the time that copying as many bytes takes
+  speedup         over float32"""
+
+
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the parser of ``cupybnn bench``."""
     from cupybnn.benchmark.record import SECTIONS
@@ -26,44 +50,31 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "bench",
         help="time the 1-bit product against dense products",
-        description=(
-            "Time xnor_gemm from packed operands and from arrays against the dense products of "
-            "CuPy and, where it is installed, PyTorch; on a machine without a GPU, against NumPy. "
-            "Times are medians by CUDA events after a warm-up; operands are random and rotated so "
-            "that they do not sit in the L2 cache. The exit code is 1 if a timed result is wrong. "
-            "'cupybnn bench train' times training steps of a binarized network, on random data, "
-            "with dense products and with xnor_gemm, against the same network in PyTorch where it "
-            "is installed; the exit code is 1 if a step of ours fails."
-        ),
-        epilog=(
-            "Sections of 'product': "
-            + ", ".join(SECTIONS)
-            + ". In the tables, 'median' to 'p90' are times on "
-            "the device with the queue full, 'issued' is the time of a call in a Python loop, 'of "
-            "peak' compares with the rate of the 1-bit instruction as measured on an H200, by "
-            "multiprocessors, 'of memory' with the time of copying as many bytes, 'speedup' with "
-            "float32."
-        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=_DESCRIPTION,
+        epilog=f"Sections of 'product': {', '.join(SECTIONS)}.\n{_COLUMNS}",
     )
     parser.add_argument(
         "what",
         nargs="?",
         choices=("product", "train"),
-        help="what is timed: the product (the default), or training steps",
+        help="what to time: the product (the default) or training steps",
     )
-    parser.add_argument("--device", default="auto", help="auto (the default), cpu, cuda or cuda:N")
-    parser.add_argument("--quick", action="store_true", help="measure less, and shorter")
+    parser.add_argument(
+        "--device", metavar="D", default="auto", help="auto (the default), cpu, cuda or cuda:N"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer measurements, and shorter ones")
     parser.add_argument(
         "--only",
         metavar="SECTION",
         type=_sections,
-        help="of 'product': run only this section, or several with commas between",
+        help="with 'product': run only this section, or several, separated by commas",
     )
     parser.add_argument(
         "--sizes",
         metavar="HxB,...",
         type=_sizes,
-        help="of 'train': units in each hidden layer and examples in a step, such as "
+        help="with 'train': units in each hidden layer and examples in a step, such as "
         "512x8192,4096x4096",
     )
     parser.add_argument("--json", metavar="FILE", type=_file, help="write the record to FILE")
@@ -75,12 +86,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         dest="source",
         metavar="FILE",
         type=_file,
-        help="measure nothing: show, and draw, the record that --json wrote",
+        help="measure nothing: show, and draw, a record that --json wrote",
     )
     parser.add_argument(
         "--tune",
         action="store_true",
-        help="of 'product': first measure the kernels' configurations on this GPU and keep the "
+        help="with 'product': first measure the kernels' configurations on this GPU and keep the "
         "best in the cache folder, where xnor_gemm finds them from then on",
     )
 
@@ -99,7 +110,7 @@ def _file(text: str) -> Path:
 def _sizes(text: str) -> list[tuple[int, int]]:
     found = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*([1-9]\d*)x([1-9]\d*)\s*", part)
+        match = re.fullmatch(r"\s*([1-9][0-9]{0,99})x([1-9][0-9]{0,99})\s*", part)
         if match is None:
             raise argparse.ArgumentTypeError(f"must be HxB, or several with commas; got {part!r}")
         found.append((int(match[1]), int(match[2])))
@@ -112,7 +123,10 @@ def run(args: argparse.Namespace) -> int:
     from cupybnn.benchmark import record as records
 
     if args.source is not None:
-        record = records.load(args.source)
+        try:
+            record = records.load(args.source)
+        except ValueError as error:
+            raise SettingError(str(error)) from error
         kind = records.kind_of(record)
         if args.what not in (None, kind):
             raise SettingError(
@@ -139,6 +153,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """Check options before anything is measured: the figures take minutes."""
+    from cupybnn.benchmark.record import SECTIONS
+
     apart = {"train": ("only", "tune"), "product": ("sizes",)}
     for option in apart[args.what or "product"]:
         if getattr(args, option) not in (None, False):
@@ -153,6 +169,11 @@ def _check(args: argparse.Namespace) -> None:
                 raise SettingError(
                     f"The '--{option}' must not be given with '--from', which measures nothing."
                 )
+    unknown = [name for name in args.only or () if name not in SECTIONS]
+    if unknown or args.only == []:
+        raise SettingError(
+            f"The 'only' must name sections of {', '.join(SECTIONS)}; got {', '.join(unknown)!r}."
+        )
     for option in ("json", "chart"):
         path = getattr(args, option)
         if path is not None and not path.resolve().parent.is_dir():
@@ -185,6 +206,8 @@ def _measure_training(args: argparse.Namespace) -> dict[str, Any]:
     from cupybnn.benchmark.training import record as training
     from cupybnn.benchmark.training import tables
     from cupybnn.benchmark.training.variants import Size
+    from cupybnn.training import TrainConfig
+    from cupybnn.training.limits import check_memory
 
     bar: Any = None
 
@@ -208,9 +231,13 @@ def _measure_training(args: argparse.Namespace) -> dict[str, Any]:
             _save_so_far(record, args)
 
     sizes = [Size(*size) for size in args.sizes] if args.sizes else None
+    device = resolve(args.device)
+    for size in sizes or ():
+        config = TrainConfig(n_hidden=size.hidden, batch_size=size.batch, binary=True)
+        check_memory(config, training.FEATURES, training.CLASSES, device)
     try:
         record = training.run(
-            resolve(args.device),
+            device,
             quick=args.quick,
             sizes=sizes,
             starting=starting,

@@ -29,8 +29,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "info",
         help="print versions, devices, kernels and folders",
         description=(
-            "Print versions, devices, the kernels that apply, and the folders in use. "
-            "Trouble with CuPy is told in one sentence; the exit code is 0 all the same."
+            "Print versions, devices, the kernels that apply, and the folders in use. Problems "
+            "with CuPy are reported in one sentence, and do not change the exit code."
         ),
     )
 

@@ -6,21 +6,29 @@ A command is a module ``cupybnn/cli/<name>.py`` with
   ``set_defaults(run=run)`` left to this module;
 * ``run(args) -> int``: does the work and returns the exit code.
 
-Exit codes: 0 success, 1 the work failed, 2 the command line or an argument was wrong,
-130 interrupted.
+Exit codes: 0 success, 1 the work failed or its output could not be written, 2 the command line or
+a setting was wrong, 130 interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import dis
 import importlib
-import os
+import re
 import sys
 from collections.abc import Sequence
 
 import cupybnn
-from cupybnn.errors import CheckpointError, DataError, DeviceError, GraphError, NonFiniteError
+from cupybnn.cli.streams import complain, flush, usable_streams
+from cupybnn.errors import (
+    CheckpointError,
+    DataError,
+    DeviceError,
+    GraphError,
+    NonFiniteError,
+    SettingError,
+)
+from cupybnn.process import tune_process
 
 __all__ = ["COMMANDS", "main"]
 
@@ -44,10 +52,15 @@ _PLAIN_ERRORS = (
 
 def _top_level_parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
     parser = argparse.ArgumentParser(
-        prog="cupybnn", description="1-bit matrix products and binarized neural networks."
+        prog="cupybnn",
+        description="1-bit matrix products and binarized neural networks.",
+        epilog="'cupybnn COMMAND --help' lists a command's options. Exit codes: 0 success, 1 the "
+        "work failed, 2 the command line or a setting was wrong, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"cupybnn {cupybnn.__version__}")
-    return parser, parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    return parser, parser.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND", required=True
+    )
 
 
 def _load(name: str, subparsers: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -61,54 +74,54 @@ def _load(name: str, subparsers: argparse._SubParsersAction) -> argparse.Argumen
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return the exit code."""
-    try:
-        return _main(list(sys.argv[1:] if argv is None else argv))
-    except KeyboardInterrupt:
-        print("cupybnn: interrupted", file=sys.stderr)
-        return 130
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    with usable_streams():
+        try:
+            return _main(arguments)
+        except KeyboardInterrupt:
+            complain("cupybnn: interrupted")
+            return 130
 
 
 def _main(arguments: list[str]) -> int:
-    parser, subparsers = _top_level_parser()
-    if arguments and arguments[0] in COMMANDS:
-        _load(arguments[0], subparsers)
-    else:
-        for name, summary in COMMANDS.items():
-            subparsers.add_parser(name, help=summary)
-    args = parser.parse_args(arguments)
+    name = "cupybnn"
     try:
-        code = args.run(args)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader (head, less) went away: no error, but keep the exit from flushing into it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        try:
+            args = _parsed(arguments)
+            name = f"cupybnn {args.command}"
+            return int(args.run(args))
+        finally:
+            flush()  # of the help, too
+    except BrokenPipeError:  # the reader (head, less) went away, and knows
         return 1
-    except (ValueError, TypeError) as error:
-        if not _is_ours(error):
-            raise
-        print(f"cupybnn {args.command}: {error}", file=sys.stderr)
+    except SettingError as error:
+        complain(f"{name}: {error}")
         return 2
     except _PLAIN_ERRORS as error:
-        print(f"cupybnn {args.command}: {error}", file=sys.stderr)
+        complain(f"{name}: {error}")
         return 1
     except MemoryError as error:  # of the host, or CuPy's of a GPU
-        print(f"cupybnn {args.command}: out of memory. {error}", file=sys.stderr)
+        complain(f"{name}: out of memory. {error}")
         return 1
-    return int(code)
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether a ``raise`` statement of cupybnn made `error`: then it is told in one line.
-
-    One that came out of NumPy or another library, even straight below a line of cupybnn, is a bug
-    and keeps its traceback.
-    """
-    traceback = error.__traceback__
-    if traceback is None:
-        return False
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    code = traceback.tb_frame.f_code.co_code
-    module = traceback.tb_frame.f_globals.get("__name__", "")
-    raised_here = code[traceback.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return raised_here and module.split(".")[0] == "cupybnn"
+def _parsed(arguments: list[str]) -> argparse.Namespace:
+    """Parse, with only the command that is named loaded; exit as argparse does."""
+    parser, subparsers = _top_level_parser()
+    if arguments and arguments[0] in COMMANDS:
+        tune_process()
+        _load(arguments[0], subparsers)
+        parser_of_command = subparsers.choices[arguments[0]]
+    else:
+        parser_of_command = parser
+        for name, summary in COMMANDS.items():
+            subparsers.add_parser(name, help=summary)
+        if not arguments:
+            parser.print_help(sys.stderr)
+            parser.exit(2)
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    for option in options:
+        # argparse takes "--" out of an option's values, and then fails for want of one.
+        if re.fullmatch(r"--[^=]+=--", option):
+            parser_of_command.error(f"argument {option[:-3]}: invalid value: '--'")
+    return parser.parse_args(arguments)

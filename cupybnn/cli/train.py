@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
 import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cupybnn.errors import NonFiniteError
+from cupybnn.cli.signals import Signals
+from cupybnn.errors import NonFiniteError, SettingError
 
 if TYPE_CHECKING:
-    from cupybnn.training import TrainConfig, Trainer
+    from cupybnn.training import TrainConfig
 
 __all__ = ["add_parser", "run"]
 
@@ -169,21 +168,21 @@ def run(args: argparse.Namespace) -> int:
         return _list_recipes()
     try:
         # First of all: what start-up imports and loads can take seconds.
-        with _Signals() as signals:
+        with Signals() as signals:
             try:
                 _train(vars(args), signals)
             except BaseException:
                 # Whatever a library made of the interruption: it is told as that.
-                if not signals.ended_the_start():
+                word = signals.ended_the_start()
+                if not word:
                     raise
-                word = "terminated" if signals.received[0] == signal.SIGTERM else "interrupted"
                 print(f"cupybnn train: {word} before training began", file=sys.stderr)
     except NonFiniteError as error:
         return _debug(error)
     return 128 + signals.received[0] if signals.received else 0
 
 
-def _train(given: dict[str, Any], signals: _Signals) -> None:
+def _train(given: dict[str, Any], signals: Signals) -> None:
     from cupybnn.cli.console import Console
     from cupybnn.training import Trainer
 
@@ -220,7 +219,7 @@ def _config(given: dict[str, Any]) -> TrainConfig:
     if "gpu" in given:
         device = f"cuda:{given['gpu']}"
         if given["gpu"] < 0 or settings.get("device", device) not in (device, "cuda"):
-            raise ValueError(
+            raise SettingError(
                 f"The option --gpu must be a device number, from 0, and agree with --device; got "
                 f"--gpu {given['gpu']} and --device {settings.get('device', '(none)')}."
             )
@@ -228,57 +227,6 @@ def _config(given: dict[str, Any]) -> TrainConfig:
     if "restore" in settings:
         return restored_config(settings.pop("restore"), **settings)
     return TrainConfig.from_mapping(settings, source=source)
-
-
-class _Signals:
-    """A context in which Ctrl-C and SIGTERM end the command well.
-
-    Before training, a signal raises KeyboardInterrupt, so that what is half made is cleared away.
-    Afterwards the first one ends the run after its step, and the second at once.
-
-    Attributes
-    ----------
-    received : list of int
-        Numbers of the signals that came, in order.
-    """
-
-    def __init__(self) -> None:
-        self.received: list[int] = []
-        self._trainer: Trainer | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.getsignal(number)
-            signal.signal(number, self._arrived)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._put_back()
-
-    def _put_back(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def training_begins(self, trainer: Trainer) -> None:
-        """From now on, stop `trainer`; raise if a library swallowed an earlier interruption."""
-        self._trainer = trainer
-        if self.received:
-            self._trainer = None
-            raise KeyboardInterrupt
-
-    def ended_the_start(self) -> bool:
-        """Whether a signal came before training began."""
-        return self._trainer is None and bool(self.received)
-
-    def _arrived(self, number: int, frame: Any) -> None:
-        self.received.append(number)
-        if self._trainer is None:
-            raise KeyboardInterrupt
-        self._trainer.request_stop()
-        self._put_back()
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\nStopping after this step; once more to stop at once.\n")
 
 
 def _debug(error: NonFiniteError) -> int:

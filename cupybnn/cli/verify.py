@@ -20,6 +20,7 @@ from cupybnn.backends.devices import (
     synchronize,
     to_device,
 )
+from cupybnn.errors import SettingError
 
 __all__ = ["CASES", "Case", "Outcome", "add_parser", "check", "kinds", "run"]
 
@@ -98,35 +99,41 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "verify",
         help="compare every kernel of this machine with a plain product, element by element",
         description=(
-            "Multiply random matrices of +1 and -1 by xnor_gemm and by matmul and compare every "
-            "element, for each kernel that this machine can run and for a list of awkward shapes: "
-            "from arrays, from packed matrices, with scales and a bias ('scaled'), and with a "
-            "packed result against thresholds ('signs'). "
-            "The exit code is 1 if anything differs."
+            "Multiply random matrices of +1 and -1 with xnor_gemm and with matmul, and compare "
+            "every element. This is done for each kernel that this machine can run, over a list of "
+            "awkward shapes, in four ways: from arrays, from packed matrices, with scales and a "
+            "bias ('scaled'), and with thresholds and a packed result ('signs'). The exit code is "
+            "1 if anything differs."
         ),
     )
     parser.add_argument(
         "--device",
+        metavar="D",
         default="all",
         help="all (the default: NumPy and every CUDA device), cpu, cuda or cuda:N",
     )
     parser.add_argument(
-        "--kernel", action="append", metavar="NAME", help="only this kernel; may be repeated"
+        "--kernel",
+        action="append",
+        metavar="NAME",
+        help="only this kernel; may be given more than once",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random matrices (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="seed of the random matrices (default 0)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print a line for each comparison and a summary."""
     if args.seed < 0:
-        raise ValueError(f"The '--seed' must be 0 or more; got {args.seed}.")
+        raise SettingError(f"The '--seed' must be 0 or more; got {args.seed}.")
     devices = _devices(args.device)
     count = 0
     failed = 0
     kernels = [(d, k) for d in devices for k in _kernels(d) if not args.kernel or k in args.kernel]
     if not kernels:
         known = sorted({k for d in devices for k in _kernels(d)})
-        raise ValueError(
+        raise SettingError(
             f"The '--kernel' must name a kernel of this machine ({', '.join(known)}); "
             f"got {', '.join(args.kernel)}."
         )

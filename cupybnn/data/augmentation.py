@@ -159,7 +159,9 @@ def sample(images: Any, rows: Any, columns: Any) -> Any:
     framed = xp.zeros((batch, height + 3, width + 3), images.dtype)
     framed[:, 1:-2, 1:-2] = images
     flat = framed.reshape(-1)
-    y, x = xp.clip(rows + 1, 0, height + 1), xp.clip(columns + 1, 0, width + 1)
+    # So is NaN, which absurd settings come to: fmax takes the other number.
+    y = xp.fmin(xp.fmax(rows + 1, 0), height + 1)
+    x = xp.fmin(xp.fmax(columns + 1, 0), width + 1)
     top, left = xp.floor(y), xp.floor(x)
     down, right = (y - top).astype(images.dtype), (x - left).astype(images.dtype)
     each = (batch,) + (1,) * (rows.ndim - 1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from cupybnn.errors import DataError
+from cupybnn.errors import DataError, SettingError
 
 __all__ = ["DATASETS", "Dataset", "load"]
 
@@ -85,7 +85,7 @@ class Dataset:
         The real test part is not in the result, so that a choice made on it cannot leak.
         """
         if not 0 < images < len(self.train_images):
-            raise ValueError(
+            raise SettingError(
                 f"The 'validation' must be a number of training images to hold out, from 1 to "
                 f"{len(self.train_images) - 1} for {self.name}; got {images}."
             )
@@ -131,10 +131,10 @@ def load(
     from cupybnn.data import digits, idx, mnist
 
     if name not in DATASETS:
-        raise ValueError(f"The 'dataset' must be one of {', '.join(DATASETS)}; got {name!r}.")
+        raise SettingError(f"The 'dataset' must be one of {', '.join(DATASETS)}; got {name!r}.")
     if name == "digits":
         if data_dir is not None:
-            raise ValueError(
+            raise SettingError(
                 f"The dataset 'digits' comes with scikit-learn and reads no data directory; got "
                 f"the data directory {os.fspath(data_dir)!r}. Leave out one of the two."
             )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 
 from cupybnn.data.dataset import Dataset
@@ -20,11 +24,7 @@ def load() -> Dataset:
     The file has the images of 13 writers who are in both parts: unlike MNIST's, the test images
     are by known hands.
     """
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    images = bunch.data.astype(np.uint8)  # whole numbers from 0 to 16
-    labels = bunch.target.astype(np.uint8)
+    images, labels = _bundled()
     place = np.empty(len(labels), dtype=np.int64)  # of an image among those of its class
     for c in range(10):
         members = np.flatnonzero(labels == c)
@@ -42,3 +42,22 @@ def load() -> Dataset:
         image_shape=(8, 8),
         pixel_max=16,
     )
+
+
+def _bundled() -> tuple[np.ndarray, np.ndarray]:
+    """Return pixels (whole numbers from 0 to 16) and labels, uint8.
+
+    They are read from scikit-learn's folder without importing scikit-learn: that takes a second,
+    and is impossible in an interpreter that is ending.
+    """
+    spec = importlib.util.find_spec("sklearn")
+    if spec is not None and spec.origin is not None:
+        file = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+        if file.is_file():
+            with gzip.open(file, "rt", encoding="ascii") as text:
+                table = np.loadtxt(text, np.uint8, delimiter=",")
+            return np.ascontiguousarray(table[:, :-1]), table[:, -1].copy()
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    return bunch.data.astype(np.uint8), bunch.target.astype(np.uint8)

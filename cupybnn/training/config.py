@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from cupybnn.data import DATASETS
+from cupybnn.errors import SettingError
 from cupybnn.training import checks
 
 __all__ = ["DTYPES", "TrainConfig"]
@@ -248,7 +249,7 @@ class TrainConfig:
             self._set(name, checks.number(name, getattr(self, name), rule, holds))
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(
+                raise SettingError(
                     f"The {name!r} must be True or False; got {getattr(self, name)!r}."
                 )
         for name, choices in _CHOICES.items():
@@ -257,22 +258,22 @@ class TrainConfig:
         if not isinstance(self.device, str):
             self._set("device", str(self.device))
         if self.dataset == "digits" and self.data_dir is not None:
-            raise ValueError(
+            raise SettingError(
                 f"The dataset 'digits' reads no data directory; got the data directory "
                 f"{self.data_dir!r}. Leave out one of the two."
             )
         if self.schedule == "exponential" and self.final_lr == 0:
-            raise ValueError(
+            raise SettingError(
                 "The 'final_lr' must be greater than 0 for the schedule 'exponential'; got 0.0."
             )
         if self.schedule == "step" and not self.milestones:
-            raise ValueError(
+            raise SettingError(
                 "The 'milestones' must be given for the schedule 'step': the steps at which the "
                 "learning rate falls; got none."
             )
         layers = self.first + self.last + self.hidden_layers - 1 if self.binary else 0
         if self.optimizer == "bop" and layers == 0:
-            raise ValueError(
+            raise SettingError(
                 f"The 'optimizer' 'bop' must have binary weights to flip; got a network without "
                 f"any (binary={self.binary}, hidden_layers={self.hidden_layers})."
             )
@@ -296,7 +297,7 @@ class TrainConfig:
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(settings) - known)
         if unknown:
-            raise ValueError(
+            raise SettingError(
                 f"The {source} must name settings of TrainConfig; got {', '.join(unknown)}. "
                 f"Known: {', '.join(sorted(known))}."
             )
@@ -314,9 +315,9 @@ class TrainConfig:
         try:
             settings = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"The configuration is not JSON: {error}.") from error
+            raise SettingError(f"The configuration is not JSON: {error}.") from error
         if not isinstance(settings, dict):
-            raise ValueError(
+            raise SettingError(
                 f"The configuration must be a JSON object; got {type(settings).__name__}."
             )
         return cls.from_mapping(settings, source="configuration")

@@ -12,13 +12,13 @@ import numpy as np
 
 from cupybnn import nn, optim
 from cupybnn.autograd import debug
-from cupybnn.backends import numpy_memory
 from cupybnn.backends.devices import resolve
 from cupybnn.data import BatchOrder, Dataset, DeviceData, load
 from cupybnn.errors import CheckpointError, NonFiniteError
 from cupybnn.training import checkpoint as checkpoints
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.evaluation import Averaging, evaluate
+from cupybnn.training.limits import check_memory
 from cupybnn.training.network import NETWORK_SETTINGS, build_network
 from cupybnn.training.records import Callback, Evaluation, TrainResult
 from cupybnn.training.restore import check_settings
@@ -27,6 +27,10 @@ from cupybnn.training.step import Objective, PlainStep, Step, StepOutput, make_o
 from cupybnn.training.timing import StepTimer
 
 __all__ = ["Trainer", "train"]
+
+#: A chance or a gradient that is too small to be told from 0 is 0, also for a caller who has NumPy
+#: raise at underflow.
+_UNDERFLOW_IS_ZERO: dict[str, Any] = {"under": "ignore"}
 
 
 def train(config: TrainConfig | None = None, /, **settings: Any) -> TrainResult:
@@ -148,8 +152,6 @@ class Trainer:
         self.step = 0
         self._stop = self._started = False
         self.device = resolve(config.device)
-        if self.device.kind == "cpu":
-            numpy_memory.keep_freed()
         stored = checkpoints.load_run(config.restore) if config.restore is not None else None
         if config.restore is not None and stored is not None:
             remove_abandoned(checkpoints.find(config.restore).parent)
@@ -176,6 +178,7 @@ class Trainer:
     def _build(self, model: nn.Module | None) -> None:
         config = self.config
         if model is None:
+            check_memory(config, self.dataset.features, self.dataset.classes, self.device)
             model = build_network(config, self.dataset.features, self.dataset.classes)
         self.model = model.to(self.device)
         dtype = next((p.dtype for p in model.parameters()), config.storage_dtype)
@@ -253,7 +256,7 @@ class Trainer:
         if self.config.log_dir is not None:
             self._open_log()
         try:
-            with self.device.scope():
+            with self.device.scope(), np.errstate(**_UNDERFLOW_IS_ZERO):
                 return self._run()
         finally:
             for callback in self.callbacks:
@@ -375,7 +378,7 @@ class Trainer:
 
         They are those of the averaged weights, if the configuration wants an average.
         """
-        with self.averaged():
+        with self.averaged(), np.errstate(**_UNDERFLOW_IS_ZERO):
             return evaluate(self.model, self.objective, self.data)
 
     def averaged(self) -> AbstractContextManager[None]:

@@ -12,6 +12,7 @@ from cupybnn import settings
 from cupybnn.backends.cuda.architectures import KERNELS, default_kernel, kernels_for
 from cupybnn.backends.cuda.compiler import architecture, multiprocessors
 from cupybnn.backends.cuda.configs import Config, Problem
+from cupybnn.errors import SettingError
 
 __all__ = ["builtin_config", "candidates", "choose", "force_kernel", "forced", "problem_on"]
 
@@ -60,7 +61,7 @@ def force_kernel(name: str | Config | None) -> Iterator[None]:
 
 def _check(name: str) -> str:
     if name not in KERNELS:
-        raise ValueError(f"The kernel must be one of {', '.join(KERNELS)}; got {name!r}.")
+        raise SettingError(f"The kernel must be one of {', '.join(KERNELS)}; got {name!r}.")
     return name
 
 
@@ -97,7 +98,7 @@ def choose(problem: Problem, tuned: dict[str, Config]) -> Config:
         applicable = kernels_for(capability)
         kernel = _check(asked) if asked else default_kernel(capability)
         if kernel not in applicable:
-            raise ValueError(
+            raise SettingError(
                 f"The kernel {kernel!r} does not run on compute capability "
                 f"{capability // 10}.{capability % 10}; here run {', '.join(applicable)}."
             )

@@ -16,8 +16,19 @@ from cupybnn.benchmark.training import ours
 from cupybnn.benchmark.training.variants import Size, Variant, measure
 from cupybnn.data import Dataset
 
-__all__ = ["compare", "disturbed", "random_images", "run", "sizes_for", "variants_for"]
+__all__ = [
+    "CLASSES",
+    "FEATURES",
+    "compare",
+    "disturbed",
+    "random_images",
+    "run",
+    "sizes_for",
+    "variants_for",
+]
 
+#: Of the data, which are of MNIST's shape.
+FEATURES, CLASSES = 784, 10
 #: The original program's table: 512 units in each hidden layer.
 TABLE = tuple(Size(512, batch) for batch in (512, 1024, 2048, 4096, 8192))
 WIDE = (Size(1024, 1024), Size(4096, 4096), Size(8192, 8192))
@@ -83,8 +94,8 @@ def variants_for(device: Device, quick: bool) -> tuple[list[Variant], list[str]]
 def random_images(images: int = 60000) -> Dataset:
     """Return random bytes in the shape of MNIST, with random labels."""
     random = np.random.default_rng(0)
-    pixels = random.integers(0, 256, (images, 784), dtype=np.uint8)
-    labels = random.integers(0, 10, images, dtype=np.uint8)
+    pixels = random.integers(0, 256, (images, FEATURES), dtype=np.uint8)
+    labels = random.integers(0, CLASSES, images, dtype=np.uint8)
     return Dataset("mnist", pixels, labels, pixels[:100], labels[:100], (28, 28), 255)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -63,7 +63,7 @@ class Feed:
         ]
         self._copied = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
         # A thread begins on device 0, whichever this is.
-        self._thread = ThreadPoolExecutor(1, "cupybnn-feed", cupy.cuda.Device().use)
+        self._thread = _one_thread(cupy.cuda.Device().use)
         self._ahead: dict[int, Future[np.ndarray]] = {}  # by the first step of the round
         self._next: int | None = None
         self._updates: int | None = None
@@ -99,10 +99,22 @@ class Feed:
 
     def _drawn(self, first: int) -> np.ndarray:
         """Return the numbers for a round from step `first` on, and have the next ones drawn."""
-        images = self._ahead.get(first) or self._thread.submit(self._draw, first)
+        images = self._ahead.get(first) or self._begin(first)
         following = first + self.ring
-        self._ahead = {following: self._thread.submit(self._draw, following)}
+        self._ahead = {following: self._begin(following)}
         return images.result()
+
+    def _begin(self, first: int) -> Future[np.ndarray]:
+        """Have the thread draw a round; without one, which no ending interpreter has, draw it."""
+        try:
+            if self._thread is not None:
+                return self._thread.submit(self._draw, first)  # type: ignore[no-any-return]
+        except RuntimeError:
+            for begun in self._ahead.values():  # in the same memory
+                begun.exception()
+        drawn: Future[np.ndarray] = Future()
+        drawn.set_result(self._draw(first))
+        return drawn
 
     def _draw(self, first: int) -> np.ndarray:
         side = self._side(first)
@@ -134,3 +146,12 @@ class Feed:
             root = (1 - b2 ** (done + 1)) ** 0.5
             row[:3] = lr, lr * root / (1 - b1 ** (done + 1)), group["eps"] * root
         self.rates[first:] = cupy.asarray(rows.astype(np.float32))
+
+
+def _one_thread(initializer: Any) -> Any:
+    """Return a pool of one thread, or None where the interpreter is ending."""
+    try:
+        from concurrent.futures import ThreadPoolExecutor
+    except RuntimeError:
+        return None
+    return ThreadPoolExecutor(1, "cupybnn-feed", initializer)

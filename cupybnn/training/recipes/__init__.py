@@ -17,6 +17,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+from cupybnn.errors import SettingError
+
 __all__ = ["Recipe", "load", "names"]
 
 _FOLDER = Path(__file__).parent
@@ -63,16 +65,16 @@ def load(name: str) -> Recipe:
     path = user_path(name) if own else _FOLDER / f"{name}.toml"
     if not own and name not in names():
         what = f"there is no file {name!r}" if name.endswith(".toml") else f"got {name!r}"
-        raise ValueError(
+        raise SettingError(
             f"The 'recipe' must be one of {', '.join(names())}, or a .toml file; {what}."
         )
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"The recipe {path} is not TOML: {error}.") from error
+        raise SettingError(f"The recipe {path} is not TOML: {error}.") from error
     settings = content.get("settings")
     if not isinstance(settings, dict) or set(content) - {"summary", "settings"}:
-        raise ValueError(
+        raise SettingError(
             f"The recipe {path} must hold a 'summary' and a table [settings], nothing else; got "
             f"{', '.join(content) or 'nothing'}."
         )

@@ -1,0 +1,73 @@
+"""Standard streams that a command can rely on, however its process was started."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+
+__all__ = ["complain", "flush", "usable_streams"]
+
+
+@contextlib.contextmanager
+def usable_streams() -> Iterator[None]:
+    """Context in which standard input, output and error exist, and printing never fails to encode.
+
+    A stream that was closed (``>&-``) or never there (``pythonw``) is the null device. A name of a
+    file whose bytes are no text is printed with escapes, as standard error does by itself.
+    """
+    with contextlib.ExitStack() as stack:
+        for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+            stream = getattr(sys, name)
+            if stream is None or getattr(stream, "closed", False):
+                _occupy_descriptors()
+                stack.callback(setattr, sys, name, stream)
+                null = stack.enter_context(open(os.devnull, mode, encoding="utf-8"))
+                setattr(sys, name, null)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stack.callback(_set_errors, stream, "strict")
+                _set_errors(stream, "backslashreplace")
+        yield
+
+
+def _occupy_descriptors() -> None:
+    """Put the null device in the place of closed descriptors 0 to 2.
+
+    Otherwise the next files that are opened, a checkpoint perhaps, would get these numbers, and
+    whatever a library writes to "standard error" would end up in them.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
+def _set_errors(stream: io.TextIOWrapper, errors: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        stream.reconfigure(errors=errors)
+
+
+def complain(sentence: str) -> None:
+    """Print on standard error; where that cannot be written to, there is nowhere to say so."""
+    with contextlib.suppress(OSError):
+        print(sentence, file=sys.stderr, flush=True)
+
+
+def flush() -> None:
+    """Write what standard output still holds.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written. It is dropped then, so that the interpreter does not try again.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)
+        raise

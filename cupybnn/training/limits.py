@@ -1,0 +1,81 @@
+"""Runs that no machine of this size can do are refused before anything is allocated."""
+
+from __future__ import annotations
+
+from cupybnn import machine
+from cupybnn.backends.devices import Device
+from cupybnn.errors import SettingError
+from cupybnn.training.config import TrainConfig
+
+__all__ = ["check_memory", "needed_bytes"]
+
+# What the objects of a layer take on the host at the least, however few units it has.
+_LAYER_BYTES = 4096
+_MILLION_GIB = 10**6 << 30
+
+
+def needed_bytes(
+    config: TrainConfig, features: int, classes: int, device: Device
+) -> tuple[int, int]:
+    """Return a lower bound of the memory that a run needs.
+
+    Counted is what is surely there at the same time: the weights with what their optimiser
+    remembers, and of a batch the input, the logits and one hidden layer's activations. A run that
+    surely makes its steps operation by operation also keeps all gradients, and, where activations
+    are not bits, those of all layers.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    features, classes : int
+        Of the data.
+    device : Device
+
+    Returns
+    -------
+    weights, batch : int
+        Bytes.
+    """
+    hidden, layers = config.n_hidden, config.hidden_layers
+    plain = device.kind == "cpu" or not config.fused
+    item = 8 if config.dtype == "float64" else 4
+    copies = (3 if config.optimizer in ("adam", "adamw") else 1) + plain
+    count = features * hidden + (layers - 1) * hidden * hidden + hidden * classes
+    kept = layers if plain and not config.binary else 1
+    rounded = 2 if config.dtype == "bfloat16" else item
+    batch = config.batch_size * (features + kept * hidden + classes) * rounded
+    return count * item * copies + layers * _LAYER_BYTES, batch
+
+
+def check_memory(config: TrainConfig, features: int, classes: int, device: Device) -> None:
+    """Refuse a run that cannot fit into the memory of `device`.
+
+    Without this, a size that is far off would not fail at once: the system hands out memory that
+    it does not have, until it has to kill the process.
+
+    Raises
+    ------
+    SettingError
+        If `needed_bytes` is more than there is; the message says what takes how much.
+    """
+    there = machine.memory_bytes(device)
+    weights, batch = needed_bytes(config, features, classes, device)
+    if weights + batch <= there:
+        return
+    smaller = "'n_hidden' or 'hidden_layers'" if weights > batch else "'batch_size' or 'n_hidden'"
+    raise SettingError(
+        f"A run must fit into the memory of its device: {device} has {_size(there)}, the weights "
+        f"(n_hidden = {_number(config.n_hidden)}, hidden_layers = {_number(config.hidden_layers)}) "
+        f"need at least {_size(weights)} and a batch (batch_size = {_number(config.batch_size)}) "
+        f"{_size(batch)}. Choose a smaller {smaller}."
+    )
+
+
+def _size(count: int) -> str:
+    if count >= _MILLION_GIB:  # which may be beyond what a float holds
+        return "more than a million GiB"
+    return f"{count / 2**30:,.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:,.1f} MiB"
+
+
+def _number(number: int) -> str:
+    return str(number) if number < 10**30 else "more than 10**30"
