@@ -14,7 +14,7 @@ from cupybnn.gemm import xnor_gemm, xnor_gemm_packed
 from cupybnn.packed import PackedMatrix, pack, sign, unpack
 
 if TYPE_CHECKING:
-    from cupybnn.training import TrainConfig, Trainer, TrainResult, train
+    from cupybnn.training import TrainConfig, Trainer, TrainResult, load_model, train
 
 __all__ = [
     "PackedMatrix",
@@ -23,6 +23,7 @@ __all__ = [
     "Trainer",
     "__version__",
     "fold_batch_norm",
+    "load_model",
     "pack",
     "sign",
     "train",
@@ -31,7 +32,7 @@ __all__ = [
     "xnor_gemm_packed",
 ]
 
-_FROM_TRAINING = {"TrainConfig", "TrainResult", "Trainer", "train"}
+_FROM_TRAINING = {"TrainConfig", "TrainResult", "Trainer", "load_model", "train"}
 
 
 def __getattr__(name: str) -> Any:
