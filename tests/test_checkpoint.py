@@ -283,26 +283,23 @@ class TestRunFolder:
     @pytest.mark.parametrize(
         ("settings", "expected"),
         [
-            ({}, "fp/hid_512/bs_128/0.0001"),
-            ({"n_hidden": 1024, "batch_size": 1024, "reg": 0}, "fp/hid_1024/bs_1024/0.0"),
-            ({"binary": True, "reg": 1e-5}, "bin/matmul/hid_512/bs_128/1e-05"),
+            ({}, "fp/hid_512/bs_128/reg_0.0001"),
+            ({"n_hidden": 1024, "batch_size": 1024, "reg": 0}, "fp/hid_1024/bs_1024/reg_0.0"),
+            ({"binary": True, "reg": 1e-5}, "bin/matmul/hid_512/batch_norm/bs_128/reg_1e-05"),
             (
-                {
-                    "binary": True,
-                    "n_hidden": 1024,
-                    "batch_size": 1024,
-                    "reg": 0,
-                    "batch_norm": True,
-                },
-                "bin/matmul/hid_1024/batch_norm/bs_1024/0.0",
+                {"binary": True, "n_hidden": 1024, "batch_size": 1024},
+                "bin/matmul/hid_1024/batch_norm/bs_1024/reg_0.0",
             ),
-            ({"binary": True, "xnor": True}, "bin/xnor/hid_512/bs_128/0.0001"),
-            ({"xnor": True, "first": True}, "fp/hid_512/bs_128/0.0001"),
-            ({"binary": True, "first": True}, "bin_first/matmul/hid_512/bs_128/0.0001"),
-            ({"binary": True, "last": True}, "bin_last/matmul/hid_512/bs_128/0.0001"),
+            (
+                {"binary": True, "xnor": True, "batch_norm": False, "reg": 1e-4},
+                "bin/xnor/hid_512/bs_128/reg_0.0001",
+            ),
+            ({"xnor": True, "first": True}, "fp/hid_512/bs_128/reg_0.0001"),
+            ({"binary": True, "first": True}, "bin_first/matmul/hid_512/batch_norm/bs_128/reg_0.0"),
+            ({"binary": True, "last": True}, "bin_last/matmul/hid_512/batch_norm/bs_128/reg_0.0"),
             (
                 {"binary": True, "first": True, "last": True, "xnor": True},
-                "bin_all/xnor/hid_512/bs_128/0.0001",
+                "bin_all/xnor/hid_512/batch_norm/bs_128/reg_0.0",
             ),
         ],
     )

@@ -121,7 +121,7 @@ def test_products_are_kept_in_a_type_that_holds_them(k):
         ({"dtype": "tf32"}, 80, None),
         ({"dtype": "bfloat16"}, 75, "compute capability 8.0"),
         ({"dtype": "float64"}, 90, "float64"),
-        ({"binary": True, "first": True}, 90, "without batch norm"),
+        ({"binary": True, "first": True, "batch_norm": False}, 90, "without batch norm"),
         ({"binary": True, "first": True, "last": True, "batch_norm": True}, 90, None),
         ({"binary": True, "ste": "approx_sign"}, 90, "'approx_sign'"),
         ({"optimizer": "sgd"}, 90, "SGD"),

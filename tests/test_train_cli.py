@@ -279,7 +279,7 @@ class TestSignals:
             time.sleep(rng.uniform(0, 0.1))
             process.kill()
             process.communicate()
-            folder = tmp_path / "fp" / "hid_40" / "bs_128" / "0.0001" / str(number)
+            folder = tmp_path / "fp" / "hid_40" / "bs_128" / "reg_0.0001" / str(number)
             assert load(folder / NEWEST).step > 3
             assert (folder / CONFIG_NAME).exists()
         step = load(folder).step

@@ -20,6 +20,7 @@ import sys
 from collections.abc import Sequence
 
 import cupybnn
+from cupybnn.cli.parser import Parser
 from cupybnn.errors import CheckpointError, DataError, DeviceError, GraphError, NonFiniteError
 
 __all__ = ["COMMANDS", "main"]
@@ -43,7 +44,7 @@ _PLAIN_ERRORS = (
 
 
 def _top_level_parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="cupybnn", description="1-bit matrix products and binarized neural networks."
     )
     parser.add_argument("--version", action="version", version=f"cupybnn {cupybnn.__version__}")

@@ -75,7 +75,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class PathName(Rule):
-    """A path or None; a relative one is made absolute, so that it means the same from anywhere."""
+    """A path or None."""
 
     must = "a path or None"
     kind = "path or None"
@@ -90,13 +90,7 @@ class PathName(Rule):
             raise _Wrong from None
         if not isinstance(path, str) or not path or "\0" in path:
             raise _Wrong
-        expanded = os.path.expanduser(path)
-        if expanded.startswith("~"):  # nobody's home: for whoever opens it to complain of
-            return path
-        try:
-            return os.path.abspath(expanded)
-        except OSError:  # the current folder was deleted
-            return path
+        return path
 
 
 @dataclass(frozen=True)

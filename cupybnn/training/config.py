@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from cupybnn.training.checks import PathName
 from cupybnn.training.declaration import declared, nearest, with_attributes
 from cupybnn.training.options import DTYPES, Options
 
@@ -19,7 +21,7 @@ class TrainConfig(Options):
     """Settings of a run; the defaults are those of ``cupybnn train``.
 
     Where a default depends on `binary`, None stands for it, and the configuration holds the value
-    that it came to. Paths become absolute, so that they mean the same from any folder.
+    that it came to.
 
     Raises
     ------
@@ -58,6 +60,15 @@ class TrainConfig(Options):
                 f"The 'optimizer' 'bop' must have binary weights to flip; got a network without "
                 f"any (binary={self.binary}, hidden_layers={self.hidden_layers})."
             )
+
+    def with_absolute_paths(self) -> TrainConfig:
+        """Return the same settings with paths that mean the same from any folder."""
+        paths = {}
+        for name, each in declared(type(self)).items():
+            value = getattr(self, name)
+            if isinstance(each.rule, PathName) and value is not None:
+                paths[name] = os.path.abspath(os.path.expanduser(value))
+        return replace(self, **paths)
 
     def to_json(self) -> str:
         """Return the settings as a JSON object, one setting a line."""

@@ -58,6 +58,13 @@ class Setting:
         return self.restore if isinstance(self.restore, str) else self.restore(config)
 
     @property
+    def text(self) -> str:
+        """The help text, and what the setting needs; of a choice one value alone may need it."""
+        if not self.needs or self.rule.kind.startswith("{"):
+            return self.help
+        return f"with --{_either(self.needs)}: {self.help}"
+
+    @property
     def default_text(self) -> str:
         """The default as a help text shows it; empty where there is none to speak of."""
         if self.by_binary is not None:
@@ -86,9 +93,7 @@ def with_attributes(cls: C) -> C:
         default = f"default {each.default!r}"
         if each.by_binary is not None:
             default = "default {!r}, with `binary` {!r}".format(*each.by_binary)
-        text = f"{each.help[0].upper()}{each.help[1:]}."
-        if each.needs and not each.rule.kind.startswith("{"):  # else it may be of one value alone
-            text += f" No effect without `{_either(each.needs)}`."
+        text = f"{each.text[0].upper()}{each.text[1:]}."
         lines.append(f"{name} : {each.rule.kind}, {default}")
         lines += textwrap.wrap(text, 92, initial_indent="    ", subsequent_indent="    ")
     cls.__doc__ = f"{cls.__doc__.rstrip()}\n{textwrap.indent(chr(10).join(lines), '    ')}\n    "

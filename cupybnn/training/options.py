@@ -225,22 +225,22 @@ class Options:
         "Adam",
         synonyms=("optim", "solver", "optimiser"),
     )
-    momentum: float = _learning(0.9, _share("M"), "momentum of sgd", needs=("optimizer", "sgd"))
+    momentum: float = _learning(0.9, _share("M"), "momentum", needs=("optimizer", "sgd"))
     weight_decay: float = _learning(
         0.0,
         _from_0("D"),
-        "weight decay of adamw",
+        "decoupled weight decay",
         needs=("optimizer", "adamw"),
         synonyms=("wd", "decay", "l2"),
     )
     bop_rate: float = _learning(
         1e-4,
         _part("R"),
-        "part of the newest gradient in the running mean of bop",
+        "part of the newest gradient in the running mean",
         needs=("optimizer", "bop"),
     )
     bop_threshold: float = _learning(
-        1e-8, _from_0("T"), "least mean for which bop flips a weight", needs=("optimizer", "bop")
+        1e-8, _from_0("T"), "least running mean for a flip", needs=("optimizer", "bop")
     )
     lr: float = _learning(
         1e-3,
@@ -270,7 +270,7 @@ class Options:
     final_lr: float = _learning(
         0.0,
         _up_to_1("F"),
-        "last factor of a falling learning rate",
+        "last factor of the learning rate",
         needs=("schedule", "cosine", "exponential"),
         synonyms=("min_lr",),
     )
@@ -298,7 +298,11 @@ class Options:
         synonyms=("averaging", "ema", "swa"),
     )
     average_decay: float = _learning(
-        0.999, _share("D"), "decay of ema", needs=("average", "ema"), synonyms=("ema_decay",)
+        0.999,
+        _share("D"),
+        "decay of the average",
+        needs=("average", "ema"),
+        synonyms=("ema_decay",),
     )
     average_from: int = _learning(
         0, Whole(0), "step after which the average begins", needs=("average", "ema", "swa")

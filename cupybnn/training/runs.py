@@ -37,10 +37,11 @@ def settings_folder(config: TrainConfig) -> Path:
         raise ValueError("A run folder needs a configuration with a 'log_dir'; got None.")
     root = Path(config.log_dir).expanduser()
     if config.restore is not None:
-        path = Path(config.restore)
-        beside = path.parent if path.is_dir() else path.parent.parent
-        if beside in (root, *(root / name for name in _names(config))):
-            return beside
+        path = Path(config.restore).expanduser()
+        beside = Path(os.path.abspath(path if path.is_dir() else path.parent)).parent
+        for folder in (root, *(root / name for name in _names(config))):
+            if Path(os.path.abspath(folder)) == beside:
+                return folder
     return root / _names(config)[0]
 
 
@@ -118,7 +119,7 @@ def _new_folder(parent: Path, config: TrainConfig, fill: Callable[[Path], None] 
     try:
         hidden.mkdir()
         with atomic_write(hidden / CONFIG_NAME) as file:
-            file.write(config.to_json().encode())
+            file.write(config.with_absolute_paths().to_json().encode())
         if fill is not None:
             fill(hidden)
         return _give_number(hidden)

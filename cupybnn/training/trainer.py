@@ -172,7 +172,7 @@ class Trainer:
                 averaged = self.model.state_dict()
             arrays |= {f"averaged/{name}": averaged[name] for name in buffers}
         info = {
-            "config": asdict(self.config),
+            "config": asdict(self.config.with_absolute_paths()),
             "dataset": self.dataset.name,
             "data": self._description.to_dict(),
             "history": [evaluation.to_dict() for evaluation in self.history],
