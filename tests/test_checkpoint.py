@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,16 @@ import pytest
 
 from cupybnn.errors import CheckpointError
 from cupybnn.files import atomic_write, remove_leftovers
-from cupybnn.training import TrainConfig, Trainer
-from cupybnn.training.checkpoint import BEST, NEWEST, Checkpoint, CheckpointFolder, load, save
+from cupybnn.training import TrainConfig, Trainer, restored_config
+from cupybnn.training.checkpoint import (
+    BEST,
+    NEWEST,
+    Checkpoint,
+    CheckpointFolder,
+    load,
+    load_info,
+    save,
+)
 from cupybnn.training.runs import CONFIG_NAME, new_run_folder, remove_abandoned, settings_folder
 
 
@@ -310,6 +319,51 @@ class TestRunFolder:
         stored = (tmp_path / expected / "1" / CONFIG_NAME).read_text()
         assert TrainConfig.from_json(stored) == config
 
+    def test_goes_on_beside_the_run_that_is_restored(self, tmp_path):
+        """Wherever that lies by now, unless a log directory is named or the settings are others."""
+        log = tmp_path / "log"
+        first = new_run_folder(TrainConfig(log_dir=str(log), seed=1), keep)
+        old_name = first.parent.with_name("0.0001")
+        whole_tree = tmp_path / "elsewhere"
+        alone = tmp_path / "kept" / "good"
+        for place in (old_name / "4", whole_tree / first.relative_to(log), alone):
+            shutil.copytree(first, place)
+        for restored, expected in (
+            (first, first.with_name("2")),
+            (old_name / "4", old_name / "5"),
+            (whole_tree / first.relative_to(log), whole_tree / first.relative_to(log).parent / "2"),
+            (alone, alone.with_name("1")),
+            (alone.with_name("1"), alone.with_name("2")),
+            (alone / NEWEST, alone.with_name("3")),
+        ):
+            config = restored_config(str(restored))
+            assert config.seed == 1
+            assert new_run_folder(config, keep) == expected
+        other = restored_config(str(whole_tree / first.relative_to(log)), reg=0.5)
+        assert new_run_folder(other) == whole_tree / "fp/hid_512/bs_128/reg_0.5/1"
+        named = restored_config(str(alone), log_dir=str(tmp_path / "named"))
+        assert new_run_folder(named) == tmp_path / "named/fp/hid_512/bs_128/reg_0.0001/1"
+        shutil.copy(first / NEWEST, tmp_path / "alone.npz")  # no run folder: where it was made
+        config = restored_config(str(tmp_path / "alone.npz"))
+        assert new_run_folder(config) == first.with_name("3")
+
+    def test_relative_paths_hold_from_any_folder(self, tmp_path, monkeypatch):
+        for name in ("here", "there"):
+            (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        settings = {"dataset": "digits", "device": "cpu", "n_hidden": 8, "max_steps": 1}
+        first = Trainer(TrainConfig(**settings, log_dir="runs")).run().run_folder
+        assert first == Path("runs/fp/hid_8/bs_128/reg_0.0001/1")
+        first = first.resolve()
+        monkeypatch.chdir(tmp_path / "there")
+        stored = TrainConfig.from_json((first / CONFIG_NAME).read_text())
+        assert (
+            stored.log_dir == load_info(first)["config"]["log_dir"] == str(tmp_path / "here/runs")
+        )
+        again = Trainer(restored_config(str(first), max_steps=2)).run()
+        assert again.run_folder == first.with_name("2")
+        assert list(Path().iterdir()) == []
+
     def test_counts_up_from_the_highest(self, tmp_path):
         config = TrainConfig(log_dir=str(tmp_path))
         assert [new_run_folder(config).name for _ in range(3)] == ["1", "2", "3"]
@@ -401,6 +455,12 @@ class TestRunFolder:
         (tmp_path / "fp").write_text("a file")
         with pytest.raises(OSError, match="fp"):
             new_run_folder(TrainConfig(log_dir=str(tmp_path)))
+
+
+def keep(folder) -> None:
+    """Put a checkpoint with the folder's own settings into it."""
+    stored = json.loads((folder / CONFIG_NAME).read_text())
+    save(folder / NEWEST, Checkpoint(7, {}, {"config": stored}))
 
 
 def _die_while_making(log_dir) -> None:

@@ -29,6 +29,7 @@ def test_each_is_a_configuration(name):
     assert recipe.name == name
     assert 10 < len(recipe.summary) <= 100
     assert "\n" not in recipe.summary
+    assert {"binary", "batch_norm", "reg"} <= set(recipe.settings)  # else a default decides
     assert config.validation == 0  # a recipe ends on the test set
     assert config.log_dir is None
     assert config.restore is None

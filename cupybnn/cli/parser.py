@@ -44,6 +44,8 @@ class Parser(argparse.ArgumentParser):
     ) -> tuple[Any, list[str]]:
         """Parse `args`; complain here of what is unknown, where the options are known."""
         given = self._with_underscores(sys.argv[1:] if args is None else args)
+        if self._subparsers is None:
+            self._check_spellings(given)
         found, rest = super().parse_known_args(given, namespace)
         if rest:
             options = [word for word in rest if word.startswith("-") and word.strip("-")]
@@ -62,6 +64,14 @@ class Parser(argparse.ArgumentParser):
                 words[i] = spelled + equals + value
         return words
 
+    def _check_spellings(self, words: Iterable[str]) -> None:
+        """Complain of the first unknown option, before its value is taken for something else."""
+        for word in words:
+            if word == "--":
+                return
+            if word.startswith("--") and word.partition("=")[0] not in self._option_string_actions:
+                self.error(self._unknown(word))
+
     def _unknown(self, word: str) -> str:
         option = word.partition("=")[0]
         names: dict[str, tuple[str, ...]] = {}
@@ -70,6 +80,11 @@ class Parser(argparse.ArgumentParser):
                 continue
             for spelling in action.option_strings[:1]:
                 names[spelling.lstrip("-")] = self._synonyms.get(spelling.lstrip("-"), ())
-        near = [f"--{name}" for name in nearest(option.strip("-"), names)]
+        wanted = option.strip("-").replace("-", "_")
+        off = {name for name in names if f"--no_{name}" in self._option_string_actions}
+        near = [f"--{name}" for name in nearest(wanted, names)]
+        if wanted.startswith("no_") and off:
+            switches = {name: names[name] for name in off}
+            near = [f"--no_{name}" for name in nearest(wanted[3:], switches)] or near
         hint = f"; the nearest {'is' if len(near) == 1 else 'are'} {', '.join(near)}"
         return f"there is no option {option}{hint if near else ''}"

@@ -108,7 +108,8 @@ def without_effect(config: Any) -> list[str]:
         if not each.needs or value == each.default:
             continue
         other, *values = each.needs
-        if getattr(config, other) not in (values or [True]):
+        present = getattr(config, other)
+        if present not in values if values else not present:
             shown = f" {value}" if each.rule.kind.startswith("{") else ""
             option = name if value is not False else f"no_{name}"
             sentences.append(f"--{option}{shown} has no effect without --{_either(each.needs)}.")
