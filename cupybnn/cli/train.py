@@ -14,7 +14,7 @@ import numpy as np
 from cupybnn.errors import NonFiniteError
 from cupybnn.training.checks import Rule, Switch
 from cupybnn.training.config import TrainConfig
-from cupybnn.training.declaration import declared
+from cupybnn.training.declaration import Setting, declared
 
 if TYPE_CHECKING:
     from cupybnn.training import Trainer
@@ -49,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
     for heading, group in itertools.groupby(settings.items(), lambda item: item[1].group):
         options = parser.add_argument_group(heading)
         for name, each in group:
-            _add(options, name, each.rule, f"{each.text} ({each.default_text})")
+            _add(options, name, each)
             parser.also(name, each.synonyms)
     options = parser.add_argument_group("where settings come from")
     options.add_argument("--recipe", metavar="NAME", help="start from settings in a file")
@@ -57,13 +57,16 @@ def add_parser(subparsers: Any) -> None:
     options.add_argument("--gpu", metavar="N", type=int, help="the same as --device cuda:N")
 
 
-def _add(options: Any, name: str, rule: Rule, text: str) -> None:
-    text = text.removesuffix(" ()").replace("%", "%%")
+def _add(options: Any, name: str, declaration: Setting) -> None:
+    rule, default = declaration.rule, declaration.default_text
+    text = (declaration.text + (f" ({default})" if default else "")).replace("%", "%%")
     if not isinstance(rule, Switch):
         parse = _typed(rule)
         options.add_argument(f"--{name}", metavar=rule.metavar, type=parse, help=text)
         return
-    for option, value, shown in ((name, True, text), (f"no_{name}", False, argparse.SUPPRESS)):
+    # Who has a switch on by default may want to see how it is turned off.
+    off = argparse.SUPPRESS if declaration.by_binary is None else f"turn --{name} off"
+    for option, value, shown in ((name, True, text), (f"no_{name}", False, off)):
         options.add_argument(
             f"--{option}", dest=name, action="store_const", const=value, help=shown
         )
