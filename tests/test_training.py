@@ -274,8 +274,10 @@ class TestRestore:
 
     def test_nothing_left_to_do(self, tmp_path):
         _, first, _ = run(log_dir=tmp_path)
-        _, again, recorder = run(restore=first.run_folder)
+        _, again, recorder = run(restore=first.run_folder, log_dir=tmp_path)
         assert recorder.losses == {}
+        assert again.run_folder is None
+        assert [p.name for p in first.run_folder.parent.iterdir()] == ["1"]
         assert again.final_accuracy == first.final_accuracy
         assert not again.stopped
 
