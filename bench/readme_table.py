@@ -1,7 +1,8 @@
-"""Make the README's tables of results from the records of ``cupybnn bench`` and ``bench train``.
+"""Make the README's tables: of results, from records of ``cupybnn bench``, and of options.
 
     python bench/readme_table.py bench/results/h200.json           prints it
     python bench/readme_table.py bench/results/h200.json --write   puts it into the README
+    python bench/readme_table.py --options --write                 options of cupybnn train
 
 Several records of one kind, of runs of different sizes, make several tables. The chart of the same
 name (.svg) stands above a table if it lies beside the record.
@@ -16,12 +17,15 @@ from typing import Any
 
 from cupybnn.benchmark import record as records
 from cupybnn.files import atomic_write
+from cupybnn.training.config import TrainConfig
+from cupybnn.training.declaration import declared
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Between which lines of the README the table of each kind of record stands.
 MARKERS = {
     "product": ("<!-- results -->", "<!-- /results -->"),
     "train": ("<!-- training-results -->", "<!-- /training-results -->"),
+    "options": ("<!-- options -->", "<!-- /options -->"),
 }
 METHODS = (
     "packed -> packed",
@@ -127,6 +131,21 @@ def training_lines(record: dict[str, Any], link: str) -> list[str]:
     return lines
 
 
+def options_table() -> str:
+    """Return the table of the options of ``cupybnn train``, from what its settings declare."""
+    lines = ["| option | meaning | default |", "| --- | --- | --- |"]
+    heading = ""
+    for name, each in declared(TrainConfig).items():
+        if each.group != heading:
+            heading = each.group
+            lines.append(f"| **{heading}** | | |")
+        option = f"`--{name} {each.rule.metavar}".strip() + "`"
+        if name == "data_dir":
+            option = "`DATA_DIR`"
+        lines.append(f"| {option} | {each.text} | {each.default_text} |".replace("|x|", r"\|x\|"))
+    return "\n".join(lines)
+
+
 def written(readme: str, text: str, kind: str = "product") -> str:
     """Return the README with `text` between the markers of a kind of record."""
     begin, end = MARKERS[kind]
@@ -139,9 +158,14 @@ def written(readme: str, text: str, kind: str = "product") -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("records", type=Path, nargs="+", metavar="record")
+    parser.add_argument("records", type=Path, nargs="*", metavar="record")
+    parser.add_argument("--options", action="store_true", help="the table of options")
     parser.add_argument("--write", action="store_true", help="put the table into README.md")
     args = parser.parse_args()
+    if args.options == bool(args.records):
+        parser.error("give either records or --options")
+    if args.options:
+        return put(options_table(), "options", args.write)
     try:
         loaded = {path: records.load(path) for path in args.records}
     except (OSError, records.RecordError) as error:
@@ -152,11 +176,16 @@ def main() -> int:
     if not all(record["gpu"] for record in loaded.values()):
         parser.error("a record is of a run without a GPU")
     text = "\n\n".join(table(record, path) for path, record in loaded.items())
-    if not args.write:
+    return put(text, kinds.pop(), args.write)
+
+
+def put(text: str, kind: str, write: bool) -> int:
+    """Print a table, or put it into the README."""
+    if not write:
         print(text)
         return 0
     readme = ROOT / "README.md"
-    new = written(readme.read_text(encoding="utf-8"), text, kinds.pop())
+    new = written(readme.read_text(encoding="utf-8"), text, kind)
     with atomic_write(readme) as file:
         file.write(new.encode())
     return 0

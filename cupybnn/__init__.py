@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cupybnn.gemm import xnor_gemm, xnor_gemm_packed
     from cupybnn.packed import PackedMatrix, concatenate, pack, sign, unpack
     from cupybnn.process import tune_process
-    from cupybnn.training import TrainConfig, Trainer, TrainResult, train
+    from cupybnn.training import TrainConfig, Trainer, TrainResult, load_model, train
 
 __all__ = [
     "PackedMatrix",
@@ -22,6 +22,7 @@ __all__ = [
     "__version__",
     "concatenate",
     "fold_batch_norm",
+    "load_model",
     "pack",
     "sign",
     "train",
@@ -39,7 +40,7 @@ _MODULES = {
     "gemm": ("xnor_gemm", "xnor_gemm_packed"),
     "packed": ("PackedMatrix", "concatenate", "pack", "sign", "unpack"),
     "process": ("tune_process",),
-    "training": ("TrainConfig", "TrainResult", "Trainer", "train"),
+    "training": ("TrainConfig", "TrainResult", "Trainer", "load_model", "train"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -33,7 +33,7 @@ NETWORKS = {
         "n_hidden": 1056,
         "batch_size": 700,
     },
-    "xnor without batch norm": {"binary": True, "xnor": True},
+    "xnor without batch norm": {"binary": True, "xnor": True, "batch_norm": False},
     "sign": {"binary": True, "batch_norm": True},
     "dropout before sign": {
         "binary": True,
@@ -65,7 +65,7 @@ NETWORKS = {
         "label_smoothing": 0.1,
         "batch_size": 700,
     },
-    "last layer binary, without batch norm": {"binary": True, "last": True},
+    "last layer binary, without batch norm": {"binary": True, "last": True, "batch_norm": False},
     "deformed images": {
         "batch_norm": True,
         "augment_shift": 1.5,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import pytest
 from edits import edit
 
 from cupybnn.errors import CheckpointError
-from cupybnn.training import TrainConfig, Trainer
+from cupybnn.training import TrainConfig, Trainer, restored_config
 from cupybnn.training import checkpoint as checkpoints
 from cupybnn.training.checkpoint import (
     BEST,
@@ -26,6 +27,7 @@ from cupybnn.training.checkpoint import (
     Checkpoint,
     CheckpointFolder,
     load,
+    load_info,
     load_run,
     save,
 )
@@ -393,26 +395,23 @@ class TestRunFolder:
     @pytest.mark.parametrize(
         ("settings", "expected"),
         [
-            ({}, "fp/hid_512/bs_128/0.0001"),
-            ({"n_hidden": 1024, "batch_size": 1024, "reg": 0}, "fp/hid_1024/bs_1024/0.0"),
-            ({"binary": True, "reg": 1e-5}, "bin/matmul/hid_512/bs_128/1e-05"),
+            ({}, "fp/hid_512/bs_128/reg_0.0001"),
+            ({"n_hidden": 1024, "batch_size": 1024, "reg": 0}, "fp/hid_1024/bs_1024/reg_0.0"),
+            ({"binary": True, "reg": 1e-5}, "bin/matmul/hid_512/batch_norm/bs_128/reg_1e-05"),
             (
-                {
-                    "binary": True,
-                    "n_hidden": 1024,
-                    "batch_size": 1024,
-                    "reg": 0,
-                    "batch_norm": True,
-                },
-                "bin/matmul/hid_1024/batch_norm/bs_1024/0.0",
+                {"binary": True, "n_hidden": 1024, "batch_size": 1024},
+                "bin/matmul/hid_1024/batch_norm/bs_1024/reg_0.0",
             ),
-            ({"binary": True, "xnor": True}, "bin/xnor/hid_512/bs_128/0.0001"),
-            ({"xnor": True, "first": True}, "fp/hid_512/bs_128/0.0001"),
-            ({"binary": True, "first": True}, "bin_first/matmul/hid_512/bs_128/0.0001"),
-            ({"binary": True, "last": True}, "bin_last/matmul/hid_512/bs_128/0.0001"),
+            (
+                {"binary": True, "xnor": True, "batch_norm": False, "reg": 1e-4},
+                "bin/xnor/hid_512/bs_128/reg_0.0001",
+            ),
+            ({"xnor": True, "first": True}, "fp/hid_512/bs_128/reg_0.0001"),
+            ({"binary": True, "first": True}, "bin_first/matmul/hid_512/batch_norm/bs_128/reg_0.0"),
+            ({"binary": True, "last": True}, "bin_last/matmul/hid_512/batch_norm/bs_128/reg_0.0"),
             (
                 {"binary": True, "first": True, "last": True, "xnor": True},
-                "bin_all/xnor/hid_512/bs_128/0.0001",
+                "bin_all/xnor/hid_512/batch_norm/bs_128/reg_0.0",
             ),
         ],
     )
@@ -422,6 +421,51 @@ class TestRunFolder:
         assert new_run_folder(config) == tmp_path / expected / "1"
         stored = (tmp_path / expected / "1" / CONFIG_NAME).read_text()
         assert TrainConfig.from_json(stored) == config
+
+    def test_goes_on_beside_the_run_that_is_restored(self, tmp_path):
+        """Wherever that lies by now, unless a log directory is named or the settings are others."""
+        log = tmp_path / "log"
+        first = new_run_folder(TrainConfig(log_dir=str(log), seed=1), keep)
+        old_name = first.parent.with_name("0.0001")
+        whole_tree = tmp_path / "elsewhere"
+        alone = tmp_path / "kept" / "good"
+        for place in (old_name / "4", whole_tree / first.relative_to(log), alone):
+            shutil.copytree(first, place)
+        for restored, expected in (
+            (first, first.with_name("2")),
+            (old_name / "4", old_name / "5"),
+            (whole_tree / first.relative_to(log), whole_tree / first.relative_to(log).parent / "2"),
+            (alone, alone.with_name("1")),
+            (alone.with_name("1"), alone.with_name("2")),
+            (alone / NEWEST, alone.with_name("3")),
+        ):
+            config = restored_config(str(restored))
+            assert config.seed == 1
+            assert new_run_folder(config, keep) == expected
+        other = restored_config(str(whole_tree / first.relative_to(log)), reg=0.5)
+        assert new_run_folder(other) == whole_tree / "fp/hid_512/bs_128/reg_0.5/1"
+        named = restored_config(str(alone), log_dir=str(tmp_path / "named"))
+        assert new_run_folder(named) == tmp_path / "named/fp/hid_512/bs_128/reg_0.0001/1"
+        shutil.copy(first / NEWEST, tmp_path / "alone.npz")  # no run folder: where it was made
+        config = restored_config(str(tmp_path / "alone.npz"))
+        assert new_run_folder(config) == first.with_name("3")
+
+    def test_relative_paths_hold_from_any_folder(self, tmp_path, monkeypatch):
+        for name in ("here", "there"):
+            (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        settings = {"dataset": "digits", "device": "cpu", "n_hidden": 8, "max_steps": 1}
+        first = Trainer(TrainConfig(**settings, log_dir="runs")).run().run_folder
+        assert first == Path("runs/fp/hid_8/bs_128/reg_0.0001/1")
+        first = first.resolve()
+        monkeypatch.chdir(tmp_path / "there")
+        stored = TrainConfig.from_json((first / CONFIG_NAME).read_text())
+        assert (
+            stored.log_dir == load_info(first)["config"]["log_dir"] == str(tmp_path / "here/runs")
+        )
+        again = Trainer(restored_config(str(first), max_steps=2)).run()
+        assert again.run_folder == first.with_name("2")
+        assert list(Path().iterdir()) == []
 
     def test_counts_up_from_the_highest(self, tmp_path):
         config = TrainConfig(log_dir=str(tmp_path))
@@ -510,6 +554,12 @@ class TestRunFolder:
         (tmp_path / "fp").write_text("a file")
         with pytest.raises(OSError, match="fp"):
             new_run_folder(TrainConfig(log_dir=str(tmp_path)))
+
+
+def keep(folder) -> None:
+    """Put a checkpoint with the folder's own settings into it."""
+    stored = json.loads((folder / CONFIG_NAME).read_text())
+    save(folder / NEWEST, Checkpoint(7, {}, {"config": stored}))
 
 
 def _die_while_making(log_dir) -> None:

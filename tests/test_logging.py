@@ -157,7 +157,7 @@ def test_flips_at_a_step_that_was_not_foreseen_are_left_out(tmp_path):
 def test_files_of_a_run(tmp_path):
     config = TrainConfig(**SETTINGS, log_dir=str(tmp_path))
     result = Trainer(config).run()
-    folder = tmp_path / "fp" / "hid_32" / "bs_128" / "0.0001" / "1"
+    folder = tmp_path / "fp" / "hid_32" / "bs_128" / "reg_0.0001" / "1"
     assert result.run_folder == folder
     names = sorted(p.name for p in folder.iterdir() if not p.name.startswith("events"))
     assert names == sorted([BEST, CONFIG_NAME, NEWEST])
@@ -187,7 +187,7 @@ def test_the_run_folder_appears_with_a_checkpoint_in_it(tmp_path, monkeypatch):
 
     def look(*names):
         replace(*names)
-        for folder in tmp_path.glob("fp/hid_32/bs_128/0.0001/[0-9]*"):
+        for folder in tmp_path.glob("fp/hid_32/bs_128/reg_0.0001/[0-9]*"):
             found.append((load(folder).step, (folder / CONFIG_NAME).exists()))
 
     monkeypatch.setattr(os, "replace", look)
@@ -284,7 +284,7 @@ def test_unwritable_log_directory(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OSError, match="file") as caught:
         Trainer(TrainConfig(**SETTINGS, log_dir=str(tmp_path / "file"))).run()
-    folder = tmp_path / "file" / "fp" / "hid_32" / "bs_128" / "0.0001"
+    folder = tmp_path / "file" / "fp" / "hid_32" / "bs_128" / "reg_0.0001"
     assert str(caught.value) == (
         f"The 'log_dir' must be a folder in which run folders can be made; {folder} cannot be made "
         f"or written: Not a directory. Give another with --log_dir."
@@ -311,7 +311,7 @@ def test_full_disk_ends_the_run_with_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(np, "savez", full)
     with pytest.raises(CheckpointError, match=r"newest\.npz cannot be written: No space left"):
         Trainer(TrainConfig(**SETTINGS, log_dir=str(tmp_path))).run()
-    assert list(tmp_path.glob("fp/hid_32/bs_128/0.0001/*")) == []  # no half-made run
+    assert list(tmp_path.glob("fp/hid_32/bs_128/reg_0.0001/*")) == []  # no half-made run
 
 
 def test_logging_costs_little(tmp_path):

@@ -52,7 +52,8 @@ def test_record_of_a_run():
     from cupybnn.training import TrainConfig, Trainer
 
     record = FlipRecord()
-    config = TrainConfig(dataset="digits", device="cpu", binary=True, n_hidden=16, max_steps=5)
+    settings = {"dataset": "digits", "device": "cpu", "n_hidden": 16, "max_steps": 5}
+    config = TrainConfig(**settings, binary=True, reg=1e-4, batch_norm=False)
     Trainer(config, callbacks=[record]).run()
     assert len(record.steps) == 5
     assert set(record.flips) == set(record.outside) == {"fc2.weight", "fc3.weight"}

@@ -106,6 +106,12 @@ def maker():
     return module
 
 
+def test_the_table_of_options_is_what_the_settings_declare(maker):
+    begin, end = maker.MARKERS["options"]
+    text = README.read_text(encoding="utf-8")
+    assert text.partition(begin + "\n")[2].partition("\n" + end)[0] == maker.options_table()
+
+
 @pytest.mark.parametrize("kind", ["product", "train"])
 def test_the_tables_are_those_of_the_published_records(maker, kind):
     tables = [

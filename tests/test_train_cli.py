@@ -79,6 +79,43 @@ class TestOutput:
         assert trace(dense.stdout) == trace(xnor.stdout) != []
         assert "1-bit weights and activations (hidden layers), xnor_gemm, batch norm" in xnor.stdout
 
+    @pytest.mark.parametrize(
+        ("options", "line"),
+        [
+            ([], None),
+            (["--no_binary"], None),
+            (["--binary"], "batch norm, no penalty (change with --no_batch_norm, --reg R)"),
+            (["--binary", "--reg", "1e-4"], "batch norm (change with --no_batch_norm)"),
+            (["--binary", "--no-batch-norm"], "no penalty (change with --reg R)"),
+            (["--binary", "--reg", "0", "--batch_norm"], None),
+            (["--recipe", "digits"], None),
+        ],
+    )
+    def test_what_a_binary_network_gets_is_said(self, options, line, capsys):
+        assert main(["train", *QUICK[:-4], "--max_steps", "1", *options]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        said = [each for each in lines if each.startswith("Binary network: ")]
+        assert said == ([] if line is None else [f"Binary network: {line}"])
+
+    def test_how_the_best_checkpoint_is_chosen_is_said(self, tmp_path, capsys):
+        for options, line in (
+            ([], "best.npz is chosen by test accuracy, for want of --validation images"),
+            (["--validation", "100"], "best.npz is chosen by validation accuracy"),
+        ):
+            log = ["--log_dir", str(tmp_path)]
+            assert main(["train", *QUICK[:-4], "--max_steps", "1", *log, *options]) == 0
+            assert line in capsys.readouterr().out.splitlines()
+
+    def test_nothing_to_train_makes_no_folder_and_no_figures(self, tmp_path, capsys):
+        options = ["--log_dir", str(tmp_path / "log"), "--max_steps", "0"]
+        assert main(["train", *QUICK[:-4], *options]) == 0
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err == (
+            "Nothing is left to train: --max_steps, counted from the very first step, is 0.\n"
+        )
+        assert not (tmp_path / "log").exists()
+
     def test_hyphens(self):
         underscores = train(*QUICK, "--keep_prob", "0.9", "--batch_norm")
         options = [o.replace("_", "-") for o in [*QUICK, "--keep_prob", "0.9", "--batch_norm"]]
@@ -191,11 +228,48 @@ class TestUsage:
         assert module._config({"gpu": 1, "dataset": "digits"}).device == "cuda:1"
         assert module._config({"gpu": 1, "device": "cuda:1"}).device == "cuda:1"
 
-    def test_unknown_option(self, capsys):
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--epochs", "3"], "there is no option --epochs; the nearest is --max_steps"),
+            (["d", "--epochs=3"], "there is no option --epochs; the nearest is --max_steps"),
+            (
+                ["--hidden", "9"],
+                "there is no option --hidden; the nearest are --n_hidden, --hidden_layers",
+            ),
+            (["--max-step", "9"], "there is no option --max-step; the nearest is --max_steps"),
+            (
+                ["--no-batchnorm"],
+                "there is no option --no-batchnorm; the nearest is --no_batch_norm",
+            ),
+            (["--zzz"], "there is no option --zzz"),
+            (["-q"], "there is no option -q"),
+            (["a", "b"], "one too many: 'b'"),
+            (["--lr", "x"], "argument --lr: must be a finite number, greater than 0; got 'x'"),
+            (
+                ["--batch-size", "2.5"],
+                "argument --batch_size: must be a whole number, at least 1; got '2.5'",
+            ),
+            (["--n-hidden"], "argument --n_hidden: expected one argument"),
+        ],
+    )
+    def test_usage_errors_are_one_line(self, options, message, capsys):
         with pytest.raises(SystemExit) as caught:
-            main(["train", "--fast"])
+            main(["train", *options])
         assert caught.value.code == 2
-        assert "--fast" in capsys.readouterr().err
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err == f"cupybnn train: {message}. Options: cupybnn train --help\n"
+
+    def test_a_value_keeps_its_hyphens(self):
+        from cupybnn.cli.parser import Parser
+
+        parser = Parser()
+        parser.add_argument("--log_dir")
+        parser.add_argument("rest", nargs="*")
+        for words in (["--log-dir=a-b--c"], ["--log-dir", "a-b--c"], ["--log_dir", "a-b--c"]):
+            assert parser.parse_args(words).log_dir == "a-b--c"
+        assert parser.parse_args(["--", "--log-dir"]).rest == ["--log-dir"]
 
     def test_help_names_every_setting(self, capsys):
         with pytest.raises(SystemExit) as caught:
@@ -301,10 +375,11 @@ class TestSignals:
         for name, array in a.arrays.items():
             np.testing.assert_array_equal(array, b.arrays[name])
         at_the_end = train("--restore", run_again)
-        assert (
-            f"Nothing is left to train: --max_steps, counted from the very first step, is {end}."
-            in at_the_end.stderr
+        assert at_the_end.stdout == ""
+        assert at_the_end.stderr == (
+            f"Nothing is left to train: --max_steps, counted from the very first step, is {end}.\n"
         )
+        assert not os.path.exists(os.path.join(os.path.dirname(run_again), "3"))
 
     def test_kill_leaves_a_checkpoint_that_restores(self, tmp_path):
         options = [*QUICK[:-4], "--max_steps", "100000", "--eval_every_n", "1"]
@@ -319,7 +394,7 @@ class TestSignals:
             time.sleep(rng.uniform(0, 0.1))
             process.kill()
             process.communicate()
-            folder = tmp_path / "fp" / "hid_40" / "bs_128" / "0.0001" / str(number)
+            folder = tmp_path / "fp" / "hid_40" / "bs_128" / "reg_0.0001" / str(number)
             assert load(folder / NEWEST).step > 3
             assert (folder / CONFIG_NAME).exists()
         step = load(folder).step

@@ -28,11 +28,11 @@ QUICK = {
 NETWORKS = {
     "fp": {},
     "fp-bn-dropout": {"batch_norm": True, "keep_prob": 0.8},
-    "binary": {"binary": True},
+    "binary": {"binary": True, "batch_norm": False, "reg": 1e-4},
     "binary-bn-dropout": {"binary": True, "batch_norm": True, "keep_prob": 0.8},
     "all-binary": {"binary": True, "first": True, "last": True, "batch_norm": True, "reg": 0.0},
-    "clipped": {"binary": True, "ste": "clipped_grad", "dtype": "float64"},
-    "stochastic": {"binary": True, "ste": "stochastic_sign"},
+    "clipped": {"binary": True, "batch_norm": False, "ste": "clipped_grad", "dtype": "float64"},
+    "stochastic": {"binary": True, "reg": 1e-4, "ste": "stochastic_sign"},
 }
 
 
@@ -128,7 +128,7 @@ class TestRun:
         assert trainer.run().history[0].train_loss == pytest.approx(expected, rel=1e-5)
 
     def test_binary_network_is_the_originals(self):
-        trainer = Trainer(TrainConfig(**QUICK, binary=True))
+        trainer = Trainer(TrainConfig(**QUICK, binary=True, batch_norm=False))
         weights = {k: np.array(v) for k, v in trainer.model.state_dict().items()}
         images, _ = trainer.data.batch(trainer.order.indices(0))
 
@@ -274,8 +274,10 @@ class TestRestore:
 
     def test_nothing_left_to_do(self, tmp_path):
         _, first, _ = run(log_dir=tmp_path)
-        _, again, recorder = run(restore=first.run_folder)
+        _, again, recorder = run(restore=first.run_folder, log_dir=tmp_path)
         assert recorder.losses == {}
+        assert again.run_folder is None
+        assert [p.name for p in first.run_folder.parent.iterdir()] == ["1"]
         assert again.final_accuracy == first.final_accuracy
         assert not again.stopped
 

@@ -29,6 +29,7 @@ def test_each_is_a_configuration(name):
     assert recipe.name == name
     assert 10 < len(recipe.summary) <= 100
     assert "\n" not in recipe.summary
+    assert {"binary", "batch_norm", "reg"} <= set(recipe.settings)  # else a default decides
     assert config.validation == 0  # a recipe ends on the test set
     assert config.log_dir is None
     assert config.restore is None
@@ -231,7 +232,7 @@ class TestSettings:
 
     def test_bop_flips_binary_weights_and_leaves_the_rest_to_adam(self):
         settings = {**QUICK, "binary": True, "optimizer": "bop", "bop_rate": 0.05}
-        trainer = Trainer(TrainConfig(**settings, batch_norm=True, reg=1e-3))
+        trainer = Trainer(TrainConfig(**settings, reg=1e-3))
         binary, real = trainer.model.fc2.weight, trainer.model.fc1.weight
         before, before_real = binary.numpy().copy(), real.numpy().copy()
         assert set(np.unique(before)) == {-1.0, 1.0}
@@ -275,7 +276,9 @@ class TestSettings:
         assert "max_steps is 40 instead of 30" in train(**longer).notices[0]
 
     def test_coin_tosses_keep_activations_two_valued(self):
-        config = TrainConfig(**QUICK, binary=True, xnor=True, last=True, sign_keep_prob=0.5)
+        config = TrainConfig(
+            **QUICK, binary=True, batch_norm=False, last=True, xnor=True, sign_keep_prob=0.5
+        )
         model = Trainer(config).model
         x = Tensor(np.random.default_rng(0).random((50, 64), np.float32))
         kept = {}

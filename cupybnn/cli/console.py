@@ -6,6 +6,7 @@ import math
 import sys
 from typing import TYPE_CHECKING, Any
 
+from cupybnn.training.declaration import without_effect
 from cupybnn.training.records import Callback, Evaluation, TrainResult
 
 if TYPE_CHECKING:
@@ -16,9 +17,16 @@ __all__ = ["Console"]
 
 
 class Console(Callback):
-    """Prints the run as it goes."""
+    """Prints the run as it goes.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    chosen : str
+        A line on what was chosen for the user, to stand below that on the network.
+    """
+
+    def __init__(self, chosen: str = "") -> None:
+        self._chosen = chosen
         self._bar: Any = None
         self._finite = True
 
@@ -65,40 +73,20 @@ class Console(Callback):
         if config.adversarial:
             details.append(f"images moved against the network ({config.adversarial:g})")
         self._say(f"Network: {data.features}-{hidden}-{data.classes}, {', '.join(details)}")
-        for option, idle, needed in (
-            ("xnor", config.xnor and not config.binary, "binary"),
-            ("first", config.first and not config.binary, "binary"),
-            ("last", config.last and not config.binary, "binary"),
-            ("sign_keep_prob", config.sign_keep_prob < 1 and not config.binary, "binary"),
-            ("penalty bipolar", config.penalty == "bipolar" and not config.binary, "binary"),
-            (
-                "label_smoothing",
-                config.label_smoothing > 0 and config.loss != "cross_entropy",
-                "loss cross_entropy",
-            ),
-            (
-                "weight_decay",
-                config.weight_decay > 0 and config.optimizer != "adamw",
-                "optimizer adamw",
-            ),
-            ("milestones", config.milestones and config.schedule != "step", "schedule step"),
-        ):
-            if idle:
-                self.on_notice(trainer, f"--{option} has no effect without --{needed}.")
+        if self._chosen:
+            self._say(self._chosen)
+        for sentence in without_effect(config):
+            self.on_notice(trainer, sentence)
         if config.average != "none":
             kind_of = {"ema": f"exponential, decay {config.average_decay}", "swa": "equal weights"}
             since = f"from step {config.average_from} on"
             self._say(f"Evaluated: averages of the weights ({kind_of[config.average]}), {since}")
         if trainer.run_folder is not None:
             self._say(f"Logging to {trainer.run_folder}")
+            aside = "" if data.test_is_validation else ", for want of --validation images"
+            self._say(f"best.npz is chosen by {kind} accuracy{aside}")
         if config.restore is not None:
             self._say(f"Going on from step {trainer.step} of {config.restore}")
-            if trainer.step >= config.max_steps:
-                self.on_notice(
-                    trainer,
-                    f"Nothing is left to train: --max_steps, counted from the very first step, is "
-                    f"{config.max_steps}.",
-                )
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -144,8 +132,12 @@ class Console(Callback):
             self._say(f"{kind.capitalize()} accuracy so far {result.final_accuracy:.4f}{beside}")
         else:
             self._say(f"Final {kind} accuracy {result.final_accuracy:.4f}{beside}")
-        self._say(f"Avg ex/s = {result.average_examples_per_second:.1f}")
-        self._say(f"Med ex/s = {result.median_examples_per_second:.1f}")
+        for word, rate in (
+            ("Avg", result.average_examples_per_second),
+            ("Med", result.median_examples_per_second),
+        ):
+            if math.isfinite(rate):  # it is not where no step was made
+                self._say(f"{word} ex/s = {rate:.1f}")
         if result.stopped and result.run_folder is not None:
             self._say(f"Go on with: cupybnn train --restore {result.run_folder}")
 

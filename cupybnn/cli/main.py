@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 
 import cupybnn
+from cupybnn.cli.parser import Parser
 from cupybnn.cli.streams import complain, flush, usable_streams
 from cupybnn.errors import (
     CheckpointError,
@@ -51,7 +52,7 @@ _PLAIN_ERRORS = (
 
 
 def _top_level_parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAction]:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="cupybnn",
         description="1-bit matrix products and binarized neural networks.",
         epilog="'cupybnn COMMAND --help' lists a command's options. Exit codes: 0 success, 1 the "

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from cupybnn.cli.signals import Signals
 from cupybnn.errors import NonFiniteError, SettingError
-
-if TYPE_CHECKING:
-    from cupybnn.training import TrainConfig
+from cupybnn.training.checks import Rule, Switch
+from cupybnn.training.config import TrainConfig
+from cupybnn.training.declaration import Setting, declared
 
 __all__ = ["add_parser", "run"]
 
 
+#: What a binary network gets unless asked for otherwise, and the option that asks.
+_BY_BINARY = {
+    "batch_norm": ("batch norm", "--no_batch_norm"),
+    "reg": ("no penalty", "--reg R"),
+}
+
+
 def add_parser(subparsers: Any) -> None:
-    """Add the parser of ``cupybnn train``.
+    """Add the parser of ``cupybnn train``: an option for each declared setting, and a few more.
 
     Options carry no default here, so that one that was given can be told from one that was not:
     the defaults are those of `TrainConfig`, a recipe or the restored run.
@@ -29,137 +36,49 @@ def add_parser(subparsers: Any) -> None:
         help="train a full-precision or binarized network",
         description="Train a multilayer perceptron on MNIST or on the bundled digits.",
         epilog="Every option may be spelled with hyphens too (--log-dir), and every switch can be "
-        "turned off again, over a recipe or a restored run, with --no_ before its name. Defaults "
-        "are in parentheses.",
+        "turned off, over a default, a recipe or a restored run, with --no_ before its name. "
+        "Defaults are in parentheses.",
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument(
-        "data_dir", nargs="?", help="folder with MNIST's four IDX files, plain or .gz"
-    )
-    about = parser.add_argument_group
-    group = about("what to train on")
-    _option(group, "dataset", "DATA", "auto, mnist or digits (default: auto)")
-    _option(group, "validation", "N", "evaluate on the last N training images, held out (0)", int)
-    _option(group, "batch_size", "B", "images in a step (128)", int)
-    _option(group, "seed", "S", "of weights, order and dropout (0)", int)
-
-    group = about("the network")
-    _option(group, "n_hidden", "H", "units in each hidden layer (512)", int)
-    _option(group, "hidden_layers", "N", "number of hidden layers (3)", int)
-    _switch(group, "binary", "binary weights and activations in the hidden layers")
-    _switch(group, "first", "with --binary: binary weights in the first layer too")
-    _switch(group, "last", "with --binary: binary weights and inputs in the last layer too")
-    _switch(group, "xnor", "with --binary: do the binary products with xnor_gemm")
-    _option(
-        group,
-        "ste",
-        "NAME",
-        "pseudo-gradient of sign: hard_tanh or ste_sign, clipped_grad (the original program's), "
-        "identity, approx_sign, swish_sign, magnitude_aware_sign, stochastic_sign, ede_sign "
-        "(sharpens over training) (hard_tanh)",
-    )
-    _switch(group, "batch_norm", "batch normalization after each hidden product")
-    _option(group, "keep_prob", "P", "chance of a hidden unit not to be dropped (1.0)", float)
-    _option(group, "input_keep_prob", "P", "chance of a pixel not to be dropped (1.0)", float)
-    _option(
-        group,
-        "sign_keep_prob",
-        "P",
-        "with --binary: chance of an activation not to be replaced by a coin toss (1.0)",
-        float,
-    )
-
-    group = about("changes of training images")
-    _option(group, "augment_shift", "PIXELS", "move by up to so much (0)", float)
-    _option(group, "augment_rotation", "DEGREES", "turn by up to so much (0)", float)
-    _option(group, "augment_scale", "SHARE", "stretch height and width by up to so much (0)", float)
-    _option(group, "augment_shear", "SHARE", "shear by up to so much (0)", float)
-    _option(group, "augment_elastic", "PIXELS", "elastic displacements, typical size (0)", float)
-
-    _option(
-        group,
-        "adversarial",
-        "E",
-        "move each pixel, from 0 to 1, by so much in the direction in which the loss rises (0)",
-        float,
-    )
-
-    group = about("how it learns")
-    _option(group, "max_steps", "N", "step at which training ends (1000)", int)
-    _option(group, "loss", "NAME", "cross_entropy or squared_hinge (cross_entropy)")
-    _option(group, "label_smoothing", "S", "share of a label spread over all classes (0)", float)
-    _option(group, "penalty", "NAME", "l1, or bipolar: sum(1 - w**2) of binary layers (l1)")
-    _option(group, "reg", "R", "factor of the penalty (1e-4)", float)
-    _option(group, "optimizer", "NAME", "adam, adamw, sgd, or bop: flips binary weights (adam)")
-    _option(group, "momentum", "M", "of sgd (0.9)", float)
-    _option(group, "weight_decay", "D", "of adamw (0)", float)
-    _option(group, "bop_rate", "R", "of bop: part of the newest gradient in the mean (1e-4)", float)
-    _option(group, "bop_threshold", "T", "of bop: least mean for a flip (1e-8)", float)
-    _option(group, "lr", "LR", "learning rate (1e-3)", float)
-    _option(group, "latent_lr", "F", "factor of the learning rate of latent weights (1.0)", float)
-    _option(group, "lr_scale", "NAME", "none, or binarynet: larger for binary weights (none)")
-    _option(group, "schedule", "NAME", "constant, cosine, exponential or step (constant)")
-    _option(group, "final_lr", "F", "last factor of a falling learning rate (0)", float)
-    _option(
-        group,
-        "milestones",
-        "N,...",
-        "with --schedule step: steps at which the learning rate falls",
-        _numbers,
-    )
-    _option(group, "milestone_factor", "F", "factor of the learning rate at each (0.1)", float)
-    _option(group, "warm_up", "N", "steps over which the learning rate first rises (0)", int)
-    _option(group, "average", "NAME", "evaluate averaged weights: none, ema or swa (none)")
-    _option(group, "average_decay", "D", "of ema (0.999)", float)
-    _option(group, "average_from", "N", "step after which the average begins (0)", int)
-
-    group = about("the run")
-    group.add_argument(*_spellings("recipe"), metavar="NAME", help="start from settings in a file")
-    group.add_argument(
-        *_spellings("list_recipes"), action="store_true", help="list the recipes and exit"
-    )
-    _option(group, "log_dir", "DIR", "make a numbered run folder below DIR: records, checkpoints")
-    _option(group, "restore", "DIR", "go on from the newest checkpoint of a run folder")
-    _option(group, "eval_every_n", "N", "steps between evaluations (100)", int)
-    _option(group, "device", "D", "auto, cpu, cuda or cuda:N (auto)")
-    _option(group, "gpu", "N", "the same as --device cuda:N", int)
-    _option(
-        group,
-        "dtype",
-        "T",
-        "float32, float64; on a GPU tf32, bfloat16: rounding of dense products (float32)",
-    )
-    _switch(group, "graph", "replay a fused step as a CUDA graph (the default; --no_graph)")
-    _switch(group, "fused", "on a GPU, make steps by fused kernels (the default; --no_fused)")
-    _switch(group, "debug", "stop at the first NaN or infinity, in the debugger on a terminal")
+    settings = declared(TrainConfig)
+    parser.add_argument("data_dir", nargs="?", help=settings.pop("data_dir").help)
+    for heading, group in itertools.groupby(settings.items(), lambda item: item[1].group):
+        options = parser.add_argument_group(heading)
+        for name, each in group:
+            _add(options, name, each)
+            parser.also(name, each.synonyms)
+    options = parser.add_argument_group("where settings come from")
+    options.add_argument("--recipe", metavar="NAME", help="start from settings in a file")
+    options.add_argument("--list_recipes", action="store_true", help="list the recipes and exit")
+    options.add_argument("--gpu", metavar="N", type=int, help="the same as --device cuda:N")
 
 
-def _option(parser: Any, name: str, metavar: str, text: str, kind: Any = str) -> None:
-    parser.add_argument(*_spellings(name), dest=name, metavar=metavar, type=kind, help=text)
+def _add(options: Any, name: str, declaration: Setting) -> None:
+    rule, default = declaration.rule, declaration.default_text
+    text = (declaration.text + (f" ({default})" if default else "")).replace("%", "%%")
+    if not isinstance(rule, Switch):
+        parse = _typed(rule)
+        options.add_argument(f"--{name}", metavar=rule.metavar, type=parse, help=text)
+        return
+    # Who has a switch on by default may want to see how it is turned off.
+    off = argparse.SUPPRESS if declaration.by_binary is None else f"turn --{name} off"
+    for option, value, shown in ((name, True, text), (f"no_{name}", False, off)):
+        options.add_argument(
+            f"--{option}", dest=name, action="store_const", const=value, help=shown
+        )
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(number) for number in text.split(",") if number.strip())
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"must be whole numbers with commas between them; got {text!r}"
-        ) from None
+def _typed(rule: Rule) -> Any:
+    """Return how argparse reads an option's word."""
 
+    def parse(text: str) -> Any:
+        try:
+            return rule.parse(text)
+        except ValueError:
+            message = f"must be {rule.typed}; got {text!r}"
+            raise argparse.ArgumentTypeError(message) from None
 
-def _switch(parser: Any, name: str, text: str) -> None:
-    parser.add_argument(*_spellings(name), dest=name, action="store_const", const=True, help=text)
-    parser.add_argument(
-        *_spellings("no_" + name),
-        dest=name,
-        action="store_const",
-        const=False,
-        help=argparse.SUPPRESS,
-    )
-
-
-def _spellings(name: str) -> list[str]:
-    return sorted({"--" + name, "--" + name.replace("_", "-")}, key=lambda s: s.count("-"))
+    return parse
 
 
 def run(args: argparse.Namespace) -> int:
@@ -187,9 +106,15 @@ def _train(given: dict[str, Any], signals: Signals) -> None:
     from cupybnn.training import Trainer
 
     config = _config(given)
-    console = Console()
+    console = Console(_chosen(config, given))
     try:
         trainer = Trainer(config, [console])
+        if trainer.step >= config.max_steps:
+            trainer.notice(
+                f"Nothing is left to train: --max_steps, counted from the very first step, is "
+                f"{config.max_steps}."
+            )
+            return
         signals.training_begins(trainer)
         # Console says once that the loss is not finite; NumPy would say it of each operation.
         with np.errstate(all="ignore"):
@@ -208,10 +133,9 @@ def _list_recipes() -> int:
 
 def _config(given: dict[str, Any]) -> TrainConfig:
     """Put the options over those of the recipe, these over the restored run's or the defaults."""
-    from cupybnn.training import TrainConfig, recipes, restored_config
+    from cupybnn.training import recipes, restored_config
 
-    known = {field.name for field in fields(TrainConfig)}
-    settings = {name: value for name, value in given.items() if name in known}
+    settings = {name: given[name] for name in declared(TrainConfig) if name in given}
     source = "settings"
     if "recipe" in given:
         settings = {**recipes.load(given["recipe"]).settings, **settings}
@@ -227,6 +151,22 @@ def _config(given: dict[str, Any]) -> TrainConfig:
     if "restore" in settings:
         return restored_config(settings.pop("restore"), **settings)
     return TrainConfig.from_mapping(settings, source=source)
+
+
+def _chosen(config: TrainConfig, given: dict[str, Any]) -> str:
+    """Return a line on the settings that `--binary` decided, or nothing where all were named."""
+    from cupybnn.training import recipes
+
+    named = set(given)
+    if "recipe" in given:
+        named |= recipes.load(given["recipe"]).settings.keys()
+    if not config.binary or "restore" in given:
+        return ""
+    chosen = [(name, words) for name, words in _BY_BINARY.items() if name not in named]
+    if not chosen:
+        return ""
+    options = ", ".join(option for _, (_, option) in chosen)
+    return f"Binary network: {', '.join(what for _, (what, _) in chosen)} (change with {options})"
 
 
 def _debug(error: NonFiniteError) -> int:

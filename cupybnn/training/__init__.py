@@ -1,16 +1,39 @@
 """Training: configuration, the loop, checkpoints, records."""
 
-from cupybnn.training.config import TrainConfig
-from cupybnn.training.records import Callback, Evaluation, TrainResult
-from cupybnn.training.restore import restored_config
-from cupybnn.training.trainer import Trainer, train
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cupybnn.training.config import TrainConfig
+    from cupybnn.training.records import Callback, Evaluation, TrainResult
+    from cupybnn.training.restore import restored_config
+    from cupybnn.training.saved import DataDescription, load_model
+    from cupybnn.training.trainer import Trainer, train
 
 __all__ = [
     "Callback",
+    "DataDescription",
     "Evaluation",
     "TrainConfig",
     "TrainResult",
     "Trainer",
+    "load_model",
     "restored_config",
     "train",
 ]
+
+_MODULES = {
+    "config": ("TrainConfig",),
+    "records": ("Callback", "Evaluation", "TrainResult"),
+    "restore": ("restored_config",),
+    "saved": ("DataDescription", "load_model"),
+    "trainer": ("Trainer", "train"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is first asked for: the command line reads the settings and no more."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Checks of settings: each names the setting, the rule and what came instead."""
+"""Rules for settings: what a value must be, how it is converted, how it is read from text."""
 
 from __future__ import annotations
 
@@ -7,78 +7,237 @@ import math
 import operator
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from cupybnn.errors import SettingError
+from cupybnn.paths import checked_path
 
-__all__ = ["choice", "integer", "integers", "number", "path", "possible_path"]
-
-
-def path(name: str, value: Any) -> str:
-    """Return a path as a string; SettingError if it is none."""
-    try:
-        path = os.fspath(value)
-    except TypeError:
-        path = None
-    if not isinstance(path, str) or not path:
-        raise SettingError(f"The {name!r} must be a path or None; got {value!r}.")
-    return possible_path(name, path)
+__all__ = ["Choice", "Device", "Number", "PathName", "Rule", "Switch", "Whole", "Wholes"]
 
 
-def possible_path(name: str, path: str) -> str:
-    """Return a path; SettingError if no file of this system can have it."""
-    try:
-        possible = b"\0" not in os.fsencode(path)
-    except UnicodeEncodeError:
-        possible = False
-    if not possible:
-        raise SettingError(f"The {name!r} must be a path that this system can have; got {path!r}.")
-    return path
+class _Wrong(Exception):
+    """A value that breaks its rule."""
 
 
-def integer(name: str, value: Any, least: int) -> int:
-    """Return a whole number that is at least `least`; SettingError if it is none."""
-    wrong = f"The {name!r} must be a whole number, at least {least}; got {value!r}."
-    if isinstance(value, bool):
-        raise SettingError(wrong)
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise SettingError(wrong) from None
-    if number < least:
-        raise SettingError(wrong)
-    return number
+class Rule:
+    """What the value of a setting must be.
+
+    Attributes
+    ----------
+    must : str
+        The rule in words, to follow "must be".
+    kind : str
+        The type as a docstring names it.
+    metavar : str
+        What stands for a value in a help text.
+    """
+
+    must: str
+    kind: str
+    metavar: str
+
+    @property
+    def typed(self) -> str:
+        """What `parse` expects, to follow "must be"."""
+        return self.must
+
+    def check(self, name: str, value: Any) -> Any:
+        """Return `value` as a plain Python object.
+
+        Raises
+        ------
+        SettingError
+            If it breaks the rule: the name, the rule and the value are in the message.
+        """
+        try:
+            return self.convert(value.item() if isinstance(value, np.generic) else value)
+        except _Wrong:
+            raise SettingError(f"The {name!r} must be {self.must}; got {value!r}.") from None
+
+    def convert(self, value: Any) -> Any:
+        """Return `value` as a plain Python object, or raise."""
+        raise NotImplementedError
+
+    def parse(self, text: str) -> Any:
+        """Return the value that a command line's word means; `check` is still to follow.
+
+        Raises
+        ------
+        ValueError
+            If it means none.
+        """
+        return text
+
+    def show(self, value: Any) -> str:
+        """Return `value` as a help text shows it."""
+        return "none" if value is None else str(value)
 
 
-def number(name: str, value: Any, rule: str, holds: Callable[[float], bool]) -> float:
-    """Return a finite float for which `holds`, put in words as `rule`; SettingError if not."""
-    wrong = f"The {name!r} must be a finite number, {rule}; got {value!r}."
-    if isinstance(value, (bool, str, bytes)):
-        raise SettingError(wrong)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise SettingError(wrong) from None
-    if not math.isfinite(number) or not holds(number):
-        raise SettingError(wrong)
-    return number
+@dataclass(frozen=True)
+class PathName(Rule):
+    """A path or None."""
+
+    must = "a path that this system can have, or None"
+    kind = "path or None"
+    metavar = "DIR"
+
+    def convert(self, value: Any) -> str | None:
+        if value is None:
+            return None
+        try:
+            path = os.fspath(value)
+            checked_path(path)
+        except (TypeError, SettingError):
+            raise _Wrong from None
+        if not isinstance(path, str):
+            raise _Wrong
+        return path
 
 
-def choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise SettingError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise SettingError(f"The {name!r} must be one of {', '.join(choices)}; got {value!r}.")
+@dataclass(frozen=True)
+class Whole(Rule):
+    """A whole number, at least `least`."""
+
+    least: int
+    metavar: str = "N"
+    kind = "int"
+
+    @property
+    def must(self) -> str:  # type: ignore[override]
+        return f"a whole number, at least {self.least}"
+
+    def convert(self, value: Any) -> int:
+        if isinstance(value, bool):
+            raise _Wrong
+        try:
+            number = operator.index(value)
+        except TypeError:
+            raise _Wrong from None
+        if number < self.least:
+            raise _Wrong
+        return number
+
+    def parse(self, text: str) -> int:
+        return int(text)
 
 
-def integers(name: str, value: Any, least: int) -> tuple[int, ...]:
-    """Return rising whole numbers, the first at least `least`; SettingError if they are none."""
-    wrong = f"The {name!r} must be rising whole numbers, at least {least}; got {value!r}."
-    if not isinstance(value, (tuple, list)):
-        raise SettingError(wrong)
-    try:
-        numbers = tuple(integer(name, each, least) for each in value)
-    except ValueError:
-        raise SettingError(wrong) from None
-    if any(b <= a for a, b in itertools.pairwise(numbers)):
-        raise SettingError(wrong)
-    return numbers
+@dataclass(frozen=True)
+class Wholes(Rule):
+    """Rising whole numbers, the first at least `least`; with commas between them in text."""
+
+    least: int
+    metavar = "N,..."
+    kind = "tuple of int"
+
+    @property
+    def must(self) -> str:  # type: ignore[override]
+        return f"rising whole numbers, at least {self.least}"
+
+    @property
+    def typed(self) -> str:
+        return "whole numbers with commas between them"
+
+    def convert(self, value: Any) -> tuple[int, ...]:
+        if not isinstance(value, (tuple, list, np.ndarray)):
+            raise _Wrong
+        one = Whole(self.least)
+        numbers = tuple(one.convert(each) for each in value)
+        if any(b <= a for a, b in itertools.pairwise(numbers)):
+            raise _Wrong
+        return numbers
+
+    def parse(self, text: str) -> tuple[int, ...]:
+        return tuple(int(number) for number in text.split(",") if number.strip())
+
+    def show(self, value: Any) -> str:
+        return ",".join(map(str, value)) or "none"
+
+
+@dataclass(frozen=True)
+class Number(Rule):
+    """A finite number for which `holds`, in words `rule`."""
+
+    rule: str
+    holds: Callable[[float], bool]
+    metavar: str
+    kind = "float"
+
+    @property
+    def must(self) -> str:  # type: ignore[override]
+        return f"a finite number, {self.rule}"
+
+    def convert(self, value: Any) -> float:
+        if isinstance(value, (bool, str, bytes)):
+            raise _Wrong
+        try:
+            number = float(value)
+        except (TypeError, ValueError, OverflowError):
+            raise _Wrong from None
+        if not math.isfinite(number) or not self.holds(number):
+            raise _Wrong
+        return number
+
+    def parse(self, text: str) -> float:
+        return float(text)
+
+    def show(self, value: Any) -> str:
+        return f"{value:g}".replace("e-0", "e-")
+
+
+@dataclass(frozen=True)
+class Switch(Rule):
+    """True or False."""
+
+    must = "True or False"
+    kind = "bool"
+    metavar = ""
+
+    def convert(self, value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise _Wrong
+        return value
+
+    def show(self, value: Any) -> str:
+        return "on" if value else "off"
+
+
+@dataclass(frozen=True)
+class Choice(Rule):
+    """One of the names that `find` returns; called late, so that they need no early import."""
+
+    find: Callable[[], tuple[str, ...]]
+    listed: bool = True  # in the type that a docstring names
+    metavar = "NAME"
+
+    @classmethod
+    def of(cls, *names: str) -> Choice:
+        """Return the rule that a value is one of `names`."""
+        return cls(lambda: names)
+
+    @property
+    def must(self) -> str:  # type: ignore[override]
+        return f"one of {', '.join(self.find())}"
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return "{" + ", ".join(f'"{name}"' for name in self.find()) + "}" if self.listed else "str"
+
+    def convert(self, value: Any) -> str:
+        if not isinstance(value, str) or value not in self.find():
+            raise _Wrong
+        return str(value)
+
+
+@dataclass(frozen=True)
+class Device(Rule):
+    """The name of a device, or an object whose text is one."""
+
+    must = "the name of a device"
+    kind = "str"
+    metavar = "D"
+
+    def convert(self, value: Any) -> str:
+        return str(value)

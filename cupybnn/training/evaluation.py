@@ -58,6 +58,11 @@ class Averaging:
             decay = config.average_decay if config.average == "ema" else None
             self._average = optim.WeightAverage(model.parameters(), decay)
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is an average that `applied` would put into the model."""
+        return self._average is not None and self._average.updates > 0
+
     def update(self, step: int) -> None:
         """Take up the weights after step number `step`."""
         if self._average is not None and step >= self._from:

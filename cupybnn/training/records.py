@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cupybnn import nn
     from cupybnn.training.config import TrainConfig
     from cupybnn.training.step import StepOutput
     from cupybnn.training.trainer import Trainer
@@ -70,6 +71,9 @@ class TrainResult:
         Whether the run was asked to stop before ``max_steps``.
     notices : tuple of str
         What the run had to say beside its figures.
+    model : Module
+        The trained model, in evaluation mode, with averaged weights if the configuration wants
+        them: the one that `final` is of.
     """
 
     config: TrainConfig
@@ -83,6 +87,7 @@ class TrainResult:
     run_folder: Path | None
     stopped: bool
     notices: tuple[str, ...]
+    model: nn.Module = field(repr=False, compare=False)
 
     @property
     def final_accuracy(self) -> float:

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits the settings that a run was started with."""
+"""Whether a checkpoint fits the settings and the images that a run was started with."""
 
 from __future__ import annotations
 
@@ -7,27 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 from cupybnn.errors import CheckpointError
-from cupybnn.training.checkpoint import Checkpoint, load_info
+from cupybnn.training.checkpoint import Checkpoint, find, load_info
 from cupybnn.training.config import TrainConfig
+from cupybnn.training.declaration import declared
+from cupybnn.training.runs import log_dir_beside
 
-__all__ = ["check_settings", "restored_config"]
-
-#: Settings that leave what is computed as it is: they may differ without a word.
-_FREE = {
-    "data_dir",
-    "dataset",  # the data set itself is compared, once it is known
-    "debug",
-    "device",
-    "eval_every_n",
-    "graph",
-    "log_dir",
-    "max_steps",
-    "restore",
-    "xnor",
-}
-#: Settings that change how training goes on, but fit any checkpoint: they may differ, and it is
-#: said.
-_CHANGEABLE = {"fused", "lr", "max_steps", "reg"}  # some schedules go until max_steps
+__all__ = ["check_settings", "restored_config", "stored_config"]
 
 
 def restored_config(path: str, **changes: Any) -> TrainConfig:
@@ -36,7 +21,8 @@ def restored_config(path: str, **changes: Any) -> TrainConfig:
     Parameters
     ----------
     path : str
-        A run folder or checkpoint file.
+        A run folder or checkpoint file. If the run has a log directory, the run that goes on is
+        numbered beside it, wherever the folder was moved to, unless `changes` name another.
     **changes
         Settings to have other values than in that run, such as ``max_steps``.
 
@@ -47,11 +33,15 @@ def restored_config(path: str, **changes: Any) -> TrainConfig:
     ValueError
         If a changed setting is bad.
     """
-    before = _stored_config(load_info(path))
-    return TrainConfig.from_mapping({**asdict(before), **changes, "restore": path})
+    before = stored_config(load_info(path))
+    settings = {**asdict(before), **changes, "restore": path}
+    if "log_dir" not in changes and before.log_dir is not None:
+        settings["log_dir"] = log_dir_beside(find(path).parent, before)
+    return TrainConfig.from_mapping(settings)
 
 
-def _stored_config(info: Mapping[str, Any]) -> TrainConfig:
+def stored_config(info: Mapping[str, Any]) -> TrainConfig:
+    """Return the settings in a checkpoint's `info`; CheckpointError if they cannot be read."""
     try:
         return TrainConfig.from_mapping(info["config"])
     except (KeyError, TypeError, ValueError) as error:
@@ -71,12 +61,10 @@ def check_settings(config: TrainConfig, stored: Checkpoint) -> list[str]:
     CheckpointError
         If settings differ that must not; all of them are named with both values.
     """
-    before = _stored_config(stored.info)
-    old, new = asdict(before), asdict(config)
-    to_the_end = config.schedule in ("cosine", "exponential") or config.ste == "ede_sign"
-    free = _FREE - {"max_steps"} if to_the_end else _FREE
-    differing = [name for name in new if name not in free and old[name] != new[name]]
-    wrong = [name for name in differing if name not in _CHANGEABLE]
+    old, new = asdict(stored_config(stored.info)), asdict(config)
+    rules = {name: each.may_change(config) for name, each in declared(TrainConfig).items()}
+    differing = [name for name in new if rules[name] != "free" and old[name] != new[name]]
+    wrong = [name for name in differing if rules[name] == "same"]
     if wrong:
         listing = "; ".join(f"{n}: checkpoint {old[n]!r}, this run {new[n]!r}" for n in wrong)
         raise CheckpointError(

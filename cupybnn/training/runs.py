@@ -10,7 +10,13 @@ from cupybnn.files import atomic_write, new_folder, remove_leftovers
 from cupybnn.paths import user_path
 from cupybnn.training.config import TrainConfig
 
-__all__ = ["CONFIG_NAME", "new_run_folder", "remove_abandoned", "settings_folder"]
+__all__ = [
+    "CONFIG_NAME",
+    "log_dir_beside",
+    "new_run_folder",
+    "remove_abandoned",
+    "settings_folder",
+]
 
 CONFIG_NAME = "config.json"
 
@@ -18,24 +24,56 @@ CONFIG_NAME = "config.json"
 def settings_folder(config: TrainConfig) -> Path:
     """Return the folder in which all runs with the settings of `config` are numbered.
 
-    ``LOG_DIR/bin/xnor/hid_512/batch_norm/bs_128/0.0001`` or
-    ``LOG_DIR/fp/hid_1024/bs_1024/0.0``: binary or full precision ("bin_first", "bin_last" and
-    "bin_all" with a binary first layer, last layer, or both), which product, hidden units, batch
-    size and the factor of the penalty as Python prints it.
+    ``LOG_DIR/bin/xnor/hid_512/batch_norm/bs_128/reg_0.0`` or
+    ``LOG_DIR/fp/hid_1024/bs_1024/reg_0.0001``: binary or full precision ("bin_first", "bin_last"
+    and "bin_all" with a binary first layer, last layer, or both), which product, hidden units,
+    batch size and the factor of the penalty as Python prints it. A run that goes on in the same
+    log directory with the same settings is numbered beside the one that it restores, also where
+    that has the name of earlier versions, ``0.0001`` alone, or was moved (see `log_dir_beside`).
     """
     if config.log_dir is None:
         raise ValueError("A run folder needs a configuration with a 'log_dir'; got None.")
-    folder = user_path(config.log_dir)
+    root = user_path(config.log_dir)
+    if config.restore is not None:
+        path = user_path(config.restore)
+        beside = Path(os.path.abspath(path if path.is_dir() else path.parent)).parent
+        for folder in (root, *(root / name for name in _names(config))):
+            if Path(os.path.abspath(folder)) == beside:
+                return folder
+    return root / _names(config)[0]
+
+
+def log_dir_beside(run: Path, config: TrainConfig) -> str | None:
+    """Return the log directory with which a run that goes on from the folder `run` is beside it.
+
+    Parameters
+    ----------
+    run : Path
+    config : TrainConfig
+        The settings that `run` was made with.
+    """
+    if not (run / CONFIG_NAME).is_file():  # a checkpoint that lies somewhere else
+        return config.log_dir
+    parent = Path(os.path.abspath(run)).parent
+    for name in _names(config):
+        root = parent.parents[len(name.parts) - 1] if len(parent.parts) > len(name.parts) else None
+        if root is not None and root / name == parent:
+            return str(root)
+    return str(parent)
+
+
+def _names(config: TrainConfig) -> tuple[Path, Path]:
+    """Return the folder of some settings below a log directory, now and in earlier versions."""
+    folder = Path("fp")
     if config.binary:
         which = {(False, False): "bin", (True, False): "bin_first", (False, True): "bin_last"}
-        folder /= which.get((config.first, config.last), "bin_all")
+        folder = Path(which.get((config.first, config.last), "bin_all"))
         folder /= "xnor" if config.xnor else "matmul"
-    else:
-        folder /= "fp"
     folder /= f"hid_{config.n_hidden}"
     if config.batch_norm:
         folder /= "batch_norm"
-    return folder / f"bs_{config.batch_size}" / str(config.reg)
+    folder /= f"bs_{config.batch_size}"
+    return folder / f"reg_{config.reg}", folder / str(config.reg)
 
 
 def new_run_folder(config: TrainConfig, fill: Callable[[Path], None] | None = None) -> Path:
@@ -76,7 +114,7 @@ def _new_folder(parent: Path, config: TrainConfig, fill: Callable[[Path], None] 
             remove_abandoned(run)
     with new_folder(parent) as hidden:
         with atomic_write(hidden / CONFIG_NAME) as file:
-            file.write(config.to_json().encode())
+            file.write(config.with_absolute_paths().to_json().encode())
         if fill is not None:
             fill(hidden)
         return _give_number(hidden)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from cupybnn.training.network import NETWORK_SETTINGS, build_network
 from cupybnn.training.records import Callback, Evaluation, TrainResult
 from cupybnn.training.restore import check_settings
 from cupybnn.training.runs import new_run_folder, remove_abandoned
+from cupybnn.training.saved import DataDescription
 from cupybnn.training.step import Objective, PlainStep, Step, StepOutput, make_optimizer
 from cupybnn.training.timing import StepTimer
 
@@ -117,7 +119,7 @@ class Trainer:
     step : int
         Updates made, earlier runs that were restored included.
     run_folder : Path or None
-        Made when `run` starts, if the configuration has a log directory.
+        Made when `run` starts, if the configuration has a log directory and a step is left to make.
     history : list of Evaluation
     timer : StepTimer
 
@@ -200,12 +202,34 @@ class Trainer:
         arrays = {f"model/{k}": v for k, v in self.model.state_dict().items()}
         arrays |= {f"optimizer/{k}": v for k, v in self.optimizer.state_dict().items()}
         arrays |= {f"average/{k}": v for k, v in self._averaging.state_dict().items()}
+        if self._averaging.exists:  # what `load_model` would need the images for
+            with self.averaged():
+                buffers = {name for name, _ in self.model.named_buffers()}
+                averaged = self.model.state_dict()
+            arrays |= {f"averaged/{name}": averaged[name] for name in buffers}
         info = {
-            "config": {**vars(self.config)},
+            "config": asdict(self.config.with_absolute_paths()),
             "dataset": self.dataset.name,
+            "data": self._description.to_dict(),
             "history": [evaluation.to_dict() for evaluation in self.history],
         }
         return checkpoints.Checkpoint(self.step, arrays, info)
+
+    @cached_property
+    def _description(self) -> DataDescription:
+        return DataDescription.of(self.dataset)
+
+    def _evaluated_model(self) -> nn.Module:
+        """Return the model that is evaluated, in a copy if training goes on with other weights."""
+        model = self.model
+        if self._averaging.exists:
+            with self.averaged():
+                state = self.model.state_dict()
+            model = build_network(self.config, self.dataset.features, self.dataset.classes)
+            model.load_state_dict(state)
+            model.to(self.device)
+        model.eval()
+        return model
 
     def _restore(self, stored: checkpoints.Checkpoint) -> None:
         if stored.info["dataset"] != self.dataset.name:
@@ -229,6 +253,8 @@ class Trainer:
                 f"The checkpoint {self.config.restore} does not fit the network: {error}"
             ) from error
         self.step = stored.step
+        if sentence := DataDescription.stored(stored).difference(self._description):
+            self.notice(sentence)
 
     # The loop ----------------------------------------------------------------------------------
 
@@ -245,6 +271,8 @@ class Trainer:
     def run(self) -> TrainResult:
         """Train to ``max_steps`` or until asked to stop, and evaluate.
 
+        Where no step is left to make, no run folder is made.
+
         Raises
         ------
         NonFiniteError
@@ -253,7 +281,7 @@ class Trainer:
         if self._started:
             raise RuntimeError("A Trainer runs once; restore its checkpoint in a new one to go on.")
         self._started = True
-        if self.config.log_dir is not None:
+        if self.config.log_dir is not None and self.step < self.config.max_steps:
             self._open_log()
         try:
             with self.device.scope(), np.errstate(**_UNDERFLOW_IS_ZERO):
@@ -305,6 +333,7 @@ class Trainer:
             run_folder=self.run_folder,
             stopped=self.step < self.config.max_steps,
             notices=tuple(self.notices),
+            model=self._evaluated_model(),
         )
         for callback in self.callbacks:
             callback.on_end(self, result)

@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 
 from cupybnn import nn, optim
 from cupybnn.backends.cuda.blas import PRECISIONS
 from cupybnn.training.config import TrainConfig
+from cupybnn.training.declaration import declared
 from cupybnn.training.fast.layers import Unsupported
 from cupybnn.training.fast.plan import NetworkPlan
 
 __all__ = ["unsupported_reason"]
-
-#: Settings that the fused step follows, that the model was built from, or that others act on.
-_KNOWN = (
-    "data_dir dataset log_dir n_hidden reg lr batch_size max_steps eval_every_n binary xnor "
-    "batch_norm debug keep_prob first last restore device seed ste dtype validation hidden_layers "
-    "input_keep_prob loss label_smoothing penalty optimizer momentum weight_decay lr_scale "
-    "schedule final_lr warm_up fused graph latent_lr bop_rate bop_threshold milestones "
-    "milestone_factor average average_decay average_from "
-    "augment_shift augment_rotation augment_scale augment_shear adversarial sign_keep_prob"
-)
 
 
 def unsupported_reason(
@@ -64,10 +54,8 @@ def _unsupported_settings(
         yield f"it does not know the optimiser {type(optimizer).__name__}"
     elif len(optimizer.groups) != 1:
         yield "it takes one group of parameters"
-    # A list of what it knows: a setting that is new is refused until someone thinks of it here.
-    for setting in fields(config):
-        value = getattr(config, setting.name)
-        if setting.name not in _KNOWN.split() and value != setting.default:
-            yield f"it does not know the setting {setting.name!r}"
+    for name, setting in declared(type(config)).items():
+        if not setting.fused and getattr(config, name) != setting.default:
+            yield f"it does not know the setting {name!r}"
     if config.debug:
         yield "--debug looks at every operation"

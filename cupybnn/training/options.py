@@ -1,0 +1,356 @@
+"""Every setting of a training run, declared once: `TrainConfig` adds what follows from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from cupybnn.data import DATASETS
+from cupybnn.training.checks import Choice, Device, Number, PathName, Switch, Whole, Wholes
+from cupybnn.training.declaration import setting
+
+__all__ = ["DTYPES", "Options"]
+
+DTYPES = ("float32", "float64", "tf32", "bfloat16")
+
+_positive = partial(Number, "greater than 0", lambda x: x > 0)
+_from_0 = partial(Number, "at least 0", lambda x: x >= 0)
+_up_to_1 = partial(Number, "in [0, 1]", lambda x: 0 <= x <= 1)
+_share = partial(Number, "in [0, 1)", lambda x: 0 <= x < 1)
+_part = partial(Number, "in (0, 1]", lambda x: 0 < x <= 1)
+
+# The headings that settings stand under.
+_data = partial(setting, "data")
+_network = partial(setting, "network")
+_images = partial(setting, "changes of training images")
+_learning = partial(setting, "learning")
+_run = partial(setting, "run")
+
+
+def _ste_names() -> tuple[str, ...]:
+    from cupybnn import ops
+
+    return tuple(ops.quantizer_names())
+
+
+def _max_steps_restored(config: Any) -> str:
+    """Some schedules, and one pseudo-gradient, go until the last step: another one changes them."""
+    to_the_end = config.schedule in ("cosine", "exponential") or config.ste == "ede_sign"
+    return "reported" if to_the_end else "free"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The fields of `TrainConfig`.
+
+    Each is declared as heading, default, rule, help text, and what else there is to say of it:
+    see `cupybnn.training.declaration.Setting`.
+    """
+
+    data_dir: str | None = _data(
+        None,
+        PathName(),
+        "folder with MNIST's four IDX files, plain or .gz",
+        restore="free",
+        synonyms=("data", "path", "data_folder"),
+    )
+    dataset: str = _data(
+        "auto",
+        Choice.of(*DATASETS),
+        "data set: mnist, digits, or auto: MNIST where it can be had, otherwise the digits",
+        restore="free",  # the images are compared when they are there
+        synonyms=("data",),
+    )
+    validation: int = _data(
+        0,
+        Whole(0),
+        "hold out the last N training images and evaluate on them instead of on the test images",
+        synonyms=("val", "valid", "validation_split", "holdout"),
+    )
+    batch_size: int = _data(
+        128, Whole(1, "B"), "images in a step", synonyms=("batch", "bs", "minibatch")
+    )
+    seed: int = _data(
+        0,
+        Whole(0, "S"),
+        "seed of initial weights, order of images and dropout",
+        synonyms=("random_state", "rng"),
+    )
+
+    n_hidden: int = _network(
+        512,
+        Whole(1, "H"),
+        "units in each hidden layer",
+        synonyms=("hidden", "units", "width", "hidden_size", "hidden_units"),
+    )
+    hidden_layers: int = _network(
+        3, Whole(1), "number of hidden layers", synonyms=("layers", "n_layers", "depth", "hidden")
+    )
+    binary: bool = _network(
+        False,
+        Switch(),
+        "binary weights and activations in the hidden layers; the first layer's weights and the "
+        "last layer stay real",
+        synonyms=("bnn", "binarize", "binarized", "one_bit"),
+    )
+    first: bool = _network(
+        False,
+        Switch(),
+        "binary weights in the first layer too",
+        needs=("binary",),
+        synonyms=("first_layer", "binary_first"),
+    )
+    last: bool = _network(
+        False,
+        Switch(),
+        "binary weights and inputs in the last layer too",
+        needs=("binary",),
+        synonyms=("last_layer", "binary_last"),
+    )
+    xnor: bool = _network(
+        False,
+        Switch(),
+        "do the binary products with xnor_gemm; the numbers are the same as with dense products",
+        needs=("binary",),
+        restore="free",
+    )
+    ste: str = _network(
+        "hard_tanh",
+        Choice(_ste_names, listed=False),
+        "pseudo-gradient of sign: hard_tanh or ste_sign (the gradient where |x| <= 1), "
+        "clipped_grad (the original program's: limited to [-1, 1]), identity, approx_sign, "
+        "swish_sign, magnitude_aware_sign, stochastic_sign, or ede_sign (sharpens over training)",
+        needs=("binary",),
+        synonyms=("quantizer", "estimator"),
+    )
+    batch_norm: bool = _network(
+        None,
+        Switch(),
+        "batch normalization after each hidden product",
+        by_binary=(False, True),
+        synonyms=("batchnorm", "bn", "norm"),
+    )
+    keep_prob: float = _network(
+        1.0,
+        _part("P"),
+        "probability that a hidden unit is kept by dropout",
+        synonyms=("dropout", "drop"),
+    )
+    input_keep_prob: float = _network(
+        1.0, _part("P"), "probability that a pixel is kept by dropout", synonyms=("input_dropout",)
+    )
+    sign_keep_prob: float = _network(
+        1.0,
+        _part("P"),
+        "probability that a binary activation is not replaced by a coin toss",
+        needs=("binary",),
+        synonyms=("sign_dropout",),
+    )
+
+    augment_shift: float = _images(
+        0.0,
+        _from_0("PIXELS"),
+        "greatest shift in each direction, in pixels",
+        synonyms=("augment", "shift"),
+    )
+    augment_rotation: float = _images(
+        0.0, _from_0("DEGREES"), "greatest rotation, in degrees", synonyms=("augment", "rotate")
+    )
+    augment_scale: float = _images(
+        0.0,
+        _share("SHARE"),
+        "greatest change of height and of width, as a share",
+        synonyms=("augment", "zoom"),
+    )
+    augment_shear: float = _images(
+        0.0, _from_0("SHARE"), "greatest shear, as a share", synonyms=("augment", "shear")
+    )
+    augment_elastic: float = _images(
+        0.0,
+        _from_0("PIXELS"),
+        "typical size of elastic displacements, in pixels",
+        fused=False,
+        synonyms=("augment", "elastic"),
+    )
+    adversarial: float = _images(
+        0.0,
+        _from_0("E"),
+        "move each pixel, from 0 to 1, by so much in the direction in which the loss rises "
+        "(Goodfellow, Shlens, Szegedy: Explaining and harnessing adversarial examples, ICLR 2015); "
+        "costs a second forward and backward pass",
+        synonyms=("fgsm", "epsilon", "attack"),
+    )
+
+    max_steps: int = _learning(
+        1000,
+        Whole(0),
+        "step at which training ends, counted from the very first step, also after a restore",
+        restore=_max_steps_restored,
+        synonyms=("epochs", "steps", "iterations", "num_steps", "n_epochs", "max_iter"),
+    )
+    loss: str = _learning(
+        "cross_entropy",
+        Choice.of("cross_entropy", "squared_hinge"),
+        "loss function: cross_entropy or squared_hinge",
+        synonyms=("criterion", "objective"),
+    )
+    label_smoothing: float = _learning(
+        0.0,
+        _share("S"),
+        "share of each label that is spread over all classes",
+        needs=("loss", "cross_entropy"),
+    )
+    penalty: str = _learning(
+        "l1",
+        Choice.of("l1", "bipolar"),
+        "penalty on weights: l1, the sum of their magnitudes, or bipolar, sum(1 - w**2) of the "
+        "latent weights of binary layers",
+        needs=("binary",),
+        synonyms=("regularizer", "regularization"),
+    )
+    reg: float = _learning(
+        None,
+        _from_0("R"),
+        "factor of the penalty",
+        by_binary=(1e-4, 0.0),
+        restore="reported",
+        synonyms=("regularization", "l1", "l2", "penalty_factor", "lambda"),
+    )
+    optimizer: str = _learning(
+        "adam",
+        Choice.of("adam", "adamw", "sgd", "bop"),
+        "optimizer: adam, adamw, sgd, or bop, which flips binary weights and leaves the others to "
+        "Adam",
+        synonyms=("optim", "solver", "optimiser"),
+    )
+    momentum: float = _learning(0.9, _share("M"), "momentum", needs=("optimizer", "sgd"))
+    weight_decay: float = _learning(
+        0.0,
+        _from_0("D"),
+        "decoupled weight decay",
+        needs=("optimizer", "adamw"),
+        synonyms=("wd", "decay", "l2"),
+    )
+    bop_rate: float = _learning(
+        1e-4,
+        _part("R"),
+        "part of the newest gradient in the running mean",
+        needs=("optimizer", "bop"),
+    )
+    bop_threshold: float = _learning(
+        1e-8, _from_0("T"), "least running mean for a flip", needs=("optimizer", "bop")
+    )
+    lr: float = _learning(
+        1e-3,
+        _positive("LR"),
+        "learning rate",
+        restore="reported",
+        synonyms=("learning_rate", "rate", "step_size", "eta"),
+    )
+    latent_lr: float = _learning(
+        1.0,
+        _positive("F"),
+        "further factor of the learning rate of latent weights",
+        needs=("binary",),
+    )
+    lr_scale: str = _learning(
+        "none",
+        Choice.of("none", "binarynet"),
+        "scale of the learning rate by layer: none, or binarynet, larger for binary weights",
+        needs=("binary",),
+    )
+    schedule: str = _learning(
+        "constant",
+        Choice.of("constant", "cosine", "exponential", "step"),
+        "course of the learning rate: constant, cosine, exponential or step",
+        synonyms=("scheduler", "lr_schedule", "lr_scheduler"),
+    )
+    final_lr: float = _learning(
+        0.0,
+        _up_to_1("F"),
+        "last factor of the learning rate",
+        needs=("schedule", "cosine", "exponential"),
+        synonyms=("min_lr",),
+    )
+    milestones: tuple[int, ...] = _learning(
+        (), Wholes(1), "steps at which the learning rate falls", needs=("schedule", "step")
+    )
+    milestone_factor: float = _learning(
+        0.1,
+        _part("F"),
+        "factor of the learning rate at each milestone",
+        needs=("schedule", "step"),
+        synonyms=("gamma",),
+    )
+    warm_up: int = _learning(
+        0,
+        Whole(0),
+        "steps over which the learning rate first rises",
+        synonyms=("warmup", "warmup_steps"),
+    )
+    average: str = _learning(
+        "none",
+        Choice.of("none", "ema", "swa"),
+        "evaluate averages of the weights over the steps: none, ema (exponential) or swa (of equal "
+        "weights); batch norm's statistics are taken for them anew",
+        synonyms=("averaging", "ema", "swa"),
+    )
+    average_decay: float = _learning(
+        0.999,
+        _share("D"),
+        "decay of the average",
+        needs=("average", "ema"),
+        synonyms=("ema_decay",),
+    )
+    average_from: int = _learning(
+        0, Whole(0), "step after which the average begins", needs=("average", "ema", "swa")
+    )
+
+    log_dir: str | None = _run(
+        None,
+        PathName(),
+        "make a numbered run folder in it: configuration, checkpoints, TensorBoard events",
+        restore="free",
+        synonyms=("logdir", "output", "out", "save_dir", "save", "log", "tensorboard"),
+    )
+    restore: str | None = _run(
+        None,
+        PathName(),
+        "go on from the newest checkpoint of a run folder, or from a checkpoint file",
+        restore="free",
+        synonyms=("resume", "load", "checkpoint", "continue"),
+    )
+    eval_every_n: int = _run(
+        100,
+        Whole(1),
+        "steps between evaluations, which are logged and saved",
+        restore="free",
+        synonyms=("eval", "eval_every", "log_every", "eval_interval"),
+    )
+    device: str = _run(
+        "auto",
+        Device(),
+        "device: auto, cpu, cuda or cuda:N",
+        restore="free",
+        synonyms=("cuda", "cpu"),
+    )
+    dtype: str = _run(
+        "float32",
+        Choice.of(*DTYPES),
+        "dtype of weights and arithmetic: float32 or float64; on a GPU also tf32 or bfloat16, in "
+        "which the fused step rounds the factors of dense products",
+        synonyms=("precision", "fp16", "bf16", "amp"),
+    )
+    fused: bool = _run(
+        True, Switch(), "on a GPU, make steps by fused kernels where these can", restore="reported"
+    )
+    graph: bool = _run(
+        True, Switch(), "replay fused steps as a CUDA graph", needs=("fused",), restore="free"
+    )
+    debug: bool = _run(
+        False,
+        Switch(),
+        "stop at the first NaN or infinity, from the command line in the debugger; slow",
+        restore="free",
+    )

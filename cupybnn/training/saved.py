@@ -1,0 +1,225 @@
+"""Trained models in run folders: opened without their data, whose description they carry."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupybnn import nn
+from cupybnn.backends.devices import device_of, resolve, to_device
+from cupybnn.data import Dataset
+from cupybnn.errors import CheckpointError
+from cupybnn.training import checkpoint as checkpoints
+from cupybnn.training.network import build_network
+from cupybnn.training.restore import stored_config
+
+__all__ = ["DataDescription", "load_model"]
+
+_WHICH = {"newest": checkpoints.NEWEST, "best": checkpoints.BEST}
+
+
+@dataclass(frozen=True)
+class DataDescription:
+    """What a checkpoint says of the images that its model was trained on.
+
+    Attributes
+    ----------
+    name : str
+    features, classes : int
+    image_shape : tuple of int or None
+        (height, width).
+    pixel_max : float or None
+        The network was fed ``pixel / pixel_max``.
+    train_images, test_images : int or None
+        How many there were.
+    sha256 : str or None
+        Of all images and labels.
+    """
+
+    name: str
+    features: int
+    classes: int
+    image_shape: tuple[int, ...] | None = None
+    pixel_max: float | None = None
+    train_images: int | None = None
+    test_images: int | None = None
+    sha256: str | None = None
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> DataDescription:
+        """Describe a data set; reads all of it."""
+        digest = hashlib.sha256()
+        for part in ("train", "test"):
+            for kind in ("images", "labels"):
+                array = np.ascontiguousarray(getattr(dataset, f"{part}_{kind}"))
+                digest.update(array.data)
+        shape = getattr(dataset, "image_shape", None)
+        return cls(
+            name=dataset.name,
+            features=dataset.features,
+            classes=dataset.classes,
+            image_shape=None if shape is None else tuple(shape),
+            pixel_max=getattr(dataset, "pixel_max", None),
+            train_images=len(dataset.train_labels),
+            test_images=len(dataset.test_labels),
+            sha256=digest.hexdigest(),
+        )
+
+    @classmethod
+    def stored(cls, checkpoint: checkpoints.Checkpoint) -> DataDescription:
+        """Read the description in a checkpoint; what an old one lacks comes from its arrays.
+
+        Raises
+        ------
+        CheckpointError
+            If it has neither.
+        """
+        found = checkpoint.info.get("data")
+        try:
+            if found is None:
+                return cls(
+                    name=checkpoint.info["dataset"],
+                    features=checkpoint.arrays["model/fc1.weight"].shape[0],
+                    classes=checkpoint.arrays["model/fcout.weight"].shape[1],
+                )
+            known = {field.name for field in fields(cls)}
+            settings = {name: value for name, value in found.items() if name in known}
+            shape = settings.get("image_shape")
+            return cls(**{**settings, "image_shape": None if shape is None else tuple(shape)})
+        except (AttributeError, KeyError, IndexError, TypeError) as error:
+            raise CheckpointError(
+                f"The checkpoint does not say what its model was trained on: {error!r}."
+            ) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dictionary that JSON can hold."""
+        return asdict(self)
+
+    def difference(self, now: DataDescription) -> str | None:
+        """Return a sentence if a run goes on with other images; None if not, or if unknown."""
+        if self.sha256 is None or self.sha256 == now.sha256:
+            return None
+        what = "the same number of images, but others"
+        before = (self.train_images, self.test_images)
+        if before != (now.train_images, now.test_images):
+            what = f"{now.train_images:,} training and {now.test_images:,} test images"
+        return (
+            f"These are not the images of the checkpoint, which was trained on "
+            f"{self.train_images:,} and tested on {self.test_images:,} images of {self.name}: this "
+            f"run has {what}, and no longer equals one that was never interrupted."
+        )
+
+    def scale(self, images: Any) -> np.ndarray:
+        """Return pixels as a network is fed with them: float32, shape (images, features).
+
+        Parameters
+        ----------
+        images : array_like, shape (images, ...)
+            As the files have them: numbers from 0 to `pixel_max`.
+
+        Raises
+        ------
+        ValueError
+            If an image does not have `features` pixels.
+        """
+        pixels = np.asarray(images)
+        if pixels.ndim < 2 or np.prod(pixels.shape[1:], dtype=int) != self.features:
+            raise ValueError(
+                f"The 'images' must be an array of images with {self.features} pixels each; got "
+                f"one of shape {pixels.shape}."
+            )
+        flat = pixels.reshape(len(pixels), self.features).astype(np.float32)
+        return flat if self.pixel_max is None else flat / np.float32(self.pixel_max)
+
+
+def load_model(
+    run: str | os.PathLike[str], *, which: str = "newest", device: str = "auto"
+) -> nn.Module:
+    """Open a trained model; the data it was trained on are not loaded.
+
+    Parameters
+    ----------
+    run : path-like
+        A run folder, or a checkpoint file.
+    which : {"newest", "best"}
+        Which checkpoint of a folder: the last one, or the one with the best accuracy on the
+        validation images; on the test images in a run without ``validation``.
+    device : str
+        "auto", "cpu", "cuda" or "cuda:N".
+
+    Returns
+    -------
+    Module
+        In evaluation mode, with averaged weights if the run averaged. Its attribute `trained_on`
+        is a `DataDescription`, which scales images as the model wants them.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such checkpoint, or it cannot be read.
+    DeviceError
+        If the device cannot be used.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import cupybnn
+    >>> from cupybnn.autograd import Tensor
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> settings = {"dataset": "digits", "binary": True, "max_steps": 10, "device": "cpu"}
+    >>> result = cupybnn.train(**settings, log_dir=folder.name)
+    >>> model = cupybnn.load_model(result.run_folder, device="cpu")
+    >>> images = model.trained_on.scale([[8] * 64, [16] * 64])
+    >>> model(Tensor(images)).shape
+    (2, 10)
+    """
+    target = resolve(device)
+    stored = checkpoints.load(_file(run, which))
+    config = stored_config(stored.info)
+    description = DataDescription.stored(stored)
+    model = build_network(config, description.features, description.classes)
+    try:
+        model.load_state_dict(_part(stored.arrays, "model/"))
+        _take_averages(model, stored.arrays)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"The checkpoint {run} does not fit its network: {error}") from error
+    model.to(target)
+    model.eval()
+    object.__setattr__(model, "trained_on", description)
+    return model
+
+
+def _file(run: str | os.PathLike[str], which: str) -> Path:
+    if which not in _WHICH:
+        raise ValueError(f"The 'which' must be one of {', '.join(_WHICH)}; got {which!r}.")
+    path = Path(run).expanduser()
+    if path.is_dir() and which == "best":
+        path = path / _WHICH[which]
+    return checkpoints.find(path)
+
+
+def _part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def _take_averages(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+    """Put averaged weights and their statistics into a model, if there are any.
+
+    Checkpoints of earlier versions have averages without statistics; where there is batch norm,
+    the model then stays as training left it.
+    """
+    average, statistics = _part(arrays, "average/"), _part(arrays, "averaged/")
+    buffers = dict(model.named_buffers())
+    if int(average.get("updates", 0)) == 0 or buffers.keys() != statistics.keys():
+        return
+    for i, parameter in enumerate(model.parameters()):
+        array = parameter.write()
+        array[...] = to_device(average[str(i)], device_of(array))
+    for name, buffer in buffers.items():
+        buffer[...] = statistics[name]

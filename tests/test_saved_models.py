@@ -1,0 +1,164 @@
+"""Trained models: the one a run returns, and the same one opened from its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import cupybnn
+from cupybnn import data
+from cupybnn.autograd import Tensor
+from cupybnn.errors import CheckpointError
+from cupybnn.training import Callback, DataDescription, TrainConfig, Trainer, restored_config
+from cupybnn.training.checkpoint import BEST, NEWEST, Checkpoint, load, save
+
+QUICK = {"dataset": "digits", "device": "cpu", "n_hidden": 24, "max_steps": 30, "eval_every_n": 10}
+NETWORKS = {
+    "full precision": {},
+    "binary": {"binary": True, "xnor": True},
+    "without batch norm": {"binary": True, "batch_norm": False, "first": True, "last": True},
+    "averaged": {"binary": True, "average": "ema", "average_decay": 0.9},
+    "averaged, without batch norm": {"average": "swa", "average_from": 12},
+    "no average yet": {"batch_norm": True, "average": "ema", "average_from": 1000},
+    "float64": {"dtype": "float64"},
+}
+
+
+def accuracy(model, images, labels):
+    return float((model(Tensor(images)).numpy().argmax(axis=1) == labels).mean())
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+@pytest.mark.parametrize("settings", NETWORKS.values(), ids=NETWORKS.keys())
+def test_what_a_run_returns_and_what_is_opened_are_what_was_evaluated(
+    tmp_path, digits, settings, monkeypatch
+):
+    trainer = Trainer(TrainConfig(**QUICK, **settings, log_dir=str(tmp_path)))
+    result = trainer.run()
+    monkeypatch.setattr(data.dataset, "load", lambda *a, **k: pytest.fail("data were loaded"))
+    opened = cupybnn.load_model(result.run_folder, device="cpu")
+    images = opened.trained_on.scale(digits.test_images).astype(trainer.config.storage_dtype)
+    np.testing.assert_array_equal(images, trainer.data.scale(digits.test_images))
+    for model in (result.model, opened):
+        assert not any(module.training for _, module in model.named_modules())
+        assert accuracy(model, images, digits.test_labels) == result.final_accuracy
+    np.testing.assert_array_equal(
+        opened(Tensor(images)).numpy(), result.model(Tensor(images)).numpy()
+    )
+
+
+def test_training_goes_on_with_weights_that_are_not_the_averages():
+    trainer = Trainer(TrainConfig(**QUICK, **NETWORKS["averaged"]))
+    result = trainer.run()
+    last, averaged = trainer.model.fc1.weight.numpy(), result.model.fc1.weight.numpy()
+    assert (last != averaged).any()
+
+
+def test_what_is_known_of_the_images(tmp_path, digits):
+    result = cupybnn.train(**QUICK, log_dir=str(tmp_path), validation=142)
+    described = cupybnn.load_model(result.run_folder, device="cpu").trained_on
+    assert described == DataDescription.of(digits.with_validation(142))
+    assert (described.name, described.features, described.classes) == ("digits", 64, 10)
+    assert (described.image_shape, described.pixel_max) == ((8, 8), 16)
+    assert (described.train_images, described.test_images) == (1300, 142)
+    eight = digits.test_images[:3].reshape(3, 8, 8)
+    np.testing.assert_array_equal(described.scale(eight), described.scale(eight.reshape(3, 64)))
+    with pytest.raises(ValueError, match=r"images with 64 pixels each; got one of shape \(64,\)"):
+        described.scale(eight[0].ravel())
+
+
+class BestIsNotNewest(Callback):
+    """Spoil the network after its last evaluation but one, so that this one stays the best."""
+
+    def on_step(self, trainer, step, output):
+        if step == 28:
+            for parameter in trainer.model.parameters():
+                parameter.write()[...] = 0
+
+
+def test_newest_best_and_files(tmp_path):
+    config = TrainConfig(**QUICK, lr=1e-2, log_dir=str(tmp_path))
+    folder = Trainer(config, [BestIsNotNewest()]).run().run_folder
+    weights = {
+        name: cupybnn.load_model(run, which=which, device="cpu").fc1.weight.numpy()
+        for name, run, which in (
+            ("default", folder, "newest"),
+            ("best", folder, "best"),
+            ("newest file", folder / NEWEST, "newest"),
+            ("best file", folder / BEST, "newest"),
+        )
+    }
+    np.testing.assert_array_equal(weights["default"], weights["newest file"])
+    np.testing.assert_array_equal(weights["best"], weights["best file"])
+    np.testing.assert_array_equal(weights["best"], load(folder / BEST).arrays["model/fc1.weight"])
+    assert (weights["best"] != weights["default"]).any()
+    with pytest.raises(ValueError, match="'which' must be one of newest, best; got 'first'"):
+        cupybnn.load_model(folder, which="first")
+    (folder / BEST).unlink()
+    with pytest.raises(CheckpointError, match=r"best\.npz, does not exist"):
+        cupybnn.load_model(folder, which="best")
+
+
+def test_checkpoints_of_earlier_versions(tmp_path, digits):
+    """They say nothing of the images, and keep averages without batch norm's statistics."""
+    for settings in (NETWORKS["binary"], NETWORKS["averaged"]):
+        result = cupybnn.train(**QUICK, **settings, log_dir=str(tmp_path))
+        new = load(result.run_folder)
+        info = {name: value for name, value in new.info.items() if name != "data"}
+        arrays = {k: v for k, v in new.arrays.items() if not k.startswith("averaged/")}
+        save(tmp_path / "old.npz", Checkpoint(new.step, arrays, info))
+        model = cupybnn.load_model(tmp_path / "old.npz", device="cpu")
+        assert model.trained_on == DataDescription("digits", 64, 10)
+        np.testing.assert_array_equal(model.fc1.weight.numpy(), arrays["model/fc1.weight"])
+        again = restored_config(str(tmp_path / "old.npz"), max_steps=32)
+        assert Trainer(again).run().notices == ()
+
+
+def test_checkpoints_that_describe_nothing(tmp_path):
+    result = cupybnn.train(**QUICK, log_dir=str(tmp_path))
+    good = load(result.run_folder)
+    for wrong in ("x", {}, {"name": "digits"}, {"name": "digits", "features": 64}):
+        save(tmp_path / "x.npz", dataclasses.replace(good, info={**good.info, "data": wrong}))
+        with pytest.raises(CheckpointError, match="does not say what its model was trained on"):
+            cupybnn.load_model(tmp_path / "x.npz")
+    other = {**good.info["data"], "features": 63}
+    save(tmp_path / "x.npz", dataclasses.replace(good, info={**good.info, "data": other}))
+    with pytest.raises(CheckpointError, match=r"x\.npz does not fit its network"):
+        cupybnn.load_model(tmp_path / "x.npz")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return cupybnn.train(**QUICK, log_dir=str(tmp_path_factory.mktemp("runs"))).run_folder
+
+
+class TestOtherImages:
+    def go_on(self, folder, dataset):
+        config = restored_config(str(folder), max_steps=31)
+        return Trainer(config, dataset=dataset).notices
+
+    def test_the_same_ones(self, folder, digits):
+        assert self.go_on(folder, digits) == []
+
+    def test_fewer(self, folder, digits):
+        fewer = dataclasses.replace(
+            digits, train_images=digits.train_images[9:], train_labels=digits.train_labels[9:]
+        )
+        assert self.go_on(folder, fewer) == [
+            "These are not the images of the checkpoint, which was trained on 1,442 and tested on "
+            "355 images of digits: this run has 1,433 training and 355 test images, and no longer "
+            "equals one that was never interrupted."
+        ]
+
+    @pytest.mark.parametrize("part", ["train_images", "train_labels", "test_images", "test_labels"])
+    def test_as_many_but_one_differs(self, folder, digits, part):
+        changed = getattr(digits, part).copy()
+        changed.flat[7] ^= 1
+        (said,) = self.go_on(folder, dataclasses.replace(digits, **{part: changed}))
+        assert "this run has the same number of images, but others" in said
