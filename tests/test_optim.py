@@ -435,10 +435,14 @@ class TestGroups:
             optim.SGD([make(np, (2,))], 0.1, schedule=0.5)
 
     def test_gradient_of_another_shape(self):
-        p = make(np, (2, 3))
-        p.grad = np.ones(6)
+        first, p = make(np, (2,)), make(np, (2, 3))
+        first.grad, p.grad = np.ones(2), np.ones(6)
+        before = first.data.copy()
+        optimizer = optim.SGD([first, p], 0.1)
         with pytest.raises(ValueError, match=r"have its shape \(2, 3\); got \(6,\)"):
-            optim.SGD([p], 0.1).step()
+            optimizer.step()
+        assert optimizer.steps == 0
+        np.testing.assert_array_equal(first.data, before)
 
     @pytest.mark.parametrize("value", [-1, math.nan, math.inf, "a", None, [1.0], True])
     @pytest.mark.parametrize(
