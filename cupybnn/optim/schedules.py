@@ -72,7 +72,7 @@ def warm_up(steps: int, then: Schedule | None = None) -> Schedule:
 
 def _warm_up(number: int, steps: int, then: Schedule) -> float:
     if number < steps:
-        return then(0) * (number + 1) / (steps + 1)
+        return then(0) * ((number + 1) / (steps + 1))  # of whole numbers of any size
     return then(number - steps)
 
 
