@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
-import importlib
-
 import numpy as np
 import pytest
 from arrays import host, leaf
@@ -282,10 +279,3 @@ class TestMse:
             ops.mse(a[:0], a[:0])
         with pytest.raises(TypeError, match="'outputs' of mse must be floating"):
             ops.mse(Tensor(xp.asarray([1])), xp.asarray([1]))
-
-
-@pytest.mark.parametrize(
-    "module", ["cast", "compare", "joining", "losses", "select", "softmax", "quantizer"]
-)
-def test_examples(module):
-    assert doctest.testmod(importlib.import_module(f"cupybnn.ops.{module}")).failed == 0
