@@ -120,7 +120,7 @@ class Trainer:
         self.device = resolve(config.device)
         if self.device.kind == "cpu":
             numpy_memory.keep_freed()
-        stored = checkpoints.load(config.restore) if config.restore is not None else None
+        stored = checkpoints.load_run(config.restore) if config.restore is not None else None
         if config.restore is not None and stored is not None:
             remove_abandoned(checkpoints.find(config.restore).parent)
             for sentence in check_settings(config, stored):
