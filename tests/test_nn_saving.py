@@ -10,6 +10,7 @@ import pytest
 
 from cupybnn import nn
 from cupybnn.errors import CheckpointError
+from cupybnn.npz import NpzFile
 
 
 def make(rng=0, dtype="float32", classes=3):
@@ -140,7 +141,7 @@ def test_files_that_are_not_there_or_not_ours(saved, tmp_path):
         ({"arrays": None}, "damaged: its header does not list"),
         ({"arrays": {"1.weight": ["float32", [-1]]}}, "does not list"),
         ({"arrays": {"1.weight": "float32"}}, "does not list"),
-        ({"arrays": {"gone": ["float32", [1]]}}, "the array 'gone' is missing"),
+        ({"arrays": {"gone": ["float32", [1]]}}, "damaged: its entry 'array/gone': it is missing"),
         (
             {"arrays": {"1.weight": ["float64", [4, 5]]}},
             r"'1.weight' must be \(4, 5\) float64 according to the header, is \(4, 5\) float32",
@@ -166,3 +167,20 @@ def test_arrays_of_a_wrong_kind(saved):
     rewrite(saved, **{"array/1.weight": np.zeros((4, 5), complex)})
     with pytest.raises(CheckpointError, match=r"'1.weight' must be .* is \(4, 5\) complex128"):
         nn.load(make(), saved)
+
+
+def test_only_arrays_that_fit_are_read(saved, monkeypatch):
+    """A file with large arrays of other names or shapes takes no memory."""
+    read, whole = [], NpzFile.read
+
+    def noted(file, name, *limit):
+        read.append(name)
+        return whole(file, name, *limit)
+
+    monkeypatch.setattr(NpzFile, "read", noted)
+    other = nn.Sequential(out=nn.BinaryLinear(5, 2, bias=True, rng=0), sign=nn.Sign())
+    other.norm = nn.BatchNorm(5)
+    with pytest.raises(CheckpointError, match=r"out.weight: must be \(5, 2\) float32, is \(5, 3\)"):
+        nn.load(other, saved)
+    arrays = {"array/norm.gamma", "array/norm.beta", "array/norm.mean", "array/norm.variance"}
+    assert set(read) == {"header", *arrays}

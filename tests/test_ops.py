@@ -354,3 +354,62 @@ def test_l1_and_absolute_have_no_gradient_at_zero(xp):
         x = Tensor(xp.asarray([-2.0, -0.0, 0.0, 3.0]), requires_grad=True)
         op(x).backward()
         np.testing.assert_array_equal(host(x.grad), [-1, 0, 0, 1])
+
+
+class TestCrossEntropyOfWhatIsImprobable:
+    """Logits of -inf and far apart, and labels that do not sum to 1."""
+
+    @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+    def test_unlabelled_class_of_minus_infinity(self, xp, dtype):
+        logits = Tensor(xp.asarray([[1.0, -np.inf, 0.0]], dtype), requires_grad=True)
+        for labels in (np.array([0]), np.array([[1.0, 0.0, 0.0]])):
+            logits.zero_grad()
+            loss = ops.softmax_cross_entropy(logits, xp.asarray(labels))
+            loss.backward()
+            share = 1 / (1 + np.exp(-1))
+            assert loss.item() == pytest.approx(-np.log(share), rel=1e-3)
+            np.testing.assert_allclose(host(logits.grad), [[share - 1, 0, 1 - share]], rtol=1e-3)
+
+    @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+    def test_labelled_class_of_minus_infinity(self, xp, smoothing):
+        logits = Tensor(xp.asarray([[0.0, -np.inf]]), requires_grad=True)
+        loss = ops.softmax_cross_entropy(logits, xp.asarray([int(not smoothing)]), smoothing)
+        loss.backward()
+        assert loss.item() == np.inf
+        assert np.isfinite(host(logits.grad)).all()
+
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_differences_that_overflow(self, xp, dtype):
+        most = np.finfo(dtype).max
+        logits = Tensor(xp.asarray([[most, -most], [-most, most]], dtype), requires_grad=True)
+        loss = ops.softmax_cross_entropy(logits, xp.asarray([0, 1]))
+        loss.backward()
+        assert loss.item() == 0
+        np.testing.assert_array_equal(host(logits.grad), [[0, 0], [0, 0]])
+        assert ops.softmax_cross_entropy(logits, xp.asarray([0, 0])).item() == np.inf
+
+    def test_what_has_no_loss_is_nan(self, xp):
+        for row in ([np.nan, 0.0], [0.0, np.nan], [-np.inf, -np.inf], [np.inf, 0.0]):
+            loss = ops.softmax_cross_entropy(Tensor(xp.asarray([row])), xp.asarray([0]))
+            assert np.isnan(loss.item())
+
+    @pytest.mark.parametrize("smoothing", [0.0, 0.2])
+    def test_labels_that_do_not_sum_to_one(self, xp, smoothing):
+        logits = tensor(xp, 4, 3)
+        labels = xp.asarray([[0.5, 0, 0], [0, 0, 0], [2, 1, 0.5], [0.2, 0.3, 0.5]])
+        loss = ops.softmax_cross_entropy(logits, labels, smoothing)
+        targets = host(labels) * (1 - smoothing) + smoothing / 3
+        expected = -(targets * log_softmax(host(logits.data))).sum(1).mean()
+        assert loss.item() == pytest.approx(expected, rel=1e-12)
+        assert gradcheck(lambda x: ops.softmax_cross_entropy(x, labels, smoothing), logits)
+        if not smoothing:
+            np.testing.assert_array_equal(host(logits.grad)[1], [0, 0, 0])
+
+    @pytest.mark.gpu
+    def test_label_out_of_range_has_no_weight(self):
+        import cupy
+
+        logits = tensor(cupy, 2, 3)
+        loss = ops.softmax_cross_entropy(logits, cupy.asarray([0, 7]))
+        loss.backward()
+        np.testing.assert_array_equal(host(logits.grad)[1], [0, 0, 0])

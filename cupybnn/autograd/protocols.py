@@ -11,6 +11,7 @@ from cupybnn.backends.devices import is_cupy
 
 if TYPE_CHECKING:
     from cupybnn.autograd.tensor import Tensor
+    from cupybnn.backends.devices import Device
 
 __all__ = ["Protocols"]
 
@@ -23,12 +24,17 @@ class Protocols:
     if TYPE_CHECKING:
         _data: Any
         data: Any
-        device: Any
-        dtype: np.dtype
-        ndim: int
-        shape: tuple[int, ...]
-        size: int
 
+        @property
+        def device(self) -> Device: ...
+        @property
+        def dtype(self) -> np.dtype: ...
+        @property
+        def ndim(self) -> int: ...
+        @property
+        def shape(self) -> tuple[int, ...]: ...
+        @property
+        def size(self) -> int: ...
         def __getitem__(self, key: Any) -> Tensor: ...
 
     def item(self) -> float | int | bool:

@@ -77,40 +77,38 @@ def _decorated(setting: type[Setting], function: Any) -> Any:
     """Return `function` so that `setting` holds while its code runs, of the same kind as it is."""
     await_held = types.coroutine(_held)
 
-    if _is(inspect.isasyncgenfunction, function):
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        with setting():
+            return function(*args, **kwargs)
 
-        async def wrapper(*args: Any, **kwargs: Any) -> Any:
-            inner = function(*args, **kwargs)
-            step = inner.asend(None)
-            while True:
-                try:
-                    result = await await_held(setting, step)
-                except StopAsyncIteration:
-                    return
-                try:
-                    step = inner.asend((yield result))
-                except GeneratorExit:
-                    await await_held(setting, inner.aclose())
-                    raise
-                except BaseException as error:
-                    step = inner.athrow(error)
+    def generator(*args: Any, **kwargs: Any) -> Any:
+        return (yield from _held(setting, function(*args, **kwargs)))
 
-    elif _is(inspect.iscoroutinefunction, function):
+    async def coroutine(*args: Any, **kwargs: Any) -> Any:
+        return await await_held(setting, function(*args, **kwargs))
 
-        async def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return await await_held(setting, function(*args, **kwargs))
+    async def asynchronous_generator(*args: Any, **kwargs: Any) -> Any:
+        inner = function(*args, **kwargs)
+        step = inner.asend(None)
+        while True:
+            try:
+                result = await await_held(setting, step)
+            except StopAsyncIteration:
+                return
+            try:
+                step = inner.asend((yield result))
+            except GeneratorExit:
+                await await_held(setting, inner.aclose())
+                raise
+            except BaseException as error:
+                step = inner.athrow(error)
 
-    elif _is(inspect.isgeneratorfunction, function):
-
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return (yield from _held(setting, function(*args, **kwargs)))
-
-    else:
-
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            with setting():
-                return function(*args, **kwargs)
-
+    kinds: list[tuple[Callable[[Any], bool], Any]] = [
+        (inspect.isasyncgenfunction, asynchronous_generator),
+        (inspect.iscoroutinefunction, coroutine),
+        (inspect.isgeneratorfunction, generator),
+    ]
+    wrapper = next((wrapper for kind, wrapper in kinds if _is(kind, function)), plain)
     return functools.update_wrapper(wrapper, function)
 
 

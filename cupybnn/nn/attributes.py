@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 __all__ = ["held_in", "stray_error"]
 
-_CONTAINERS = (list, tuple, set, frozenset, deque)
+_CONTAINERS = (list, tuple, set, frozenset, deque, dict)
 # Objects whose attributes say nothing about a model.
 _CLOSED = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType)
+# Most of what is in containers and objects. Modules are walked in every training step.
+_SIMPLE = frozenset({int, float, bool, str, bytes, type(None)})
 
 
 def held_in(value: Any, wanted: Callable[[Any], bool]) -> Iterator[tuple[str, Any]]:
@@ -33,13 +35,15 @@ def held_in(value: Any, wanted: Callable[[Any], bool]) -> Iterator[tuple[str, An
         As in ``[0]``, ``['encoder']`` or ``.hidden``.
     item : object
     """
-    if isinstance(value, (*_CONTAINERS, Mapping)):
+    if isinstance(value, _CONTAINERS):
         yield from _in_container(value, "", wanted, set())
     elif not isinstance(value, _CLOSED):
         for name, item in list(getattr(value, "__dict__", {}).items()):
+            if type(item) in _SIMPLE:
+                continue
             if wanted(item):
                 yield f".{name}", item
-            elif isinstance(item, (*_CONTAINERS, Mapping)):
+            elif isinstance(item, _CONTAINERS):
                 yield from _in_container(item, f".{name}", wanted, set())
 
 
@@ -49,12 +53,14 @@ def _in_container(
     if id(value) in seen:  # a list that contains itself
         return
     seen.add(id(value))
-    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, item in list(items):
+        if type(item) in _SIMPLE:
+            continue
         here = f"{place}[{key!r}]"
         if wanted(item):
             yield here, item
-        elif isinstance(item, (*_CONTAINERS, Mapping)):
+        elif isinstance(item, _CONTAINERS):
             yield from _in_container(item, here, wanted, seen)
 
 
@@ -72,12 +78,12 @@ def stray_error(owner: Any, name: str, value: Any, place: str, item: Any) -> Typ
         As `held_in` yields them.
     """
     kind = type(value).__name__
-    if not isinstance(value, (*_CONTAINERS, Mapping)):
+    if not isinstance(value, _CONTAINERS):
         fix = f"nn.Module as the base class of {kind}"
     elif not hasattr(item, "named_modules"):
         fix = "an attribute of its own for each parameter"
     else:
-        fix = f"nn.Module{'Dict' if isinstance(value, Mapping) else 'List'} for {name!r}"
+        fix = f"nn.Module{'Dict' if isinstance(value, dict) else 'List'} for {name!r}"
     return TypeError(
         f"The attribute {name!r} of {type(owner).__name__} must not hold a {type(item).__name__} "
         f"(at {name}{place}) in a {kind}, where parameters(), state_dict() and to() do not see it. "

@@ -62,7 +62,7 @@ class Module:
         If a module or parameter is put where it would not be found: into a plain list, tuple, set
         or dict, into an object that is no module, or into the class itself. A list that merely
         repeats modules which also have attributes of their own is allowed. What is appended to a
-        list later is noticed when modules or parameters are next listed. To refer to a module
+        list later is noticed when parameters are next listed. To refer to a module
         without making it a part of this one, keep a function that returns it.
     """
 
@@ -92,10 +92,10 @@ class Module:
                     f"nn.Parameter or None; got {type(value).__name__}. To change its values, "
                     f"assign to its data: .{name}.data = ..."
                 )
-            if not isinstance(value, _PLAIN):
-                held = list(held_in(value, _is_part))
-                if held:
-                    self._refuse_strays([(self, name, value, place, item) for place, item in held])
+            if type(value) not in _PLAIN and not isinstance(value, Module):
+                self._refuse_strays(
+                    [(self, name, value, *each) for each in held_in(value, _is_part)]
+                )
         super().__setattr__(name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -123,46 +123,42 @@ class Module:
         prefix : str
             What the names begin with.
         """
-        found, held = self._walk()
-        if held:
-            self._refuse_strays(held, found)
-        for name, module in found:
+        for name, module in self._modules():
             yield ".".join(part for part in (prefix, name) if part), module
 
-    def _walk(self) -> tuple[list[tuple[str, Module]], list[tuple[Any, ...]]]:
-        """Return names and modules, and what lies in containers, as `_refuse_strays` takes it."""
+    def _modules(self) -> list[tuple[str, Module]]:
         found: list[tuple[str, Module]] = []
-        held: list[tuple[Any, ...]] = []
         seen: set[int] = set()
 
         def visit(name: str, module: Module) -> None:
             seen.add(id(module))
             found.append((name, module))
             for attribute, value in list(vars(module).items()):
-                if isinstance(value, Module):
-                    if id(value) not in seen:
-                        visit(f"{name}.{attribute}" if name else attribute, value)
-                elif not isinstance(value, _PLAIN):
-                    held.extend(
-                        (module, attribute, value, place, item)
-                        for place, item in held_in(value, _is_part)
-                    )
+                if isinstance(value, Module) and id(value) not in seen:
+                    visit(f"{name}.{attribute}" if name else attribute, value)
 
         visit("", self)
-        return found, held
+        return found
 
-    def _refuse_strays(
-        self, held: list[tuple[Any, ...]], found: list[tuple[str, Module]] | None = None
-    ) -> None:
+    def _check_parts(self) -> None:
+        """Raise TypeError if something lies where it is not found; see the class."""
+        held = []
+        for _, module in self._modules():
+            for name, value in list(vars(module).items()):
+                if type(value) not in _PLAIN and not isinstance(value, Module):
+                    held += [(module, name, value, *each) for each in held_in(value, _is_part)]
+        self._refuse_strays(held)
+
+    def _refuse_strays(self, held: list[tuple[Any, ...]]) -> None:
         """Raise TypeError if anything of `held` is not among this module's own parts as well.
 
         Parameters
         ----------
         held : list of (owner, attribute, value, place, item)
-        found : list of (name, module), optional
-            All modules, if they have been listed.
         """
-        modules = [module for _, module in (self._walk()[0] if found is None else found)]
+        if not held:
+            return
+        modules = [module for _, module in self._modules()]
         known = {id(module) for module in modules}
         known |= {id(v) for m in modules for v in vars(m).values() if isinstance(v, Parameter)}
         for stray in held:
@@ -177,6 +173,8 @@ class Module:
         recurse : bool
             Whether to go into the modules within this one.
         """
+        if recurse:
+            self._check_parts()
         seen: set[int] = set()
         for prefix, module in self.named_modules() if recurse else [("", self)]:
             for name, value in vars(module).items():
@@ -261,6 +259,7 @@ class Module:
     def to(self: _M, device: str | Device) -> _M:
         """Move parameters and buffers to "cpu", "cuda", "cuda:1", ...; returns the module."""
         target = resolve(device)
+        self._check_parts()
         for _, module in self.named_modules():
             for name, value in vars(module).items():
                 if isinstance(value, Parameter):
@@ -285,6 +284,7 @@ class Module:
 
     def summary(self) -> Summary:
         """Return a table of the layers: shapes, parameters, bits and bytes."""
+        self._check_parts()
         rows = (module._row(name) for name, module in self.named_modules())
         return Summary(tuple(row for row in rows if row is not None))
 
@@ -328,5 +328,5 @@ def _is_part(value: Any) -> bool:
     return isinstance(value, (Module, Parameter))
 
 
-# Values without parts in them, by far the most: they are not looked into.
-_PLAIN = (Module, Tensor, np.ndarray, np.generic, str, bytes, int, float, type(None))
+# Types of values that have no parts in them, by far the most: those are not looked into.
+_PLAIN = frozenset({Parameter, Tensor, np.ndarray, str, int, float, bool, type(None)})

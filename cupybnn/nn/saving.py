@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from cupybnn.errors import CheckpointError
-from cupybnn.files import atomic_write, read_npz
+from cupybnn.files import atomic_write
 from cupybnn.nn.module import Module
+from cupybnn.npz import NpzFile, open_npz
+from cupybnn.paths import checked_path
 
 __all__ = ["load", "read_state", "save"]
 
@@ -20,6 +22,7 @@ _FORMAT = "cupybnn-model"
 _VERSION = 1
 _HEADER = "header"  # member with the JSON text; arrays are in members named "array/<name>"
 _PREFIX = "array/"
+_LONGEST_HEADER = 1 << 24  # bytes
 
 _M = TypeVar("_M", bound=Module)
 
@@ -57,7 +60,7 @@ def save(model: Module, path: str | os.PathLike[str]) -> None:
     True
     """
     _check_model("save", model)
-    path = Path(path).expanduser()
+    path = checked_path(path)
     state = model.state_dict()
     for name, array in state.items():
         if array.dtype.kind not in "biuf":
@@ -106,7 +109,8 @@ def load(model: _M, path: str | os.PathLike[str], strict: bool = True) -> _M:
         misfits are listed by name, and the model is as it was.
     """
     _check_model("load", model)
-    state = read_state(path)
+    own = model._state()
+    state = _read(path, lambda name, shape: name in own and own[name].shape == shape)
     try:
         model.load_state_dict(state, strict)
     except ValueError as error:
@@ -122,14 +126,30 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     CheckpointError
         If the file cannot be read, is damaged or no model file.
     """
-    path = Path(path).expanduser()
+    return _read(path, lambda name, shape: True)
+
+
+def _read(
+    path: str | os.PathLike[str], wanted: Callable[[str, tuple[int, ...]], bool]
+) -> dict[str, np.ndarray]:
+    """Read arrays by name; for those not wanted, arrays of zeros that take no memory."""
+    path = checked_path(path)
     try:
-        expected = _declared_arrays(path, read_npz(path, (_HEADER,)))
-        members = read_npz(path, tuple(_PREFIX + name for name in expected))
-        return {
-            name: _restored(name, members.get(_PREFIX + name), dtype, shape)
-            for name, (dtype, shape) in expected.items()
-        }
+        with open_npz(path) as file:
+            state = {}
+            for name, (dtype, shape) in _declared_arrays(path, file).items():
+                member = _PREFIX + name
+                is_shape, is_dtype = file.header(member)
+                if is_dtype.name != dtype or list(is_shape) != shape:
+                    raise ValueError(
+                        f"the array {name!r} must be {tuple(shape)} {dtype} according to the "
+                        f"header, is {is_shape} {is_dtype}"
+                    )
+                if wanted(name, is_shape):
+                    state[name] = file.read(member)
+                else:
+                    state[name] = np.broadcast_to(np.zeros((), is_dtype), is_shape)
+            return state
     except OSError as error:
         raise CheckpointError(
             f"The model file {path} cannot be read: {error.strerror or error}."
@@ -147,21 +167,14 @@ def _check_model(function: str, model: Any) -> None:
         )
 
 
-def _restored(name: str, array: np.ndarray | None, dtype: str, shape: list[int]) -> np.ndarray:
-    if array is None:
-        raise ValueError(f"the array {name!r} is missing")
-    if array.dtype.name != dtype or list(array.shape) != shape:
-        raise ValueError(
-            f"the array {name!r} must be {tuple(shape)} {dtype} according to the header, is "
-            f"{array.shape} {array.dtype}"
-        )
-    return array
-
-
-def _declared_arrays(path: Path, entries: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _declared_arrays(path: Path, file: NpzFile) -> dict[str, Any]:
     """Return the dtype and shape of each array, from a checked header."""
+    if _HEADER in file.names:
+        text = str(file.read(_HEADER, _LONGEST_HEADER))
+    else:
+        text = ""
     try:
-        header = json.loads(str(entries[_HEADER]))
+        header = json.loads(text)
         ours = header["format"] == _FORMAT
     except (KeyError, TypeError, ValueError, RecursionError):
         ours = False

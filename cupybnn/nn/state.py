@@ -62,7 +62,7 @@ class Expected:
 
     def _bad_values(self, array: Any) -> str | None:
         xp = array_module(array)
-        if array.dtype.kind not in "iu":
+        if array.dtype.kind in "fcV":
             cast = array.astype(self.dtype)
             lost = int((xp.isfinite(array) & ~xp.isfinite(cast)).sum())
             if lost:
@@ -70,7 +70,7 @@ class Expected:
             bad = int((~xp.isfinite(cast)).sum()) if self.finite else 0
             if bad:
                 return f"must be finite; {bad} of its values are NaN or infinite"
-        elif array.dtype != self.dtype and array.size:
+        elif array.dtype.kind in "iu" and array.dtype != self.dtype and array.size:
             limits = np.iinfo(self.dtype)
             low, high = int(array.min()), int(array.max())
             if low < limits.min or high > limits.max:

@@ -19,10 +19,9 @@ class Softmax(Function):
         wide = widened(x)
         out = ctx.xp.exp(wide - wide.max(axis=axis, keepdims=True))
         out /= out.sum(axis=axis, keepdims=True)
-        out = narrowed(out, x)
         ctx.axis = axis
         ctx.save(out)
-        return out
+        return narrowed(out, x)
 
     @staticmethod
     def backward(ctx: Context, grad: Any) -> Any:
@@ -39,15 +38,15 @@ class LogSoftmax(Function):
     def forward(ctx: Context, x: Any, axis: int) -> Any:
         xp, wide = ctx.xp, widened(x)
         shifted = wide - wide.max(axis=axis, keepdims=True)
-        out = narrowed(shifted - xp.log(xp.exp(shifted).sum(axis=axis, keepdims=True)), x)
+        out = shifted - xp.log(xp.exp(shifted).sum(axis=axis, keepdims=True))
         ctx.axis = axis
         ctx.save(out)
-        return out
+        return narrowed(out, x)
 
     @staticmethod
     def backward(ctx: Context, grad: Any) -> Any:
         (out,) = ctx.saved
-        shares = ctx.xp.exp(widened(out)) * wide_sum(grad, ctx.axis, keepdims=True)
+        shares = ctx.xp.exp(out) * wide_sum(grad, ctx.axis, keepdims=True)
         return narrowed(grad - shares, grad)
 
 

@@ -60,79 +60,72 @@ class WeightAverage:
         self.decay = decay
         self.updates = 0
         self.averages = [p._data.astype(statistics_dtype(p.dtype)) for p in self.parameters]
-        self._live: list[Any] | None = None  # the weights put aside by `applied`
+        # The weights that training goes on with, while the parameters have their averages.
+        self._kept: list[Any] | None = None
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether the parameters have their averaged values now: within `applied`."""
+        return self._kept is not None
 
     def update(self) -> None:
-        """Take the current weights into the average; the first ones are the whole of it.
+        """Add the weights to the average; the first ones are the whole of it.
 
-        Raises
-        ------
-        RuntimeError
-            Within `applied`, where the parameters hold the average itself.
+        Within `applied` these are the weights that were there before, and the parameters keep the
+        average they have.
         """
-        if self._live is not None:
-            raise RuntimeError(
-                "update() must not be called within applied(), where the parameters hold their "
-                "averages. Call it after the block, or within suspended()."
-            )
         self.updates += 1
         if self.decay is None:
             part = 1 / self.updates
         else:
             part = (1 - self.decay) / (1 - self.decay**self.updates)
-        for i, parameter in enumerate(self.parameters):
-            array = parameter._data
-            average = self.averages[i] = to_device(self.averages[i], device_of(array))
+        present = [p._data for p in self.parameters] if self._kept is None else self._kept
+        for i, weight in enumerate(present):
+            average = self.averages[i] = to_device(self.averages[i], device_of(weight))
             with device_of(average).scope():
-                average += part * (array - average)
+                average += part * (weight - average)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Context within which the parameters have their averaged values.
 
-        Entered again within itself, it changes nothing. What is written to the parameters within is
-        lost at its end.
+        It may be entered again within itself, which changes nothing. However it ends, the
+        parameters get back the values they had before; what was written to them within is lost.
         """
-        if self._live is not None:
+        if self._kept is not None:
             yield
             return
-        self._live = [self._exchange(p, a) for p, a in self._pairs()]
+        kept = [_copy(p._data) for p in self.parameters]
         try:
+            self._kept = kept
+            self._write(self.averages)
             yield
         finally:
-            self._put_back()
+            self._write(kept)
+            self._kept = None
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Context within `applied` in which the parameters have their own values again.
+        """Context within `applied` in which the parameters have their own values for a while.
 
         To save the state of a training run, for example. Outside of `applied` it changes nothing.
         """
-        if self._live is None:
+        kept = self._kept
+        if kept is None:
             yield
             return
-        self._put_back()
+        inside = [_copy(p._data) for p in self.parameters]
         try:
+            self._kept = None
+            self._write(kept)
             yield
         finally:
-            self._live = [self._exchange(p, a) for p, a in self._pairs()]
+            self._write(inside)
+            self._kept = kept
 
-    def _pairs(self) -> Iterator[tuple[Parameter, Any]]:
-        return zip(self.parameters, self.averages, strict=True)
-
-    @staticmethod
-    def _exchange(parameter: Parameter, array: Any) -> Any:
-        """Copy `array` into a parameter, and return what was there."""
-        target = parameter.write()
-        with device_of(target).scope():
-            before = target.copy()
-        copy_into(target, array)
-        return before
-
-    def _put_back(self) -> None:
-        live, self._live = self._live, None
-        for parameter, array in zip(self.parameters, live or (), strict=True):
-            copy_into(parameter.write(), array)
+    def _write(self, values: list[Any]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            copy_into(parameter.write(), value)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return the number of updates and the averages: NumPy copies."""
@@ -163,3 +156,8 @@ class WeightAverage:
             f"WeightAverage(decay={self.decay}, updates={self.updates}, "
             f"{count_elements(self.parameters)})"
         )
+
+
+def _copy(array: Any) -> Any:
+    with device_of(array).scope():
+        return array.copy()

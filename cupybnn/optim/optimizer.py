@@ -157,7 +157,21 @@ class Optimizer:
         raise NotImplementedError
 
     def step(self) -> None:
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient.
+
+        Raises
+        ------
+        ValueError
+            If a gradient has another shape than its parameter; nothing has been changed.
+        """
+        for group in self.groups:
+            for parameter in group["params"]:
+                grad = parameter.grad
+                if grad is not None and grad.shape != parameter.shape:
+                    raise ValueError(
+                        f"The gradient of a parameter must have its shape {parameter.shape}; got "
+                        f"{grad.shape}."
+                    )
         factor = 1.0 if self.schedule is None else self.schedule(self.steps)
         self.steps += 1
         for group in self.groups:
@@ -168,13 +182,7 @@ class Optimizer:
                     self._update_parameter(group, group["lr"] * factor * scale, parameter)
 
     def _update_parameter(self, group: dict[str, Any], lr: float, parameter: Parameter) -> None:
-        grad = parameter.grad
-        if grad.shape != parameter.shape:
-            raise ValueError(
-                f"The gradient of a parameter must have its shape {parameter.shape}; got "
-                f"{grad.shape}."
-            )
-        arrays = (parameter.write(), grad, *self._slots_of(parameter))
+        arrays = (parameter.write(), parameter.grad, *self._slots_of(parameter))
         weight, grad, *slots = (array.reshape(-1) for array in arrays)
         limit = parameter.limit
         xp = module_of(weight)

@@ -9,7 +9,10 @@
 // Rows of the logits' gradient are padded, to be read 16 bytes at a time.
 constexpr int GRAD_STRIDE = (CLASSES + 3) / 4 * 4;
 
-// The loss, and the gradient of the mean loss for the logits; `share` is 1 / examples.
+// The loss, and the gradient of the mean loss for the logits; `share` is 1 / examples. As in
+// `cupybnn.ops.softmax_cross_entropy`, a class without a label adds nothing to the loss, even where
+// its logit is -inf or the difference of two overflows, and the gradient is weight * softmax - target
+// with the sum of the targets as weight: `smoothing` alone if the label is out of range.
 __device__ __forceinline__ float loss_of(const float (&logit)[CLASSES], int label, float smoothing,
                                          float share, float (&grad)[CLASSES]) {
   float loss = 0;
@@ -19,12 +22,14 @@ __device__ __forceinline__ float loss_of(const float (&logit)[CLASSES], int labe
   for (int c = 1; c < CLASSES; c++) greatest = logit[c] > greatest ? logit[c] : greatest;
 #pragma unroll
   for (int c = 0; c < CLASSES; c++) total += grad[c] = expf(logit[c] - greatest);
-  const float log_total = logf(total), per_total = __fdividef(1.0f, total);
+  const float weight = label >= 0 && label < CLASSES ? 1.0f : smoothing;
+  const float log_total = logf(total), per_total = weight * __fdividef(1.0f, total);
 #pragma unroll
   for (int c = 0; c < CLASSES; c++) {
     const float target = (c == label ? 1.0f - smoothing : 0.0f) + smoothing / CLASSES;
     // Rounded as written: the loss must not depend on what the compiler makes of the type of products.
-    loss = __fmaf_rn(target, __fadd_rn(log_total, -__fadd_rn(logit[c], -greatest)), loss);
+    if (target > 0)
+      loss = __fmaf_rn(target, __fadd_rn(log_total, -__fadd_rn(logit[c], -greatest)), loss);
     grad[c] = __fmul_rn(__fmaf_rn(grad[c], per_total, -target), share);
   }
 #else

@@ -1,0 +1,16 @@
+"""Both backends have the same functions."""
+
+import inspect
+
+from cupybnn.backends import cuda, numpy_backend
+
+
+def arguments(function) -> list[tuple]:
+    return [(a.name, a.kind, a.default) for a in inspect.signature(function).parameters.values()]
+
+
+def test_names_and_arguments_are_the_same():
+    only_cuda = {"force_kernel", "kernels_for"}
+    assert set(cuda.__all__) - set(numpy_backend.__all__) == only_cuda
+    for name in numpy_backend.__all__:
+        assert arguments(getattr(cuda, name)) == arguments(getattr(numpy_backend, name)), name
