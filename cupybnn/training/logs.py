@@ -136,9 +136,9 @@ class TensorBoardWriter(Callback):
 
     def close(self) -> None:
         """Close the event file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
     def _measures(
         self, model: nn.Module, activations: list[tuple[str, Any, bool]], step: int

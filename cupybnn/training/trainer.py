@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,10 +160,14 @@ class Trainer:
     # State -------------------------------------------------------------------------------------
 
     def state(self) -> checkpoints.Checkpoint:
-        """Return all that a later run needs to go on exactly from here."""
-        arrays = {f"model/{k}": v for k, v in self.model.state_dict().items()}
-        arrays |= {f"optimizer/{k}": v for k, v in self.optimizer.state_dict().items()}
-        arrays |= {f"average/{k}": v for k, v in self._averaging.state_dict().items()}
+        """Return all that a later run needs to go on exactly from here.
+
+        Within `averaged` too these are the weights that training goes on with.
+        """
+        with self.device.scope(), self._averaging.suspended():
+            arrays = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+            arrays |= {f"optimizer/{k}": v for k, v in self.optimizer.state_dict().items()}
+            arrays |= {f"average/{k}": v for k, v in self._averaging.state_dict().items()}
         info = {
             "config": {**vars(self.config)},
             "dataset": self.dataset.name,
@@ -217,21 +221,32 @@ class Trainer:
         if self._started:
             raise RuntimeError("A Trainer runs once; restore its checkpoint in a new one to go on.")
         self._started = True
-        if self.config.log_dir is not None:
-            self._open_log()
+        with self.device.scope(), self._closing_callbacks():
+            if self.config.log_dir is not None:
+                self._open_log()
+            return self._run()
+
+    @contextlib.contextmanager
+    def _closing_callbacks(self) -> Iterator[None]:
+        """Close every callback at the end; of several errors, the first is raised."""
+        error: BaseException | None = None
         try:
-            with self.device.scope():
-                return self._run()
-        finally:
-            for callback in self.callbacks:
+            yield
+        except BaseException as raised:
+            error = raised
+        for callback in self.callbacks:
+            try:
                 callback.close()
+            except BaseException as raised:
+                error = raised if error is None else error
+        if error is not None:
+            raise error
 
     def _open_log(self) -> None:
         from cupybnn.training.logs import CheckpointWriter, TensorBoardWriter
 
         def save_start(folder: Path) -> None:
-            with self.device.scope():
-                checkpoints.save(folder / checkpoints.NEWEST, self.state())
+            checkpoints.save(folder / checkpoints.NEWEST, self.state())
 
         self.run_folder = new_run_folder(self.config, save_start)
         # Checkpoints first: what goes wrong in a log must not cost one.
@@ -275,12 +290,25 @@ class Trainer:
         return result
 
     def make_step(self, step: int) -> StepOutput:
-        """Make step number `step`: by fused kernels where these can, else by operations."""
-        if self._step is None:
-            self._step = self._fused_step() or PlainStep(
-                self.model, self.objective, self.optimizer, self.data, self.order, self.config
+        """Make step number `step`: by fused kernels where these can, else by operations.
+
+        Raises
+        ------
+        RuntimeError
+            Within `averaged`: the step would change weights that are about to be put back.
+        """
+        if self._averaging.is_applied:
+            raise RuntimeError(
+                "A training step must be made outside of Trainer.averaged(): within, the model has "
+                "averaged weights, and those that training goes on with are put back at its end. "
+                "Leave that context first."
             )
-        return self._step(step)
+        with self.device.scope():
+            if self._step is None:
+                self._step = self._fused_step() or PlainStep(
+                    self.model, self.objective, self.optimizer, self.data, self.order, self.config
+                )
+            return self._step(step)
 
     def _fused_step(self) -> Step | None:
         config = self.config
@@ -335,9 +363,14 @@ class Trainer:
         with self.averaged():
             return evaluate(self.model, self.objective, self.data)
 
-    def averaged(self) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
         """Context within which `model` is the one that is evaluated: with averaged weights, if any.
 
-        To fold or save it, say. Outside it has the weights that training goes on with.
+        To fold or save it, for example. Outside, it has the weights that training goes on with:
+        however the context ends, they are put back, and what was written to the model within is
+        lost. Entering it again within itself changes nothing; `evaluate` and `state` may be called
+        within, a training step may not.
         """
-        return self._averaging.applied()
+        with self.device.scope(), self._averaging.applied():
+            yield
