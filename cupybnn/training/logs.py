@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cupybnn import nn
+from cupybnn.training.best import with_final
 from cupybnn.training.checkpoint import CheckpointFolder
 from cupybnn.training.event_file import EventFile
 from cupybnn.training.histogram import Histogram
@@ -29,9 +30,10 @@ __all__ = ["CheckpointWriter", "TensorBoardWriter"]
 
 
 class CheckpointWriter(Callback):
-    """Keeps the newest and the best checkpoint.
+    """Keeps the newest and the best checkpoint; see `cupybnn.training.best` for which that is.
 
-    The first, before any step, is put into the folder when that is made.
+    The first, before any step, is put into the folder when that is made, as is the best one of the
+    runs that this one continues.
 
     Parameters
     ----------
@@ -48,8 +50,12 @@ class CheckpointWriter(Callback):
         self._checkpoints.save(trainer.state(), evaluation.test_accuracy)
 
     def on_end(self, trainer: Trainer, result: TrainResult) -> None:
-        """Save the state after the last step."""
-        self._checkpoints.save(trainer.state(), result.final_accuracy)
+        """Save the state after the last step, and keep as the best where it is and counts."""
+        if result.stopped:
+            self._checkpoints.save(trainer.state())
+        else:
+            state = with_final(trainer.state(), result.final)
+            self._checkpoints.save(state, result.final_accuracy)
 
 
 class TensorBoardWriter(Callback):

@@ -17,6 +17,7 @@ from cupybnn.backends.devices import resolve
 from cupybnn.data import BatchOrder, Dataset, DeviceData, load
 from cupybnn.errors import CheckpointError, NonFiniteError
 from cupybnn.training import checkpoint as checkpoints
+from cupybnn.training.best import best_before
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.evaluation import Averaging, evaluate
 from cupybnn.training.network import build_network
@@ -245,13 +246,23 @@ class Trainer:
     def _open_log(self) -> None:
         from cupybnn.training.logs import CheckpointWriter, TensorBoardWriter
 
+        start = self.state()
+        best = best_before(start, self.config.restore)
+
         def save_start(folder: Path) -> None:
-            checkpoints.save(folder / checkpoints.NEWEST, self.state())
+            checkpoints.save(folder / checkpoints.NEWEST, start)
+            if best.checkpoint is not None:
+                checkpoints.save(folder / checkpoints.BEST, best.checkpoint)
 
         self.run_folder = new_run_folder(self.config, save_start)
+        if best.checkpoint is None and self.history:
+            self.notice(
+                f"The best checkpoint so far, of test accuracy {best.accuracy:.4f}, is not in the "
+                f"folder of {self.config.restore}: {self.run_folder} gets a {checkpoints.BEST} "
+                f"only from a better one."
+            )
         # Checkpoints first: what goes wrong in a log must not cost one.
-        best = max((e.test_accuracy for e in self.history), default=-1.0)
-        self.callbacks[:0] = [CheckpointWriter(self.run_folder, best)]
+        self.callbacks[:0] = [CheckpointWriter(self.run_folder, best.accuracy)]
         self.callbacks.append(TensorBoardWriter(self.run_folder))
 
     def _run(self) -> TrainResult:
