@@ -24,11 +24,15 @@ __all__ = ["find_files", "load_folder", "read_idx"]
 
 _UNSIGNED_BYTE = 8
 _CLASSES = 10
+#: EMNIST's data sets, whose files have names of their own, and their classes. Letters are numbered
+#: from 1, so that class 0 never occurs.
+_EMNIST = {"balanced": 47, "byclass": 62, "bymerge": 47, "digits": 10, "letters": 27, "mnist": 10}
 _MNIST_IMAGES = (60_000, 10_000)  # training and test
 _MNIST_SHAPE = (28, 28)
 #: Folders below the given one that other programs put the files into.
-_SUBFOLDERS = ("", "raw", "MNIST/raw", "mnist", "MNIST")
+_SUBFOLDERS = ("", "raw", "MNIST/raw", "mnist", "MNIST", "EMNIST/raw", "emnist", "gzip")
 _NAME = re.compile(
+    rf"(?:emnist[-_.](?P<emnist>{'|'.join(_EMNIST)})[-_.])?"
     r"(?P<part>train|t10k|test)[-_.]?(?P<kind>images|labels)"
     r"(?:[-_.]?idx[13])?(?:[-_.]?ubyte)?(?:\.idx[13]?)?(?:\.gz)?",
     re.IGNORECASE,
@@ -37,11 +41,14 @@ _ROLES = ("train images", "train labels", "test images", "test labels")
 
 
 def find_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
-    """Find MNIST's four files in `folder`.
+    """Find the four files of MNIST, or of a data set in its form, in `folder`.
 
     Accepted names: train or t10k or test, images or labels, with or without ``idx3``/``idx1`` and
-    ``ubyte``, joined by ``-``, ``_`` or ``.``, with or without ``.gz``; also in the subfolders
-    ``raw``, ``MNIST/raw``, ``mnist`` and ``MNIST``. A plain file goes before a .gz one.
+    ``ubyte``, joined by ``-``, ``_`` or ``.``, with or without ``.gz``; before it ``emnist`` and
+    the name of one of EMNIST's data sets, such as ``emnist-letters-train-images-idx3-ubyte.gz``.
+    Also in the subfolders ``raw``, ``MNIST/raw``, ``mnist``, ``MNIST``, ``EMNIST/raw``, ``emnist``
+    and ``gzip``, and each file in a folder of its own that has such a name. A plain file goes
+    before a .gz one, and MNIST's names before EMNIST's.
 
     Returns
     -------
@@ -51,35 +58,61 @@ def find_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     Raises
     ------
     DataError
-        If the folder or one of the files is not there.
+        If the folder or one of the files is not there, or there are several of EMNIST's data sets.
     """
     root = Path(folder).expanduser()
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
         raise DataError(f"The data directory {root} {what}.")
-    found: dict[str, Path] = {}
-    for subfolder in _SUBFOLDERS:
-        here = root / subfolder
-        if not here.is_dir():
-            continue
-        by_role: dict[str, Path] = {}
-        for path in sorted(here.iterdir(), key=lambda p: (p.suffix.lower() == ".gz", p.name)):
-            match = _NAME.fullmatch(path.name)
-            if match and path.is_file():
-                part = "train" if match["part"].lower() == "train" else "test"
-                by_role.setdefault(f"{part} {match['kind'].lower()}", path)
-        if len(by_role) > len(found):
-            found = by_role
+    try:
+        sets = [paths for name in _SUBFOLDERS for paths in _data_sets(root / name).values()]
+        there = sorted(p.name for p in root.iterdir())
+    except OSError as error:
+        raise DataError(
+            f"The data directory {root} cannot be read: {error.strerror or error}."
+        ) from error
+    found = max(sets, key=lambda paths: (len(paths), _name_of(paths) == "mnist"))
+    names = sorted({_name_of(paths) for paths in sets if len(paths) == len(_ROLES)})
+    if len(names) > 1 and "mnist" not in names:
+        raise DataError(
+            f"The data directory {root} must hold the files of one data set; it holds those of "
+            f"{', '.join(names)}. Put the four files of one into a folder of their own."
+        )
     missing = [role for role in _ROLES if role not in found]
     if missing:
-        there = sorted(p.name for p in root.iterdir())
         listing = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "") if there else "nothing"
+        folders = [n for n in there if _NAME.fullmatch(n) and (root / n).is_dir()]
+        hint = f" A file is needed, but {folders[0]} is a folder without one." if folders else ""
         raise DataError(
             f"The data directory {root} must hold MNIST's four IDX files, such as "
             f"train-images-idx3-ubyte or train-images-idx3-ubyte.gz; missing: "
-            f"{', '.join(missing)}. It holds: {listing}."
+            f"{', '.join(missing)}. It holds: {listing}.{hint}"
         )
     return found
+
+
+def _data_sets(folder: Path) -> dict[str, dict[str, Path]]:
+    """Return the paths in `folder` by role, for each data set of which there is a file."""
+    sets: dict[str, dict[str, Path]] = {"mnist": {}}  # first, so that it goes before the others
+    if not folder.is_dir():
+        return sets
+    named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    files = [path for path in named if path.is_file()]
+    # Archives from some places have each file in a folder of the same name.
+    inner = [p for path in named if path.is_dir() for p in path.iterdir() if p.is_file()]
+    for group in (files, inner):
+        for path in sorted(group, key=lambda p: (p.suffix.lower() == ".gz", p.name)):
+            if match := _NAME.fullmatch(path.name):
+                part = "train" if match["part"].lower() == "train" else "test"
+                role = f"{part} {match['kind'].lower()}"
+                sets.setdefault(_name_of({role: path}), {}).setdefault(role, path)
+    return sets
+
+
+def _name_of(paths: dict[str, Path]) -> str:
+    """Return the data set that files belong to: "mnist", or one such as "emnist-letters"."""
+    match = _NAME.fullmatch(next(iter(paths.values())).name) if paths else None
+    return f"emnist-{match['emnist'].lower()}" if match and match["emnist"] else "mnist"
 
 
 def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
@@ -190,9 +223,12 @@ def load_folder(
     ------
     DataError
         If a file is missing, truncated, corrupt or mislabelled, if images and labels are not
-        equally many, if the training and test images differ in size, or if a label is above 9.
+        equally many, if the training and test images differ in size, or if a label is none of the
+        data set's classes.
     """
     paths = find_files(folder)
+    name = _name_of(paths)
+    classes = _EMNIST.get(name.removeprefix("emnist-"), _CLASSES)
     arrays = {role: read_idx(path, 3 if "images" in role else 1) for role, path in paths.items()}
     for part in ("train", "test"):
         images, labels = arrays[f"{part} images"], arrays[f"{part} labels"]
@@ -207,10 +243,10 @@ def load_folder(
                 f"{image_path} is empty: expected at least one image of one pixel, found "
                 f"{' × '.join(map(str, images.shape))}."
             )
-        if labels.max() >= _CLASSES:
-            first = int(np.argmax(labels >= _CLASSES))
+        if labels.max() >= classes:
+            first = int(np.argmax(labels >= classes))
             raise DataError(
-                f"{label_path} is mislabelled: expected labels from 0 to {_CLASSES - 1}, found "
+                f"{label_path} is mislabelled: expected labels from 0 to {classes - 1}, found "
                 f"{int(labels[first])} for image {first}."
             )
     train, test = arrays["train images"], arrays["test images"]
@@ -219,16 +255,25 @@ def load_folder(
             f"{paths['test images']} does not belong to {paths['train images']}: expected images "
             f"of {train.shape[1]}×{train.shape[2]} pixels, found {test.shape[1]}×{test.shape[2]}."
         )
+    if name != "mnist":
+        train, test = train.transpose(0, 2, 1), test.transpose(0, 2, 1)
     data = Dataset(
-        name="mnist",
+        name=name,
         train_images=train.reshape(len(train), -1),
         train_labels=arrays["train labels"],
         test_images=test.reshape(len(test), -1),
         test_labels=arrays["test labels"],
         image_shape=(train.shape[1], train.shape[2]),
         pixel_max=255,
+        classes=classes,
     )
-    if notify is not None and (sentence := _other_size(data, folder)):
+    sentence = _other_size(data, folder)
+    if name != "mnist":
+        sentence = (
+            f"The files in {os.fspath(folder)} are {name}: {classes} classes, and images with rows "
+            f"and columns exchanged, which are turned upright."
+        )
+    if notify is not None and sentence:
         notify(sentence)
     return data
 
@@ -242,6 +287,7 @@ def _other_size(data: Dataset, folder: str | os.PathLike[str]) -> str | None:
     found, expected = "", ""
     if classes != _CLASSES:
         found, expected = f" in {classes} classes", f" in {_CLASSES} classes"
+    assert data.image_shape is not None
     (height, width), (mnist_height, mnist_width) = data.image_shape, _MNIST_SHAPE
     sentence = (
         f"The data in {os.fspath(folder)} are not of MNIST's size: found {train:,} training and "

@@ -16,14 +16,18 @@ from cupybnn.training.step import Objective
 
 __all__ = ["Averaging", "evaluate"]
 
-#: Batches of training images, and images in each, for batch norm's statistics of averaged weights.
+#: Batches of training examples, and examples in each, for batch norm's statistics of averages.
 _BATCHES, _IMAGES = 10, 1000
+#: The inputs of one batch of an evaluation take at most so much.
+_BATCH_BYTES = 1 << 28
 
 
 def evaluate(model: nn.Module, objective: Objective, data: DeviceData) -> tuple[float, float]:
     """Return loss (with the penalty) and accuracy over the whole test set."""
-    # On the CPU a batch's activations should fit into the cache, on a GPU launches count.
+    # On the CPU a batch's activations should fit into the cache, on a GPU launches count. Inputs
+    # of many features must fit into memory.
     size = 10_000 if data.device.kind == "cuda" else 1_000
+    size = min(size, max(1, _BATCH_BYTES // (data.features * data.dtype.itemsize)))
     loss: Any = 0.0
     correct: Any = 0
     model.eval()

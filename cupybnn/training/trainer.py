@@ -24,7 +24,14 @@ from cupybnn.training.network import build_network
 from cupybnn.training.records import Callback, Evaluation, TrainResult
 from cupybnn.training.restore import check_settings
 from cupybnn.training.runs import new_run_folder, remove_abandoned
-from cupybnn.training.step import Objective, PlainStep, Step, StepOutput, make_optimizer
+from cupybnn.training.step import (
+    Objective,
+    PlainStep,
+    Step,
+    StepOutput,
+    augmentation,
+    make_optimizer,
+)
 from cupybnn.training.timing import StepTimer
 
 __all__ = ["Trainer", "train"]
@@ -75,7 +82,7 @@ class Trainer:
     callbacks : iterable of Callback, optional
         Hear of every step and evaluation, in this order; what a log directory needs is added.
     dataset : Dataset, optional
-        Instead of the one that the configuration names.
+        Instead of the one that the configuration names; of any arrays by `Dataset.from_arrays`.
 
     Attributes
     ----------
@@ -97,6 +104,8 @@ class Trainer:
     ------
     DataError, DeviceError, CheckpointError
         As for `train`.
+    ValueError
+        If the data set has no test part, or images are to be deformed that are none.
     """
 
     def __init__(
@@ -137,6 +146,12 @@ class Trainer:
                 dataset = replace(dataset, fallback_reason=reason)
         if config.validation:
             dataset = dataset.with_validation(config.validation)
+        if len(dataset.test_labels) == 0:
+            raise ValueError(
+                f"The dataset {dataset.name!r} must have a test part to evaluate on; got none. "
+                f"Give it test_x and test_y, or hold training examples out with validation=N."
+            )
+        augmentation(config).check(dataset.image_shape)
         self.dataset = dataset
         with self.device.scope():
             self._build()
@@ -330,6 +345,8 @@ class Trainer:
 
             capability = architecture(self.device.index)
             reason = obstacle(config, self.model, self.optimizer, capability)
+            if self.data.pixel_scale is None:
+                reason = f"the features are {self.data.dtype}, not pixels of 8 bits"
             if reason is None:
                 assert isinstance(self.optimizer, optim.Adam)
                 return FusedStep(
