@@ -19,6 +19,7 @@ import numpy as np
 
 from cupybnn.data.dataset import Dataset
 from cupybnn.errors import DataError
+from cupybnn.paths import user_path
 
 __all__ = ["find_files", "load_folder", "read_idx"]
 
@@ -60,7 +61,10 @@ def find_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     DataError
         If the folder or one of the files is not there, or there are several of EMNIST's data sets.
     """
-    root = Path(folder).expanduser()
+    try:
+        root = user_path(folder)
+    except ValueError as error:
+        raise DataError(f"The data directory cannot be used: {error}") from error
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
         raise DataError(f"The data directory {root} {what}.")

@@ -67,7 +67,7 @@ def best_before(start: Checkpoint, restored: str | None) -> Best:
             own = _final_accuracy(info)  # only the file has it
         if own is not None and own > max(evaluations.values(), default=-1.0):
             return Best(own, start)
-        found = checkpoints.load(path.with_name(BEST))
+        found = checkpoints.load_run(path.with_name(BEST))
     except CheckpointError:
         return Best(best, None)
     accuracy = _accuracies(found.info).get(found.step - 1, _final_accuracy(found.info))
@@ -78,12 +78,13 @@ def best_before(start: Checkpoint, restored: str | None) -> Best:
 
 def _accuracies(info: Mapping[str, Any]) -> dict[int, float]:
     """Return the test accuracies in the history of a checkpoint, by step."""
-    return {e["step"]: e["test_accuracy"] for e in info.get("history", ())}
+    return {e.get("step"): e.get("test_accuracy") for e in info.get("history", ())}
 
 
 def _final_accuracy(info: Mapping[str, Any]) -> float | None:
     final = info.get(_FINAL)
-    return None if final is None else final["test_accuracy"]
+    accuracy = final.get("test_accuracy") if isinstance(final, dict) else None
+    return float(accuracy) if isinstance(accuracy, (int, float)) else None
 
 
 def _continues(info: Mapping[str, Any], earlier: Mapping[str, Any]) -> bool:
