@@ -461,6 +461,29 @@ class TestMnist:
         load("auto")
         assert socket.getdefaulttimeout() == before
 
+    def test_next_fetch_removes_what_killed_ones_left(self, data_home):
+        """But never the folder of a fetch that is still going on."""
+        program = """
+            import sys, time
+            from cupybnn import settings
+            from cupybnn.data import mnist
+            with mnist._scratch_folder(settings.data_dir()) as scratch:
+                (scratch / "half").write_bytes(bytes(1000))
+                print(scratch, flush=True)
+                time.sleep(600)
+        """
+        command = [sys.executable, "-c", textwrap.dedent(program)]
+        processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        folders = [Path(process.stdout.readline().strip()) for process in processes]
+        left = [[folders[0]], []]
+        for process, expected in zip(reversed(processes), left, strict=True):
+            process.kill()
+            process.communicate()
+            with pytest.raises(DataError, match="cannot be fetched"):
+                load("mnist")
+            assert list((data_home / "data").iterdir()) == expected
+        assert all(folder.parent == data_home / "data" for folder in folders)
+
     def test_unwritable_data_folder_still_loads(self, data_home, mnist_arrays, monkeypatch):
         monkeypatch.setattr(mnist, "_fetch", lambda folder: mnist_arrays)
         (data_home / "data").write_bytes(b"a file where the folder should be")

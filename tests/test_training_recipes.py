@@ -80,6 +80,12 @@ def test_deformed_are_images_in_training_alone():
     assert (again.logits == second.logits).all()
 
 
+def test_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xef\xbb\xbf[settings]\nn_hidden = 77\n")
+    assert recipes.load(str(path)).settings == {"n_hidden": 77}
+
+
 def test_options_override_a_recipe():
     recipe = recipes.load("digits").settings
     config = command._config({"recipe": "digits", "n_hidden": 33, "binary": False})
