@@ -129,7 +129,7 @@ def test_restored_twice_and_extended(whole, tmp_path):
     """A chain of runs hands the best on; that of a complete one stays in longer ones."""
     settings, expected = whole
     folder = expected
-    for more in (0, 1, 3):
+    for more in (1, 3):
         longer = {**settings, "max_steps": STEPS + more, "lr": 1e-9}
         config = TrainConfig(**longer, log_dir=str(tmp_path), restore=str(folder))
         folder = Trainer(config).run().run_folder
@@ -145,6 +145,7 @@ def test_best_that_cannot_be_found_is_said(whole, tmp_path):
     settings, expected = whole
     alone = tmp_path / NEWEST
     alone.write_bytes((expected / NEWEST).read_bytes())
+    settings = {**settings, "max_steps": STEPS + 1}
     config = TrainConfig(**settings, log_dir=str(tmp_path / "log"), restore=str(alone))
     result = Trainer(config).run()
     assert "The best checkpoint so far" in result.notices[0]

@@ -234,6 +234,10 @@ class TestTraining:
         finals = [Trainer(config, dataset=data).run().final for config in (longer, again)]
         assert finals[0].test_loss == finals[1].test_loss
 
+    def test_other_things_than_a_dataset(self):
+        with pytest.raises(TypeError, match=r"must be a Dataset; got tuple\. .*from_arrays"):
+            Trainer(TrainConfig(device="cpu"), dataset=(X, Y))
+
     def test_no_test_part(self):
         with pytest.raises(ValueError, match=r"'arrays' must have a test part .* validation=N"):
             Trainer(TrainConfig(device="cpu"), dataset=Dataset.from_arrays(X, Y))

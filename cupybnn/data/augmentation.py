@@ -22,7 +22,8 @@ class Augmentation:
     """Deforms each image of a batch in its own way.
 
     The image is scaled, sheared and rotated about its centre, displaced elastically and shifted,
-    all in one bilinear sampling; outside of an image there is 0. At 0 a deformation is off.
+    all in one bilinear sampling; pixels from outside the image are 0. An amount of 0 turns a
+    deformation off.
 
     Attributes
     ----------
@@ -92,7 +93,7 @@ class Augmentation:
         seed : int
             From 0 to 2**64 - 1.
         number : int
-            Of the batch: the same pair of `seed` and `number` always deforms in the same way.
+            Number of the batch: the same `seed` and `number` always deform in the same way.
 
         Returns
         -------

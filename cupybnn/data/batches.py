@@ -139,7 +139,7 @@ class DeviceData:
     def scale(self, images: Any) -> Any:
         """Turn rows of `train_images` or `test_images` into the network's input.
 
-        Of pixels ``images / pixel_max``, numbers from 0 to 1; floats are returned as they are.
+        Pixels become ``images / pixel_max``, numbers from 0 to 1; floats are returned as they are.
         """
         if self.pixel_scale is None:
             return images

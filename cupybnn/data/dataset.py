@@ -30,12 +30,12 @@ class Dataset:
     image_shape : tuple of int or None
         (height, width), if the features are the pixels of an image, row by row.
     pixel_max : float or None
-        Of uint8 the value that means full brightness: a network is fed ``pixel / pixel_max``,
-        numbers from 0 to 1. None for floats, which a network is fed as they are.
+        The pixel value that means full brightness: a network is fed ``pixel / pixel_max``, numbers
+        from 0 to 1. None where the features are floats, which a network is fed as they are.
     classes : int
         Number of classes.
     fallback_reason : str or None
-        Set where "auto" could not have MNIST: the reason, for the user to read.
+        Why "auto" fell back on the digits, in a sentence for the user.
     test_is_validation : bool
         Whether the test part was cut from the training examples by `with_validation`.
 
@@ -109,16 +109,16 @@ class Dataset:
         Parameters
         ----------
         train_x : array_like, shape (examples, ...)
-            Features, which are flattened: NumPy, CuPy or anything that NumPy reads. Of shape
-            (examples, height, width) they are images, which can be deformed in training. uint8 is
-            taken for pixels, see `pixel_max`; other integers and bools become float32, float16
-            too; float32 and float64 stay, without a copy where the memory allows.
+            Features, in a NumPy or CuPy array or anything that NumPy reads; they are flattened.
+            With shape (examples, height, width) they are images, which can be deformed in
+            training. uint8 features are pixels, see `pixel_max`. float32 and float64 features are
+            kept, without a copy if they are contiguous; all other numbers become float32.
         train_y : array_like of integers, shape (examples,)
-            Classes, from 0. A class that never occurs is none the less an output of the network:
-            labels from 1 to 26 make 27 classes.
+            Class of each example, from 0. Classes that never occur are outputs of the network all
+            the same: labels from 1 to 26 make 27 classes.
         test_x, test_y : array_like, optional
-            The test part. Without it, `with_validation` (the setting ``validation``) has to cut
-            one from the training examples.
+            The test part. Without it, hold out training examples: by `with_validation`, or the
+            setting ``validation``.
         classes : int, optional
             Number of classes; default: the greatest label of both parts, plus 1.
         name : str
@@ -181,7 +181,7 @@ class Dataset:
             test_images=other.reshape(len(other), int(np.prod(x.shape[1:]))),
             test_labels=other_y,
             image_shape=(x.shape[1], x.shape[2]) if x.ndim == 3 else None,
-            pixel_max=pixel_max if x.dtype == np.uint8 else None,
+            pixel_max=float(pixel_max) if x.dtype == np.uint8 else None,
             classes=count,
         )
 

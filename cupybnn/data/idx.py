@@ -96,7 +96,7 @@ def find_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
 
 
 def _data_sets(folder: Path) -> dict[str, dict[str, Path]]:
-    """Return the paths in `folder` by role, for each data set of which there is a file."""
+    """Return the paths in `folder` by role, for each data set that has a file there."""
     sets: dict[str, dict[str, Path]] = {"mnist": {}}  # first, so that it goes before the others
     if not folder.is_dir():
         return sets
@@ -120,7 +120,7 @@ def _name_of(paths: dict[str, Path]) -> str:
 
 
 def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
-    """Read one IDX file of unsigned bytes, gzipped or not (told by content, not by name).
+    """Read one IDX file of unsigned bytes, gzipped or not, which its content decides, not its name.
 
     Parameters
     ----------
@@ -192,10 +192,7 @@ def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
 
 
 def _read(stream: io.BufferedIOBase, size: int) -> tuple[bytes, bool]:
-    """Read up to `size` bytes; tell whether a gzip stream stopped before its own end.
-
-    Such a stream gives what it had.
-    """
+    """Read up to `size` bytes, or what there is; also return whether a gzip stream was cut off."""
     chunks: list[bytes] = []
     left = size
     while left > 0:

@@ -30,10 +30,11 @@ def load(
         "mnist": the IDX files in `data_dir` if one is given; else the copy in the data folder
         (``CUPYBNN_DATA_DIR``); else fetched once by scikit-learn from OpenML and kept there.
         "digits": scikit-learn's bundled 8×8 digits, which need nothing. "auto": MNIST where it
-        can be had, else the digits, with the reason in ``Dataset.fallback_reason``; with a
+        is available, else the digits, with the reason in ``Dataset.fallback_reason``; with a
         `data_dir`, the same as "mnist".
     data_dir : path-like, optional
-        A folder with MNIST's four IDX files, plain or .gz, of any usual names.
+        A folder with the four IDX files of MNIST, or of a data set in its form such as EMNIST,
+        plain or .gz, with any of the usual names; see `cupybnn.data.idx.find_files`.
     notify : callable, optional
         Called with a sentence before something that takes long, and where the files in `data_dir`
         are not of MNIST's size.
@@ -41,7 +42,7 @@ def load(
     Raises
     ------
     DataError
-        If the data cannot be had, or a file is truncated, corrupt or mislabelled.
+        If the data are not available, or a file is truncated, corrupt or mislabelled.
     ValueError
         If `name` is unknown, or a `data_dir` is given for "digits".
     """

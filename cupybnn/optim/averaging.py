@@ -18,7 +18,7 @@ __all__ = ["WeightAverage"]
 class WeightAverage:
     """A running average of parameters: exponential, or of equal weights.
 
-    Of binary weights the latent ones are averaged. The statistics of batch norm belong to the
+    For binary weights, the latent weights are averaged. The statistics of batch norm belong to the
     current weights: see `cupybnn.nn.refresh_statistics`.
 
     Parameters

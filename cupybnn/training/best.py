@@ -46,8 +46,8 @@ def with_final(checkpoint: Checkpoint, final: Evaluation) -> Checkpoint:
 def best_before(start: Checkpoint, restored: str | None) -> Best:
     """Find the best checkpoint of the runs that a run continues.
 
-    It is ``best.npz`` beside the restored checkpoint, unless that process was killed after it had
-    written its newest checkpoint and before it made that the best: then it is the restored one.
+    It is ``best.npz`` in the folder of the restored checkpoint. But a process may have been killed
+    between its newest checkpoint and making that the best: then it is the restored one.
 
     Parameters
     ----------

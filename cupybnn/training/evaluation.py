@@ -64,14 +64,19 @@ class Averaging:
             self._average = optim.WeightAverage(model.parameters(), decay)
 
     @property
-    def is_applied(self) -> bool:
-        """Whether the model has averaged weights now: within `applied`."""
-        return self._average is not None and self._average.is_applied
+    def exists(self) -> bool:
+        """Whether there is an average that `applied` would put into the model."""
+        return self._average is not None and self._average.updates > 0
 
     def update(self, step: int) -> None:
         """Add the weights after step number `step` to the average."""
         if self._average is not None and step >= self._from:
             self._average.update()
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether the model has averaged weights now: within `applied`."""
+        return self._average is not None and self._average.is_applied
 
     @contextmanager
     def applied(self) -> Iterator[None]:

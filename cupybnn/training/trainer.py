@@ -145,6 +145,11 @@ class Trainer:
             dataset = load(name, config.data_dir, notify=self.notice)
             if reason is not None:
                 dataset = replace(dataset, fallback_reason=reason)
+        if not isinstance(dataset, Dataset):
+            raise TypeError(
+                f"The 'dataset' must be a Dataset; got {type(dataset).__name__}. Arrays become one "
+                f"by Dataset.from_arrays."
+            )
         if config.validation:
             dataset = dataset.with_validation(config.validation)
         if len(dataset.test_labels) == 0:
