@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import os
 import re
+import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -145,29 +147,22 @@ def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
             zipped = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
             stream: io.BufferedIOBase = gzip.GzipFile(fileobj=raw) if zipped else raw
-            header, _ = _read(stream, 4 + 4 * dimensions)
-            expected_magic = (_UNSIGNED_BYTE << 8) | dimensions
-            magic = int.from_bytes(header[:4], "big")
-            if len(header) >= 4 and magic != expected_magic:
-                hint = {
-                    (_UNSIGNED_BYTE << 8) | 1: " (a file of labels)",
-                    (_UNSIGNED_BYTE << 8) | 3: " (a file of images)",
-                }.get(magic, "")
+            length = 4 + 4 * dimensions
+            header, _ = _read(stream, length)
+            magic, expected = int.from_bytes(header[:4], "big"), (_UNSIGNED_BYTE << 8) | dimensions
+            if len(header) >= 4 and magic != expected:
+                of_kinds = {0x801: " (a file of labels)", 0x803: " (a file of images)"}
                 raise DataError(
                     f"{path} is not an IDX file of {kind}: expected the magic number "
-                    f"0x{expected_magic:08x}, found 0x{magic:08x}{hint}."
+                    f"0x{expected:08x}, found 0x{magic:08x}{of_kinds.get(magic, '')}."
                 )
-            if len(header) < 4 + 4 * dimensions:
+            if len(header) < length:
                 raise DataError(
-                    f"{path} is truncated: expected a header of {4 + 4 * dimensions} bytes, found "
+                    f"{path} is truncated: expected a header of {length} bytes, found "
                     f"{len(header)}."
                 )
-            shape = tuple(
-                int.from_bytes(header[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)
-            )
-            size = 1
-            for length in shape:
-                size *= length
+            shape = struct.unpack_from(f">{dimensions}I", header, 4)
+            size = math.prod(shape)
             # One byte more than the header promises shows whether anything follows, and has gzip
             # compare its checksum, which it does at the end of the stream.
             data, cut_off = _read(stream, size + 1)
