@@ -142,7 +142,10 @@ def main() -> int:
     parser.add_argument("records", type=Path, nargs="+", metavar="record")
     parser.add_argument("--write", action="store_true", help="put the table into README.md")
     args = parser.parse_args()
-    loaded = {path: records.load(path) for path in args.records}
+    try:
+        loaded = {path: records.load(path) for path in args.records}
+    except (OSError, records.RecordError) as error:
+        parser.error(str(error))
     kinds = {records.kind_of(record) for record in loaded.values()}
     if len(kinds) > 1:
         parser.error("the records must be of one kind: all of products, or all of training")

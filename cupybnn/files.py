@@ -42,7 +42,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     removed. A killed process leaves one behind; the next write into the folder removes it.
 
     * A symbolic link is followed: its target is replaced.
-    * An existing file keeps its mode, and its owner and group where the process may set them.
+    * An existing file keeps its mode, and its owner and group where the process may set them. One
+      that may not be written stays.
     * A file that can be written but not replaced, because its folder is read-only or because it is
       a mount point, is overwritten once the whole content is ready and there is room for it.
     * A pipe, a terminal or another character device gets the whole content when the block ends.
@@ -133,12 +134,14 @@ def _send(file: IO[bytes], path: Path) -> None:
 def _replacement(target: Path) -> Iterator[IO[bytes]]:
     """Yield a new file that takes the place of `target` when the block ends well."""
     before = os.stat(target) if target.exists() else None
+    if before is not None and not os.access(target, os.W_OK):  # which replacing it would ignore
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
     remove_leftovers(target.parent)
     temporary = None
     try:
         temporary, descriptor = _new_temporary(target.parent, before is not None)
     except OSError as error:
-        if before is None or error.errno not in _NOT_REPLACEABLE or not os.access(target, os.W_OK):
+        if before is None or error.errno not in _NOT_REPLACEABLE:
             raise
     if temporary is None:
         with tempfile.TemporaryFile() as file:

@@ -6,6 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from cupybnn.errors import SettingError
+
 __all__ = ["checked_path", "home", "user_path"]
 
 
@@ -14,12 +16,16 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
 
     Raises
     ------
-    ValueError
-        If it is empty or holds a NUL character, which no file system can store.
+    SettingError
+        If it is empty or holds a character that no name of a file can have, such as NUL.
     """
     text = os.fspath(path)
-    if not text or "\0" in text:
-        raise ValueError(f"A path must be a name without NUL characters; got {text!r}.")
+    try:
+        possible = bool(text) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise SettingError(f"A path must be a name without NUL characters; got {text!r}.")
     return Path(text)
 
 
@@ -28,7 +34,7 @@ def user_path(path: str | os.PathLike[str]) -> Path:
 
     Raises
     ------
-    ValueError
+    SettingError
         If there is no such user or no home folder, or `path` holds a NUL character.
     """
     path = checked_path(path)
@@ -37,7 +43,7 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     except RuntimeError as error:
         first = path.parts[0]
         whose = f"the user {first[1:]!r}" if len(first) > 1 else "this user"
-        raise ValueError(
+        raise SettingError(
             f"The path {str(path)!r} begins with a home folder, but {whose} has none on this "
             f"machine. Write the path in full."
         ) from error

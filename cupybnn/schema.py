@@ -37,6 +37,8 @@ Check = Callable[[Any, str], None]
 
 #: Brackets of JSON outside of its texts; a text that does not end reaches to the end.
 _TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]', re.DOTALL)
+#: What would move a terminal's cursor or cannot be encoded.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class SchemaError(ValueError):
@@ -141,7 +143,7 @@ def text(pattern: str | None = None, most: int = 4000) -> Check:
 
     def check(value: Any, place: str = "") -> None:
         right = isinstance(value, str) and len(value) <= most
-        right = right and all(c.isprintable() or c in "\n\t" for c in value)
+        right = right and not _UNPRINTABLE.search(value)
         if not right or (pattern is not None and not re.fullmatch(pattern, value)):
             raise _misfit(place, rule, value)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from cupybnn.errors import SettingError
 from cupybnn.paths import home, user_path
 
 __all__ = [
@@ -34,7 +35,9 @@ def _folder(variable: str, given: str) -> Path:
     try:
         return user_path(given)
     except ValueError as error:
-        raise ValueError(f"The environment variable {variable} cannot be used: {error}") from error
+        raise SettingError(
+            f"The environment variable {variable} cannot be used: {error}"
+        ) from error
 
 
 def cache_dir() -> Path:
@@ -42,7 +45,7 @@ def cache_dir() -> Path:
 
     Raises
     ------
-    ValueError
+    SettingError
         If the variable names a home folder that does not exist.
     """
     given = os.environ.get("CUPYBNN_CACHE_DIR")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from edits import edit
 
 from cupybnn.errors import CheckpointError
 from cupybnn.training import TrainConfig, Trainer
@@ -172,12 +173,6 @@ class TestFile:
             load(tmp_path / ("n" * 300))
 
 
-NASTY = (
-    None, True, -1, 0, 2.7, 10**400, 2**60, float("nan"), float("inf"), "", "str", "\0", "\udcff",
-    "../../x", [], [[]], {}, {"a": 1}, [None], 1e308,
-)  # fmt: skip
-
-
 def run_header(step=3) -> dict:
     """Return the header of a run's checkpoint."""
     figures = {"train_loss": 1.0, "test_loss": 2.0, "examples_per_second": 3.0}
@@ -299,24 +294,6 @@ class TestEdited:
             except CheckpointError:
                 refused += 1
         assert refused > 60
-
-
-def edit(value, rng) -> None:
-    """Replace, remove or add something at a random place of a JSON value."""
-    while True:
-        key = rng.choice(list(value)) if isinstance(value, dict) else rng.integers(len(value))
-        key = str(key) if isinstance(value, dict) else int(key)
-        if isinstance(value[key], (dict, list)) and value[key] and rng.random() < 0.8:
-            value = value[key]
-            continue
-        action = rng.integers(4)
-        if action == 0:
-            del value[key]
-        elif action == 1 and isinstance(value, dict):
-            value["more"] = value.pop(key)
-        else:
-            value[key] = NASTY[rng.integers(len(NASTY))]
-        return
 
 
 class TestFolder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import stat
@@ -17,6 +18,8 @@ import numpy as np
 import pytest
 
 from cupybnn import data, files, settings
+from cupybnn.cli import main
+from cupybnn.data import mnist
 from cupybnn.errors import DataError
 from cupybnn.files import atomic_write, is_stream, new_folder, remove_leftovers
 from cupybnn.npz import open_npz, read_npz
@@ -67,7 +70,7 @@ class TestWriting:
             os.umask(before)
         assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
 
-    @pytest.mark.parametrize("mode", [0o600, 0o664, 0o400])
+    @pytest.mark.parametrize("mode", [0o600, 0o664, 0o755])
     def test_an_existing_file_keeps_its_mode_and_is_never_more_readable(self, tmp_path, mode):
         path = tmp_path / "x"
         put(path, b"one")
@@ -86,6 +89,16 @@ class TestWriting:
         os.chown(path, 1234, 4321)
         put(path, b"two")
         assert (path.stat().st_uid, path.stat().st_gid) == (1234, 4321)
+
+    def test_a_file_that_may_not_be_written_stays(self, tmp_path, monkeypatch):
+        path = tmp_path / "x"
+        put(path, b"one")
+        path.chmod(0o400)
+        monkeypatch.setattr(os, "access", lambda path, mode: False)  # to root it is always true
+        with pytest.raises(PermissionError, match=r"x'$"):
+            put(path, b"two")
+        assert path.read_bytes() == b"one"
+        assert names(tmp_path) == ["x"]
 
     def test_links_are_followed(self, tmp_path):
         (tmp_path / "there").mkdir()
@@ -148,7 +161,7 @@ class TestWriting:
             assert stat.S_ISSOCK((tmp_path / "s").stat().st_mode)
         with pytest.raises(FileNotFoundError, match=r"nowhere/x'$"):
             put(tmp_path / "nowhere" / "x", b"")
-        for bad in ("a\0b", ""):
+        for bad in ("a\0b", "", "a\ud800"):
             with pytest.raises(ValueError, match="A path must be a name without NUL"):
                 put(bad, b"")
 
@@ -444,6 +457,37 @@ class TestPaths:
         assert "CUPYBNN_DATA_DIR cannot be used" in dataset.fallback_reason
         with pytest.raises(DataError, match="'nosuchuser' has none"):
             data.load("mnist", "~nosuchuser/x")
+
+    @pytest.mark.parametrize("path", ["~nosuchuser/x", "a\0b"])
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["train", "--max_steps", "1", "--dataset", "digits", "--log_dir"],
+            ["train", "--max_steps", "1", "--dataset", "digits", "--restore"],
+            ["train", "--max_steps", "1", "--dataset", "mnist"],
+        ],
+    )
+    def test_a_command_ends_in_one_sentence(self, arguments, path, capsys):
+        assert main.main([*arguments, path]) in (1, 2)
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert re.search("nosuchuser|NUL|a path", said)
+
+    def test_info_says_that_there_is_no_folder(self, monkeypatch, capsys):
+        monkeypatch.setenv("CUPYBNN_CACHE_DIR", "~nosuchuser/x")
+        monkeypatch.delenv("CUPYBNN_DATA_DIR", raising=False)
+        assert main.main(["info"]) == 0
+        assert "cache folder    none. The environment variable" in capsys.readouterr().out
+
+    def test_what_a_killed_fetch_leaves_is_removed(self, tmp_path):
+        with mnist._scratch_folder(tmp_path / "data") as scratch:
+            assert scratch.parent == tmp_path / "data"
+            kept = scratch.name
+        left = tmp_path / "data" / kept
+        left.mkdir()
+        (left / "half").write_text("of it")
+        with mnist._scratch_folder(tmp_path / "data"):
+            assert not left.exists()
 
     def test_home(self, monkeypatch):
         monkeypatch.setenv("HOME", "/home/me")

@@ -44,7 +44,7 @@ def number(name: str, value: Any, rule: str, holds: Callable[[float], bool]) -> 
         raise ValueError(wrong)
     try:
         number = float(value)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError):
         raise ValueError(wrong) from None
     if not math.isfinite(number) or not holds(number):
         raise ValueError(wrong)

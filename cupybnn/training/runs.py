@@ -10,7 +10,7 @@ from cupybnn.files import atomic_write, new_folder, remove_leftovers
 from cupybnn.paths import user_path
 from cupybnn.training.config import TrainConfig
 
-__all__ = ["CONFIG_NAME", "new_run_folder", "settings_folder"]
+__all__ = ["CONFIG_NAME", "new_run_folder", "remove_abandoned", "settings_folder"]
 
 CONFIG_NAME = "config.json"
 
@@ -73,13 +73,18 @@ def _new_folder(parent: Path, config: TrainConfig, fill: Callable[[Path], None] 
     parent.mkdir(parents=True, exist_ok=True)
     for run in parent.iterdir():
         if run.name.isdecimal():
-            remove_leftovers(run)
+            remove_abandoned(run)
     with new_folder(parent) as hidden:
         with atomic_write(hidden / CONFIG_NAME) as file:
             file.write(config.to_json().encode())
         if fill is not None:
             fill(hidden)
         return _give_number(hidden)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a run folder."""
+    remove_leftovers(folder)
 
 
 def _give_number(hidden: Path) -> Path:

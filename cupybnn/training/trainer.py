@@ -16,7 +16,6 @@ from cupybnn.backends import numpy_memory
 from cupybnn.backends.devices import resolve
 from cupybnn.data import BatchOrder, Dataset, DeviceData, load
 from cupybnn.errors import CheckpointError, NonFiniteError
-from cupybnn.files import remove_leftovers
 from cupybnn.training import checkpoint as checkpoints
 from cupybnn.training.best import best_before
 from cupybnn.training.config import TrainConfig
@@ -24,7 +23,7 @@ from cupybnn.training.evaluation import Averaging, evaluate
 from cupybnn.training.network import build_network
 from cupybnn.training.records import Callback, Evaluation, TrainResult
 from cupybnn.training.restore import check_settings
-from cupybnn.training.runs import new_run_folder
+from cupybnn.training.runs import new_run_folder, remove_abandoned
 from cupybnn.training.step import (
     Objective,
     PlainStep,
@@ -133,7 +132,7 @@ class Trainer:
             numpy_memory.keep_freed()
         stored = checkpoints.load_run(config.restore) if config.restore is not None else None
         if config.restore is not None and stored is not None:
-            remove_leftovers(checkpoints.find(config.restore).parent)
+            remove_abandoned(checkpoints.find(config.restore).parent)
             for sentence in check_settings(config, stored):
                 self.notice(sentence)
         if dataset is None:
