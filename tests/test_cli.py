@@ -109,7 +109,7 @@ def test_memory_that_is_said_to_be_needed_is_needed(options, sizes):
     data = Trainer(config).dataset
     tracemalloc.start()
     try:
-        Trainer(config, dataset=data).run()
+        Trainer(config, data=data).run()
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -141,7 +141,7 @@ def folder(tmp_path_factory):
 class TestOtherImages:
     def go_on(self, folder, dataset):
         config = restored_config(str(folder), max_steps=31)
-        return Trainer(config, dataset=dataset).notices
+        return Trainer(config, data=dataset).notices
 
     def test_the_same_ones(self, folder, digits):
         assert self.go_on(folder, digits) == []

@@ -133,7 +133,7 @@ def _fetch(folder: Path) -> dict[str, np.ndarray]:
     with _scratch_folder(folder) as scratch:
         _copy_openml(settings.scikit_learn_data() / "openml", scratch / "openml")
         with warnings.catch_warnings(), _socket_timeout(_TIMEOUT):
-            warnings.simplefilter("ignore")  # its retries warn; a failure is told in one message
+            warnings.simplefilter("ignore")  # its retries warn; a failure is one message of ours
             bunch: Any = fetch_openml(
                 "mnist_784",
                 version=1,
@@ -163,9 +163,7 @@ def _scratch_folder(folder: Path) -> Any:
             folder.mkdir(parents=True, exist_ok=True)
             scratch = stack.enter_context(new_folder(folder))
         except OSError:
-            scratch = Path(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix="cupybnn-fetch-"))
-            )
+            scratch = stack.enter_context(new_folder(tempfile.gettempdir()))
         yield scratch
 
 

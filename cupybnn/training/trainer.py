@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+import contextlib
+import copy
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from cupybnn.backends.devices import resolve
 from cupybnn.data import BatchOrder, Dataset, DeviceData, load
 from cupybnn.errors import CheckpointError, NonFiniteError
 from cupybnn.training import checkpoint as checkpoints
+from cupybnn.training.best import best_before
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.evaluation import Averaging, evaluate
 from cupybnn.training.limits import check_memory
@@ -25,7 +27,14 @@ from cupybnn.training.records import Callback, Evaluation, TrainResult
 from cupybnn.training.restore import check_settings
 from cupybnn.training.runs import new_run_folder, remove_abandoned
 from cupybnn.training.saved import DataDescription
-from cupybnn.training.step import Objective, PlainStep, Step, StepOutput, make_optimizer
+from cupybnn.training.step import (
+    Objective,
+    PlainStep,
+    Step,
+    StepOutput,
+    augmentation,
+    make_optimizer,
+)
 from cupybnn.training.timing import StepTimer
 
 __all__ = ["Trainer", "train"]
@@ -86,7 +95,7 @@ class Trainer:
         features). A chain of layers (`cupybnn.nn.Sequential`) that the fused kernels know is
         trained by them on a GPU; any other operation by operation, and a notice says why.
     data : Dataset, optional
-        In place of the one that the configuration names.
+        In place of the one that the configuration names; of any arrays by `Dataset.from_arrays`.
 
     Examples
     --------
@@ -127,6 +136,8 @@ class Trainer:
     ------
     DataError, DeviceError, CheckpointError
         As for `train`.
+    ValueError
+        If the data set has no test part, or images are to be deformed that are none.
     """
 
     def __init__(
@@ -169,8 +180,19 @@ class Trainer:
             dataset = load(name, config.data_dir, notify=self.notice)
             if reason is not None:
                 dataset = replace(dataset, fallback_reason=reason)
+        if not isinstance(dataset, Dataset):
+            raise TypeError(
+                f"The 'data' must be a Dataset; got {type(dataset).__name__}. Arrays become one "
+                f"by Dataset.from_arrays."
+            )
         if config.validation:
             dataset = dataset.with_validation(config.validation)
+        if len(dataset.test_labels) == 0:
+            raise ValueError(
+                f"The dataset {dataset.name!r} must have a test part to evaluate on; got none. "
+                f"Give it test_x and test_y, or hold training examples out with validation=N."
+            )
+        augmentation(config).check(dataset.image_shape)
         self.dataset = dataset
         with self.device.scope():
             self._build(model)
@@ -198,10 +220,14 @@ class Trainer:
     # State -------------------------------------------------------------------------------------
 
     def state(self) -> checkpoints.Checkpoint:
-        """Return all that a later run needs to go on exactly from here."""
-        arrays = {f"model/{k}": v for k, v in self.model.state_dict().items()}
-        arrays |= {f"optimizer/{k}": v for k, v in self.optimizer.state_dict().items()}
-        arrays |= {f"average/{k}": v for k, v in self._averaging.state_dict().items()}
+        """Return all that a later run needs to go on exactly from here.
+
+        Within `averaged` too these are the weights that training goes on with.
+        """
+        with self.device.scope(), self._averaging.suspended():
+            arrays = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+            arrays |= {f"optimizer/{k}": v for k, v in self.optimizer.state_dict().items()}
+            arrays |= {f"average/{k}": v for k, v in self._averaging.state_dict().items()}
         if self._averaging.exists:  # what `load_model` would need the images for
             with self.averaged():
                 buffers = {name for name, _ in self.model.named_buffers()}
@@ -225,9 +251,8 @@ class Trainer:
         if self._averaging.exists:
             with self.averaged():
                 state = self.model.state_dict()
-            model = build_network(self.config, self.dataset.features, self.dataset.classes)
+            model = copy.deepcopy(model)
             model.load_state_dict(state)
-            model.to(self.device)
         model.eval()
         return model
 
@@ -281,26 +306,51 @@ class Trainer:
         if self._started:
             raise RuntimeError("A Trainer runs once; restore its checkpoint in a new one to go on.")
         self._started = True
-        if self.config.log_dir is not None and self.step < self.config.max_steps:
-            self._open_log()
+        with (
+            self.device.scope(),
+            np.errstate(**_UNDERFLOW_IS_ZERO),
+            self._closing_callbacks(),
+        ):
+            if self.config.log_dir is not None and self.step < self.config.max_steps:
+                self._open_log()
+            return self._run()
+
+    @contextlib.contextmanager
+    def _closing_callbacks(self) -> Iterator[None]:
+        """Close every callback at the end; of several errors, the first is raised."""
+        error: BaseException | None = None
         try:
-            with self.device.scope(), np.errstate(**_UNDERFLOW_IS_ZERO):
-                return self._run()
-        finally:
-            for callback in self.callbacks:
+            yield
+        except BaseException as raised:
+            error = raised
+        for callback in self.callbacks:
+            try:
                 callback.close()
+            except BaseException as raised:
+                error = raised if error is None else error
+        if error is not None:
+            raise error
 
     def _open_log(self) -> None:
         from cupybnn.training.logs import CheckpointWriter, TensorBoardWriter
 
+        start = self.state()
+        best = best_before(start, self.config.restore)
+
         def save_start(folder: Path) -> None:
-            with self.device.scope():
-                checkpoints.save(folder / checkpoints.NEWEST, self.state())
+            checkpoints.save(folder / checkpoints.NEWEST, start)
+            if best.checkpoint is not None:
+                checkpoints.save(folder / checkpoints.BEST, best.checkpoint)
 
         self.run_folder = new_run_folder(self.config, save_start)
+        if best.checkpoint is None and self.history:
+            self.notice(
+                f"The best checkpoint so far, of test accuracy {best.accuracy:.4f}, is not in the "
+                f"folder of {self.config.restore}: {self.run_folder} gets a {checkpoints.BEST} "
+                f"only from a better one."
+            )
         # Checkpoints first: what goes wrong in a log must not cost one.
-        best = max((e.test_accuracy for e in self.history), default=-1.0)
-        self.callbacks[:0] = [CheckpointWriter(self.run_folder, best)]
+        self.callbacks[:0] = [CheckpointWriter(self.run_folder, best.accuracy)]
         self.callbacks.append(TensorBoardWriter(self.run_folder))
 
     def _run(self) -> TrainResult:
@@ -340,12 +390,25 @@ class Trainer:
         return result
 
     def make_step(self, step: int) -> StepOutput:
-        """Make step number `step`: by fused kernels where these can, else by operations."""
-        if self._step is None or self._step.stale():
-            self._step = self._fused_step() or PlainStep(
-                self.model, self.objective, self.optimizer, self.data, self.order, self.config
+        """Make step number `step`: by fused kernels where these can, else by operations.
+
+        Raises
+        ------
+        RuntimeError
+            Within `averaged`: the step would change weights that are about to be put back.
+        """
+        if self._averaging.is_applied:
+            raise RuntimeError(
+                "A training step must be made outside of Trainer.averaged(): within, the model has "
+                "averaged weights, and those that training goes on with are put back at its end. "
+                "Leave that context first."
             )
-        return self._step(step)
+        with self.device.scope():
+            if self._step is None or self._step.stale():
+                self._step = self._fused_step() or PlainStep(
+                    self.model, self.objective, self.optimizer, self.data, self.order, self.config
+                )
+            return self._step(step)
 
     def _fused_step(self) -> Step | None:
         """Return the fused step, or None, and say why, where there is none."""
@@ -361,6 +424,8 @@ class Trainer:
 
             capability = architecture(self.device.index)
             reason = unsupported_reason(config, self.model, self.optimizer, capability)
+            if self.data.pixel_scale is None:
+                reason = f"the features are {self.data.dtype}, not pixels of 8 bits"
             if reason is None:
                 assert isinstance(self.optimizer, optim.Adam)
                 return FusedStep(
@@ -410,12 +475,17 @@ class Trainer:
         with self.averaged(), np.errstate(**_UNDERFLOW_IS_ZERO):
             return evaluate(self.model, self.objective, self.data)
 
-    def averaged(self) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
         """Context within which `model` is the one that is evaluated: with averaged weights, if any.
 
-        To fold or save it, say. Outside it has the weights that training goes on with.
+        To fold or save it, for example. Outside, it has the weights that training goes on with:
+        however the context ends, they are put back, and what was written to the model within is
+        lost. Entering it again within itself changes nothing; `evaluate` and `state` may be called
+        within, a training step may not.
         """
-        return self._averaging.applied()
+        with self.device.scope(), self._averaging.applied():
+            yield
 
 
 def _check_model(model: Any, config: TrainConfig) -> None:

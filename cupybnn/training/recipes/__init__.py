@@ -69,7 +69,7 @@ def load(name: str) -> Recipe:
             f"The 'recipe' must be one of {', '.join(names())}, or a .toml file; {what}."
         )
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a mark
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingError(f"The recipe {path} is not TOML: {error}.") from error
     settings = content.get("settings")
