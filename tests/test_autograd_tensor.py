@@ -181,7 +181,7 @@ class TestWhatBecomesATensor:
         with pytest.raises(GraphError, match="edited in place"):
             y.backward()
 
-    def test_longdouble_that_is_read_only_is_not_edited(self):
+    def test_edits_of_longdouble_are_noticed_bit_by_bit(self):
         x = Tensor(np.array([0.0, np.nan], np.longdouble), requires_grad=True)
         y = (x * x).sum()
         held = x.data
@@ -402,9 +402,7 @@ class TestSilence:
     def test_extreme_numbers(self, xp, dtype):
         limits = np.finfo(dtype)
         values = [limits.max, -limits.max, limits.tiny, limits.smallest_subnormal, 0.0, -1.0, 700.0]
-        x = Tensor(np.array([values, values[::-1]], dtype), requires_grad=True).to(
-            "cpu" if xp is np else "cuda"
-        )
+        x = Tensor(xp.asarray(np.array([values, values[::-1]], dtype)), requires_grad=True)
         labels = xp.asarray([0, 1])
         for op in (
             lambda t: t * t,
@@ -421,7 +419,7 @@ class TestSilence:
                 for name in ops.quantizer_names()
                 if name != "magnitude_aware_sign"
             ),
-            lambda t: ops.quantize(t, "magnitude_aware_sign"),
+            lambda t: ops.quantize(t.reshape(14, 1), "magnitude_aware_sign"),
             lambda t: t @ t.T,
             lambda t: ops.maximum(t, t.T.reshape(2, 7)),
             lambda t: ops.softmax_cross_entropy(t, labels),
@@ -454,4 +452,4 @@ class TestSilence:
     def test_making_tensors(self):
         assert Tensor([1e-45, 1e-300]).data[1] == 0
         x = leaf(np)
-        gradcheck(lambda t: t * 1e-200 * 1e-200, x)
+        gradcheck(lambda t: t * 1e-200 * 1e-110, x)  # subnormal numbers

@@ -70,7 +70,8 @@ class Context:
         if grad.shape != shape:
             lead = grad.ndim - len(shape)
             stretched = tuple(i + lead for i, n in enumerate(shape) if n == 1)
-            grad = wide_sum(grad, (*range(lead), *stretched)).reshape(shape)
+            grad = wide_sum(grad, (*range(lead), *stretched))
+            grad = grad if grad.shape == shape else grad.reshape(shape)
         return grad if grad.dtype == edge.dtype else grad.astype(edge.dtype)
 
     def guard(self, tensors: tuple[Tensor, ...]) -> None:

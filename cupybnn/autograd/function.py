@@ -22,8 +22,10 @@ class Function:
     A subclass defines two static methods, one below the other, that work on NumPy and CuPy arrays
     alike: ``forward(ctx, *arrays, **params)`` returns an array, ``backward(ctx, grad)`` returns
     the gradient of every operand (a tuple if there are several; None where ``ctx.needs`` is
-    False). A gradient has its operand's shape and dtype. It may be `grad` itself or a view of it,
-    but `grad` and the saved arrays are not written to.
+    False). A gradient has its operand's shape and dtype. It may be `grad` itself, a view of it, an
+    array that the function keeps, or the same array for two operands: the engine writes to none of
+    them. In turn, `grad` and the saved arrays are not to be written to. NumPy's warnings and errors
+    of floating point are off meanwhile.
 
     Examples
     --------

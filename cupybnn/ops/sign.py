@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from cupybnn.autograd import Context, Function, Tensor, as_operand
 from cupybnn.ops.quantizer import Quantizer, get_quantizer
 
@@ -57,5 +59,6 @@ def quantize(x: Tensor, quantizer: str | Quantizer = "ste_sign", training: bool 
     x = as_operand(x, "quantize")
     quantizer = get_quantizer(quantizer)
     signs = sign(x, quantizer, training)
-    scale = quantizer.scale(x._data)
+    with np.errstate(all="ignore"):  # as within an operation
+        scale = quantizer.scale(x._data)
     return signs if scale is None else signs * scale
