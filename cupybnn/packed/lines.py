@@ -132,9 +132,7 @@ def _item(item: Any) -> Any:
 def _here(p: PackedMatrix, numbers: Any) -> Any:
     """Return an array of indices on the device of `p`; only from the host it is moved there."""
     if is_cupy(numbers) and p.device == CPU:
-        raise IndexError(
-            "A PackedMatrix on cpu cannot be indexed by a cupy.ndarray. Pass numbers.get()."
-        )
+        raise IndexError("A PackedMatrix on cpu cannot be indexed by a cupy.ndarray. Pass x.get().")
     with p.device.scope():
         return p.device.xp.asarray(numbers)
 
