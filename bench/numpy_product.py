@@ -21,6 +21,7 @@ from collections.abc import Callable
 import numpy as np
 
 import cupybnn
+from cupybnn.files import atomic_write
 from cupybnn.machine import describe
 
 SHAPES = [
@@ -123,8 +124,9 @@ def main() -> None:
             flush=True,
         )
     if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": machine, "cpu_time": args.cpu_time, "rows": rows}, file, indent=1)
+        record = {"machine": machine, "cpu_time": args.cpu_time, "rows": rows}
+        with atomic_write(args.json) as file:
+            file.write(json.dumps(record, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -166,7 +166,10 @@ def main() -> int:
         parser.error("give either records or --options")
     if args.options:
         return put(options_table(), "options", args.write)
-    loaded = {path: records.load(path) for path in args.records}
+    try:
+        loaded = {path: records.load(path) for path in args.records}
+    except (OSError, records.RecordError) as error:
+        parser.error(str(error))
     kinds = {records.kind_of(record) for record in loaded.values()}
     if len(kinds) > 1:
         parser.error("the records must be of one kind: all of products, or all of training")

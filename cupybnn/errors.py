@@ -1,6 +1,21 @@
 """Exceptions of cupybnn that a caller may want to catch by name."""
 
-__all__ = ["CheckpointError", "DataError", "DeviceError", "GraphError", "NonFiniteError"]
+__all__ = [
+    "CheckpointError",
+    "DataError",
+    "DeviceError",
+    "GraphError",
+    "NonFiniteError",
+    "SettingError",
+]
+
+
+class SettingError(ValueError):
+    """A setting or an option has a value that it cannot have; the message says why.
+
+    Whatever the command line can set is checked with this class, and the command then ends with
+    the message alone. Any other ValueError there is a bug, and keeps its traceback.
+    """
 
 
 class DeviceError(RuntimeError):

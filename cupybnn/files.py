@@ -1,36 +1,52 @@
-"""Files: written so that a reader finds the old content or the new, .npz read without pickle."""
+"""Files: written so that a reader finds the old content or the new."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 import secrets
 import shutil
+import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-import numpy as np
+from cupybnn.npz import read_npz
+from cupybnn.paths import checked_path
 
-__all__ = ["A_DAY", "atomic_write", "read_npz", "remove_leftovers", "temporary_path"]
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
-A_DAY = 24 * 3600.0  # seconds; nothing is being written for so long
+__all__ = ["atomic_write", "is_stream", "new_folder", "read_npz", "remove_leftovers"]
 
-
-def temporary_path(path: Path) -> Path:
-    """Return a name beside `path` for what is being made, which `remove_leftovers` knows."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+_TEMPORARY = re.compile(r"\.cupybnn-[0-9a-f]{12}\.tmp")
+#: Where a file system has no locks, what has not changed for so many seconds has no writer.
+_A_DAY = 24 * 3600.0
+#: Errors that say that a file cannot be replaced, although it may well be written: its folder is
+#: read-only, or the file is a mount point.
+_NOT_REPLACEABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV}
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path` and move it into place when the block ends well.
+    """Open a temporary file and give it the name `path` when the block ends well.
 
     The file is flushed to the disk before it gets its name, so that a crash of the machine leaves
     the old content or the new. If the block raises, `path` is untouched and the temporary file is
-    removed; a killed process leaves one behind, named ``.<name>.<random>.tmp``, which
-    `remove_leftovers` clears away.
+    removed. A killed process leaves one behind; the next write into the folder removes it.
+
+    * A symbolic link is followed: its target is replaced.
+    * An existing file keeps its mode, and its owner and group where the process may set them. One
+      that may not be written stays.
+    * A file that can be written but not replaced, because its folder is read-only or because it is
+      a mount point, is overwritten once the whole content is ready and there is room for it.
+    * A pipe, a terminal or another character device gets the whole content when the block ends.
 
     Parameters
     ----------
@@ -40,75 +56,252 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Yields
     ------
     binary file, open for writing and seekable
+
+    Raises
+    ------
+    OSError
+        If `path` cannot be written, or is a folder, a socket or a block device.
+    ValueError
+        If `path` is not a path.
     """
-    path = Path(path)
-    temporary = temporary_path(path)
+    path = checked_path(path)
     try:
-        with open(temporary, "xb") as file:
+        target = _resolve(path)
+        if target is None:
+            with tempfile.TemporaryFile() as file:
+                yield file
+                _send(file, path)
+            return
+        with _replacement(target) as file:
+            yield file
+    except OSError as error:
+        if error.filename is not None and _TEMPORARY.fullmatch(Path(str(error.filename)).name):
+            # The name that the caller knows.
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+def is_stream(path: str | os.PathLike[str]) -> bool:
+    """Whether `path` is a pipe or a device, to which each `atomic_write` adds its content."""
+    return _resolve(checked_path(path)) is None
+
+
+def _resolve(path: Path) -> Path | None:
+    """Follow links to the file that is to be replaced; None where `path` is not a regular file."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
+        kind = "block device" if stat.S_ISBLK(mode) else "socket"
+        raise OSError(errno.EINVAL, f"Is a {kind}, not a file", str(path))
+    if not stat.S_ISREG(mode):
+        return None
+    for _ in range(64):
+        folder = os.path.realpath(path.parent)
+        path = Path(folder, path.name)
+        if _descriptor(path) is not None:
+            return None
+        if not path.is_symlink():
+            return path
+        path = Path(folder, os.readlink(path))
+    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+
+
+def _descriptor(path: Path) -> int | None:
+    """Return the number of this process's open file that a resolved path such as /dev/fd/1 is."""
+    ours = str(path.parent) in (f"/proc/{os.getpid()}/fd", "/dev/fd")
+    return int(path.name) if ours and path.name.isdecimal() else None
+
+
+def _send(file: IO[bytes], path: Path) -> None:
+    """Write the whole of `file` to a pipe, a device or an open file of this process."""
+    link = path
+    while (number := _descriptor(Path(os.path.realpath(link.parent), link.name))) is None:
+        if not link.is_symlink():
+            break
+        link = Path(os.path.realpath(link.parent), os.readlink(link))
+    # An open file is used as it is: opening it anew would start at its beginning.
+    where: int | Path = path if number is None else os.dup(number)
+    file.seek(0)
+    with open(where, "wb", buffering=0) as out:
+        shutil.copyfileobj(file, out)
+
+
+@contextlib.contextmanager
+def _replacement(target: Path) -> Iterator[IO[bytes]]:
+    """Yield a new file that takes the place of `target` when the block ends well."""
+    before = os.stat(target) if target.exists() else None
+    if before is not None and not os.access(target, os.W_OK):  # which replacing it would ignore
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+    remove_leftovers(target.parent)
+    temporary = None
+    try:
+        temporary, descriptor = _new_temporary(target.parent, before is not None)
+    except OSError as error:
+        if before is None or error.errno not in _NOT_REPLACEABLE:
+            raise
+    if temporary is None:
+        with tempfile.TemporaryFile() as file:
+            yield file
+            _overwrite(target, file)
+        return
+    try:
+        with open(descriptor, "w+b") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        if isinstance(error, OSError) and error.filename == str(temporary):
-            error.filename = str(path)  # the name that the caller knows
+            if before is not None:
+                _keep_owner_and_mode(temporary, descriptor, before)
+            os.fsync(descriptor)
+            if fcntl is None:
+                file.close()  # Windows moves no file that is open; elsewhere the lock is kept
+            try:
+                os.replace(temporary, target)
+            except OSError as error:
+                if before is None or error.errno not in _NOT_REPLACEABLE or file.closed:
+                    raise
+                _overwrite(target, file)
+                temporary.unlink()
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
 
 
-def remove_leftovers(path: str | os.PathLike[str], unchanged_for: float = 0.0) -> None:
-    """Remove what killed writers of `path` left behind: files or folders ``.<name>.*.tmp``.
+def _keep_owner_and_mode(temporary: Path, descriptor: int, before: os.stat_result) -> None:
+    if fcntl is None:
+        os.chmod(temporary, before.st_mode)
+        return
+    for owner, group in ((before.st_uid, before.st_gid), (-1, before.st_gid)):
+        with contextlib.suppress(PermissionError):
+            os.fchown(descriptor, owner, group)
+            break
+    os.fchmod(descriptor, before.st_mode & 0o777)
 
-    Call it without `unchanged_for` only where no other process can be writing the same file.
 
-    Parameters
-    ----------
-    path : path-like
-    unchanged_for : float
-        Remove only what has not changed for so many seconds. `A_DAY` spares whatever a living
-        process is writing, also one on another machine or in another container, where its number
-        would say nothing, and also where clocks and time zones disagree.
+def _overwrite(target: Path, file: IO[bytes]) -> None:
+    """Put the content of `file` into `target`, in place, if there is room for it."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    with open(target, "r+b", buffering=0) as out:
+        before = os.fstat(out.fileno()).st_size
+        if size > before and hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(out.fileno(), 0, size)
+            except OSError:
+                os.ftruncate(out.fileno(), before)
+                raise
+        shutil.copyfileobj(file, out)
+        os.ftruncate(out.fileno(), size)
+        os.fsync(out.fileno())
+
+
+# --- temporary files and folders: whoever makes one holds a lock on it, which ends with the process
+
+
+def _new_temporary(folder: Path, private: bool) -> tuple[Path, int]:
+    """Make a file with a short name that `remove_leftovers` knows; return its path and descriptor.
+
+    A private one can be read by its owner alone.
     """
-    path = Path(path)
-    now = time.time()
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
-        with contextlib.suppress(OSError):  # another process was quicker, or may and we may not
-            if unchanged_for and now - leftover.lstat().st_mtime < unchanged_for:
-                continue
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    while True:
+        path = folder / f".cupybnn-{secrets.token_hex(6)}.tmp"
+        descriptor = os.open(path, flags, 0o600 if private else 0o666)
+        if _claim(path, descriptor):
+            return path, descriptor
+        os.close(descriptor)
 
 
-def read_npz(
-    path: str | os.PathLike[str], names: tuple[str, ...] | None = None
-) -> dict[str, np.ndarray]:
-    """Read entries of an .npz file, without pickle; the checksum of each is compared on the way.
+def _claim(path: Path, descriptor: int) -> bool:
+    """Lock what was just made; False if another process has removed it before that."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def new_folder(parent: str | os.PathLike[str]) -> Iterator[Path]:
+    """Make a hidden folder in `parent` for what is to be filled and then renamed, or thrown away.
+
+    Unless it was renamed it is removed with all that is in it when the block ends; if the process
+    is killed, the next `new_folder` or `atomic_write` in `parent` removes it.
 
     Parameters
     ----------
-    path : path-like
-    names : tuple of str, optional
-        Only these entries, those of them that are there; default: all.
+    parent : path-like
+        An existing folder.
 
-    Raises
+    Yields
     ------
-    FileNotFoundError, IsADirectoryError, PermissionError
-        If the file cannot be opened.
-    ValueError
-        If it is no .npz file or is damaged; the message is the cause alone, without the path.
+    Path
     """
-    with open(path, "rb") as file:
-        # Asked first: NumPy takes what it does not know for a pickle and tells how to load that.
-        magic = file.read(4)
-        if magic[:2] != b"PK":
-            raise ValueError(f"not an .npz file, it begins with {magic!r}")
-        file.seek(0)
-        try:
-            with np.load(file, allow_pickle=False) as loaded:
-                wanted = loaded.files if names is None else set(names).intersection(loaded.files)
-                return {name: loaded[name] for name in wanted}
-        except Exception as error:  # a wrong bit makes zipfile and NumPy raise a dozen kinds
-            raise ValueError(str(error) or type(error).__name__) from error
+    parent = checked_path(parent)
+    remove_leftovers(parent)
+    descriptor = None
+    while True:
+        folder = parent / f".cupybnn-{secrets.token_hex(6)}.tmp"
+        folder.mkdir()
+        if fcntl is None:
+            break
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            if _claim(folder, descriptor):
+                break
+            os.close(descriptor)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Remove the temporary files and folders that killed writers have left in `folder`.
+
+    Those of living processes stay, also of processes on other machines: a writer holds a lock. On
+    a file system without locks, what has changed within a day stays.
+    """
+    try:
+        names = [name for name in os.listdir(folder) if _TEMPORARY.fullmatch(name)]
+    except OSError:
+        return  # a folder that cannot be read; whoever wants to write there is told
+    for name in names:
+        path = Path(folder, name)
+        with contextlib.suppress(OSError):  # another process was quicker, or may and we may not
+            _remove_if_dead(path)
+
+
+def _remove_if_dead(path: Path) -> None:
+    mode = path.lstat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        return
+    descriptor = None
+    try:
+        locked = False
+        if fcntl is not None:
+            access = os.O_RDWR if stat.S_ISREG(mode) else os.O_RDONLY  # NFS locks what is writable
+            descriptor = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
+            except BlockingIOError:
+                return
+            except OSError:
+                pass
+        if not locked and time.time() - path.lstat().st_mtime < _A_DAY:
+            return
+        if stat.S_ISDIR(mode):
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)

@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
+from cupybnn.errors import SettingError
+from cupybnn.paths import home, user_path
+
 __all__ = [
     "cache_dir",
     "cpu_threads",
@@ -28,17 +31,32 @@ def debug() -> bool:
     return os.environ.get("CUPYBNN_DEBUG", "").strip().lower() not in _FALSE
 
 
+def _folder(variable: str, given: str) -> Path:
+    try:
+        return user_path(given)
+    except ValueError as error:
+        raise SettingError(
+            f"The environment variable {variable} cannot be used: {error}"
+        ) from error
+
+
 def cache_dir() -> Path:
-    """Folder for tuned kernel tables: ``CUPYBNN_CACHE_DIR`` or the system's cache folder."""
+    """Folder for tuned kernel tables: ``CUPYBNN_CACHE_DIR`` or the system's cache folder.
+
+    Raises
+    ------
+    SettingError
+        If the variable names a home folder that does not exist.
+    """
     given = os.environ.get("CUPYBNN_CACHE_DIR")
     if given:
-        return Path(given).expanduser()
+        return _folder("CUPYBNN_CACHE_DIR", given)
     if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        base = Path(os.environ.get("LOCALAPPDATA") or home() / "AppData" / "Local")
     elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
+        base = home() / "Library" / "Caches"
     else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        base = Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache")
     return base / "cupybnn"
 
 
@@ -58,7 +76,7 @@ def cpu_threads() -> int:
 def data_dir() -> Path:
     """Folder for fetched data sets: ``CUPYBNN_DATA_DIR`` or ``data`` in the cache folder."""
     given = os.environ.get("CUPYBNN_DATA_DIR")
-    return Path(given).expanduser() if given else cache_dir() / "data"
+    return _folder("CUPYBNN_DATA_DIR", given) if given else cache_dir() / "data"
 
 
 def kernel_override() -> str | None:
@@ -89,7 +107,7 @@ def resting_blas_threads() -> Iterator[None]:
 def scikit_learn_data() -> Path:
     """Folder where scikit-learn keeps what it fetched: ``SCIKIT_LEARN_DATA`` or its default."""
     given = os.environ.get("SCIKIT_LEARN_DATA")
-    return Path(given or "~/scikit_learn_data").expanduser()
+    return _folder("SCIKIT_LEARN_DATA", given) if given else home() / "scikit_learn_data"
 
 
 def variables_set() -> dict[str, str]:

@@ -1,14 +1,17 @@
 """``cupybnn bench``: what it measures is right, and nothing that fails is lost or hidden."""
 
+import copy
 import json
 import os
 import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from edits import edit
 
 from cupybnn.backends.cuda import dispatch
 from cupybnn.backends.devices import CPU, Device
@@ -191,6 +194,98 @@ def test_a_record_of_another_format_is_refused(tmp_path):
     path.write_text('{"format": 99}')
     with pytest.raises(ValueError, match="must be a record of cupybnn bench, format 1"):
         record.load(path)
+
+
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
+PUBLISHED = sorted(RESULTS.rglob("*.json"))
+
+
+def small(path) -> dict:
+    """Return a published record with few products or sizes, so that an edit meets any part."""
+    found = json.loads(path.read_text())
+    for name in ("products", "sizes"):
+        if name in found:
+            found[name] = found[name][:2]
+            for part in found[name]:
+                best = part.get("best", {"": 3})
+                part["rows"] = part["rows"][: 1 + max(best.values())]
+    return found
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_an_edited_record_is_one_kind_of_error_or_is_shown(path, tmp_path, capsys):
+    whole, edited = small(path), tmp_path / "edited.json"
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        found = copy.deepcopy(whole)
+        edit(found, rng)
+        edited.write_text(json.dumps(found))
+        try:
+            record.load(edited)
+        except record.RecordError as error:
+            refused += 1
+            message = str(error)
+            assert "\n" not in message
+            assert len(message) < 600
+            continue
+        assert main.main(["bench", "--from", str(edited)]) in (0, 1)
+    assert refused > 60
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"tops": ', '"tops": -', r"products\[0\]\.rows\[0\]\.tops must be a finite number from"),
+        ('"tops": ', '"tips": ', r"rows\[0\] lacks tops"),
+        ('"median": ', '"median": 1e999, "x": ', "median must be a finite number"),
+        ('"median": ', '"median": NaN, "x": ', "NaN is not a number that JSON has"),
+        ('"notes": [', '"notes": 3, "x": [', "notes must be a list"),
+        ('"notes": [', '"notes": ["\\u001b[2J"], "x": [', r"notes\[0\] must be a printable text"),
+        ('"notes": [', '"notes": [], "x": ' + "[" * 9000 + "[", "nested more than 32 levels deep"),
+        ('"kind": "product"', '"kind": "train"', "it lacks method, sizes"),
+        ('"kind": "product"', '"kind": "other"', "kind must be one of 'product'"),
+    ],
+)
+def test_the_first_fault_of_a_record_is_named(old, new, message, tmp_path, capsys):
+    path = tmp_path / "x.json"
+    content = (RESULTS / "h100.json").read_text()
+    assert old in content
+    path.write_text(content.replace(old, new, 1))
+    assert main.main(["bench", "--from", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert re.search(message, said)
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"3", b"null", b'"format"', b"{}"])
+def test_other_files_are_no_records(content, tmp_path):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(record.RecordError, match="record of cupybnn bench"):
+        record.load(tmp_path / "x")
+
+
+def test_records_go_where_they_are_sent(tmp_path, capfd):
+    """To a device, through a link, into a pipe: nothing is replaced by a file."""
+    found = small(RESULTS / "h100.json")
+    record.save(found, "/dev/null")
+    (tmp_path / "link").symlink_to("target")
+    record.save(found, tmp_path / "link")
+    assert record.load(tmp_path / "target") == found
+    arguments = ["bench", "--quick", "--device", "cpu", "--only", "host", "--json", "/dev/fd/1"]
+    assert main.main(arguments) == 0
+    text = capfd.readouterr().out
+    (whole,) = re.findall(r"^\{$.*?^\}$", text, re.MULTILINE | re.DOTALL)  # once, not each time
+    assert "host" in json.loads(whole)
+
+
+@pytest.mark.parametrize("option", ["--json", "--chart", "--from"])
+@pytest.mark.parametrize("path", ["a\0b", "~nosuchuser/x", ""])
+def test_paths_that_are_none(option, path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main.main(["bench", "--quick", option, path])
+    assert re.search(f"argument {option}: .*path", capsys.readouterr().err)
 
 
 # --- one product

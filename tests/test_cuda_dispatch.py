@@ -116,14 +116,6 @@ class TestTunedTable:
         with force_kernel("sm80"):
             assert picked(90, 8192, 8192, 8192, tuned=tuning.winners(0)).kernel == "sm80"
 
-    @pytest.mark.parametrize(
-        "text", ["", "{", "[]", '{"a": 1}', '{"a": {"kernel": "sm90"}}', '{"a": {"defines": 3}}']
-    )
-    def test_a_damaged_table_is_no_table(self, table, text):
-        table.parent.mkdir()
-        table.write_text(text)
-        assert tuning.winners(0) == {}
-
     def test_a_configuration_that_nobody_measured_is_not_launched(self, table):
         key = dispatch.shape_key(8192, 8192, 8192, 1, False)
         fields = dataclasses.asdict(sm90(1, 256, 4))

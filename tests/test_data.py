@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from cupybnn import settings
+from cupybnn.autograd import Tensor
 from cupybnn.backends.devices import CPU
 from cupybnn.data import BatchOrder, Dataset, DeviceData, digits, idx, load, mnist
 from cupybnn.errors import DataError
+from cupybnn.training import TrainConfig, Trainer
 
 
 def idx_bytes(array: np.ndarray) -> bytes:
@@ -249,11 +251,94 @@ class TestIdxFolder:
         assert "found 20 training and 7 test images of 4×5 pixels in 3 classes;" in said[0]
         assert said[0].endswith("MNIST has 60,000 and 10,000 of 28×28 in 10 classes.")
 
+    def test_folders_with_the_names_of_the_files(self, tmp_path, arrays):
+        """As some archives have it: each file in a folder of its own, of the same name."""
+        for key, path in write_folder(tmp_path, arrays).items():
+            data = path.read_bytes()
+            path.unlink()
+            if key != "t10k-labels":
+                path.mkdir()
+                (path / path.name).write_bytes(data)
+        with pytest.raises(DataError, match=r"missing: test labels\."):
+            load("mnist", tmp_path)
+        path.mkdir()
+        with pytest.raises(
+            DataError, match=r"A file is needed, but t10k-\S+ is a folder without one\."
+        ):
+            load("mnist", tmp_path)
+        (path / path.name).write_bytes(data)
+        np.testing.assert_array_equal(load("mnist", tmp_path).test_labels, arrays["t10k-labels"])
+        # A file itself goes before one within a folder.
+        (tmp_path / "t10k_labels.idx").write_bytes(idx_bytes(np.ones(7, np.uint8)))
+        np.testing.assert_array_equal(load("mnist", tmp_path).test_labels, np.ones(7))
+
+    def test_read_idx_of_a_folder(self, tmp_path):
+        with pytest.raises(DataError, match=r"cannot be read: Is a directory"):
+            idx.read_idx(tmp_path, 1)
+
     def test_header_that_promises_terabytes(self, tmp_path):
         path = tmp_path / "train-images-idx3-ubyte"
         path.write_bytes(bytes([0, 0, 8, 3]) + b"\xff\xff\xff\xff" * 3 + b"abc")
         with pytest.raises(DataError, match=r"truncated: expected 79,228,.* found 3\."):
             idx.read_idx(path, 3)
+
+
+class TestEmnist:
+    NAME = "emnist-letters-{part}-{kind}-idx{n}-ubyte.gz"
+
+    @pytest.fixture
+    def letters(self, arrays):
+        arrays["train-labels"] = np.arange(20, dtype=np.uint8) + 7
+        arrays["test-images"], arrays["test-labels"] = (
+            arrays.pop("t10k-images"),
+            arrays.pop("t10k-labels") + np.uint8(1),
+        )
+        return arrays
+
+    @pytest.mark.parametrize("subfolder", ["", "gzip", "EMNIST/raw"])
+    def test_images_are_upright_and_letters_keep_their_numbers(self, tmp_path, letters, subfolder):
+        write_folder(tmp_path / subfolder, letters, self.NAME)
+        said = []
+        data = load("mnist", tmp_path, notify=said.append)
+        assert (data.name, data.classes, data.image_shape) == ("emnist-letters", 27, (5, 4))
+        for part, images in (("train", data.train_images), ("test", data.test_images)):
+            stored = letters[f"{part}-images"]
+            expected = [image.T.ravel() for image in stored]
+            np.testing.assert_array_equal(images, expected)
+        np.testing.assert_array_equal(data.train_labels, letters["train-labels"])
+        assert said == [
+            f"The files in {tmp_path} are emnist-letters: 27 classes, and images with rows and "
+            f"columns exchanged, which are turned upright."
+        ]
+
+    def test_it_is_trained_on(self, tmp_path, letters):
+        write_folder(tmp_path, letters, self.NAME)
+        settings = {"data_dir": str(tmp_path), "n_hidden": 8, "batch_size": 4, "max_steps": 2}
+        trainer = Trainer(TrainConfig(**settings, device="cpu", binary=True, batch_norm=True))
+        trainer.run()
+        assert trainer.model(Tensor(trainer.data.batch(np.arange(3))[0])).shape == (3, 27)
+
+    def test_labels_are_checked(self, tmp_path, letters):
+        letters["test-labels"][2] = 27
+        write_folder(tmp_path, letters, self.NAME)
+        with pytest.raises(DataError, match=r"expected labels from 0 to 26, found 27 for image 2"):
+            load("mnist", tmp_path)
+
+    def test_several_in_one_folder(self, tmp_path, letters, arrays):
+        write_folder(tmp_path, letters, self.NAME)
+        write_folder(tmp_path, letters, self.NAME.replace("letters", "byclass"))
+        with pytest.raises(DataError, match=r"those of emnist-byclass, emnist-letters\. Put the"):
+            load("mnist", tmp_path)
+        letters["train-labels"][:] = letters["test-labels"][:] = 3
+        write_folder(tmp_path / "raw", letters, NAMES["lecun"])
+        assert load("mnist", tmp_path).name == "mnist"
+
+    def test_incomplete(self, tmp_path, letters):
+        write_folder(tmp_path, letters, self.NAME)["test-labels"].unlink()
+        with pytest.raises(
+            DataError, match=r"missing: test labels\. It holds: emnist-letters-test"
+        ):
+            load("mnist", tmp_path)
 
 
 @pytest.fixture
@@ -375,6 +460,29 @@ class TestMnist:
         before = socket.getdefaulttimeout()
         load("auto")
         assert socket.getdefaulttimeout() == before
+
+    def test_next_fetch_removes_what_killed_ones_left(self, data_home):
+        """But never the folder of a fetch that is still going on."""
+        program = """
+            import sys, time
+            from cupybnn import settings
+            from cupybnn.data import mnist
+            with mnist._scratch_folder(settings.data_dir()) as scratch:
+                (scratch / "half").write_bytes(bytes(1000))
+                print(scratch, flush=True)
+                time.sleep(600)
+        """
+        command = [sys.executable, "-c", textwrap.dedent(program)]
+        processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        folders = [Path(process.stdout.readline().strip()) for process in processes]
+        left = [[folders[0]], []]
+        for process, expected in zip(reversed(processes), left, strict=True):
+            process.kill()
+            process.communicate()
+            with pytest.raises(DataError, match="cannot be fetched"):
+                load("mnist")
+            assert list((data_home / "data").iterdir()) == expected
+        assert all(folder.parent == data_home / "data" for folder in folders)
 
     def test_unwritable_data_folder_still_loads(self, data_home, mnist_arrays, monkeypatch):
         monkeypatch.setattr(mnist, "_fetch", lambda folder: mnist_arrays)

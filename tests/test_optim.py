@@ -354,6 +354,63 @@ class TestWeightAverage:
         np.testing.assert_array_equal(host(p.data), first + 1)
         np.testing.assert_array_equal(host(average.averages[0]), first)
 
+    def test_applied_within_itself(self, xp):
+        p = make(xp, (3,))
+        average = optim.WeightAverage([p], 0.5)
+        average.update()
+        first = host(p.data).copy()
+        p.data += 1
+        with average.applied():
+            with average.applied():
+                np.testing.assert_array_equal(host(p.data), first)
+            np.testing.assert_array_equal(host(p.data), first)
+            assert average.is_applied
+        assert not average.is_applied
+        np.testing.assert_array_equal(host(p.data), first + 1)
+        np.testing.assert_array_equal(host(average.averages[0]), first)
+
+    @pytest.mark.parametrize("decay", [None, 0.5])
+    def test_used_while_applied(self, xp, decay):
+        """The average is the same, and the weights come back, whatever is done within."""
+        plain, p = make(xp, (3,)), make(xp, (3,))
+        expected, average = (optim.WeightAverage([q], decay) for q in (plain, p))
+        for a, q in ((expected, plain), (average, p)):
+            a.update()
+            q.data += 1
+        expected.update()
+        with average.applied():
+            average.update()
+            p.data *= 7  # lost at the end
+            inside = average.state_dict()
+        np.testing.assert_array_equal(host(p.data), host(plain.data))
+        for name, array in expected.state_dict().items():
+            np.testing.assert_array_equal(inside[name], array)
+            np.testing.assert_array_equal(average.state_dict()[name], array)
+
+    def test_suspended(self, xp):
+        p = make(xp, (3,))
+        average = optim.WeightAverage([p])
+        average.update()
+        first = host(p.data).copy()
+        p.data += 1
+
+        def look():
+            with average.suspended():
+                np.testing.assert_array_equal(host(p.data), first + 1)
+                raise KeyError
+
+        with average.applied():
+            with pytest.raises(KeyError):
+                look()
+            np.testing.assert_array_equal(host(p.data), first)
+        np.testing.assert_array_equal(host(p.data), first + 1)
+
+    def test_absurd_number_of_updates_is_refused(self):
+        average = optim.WeightAverage([make(np, (3,))])
+        for wrong in (2.5, -1, float("nan")):
+            with pytest.raises(ValueError, match=r"The 'updates' .* whole number, at least 0"):
+                average.load_state_dict({**average.state_dict(), "updates": np.array(wrong)})
+
     def test_state(self):
         p = make(np, (3,))
         average, again = (optim.WeightAverage([p], 0.9) for _ in range(2))

@@ -232,6 +232,54 @@ class TestRun:
             Trainer(TrainConfig(**QUICK), [Raises(), recorder]).run()
         assert recorder.calls == ["start", "close"]
 
+    def test_all_callbacks_are_closed_though_one_fails_to(self):
+        class FailsToClose(Recorder):
+            def close(self):
+                super().close()
+                raise OSError("cannot be closed")
+
+        class Raises(Callback):
+            def on_step(self, trainer, step, output):
+                raise RuntimeError("enough")
+
+        def tried(*first):
+            recorders = [FailsToClose(), Recorder(), FailsToClose(), Recorder()]
+            trainer = Trainer(TrainConfig(**{**QUICK, "max_steps": 1}), [*first, *recorders])
+            with pytest.raises(Exception, match=r".") as caught:
+                trainer.run()
+            assert [recorder.calls[-1] for recorder in recorders] == ["close"] * 4
+            return caught.value
+
+        assert str(tried()) == "cannot be closed"
+        assert str(tried(Raises())) == "enough"  # the first error is the one to be seen
+
+    def test_callbacks_are_closed_where_no_run_folder_can_be_made(self, tmp_path):
+        (tmp_path / "file").write_text("in the way")
+        recorder = Recorder()
+        config = TrainConfig(**QUICK, log_dir=str(tmp_path / "file"))
+        with pytest.raises(OSError, match="log_dir"):
+            Trainer(config, [recorder]).run()
+        assert recorder.calls == ["close"]
+
+    @pytest.mark.gpu
+    def test_every_method_enters_its_device(self):
+        """Called while another device is the current one, as far as this machine has several."""
+        import cupy
+
+        last = cupy.cuda.runtime.getDeviceCount() - 1
+        settings = {**QUICK, "batch_norm": True, "average": "ema", "device": f"cuda:{last}"}
+        trainer = Trainer(TrainConfig(**settings))
+        with cupy.cuda.Device(0):
+            trainer.make_step(0)
+            trainer._averaging.update(0)
+            trainer.evaluate()
+            with trainer.averaged():
+                assert cupy.cuda.Device().id == last
+            assert cupy.cuda.Device().id == 0
+            trainer.state()
+            again = Trainer(TrainConfig(**{**settings, "max_steps": 3}))
+            assert again.run().steps == 3
+
 
 class TestFallback:
     def test_auto_without_mnist(self, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from cupybnn.autograd import Tensor
 from cupybnn.cli import train as command
 from cupybnn.cli.main import main
 from cupybnn.errors import CheckpointError
-from cupybnn.training import TrainConfig, Trainer, recipes, train
+from cupybnn.training import Callback, TrainConfig, Trainer, recipes, train
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -79,6 +79,12 @@ def test_deformed_are_images_in_training_alone():
     assert (first.logits != second.logits).any()
     again = Trainer(TrainConfig(**QUICK, augment_shift=2.0)).make_step(0)
     assert (again.logits == second.logits).all()
+
+
+def test_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xef\xbb\xbf[settings]\nn_hidden = 77\n")
+    assert recipes.load(str(path)).settings == {"n_hidden": 77}
 
 
 def test_options_override_a_recipe():
@@ -395,6 +401,71 @@ class TestAverage:
         assert results[0].final.test_loss != results[1].final.test_loss
         for name, array in plain.state().arrays.items():
             np.testing.assert_array_equal(averaged.state().arrays[name], array, err_msg=name)
+
+    @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+    @pytest.mark.parametrize("average", ["ema", "swa"])
+    def test_methods_called_within(self, average, device):
+        settings = {**self.SETTINGS, "average": average, "average_decay": 0.9, "device": device}
+        trainer = Trainer(TrainConfig(**settings))
+        trainer.run()
+        outside, figures = trainer.state().arrays, trainer.evaluate()
+        with trainer.averaged():
+            inside = trainer.model.state_dict()
+            with trainer.averaged():
+                assert trainer.evaluate() == figures
+            within = trainer.state().arrays
+            with pytest.raises(RuntimeError, match=r"must be made outside of Trainer.averaged\(\)"):
+                trainer.make_step(trainer.step)
+            for name, array in trainer.model.state_dict().items():
+                np.testing.assert_array_equal(array, inside[name], err_msg=name)
+        assert any((inside[name] != outside[f"model/{name}"]).any() for name in inside)
+        after = trainer.state().arrays
+        for name, array in outside.items():
+            np.testing.assert_array_equal(within[name], array, err_msg=name)
+            np.testing.assert_array_equal(after[name], array, err_msg=name)
+
+    @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+    def test_what_goes_wrong_within_leaves_the_weights(self, device, monkeypatch):
+        trainer = Trainer(TrainConfig(**{**self.SETTINGS, "average": "ema", "device": device}))
+        trainer.run()
+        before = trainer.state().arrays
+
+        def fail_within():
+            with trainer.averaged():
+                for parameter in trainer.model.parameters():
+                    parameter.data *= 3
+                raise KeyError
+
+        def fail(*args):
+            for parameter in trainer.model.parameters():
+                parameter.data *= 3
+            raise KeyError
+
+        with pytest.raises(KeyError):
+            fail_within()
+        monkeypatch.setattr(nn, "refresh_statistics", fail)
+        with pytest.raises(KeyError):
+            trainer.evaluate()
+        for name, array in trainer.state().arrays.items():
+            np.testing.assert_array_equal(array, before[name], err_msg=name)
+
+    @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+    def test_callback_that_looks_at_the_average_changes_nothing(self, device):
+        class Looks(Callback):
+            def on_step(self, trainer, step, output):
+                if step % 7 == 0:
+                    with trainer.averaged():
+                        trainer.evaluate()
+                        trainer.state()
+
+        settings = {**self.SETTINGS, "average": "ema", "device": device}
+        plain = Trainer(TrainConfig(**settings))
+        looking = Trainer(TrainConfig(**settings), [Looks()])
+        for trainer in (plain, looking):
+            trainer.run()
+        expected = plain.state().arrays
+        for name, array in looking.state().arrays.items():
+            np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
     def test_other_average_is_not_restored(self, tmp_path):
         settings = {**self.SETTINGS, "average": "ema"}

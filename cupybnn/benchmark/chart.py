@@ -8,9 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from cupybnn.errors import SettingError
 from cupybnn.files import atomic_write
 
-__all__ = ["draw", "needs_matplotlib", "write"]
+__all__ = ["draw", "needs_matplotlib", "new_figure", "write"]
 
 #: Lines of the chart, in the order of the legend where nothing else decides.
 _STYLE: dict[str, tuple[str, str]] = {
@@ -32,13 +33,13 @@ def needs_matplotlib() -> None:
 
     Raises
     ------
-    ValueError
+    SettingError
         If matplotlib is not installed; the message says how to install it.
     """
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ValueError(
+        raise SettingError(
             "The '--chart' needs matplotlib, which is not installed: pip install matplotlib "
             "(or the extra cupybnn[bench])."
         ) from error
@@ -74,19 +75,14 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
 
     Raises
     ------
-    ValueError
+    SettingError
         If the record holds no square products, or matplotlib is not installed.
     """
     needs_matplotlib()
     series = _series(record)
     if not series:
-        raise ValueError("The record holds no square products to draw; run the section 'square'.")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.5, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+        raise SettingError("The record holds no square products to draw; run the section 'square'.")
+    figure, axes = new_figure(8.5, 5.2, record, "Matrix products")
     ticks = sorted({n for sizes, _ in series.values() for n in sizes})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -109,10 +105,21 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
     axes.set_xlabel("M = N = K")
     axes.set_ylabel("TOPS (2 M N K / second / 1e12)")
     axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    return write(figure, path)
+
+
+def new_figure(width: float, height: float, record: dict[str, Any], what: str) -> tuple[Any, Any]:
+    """Return a figure and its axes, with a title that says what was measured on what."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     where = record["gpu"]["name"] if record["gpu"] else record["machine"]["cpu"]
-    axes.set_title(f"Matrix products on one {where}", loc="left", fontsize=11)
-    return write(figure, path)
+    axes.set_title(f"{what} on one {where}", loc="left", fontsize=11)
+    return figure, axes
 
 
 def write(figure: Any, path: str | os.PathLike[str]) -> tuple[Path, Path]:

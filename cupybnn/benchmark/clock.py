@@ -96,6 +96,16 @@ def _runs(seconds_a_run: float, budget: float) -> int:
     return max(7, min(100, int(budget / max(seconds_a_run, 1e-9))))
 
 
+def _round(calls: Sequence[Call], first: int, count: int) -> Call:
+    """Return what makes `count` calls, from number `first` on, round and round."""
+
+    def make() -> None:
+        for i in range(first, first + count):
+            calls[i % len(calls)]()
+
+    return make
+
+
 class HostClock:
     """Clock for NumPy: everything is done when a call returns."""
 
@@ -131,8 +141,7 @@ class HostClock:
     @staticmethod
     def _run(calls: Sequence[Call], first: int, count: int) -> float:
         start = time.perf_counter()
-        for i in range(first, first + count):
-            calls[i % len(calls)]()
+        _round(calls, first, count)()
         return (time.perf_counter() - start) / count
 
 
@@ -150,11 +159,8 @@ class CudaClock:
         self._stream = cupy.cuda.get_current_stream()
         self._fill(3)
         self.wait()
-        start, end = self._event(), self._event()
-        start.record()
-        self._fill(20)
-        end.record()
-        self._fill_seconds = max(self._between(start, end) / 20, 1e-6)
+        _, seconds = self._timed(lambda: self._fill(20))
+        self._fill_seconds = max(seconds / 20, 1e-6)
 
     def _event(self) -> Any:
         return self._cupy.cuda.Event()
@@ -162,6 +168,16 @@ class CudaClock:
     def _between(self, start: Any, end: Any) -> float:
         end.synchronize()
         return self._cupy.cuda.get_elapsed_time(start, end) * 1e-3
+
+    def _timed(self, work: Call) -> tuple[float, float]:
+        """Return seconds that the host issues `work`, and that the device takes between events."""
+        start, end = self._event(), self._event()
+        start.record()
+        began = time.perf_counter()
+        work()
+        host = time.perf_counter() - began
+        end.record()
+        return host, self._between(start, end)
 
     def _fill(self, times: int) -> None:
         for _ in range(times):
@@ -201,24 +217,13 @@ class CudaClock:
 
     def _estimate(self, calls: Sequence[Call]) -> tuple[float, float]:
         """Return rough seconds a call: of the host, and of the device (at least the true one)."""
-        start, end = self._event(), self._event()
-        start.record()
-        began = time.perf_counter()
-        calls[0]()
-        host = time.perf_counter() - began
-        end.record()
-        device = self._between(start, end)
+        host, device = self._timed(calls[0])
         if device > 10 * GROUP_SECONDS:
             return host, device
         # Short: what was just seen may be mostly the host. Look again with the calls queued up.
         self._fill(1 + math.ceil(20 * host / self._fill_seconds))
-        start.record()
-        began = time.perf_counter()
-        for i in range(10):
-            calls[i % len(calls)]()
-        host = (time.perf_counter() - began) / 10
-        end.record()
-        return host, max(self._between(start, end) / 10, 1e-6)
+        host, device = self._timed(_round(calls, 0, 10))
+        return host / 10, max(device / 10, 1e-6)
 
     def issued(self, calls: Sequence[Call]) -> Timing:
         """Time bursts of calls issued on an idle device, by events."""
@@ -227,16 +232,9 @@ class CudaClock:
         host, device = self._estimate(calls)
         count = max(1, min(50, int(0.01 / max(host, device))))
         seconds = []
-        at = 0
-        for _ in range(9):
+        for run in range(9):
             self.wait()
-            start, end = self._event(), self._event()
-            start.record()
-            for _ in range(count):
-                calls[at % len(calls)]()
-                at += 1
-            end.record()
-            seconds.append(self._between(start, end) / count)
+            seconds.append(self._timed(_round(calls, run * count, count))[1] / count)
         return Timing.of(seconds, count)
 
     def steady(self, call: Call, budget: float) -> Timing:
@@ -244,12 +242,7 @@ class CudaClock:
         for _ in range(3):
             call()
         self.wait()
-        start, end = self._event(), self._event()
-        start.record()
-        for _ in range(3):
-            call()
-        end.record()
-        once = self._between(start, end) / 3
+        once = self._timed(_round([call], 0, 3))[1] / 3
         group = max(1, math.ceil(STEADY_SECONDS / once))
         for _ in range(group):  # from here on the host is as far ahead as it will be
             call()
@@ -273,11 +266,7 @@ class CudaClock:
         seconds = []
         for i in range(runs):
             self.wait()
-            start, end = self._event(), self._event()
-            start.record()
-            calls[i % len(calls)]()
-            end.record()
-            seconds.append(self._between(start, end))
+            seconds.append(self._timed(calls[i % len(calls)])[1])
         return Timing.of(seconds)
 
     def host(self, call: Call) -> Timing:

@@ -28,7 +28,9 @@ __all__ = [
     "Unsupported",
     "in_short",
     "methods_for",
+    "printable",
     "random_floats",
+    "reason_in",
 ]
 
 #: The method that speedups are relative to.
@@ -41,7 +43,23 @@ class Unsupported(Exception):
 
 def in_short(error: Exception) -> str:
     """Return the first line of an error, with its type: what stands in a row that failed."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    return printable(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+@contextlib.contextmanager
+def reason_in(row: dict[str, Any]) -> Iterator[None]:
+    """Context in which what fails leaves its reason in a row, so that no other row is lost."""
+    try:
+        yield
+    except Unsupported as error:
+        row["error"] = str(error)
+    except Exception as error:
+        row["error"] = in_short(error)
+
+
+def printable(text: str) -> str:
+    """Return the beginning of a text without what would move a terminal's cursor."""
+    return "".join(c if c.isprintable() else " " for c in text[:300])
 
 
 @lru_cache(maxsize=8)

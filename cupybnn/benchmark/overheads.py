@@ -17,7 +17,7 @@ import numpy as np
 import cupybnn
 from cupybnn.backends.devices import Device
 from cupybnn.benchmark.clock import Clock
-from cupybnn.benchmark.methods import in_short, random_floats
+from cupybnn.benchmark.methods import printable, random_floats, reason_in
 from cupybnn.benchmark.products import release, rotation
 from cupybnn.gemm import xnor_gemm, xnor_gemm_packed
 from cupybnn.packed import pack
@@ -68,12 +68,10 @@ def packing(
     for name in PACKED_DTYPES[:1] if quick else PACKED_DTYPES:
         for axis, along in ((-1, "rows"), (-2, "columns")):
             row: dict[str, Any] = {"dtype": name, "packed_along": along, "size": size}
-            try:
+            with reason_in(row):  # bfloat16 needs ml_dtypes, for one
                 row |= _pack_one(device, clock, name, axis, size, cache)
                 if bandwidth:
                     row["of_copy"] = row["bytes_per_second"] / bandwidth
-            except Exception as error:  # bfloat16 needs ml_dtypes, for one
-                row["error"] = in_short(error)
             release(device)
             rows.append(row)
     return rows
@@ -127,10 +125,8 @@ def host_time(device: Device, clock: Clock) -> list[dict[str, Any]]:
     rows = []
     for name, call in calls.items():
         row: dict[str, Any] = {"call": name}
-        try:
+        with reason_in(row):
             row |= clock.host(call).as_dict()
-        except Exception as error:  # the other calls are still timed
-            row["error"] = in_short(error)
         rows.append(row)
     return rows
 
@@ -192,6 +188,7 @@ def first_call(device: Device) -> list[dict[str, Any]]:
             if done.returncode == 0:
                 row |= json.loads(done.stdout.splitlines()[-1])
             else:
-                row["error"] = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
+                lines = done.stderr.strip().splitlines() or ["no message"]
+                row["error"] = printable(lines[-1])
             rows.append(row)
     return rows

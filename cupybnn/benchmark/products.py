@@ -9,7 +9,7 @@ from typing import Any
 
 from cupybnn.backends.devices import Device
 from cupybnn.benchmark.clock import Clock
-from cupybnn.benchmark.methods import BASELINE, Method, Prepared, Unsupported, in_short
+from cupybnn.benchmark.methods import BASELINE, Method, Prepared, Unsupported, reason_in
 from cupybnn.benchmark.shapes import Shape
 from cupybnn.packed import PackedMatrix
 
@@ -163,12 +163,8 @@ def measure(
         if shape.m * shape.n * shape.k > method.largest:
             continue
         row: dict[str, Any] = {"method": method.name, "ours": method.ours}
-        try:
+        with reason_in(row):
             row |= _one(method, shape, device, clock, limits, budget)
-        except Unsupported as error:
-            row["error"] = str(error)
-        except Exception as error:  # a peer that fails must not lose the other figures
-            row["error"] = in_short(error)
         release(device)
         rows.append(row)
     baseline = {r["method"]: r for r in rows}.get(BASELINE[device.kind], {})

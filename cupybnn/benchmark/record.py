@@ -12,16 +12,19 @@ from typing import Any
 from cupybnn import machine
 from cupybnn.backends.devices import Device, cuda_status
 from cupybnn.benchmark.clock import make_clock
+from cupybnn.benchmark.formats import FORMAT, RULES, RecordError, kind_of
 from cupybnn.benchmark.methods import in_short, methods_for
 from cupybnn.benchmark.original import original_table
 from cupybnn.benchmark.overheads import copy_bandwidth, first_call, host_time, packing
 from cupybnn.benchmark.products import Limits, measure, peak_operations
 from cupybnn.benchmark.shapes import GROUPS, original_sizes, shapes
 from cupybnn.files import atomic_write
+from cupybnn.paths import checked_path
+from cupybnn.schema import SchemaError, parse
 
-__all__ = ["FORMAT", "SECTIONS", "begun", "kind_of", "load", "run", "save"]
+__all__ = ["FORMAT", "SECTIONS", "RecordError", "begun", "kind_of", "load", "run", "save"]
 
-FORMAT = 1
+_MOST_BYTES = 1 << 28
 SECTIONS = ("original", *GROUPS, "packing", "host", "first-call")
 
 
@@ -42,11 +45,6 @@ def begun(kind: str, device: Device, quick: bool, notes: list[str]) -> dict[str,
         "quick": quick,
         "notes": notes,
     }
-
-
-def kind_of(record: dict[str, Any]) -> str:
-    """Return what a record is of: "product" or "train"."""
-    return str(record.get("kind", "product"))  # the first records did not say
 
 
 def run(
@@ -146,24 +144,29 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises
     ------
-    ValueError
-        If the file is no such record.
+    RecordError
+        If the file is no such record, or was edited so that it cannot be shown; the message names
+        the first fault.
+    OSError
+        If it cannot be read.
     """
-    with open(path, encoding="utf-8") as file:
-        try:
-            record = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"The file '{path}' must be JSON; {error}.") from error
+    with open(checked_path(path), "rb") as file:
+        content = file.read(_MOST_BYTES + 1)
+    try:
+        if len(content) > _MOST_BYTES:
+            raise SchemaError(f"it must have at most {_MOST_BYTES:,} bytes")
+        record = parse(content)
+    except SchemaError as error:
+        raise RecordError(f"The file '{path}' is no record of cupybnn bench: {error}.") from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise ValueError(
+        raise RecordError(
             f"The file '{path}' must be a record of cupybnn bench, format {FORMAT}; "
             f"got {type(record).__name__} without that format."
         )
-    parts = {"date", "gpu", "machine", "notes"}
-    parts.add("sizes" if kind_of(record) == "train" else "products")
-    if missing := sorted(parts - set(record)):
-        raise ValueError(
-            f"The file '{path}' must be a whole record of cupybnn bench; it lacks "
-            f"{', '.join(missing)}."
-        )
+    try:
+        RULES["train" if record.get("kind") == "train" else "product"](record, "")
+    except SchemaError as error:
+        raise RecordError(
+            f"The file '{path}' must be a whole record of cupybnn bench: {error}."
+        ) from error
     return record

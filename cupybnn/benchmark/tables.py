@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
+
+from cupybnn.text_table import table
 
 __all__ = [
     "heading",
@@ -15,19 +17,9 @@ __all__ = [
     "product",
     "starts",
     "summary",
-    "table",
     "time",
     "times",
 ]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Yield the lines of a table: first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    for row in [header, *rows]:
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        yield "  ".join(cells).rstrip()
 
 
 def time(seconds: float) -> str:
@@ -83,7 +75,7 @@ def heading(record: dict[str, Any]) -> Iterator[str]:
         return
     copy = record["copy"]["bytes_per_second"]
     line = f"copy: {copy / 1e9:,.0f} GB/s read and written"
-    if record["peak_operations_per_second"]:
+    if record.get("peak_operations_per_second"):
         line += (
             "; peak of the 1-bit instruction as measured on an H200, by multiprocessors: "
             f"{record['peak_operations_per_second'] / 1e12:,.0f} TOPS"

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from cupybnn.backends.devices import Device, cuda_status, resolve
+from cupybnn.errors import SettingError
+from cupybnn.files import is_stream
+from cupybnn.paths import user_path
 
 __all__ = ["add_parser", "run"]
 
@@ -63,15 +66,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="of 'train': units in each hidden layer and examples in a step, such as "
         "512x8192,4096x4096",
     )
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the record to FILE")
+    parser.add_argument("--json", metavar="FILE", type=_file, help="write the record to FILE")
     parser.add_argument(
-        "--chart", metavar="FILE", type=Path, help="draw FILE.svg and FILE.png (needs matplotlib)"
+        "--chart", metavar="FILE", type=_file, help="draw FILE.svg and FILE.png (needs matplotlib)"
     )
     parser.add_argument(
         "--from",
         dest="source",
         metavar="FILE",
-        type=Path,
+        type=_file,
         help="measure nothing: show, and draw, the record that --json wrote",
     )
     parser.add_argument(
@@ -84,6 +87,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def _sections(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _file(text: str) -> Path:
+    try:
+        return user_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _sizes(text: str) -> list[tuple[int, int]]:
@@ -99,13 +109,13 @@ def _sizes(text: str) -> list[tuple[int, int]]:
 def run(args: argparse.Namespace) -> int:
     """Measure, print, and write what was asked for."""
     _check(args)
-    if args.source is not None:
-        from cupybnn.benchmark import record as records
+    from cupybnn.benchmark import record as records
 
+    if args.source is not None:
         record = records.load(args.source)
         kind = records.kind_of(record)
         if args.what not in (None, kind):
-            raise ValueError(
+            raise SettingError(
                 f"The '--from' of 'bench {args.what}' must name a record that it wrote; "
                 f"'{args.source}' is one of 'bench {kind}'."
             )
@@ -115,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
         record = _measure_training(args) if kind == "train" else _measure(args)
         print(f"took {record['seconds']:.0f} s", file=sys.stderr)
         if args.json is not None:
+            records.save(record, args.json)
             print(f"wrote {args.json}")
     if args.chart is not None:
         for file in _module(kind, "chart").draw(record, args.chart):
@@ -130,27 +141,32 @@ def _check(args: argparse.Namespace) -> None:
     """Check options before anything is measured: the figures take minutes."""
     apart = {"train": ("only", "tune"), "product": ("sizes",)}
     for option in apart[args.what or "product"]:
-        if getattr(args, option):
+        if getattr(args, option) not in (None, False):
             other = "product" if args.what == "train" else "train"
-            raise ValueError(
+            raise SettingError(
                 f"The '--{option}' must be given to 'bench {other}' only; got it with "
                 f"'bench {args.what or 'product'}'."
             )
     if args.source is not None:
         for option in ("only", "tune", "sizes", "json"):
-            if getattr(args, option):
-                raise ValueError(
+            if getattr(args, option) not in (None, False):
+                raise SettingError(
                     f"The '--{option}' must not be given with '--from', which measures nothing."
                 )
     for option in ("json", "chart"):
         path = getattr(args, option)
         if path is not None and not path.resolve().parent.is_dir():
-            raise ValueError(f"The '--{option}' must be in a folder that exists; got '{path}'.")
+            raise SettingError(f"The '--{option}' must be in a folder that exists; got '{path}'.")
         if path is not None and path.is_dir():
-            raise ValueError(f"The '--{option}' must be a file; got the folder '{path}'.")
+            raise SettingError(f"The '--{option}' must be a file; got the folder '{path}'.")
     if args.chart is not None:
+        if is_stream(args.chart):
+            raise SettingError(
+                f"The '--chart' must be a name of files to be made; got '{args.chart}', a device "
+                f"or a pipe."
+            )
         if args.only is not None and "square" not in args.only:
-            raise ValueError(
+            raise SettingError(
                 f"The '--chart' needs the section 'square', which it draws; got '--only' with "
                 f"{', '.join(args.only) or 'none'}."
             )
@@ -166,7 +182,6 @@ def _module(kind: str, name: str) -> Any:
 
 
 def _measure_training(args: argparse.Namespace) -> dict[str, Any]:
-    from cupybnn.benchmark import record as records
     from cupybnn.benchmark.training import record as training
     from cupybnn.benchmark.training import tables
     from cupybnn.benchmark.training.variants import Size
@@ -189,8 +204,8 @@ def _measure_training(args: argparse.Namespace) -> dict[str, Any]:
             bar.clear()
         _print(tables.heading(record) if done == "begun" else tables.size(record["sizes"][-1]))
         print()
-        if args.json is not None and done == "size":  # an interrupted run keeps what it has
-            records.save(record, args.json)
+        if done == "size":
+            _save_so_far(record, args)
 
     sizes = [Size(*size) for size in args.sizes] if args.sizes else None
     try:
@@ -217,17 +232,22 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
     def progress(record: dict[str, Any], done: str) -> None:
         _print(_lines_of(record, done))
-        if args.json is not None:  # after every step: an interrupted run keeps what it has
-            records.save(record, args.json)
+        _save_so_far(record, args)
 
     record = records.run(device, quick=args.quick, only=args.only, progress=progress)
     from cupybnn.benchmark import tables
 
     if record["products"]:
         _print(tables.summary(record))
-    if args.json is not None:
-        records.save(record, args.json)
     return record
+
+
+def _save_so_far(record: dict[str, Any], args: argparse.Namespace) -> None:
+    """Save after a step, so that an interrupted run keeps what it has; a pipe gets the end only."""
+    from cupybnn.benchmark import record as records
+
+    if args.json is not None and not is_stream(args.json):
+        records.save(record, args.json)
 
 
 def _lines_of(record: dict[str, Any], done: str) -> Iterable[str]:
@@ -252,7 +272,7 @@ def _tune(device: Device) -> None:
     if device.kind != "cuda":
         status = cuda_status()
         why = "" if status.available else f" {status.reason}"
-        raise ValueError(
+        raise SettingError(
             f"The '--tune' needs a GPU, for it measures the CUDA kernels; got {device}.{why}"
         )
     from cupybnn.backends.cuda.tuning import table_path

@@ -10,7 +10,7 @@ from cupybnn.training.declaration import without_effect
 from cupybnn.training.records import Callback, Evaluation, TrainResult
 
 if TYPE_CHECKING:
-    from cupybnn.training import Trainer
+    from cupybnn.training.protocol import TrainingRun
     from cupybnn.training.step import StepOutput
 
 __all__ = ["Console"]
@@ -37,14 +37,14 @@ class Console(Callback):
             self._bar.write(line, file=sys.stdout)
             sys.stdout.flush()
 
-    def on_notice(self, trainer: Trainer, sentence: str) -> None:
+    def on_notice(self, trainer: TrainingRun, sentence: str) -> None:
         """Print it on standard error, away from the figures."""
         if self._bar is None:
             print(sentence, file=sys.stderr, flush=True)
         else:
             self._bar.write(sentence, file=sys.stderr)
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: TrainingRun) -> None:
         """Print what is about to be trained, on what and where."""
         config, data = trainer.config, trainer.dataset
         if data.fallback_reason is not None:
@@ -94,12 +94,12 @@ class Console(Callback):
                 total=config.max_steps, initial=trainer.step, unit="step", file=sys.stderr
             )
 
-    def on_step(self, trainer: Trainer, step: int, output: StepOutput) -> None:
+    def on_step(self, trainer: TrainingRun, step: int, output: StepOutput) -> None:
         """Move the bar."""
         if self._bar is not None:
             self._bar.update()
 
-    def on_evaluate(self, trainer: Trainer, evaluation: Evaluation) -> None:
+    def on_evaluate(self, trainer: TrainingRun, evaluation: Evaluation) -> None:
         """Print the line of a step."""
         kind = "validation" if trainer.dataset.test_is_validation else "test"
         self._say(
@@ -108,7 +108,7 @@ class Console(Callback):
         )
         self._tell_if_not_finite(trainer, evaluation.train_loss)
 
-    def _tell_if_not_finite(self, trainer: Trainer, loss: float) -> None:
+    def _tell_if_not_finite(self, trainer: TrainingRun, loss: float) -> None:
         """Say so once, at the first that is not."""
         if self._finite and not math.isfinite(loss):
             self._finite = False
@@ -118,7 +118,7 @@ class Console(Callback):
                 "made; a smaller --lr often avoids it.",
             )
 
-    def on_end(self, trainer: Trainer, result: TrainResult) -> None:
+    def on_end(self, trainer: TrainingRun, result: TrainResult) -> None:
         """Print the final figures, or those so far."""
         self.close()
         # A run that made no step has no training loss.

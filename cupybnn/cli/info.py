@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cupybnn import machine, settings
@@ -46,7 +46,11 @@ def _row(label: str, value: object) -> str:
     return f"{label:<15} {value}"
 
 
-def _folder(path: Path) -> str:
+def _folder(where: Callable[[], Path]) -> str:
+    try:
+        path = where()
+    except ValueError as error:
+        return f"none. {error}"
     return str(path) if path.is_dir() else f"{path} (not made yet)"
 
 
@@ -109,7 +113,7 @@ def lines() -> Iterator[str]:
         yield from _device_lines(index)
     yield _row("device='auto'", resolve("auto"))
     yield ""
-    yield _row("cache folder", _folder(settings.cache_dir()))
-    yield _row("data folder", _folder(settings.data_dir()))
+    yield _row("cache folder", _folder(settings.cache_dir))
+    yield _row("data folder", _folder(settings.data_dir))
     given = [f"{name}={value}" for name, value in settings.variables_set().items()]
     yield _row("environment", " ".join(given) or "no CUPYBNN_ variable is set")

@@ -1,7 +1,8 @@
-"""Data sets and batches: MNIST, IDX folders, the bundled digits; deformed images."""
+"""Data sets and batches: MNIST, IDX folders, the bundled digits, any arrays; deformed images."""
 
 from cupybnn.data.augmentation import Augmentation
 from cupybnn.data.batches import BatchOrder, DeviceData
-from cupybnn.data.dataset import DATASETS, Dataset, load
+from cupybnn.data.dataset import Dataset
+from cupybnn.data.loading import DATASETS, load
 
 __all__ = ["DATASETS", "Augmentation", "BatchOrder", "Dataset", "DeviceData", "load"]

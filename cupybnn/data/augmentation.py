@@ -22,7 +22,8 @@ class Augmentation:
     """Deforms each image of a batch in its own way.
 
     The image is scaled, sheared and rotated about its centre, displaced elastically and shifted,
-    all in one bilinear sampling; outside of an image there is 0. At 0 a deformation is off.
+    all in one bilinear sampling; pixels from outside the image are 0. An amount of 0 turns a
+    deformation off.
 
     Attributes
     ----------
@@ -72,24 +73,39 @@ class Augmentation:
     def __bool__(self) -> bool:
         return any(getattr(self, field.name) > 0 for field in fields(self))
 
-    def __call__(self, images: Any, shape: tuple[int, int], seed: int, number: int) -> Any:
+    def check(self, shape: tuple[int, ...] | None) -> None:
+        """Raise ValueError if features of `shape`, None for no image, would have to be deformed."""
+        if self and shape is None:
+            amounts = ", ".join(f.name for f in fields(self) if getattr(self, f.name))
+            raise ValueError(
+                f"An Augmentation must be given images, arrays of shape (examples, height, width); "
+                f"got features that are no image. Leave out the {amounts}."
+            )
+
+    def __call__(self, images: Any, shape: tuple[int, int] | None, seed: int, number: int) -> Any:
         """Return deformed images.
 
         Parameters
         ----------
         images : array of floating dtype, shape (batch, height * width)
-        shape : tuple of int
-            (height, width).
+        shape : tuple of int or None
+            (height, width); None if the features are no image.
         seed : int
             From 0 to 2**64 - 1.
         number : int
-            Of the batch: the same pair of `seed` and `number` always deforms in the same way.
+            Number of the batch: the same `seed` and `number` always deform in the same way.
 
         Returns
         -------
         array of the dtype of `images`, shape (batch, height * width)
+
+        Raises
+        ------
+        ValueError
+            If `shape` is None and there is something to deform.
         """
-        if not self or not len(images):
+        self.check(shape)
+        if not self or shape is None or not len(images):
             return images
         rows, columns = self.coordinates(len(images), shape, seed, number, module_of(images))
         return sample(images.reshape(-1, *shape), rows, columns).reshape(images.shape)

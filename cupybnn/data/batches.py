@@ -1,4 +1,4 @@
-"""Batches: which images each training step sees, and the gather on the device."""
+"""Batches: which examples each training step sees, and the gather on the device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn.backends.devices import Device, to_device
+from cupybnn.data.arrays import check_finite
 from cupybnn.data.dataset import Dataset
 
 __all__ = ["BatchOrder", "DeviceData"]
@@ -80,7 +81,9 @@ class BatchOrder:
 
 
 class DeviceData:
-    """A data set on a device, pixels kept as bytes; floats are made a batch at a time.
+    """A data set on a device: pixels kept as bytes, from which floats are made a batch at a time.
+
+    Features that are floats are kept in the dtype of the network's input.
 
     Parameters
     ----------
@@ -91,12 +94,18 @@ class DeviceData:
 
     Attributes
     ----------
-    train_images, test_images : array of uint8, shape (images, pixels)
-    train_labels, test_labels : array of int64, shape (images,)
-    image_shape : tuple of int
-        (height, width).
-    pixel_scale : floating
-        What a pixel is multiplied with to make the network's input.
+    train_images, test_images : array of uint8 or `dtype`, shape (examples, features)
+    train_labels, test_labels : array of int64, shape (examples,)
+    image_shape : tuple of int or None
+        (height, width), if the features are the pixels of an image.
+    pixel_scale : floating or None
+        What a pixel is multiplied with to make the network's input; None where the features are
+        floats, which are the input as they are.
+
+    Raises
+    ------
+    ValueError
+        If a feature is too large for `dtype`.
     """
 
     def __init__(self, dataset: Dataset, device: Device, dtype: Any = np.float32) -> None:
@@ -105,29 +114,50 @@ class DeviceData:
         self.features = dataset.features
         self.image_shape = dataset.image_shape
         self.classes = dataset.classes
-        self.train_images = to_device(dataset.train_images, device)
+        self.train_images = self._to_device(dataset.train_images)
         self.train_labels = to_device(dataset.train_labels.astype(np.int64), device)
-        self.test_images = to_device(dataset.test_images, device)
+        self.test_images = self._to_device(dataset.test_images)
         self.test_labels = to_device(dataset.test_labels.astype(np.int64), device)
-        self.pixel_scale = self.dtype.type(1.0 / dataset.pixel_max)
+        self.pixel_scale: Any = None
+        if dataset.pixel_max is not None:
+            self.pixel_scale = self.dtype.type(1.0 / dataset.pixel_max)
+
+    def _to_device(self, images: np.ndarray) -> Any:
+        if images.dtype.kind == "f" and images.dtype != self.dtype:
+            with np.errstate(over="ignore"):  # checked here, with the example's number
+                images = images.astype(self.dtype)
+            check_finite(f"features of a network of {self.dtype}", images)
+        return to_device(images, self.device)
+
+    def __repr__(self) -> str:
+        return (
+            f"DeviceData(train={len(self.train_labels)}, test={len(self.test_labels)}, "
+            f"shape={self.image_shape or (self.features,)}, dtype={self.train_images.dtype}, "
+            f"classes={self.classes}, device={str(self.device)!r})"
+        )
 
     def scale(self, images: Any) -> Any:
-        """Turn pixels into the network's input: ``images / pixel_max``, numbers from 0 to 1."""
+        """Turn rows of `train_images` or `test_images` into the network's input.
+
+        Pixels become ``images / pixel_max``, numbers from 0 to 1; floats are returned as they are.
+        """
+        if self.pixel_scale is None:
+            return images
         # A pixel of 8 bits times the factor: one pass, and no float64 on the way.
         return self.device.xp.multiply(images, self.pixel_scale, dtype=self.dtype)
 
     def batch(self, indices: Any) -> tuple[Any, Any]:
-        """Gather training images by number.
+        """Gather training examples by number.
 
         Returns
         -------
-        inputs : array of `dtype`, shape (batch, pixels)
+        inputs : array of `dtype`, shape (batch, features)
         labels : array of int64, shape (batch,)
         """
         return self.scale(self.train_images[indices]), self.train_labels[indices]
 
     def test_batches(self, size: int) -> Any:
-        """Yield (inputs, labels) over the whole test part, `size` images at a time."""
+        """Yield (inputs, labels) over the whole test part, `size` examples at a time."""
         for start in range(0, len(self.test_labels), size):
             stop = start + size
             yield self.scale(self.test_images[start:stop]), self.test_labels[start:stop]

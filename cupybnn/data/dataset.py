@@ -1,44 +1,48 @@
-"""A classification data set in host memory, and the one function that loads one by name."""
+"""A classification data set in host memory."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from cupybnn.errors import DataError
+from cupybnn.data import arrays
 
-__all__ = ["DATASETS", "Dataset", "load"]
-
-#: What ``--dataset`` may be.
-DATASETS = ("auto", "mnist", "digits")
+__all__ = ["Dataset"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    """Images and labels, split into a training and a test part.
+    """Examples and their classes, split into a training and a test part.
+
+    `from_arrays` makes one of any arrays, `cupybnn.data.load` one by name.
 
     Attributes
     ----------
     name : str
-        "mnist" or "digits".
-    train_images, test_images : ndarray of uint8, shape (images, pixels)
-        One flattened image a row.
-    train_labels, test_labels : ndarray of uint8, shape (images,)
-        The class of each image, from 0 to ``classes - 1``.
-    image_shape : tuple of int
-        (height, width); their product is the number of pixels.
-    pixel_max : int
-        The pixel value that means full brightness; a network is fed ``pixel / pixel_max``,
-        numbers from 0 to 1.
+        Such as "mnist" or "digits".
+    train_images, test_images : ndarray of uint8, float32 or float64, shape (examples, features)
+        One example a row: the pixels of an image, or any other features. The test part may be
+        empty.
+    train_labels, test_labels : ndarray of integers, shape (examples,)
+        The class of each example, from 0 to ``classes - 1``. Not every class need occur.
+    image_shape : tuple of int or None
+        (height, width), if the features are the pixels of an image, row by row.
+    pixel_max : float or None
+        The pixel value that means full brightness: a network is fed ``pixel / pixel_max``, numbers
+        from 0 to 1. None where the features are floats, which a network is fed as they are.
     classes : int
         Number of classes.
     fallback_reason : str or None
-        Set where "auto" could not have MNIST: the reason, for the user to read.
+        Why "auto" fell back on the digits, in a sentence for the user.
     test_is_validation : bool
-        Whether the test part was cut from the training images by `with_validation`.
+        Whether the test part was cut from the training examples by `with_validation`.
+
+    Raises
+    ------
+    ValueError
+        If arrays, shapes and classes do not fit together, or a feature is NaN or infinite.
     """
 
     name: str
@@ -46,43 +50,160 @@ class Dataset:
     train_labels: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
-    image_shape: tuple[int, int]
-    pixel_max: int
+    image_shape: tuple[int, int] | None
+    pixel_max: float | None
     classes: int = 10
     fallback_reason: str | None = None
     test_is_validation: bool = False
 
     def __post_init__(self) -> None:
-        pixels = self.image_shape[0] * self.image_shape[1]
+        if self.pixel_max is not None and not 0 < self.pixel_max < float("inf"):
+            raise ValueError(
+                f"The 'pixel_max' of a Dataset must be None or a number above 0; got "
+                f"{self.pixel_max!r}."
+            )
+        train = self.train_images
+        features = train.shape[1] if train.ndim == 2 else 0
+        if self.image_shape is not None:
+            features = self.image_shape[0] * self.image_shape[1]
         for part in ("train", "test"):
             images = getattr(self, f"{part}_images")
             labels = getattr(self, f"{part}_labels")
-            if images.dtype != np.uint8 or images.ndim != 2 or images.shape[1] != pixels:
+            kinds = ("float32", "float64") if self.pixel_max is None else ("uint8",)
+            if images.dtype.name not in kinds or images.ndim != 2 or images.shape[1] != features:
+                what = f" for images of {self.image_shape}" if self.image_shape else ""
                 raise ValueError(
-                    f"The '{part}_images' of a Dataset must be uint8 of shape (images, {pixels}) "
-                    f"for images of {self.image_shape}; got {images.dtype} {images.shape}."
+                    f"The '{part}_images' of a Dataset must be {' or '.join(kinds)} of shape "
+                    f"(images, {features}){what}; got {images.dtype} {images.shape}."
                 )
-            if labels.dtype != np.uint8 or labels.shape != images.shape[:1]:
+            if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
                 raise ValueError(
-                    f"The '{part}_labels' of a Dataset must be uint8, one for each of the "
+                    f"The '{part}_labels' of a Dataset must be integers, one for each of the "
                     f"{len(images)} images; got {labels.dtype} {labels.shape}."
                 )
-            if len(labels) == 0 or labels.max() >= self.classes:
+            if len(labels) == 0 and part == "test":
+                continue
+            if images.size == 0 or labels.min() < 0 or labels.max() >= self.classes:
+                wrong = labels[(labels < 0) | (labels >= self.classes)]
                 raise ValueError(
                     f"The '{part}_labels' of a Dataset must hold classes from 0 to "
                     f"{self.classes - 1}, at least one image; got "
-                    f"{'none' if len(labels) == 0 else int(labels.max())}."
+                    f"{int(wrong[0]) if len(wrong) else 'none'}."
                 )
+            arrays.check_finite(f"'{part}_images' of a Dataset", images)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        train_x: Any,
+        train_y: Any,
+        test_x: Any = None,
+        test_y: Any = None,
+        classes: int | None = None,
+        name: str = "arrays",
+        *,
+        pixel_max: float = 255,
+    ) -> Dataset:
+        """Make a data set of arrays.
+
+        Parameters
+        ----------
+        train_x : array_like, shape (examples, ...)
+            Features, in a NumPy or CuPy array or anything that NumPy reads; they are flattened.
+            With shape (examples, height, width) they are images, which can be deformed in
+            training. uint8 features are pixels, see `pixel_max`. float32 and float64 features are
+            kept, without a copy if they are contiguous; all other numbers become float32.
+        train_y : array_like of integers, shape (examples,)
+            Class of each example, from 0. Classes that never occur are outputs of the network all
+            the same: labels from 1 to 26 make 27 classes.
+        test_x, test_y : array_like, optional
+            The test part. Without it, hold out training examples: by `with_validation`, or the
+            setting ``validation``.
+        classes : int, optional
+            Number of classes; default: the greatest label of both parts, plus 1.
+        name : str
+            Name of the data set, which goes into checkpoints: a run is restored with data of the
+            same name.
+        pixel_max : float
+            What uint8 is divided by.
+
+        Returns
+        -------
+        Dataset
+
+        Raises
+        ------
+        TypeError
+            If the features are not real numbers or the labels are not integers.
+        ValueError
+            If shapes do not fit together, a part is empty, a label is not a class, or a feature is
+            NaN or infinite.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from cupybnn import TrainConfig, Trainer
+        >>> from cupybnn.data import Dataset
+        >>> rng = np.random.default_rng(0)
+        >>> x = rng.standard_normal((1000, 8))
+        >>> y = (x[:, 0] > 0).astype(int) + (x[:, 1] > 0)
+        >>> data = Dataset.from_arrays(x[:800], y[:800], x[800:], y[800:])
+        >>> data
+        Dataset('arrays', train=800, test=200, shape=(8,), dtype=float64, classes=3)
+        >>> config = TrainConfig(n_hidden=32, reg=0.0, max_steps=300, device="cpu")
+        >>> Trainer(config, dataset=data).run().final_accuracy > 0.85
+        True
+        """
+        if (test_x is None) != (test_y is None):
+            given, missing = ("test_y", "test_x") if test_x is None else ("test_x", "test_y")
+            raise ValueError(
+                f"The 'test_x' and 'test_y' of from_arrays must be given together; got {given!r} "
+                f"without {missing!r}."
+            )
+        x = arrays.features("train_x", train_x)
+        y = arrays.labels("train_y", train_y, len(x))
+        if test_x is None:
+            other, other_y = x[:0], y[:0]
+        else:
+            other = arrays.features("test_x", test_x)
+            other_y = arrays.labels("test_y", test_y, len(other))
+            if other.shape[1:] != x.shape[1:] or (other.dtype == np.uint8) != (x.dtype == np.uint8):
+                raise ValueError(
+                    f"The 'test_x' of from_arrays must be examples like those of 'train_x', "
+                    f"{x.dtype} of shape {x.shape[1:]}; got {other.dtype} of shape "
+                    f"{other.shape[1:]}."
+                )
+        count = arrays.count_classes(classes, {"train_y": y, "test_y": other_y})
+        return cls(
+            name=name,
+            train_images=x.reshape(len(x), -1),
+            train_labels=y,
+            test_images=other.reshape(len(other), int(np.prod(x.shape[1:]))),
+            test_labels=other_y,
+            image_shape=(x.shape[1], x.shape[2]) if x.ndim == 3 else None,
+            pixel_max=float(pixel_max) if x.dtype == np.uint8 else None,
+            classes=count,
+        )
+
+    def __repr__(self) -> str:
+        test = "validation" if self.test_is_validation else "test"
+        fallback = ", instead of MNIST" if self.fallback_reason else ""
+        return (
+            f"Dataset({self.name!r}, train={len(self.train_labels)}, {test}="
+            f"{len(self.test_labels)}, shape={self.image_shape or (self.features,)}, "
+            f"dtype={self.train_images.dtype}, classes={self.classes}{fallback})"
+        )
 
     @property
     def features(self) -> int:
-        """Number of pixels in an image."""
+        """Number of features of an example, such as pixels of an image."""
         return int(self.train_images.shape[1])
 
     def with_validation(self, images: int) -> Dataset:
         """Return a data set whose test part is the last `images` training images.
 
-        The real test part is not in the result, so that a choice made on it cannot leak.
+        The real test part is not in the result, so that a choice made on it cannot leak. Examples
+        that are sorted, by class for one, must be shuffled before.
         """
         if not 0 < images < len(self.train_images):
             raise ValueError(
@@ -97,53 +218,3 @@ class Dataset:
             test_labels=self.train_labels[-images:],
             test_is_validation=True,
         )
-
-
-def load(
-    name: str = "auto",
-    data_dir: str | os.PathLike[str] | None = None,
-    *,
-    notify: Callable[[str], None] | None = None,
-) -> Dataset:
-    """Load a data set.
-
-    Parameters
-    ----------
-    name : {"auto", "mnist", "digits"}
-        "mnist": the IDX files in `data_dir` if one is given; else the copy in the data folder
-        (``CUPYBNN_DATA_DIR``); else fetched once by scikit-learn from OpenML and kept there.
-        "digits": scikit-learn's bundled 8×8 digits, which need nothing. "auto": MNIST where it
-        can be had, else the digits, with the reason in ``Dataset.fallback_reason``; with a
-        `data_dir`, the same as "mnist".
-    data_dir : path-like, optional
-        A folder with MNIST's four IDX files, plain or .gz, of any usual names.
-    notify : callable, optional
-        Called with a sentence before something that takes long, and where the files in `data_dir`
-        are not of MNIST's size.
-
-    Raises
-    ------
-    DataError
-        If the data cannot be had, or a file is truncated, corrupt or mislabelled.
-    ValueError
-        If `name` is unknown, or a `data_dir` is given for "digits".
-    """
-    from cupybnn.data import digits, idx, mnist
-
-    if name not in DATASETS:
-        raise ValueError(f"The 'dataset' must be one of {', '.join(DATASETS)}; got {name!r}.")
-    if name == "digits":
-        if data_dir is not None:
-            raise ValueError(
-                f"The dataset 'digits' comes with scikit-learn and reads no data directory; got "
-                f"the data directory {os.fspath(data_dir)!r}. Leave out one of the two."
-            )
-        return digits.load()
-    if data_dir is not None:
-        return idx.load_folder(data_dir, notify=notify)
-    try:
-        return mnist.load(notify=notify)
-    except DataError as error:
-        if name == "mnist":
-            raise
-        return replace(digits.load(), fallback_reason=str(error))

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import os
 import re
+import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,16 +21,21 @@ import numpy as np
 
 from cupybnn.data.dataset import Dataset
 from cupybnn.errors import DataError
+from cupybnn.paths import user_path
 
 __all__ = ["find_files", "load_folder", "read_idx"]
 
 _UNSIGNED_BYTE = 8
 _CLASSES = 10
+#: EMNIST's data sets, whose files have names of their own, and their classes. Letters are numbered
+#: from 1, so that class 0 never occurs.
+_EMNIST = {"balanced": 47, "byclass": 62, "bymerge": 47, "digits": 10, "letters": 27, "mnist": 10}
 _MNIST_IMAGES = (60_000, 10_000)  # training and test
 _MNIST_SHAPE = (28, 28)
 #: Folders below the given one that other programs put the files into.
-_SUBFOLDERS = ("", "raw", "MNIST/raw", "mnist", "MNIST")
+_SUBFOLDERS = ("", "raw", "MNIST/raw", "mnist", "MNIST", "EMNIST/raw", "emnist", "gzip")
 _NAME = re.compile(
+    rf"(?:emnist[-_.](?P<emnist>{'|'.join(_EMNIST)})[-_.])?"
     r"(?P<part>train|t10k|test)[-_.]?(?P<kind>images|labels)"
     r"(?:[-_.]?idx[13])?(?:[-_.]?ubyte)?(?:\.idx[13]?)?(?:\.gz)?",
     re.IGNORECASE,
@@ -37,11 +44,14 @@ _ROLES = ("train images", "train labels", "test images", "test labels")
 
 
 def find_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
-    """Find MNIST's four files in `folder`.
+    """Find the four files of MNIST, or of a data set in its form, in `folder`.
 
     Accepted names: train or t10k or test, images or labels, with or without ``idx3``/``idx1`` and
-    ``ubyte``, joined by ``-``, ``_`` or ``.``, with or without ``.gz``; also in the subfolders
-    ``raw``, ``MNIST/raw``, ``mnist`` and ``MNIST``. A plain file goes before a .gz one.
+    ``ubyte``, joined by ``-``, ``_`` or ``.``, with or without ``.gz``; before it ``emnist`` and
+    the name of one of EMNIST's data sets, such as ``emnist-letters-train-images-idx3-ubyte.gz``.
+    Also in the subfolders ``raw``, ``MNIST/raw``, ``mnist``, ``MNIST``, ``EMNIST/raw``, ``emnist``
+    and ``gzip``, and each file in a folder of its own that has such a name. A plain file goes
+    before a .gz one, and MNIST's names before EMNIST's.
 
     Returns
     -------
@@ -51,39 +61,68 @@ def find_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     Raises
     ------
     DataError
-        If the folder or one of the files is not there.
+        If the folder or one of the files is not there, or there are several of EMNIST's data sets.
     """
-    root = Path(folder).expanduser()
+    try:
+        root = user_path(folder)
+    except ValueError as error:
+        raise DataError(f"The data directory cannot be used: {error}") from error
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "does not exist"
         raise DataError(f"The data directory {root} {what}.")
-    found: dict[str, Path] = {}
-    for subfolder in _SUBFOLDERS:
-        here = root / subfolder
-        if not here.is_dir():
-            continue
-        by_role: dict[str, Path] = {}
-        for path in sorted(here.iterdir(), key=lambda p: (p.suffix.lower() == ".gz", p.name)):
-            match = _NAME.fullmatch(path.name)
-            if match and path.is_file():
-                part = "train" if match["part"].lower() == "train" else "test"
-                by_role.setdefault(f"{part} {match['kind'].lower()}", path)
-        if len(by_role) > len(found):
-            found = by_role
+    try:
+        sets = [paths for name in _SUBFOLDERS for paths in _data_sets(root / name).values()]
+        there = sorted(p.name for p in root.iterdir())
+    except OSError as error:
+        raise DataError(
+            f"The data directory {root} cannot be read: {error.strerror or error}."
+        ) from error
+    found = max(sets, key=lambda paths: (len(paths), _name_of(paths) == "mnist"))
+    names = sorted({_name_of(paths) for paths in sets if len(paths) == len(_ROLES)})
+    if len(names) > 1 and "mnist" not in names:
+        raise DataError(
+            f"The data directory {root} must hold the files of one data set; it holds those of "
+            f"{', '.join(names)}. Put the four files of one into a folder of their own."
+        )
     missing = [role for role in _ROLES if role not in found]
     if missing:
-        there = sorted(p.name for p in root.iterdir())
         listing = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "") if there else "nothing"
+        folders = [n for n in there if _NAME.fullmatch(n) and (root / n).is_dir()]
+        hint = f" A file is needed, but {folders[0]} is a folder without one." if folders else ""
         raise DataError(
             f"The data directory {root} must hold MNIST's four IDX files, such as "
             f"train-images-idx3-ubyte or train-images-idx3-ubyte.gz; missing: "
-            f"{', '.join(missing)}. It holds: {listing}."
+            f"{', '.join(missing)}. It holds: {listing}.{hint}"
         )
     return found
 
 
+def _data_sets(folder: Path) -> dict[str, dict[str, Path]]:
+    """Return the paths in `folder` by role, for each data set that has a file there."""
+    sets: dict[str, dict[str, Path]] = {"mnist": {}}  # first, so that it goes before the others
+    if not folder.is_dir():
+        return sets
+    named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    files = [path for path in named if path.is_file()]
+    # Archives from some places have each file in a folder of the same name.
+    inner = [p for path in named if path.is_dir() for p in path.iterdir() if p.is_file()]
+    for group in (files, inner):
+        for path in sorted(group, key=lambda p: (p.suffix.lower() == ".gz", p.name)):
+            if match := _NAME.fullmatch(path.name):
+                part = "train" if match["part"].lower() == "train" else "test"
+                role = f"{part} {match['kind'].lower()}"
+                sets.setdefault(_name_of({role: path}), {}).setdefault(role, path)
+    return sets
+
+
+def _name_of(paths: dict[str, Path]) -> str:
+    """Return the data set that files belong to: "mnist", or one such as "emnist-letters"."""
+    match = _NAME.fullmatch(next(iter(paths.values())).name) if paths else None
+    return f"emnist-{match['emnist'].lower()}" if match and match["emnist"] else "mnist"
+
+
 def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
-    """Read one IDX file of unsigned bytes, gzipped or not (told by content, not by name).
+    """Read one IDX file of unsigned bytes, gzipped or not, which its content decides, not its name.
 
     Parameters
     ----------
@@ -108,29 +147,22 @@ def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
             zipped = raw.read(2) == b"\x1f\x8b"
             raw.seek(0)
             stream: io.BufferedIOBase = gzip.GzipFile(fileobj=raw) if zipped else raw
-            header, _ = _read(stream, 4 + 4 * dimensions)
-            expected_magic = (_UNSIGNED_BYTE << 8) | dimensions
-            magic = int.from_bytes(header[:4], "big")
-            if len(header) >= 4 and magic != expected_magic:
-                hint = {
-                    (_UNSIGNED_BYTE << 8) | 1: " (a file of labels)",
-                    (_UNSIGNED_BYTE << 8) | 3: " (a file of images)",
-                }.get(magic, "")
+            length = 4 + 4 * dimensions
+            header, _ = _read(stream, length)
+            magic, expected = int.from_bytes(header[:4], "big"), (_UNSIGNED_BYTE << 8) | dimensions
+            if len(header) >= 4 and magic != expected:
+                of_kinds = {0x801: " (a file of labels)", 0x803: " (a file of images)"}
                 raise DataError(
                     f"{path} is not an IDX file of {kind}: expected the magic number "
-                    f"0x{expected_magic:08x}, found 0x{magic:08x}{hint}."
+                    f"0x{expected:08x}, found 0x{magic:08x}{of_kinds.get(magic, '')}."
                 )
-            if len(header) < 4 + 4 * dimensions:
+            if len(header) < length:
                 raise DataError(
-                    f"{path} is truncated: expected a header of {4 + 4 * dimensions} bytes, found "
+                    f"{path} is truncated: expected a header of {length} bytes, found "
                     f"{len(header)}."
                 )
-            shape = tuple(
-                int.from_bytes(header[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)
-            )
-            size = 1
-            for length in shape:
-                size *= length
+            shape = struct.unpack_from(f">{dimensions}I", header, 4)
+            size = math.prod(shape)
             # One byte more than the header promises shows whether anything follows, and has gzip
             # compare its checksum, which it does at the end of the stream.
             data, cut_off = _read(stream, size + 1)
@@ -155,10 +187,7 @@ def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
 
 
 def _read(stream: io.BufferedIOBase, size: int) -> tuple[bytes, bool]:
-    """Read up to `size` bytes; tell whether a gzip stream stopped before its own end.
-
-    Such a stream gives what it had.
-    """
+    """Read up to `size` bytes, or what there is; also return whether a gzip stream was cut off."""
     chunks: list[bytes] = []
     left = size
     while left > 0:
@@ -190,9 +219,12 @@ def load_folder(
     ------
     DataError
         If a file is missing, truncated, corrupt or mislabelled, if images and labels are not
-        equally many, if the training and test images differ in size, or if a label is above 9.
+        equally many, if the training and test images differ in size, or if a label is none of the
+        data set's classes.
     """
     paths = find_files(folder)
+    name = _name_of(paths)
+    classes = _EMNIST.get(name.removeprefix("emnist-"), _CLASSES)
     arrays = {role: read_idx(path, 3 if "images" in role else 1) for role, path in paths.items()}
     for part in ("train", "test"):
         images, labels = arrays[f"{part} images"], arrays[f"{part} labels"]
@@ -207,10 +239,10 @@ def load_folder(
                 f"{image_path} is empty: expected at least one image of one pixel, found "
                 f"{' × '.join(map(str, images.shape))}."
             )
-        if labels.max() >= _CLASSES:
-            first = int(np.argmax(labels >= _CLASSES))
+        if labels.max() >= classes:
+            first = int(np.argmax(labels >= classes))
             raise DataError(
-                f"{label_path} is mislabelled: expected labels from 0 to {_CLASSES - 1}, found "
+                f"{label_path} is mislabelled: expected labels from 0 to {classes - 1}, found "
                 f"{int(labels[first])} for image {first}."
             )
     train, test = arrays["train images"], arrays["test images"]
@@ -219,16 +251,25 @@ def load_folder(
             f"{paths['test images']} does not belong to {paths['train images']}: expected images "
             f"of {train.shape[1]}×{train.shape[2]} pixels, found {test.shape[1]}×{test.shape[2]}."
         )
+    if name != "mnist":
+        train, test = train.transpose(0, 2, 1), test.transpose(0, 2, 1)
     data = Dataset(
-        name="mnist",
+        name=name,
         train_images=train.reshape(len(train), -1),
         train_labels=arrays["train labels"],
         test_images=test.reshape(len(test), -1),
         test_labels=arrays["test labels"],
         image_shape=(train.shape[1], train.shape[2]),
         pixel_max=255,
+        classes=classes,
     )
-    if notify is not None and (sentence := _other_size(data, folder)):
+    sentence = _other_size(data, folder)
+    if name != "mnist":
+        sentence = (
+            f"The files in {os.fspath(folder)} are {name}: {classes} classes, and images with rows "
+            f"and columns exchanged, which are turned upright."
+        )
+    if notify is not None and sentence:
         notify(sentence)
     return data
 
@@ -242,6 +283,7 @@ def _other_size(data: Dataset, folder: str | os.PathLike[str]) -> str | None:
     found, expected = "", ""
     if classes != _CLASSES:
         found, expected = f" in {classes} classes", f" in {_CLASSES} classes"
+    assert data.image_shape is not None
     (height, width), (mnist_height, mnist_width) = data.image_shape, _MNIST_SHAPE
     sentence = (
         f"The data in {os.fspath(folder)} are not of MNIST's size: found {train:,} training and "

@@ -8,7 +8,7 @@ import socket
 import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from cupybnn import settings
 from cupybnn.data.dataset import Dataset
 from cupybnn.errors import DataError
-from cupybnn.files import atomic_write, read_npz
+from cupybnn.files import atomic_write, new_folder, read_npz
 
 __all__ = ["CACHE_NAME", "load"]
 
@@ -51,7 +51,11 @@ def load(*, notify: Callable[[str], None] | None = None) -> Dataset:
         cause, the folder that was looked in, and the ways out.
     """
     say = notify or (lambda sentence: None)
-    path = settings.data_dir() / CACHE_NAME
+    try:
+        path = settings.data_dir() / CACHE_NAME
+        settings.scikit_learn_data()
+    except ValueError as error:  # a variable that names no folder
+        raise DataError(str(error)) from error
     trouble = ""
     if path.exists():
         try:
@@ -129,7 +133,7 @@ def _fetch(folder: Path) -> dict[str, np.ndarray]:
     with _scratch_folder(folder) as scratch:
         _copy_openml(settings.scikit_learn_data() / "openml", scratch / "openml")
         with warnings.catch_warnings(), _socket_timeout(_TIMEOUT):
-            warnings.simplefilter("ignore")  # its retries warn; a failure is told in one message
+            warnings.simplefilter("ignore")  # its retries warn; a failure is one message of ours
             bunch: Any = fetch_openml(
                 "mnist_784",
                 version=1,
@@ -154,13 +158,13 @@ def _fetch(folder: Path) -> dict[str, np.ndarray]:
 @contextmanager
 def _scratch_folder(folder: Path) -> Any:
     """A temporary folder in `folder`, or in the system's place where that cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(dir=folder, prefix=".fetch-")
-    except OSError:
-        scratch = tempfile.TemporaryDirectory(prefix="cupybnn-fetch-")
-    with scratch as name:
-        yield Path(name)
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            scratch = stack.enter_context(new_folder(folder))
+        except OSError:
+            scratch = stack.enter_context(new_folder(tempfile.gettempdir()))
+        yield scratch
 
 
 @contextmanager

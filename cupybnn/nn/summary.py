@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cupybnn.text_table import table
+
 if TYPE_CHECKING:
     from cupybnn.nn.module import Module
 
@@ -66,21 +68,14 @@ class Summary:
 
     def __str__(self) -> str:
         head = ("layer", "kind", "shape", "parameters", "bits a weight", "bytes")
-        cells = [head]
+        cells = []
         for row in self.rows:
             shape = " × ".join(str(n) for n in row.shape)
             count = row.one_bit + row.full
             cells.append(
                 (row.name, row.kind, shape, f"{count:,}", str(row.bits), f"{row.nbytes:,}")
             )
-        widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i < 3 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in cells
-        ]
+        lines = list(table(head, cells, left=3))
         lines.insert(1, "-" * max(len(line) for line in lines))
         nbytes, training = self.total("nbytes"), self.total("training_nbytes")
         lines += [

@@ -18,8 +18,8 @@ __all__ = ["WeightAverage"]
 class WeightAverage:
     """A running average of parameters: exponential, or of equal weights.
 
-    Of binary weights the latent ones are averaged. The statistics of batch norm belong to the
-    weights of the moment: see `cupybnn.nn.refresh_statistics`.
+    For binary weights, the latent weights are averaged. The statistics of batch norm belong to the
+    current weights: see `cupybnn.nn.refresh_statistics`.
 
     Parameters
     ----------
@@ -56,34 +56,74 @@ class WeightAverage:
         self.decay = decay
         self.updates = 0
         self.averages = [p._data.copy() for p in self.parameters]
+        # The weights that training goes on with, while the parameters have their averages.
+        self._kept: list[Any] | None = None
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether the parameters have their averaged values now: within `applied`."""
+        return self._kept is not None
 
     def update(self) -> None:
-        """Take the present weights into the average; the first ones are the whole of it."""
+        """Add the weights to the average; the first ones are the whole of it.
+
+        Within `applied` these are the weights that were there before, and the parameters keep the
+        average they have.
+        """
         self.updates += 1
         if self.decay is None:
             part = 1 / self.updates
         else:
             part = (1 - self.decay) / (1 - self.decay**self.updates)
-        for average, parameter in zip(self.averages, self.parameters, strict=True):
+        present = [p._data for p in self.parameters] if self._kept is None else self._kept
+        for average, weight in zip(self.averages, present, strict=True):
             with device_of(average).scope():
-                average += part * (parameter._data - average)
+                average += part * (weight - average)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Context within which the parameters have their averaged values."""
-        self._swap()
+        """Context within which the parameters have their averaged values.
+
+        It may be entered again within itself, which changes nothing. However it ends, the
+        parameters get back the values they had before; what was written to them within is lost.
+        """
+        if self._kept is not None:
+            yield
+            return
+        kept = [_copy(p._data) for p in self.parameters]
         try:
+            self._kept = kept
+            self._write(self.averages)
             yield
         finally:
-            self._swap()
+            self._write(kept)
+            self._kept = None
 
-    def _swap(self) -> None:
-        for i, parameter in enumerate(self.parameters):
-            present = parameter.write()
-            with device_of(present).scope():
-                kept = present.copy()
-                present[...] = self.averages[i]
-            self.averages[i] = kept
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Context within `applied` in which the parameters have their own values for a while.
+
+        Outside of `applied` it changes nothing.
+        """
+        kept = self._kept
+        if kept is None:
+            yield
+            return
+        inside = [_copy(p._data) for p in self.parameters]
+        try:
+            self._kept = None
+            self._write(kept)
+            yield
+        finally:
+            self._write(inside)
+            self._kept = kept
+
+    def _write(self, values: list[Any]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            array = parameter.write()
+            device = device_of(array)
+            with device.scope():
+                array[...] = to_device(value, device)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return the number of updates and the averages: NumPy copies."""
@@ -108,6 +148,19 @@ class WeightAverage:
                 f"The state does not fit this WeightAverage: it must have the arrays and shapes "
                 f"{shapes}; got {given}."
             )
-        self.updates = int(state["updates"])
+        updates = np.asarray(state["updates"])
+        if updates.dtype.kind not in "iu" or updates < 0:
+            raise ValueError(
+                f"The 'updates' of a WeightAverage's state must be a whole number, at least 0; got "
+                f"{updates!r}."
+            )
+        self.updates = int(updates)
         for i, average in enumerate(self.averages):
-            average[...] = to_device(np.asarray(state[str(i)]), device_of(average))
+            device = device_of(average)
+            with device.scope():
+                average[...] = to_device(np.asarray(state[str(i)]), device)
+
+
+def _copy(array: Any) -> Any:
+    with device_of(array).scope():
+        return array.copy()

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,35 @@ from typing import Any
 import numpy as np
 
 from cupybnn.errors import CheckpointError
-from cupybnn.files import atomic_write, read_npz, remove_leftovers
+from cupybnn.files import atomic_write, remove_leftovers
+from cupybnn.npz import NpzFile, open_npz
+from cupybnn.paths import user_path
+from cupybnn.schema import (
+    SchemaError,
+    anything,
+    integer,
+    list_of,
+    mapping_of,
+    nullable,
+    number,
+    one_of,
+    parse,
+    real,
+    record,
+    text,
+)
 
-__all__ = ["BEST", "NEWEST", "Checkpoint", "CheckpointFolder", "find", "load", "load_info", "save"]
+__all__ = [
+    "BEST",
+    "NEWEST",
+    "Checkpoint",
+    "CheckpointFolder",
+    "find",
+    "load",
+    "load_info",
+    "load_run",
+    "save",
+]
 
 NEWEST = "newest.npz"
 BEST = "best.npz"
@@ -25,6 +50,7 @@ _FORMAT = "cupybnn-checkpoint"
 _VERSION = 1
 _HEADER = "header"  # member with the JSON text; arrays are in members named "array/<name>"
 _PREFIX = "array/"
+_MOST_FOLDERS = 1000  # that are searched for a hint
 
 
 @dataclass(frozen=True)
@@ -79,20 +105,43 @@ def find(path: str | os.PathLike[str]) -> Path:
     CheckpointError
         If there is none.
     """
-    path = Path(path).expanduser()
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise CheckpointError(f"The checkpoint to restore, {path}, does not exist.")
-    for name in (NEWEST, BEST):
-        if (path / name).is_file():
-            return path / name
-    # Not in hidden folders: those are runs that are being made, or were left half made.
-    below = sorted(p for p in path.rglob(NEWEST) if not p.parent.name.startswith("."))
-    hint = f" There are some below it; one is {below[-1].parent}." if below else ""
+    try:
+        path = user_path(path)
+    except ValueError as error:
+        raise CheckpointError(f"The checkpoint to restore cannot be found: {error}") from error
+    try:
+        if path.is_file():
+            return path
+        if not path.is_dir():
+            raise CheckpointError(f"The checkpoint to restore, {path}, does not exist.")
+        for name in (NEWEST, BEST):
+            if (path / name).is_file():
+                return path / name
+    except OSError as error:
+        raise CheckpointError(
+            f"The checkpoint to restore, {path}, cannot be read: {error.strerror or error}."
+        ) from error
+    below = _run_below(path)
+    hint = "" if below is None else f" There are some below it; one is {below}."
     raise CheckpointError(
         f"The folder {path} holds no checkpoint: expected {NEWEST} or {BEST} in it.{hint}"
     )
+
+
+def _run_below(folder: Path) -> Path | None:
+    """Return the last run folder among the first thousand folders below `folder`, if any."""
+    # Not in hidden folders: those are runs that are being made, or were left half made.
+    runs, folders = [], [str(folder)]
+    for where in folders:  # which grows meanwhile
+        with contextlib.suppress(OSError), os.scandir(where) as entries:
+            for entry in entries:
+                if entry.name == NEWEST:
+                    runs.append(Path(where))
+                elif len(folders) >= _MOST_FOLDERS or entry.name.startswith("."):
+                    continue
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+    return max(runs, default=None)
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
@@ -106,28 +155,103 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     Raises
     ------
     CheckpointError
-        If there is none, or it is damaged, or not a checkpoint of cupybnn, or of a newer version.
+        If there is none, or it is damaged, or not a checkpoint of cupybnn, or of a newer version,
+        or holds what no run can have written: the message names the first fault.
     """
     path = find(path)
-    entries = _entries(path)
-    header = _header(path, entries)
+    with _opened(path) as file:
+        header = _header(path, file)
+        arrays = {name: file.read(_PREFIX + name) for name in header["arrays"]}
+        for name, array in arrays.items():
+            _check_array(name, array)
+    return Checkpoint(header["step"], arrays, header["info"])
+
+
+def load_run(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint as `load` does, and check that all is there that a run goes on with."""
+    stored = load(path)
     try:
-        arrays = {name: entries[_PREFIX + name] for name in header["arrays"]}
-        return Checkpoint(int(header["step"]), arrays, header["info"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"The checkpoint {path} is damaged: {error}.") from error
+        _RUN(stored.info, "info")
+    except SchemaError as error:
+        raise CheckpointError(
+            f"The checkpoint {path} is damaged: {error}. A run cannot go on from it."
+        ) from error
+    return stored
 
 
 def load_info(path: str | os.PathLike[str]) -> Mapping[str, Any]:
     """Read a checkpoint's `info` alone; arguments and errors as for `load`."""
     path = find(path)
-    info: Mapping[str, Any] = _header(path, _entries(path, (_HEADER,)))["info"]
-    return info
+    with _opened(path) as file:
+        info: Mapping[str, Any] = _header(path, file)["info"]
+        return info
 
 
-def _entries(path: Path, names: tuple[str, ...] | None = None) -> dict[str, np.ndarray]:
+# --- what a file must hold
+
+_FIGURES = {
+    "step": integer(),
+    "train_loss": real,
+    "train_accuracy": number(0, 1),
+    "test_loss": real,
+    "test_accuracy": number(0, 1),
+    "examples_per_second": real,
+}
+_RUN = record(
+    {
+        "config": mapping_of(anything),
+        "dataset": text(),
+        "history": list_of(record(_FIGURES)),
+    },
+    others=True,
+)
+_HEADER_RULE = record(
+    {
+        "format": one_of(_FORMAT),
+        "version": integer(1, _VERSION),
+        "step": integer(),
+        "info": record(
+            {},
+            {
+                "config": mapping_of(anything),
+                "dataset": text(),
+                "history": list_of(record({}, _FIGURES, others=True)),
+                "final": nullable(record({"step": integer(), "test_accuracy": number(0, 1)})),
+            },
+            others=True,
+        ),
+        "arrays": list_of(text(most=1000), most=100_000),
+    }
+)
+_MOST_HEADER_BYTES = 1 << 28
+
+
+def _check_array(name: str, array: np.ndarray) -> None:
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"the array {name!r} must hold real numbers; got {array.dtype}")
+    kind, _, rest = name.partition("/")
+    if name in ("optimizer/steps", "average/updates"):
+        if array.dtype.kind not in "iu" or array.shape != () or not 0 <= array <= 2**53:
+            raise ValueError(
+                f"the array {name!r} must be one integer from 0 to 2**53; got {array.dtype} of "
+                f"shape {array.shape}" + (f", {array}" if array.shape == () else "")
+            )
+    elif kind == "optimizer":
+        if not np.isfinite(array).all():
+            raise ValueError(
+                f"the array {name!r} holds NaN or infinite values: the run had diverged. An "
+                f"earlier checkpoint, such as {BEST}, may be sound"
+            )
+        if rest.endswith(".square") and (array < 0).any():
+            raise ValueError(f"the array {name!r} must be a mean of squares; got negative values")
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[NpzFile]:
+    """Open a checkpoint; what is wrong with it within the block is told as one kind of error."""
     try:
-        return read_npz(path, names)
+        with open_npz(path) as file:
+            yield file
     except OSError as error:
         raise CheckpointError(
             f"The checkpoint {path} cannot be read: {error.strerror or error}."
@@ -136,22 +260,24 @@ def _entries(path: Path, names: tuple[str, ...] | None = None) -> dict[str, np.n
         raise CheckpointError(f"The checkpoint {path} is damaged: {error}.") from error
 
 
-def _header(path: Path, entries: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    try:
-        header = json.loads(str(entries[_HEADER]))
-        version = header["version"] if header["format"] == _FORMAT else None
-    except (KeyError, TypeError, ValueError):
-        version = None
-    if not isinstance(version, int):
-        raise CheckpointError(f"{path} is not a checkpoint of cupybnn.")
-    if version > _VERSION:
+def _header(path: Path, file: NpzFile) -> dict[str, Any]:
+    foreign = CheckpointError(f"{path} is not a checkpoint of cupybnn.")
+    if _HEADER not in file.names:
+        raise foreign
+    content = file.read(_HEADER, _MOST_HEADER_BYTES)
+    if content.dtype.kind != "U" or content.shape != ():
+        raise foreign
+    header = parse(str(content), constants=True)
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+        raise foreign
+    version = header.get("version")
+    if isinstance(version, int) and version > _VERSION:
         raise CheckpointError(
             f"{path} is a checkpoint of version {version}; this cupybnn reads versions up to "
             f"{_VERSION}. Update cupybnn."
         )
-    if not isinstance(header.get("info"), dict):
-        raise CheckpointError(f"The checkpoint {path} is damaged: its header has no 'info'.")
-    return dict(header)
+    _HEADER_RULE(header, "")
+    return header
 
 
 class CheckpointFolder:
@@ -168,8 +294,7 @@ class CheckpointFolder:
     def __init__(self, folder: str | os.PathLike[str], best: float = -1.0) -> None:
         self.folder = Path(folder)
         self.best = best
-        for name in (NEWEST, BEST):
-            remove_leftovers(self.folder / name)
+        remove_leftovers(self.folder)
 
     def save(self, checkpoint: Checkpoint, accuracy: float | None = None) -> None:
         """Replace the newest checkpoint, and the best if `accuracy` is greater than its."""
@@ -179,17 +304,12 @@ class CheckpointFolder:
             self._newest_is_best()
 
     def _newest_is_best(self) -> None:
-        # A second name for the same file costs nothing; where links are impossible, a copy.
-        temporary = self.folder / f".{BEST}.{secrets.token_hex(6)}.tmp"
+        # A copy, not a second name for the same file: what damages one must not damage both.
+        best = self.folder / BEST
         try:
-            try:
-                os.link(self.folder / NEWEST, temporary)
-            except OSError:
-                shutil.copyfile(self.folder / NEWEST, temporary)
-            os.replace(temporary, self.folder / BEST)
+            with open(self.folder / NEWEST, "rb") as newest, atomic_write(best) as file:
+                shutil.copyfileobj(newest, file, 1 << 20)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
             raise CheckpointError(
-                f"The checkpoint {self.folder / BEST} cannot be written: {error.strerror or error}."
+                f"The checkpoint {best} cannot be written: {error.strerror or error}."
             ) from error

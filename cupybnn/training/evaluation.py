@@ -1,4 +1,4 @@
-"""Loss and accuracy over the test set, of the weights of the moment or of their averages."""
+"""Loss and accuracy over the test set, of the current weights or of their averages."""
 
 from __future__ import annotations
 
@@ -16,14 +16,18 @@ from cupybnn.training.step import Objective
 
 __all__ = ["Averaging", "evaluate"]
 
-#: Batches of training images, and images in each, for batch norm's statistics of averaged weights.
+#: Batches of training examples, and examples in each, for batch norm's statistics of averages.
 _BATCHES, _IMAGES = 10, 1000
+#: The inputs of one batch of an evaluation take at most so much.
+_BATCH_BYTES = 1 << 28
 
 
 def evaluate(model: nn.Module, objective: Objective, data: DeviceData) -> tuple[float, float]:
     """Return loss (with the penalty) and accuracy over the whole test set."""
-    # On the CPU a batch's activations should fit into the cache, on a GPU launches count.
+    # On the CPU a batch's activations should fit into the cache, on a GPU launches count. Inputs
+    # of many features must fit into memory.
     size = 10_000 if data.device.kind == "cuda" else 1_000
+    size = min(size, max(1, _BATCH_BYTES // (data.features * data.dtype.itemsize)))
     loss: Any = 0.0
     correct: Any = 0
     model.eval()
@@ -54,6 +58,7 @@ class Averaging:
         self._model, self._data = model, data
         self._from = config.average_from
         self._average: optim.WeightAverage | None = None
+        self._before: list[Any] = []  # batch norm's own statistics, within `applied`
         if config.average != "none":
             decay = config.average_decay if config.average == "ema" else None
             self._average = optim.WeightAverage(model.parameters(), decay)
@@ -64,27 +69,54 @@ class Averaging:
         return self._average is not None and self._average.updates > 0
 
     def update(self, step: int) -> None:
-        """Take up the weights after step number `step`."""
+        """Add the weights after step number `step` to the average."""
         if self._average is not None and step >= self._from:
             self._average.update()
 
+    @property
+    def is_applied(self) -> bool:
+        """Whether the model has averaged weights now: within `applied`."""
+        return self._average is not None and self._average.is_applied
+
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Context within which the model has averaged weights and the statistics to them.
+        """Context within which the model has averaged weights and batch norm statistics to match.
 
-        Where there is no average, or none yet, the model is as it is.
+        Where there is no average, or none yet, the model is as it is; so it is where the context
+        is entered again within itself. However it ends, weights and statistics are put back.
         """
-        if self._average is None or self._average.updates == 0:
+        if self._average is None or self._average.updates == 0 or self._average.is_applied:
             yield
             return
-        before = [(array, array.copy()) for _, array in self._model.named_buffers()]
+        before = self._statistics()
         with self._average.applied():
             try:
+                self._before = before
                 nn.refresh_statistics(self._model, self._batches())
                 yield
             finally:
-                for array, kept in before:
-                    array[...] = kept
+                self._set_statistics(before)
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Context within `applied` in which the model is for a while as training left it."""
+        if self._average is None or not self._average.is_applied:
+            yield
+            return
+        averaged = self._statistics()
+        with self._average.suspended():
+            try:
+                self._set_statistics(self._before)
+                yield
+            finally:
+                self._set_statistics(averaged)
+
+    def _statistics(self) -> list[Any]:
+        return [array.copy() for _, array in self._model.named_buffers()]
+
+    def _set_statistics(self, values: list[Any]) -> None:
+        for (_, array), value in zip(self._model.named_buffers(), values, strict=True):
+            array[...] = value
 
     def _batches(self) -> Iterator[Tensor]:
         images = self._data.train_images

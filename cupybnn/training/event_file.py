@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 from cupybnn.training.histogram import Histogram
 
@@ -36,8 +38,9 @@ class EventFile:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         self._event = event_pb2.Event
-        self._path = _new_file(folder)
-        self._records = RecordWriter(self._path.open("xb"))
+        file = _new_file(folder)
+        self._path = file.name
+        self._records = RecordWriter(file)
         self._write(self._event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def add(
@@ -78,11 +81,11 @@ class EventFile:
             ) from error
 
 
-def _new_file(folder: Path) -> Path:
-    """Return a name that TensorBoard looks for, of a file that is not there."""
+def _new_file(folder: Path) -> IO[bytes]:
+    """Open a file that was not there, under a name that TensorBoard looks for."""
     # TensorBoard reads a folder's files in the order of their names.
     name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
-    number = 0
-    while (path := folder / f"{name}.{number}").exists():
-        number += 1
-    return path
+    for number in itertools.count():
+        with contextlib.suppress(FileExistsError):  # of a run in this process, or in a container
+            return open(folder / f"{name}.{number}", "xb")
+    raise AssertionError("unreachable")

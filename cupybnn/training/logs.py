@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cupybnn import nn
+from cupybnn.training.best import with_final
 from cupybnn.training.checkpoint import CheckpointFolder
 from cupybnn.training.event_file import EventFile
 from cupybnn.training.histogram import Histogram
@@ -22,16 +23,17 @@ from cupybnn.training.measures import (
 from cupybnn.training.records import Callback, Evaluation, TrainResult
 
 if TYPE_CHECKING:
+    from cupybnn.training.protocol import TrainingRun
     from cupybnn.training.step import StepOutput
-    from cupybnn.training.trainer import Trainer
 
 __all__ = ["CheckpointWriter", "TensorBoardWriter"]
 
 
 class CheckpointWriter(Callback):
-    """Keeps the newest and the best checkpoint.
+    """Keeps the newest and the best checkpoint; see `cupybnn.training.best` for which that is.
 
-    The first, before any step, is put into the folder when that is made.
+    The first, before any step, is put into the folder when that is made, as is the best one of the
+    runs that this one continues.
 
     Parameters
     ----------
@@ -43,13 +45,17 @@ class CheckpointWriter(Callback):
     def __init__(self, folder: Path, best: float) -> None:
         self._checkpoints = CheckpointFolder(folder, best)
 
-    def on_evaluate(self, trainer: Trainer, evaluation: Evaluation) -> None:
+    def on_evaluate(self, trainer: TrainingRun, evaluation: Evaluation) -> None:
         """Save, and keep as the best where it is."""
         self._checkpoints.save(trainer.state(), evaluation.test_accuracy)
 
-    def on_end(self, trainer: Trainer, result: TrainResult) -> None:
-        """Save the state after the last step."""
-        self._checkpoints.save(trainer.state(), result.final_accuracy)
+    def on_end(self, trainer: TrainingRun, result: TrainResult) -> None:
+        """Save the state after the last step, and keep as the best where it is and counts."""
+        if result.stopped:
+            self._checkpoints.save(trainer.state())
+        else:
+            state = with_final(trainer.state(), result.final)
+            self._checkpoints.save(state, result.final_accuracy)
 
 
 class TensorBoardWriter(Callback):
@@ -61,7 +67,7 @@ class TensorBoardWriter(Callback):
     ``fc2/weight_gradient`` (of the last step), ``fc2/product`` and ``fc2/activation`` (before and
     after batch norm and non-linearity, on the first images of the test set), and ``logits``.
 
-    Of binary layers also, as shares from 0 to 1: ``flips_at_step/fc2``, ``flips/fc2`` and
+    For binary layers also, as shares from 0 to 1: ``flips_at_step/fc2``, ``flips/fc2`` and
     ``flips_since_start/fc2`` (binary weights with another sign than before this step, than at the
     record before, and than when this process started), ``outside_window/fc2`` (latent weights that
     get no gradient any more), and in bits ``sign_entropy/fc1`` (of the activations' signs, a
@@ -83,8 +89,8 @@ class TensorBoardWriter(Callback):
         self._at_step: tuple[int, dict[str, float]] = (-1, {})
         self._last = -1
 
-    def on_start(self, trainer: Trainer) -> None:
-        """Open the event file, or say once how it can be had."""
+    def on_start(self, trainer: TrainingRun) -> None:
+        """Open the event file, or say once what to install."""
         try:
             self._file = EventFile(self._folder)
         except ImportError:
@@ -96,7 +102,7 @@ class TensorBoardWriter(Callback):
         self._flips = FlipCounter(trainer.model)
         self._look_before(trainer, trainer.step)
 
-    def on_step(self, trainer: Trainer, step: int, output: StepOutput) -> None:
+    def on_step(self, trainer: TrainingRun, step: int, output: StepOutput) -> None:
         """Count the flips of a step that is to be recorded, and look before the next such."""
         if self._file is None:
             return
@@ -105,12 +111,12 @@ class TensorBoardWriter(Callback):
             self._at_step = (step, flipped(trainer.model, before))
         self._look_before(trainer, step + 1)
 
-    def _look_before(self, trainer: Trainer, step: int) -> None:
+    def _look_before(self, trainer: TrainingRun, step: int) -> None:
         config = trainer.config
         if step % config.eval_every_n == 0 or step == config.max_steps - 1:
             self._before = (step, weight_signs(trainer.model))
 
-    def on_evaluate(self, trainer: Trainer, evaluation: Evaluation) -> None:
+    def on_evaluate(self, trainer: TrainingRun, evaluation: Evaluation) -> None:
         """Write everything for the step of `evaluation`."""
         if self._file is None:
             return
@@ -129,16 +135,16 @@ class TensorBoardWriter(Callback):
         histograms = Histogram.of_all([*_of_weights(trainer.model), *activations])
         self._file.add(step, finite, histograms)
 
-    def on_end(self, trainer: Trainer, result: TrainResult) -> None:
+    def on_end(self, trainer: TrainingRun, result: TrainResult) -> None:
         """Write the state after the last step, unless that was just done."""
         if result.final.step > self._last:
             self.on_evaluate(trainer, result.final)
 
     def close(self) -> None:
         """Close the event file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
     def _measures(
         self, model: nn.Module, activations: list[tuple[str, Any, bool]], step: int
@@ -158,7 +164,7 @@ class TensorBoardWriter(Callback):
             if two_valued:
                 yield f"sign_entropy/{tag.removesuffix('/activation')}", sign_entropy(array)
 
-    def _of_activations(self, trainer: Trainer) -> list[tuple[str, Any, bool]]:
+    def _of_activations(self, trainer: TrainingRun) -> list[tuple[str, Any, bool]]:
         stages = stages_of(trainer, self._PROBE)
         return [(tag, value.data, value.two_valued) for tag, value in stages]
 

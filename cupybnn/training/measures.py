@@ -11,8 +11,9 @@ from cupybnn.autograd.storage import module_of
 from cupybnn.training.records import Callback
 
 if TYPE_CHECKING:
-    from cupybnn.training.records import Evaluation, StepOutput, TrainResult
-    from cupybnn.training.trainer import Trainer
+    from cupybnn.training.protocol import TrainingRun
+    from cupybnn.training.records import Evaluation, TrainResult
+    from cupybnn.training.step import StepOutput
 
 __all__ = [
     "EntropyRecord",
@@ -60,7 +61,7 @@ class FlipCounter:
     Parameters
     ----------
     model : Module
-        Its weights at this moment are the start.
+        Its current weights are the start.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -144,11 +145,11 @@ class FlipRecord(Callback):
         self.outside: dict[str, list[float]] = {}
         self._counter: FlipCounter | None = None
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: TrainingRun) -> None:
         """Take the weights before the first step as the start."""
         self._counter = FlipCounter(trainer.model)
 
-    def on_step(self, trainer: Trainer, step: int, output: StepOutput) -> None:
+    def on_step(self, trainer: TrainingRun, step: int, output: StepOutput) -> None:
         """Count."""
         assert self._counter is not None
         self.steps.append(step)
@@ -158,12 +159,18 @@ class FlipRecord(Callback):
             self.outside.setdefault(name, []).append(share)
 
 
-def stages_of(trainer: Trainer, images: int) -> list[tuple[str, Tensor]]:
-    """Return (tag, value) of all that the model computes of the first test images."""
+def stages_of(trainer: TrainingRun, images: int) -> list[tuple[str, Tensor]]:
+    """Return (tag, value) of all that the model computes of the first test images.
+
+    Nothing for a model without a method ``stages``.
+    """
+    stages = getattr(trainer.model, "stages", None)
+    if stages is None:
+        return []
     inputs = trainer.data.scale(trainer.data.test_images[:images])
     trainer.model.eval()
     with no_grad():
-        return list(trainer.model.stages(Tensor(inputs)))
+        return list(stages(Tensor(inputs)))
 
 
 class EntropyRecord(Callback):
@@ -172,7 +179,7 @@ class EntropyRecord(Callback):
     Parameters
     ----------
     images : int
-        It is taken over so many of the first test images.
+        It is taken over this number of the first test images.
 
     Attributes
     ----------
@@ -188,7 +195,7 @@ class EntropyRecord(Callback):
         self.entropy: dict[str, list[float]] = {}
         self._images = images
 
-    def on_evaluate(self, trainer: Trainer, evaluation: Evaluation) -> None:
+    def on_evaluate(self, trainer: TrainingRun, evaluation: Evaluation) -> None:
         """Measure."""
         self.steps.append(evaluation.step)
         for tag, value in stages_of(trainer, self._images):
@@ -196,7 +203,7 @@ class EntropyRecord(Callback):
                 layer = tag.removesuffix("/activation")
                 self.entropy.setdefault(layer, []).append(sign_entropy(value))
 
-    def on_end(self, trainer: Trainer, result: TrainResult) -> None:
+    def on_end(self, trainer: TrainingRun, result: TrainResult) -> None:
         """Measure after the last step, unless that was just done."""
         if result.final.step not in self.steps[-1:]:
             self.on_evaluate(trainer, result.final)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cupybnn import nn
     from cupybnn.training.config import TrainConfig
+    from cupybnn.training.protocol import TrainingRun
     from cupybnn.training.step import StepOutput
-    from cupybnn.training.trainer import Trainer
 
 __all__ = ["Callback", "Evaluation", "TrainResult"]
 
@@ -101,19 +101,19 @@ class Callback:
     What a method raises ends the run.
     """
 
-    def on_notice(self, trainer: Trainer, sentence: str) -> None:
+    def on_notice(self, trainer: TrainingRun, sentence: str) -> None:
         """Something a user should know beside the figures."""
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, trainer: TrainingRun) -> None:
         """Before the first step; the model is ready."""
 
-    def on_step(self, trainer: Trainer, step: int, output: StepOutput) -> None:
+    def on_step(self, trainer: TrainingRun, step: int, output: StepOutput) -> None:
         """After each step; `output` is on the device, and reading it waits for the device."""
 
-    def on_evaluate(self, trainer: Trainer, evaluation: Evaluation) -> None:
+    def on_evaluate(self, trainer: TrainingRun, evaluation: Evaluation) -> None:
         """After each evaluation but the final one; gradients are those of the last step."""
 
-    def on_end(self, trainer: Trainer, result: TrainResult) -> None:
+    def on_end(self, trainer: TrainingRun, result: TrainResult) -> None:
         """After the final evaluation, also when the run was stopped early."""
 
     def close(self) -> None:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from cupybnn.files import A_DAY, atomic_write, remove_leftovers, temporary_path
-from cupybnn.training.checkpoint import BEST, NEWEST
+from cupybnn.files import atomic_write, new_folder, remove_leftovers
+from cupybnn.paths import user_path
 from cupybnn.training.config import TrainConfig
 
 __all__ = [
     "CONFIG_NAME",
     "log_dir_beside",
     "new_run_folder",
-    "remove_abandoned",
     "settings_folder",
 ]
 
 CONFIG_NAME = "config.json"
-_HIDDEN = "run"  # what a folder in the making is called
 
 
 def settings_folder(config: TrainConfig) -> Path:
@@ -35,9 +32,9 @@ def settings_folder(config: TrainConfig) -> Path:
     """
     if config.log_dir is None:
         raise ValueError("A run folder needs a configuration with a 'log_dir'; got None.")
-    root = Path(config.log_dir).expanduser()
+    root = user_path(config.log_dir)
     if config.restore is not None:
-        path = Path(config.restore).expanduser()
+        path = user_path(config.restore)
         beside = Path(os.path.abspath(path if path.is_dir() else path.parent)).parent
         for folder in (root, *(root / name for name in _names(config))):
             if Path(os.path.abspath(folder)) == beside:
@@ -82,11 +79,11 @@ def new_run_folder(config: TrainConfig, fill: Callable[[Path], None] | None = No
     """Make the next numbered folder in `settings_folder`, with ``config.json`` in it.
 
     Numbers count up from 1, one more than the highest there is. The folder is made under a hidden
-    name, ``.run.<random>.tmp``, and gets its number in one move when all that belongs in it is
-    there: a process killed on the way leaves no run that lacks something. Two runs that start at
-    the same moment get different folders, because a folder cannot be moved onto another that
-    holds something. What killed processes left a day ago or more is removed: such hidden folders,
-    and temporary files in the runs beside the new one.
+    name and gets its number in one move when all that belongs in it is there: a process killed on
+    the way leaves no run that lacks something. Two runs that start at the same moment get
+    different folders, because a folder cannot be moved onto another that holds something. What
+    killed processes left is removed: such hidden folders, and temporary files in the runs beside
+    the new one.
 
     Parameters
     ----------
@@ -111,27 +108,15 @@ def new_run_folder(config: TrainConfig, fill: Callable[[Path], None] | None = No
 
 def _new_folder(parent: Path, config: TrainConfig, fill: Callable[[Path], None] | None) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(parent / _HIDDEN, A_DAY)
     for run in parent.iterdir():
         if run.name.isdecimal():
-            remove_abandoned(run)
-    hidden = temporary_path(parent / _HIDDEN)
-    try:
-        hidden.mkdir()
+            remove_leftovers(run)
+    with new_folder(parent) as hidden:
         with atomic_write(hidden / CONFIG_NAME) as file:
             file.write(config.with_absolute_paths().to_json().encode())
         if fill is not None:
             fill(hidden)
         return _give_number(hidden)
-    except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
-        raise
-
-
-def remove_abandoned(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a run folder a day ago or more."""
-    for name in (CONFIG_NAME, NEWEST, BEST):
-        remove_leftovers(folder / name, A_DAY)
 
 
 def _give_number(hidden: Path) -> Path:

@@ -19,6 +19,7 @@ __all__ = [
     "PlainStep",
     "Step",
     "StepOutput",
+    "augmentation",
     "augmentation_seed",
     "make_optimizer",
 ]
@@ -133,6 +134,12 @@ def _latent_scale(config: TrainConfig) -> Callable[[nn.Parameter], float]:
     return scale
 
 
+def augmentation(config: TrainConfig) -> Augmentation:
+    """Return the deformations that `config` describes."""
+    amounts = ("shift", "rotation", "scale", "shear", "elastic")
+    return Augmentation(*(getattr(config, f"augment_{name}") for name in amounts))
+
+
 def augmentation_seed(config: TrainConfig) -> int:
     """Return the seed of deformations; with the step it decides each, so no checkpoint has it."""
     return int(np.random.default_rng([config.seed, 0xA6]).integers(2**63))
@@ -169,8 +176,7 @@ class PlainStep:
         self._data = data
         self._order = order
         self._max_steps = max(config.max_steps, 1)
-        amounts = ("shift", "rotation", "scale", "shear", "elastic")
-        self._augment = Augmentation(*(getattr(config, f"augment_{name}") for name in amounts))
+        self._augment = augmentation(config)
         self._seed = augmentation_seed(config)
         self._adversarial = config.adversarial
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,15 +17,24 @@ from cupybnn.backends import numpy_memory
 from cupybnn.backends.devices import resolve
 from cupybnn.data import BatchOrder, Dataset, DeviceData, load
 from cupybnn.errors import CheckpointError, NonFiniteError
+from cupybnn.files import remove_leftovers
 from cupybnn.training import checkpoint as checkpoints
+from cupybnn.training.best import best_before
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.evaluation import Averaging, evaluate
 from cupybnn.training.network import build_network
 from cupybnn.training.records import Callback, Evaluation, TrainResult
 from cupybnn.training.restore import check_settings
-from cupybnn.training.runs import new_run_folder, remove_abandoned
+from cupybnn.training.runs import new_run_folder
 from cupybnn.training.saved import DataDescription
-from cupybnn.training.step import Objective, PlainStep, Step, StepOutput, make_optimizer
+from cupybnn.training.step import (
+    Objective,
+    PlainStep,
+    Step,
+    StepOutput,
+    augmentation,
+    make_optimizer,
+)
 from cupybnn.training.timing import StepTimer
 
 __all__ = ["Trainer", "train"]
@@ -76,7 +85,7 @@ class Trainer:
     callbacks : iterable of Callback, optional
         Hear of every step and evaluation, in this order; what a log directory needs is added.
     dataset : Dataset, optional
-        Instead of the one that the configuration names.
+        Instead of the one that the configuration names; of any arrays by `Dataset.from_arrays`.
 
     Attributes
     ----------
@@ -98,6 +107,8 @@ class Trainer:
     ------
     DataError, DeviceError, CheckpointError
         As for `train`.
+    ValueError
+        If the data set has no test part, or images are to be deformed that are none.
     """
 
     def __init__(
@@ -122,9 +133,9 @@ class Trainer:
         self.device = resolve(config.device)
         if self.device.kind == "cpu":
             numpy_memory.keep_freed()
-        stored = checkpoints.load(config.restore) if config.restore is not None else None
+        stored = checkpoints.load_run(config.restore) if config.restore is not None else None
         if config.restore is not None and stored is not None:
-            remove_abandoned(checkpoints.find(config.restore).parent)
+            remove_leftovers(checkpoints.find(config.restore).parent)
             for sentence in check_settings(config, stored):
                 self.notice(sentence)
         if dataset is None:
@@ -136,8 +147,19 @@ class Trainer:
             dataset = load(name, config.data_dir, notify=self.notice)
             if reason is not None:
                 dataset = replace(dataset, fallback_reason=reason)
+        if not isinstance(dataset, Dataset):
+            raise TypeError(
+                f"The 'dataset' must be a Dataset; got {type(dataset).__name__}. Arrays become one "
+                f"by Dataset.from_arrays."
+            )
         if config.validation:
             dataset = dataset.with_validation(config.validation)
+        if len(dataset.test_labels) == 0:
+            raise ValueError(
+                f"The dataset {dataset.name!r} must have a test part to evaluate on; got none. "
+                f"Give it test_x and test_y, or hold training examples out with validation=N."
+            )
+        augmentation(config).check(dataset.image_shape)
         self.dataset = dataset
         with self.device.scope():
             self._build()
@@ -162,10 +184,14 @@ class Trainer:
     # State -------------------------------------------------------------------------------------
 
     def state(self) -> checkpoints.Checkpoint:
-        """Return all that a later run needs to go on exactly from here."""
-        arrays = {f"model/{k}": v for k, v in self.model.state_dict().items()}
-        arrays |= {f"optimizer/{k}": v for k, v in self.optimizer.state_dict().items()}
-        arrays |= {f"average/{k}": v for k, v in self._averaging.state_dict().items()}
+        """Return all that a later run needs to go on exactly from here.
+
+        Within `averaged` too these are the weights that training goes on with.
+        """
+        with self.device.scope(), self._averaging.suspended():
+            arrays = {f"model/{k}": v for k, v in self.model.state_dict().items()}
+            arrays |= {f"optimizer/{k}": v for k, v in self.optimizer.state_dict().items()}
+            arrays |= {f"average/{k}": v for k, v in self._averaging.state_dict().items()}
         if self._averaging.exists:  # what `load_model` would need the images for
             with self.averaged():
                 buffers = {name for name, _ in self.model.named_buffers()}
@@ -245,26 +271,47 @@ class Trainer:
         if self._started:
             raise RuntimeError("A Trainer runs once; restore its checkpoint in a new one to go on.")
         self._started = True
-        if self.config.log_dir is not None and self.step < self.config.max_steps:
-            self._open_log()
+        with self.device.scope(), self._closing_callbacks():
+            if self.config.log_dir is not None and self.step < self.config.max_steps:
+                self._open_log()
+            return self._run()
+
+    @contextlib.contextmanager
+    def _closing_callbacks(self) -> Iterator[None]:
+        """Close every callback at the end; of several errors, the first is raised."""
+        error: BaseException | None = None
         try:
-            with self.device.scope():
-                return self._run()
-        finally:
-            for callback in self.callbacks:
+            yield
+        except BaseException as raised:
+            error = raised
+        for callback in self.callbacks:
+            try:
                 callback.close()
+            except BaseException as raised:
+                error = raised if error is None else error
+        if error is not None:
+            raise error
 
     def _open_log(self) -> None:
         from cupybnn.training.logs import CheckpointWriter, TensorBoardWriter
 
+        start = self.state()
+        best = best_before(start, self.config.restore)
+
         def save_start(folder: Path) -> None:
-            with self.device.scope():
-                checkpoints.save(folder / checkpoints.NEWEST, self.state())
+            checkpoints.save(folder / checkpoints.NEWEST, start)
+            if best.checkpoint is not None:
+                checkpoints.save(folder / checkpoints.BEST, best.checkpoint)
 
         self.run_folder = new_run_folder(self.config, save_start)
+        if best.checkpoint is None and self.history:
+            self.notice(
+                f"The best checkpoint so far, of test accuracy {best.accuracy:.4f}, is not in the "
+                f"folder of {self.config.restore}: {self.run_folder} gets a {checkpoints.BEST} "
+                f"only from a better one."
+            )
         # Checkpoints first: what goes wrong in a log must not cost one.
-        best = max((e.test_accuracy for e in self.history), default=-1.0)
-        self.callbacks[:0] = [CheckpointWriter(self.run_folder, best)]
+        self.callbacks[:0] = [CheckpointWriter(self.run_folder, best.accuracy)]
         self.callbacks.append(TensorBoardWriter(self.run_folder))
 
     def _run(self) -> TrainResult:
@@ -304,12 +351,25 @@ class Trainer:
         return result
 
     def make_step(self, step: int) -> StepOutput:
-        """Make step number `step`: by fused kernels where these can, else by operations."""
-        if self._step is None:
-            self._step = self._fused_step() or PlainStep(
-                self.model, self.objective, self.optimizer, self.data, self.order, self.config
+        """Make step number `step`: by fused kernels where these can, else by operations.
+
+        Raises
+        ------
+        RuntimeError
+            Within `averaged`: the step would change weights that are about to be put back.
+        """
+        if self._averaging.is_applied:
+            raise RuntimeError(
+                "A training step must be made outside of Trainer.averaged(): within, the model has "
+                "averaged weights, and those that training goes on with are put back at its end. "
+                "Leave that context first."
             )
-        return self._step(step)
+        with self.device.scope():
+            if self._step is None:
+                self._step = self._fused_step() or PlainStep(
+                    self.model, self.objective, self.optimizer, self.data, self.order, self.config
+                )
+            return self._step(step)
 
     def _fused_step(self) -> Step | None:
         config = self.config
@@ -320,6 +380,8 @@ class Trainer:
 
             capability = architecture(self.device.index)
             reason = obstacle(config, self.model, self.optimizer, capability)
+            if self.data.pixel_scale is None:
+                reason = f"the features are {self.data.dtype}, not pixels of 8 bits"
             if reason is None:
                 assert isinstance(self.optimizer, optim.Adam)
                 return FusedStep(
@@ -364,9 +426,14 @@ class Trainer:
         with self.averaged():
             return evaluate(self.model, self.objective, self.data)
 
-    def averaged(self) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
         """Context within which `model` is the one that is evaluated: with averaged weights, if any.
 
-        To fold or save it, say. Outside it has the weights that training goes on with.
+        To fold or save it, for example. Outside, it has the weights that training goes on with:
+        however the context ends, they are put back, and what was written to the model within is
+        lost. Entering it again within itself changes nothing; `evaluate` and `state` may be called
+        within, a training step may not.
         """
-        return self._averaging.applied()
+        with self.device.scope(), self._averaging.applied():
+            yield

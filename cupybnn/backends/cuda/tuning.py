@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import warnings
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,18 @@ from cupybnn.backends.cuda import configs
 from cupybnn.backends.cuda.configs import Config
 from cupybnn.backends.cuda.sources import kernels_dir
 from cupybnn.files import atomic_write
+from cupybnn.schema import (
+    Check,
+    SchemaError,
+    anything,
+    boolean,
+    integer,
+    list_of,
+    mapping_of,
+    parse,
+    record,
+    text,
+)
 
 __all__ = ["save", "sources_digest", "table_path", "winners"]
 
@@ -44,17 +57,63 @@ def table_path(device: int) -> Path:
 
 @cache
 def winners(device: int) -> dict[str, Config]:
-    """Return the measured winners by `dispatch.shape_key`; empty where nothing was tuned."""
+    """Return the measured winners by `dispatch.shape_key`; empty where nothing was tuned.
+
+    A table that cannot be read, or holds what tuning cannot have written, is warned of once and
+    ignored: the shipped table serves, and ``cupybnn bench --tune`` writes the file anew.
+    """
+    path = None
     try:
-        entries = json.loads(table_path(device).read_text(encoding="utf-8"))
+        path = table_path(device)
+        with open(path, "rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise SchemaError(f"it must have at most {_MOST_BYTES:,} bytes")
+        entries = parse(content)
+        _TABLE(entries, "")
         return {key: _config(**fields) for key, fields in entries.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        # Without a table, or with a damaged one, the shipped table serves: `--tune` writes it anew.
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
+        what = "The cache folder" if path is None else f"The tuned table {path}"
+        warnings.warn(
+            f"{what} is ignored: {error}. 'cupybnn bench --tune' writes the table anew.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return {}
 
 
+_MOST_BYTES = 1 << 24
+_DEFINES = list_of(list_of(anything, least=2, most=2), most=32)
+_define_name, _define_value = text(r"[A-Z][A-Z0-9_]*", 40), integer(0, 2**16)
+
+
+def _defines(value: Any, place: str) -> None:
+    _DEFINES(value, place)
+    for i, (name, number) in enumerate(value):
+        _define_name(name, f"{place}[{i}][0]")
+        _define_value(number, f"{place}[{i}][1]")
+
+
+def _field_check(field: dataclasses.Field[Any]) -> Check:
+    """Return the check of a field of `Config`, by its name and type."""
+    if field.name in ("kernel", "defines"):
+        return text(r"sm(\d\d+|xx)") if field.name == "kernel" else _defines
+    if field.type in ("bool", bool):
+        return boolean
+    # What counts bytes or slots of shared memory may be none; all else is at least one.
+    return integer(int(not re.search("slot|stage|shared", field.name)), 2**20)
+
+
+_TABLE = mapping_of(
+    record({field.name: _field_check(field) for field in dataclasses.fields(Config)}),
+    key=text(r"\d+x\d+x\d+x\d+p?", 60),
+)
+
+
 def _config(*, defines: list[list[Any]], **fields: Any) -> Config:
-    return Config(defines=tuple((str(name), int(value)) for name, value in defines), **fields)
+    return Config(defines=tuple((name, value) for name, value in defines), **fields)
 
 
 def save(device: int, found: dict[str, Config]) -> Path:

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from cupybnn.benchmark.chart import needs_matplotlib, write
+from cupybnn.benchmark.chart import needs_matplotlib, new_figure, write
+from cupybnn.errors import SettingError
 
 __all__ = ["draw"]
 
@@ -66,15 +67,11 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
     needs_matplotlib()
     sizes = [found for found in record["sizes"] if _unit(found)[1] and not found.get("disturbed")]
     if not sizes:
-        raise ValueError("The record holds no training steps to draw.")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+        raise SettingError("The record holds no training steps to draw.")
     rates = {kind[0]: [_fastest(found, *kind[1:4]) for found in sizes] for kind in _KINDS}
     kinds = [kind for kind in _KINDS if any(rates[kind[0]])]
-    figure = Figure(figsize=(max(7.0, 1.25 * len(sizes) + 1.5), 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    width = max(7.0, 1.25 * len(sizes) + 1.5)
+    figure, axes = new_figure(width, 4.8, record, "Training a binarized network")
     width = 0.8 / len(kinds)
     for number, (name, *_, color) in enumerate(kinds):
         left = (number - (len(kinds) - 1) / 2) * width
@@ -98,10 +95,7 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
     axes.set_ylabel(f"throughput relative to {_unit(sizes[0])[0]}")
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * 1.1)  # room for the numbers above the bars
-    axes.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=3)
-    where = record["gpu"]["name"] if record["gpu"] else record["machine"]["cpu"]
-    axes.set_title(f"Training a binarized network on one {where}", loc="left", fontsize=11)
     return write(figure, path)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from cupybnn.benchmark import tables
-from cupybnn.benchmark.tables import percent, table, times
+from cupybnn.benchmark.tables import percent, times
+from cupybnn.text_table import table
 
 __all__ = ["comparison", "kernels", "lines", "original", "size", "summary"]
 

@@ -87,6 +87,7 @@ class FusedStep:
         self._penalty = "none" if config.reg == 0 else config.penalty
         self._deformation = None
         if any(self.plan.augment):
+            assert data.image_shape is not None
             self._deformation = fused_arguments.Deformation(
                 data.image_shape, augmentation_seed(config), *self.plan.augment
             )

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cupybnn.paths import user_path
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -57,15 +59,15 @@ def load(name: str) -> Recipe:
         If there is no such recipe, or the file is not a recipe. Bad settings are noticed when a
         `TrainConfig` is made of them.
     """
-    own = name.endswith(".toml") and Path(name).expanduser().is_file()
-    path = Path(name).expanduser() if own else _FOLDER / f"{name}.toml"
+    own = name.endswith(".toml") and user_path(name).is_file()
+    path = user_path(name) if own else _FOLDER / f"{name}.toml"
     if not own and name not in names():
         what = f"there is no file {name!r}" if name.endswith(".toml") else f"got {name!r}"
         raise ValueError(
             f"The 'recipe' must be one of {', '.join(names())}, or a .toml file; {what}."
         )
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a mark
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"The recipe {path} is not TOML: {error}.") from error
     settings = content.get("settings")

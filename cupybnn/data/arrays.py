@@ -1,0 +1,127 @@
+"""Arrays that users hand over as a data set: read, checked, brought to the host."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends.devices import CPU, to_device
+from cupybnn.backends.interop import as_native, bfloat16_dtype, type_name
+
+__all__ = ["check_finite", "count_classes", "features", "labels"]
+
+#: So many outputs are more likely numbers of things than classes.
+_MOST_CLASSES = 1 << 16
+
+
+def features(name: str, x: Any) -> np.ndarray:
+    """Return features as uint8, float32 or float64, of shape (examples, ...).
+
+    Raises
+    ------
+    TypeError
+        If they are not real numbers.
+    ValueError
+        If there are no examples, or none of any feature.
+    """
+    array = _on_host(name, x)
+    if array.dtype.kind not in "fiub" and array.dtype != bfloat16_dtype():
+        raise TypeError(
+            f"The {name!r} of from_arrays must be real numbers; got {array.dtype}. "
+            f"{_hint(x, 'Turn categories into numbers, and sparse matrices into arrays, first.')}"
+        )
+    if array.ndim < 2 or array.size == 0:
+        hint = " A single feature is a column: x.reshape(-1, 1)." if array.ndim == 1 else ""
+        raise ValueError(
+            f"The {name!r} of from_arrays must have shape (examples, ...), with at least one "
+            f"example of one feature; got {array.shape}.{hint}"
+        )
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    wide = array.dtype.kind == "f" and array.dtype.itemsize >= 8
+    return np.ascontiguousarray(array, np.float64 if wide else np.float32)
+
+
+def labels(name: str, y: Any, examples: int) -> np.ndarray:
+    """Return labels as int64 of shape (examples,).
+
+    Raises
+    ------
+    TypeError
+        If they are not integers.
+    ValueError
+        If there are not as many as examples.
+    """
+    array = _on_host(name, y)
+    if array.dtype.kind not in "iub":
+        hint = "Number the classes: classes, y = np.unique(y, return_inverse=True)."
+        if array.dtype.kind == "f" and array.size and (array == np.floor(array)).all():
+            hint = "These are whole numbers: y.astype(int)."
+        raise TypeError(f"The {name!r} of from_arrays must be integers; got {array.dtype}. {hint}")
+    if array.shape != (examples,):
+        hint = ""
+        if array.shape == (examples, 1):
+            hint = " Make one row of the column: y.ravel()."
+        elif array.ndim == 2 and len(array) == examples:
+            hint = " If there is a column for each class: y.argmax(axis=1)."
+        raise ValueError(
+            f"The {name!r} of from_arrays must have shape ({examples},), one label for each "
+            f"example; got {array.shape}.{hint}"
+        )
+    return array.astype(np.int64)
+
+
+def count_classes(classes: int | None, parts: Mapping[str, np.ndarray]) -> int:
+    """Return the number of classes, given or found; ValueError if a label is none of them."""
+    greatest = max(int(y.max(initial=0)) for y in parts.values())
+    if classes is None:
+        count = greatest + 1
+        if not 1 < count <= _MOST_CLASSES:
+            raise ValueError(
+                f"The 'classes' of from_arrays must be given where the labels do not tell their "
+                f"number; the greatest label is {greatest}. If labels are not numbers of classes "
+                f"from 0: classes, y = np.unique(y, return_inverse=True)."
+            )
+    else:
+        count = operator.index(classes)
+    for name, y in parts.items():
+        wrong = np.flatnonzero((y < 0) | (y >= count))
+        if len(wrong):
+            raise ValueError(
+                f"The {name!r} of from_arrays must hold classes from 0 to {count - 1}; got "
+                f"{int(y[wrong[0]])} for example {int(wrong[0])}. To number them: classes, y = "
+                f"np.unique(y, return_inverse=True)."
+            )
+    return count
+
+
+def check_finite(what: str, x: np.ndarray) -> None:
+    """Raise ValueError if a feature is NaN or infinite: which and how many."""
+    if x.dtype.kind != "f" or np.isfinite(x).all():
+        return
+    bad = np.argwhere(~np.isfinite(x))
+    row, column = (int(i) for i in bad[0])
+    raise ValueError(
+        f"The {what} must be finite; got {len(bad):,} value(s) that are not, the first "
+        f"{x[row, column]} as feature {column} of example {row}. Fill such values in, or leave "
+        f"these examples out."
+    )
+
+
+def _on_host(name: str, x: Any) -> np.ndarray:
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(
+            f"The {name!r} of from_arrays must be an array without a mask; got a masked array. "
+            f"Fill it first: x.filled(value)."
+        )
+    array: np.ndarray = to_device(as_native(x, f"{name!r} of from_arrays"), CPU)
+    return array
+
+
+def _hint(x: Any, otherwise: str) -> str:
+    if hasattr(x, "toarray"):
+        return f"Make an array of the {type_name(x)}: x.toarray()."
+    return otherwise

@@ -1,0 +1,65 @@
+"""Data sets by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+
+from cupybnn.data import digits, idx, mnist
+from cupybnn.data.dataset import Dataset
+from cupybnn.errors import DataError
+
+__all__ = ["DATASETS", "load"]
+
+#: What ``--dataset`` may be.
+DATASETS = ("auto", "mnist", "digits")
+
+
+def load(
+    name: str = "auto",
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    notify: Callable[[str], None] | None = None,
+) -> Dataset:
+    """Load a data set.
+
+    Parameters
+    ----------
+    name : {"auto", "mnist", "digits"}
+        "mnist": the IDX files in `data_dir` if one is given; else the copy in the data folder
+        (``CUPYBNN_DATA_DIR``); else fetched once by scikit-learn from OpenML and kept there.
+        "digits": scikit-learn's bundled 8×8 digits, which need nothing. "auto": MNIST where it
+        is available, else the digits, with the reason in ``Dataset.fallback_reason``; with a
+        `data_dir`, the same as "mnist".
+    data_dir : path-like, optional
+        A folder with the four IDX files of MNIST, or of a data set in its form such as EMNIST,
+        plain or .gz, with any of the usual names; see `cupybnn.data.idx.find_files`.
+    notify : callable, optional
+        Called with a sentence before something that takes long, and where the files in `data_dir`
+        are not of MNIST's size.
+
+    Raises
+    ------
+    DataError
+        If the data are not available, or a file is truncated, corrupt or mislabelled.
+    ValueError
+        If `name` is unknown, or a `data_dir` is given for "digits".
+    """
+    if name not in DATASETS:
+        raise ValueError(f"The 'dataset' must be one of {', '.join(DATASETS)}; got {name!r}.")
+    if name == "digits":
+        if data_dir is not None:
+            raise ValueError(
+                f"The dataset 'digits' comes with scikit-learn and reads no data directory; got "
+                f"the data directory {os.fspath(data_dir)!r}. Leave out one of the two."
+            )
+        return digits.load()
+    if data_dir is not None:
+        return idx.load_folder(data_dir, notify=notify)
+    try:
+        return mnist.load(notify=notify)
+    except DataError as error:
+        if name == "mnist":
+            raise
+        return replace(digits.load(), fallback_reason=str(error))
