@@ -14,7 +14,6 @@ __all__ = [
     "CONFIG_NAME",
     "log_dir_beside",
     "new_run_folder",
-    "remove_abandoned",
     "settings_folder",
 ]
 
@@ -111,18 +110,13 @@ def _new_folder(parent: Path, config: TrainConfig, fill: Callable[[Path], None] 
     parent.mkdir(parents=True, exist_ok=True)
     for run in parent.iterdir():
         if run.name.isdecimal():
-            remove_abandoned(run)
+            remove_leftovers(run)
     with new_folder(parent) as hidden:
         with atomic_write(hidden / CONFIG_NAME) as file:
             file.write(config.with_absolute_paths().to_json().encode())
         if fill is not None:
             fill(hidden)
         return _give_number(hidden)
-
-
-def remove_abandoned(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a run folder."""
-    remove_leftovers(folder)
 
 
 def _give_number(hidden: Path) -> Path:

@@ -17,6 +17,7 @@ from cupybnn.autograd import debug
 from cupybnn.backends.devices import resolve
 from cupybnn.data import BatchOrder, Dataset, DeviceData, load
 from cupybnn.errors import CheckpointError, NonFiniteError
+from cupybnn.files import remove_leftovers
 from cupybnn.training import checkpoint as checkpoints
 from cupybnn.training.best import best_before
 from cupybnn.training.config import TrainConfig
@@ -25,7 +26,7 @@ from cupybnn.training.limits import check_memory
 from cupybnn.training.network import NETWORK_SETTINGS, build_network
 from cupybnn.training.records import Callback, Evaluation, TrainResult
 from cupybnn.training.restore import check_settings
-from cupybnn.training.runs import new_run_folder, remove_abandoned
+from cupybnn.training.runs import new_run_folder
 from cupybnn.training.saved import DataDescription
 from cupybnn.training.step import (
     Objective,
@@ -167,7 +168,7 @@ class Trainer:
         self.device = resolve(config.device)
         stored = checkpoints.load_run(config.restore) if config.restore is not None else None
         if config.restore is not None and stored is not None:
-            remove_abandoned(checkpoints.find(config.restore).parent)
+            remove_leftovers(checkpoints.find(config.restore).parent)
             for sentence in check_settings(config, stored):
                 self.notice(sentence)
         dataset = data

@@ -73,6 +73,7 @@ class Passes:
             self._blas_aside = blas.Blas(plan.precision)
         self._deformation = None
         if any(plan.augment):
+            assert data.image_shape is not None, "augmentation was checked to have images"
             shift, rotation, scale, shear = plan.augment
             self._deformation = Deformation(
                 shape=data.image_shape,
