@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cupybnn.errors import NonFiniteError
+from cupybnn.errors import NonFiniteError, SettingError
 from cupybnn.training.checks import Rule, Switch
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.declaration import Setting, declared
@@ -147,7 +147,7 @@ def _config(given: dict[str, Any]) -> TrainConfig:
     if "gpu" in given:
         device = f"cuda:{given['gpu']}"
         if given["gpu"] < 0 or settings.get("device", device) not in (device, "cuda"):
-            raise ValueError(
+            raise SettingError(
                 f"The option --gpu must be a device number, from 0, and agree with --device; got "
                 f"--gpu {given['gpu']} and --device {settings.get('device', '(none)')}."
             )

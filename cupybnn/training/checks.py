@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from cupybnn.errors import SettingError
+
 __all__ = ["Choice", "Device", "Number", "PathName", "Rule", "Switch", "Whole", "Wholes"]
 
 
@@ -46,13 +48,13 @@ class Rule:
 
         Raises
         ------
-        ValueError
+        SettingError
             If it breaks the rule: the name, the rule and the value are in the message.
         """
         try:
             return self.convert(value.item() if isinstance(value, np.generic) else value)
         except _Wrong:
-            raise ValueError(f"The {name!r} must be {self.must}; got {value!r}.") from None
+            raise SettingError(f"The {name!r} must be {self.must}; got {value!r}.") from None
 
     def convert(self, value: Any) -> Any:
         """Return `value` as a plain Python object, or raise."""
@@ -88,9 +90,13 @@ class PathName(Rule):
             path = os.fspath(value)
         except TypeError:
             raise _Wrong from None
-        if not isinstance(path, str) or not path or "\0" in path:
+        try:
+            possible = isinstance(path, str) and path and b"\0" not in os.fsencode(path)
+        except UnicodeEncodeError:
+            possible = False
+        if not possible:
             raise _Wrong
-        return path
+        return str(path)
 
 
 @dataclass(frozen=True)

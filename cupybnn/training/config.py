@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from cupybnn.errors import SettingError
 from cupybnn.training.checks import PathName
 from cupybnn.training.declaration import declared, nearest, with_attributes
 from cupybnn.training.options import DTYPES, Options
@@ -25,7 +26,7 @@ class TrainConfig(Options):
 
     Raises
     ------
-    ValueError
+    SettingError
         If a setting breaks its rule, or two contradict each other.
     """
 
@@ -41,22 +42,22 @@ class TrainConfig(Options):
                 value = each.by_binary[self.binary is True]
             object.__setattr__(self, name, each.rule.check(name, value))
         if self.dataset == "digits" and self.data_dir is not None:
-            raise ValueError(
+            raise SettingError(
                 f"The dataset 'digits' reads no data directory; got the data directory "
                 f"{self.data_dir!r}. Leave out one of the two."
             )
         if self.schedule == "exponential" and self.final_lr == 0:
-            raise ValueError(
+            raise SettingError(
                 "The 'final_lr' must be greater than 0 for the schedule 'exponential'; got 0.0."
             )
         if self.schedule == "step" and not self.milestones:
-            raise ValueError(
+            raise SettingError(
                 "The 'milestones' must be given for the schedule 'step': the steps at which the "
                 "learning rate falls; got none."
             )
         layers = self.first + self.last + self.hidden_layers - 1 if self.binary else 0
         if self.optimizer == "bop" and layers == 0:
-            raise ValueError(
+            raise SettingError(
                 f"The 'optimizer' 'bop' must have binary weights to flip; got a network without "
                 f"any (binary={self.binary}, hidden_layers={self.hidden_layers})."
             )
@@ -80,7 +81,7 @@ class TrainConfig(Options):
 
         Raises
         ------
-        ValueError
+        SettingError
             If a name is unknown (`source` and the name are in the message) or a value is bad.
         """
         known = declared(cls)
@@ -89,7 +90,7 @@ class TrainConfig(Options):
             synonyms = {name: each.synonyms for name, each in known.items()}
             near = nearest(unknown[0], synonyms)
             hint = f" Nearest to {unknown[0]}: {', '.join(near)}." if near else ""
-            raise ValueError(
+            raise SettingError(
                 f"The {source} must name settings of TrainConfig; got {', '.join(unknown)}. "
                 f"Known: {', '.join(sorted(known))}.{hint}"
             )
@@ -101,15 +102,15 @@ class TrainConfig(Options):
 
         Raises
         ------
-        ValueError
+        SettingError
             If `text` is not a JSON object of known settings with good values.
         """
         try:
             settings = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"The configuration is not JSON: {error}.") from error
+            raise SettingError(f"The configuration is not JSON: {error}.") from error
         if not isinstance(settings, dict):
-            raise ValueError(
+            raise SettingError(
                 f"The configuration must be a JSON object; got {type(settings).__name__}."
             )
         return cls.from_mapping(settings, source="configuration")
