@@ -94,7 +94,7 @@ class PathName(Rule):
             raise _Wrong from None
         if not isinstance(path, str):
             raise _Wrong
-        return path
+        return str(path)
 
 
 @dataclass(frozen=True)

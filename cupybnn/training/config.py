@@ -26,7 +26,7 @@ class TrainConfig(Options):
 
     Raises
     ------
-    ValueError
+    SettingError
         If a setting breaks its rule, or two contradict each other.
     """
 
@@ -86,7 +86,7 @@ class TrainConfig(Options):
 
         Raises
         ------
-        ValueError
+        SettingError
             If a name is unknown (`source` and the name are in the message) or a value is bad.
         """
         known = declared(cls)
@@ -107,7 +107,7 @@ class TrainConfig(Options):
 
         Raises
         ------
-        ValueError
+        SettingError
             If `text` is not a JSON object of known settings with good values.
         """
         try:

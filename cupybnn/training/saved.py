@@ -14,7 +14,7 @@ import numpy as np
 from cupybnn import nn
 from cupybnn.backends.devices import device_of, resolve, to_device
 from cupybnn.data import Dataset
-from cupybnn.errors import CheckpointError
+from cupybnn.errors import CheckpointError, SettingError
 from cupybnn.paths import user_path
 from cupybnn.training import checkpoint as checkpoints
 from cupybnn.training.network import build_network
@@ -198,7 +198,7 @@ def load_model(
 
 def _file(run: str | os.PathLike[str], which: str) -> Path:
     if which not in _WHICH:
-        raise ValueError(f"The 'which' must be one of {', '.join(_WHICH)}; got {which!r}.")
+        raise SettingError(f"The 'which' must be one of {', '.join(_WHICH)}; got {which!r}.")
     path = user_path(run)
     if path.is_dir() and which == "best":
         path = path / _WHICH[which]
