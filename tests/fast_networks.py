@@ -127,7 +127,7 @@ def dataset(images: int = 500, classes: int = 10) -> Dataset:
 
 def trainer(callbacks=(), data: Dataset | None = None, **settings) -> Trainer:
     config = TrainConfig(**{**SMALL, "device": "cuda", "fused": True, **settings})
-    return Trainer(config, callbacks, dataset=data or dataset())
+    return Trainer(config, callbacks, data=data or dataset())
 
 
 class Losses(Callback):

@@ -397,7 +397,7 @@ def networks(peer, few, product):
 
     variant = Variant("cupybnn", "plain", product, "float32", lambda *_: None)
     config = replace(ours.config_for(variant, SMALL, CPU), dtype="float64")
-    trainer = Trainer(config, dataset=few)
+    trainer = Trainer(config, data=few)
     network = peer.Network(
         torch.from_numpy(few.train_images),
         torch.from_numpy(few.train_labels.astype(np.int64)),

@@ -192,7 +192,7 @@ class TestTraining:
         }
         config = TrainConfig(**settings, binary=binary, device=device)
         data = Dataset.from_arrays(*task(600), *task(200, seed=1))
-        trainer = Trainer(config, dataset=data)
+        trainer = Trainer(config, data=data)
         assert trainer.run().final_accuracy > 0.95
         # Evaluated in batches, some of them not full, as at once.
         logits = trainer.model(trainer_input := _tensor(trainer, data.test_images))
@@ -213,7 +213,7 @@ class TestTraining:
         )
         settings = {"n_hidden": 16, "batch_size": 32, "max_steps": 12, "fused": False}
         config = TrainConfig(**settings, augment_shift=1.0, adversarial=0.01, device=device)
-        results = [Trainer(config, dataset=d).run().final for d in (data, floats)]
+        results = [Trainer(config, data=d).run().final for d in (data, floats)]
         assert results[0].test_loss == results[1].test_loss
         assert results[0].train_loss == results[1].train_loss
 
@@ -222,38 +222,38 @@ class TestTraining:
         settings = {"n_hidden": 64, "max_steps": 100, "lr": 0.01, "reg": 0.0, "device": "cpu"}
         config = TrainConfig(**settings, validation=100)
         data = Dataset.from_arrays(x + 20, y)
-        assert Trainer(config, dataset=data).run().final_accuracy > 0.8
+        assert Trainer(config, data=data).run().final_accuracy > 0.8
 
     def test_restored(self, tmp_path):
         data = Dataset.from_arrays(*task(100), *task(40, seed=1), name="corners")
         settings = {"n_hidden": 8, "batch_size": 16, "device": "cpu", "dataset": "digits"}
         first = TrainConfig(**settings, max_steps=5, log_dir=str(tmp_path))
-        folder = Trainer(first, dataset=data).run().run_folder
+        folder = Trainer(first, data=data).run().run_folder
         longer = TrainConfig(**settings, max_steps=9)
         again = TrainConfig(**settings, max_steps=9, restore=str(folder))
-        finals = [Trainer(config, dataset=data).run().final for config in (longer, again)]
+        finals = [Trainer(config, data=data).run().final for config in (longer, again)]
         assert finals[0].test_loss == finals[1].test_loss
 
     def test_other_things_than_a_dataset(self):
         with pytest.raises(TypeError, match=r"must be a Dataset; got tuple\. .*from_arrays"):
-            Trainer(TrainConfig(device="cpu"), dataset=(X, Y))
+            Trainer(TrainConfig(device="cpu"), data=(X, Y))
 
     def test_no_test_part(self):
         with pytest.raises(ValueError, match=r"'arrays' must have a test part .* validation=N"):
-            Trainer(TrainConfig(device="cpu"), dataset=Dataset.from_arrays(X, Y))
+            Trainer(TrainConfig(device="cpu"), data=Dataset.from_arrays(X, Y))
 
     def test_only_images_are_deformed(self):
         data = Dataset.from_arrays(X, Y, X, Y)
         with pytest.raises(
             ValueError, match=r"must be given images, .* Leave out the shift, scale"
         ):
-            Trainer(TrainConfig(device="cpu", augment_shift=1.0, augment_scale=0.1), dataset=data)
+            Trainer(TrainConfig(device="cpu", augment_shift=1.0, augment_scale=0.1), data=data)
 
     def test_inputs_of_many_features_are_evaluated_in_small_batches(self, monkeypatch):
         from cupybnn.training import evaluation
 
         data = Dataset.from_arrays(*task(50), *task(40, seed=1))
-        trainer = Trainer(TrainConfig(n_hidden=8, device="cpu"), dataset=data)
+        trainer = Trainer(TrainConfig(n_hidden=8, device="cpu"), data=data)
         whole = trainer.evaluate()
         sizes = []
         batches = trainer.data.test_batches
@@ -293,4 +293,4 @@ class TestDataset:
 
     def test_public_call_takes_no_dataset_by_mistake(self):
         with pytest.raises(ValueError, match="dataset"):
-            train(dataset=Dataset.from_arrays(X, Y), device="cpu")
+            train(data=Dataset.from_arrays(X, Y), device="cpu")

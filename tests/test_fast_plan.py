@@ -8,16 +8,24 @@ import numpy as np
 import pytest
 from fast_networks import SMALL, trainer
 
-from cupybnn import optim
+from cupybnn import nn, ops, optim
 from cupybnn import settings as cupybnn_settings
 from cupybnn.backends.cuda import sign_gemm
 from cupybnn.training import Callback, TrainConfig
-from cupybnn.training.fast import NetworkPlan, obstacle
-from cupybnn.training.fast.plan import exact_product_dtype
+from cupybnn.training.fast import NetworkPlan, unsupported_reason
+from cupybnn.training.fast.layers import exact_product_dtype, latent_gate
+from cupybnn.training.network import build_network
 
 
 def plan(device: int | None = None, **settings) -> NetworkPlan:
-    return NetworkPlan.of(TrainConfig(**{**SMALL, **settings}), 784, 10, device)
+    config = TrainConfig(**{**SMALL, **settings})
+    return NetworkPlan.of(build_network(config, 784, 10), config, device)
+
+
+def chain(*hidden: nn.Module, head: tuple[nn.Module, ...] = ()) -> nn.Sequential:
+    """Return 96-64-32-10 with what stands after the first product and after the second."""
+    head = head or (nn.Linear(32, 10, rng=2),)
+    return nn.Sequential(nn.Linear(96, 64, rng=0), *hidden, *head)
 
 
 def test_the_products_of_a_plan():
@@ -44,7 +52,9 @@ def test_which_layers_go_backward_by_bits(monkeypatch, capsys):
     made = plan(device=0, batch_size=4096, **wide)
     assert [h.activation for h in made.hidden] == ["packed_sign", "packed_sign", "none"]
     capsys.readouterr()
-    told = "cupybnn: backward pass of 4096 units, 4096 examples: by bits\n"
+    told = "".join(
+        f"cupybnn: backward pass of fc{i}, 4096 × 4096, 4096 examples: by bits\n" for i in (2, 3)
+    )
     assert ways() == (["dense", "bits", "bits"], told)
     for settings, reason in (
         ({"batch_size": 1024}, "fewer tiles"),
@@ -53,11 +63,11 @@ def test_which_layers_go_backward_by_bits(monkeypatch, capsys):
     ):
         by, told = ways(**settings)
         assert by == ["dense"] * 3
-        assert "by dense products, since " in told
+        assert "by dense products, because " in told
         assert reason in told
     monkeypatch.setattr(sign_gemm, "_can_map", lambda: False)
     assert "cuda-bindings is missing" in ways()[1]
-    # Where nothing of it is possible nothing is told.
+    # Where nothing of it is possible nothing is reported.
     assert ways(xnor=False) == (["dense"] * 3, "")
     assert ways(device=None) == (["dense"] * 3, "")
 
@@ -81,11 +91,14 @@ def test_only_products_of_real_numbers_are_rounded():
 
 def test_the_gates_of_a_plan():
     assert {h.gate for h in plan().hidden} == {"mask"}
-    assert {h.gate for h in plan(binary=True).hidden} == {"mask"}
-    assert {h.gate for h in plan(binary=True, ste="clipped_grad").hidden} == {"clip"}
+    # Nothing stands between the last hidden layer's batch norm and a real head.
+    assert [h.gate for h in plan(binary=True).hidden] == ["mask", "mask", "none"]
+    clipped = plan(binary=True, ste="clipped_grad", last=True, batch_norm=True)
+    assert {h.gate for h in clipped.hidden} == {"clip"}
     assert {h.gate for h in plan(binary=True, ste="identity").hidden} == {"none"}
-    assert plan(binary=True).latent_gate == "window"
-    assert plan(binary=True, ste="clipped_grad").latent_gate == "clip"
+    assert latent_gate(plan(binary=True).hidden[0].linear) == "none"
+    assert latent_gate(plan(binary=True).hidden[1].linear) == "window"
+    assert latent_gate(plan(binary=True, ste="clipped_grad").hidden[1].linear) == "clip"
 
 
 def test_packing_does_not_change_the_order_in_which_the_penalty_is_added_up():
@@ -100,7 +113,11 @@ def test_packing_does_not_change_the_order_in_which_the_penalty_is_added_up():
 
 def test_what_the_last_layer_reads():
     all_binary = plan(binary=True, xnor=True, first=True, last=True, batch_norm=True)
-    assert [plan().head, plan(binary=True).head, all_binary.head] == ["relu", "none", "sign"]
+    assert [made.head.reads for made in (plan(), plan(binary=True), all_binary)] == [
+        "relu",
+        "none",
+        "sign",
+    ]
     assert [h.product for h in all_binary.hidden] == ["sign", "xnor", "xnor"]
 
 
@@ -121,14 +138,14 @@ def test_products_are_kept_in_a_type_that_holds_them(k):
         ({"dtype": "tf32"}, 80, None),
         ({"dtype": "bfloat16"}, 75, "compute capability 8.0"),
         ({"dtype": "float64"}, 90, "float64"),
-        ({"binary": True, "first": True}, 90, "without batch norm"),
+        ({"binary": True, "first": True, "batch_norm": False}, 90, "Scale"),
         ({"binary": True, "first": True, "last": True, "batch_norm": True}, 90, None),
-        ({"binary": True, "ste": "approx_sign"}, 90, "'approx_sign'"),
+        ({"binary": True, "ste": "approx_sign"}, 90, "ApproxSign"),
         ({"optimizer": "sgd"}, 90, "SGD"),
         ({"debug": True}, 90, "--debug"),
         ({"augment_shift": 1.0, "augment_rotation": 5.0}, 90, None),
         ({"augment_elastic": 1.0}, 90, "'augment_elastic'"),
-        ({"binary": True, "sign_keep_prob": 0.9}, 90, "'sign_keep_prob'"),
+        ({"binary": True, "sign_keep_prob": 0.9}, 90, "SignDropout"),
         ({"adversarial": 0.1}, 90, None),
         ({"binary": True, "optimizer": "bop"}, 90, "Combined"),
         ({"schedule": "step", "milestones": (5,), "average": "ema", "latent_lr": 0.5}, 90, None),
@@ -136,17 +153,102 @@ def test_products_are_kept_in_a_type_that_holds_them(k):
 )
 def test_what_stands_against_the_fused_step(settings, capability, words):
     made = trainer(**{**settings, "device": "cpu"})
-    reason = obstacle(made.config, made.model, made.optimizer, capability)
+    reason = unsupported_reason(made.config, made.model, made.optimizer, capability)
     assert reason is None if words is None else words in reason
 
 
-def test_another_network_or_optimiser_is_not_taken():
+def test_another_optimiser_is_not_taken():
     made = trainer(device="cpu")
-    assert "optimiser" in obstacle(made.config, made.model, optim.SGD([], 0.1), 90)
-    assert "network" in obstacle(made.config, made.model.fc1, made.optimizer, 90)
+
+    def reason(optimizer):
+        return unsupported_reason(made.config, made.model, optimizer, 90)
+
+    parameters = list(made.model.parameters())
+    assert "SGD" in reason(optim.SGD(parameters, 0.1))
+    assert "all of them" in reason(optim.Adam(parameters[:-1]))
+    two = [{"params": parameters[:1]}, {"params": parameters[1:]}]
+    assert "one group" in reason(optim.Adam(two))
 
 
-def test_rounding_that_the_cpu_does_not_have_is_told():
+class Doubled(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) * 2.0
+
+
+def relu_chain(**options) -> nn.Sequential:
+    return chain(nn.ReLU(), nn.Linear(64, 32, rng=1, **options), nn.ReLU())
+
+
+def sign_chain(binary: nn.Module, *after: nn.Module, sign: nn.Module | None = None):
+    return chain(nn.BatchNorm(64), sign or nn.Sign(), binary, *after)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (relu_chain(), None),
+        (sign_chain(nn.BinaryLinear(64, 32)), None),
+        (nn.Sequential(nn.Dropout(0.9), relu_chain(), nn.Dropout(1.0)), None),
+        (chain(nn.ReLU(), nn.BinaryLinear(64, 32, binary_input=False), nn.ReLU()), None),
+        (nn.Linear(96, 10), "not a chain"),
+        (Doubled(*relu_chain()), "not a chain"),
+        (nn.Sequential(nn.Linear(96, 10)), "no hidden layer"),
+        (relu_chain(bias=True), "2 has a bias"),
+        (relu_chain(dtype="float64"), "float64"),
+        (chain(nn.Linear(64, 32), nn.ReLU()), "neither sign nor ReLU"),
+        (chain(nn.ReLU(), nn.BatchNorm(64), nn.Linear(64, 32)), "BatchNorm at its place after 0"),
+        (chain(nn.ReLU(), nn.BinaryLinear(64, 32), nn.ReLU()), "the input of 2 must be signs"),
+        (sign_chain(nn.BinaryLinear(64, 32), nn.Sign()), "both or none"),
+        (sign_chain(nn.BinaryLinear(64, 32, ste=ops.SteSign(2.0))), "the window 1 alone"),
+        (
+            sign_chain(nn.BinaryLinear(64, 32), sign=nn.Sign(ops.ClippedGrad(2.0))),
+            "the pseudo-gradient",
+        ),
+        (
+            chain(nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), head=(nn.Linear(32, 40),)),
+            "up to 32 classes",
+        ),
+    ],
+)
+def test_which_chains_the_kernels_know(model, words):
+    config = TrainConfig(batch_size=8)
+    reason = unsupported_reason(config, model, optim.Adam(model.parameters()), 90)
+    assert reason is None if words is None else words in reason
+
+
+def test_layers_that_occur_twice_or_do_not_learn_are_not_taken():
+    config = TrainConfig(batch_size=8)
+    norm = nn.BatchNorm(64)
+    model = chain(norm, nn.ReLU(), nn.Linear(64, 64), norm, nn.ReLU(), head=(nn.Linear(64, 10),))
+    reason = unsupported_reason(config, model, optim.Adam(model.parameters()), 90)
+    assert "more than once" in reason
+    model = relu_chain()
+    model[0].weight.requires_grad = False
+    reason = unsupported_reason(config, model, optim.Adam(model.parameters()), 90)
+    assert "0.weight does not learn" in reason
+
+
+def test_hidden_layers_may_differ_in_width_and_kind():
+    model = nn.Sequential(
+        nn.Linear(96, 64, rng=0),
+        nn.BatchNorm(64),
+        nn.Sign(),
+        nn.BinaryLinear(64, 48, rng=1),
+        nn.BatchNorm(48),
+        nn.ReLU(),
+        nn.Linear(48, 32, rng=2),
+        nn.BatchNorm(32),
+        nn.ReLU(),
+        nn.Dropout(0.5, rng=3),
+        nn.Linear(32, 10, rng=4),
+    )
+    made = NetworkPlan.of(model, TrainConfig(batch_size=8))
+    assert [(h.inputs, h.units) for h in made.hidden] == [(96, 64), (64, 48), (48, 32)]
+    assert [h.product for h in made.hidden] == ["dense", "xnor", "dense"]
+    assert [h.activation for h in made.hidden] == ["both_signs", "relu", "none"]
+
+
+def test_rounding_that_the_cpu_does_not_have_is_reported():
     heard: list[str] = []
 
     class Ear(Callback):

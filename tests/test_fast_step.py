@@ -123,7 +123,7 @@ def test_packed_weights_follow_the_latent_ones():
 
     made, _ = run(binary=True, xnor=True, batch_norm=True, max_steps=50, lr=0.05)
     for hidden in made._step.buffers.hidden[1:]:
-        latent = getattr(made.model, f"fc{hidden.plan.number}").weight.data
+        latent = hidden.plan.linear.weight.data
         fresh = cupybnn.pack(latent, axis=-2)
         assert bool((hidden.packed_weight.words == fresh.words).all())
         assert bool((hidden.packed_weight.popcounts == fresh.popcounts).all())
@@ -194,10 +194,10 @@ def test_sparing_memory_changes_nothing(monkeypatch, tmp_path, dtype, xnor, log_
     if log_dir:
         settings["log_dir"] = str(tmp_path)
     a, roomy = run(**settings)
-    monkeypatch.setattr("cupybnn.training.fast.plan._ROOM", 0)
+    monkeypatch.setattr("cupybnn.training.fast.plan._DENSE_COPY_BYTES", 0)
     b, spared = run(**settings)
-    assert a._step.plan.roomy
-    assert not b._step.plan.roomy
+    assert a._step.plan.keep_dense_copies
+    assert not b._step.plan.keep_dense_copies
     assert b._step._graph is not None
     assert roomy == spared
     state = arrays(b)

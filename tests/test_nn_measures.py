@@ -82,7 +82,7 @@ def test_entropy_of_a_run(last):
     assert set(record.entropy) == {"fc1", "fc2"} | ({"fc3"} if last else set())
     images = trainer.data.scale(trainer.data.test_images[:256])
     trainer.model.eval()
-    stages = dict(trainer.model.stages(Tensor(images)))
+    stages = dict(nn.stages(trainer.model, Tensor(images)))
     for name, entropy in record.entropy.items():
         assert len(entropy) == 4
         assert entropy[-1] == sign_entropy(stages[f"{name}/activation"])

@@ -154,7 +154,7 @@ NETWORKS = {
 def test_the_graph_changes_nothing_by_bits(monkeypatch, room):
     monkeypatch.setattr(sign_gemm, "pays", lambda *sizes: True)
     if room is not None:
-        monkeypatch.setattr("cupybnn.training.fast.plan._ROOM", room)
+        monkeypatch.setattr("cupybnn.training.fast.plan._DENSE_COPY_BYTES", room)
     settings = {"binary": True, "xnor": True, "batch_norm": True, "dtype": "bfloat16"}
     settings |= {"n_hidden": 1024, "batch_size": 300, "max_steps": 60, "reg": 1e-4}
     with_graph, a = run(**settings)
@@ -170,7 +170,7 @@ def test_the_graph_changes_nothing_by_bits(monkeypatch, room):
 def test_steps_by_bits_are_those_by_dense_products(monkeypatch, tmp_path, settings):
     settings = {"binary": True, "xnor": True, "dtype": "bfloat16", "max_steps": 40, **settings}
     if settings.pop("spared", False):
-        monkeypatch.setattr("cupybnn.training.fast.plan._ROOM", 0)
+        monkeypatch.setattr("cupybnn.training.fast.plan._DENSE_COPY_BYTES", 0)
     log = {"log_dir": str(tmp_path)} if settings.pop("recorded", False) else {}
     losses, parameters, gradients = {}, {}, {}
     for way in ("dense", "bits"):

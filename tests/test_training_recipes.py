@@ -287,7 +287,7 @@ class TestSettings:
         kept = {}
         for training in (True, False):
             model.train(training)
-            kept[training] = {n: t for n, t in model.stages(x) if n.endswith("/activation")}
+            kept[training] = {n: t for n, t in nn.stages(model, x) if n.endswith("/activation")}
             assert len(kept[training]) == 3
             for activation in kept[training].values():
                 assert activation.two_valued

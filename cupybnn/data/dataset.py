@@ -151,7 +151,7 @@ class Dataset:
         >>> data
         Dataset('arrays', train=800, test=200, shape=(8,), dtype=float64, classes=3)
         >>> config = TrainConfig(n_hidden=32, reg=0.0, max_steps=300, device="cpu")
-        >>> Trainer(config, dataset=data).run().final_accuracy > 0.85
+        >>> Trainer(config, data=data).run().final_accuracy > 0.85
         True
         """
         if (test_x is None) != (test_y is None):

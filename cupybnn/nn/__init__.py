@@ -1,6 +1,7 @@
 """Layers, and the models made of them."""
 
 from cupybnn.nn.binary import BinaryLinear, Sign, SignDropout, set_progress
+from cupybnn.nn.chain import Block, Chain, stages
 from cupybnn.nn.layers import (
     BatchNorm,
     Dropout,
@@ -16,6 +17,8 @@ from cupybnn.nn.summary import Row, Summary
 __all__ = [
     "BatchNorm",
     "BinaryLinear",
+    "Block",
+    "Chain",
     "Dropout",
     "Linear",
     "Module",
@@ -29,4 +32,5 @@ __all__ = [
     "glorot_uniform",
     "refresh_statistics",
     "set_progress",
+    "stages",
 ]

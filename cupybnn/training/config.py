@@ -217,6 +217,11 @@ class TrainConfig:
     adversarial: float = 0.0
 
     @property
+    def hidden_sizes(self) -> tuple[int, ...]:
+        """Units of each hidden layer."""
+        return (self.n_hidden,) * self.hidden_layers
+
+    @property
     def storage_dtype(self) -> str:
         """The dtype of weights: float32 or float64."""
         return "float64" if self.dtype == "float64" else "float32"

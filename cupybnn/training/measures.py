@@ -39,7 +39,8 @@ def _binary_weights(model: nn.Module) -> Iterator[tuple[str, nn.BinaryLinear, An
     """Yield (name of the weight, layer, latent weights' array) for each binary layer."""
     for name, module in model.named_modules():
         if isinstance(module, nn.BinaryLinear):
-            yield f"{name}.weight" if name else "weight", module, module.weight.data
+            # Read here and now: an array on loan would be watched for edits.
+            yield f"{name}.weight" if name else "weight", module, module.weight._data
 
 
 def weight_signs(model: nn.Module) -> dict[str, Any]:
@@ -160,17 +161,11 @@ class FlipRecord(Callback):
 
 
 def stages_of(trainer: TrainingRun, images: int) -> list[tuple[str, Tensor]]:
-    """Return (tag, value) of all that the model computes of the first test images.
-
-    Nothing for a model without a method ``stages``.
-    """
-    stages = getattr(trainer.model, "stages", None)
-    if stages is None:
-        return []
+    """Return (tag, value) of all that the model computes of the first test images."""
     inputs = trainer.data.scale(trainer.data.test_images[:images])
     trainer.model.eval()
     with no_grad():
-        return list(stages(Tensor(inputs)))
+        return list(nn.stages(trainer.model, Tensor(inputs)))
 
 
 class EntropyRecord(Callback):

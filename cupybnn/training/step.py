@@ -48,6 +48,10 @@ class Step(Protocol):
 
     def __call__(self, step: int) -> StepOutput: ...
 
+    def stale(self) -> bool:
+        """Whether something that the step was built on has been replaced: build a new one."""
+        ...
+
 
 class Objective:
     """What training minimises: the mean loss of a batch and ``reg`` times a penalty.
@@ -68,6 +72,15 @@ class Objective:
         self._penalty = ops.bipolar_penalty if bipolar else ops.l1
         weights = [m.weight for _, m in model.named_modules() if isinstance(m, kinds)]
         self._weights = [w for w in weights if w.bits > 1 or config.optimizer != "bop"]
+
+    @property
+    def penalty_kind(self) -> str:
+        """Which penalty there is: "none", "l1" or "bipolar"."""
+        return "none" if self.config.reg == 0 else self.config.penalty
+
+    def penalty_factor(self, parameter: nn.Parameter) -> float:
+        """What the penalty of a parameter is multiplied with; 0 where it has none."""
+        return self.config.reg if any(parameter is weight for weight in self._weights) else 0.0
 
     def loss(self, logits: Tensor, labels: Any) -> Tensor:
         """Mean loss of a batch, without the penalty."""
@@ -194,6 +207,10 @@ class PlainStep:
         loss.backward()
         self._optimizer.step()
         return StepOutput(loss.data, logits.data, labels)
+
+    def stale(self) -> bool:
+        """Never: each step reads the model and the optimiser as they are."""
+        return False
 
     def _attacked(self, inputs: Any, labels: Any) -> Any:
         """Move each input by `adversarial` in the direction in which the loss of its batch rises.

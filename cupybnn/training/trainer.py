@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn import optim
+from cupybnn import nn, optim
 from cupybnn.autograd import debug
 from cupybnn.backends import numpy_memory
 from cupybnn.backends.devices import resolve
@@ -20,7 +20,7 @@ from cupybnn.training import checkpoint as checkpoints
 from cupybnn.training.best import best_before
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.evaluation import Averaging, evaluate
-from cupybnn.training.network import build_network
+from cupybnn.training.network import NETWORK_SETTINGS, build_network
 from cupybnn.training.records import Callback, Evaluation, TrainResult
 from cupybnn.training.restore import check_settings
 from cupybnn.training.runs import new_run_folder, remove_abandoned
@@ -74,15 +74,40 @@ def train(config: TrainConfig | None = None, /, **settings: Any) -> TrainResult:
 
 
 class Trainer:
-    """One run: data, network, optimiser and the loop over steps.
+    """One run: data, model, optimiser and the loop over steps.
 
     Parameters
     ----------
-    config : TrainConfig
+    config : TrainConfig, optional
+        By default, with a `model`, one without a penalty: ``TrainConfig(reg=0)``.
     callbacks : iterable of Callback, optional
-        Hear of every step and evaluation, in this order; what a log directory needs is added.
-    dataset : Dataset, optional
-        Instead of the one that the configuration names; of any arrays by `Dataset.from_arrays`.
+        Called at every step and evaluation, in this order; what a log directory needs is added.
+    model : Module, optional
+        Trained in place of the network that the configuration describes; it is moved to the
+        device. Any module that makes logits, shape (batch, classes), of inputs of shape (batch,
+        features). A chain of layers (`cupybnn.nn.Sequential`) that the fused kernels know is
+        trained by them on a GPU; any other operation by operation, and a notice says why.
+    data : Dataset, optional
+        In place of the one that the configuration names; of any arrays by `Dataset.from_arrays`.
+
+    Examples
+    --------
+    >>> from cupybnn import TrainConfig, Trainer, nn
+    >>> from cupybnn.data import load
+    >>> model = nn.Sequential(
+    ...     nn.Linear(64, 128, rng=0),
+    ...     nn.BatchNorm(128),
+    ...     nn.Sign(),
+    ...     nn.BinaryLinear(128, 64, rng=1),
+    ...     nn.BatchNorm(64),
+    ...     nn.Sign(),
+    ...     nn.BinaryLinear(64, 10, rng=2),
+    ...     nn.BatchNorm(10),
+    ... )
+    >>> config = TrainConfig(max_steps=200, reg=0, device="cpu")
+    >>> trainer = Trainer(config, model=model, data=load("digits"))
+    >>> trainer.run().final_accuracy > 0.8
+    True
 
     Attributes
     ----------
@@ -110,16 +135,21 @@ class Trainer:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: TrainConfig | None = None,
         callbacks: Iterable[Callback] = (),
         *,
-        dataset: Dataset | None = None,
+        model: nn.Module | None = None,
+        data: Dataset | None = None,
     ) -> None:
+        if config is None:
+            config = TrainConfig() if model is None else TrainConfig(reg=0.0)
         if not isinstance(config, TrainConfig):
             raise TypeError(
                 f"The 'config' must be a TrainConfig; got {type(config).__name__}. A dict of "
                 f"settings becomes one by TrainConfig.from_mapping."
             )
+        if model is not None:
+            _check_model(model, config)
         self.config = config
         self.callbacks = list(callbacks)
         self.notices: list[str] = []
@@ -135,6 +165,7 @@ class Trainer:
             remove_abandoned(checkpoints.find(config.restore).parent)
             for sentence in check_settings(config, stored):
                 self.notice(sentence)
+        dataset = data
         if dataset is None:
             name, reason = config.dataset, None
             if stored is not None and name == "auto" and config.data_dir is None:
@@ -146,7 +177,7 @@ class Trainer:
                 dataset = replace(dataset, fallback_reason=reason)
         if not isinstance(dataset, Dataset):
             raise TypeError(
-                f"The 'dataset' must be a Dataset; got {type(dataset).__name__}. Arrays become one "
+                f"The 'data' must be a Dataset; got {type(dataset).__name__}. Arrays become one "
                 f"by Dataset.from_arrays."
             )
         if config.validation:
@@ -159,18 +190,20 @@ class Trainer:
         augmentation(config).check(dataset.image_shape)
         self.dataset = dataset
         with self.device.scope():
-            self._build()
+            self._build(model)
             if stored is not None:
                 self._restore(stored)
 
-    def _build(self) -> None:
+    def _build(self, model: nn.Module | None) -> None:
         config = self.config
-        self.data = DeviceData(self.dataset, self.device, config.storage_dtype)
+        if model is None:
+            model = build_network(config, self.dataset.features, self.dataset.classes)
+        self.model = model.to(self.device)
+        dtype = next((p.dtype for p in model.parameters()), config.storage_dtype)
+        self.data = DeviceData(self.dataset, self.device, dtype)
         self.order = BatchOrder(
             len(self.dataset.train_labels), config.batch_size, config.seed, self.device
         )
-        self.model = build_network(config, self.dataset.features, self.dataset.classes)
-        self.model.to(self.device)
         self.objective = Objective(self.model, config)
         self.optimizer = make_optimizer(self.model, config)
         self._averaging = Averaging(self.model, self.data, config)
@@ -335,31 +368,41 @@ class Trainer:
                 "Leave that context first."
             )
         with self.device.scope():
-            if self._step is None:
+            if self._step is None or self._step.stale():
                 self._step = self._fused_step() or PlainStep(
                     self.model, self.objective, self.optimizer, self.data, self.order, self.config
                 )
             return self._step(step)
 
     def _fused_step(self) -> Step | None:
+        """Return the fused step, or None, and say why, where there is none."""
         config = self.config
+        rounded = config.dtype in ("tf32", "bfloat16")
         reason = "there is no GPU" if self.device.kind == "cpu" else None
-        if reason is None and config.fused:
+        expected = reason is None and config.fused
+        if reason is None:
+            reason = None if config.fused else "fused is False"
+        if reason is None:
             from cupybnn.backends.cuda.compiler import architecture
-            from cupybnn.training.fast import FusedStep, obstacle
+            from cupybnn.training.fast import FusedStep, unsupported_reason
 
             capability = architecture(self.device.index)
-            reason = obstacle(config, self.model, self.optimizer, capability)
+            reason = unsupported_reason(config, self.model, self.optimizer, capability)
             if self.data.pixel_scale is None:
                 reason = f"the features are {self.data.dtype}, not pixels of 8 bits"
             if reason is None:
                 assert isinstance(self.optimizer, optim.Adam)
                 return FusedStep(
-                    self.model, self.optimizer, self.data, self.order, config, self.notice
-                )
-        if config.dtype in ("tf32", "bfloat16"):
-            reason = reason or "fused is False"
+                    self.model, self.objective, self.optimizer, self.data, self.order, config,
+                    self.notice,
+                )  # fmt: skip
+        if rounded:
             self.notice(f"Dense products are in float32, not {config.dtype}: {reason}.")
+        elif expected and not config.debug:
+            self.notice(
+                f"Steps are made operation by operation, because the fused kernels cannot: "
+                f"{reason}."
+            )
         return None
 
     def _checked_step(self, step: int) -> StepOutput:
@@ -407,3 +450,18 @@ class Trainer:
         """
         with self.device.scope(), self._averaging.applied():
             yield
+
+
+def _check_model(model: Any, config: TrainConfig) -> None:
+    """Raise unless `model` can be trained in place of the network of `config`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"The 'model' must be an nn.Module; got {type(model).__name__}.")
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"The 'model' must have parameters to learn; got {model!r}.")
+    default = TrainConfig()
+    idle = [n for n in NETWORK_SETTINGS if getattr(config, n) != getattr(default, n)]
+    if idle:
+        raise ValueError(
+            f"The 'config' of a Trainer with a 'model' must leave the settings of the network at "
+            f"their defaults; got {', '.join(idle)}. The model itself says what it is."
+        )

@@ -49,7 +49,7 @@ def config_for(variant: Variant, size: Size, device: Device) -> TrainConfig:
 def _make(variant: Variant, size: Size, device: Device, data: Dataset, memory: Memory) -> Running:
     pool = None if device.kind == "cpu" else device.xp.get_default_memory_pool()
     others = 0 if pool is None else pool.total_bytes()  # the clock's, for one
-    trainer = Trainer(config_for(variant, size, device), dataset=data)
+    trainer = Trainer(config_for(variant, size, device), data=data)
     numbers = itertools.count()
     outputs = [trainer.make_step(next(numbers))]
     memory.look()
@@ -66,7 +66,7 @@ def _make(variant: Variant, size: Size, device: Device, data: Dataset, memory: M
 
         fused = trainer._step
         if not isinstance(fused, FusedStep):
-            raise Unsupported(_obstacle(trainer))
+            raise Unsupported(_why_not_fused(trainer))
         if trainer.config.graph:
             step()  # which captures, or says why not
             if trainer.notices:
@@ -75,11 +75,11 @@ def _make(variant: Variant, size: Size, device: Device, data: Dataset, memory: M
     return running
 
 
-def _obstacle(trainer: Trainer) -> str:
+def _why_not_fused(trainer: Trainer) -> str:
     """Return why a trainer that was to make fused steps does not."""
     from cupybnn.backends.cuda.compiler import architecture
-    from cupybnn.training.fast import obstacle
+    from cupybnn.training.fast import unsupported_reason
 
     capability = architecture(trainer.device.index)
-    reason = obstacle(trainer.config, trainer.model, trainer.optimizer, capability)
+    reason = unsupported_reason(trainer.config, trainer.model, trainer.optimizer, capability)
     return f"no fused step: {reason}"

@@ -4,7 +4,8 @@
 parameters' own memory.
 """
 
-from cupybnn.training.fast.plan import NetworkPlan, obstacle
+from cupybnn.training.fast.plan import NetworkPlan
 from cupybnn.training.fast.step import FusedStep
+from cupybnn.training.fast.supported import unsupported_reason
 
-__all__ = ["FusedStep", "NetworkPlan", "obstacle"]
+__all__ = ["FusedStep", "NetworkPlan", "unsupported_reason"]

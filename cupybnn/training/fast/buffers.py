@@ -13,7 +13,8 @@ from cupybnn.backends.cuda.blas import operand_dtype
 from cupybnn.backends.cuda.packing import words_shape
 from cupybnn.backends.devices import Device
 from cupybnn.packed import PackedMatrix, pack, sign
-from cupybnn.training.fast.plan import HiddenPlan, NetworkPlan
+from cupybnn.training.fast.layers import HiddenPlan
+from cupybnn.training.fast.plan import NetworkPlan
 
 __all__ = ["Buffers", "HiddenBuffers"]
 
@@ -42,29 +43,23 @@ class HiddenBuffers:
         Whether `weight` is other memory than the parameter's.
     """
 
-    def __init__(
-        self, plan: HiddenPlan, network: NetworkPlan, model: nn.Module, device: Device, pops: Any
-    ) -> None:
+    def __init__(self, plan: HiddenPlan, network: NetworkPlan, device: Device, pops: Any) -> None:
         import cupy
 
         self.plan = plan
         shape = (network.batch, plan.units)
         real = operand_dtype(network.precision)
-        drop = fused_arguments.DROP_NONE
-        if network.keep_prob < 1:
-            drop = fused_arguments.DROP_ACTIVATION if network.relu else fused_arguments.DROP_PRODUCT
         norm = None
-        if network.batch_norm:
-            batch_norm = getattr(model, f"bn{plan.number}")
+        if plan.norm is not None:
             own = (cupy.empty(plan.units, np.float32) for _ in range(2))
-            norm = (*own, batch_norm.gamma._data, batch_norm.beta._data)
+            norm = (*own, plan.norm.gamma._data, plan.norm.beta._data)
         mask_shape = fused_arguments.mask_shape(*shape)
         self.layer = fused_arguments.Layer(
             cupy.empty(shape, plan.product_dtype),
-            cupy.empty(mask_shape, np.uint32) if drop else None,
+            cupy.empty(mask_shape, np.uint32) if plan.drop else None,
             norm,
-            drop,
-            network.keep_prob,
+            plan.drop,
+            1.0 if plan.dropout is None else plan.dropout.keep_prob,
         )
         self.dense = self.packed = self.mask = None
         if plan.activation in ("packed_sign", "both_signs"):
@@ -78,8 +73,9 @@ class HiddenBuffers:
         self.activations = fused_arguments.Activations(
             plan.activation, self.dense, self.packed, self.mask, plan.window
         )
-        latent = getattr(model, f"fc{plan.number}").weight._data
-        only_packed = plan.product == "xnor" and (plan.backward == "bits" or not network.roomy)
+        latent = plan.linear.weight._data
+        dense_copy = network.keep_dense_copies and plan.backward == "dense"
+        only_packed = plan.product == "xnor" and not dense_copy
         self.copied = not only_packed and (plan.product != "dense" or real != latent.dtype)
         self.weight = latent
         if self.copied:
@@ -87,12 +83,13 @@ class HiddenBuffers:
         elif only_packed:
             self.weight = None
         self.packed_weight = pack(latent, axis=-2) if plan.product == "xnor" else None
-        self.refresh(latent)
+        self.refresh()
 
-    def refresh(self, latent: Any) -> None:
-        """Make what products read anew from the latent weights."""
+    def refresh(self) -> None:
+        """Compute what products read from the latent weights."""
         import cupy
 
+        latent = self.plan.linear.weight._data
         if self.packed_weight is not None:
             packed = pack(latent, axis=-2)
             self.packed_weight.words[...] = packed.words
@@ -126,26 +123,28 @@ class Buffers:
     ----------
     inputs : cupy.ndarray, shape (batch, features)
         Pixels as whole numbers, in the operands' dtype.
-    of_inputs : cupy.ndarray or None
+    input_grad : cupy.ndarray or None
         The loss's gradient for them, up to a factor, where they are moved by it.
     labels : cupy.ndarray of int64, shape (batch,)
     logits : cupy.ndarray of float32, shape (batch, classes)
-    of_logits : cupy.ndarray of float32, shape (batch, classes up to a multiple of 4)
+    logits_grad : cupy.ndarray of float32, shape (batch, classes up to a multiple of 4)
         The loss's gradient for them.
     mean_loss, loss : cupy.ndarray of float32, shape (1,)
         Without and with the penalty.
     pops : cupy.ndarray of int32, shape (layers, batch)
         Popcounts of packed activations, to be cleared before each forward pass.
     hidden : list of HiddenBuffers
-    gradients : dict of str to cupy.ndarray
-        By the parameter's name. Those of hidden layers' weights, which dense products write, are in
-        the operands' dtype, and where memory is spared all in `scratch`; those that are never
-        stored are None.
-    left : dict of str to cupy.ndarray
+    gradients : dict of Parameter to cupy.ndarray
+        Those of hidden layers' weights, which dense products write, are in the operands' dtype, and
+        where memory is spared all in `weight_scratch`; those that are never stored are None.
+    kept_grads : dict of Parameter to cupy.ndarray
         Gradients in float32 that stay as they are until the next step; None for others.
-    signs : cupy.ndarray, shape (batch, units), or None
-        For activations that are only packed, where dense products read them: one layer's at a time
-        are unpacked there.
+
+    Notes
+    -----
+    Memory that several layers share is safe to write again because all who use it follow one
+    another on one stream. Where a second stream computes gradients of weights, no two layers share
+    what it reads, except the gradients of products, which wait for an event; see `FusedStep`.
     """
 
     def __init__(
@@ -153,73 +152,90 @@ class Buffers:
     ) -> None:  # fmt: skip
         import cupy
 
-        self._precision = plan.precision
-        real = operand_dtype(plan.precision)
+        self._batch = plan.batch
+        self._real = real = operand_dtype(plan.precision)
         self.inputs = cupy.empty((plan.batch, plan.features), real)
-        self.of_inputs = cupy.empty_like(self.inputs) if plan.adversarial else None
+        self.input_grad = cupy.empty_like(self.inputs) if plan.adversarial else None
         self.labels = cupy.empty(plan.batch, np.int64)
         self.logits = cupy.empty((plan.batch, plan.classes), np.float32)
-        self.of_logits = cupy.zeros((plan.batch, -(-plan.classes // 4) * 4), np.float32)
+        self.logits_grad = cupy.zeros((plan.batch, -(-plan.classes // 4) * 4), np.float32)
         self.mean_loss = cupy.zeros(1, np.float32)
         self.loss = cupy.zeros(1, np.float32)
         self.pops = cupy.zeros((len(plan.hidden), plan.batch), np.int32)
         self.hidden = [
-            HiddenBuffers(hidden, plan, model, device, pops)
+            HiddenBuffers(hidden, plan, device, pops)
             for hidden, pops in zip(plan.hidden, self.pops, strict=True)
         ]
-        self._scratch = None
-        if not plan.roomy:
+        self._weight_scratch = None
+        if not plan.keep_dense_copies:
             dense = [hidden for hidden in plan.hidden if hidden.backward == "dense"]
-            size = max(hidden.inputs * hidden.units for hidden in dense)
-            self._scratch = cupy.empty(size, real)
-        products = {f"fc{hidden.number}.weight": hidden for hidden in plan.hidden}
-        self.gradients, self.left = {}, {}
-        for name, parameter in model.named_parameters():
+            sizes = [hidden.inputs * hidden.units for hidden in dense]
+            self._weight_scratch = cupy.empty(max(sizes), real)
+        products = {hidden.linear.weight: hidden for hidden in plan.hidden}
+        self.gradients: dict[nn.Parameter, Any] = {}
+        self.kept_grads: dict[nn.Parameter, Any] = {}
+        for parameter in model.parameters():
             stays = True
-            if name not in products:
+            if parameter not in products:
                 gradient = cupy.zeros(parameter.shape, np.float32)
-            elif products[name].backward == "bits":
+            elif products[parameter].backward == "bits":
                 gradient, stays = None, False
-            elif plan.roomy:
+            elif plan.keep_dense_copies:
                 gradient = cupy.zeros(parameter.shape, real)
             else:
-                gradient, stays = self.scratch(parameter.shape), False
-            left = gradient if stays and gradient.dtype == np.float32 else None
-            if left is None and recorded:
-                left = cupy.zeros(parameter.shape, np.float32)
-            self.gradients[name], self.left[name] = gradient, left
-        units = plan.hidden[-1].units
+                gradient, stays = self.weight_scratch(parameter.shape), False
+            kept = gradient if stays and gradient.dtype == np.float32 else None
+            if kept is None and recorded:
+                kept = cupy.zeros(parameter.shape, np.float32)
+            self.gradients[parameter], self.kept_grads[parameter] = gradient, kept
+        rows = plan.batch * max(hidden.units for hidden in plan.hidden)
         # Where elements are as large, a product's gradient takes its place.
         self._in_place = [h.layer.product.dtype.itemsize == real.itemsize for h in self.hidden]
-        self._arriving = cupy.empty((plan.batch, units), real) if any(self._in_place) else None
+        self._incoming = cupy.empty(rows, real) if any(self._in_place) else None
         # Elsewhere it has a buffer, which two products read and which is written over when both are
         # done: two are enough, one for each layer saves waiting.
         count = self._in_place.count(False)
-        count = count if plan.roomy else min(count, 2)
-        self._gradients = [cupy.empty((plan.batch, units), real) for _ in range(count)]
-        only_packed = [h.packed is not None and h.dense is None for h in self.hidden]
-        self.signs = None
-        if any(only_packed) and plan.hidden[-1].backward == "dense":
-            # What arrived has been read by then.
-            free = all(there for there, p in zip(self._in_place, only_packed, strict=True) if p)
-            self.signs = self._arriving if free else cupy.empty((plan.batch, units), real)
+        count = count if plan.keep_dense_copies else min(count, 2)
+        self._gradients = [cupy.empty(rows, real) for _ in range(count)]
+        unpacked = [
+            i
+            for i, (layer, following) in enumerate(zip(plan.hidden, plan.hidden[1:], strict=False))
+            if layer.activation == "packed_sign" and following.backward == "dense"
+        ]
+        self._signs = None
+        if unpacked:
+            # The incoming gradient has been read by then.
+            free = all(self._in_place[i] for i in unpacked)
+            self._signs = self._incoming if free else cupy.empty(rows, real)
 
-    def scratch(self, shape: tuple[int, ...]) -> Any:
+    def _rows_of(self, memory: Any, number: int) -> Any:
+        """Return memory that layers share as a (batch, units) array of hidden layer `number`."""
+        shape = (self._batch, self.hidden[number].plan.units)
+        return memory[: math.prod(shape)].reshape(shape)
+
+    def weight_scratch(self, shape: tuple[int, ...]) -> Any:
         """Return memory that layers share, for what one needs at a time of the weights' shape."""
-        assert self._scratch is not None
-        return self._scratch[: math.prod(shape)].reshape(shape)
+        assert self._weight_scratch is not None
+        return self._weight_scratch[: math.prod(shape)].reshape(shape)
 
-    def gradient_of(self, number: int) -> tuple[int | None, Any]:
+    def signs(self, number: int) -> Any:
+        """Return memory for the unpacked signs of hidden layer `number`, from 0, one at a time."""
+        assert self._signs is not None
+        return self._rows_of(self._signs, number)
+
+    def product_grad(self, number: int) -> tuple[int | None, Any]:
         """Return the buffer for the gradient of hidden product `number`, from 0.
 
         With the buffer's number; None for one that no other layer uses.
         """
         if self._in_place[number]:
             product = self.hidden[number].layer.product
-            return None, product.view(operand_dtype(self._precision))
+            return None, product.view(self._real)
         which = self._in_place[:number].count(False) % len(self._gradients)
-        return which, self._gradients[which]
+        return which, self._rows_of(self._gradients[which], number)
 
-    def arriving_at(self, number: int) -> Any:
+    def incoming_grad(self, number: int) -> Any:
         """Return the buffer for the gradient of the activations of hidden layer `number`."""
-        return self._arriving if self._in_place[number] else self.gradient_of(number)[1]
+        if self._in_place[number]:
+            return self._rows_of(self._incoming, number)
+        return self.product_grad(number)[1]

@@ -1,0 +1,86 @@
+"""Noticing what was changed between fused steps: layers and arrays, and the values of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from operator import attrgetter, is_
+from typing import Any
+
+from cupybnn import nn, optim
+from cupybnn.training.fast.buffers import HiddenBuffers
+
+__all__ = ["Edits", "Wiring"]
+
+
+class Wiring:
+    """The objects and numbers that a step was built on: it works on their memory as it was.
+
+    Parameters
+    ----------
+    model : Module
+    optimizer : Optimizer
+    """
+
+    def __init__(self, model: nn.Module, optimizer: optim.Optimizer) -> None:
+        # One look at all attributes of an object at a time: this is done before each step.
+        self._looks = [(owner, attrgetter(*names)) for owner, names in _attributes(model)]
+        self._values = self._now()
+        # A module that was added or removed.
+        chains = [m for _, m in model.named_modules() if isinstance(m, nn.Sequential)]
+        self._sizes = [(chain, len(chain)) for chain in chains]
+        self._optimizer = optimizer
+        self._slots = [(p, optimizer._slots_of(p)) for p in model.parameters()]
+        self._groups = optimizer.groups
+        self._parameters = list(optimizer.groups[0]["params"])
+
+    def _now(self) -> list[Any]:
+        values: list[Any] = []
+        for owner, look in self._looks:
+            values += look(owner)
+        return values
+
+    def changed(self) -> bool:
+        """Whether any of it was replaced since."""
+        kept = self._optimizer._slots
+        return (
+            not all(map(is_, self._now(), self._values))
+            or any(len(chain) != size for chain, size in self._sizes)
+            or any(kept.get(p) is not slots for p, slots in self._slots)
+            or self._optimizer.groups is not self._groups
+            or len(self._groups) != 1
+            or len(self._groups[0]["params"]) != len(self._parameters)
+        )
+
+
+def _attributes(model: nn.Module) -> Iterator[tuple[Any, tuple[str, ...]]]:
+    """Yield (owner, names of at least two attributes) of all that a step is built on."""
+    for _, module in model.named_modules():
+        # The random stream of a dropout is followed by its counter, and modes do not matter.
+        names = vars(module).keys() - {"training", "random"}
+        yield module, ("__class__", *names, "__class__")
+    for parameter in model.parameters():
+        yield parameter, ("_data", "requires_grad", "limit")
+
+
+class Edits:
+    """Weights that were edited after the last step, where kernels read a copy of them.
+
+    Parameters
+    ----------
+    hidden : sequence of HiddenBuffers
+    """
+
+    def __init__(self, hidden: Sequence[HiddenBuffers]) -> None:
+        self._copies = [h for h in hidden if h.copied or h.packed_weight is not None]
+        self._versions: list[int] = []
+        self.settle()
+
+    def settle(self) -> None:
+        """Take the weights as they are now for unedited."""
+        self._versions = [h.plan.linear.weight._storage.watch() for h in self._copies]
+
+    def take_up(self) -> None:
+        """Refresh the copies of what was edited since."""
+        for hidden, version in zip(self._copies, self._versions, strict=True):
+            if hidden.plan.linear.weight._storage.version() != version:
+                hidden.refresh()
