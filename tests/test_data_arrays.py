@@ -293,4 +293,4 @@ class TestDataset:
 
     def test_public_call_takes_no_dataset_by_mistake(self):
         with pytest.raises(ValueError, match="dataset"):
-            train(dataset=Dataset.from_arrays(X, Y), device="cpu")
+            train(data=Dataset.from_arrays(X, Y), device="cpu")

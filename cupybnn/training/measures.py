@@ -161,13 +161,7 @@ class FlipRecord(Callback):
 
 
 def stages_of(trainer: TrainingRun, images: int) -> list[tuple[str, Tensor]]:
-    """Return (tag, value) of all that the model computes of the first test images.
-
-    Nothing for a model without a method ``stages``.
-    """
-    stages = getattr(trainer.model, "stages", None)
-    if stages is None:
-        return []
+    """Return (tag, value) of all that the model computes of the first test images."""
     inputs = trainer.data.scale(trainer.data.test_images[:images])
     trainer.model.eval()
     with no_grad():
