@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 from cupybnn.errors import SettingError
@@ -57,5 +56,7 @@ def home() -> Path:
     try:
         return Path.home()
     except RuntimeError:
+        import tempfile  # only here: `import cupybnn` need not wait for it
+
         user = os.getuid() if hasattr(os, "getuid") else "user"
         return Path(tempfile.gettempdir()) / f"cupybnn-{user}"
