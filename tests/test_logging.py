@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import dataclasses
 import io
 import json
 import os
@@ -291,12 +290,11 @@ def test_unwritable_log_directory(tmp_path):
     )
 
 
-def test_restored_run_with_nothing_left_to_train_writes_no_nan(tmp_path, capfd, caplog):
+def test_restored_run_that_is_stopped_at_once_writes_no_nan(tmp_path, capfd, caplog):
     first = Trainer(TrainConfig(**SETTINGS, log_dir=str(tmp_path))).run()
-    config = TrainConfig(**SETTINGS, log_dir=str(tmp_path), restore=str(first.run_folder))
-    trainer = Trainer(config)
-    trainer.step -= 1  # as if its last step had not been recorded
-    trainer.config = dataclasses.replace(config, max_steps=trainer.step)
+    longer = {**SETTINGS, "max_steps": SETTINGS["max_steps"] + 1}
+    trainer = Trainer(TrainConfig(**longer, log_dir=str(tmp_path), restore=str(first.run_folder)))
+    trainer.request_stop()
     result = trainer.run()
     assert np.isnan(result.final.train_loss)
     scalars, _ = events(result.run_folder)

@@ -10,6 +10,7 @@ import numpy as np
 
 from cupybnn import nn, optim
 from cupybnn.autograd import Tensor, no_grad
+from cupybnn.backends.devices import CPU, to_device
 from cupybnn.data import DeviceData
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.step import Objective
@@ -59,6 +60,8 @@ class Averaging:
         self._from = config.average_from
         self._average: optim.WeightAverage | None = None
         self._before: list[Any] = []  # batch norm's own statistics, within `applied`
+        # Those of the averaged weights, and after how many updates of the average.
+        self._found: tuple[int, list[Any]] = (0, [])
         if config.average != "none":
             decay = config.average_decay if config.average == "ema" else None
             self._average = optim.WeightAverage(model.parameters(), decay)
@@ -67,6 +70,17 @@ class Averaging:
     def exists(self) -> bool:
         """Whether there is an average that `applied` would put into the model."""
         return self._average is not None and self._average.updates > 0
+
+    def statistics(self) -> dict[str, np.ndarray]:
+        """Return batch norm's statistics of the averaged weights by name; none without average."""
+        if self._average is None or self._average.updates == 0:
+            return {}
+        updates, found = self._found
+        if updates != self._average.updates:
+            with self.suspended(), self.applied():
+                _, found = self._found
+        names = [name for name, _ in self._model.named_buffers()]
+        return {n: np.array(to_device(a, CPU)) for n, a in zip(names, found, strict=True)}
 
     def update(self, step: int) -> None:
         """Add the weights after step number `step` to the average."""
@@ -93,6 +107,7 @@ class Averaging:
             try:
                 self._before = before
                 nn.refresh_statistics(self._model, self._batches())
+                self._found = (self._average.updates, self._statistics())
                 yield
             finally:
                 self._set_statistics(before)
@@ -132,3 +147,4 @@ class Averaging:
         """Continue from what `state_dict` returned; ValueError if it does not fit."""
         if self._average is not None:
             self._average.load_state_dict(state)
+            self._found = (0, [])

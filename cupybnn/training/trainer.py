@@ -229,11 +229,8 @@ class Trainer:
             arrays = {f"model/{k}": v for k, v in self.model.state_dict().items()}
             arrays |= {f"optimizer/{k}": v for k, v in self.optimizer.state_dict().items()}
             arrays |= {f"average/{k}": v for k, v in self._averaging.state_dict().items()}
-        if self._averaging.exists:  # what `load_model` would need the images for
-            with self.averaged():
-                buffers = {name for name, _ in self.model.named_buffers()}
-                averaged = self.model.state_dict()
-            arrays |= {f"averaged/{name}": averaged[name] for name in buffers}
+            # What `load_model` would need the images for.
+            arrays |= {f"averaged/{k}": v for k, v in self._averaging.statistics().items()}
         info = {
             "config": asdict(self.config.with_absolute_paths()),
             "dataset": self.dataset.name,
