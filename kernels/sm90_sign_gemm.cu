@@ -29,10 +29,6 @@
 
 #define REAL bfloat16_bits
 #define BLOCK_WARPS 12
-#define VECTOR 4
-#define NORM 0
-#define DROP 0
-#define PRODUCT float
 #include "tile_update.cuh"
 #include "wgmma.cuh"
 

@@ -1,7 +1,7 @@
 // A hidden layer's way from product to activation: batch statistics; then batch norm, sign or ReLU,
 // and what the backward pass needs of it, one bit an element.
 //
-// normalise: the statistics, by strips (training.cuh). One pass: sums of the distances to the first
+// normalise: the statistics, by strips (strips.cuh). One pass: sums of the distances to the first
 // row's product and of their squares, which lose nothing to cancellation and are exact for the integers
 // of a binary product. The running statistics are updated. In clusters it goes on to the activations.
 //
@@ -10,7 +10,7 @@
 //
 // What bounds both: reading the products, once where they stay in shared memory between the passes.
 //
-// The translation unit sets what training.cuh wants, and
+// The translation unit sets what strips.cuh wants, and
 //     OUTPUT   OUTPUT_*
 //     GATE     1: write the mask of where the gradient passes
 
@@ -22,7 +22,7 @@
 
 #define PACKED (OUTPUT == OUTPUT_PACKED_SIGN || OUTPUT == OUTPUT_BOTH_SIGNS)
 
-#include "training.cuh"
+#include "strips.cuh"
 
 constexpr int BATCH = HELD && HELD < 8 ? HELD : 8;  // rows whose loads are in flight
 

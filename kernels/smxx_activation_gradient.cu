@@ -5,20 +5,20 @@
 //     beta' = sum(dy),  gamma' = sum(dy * normal),
 //     z' = gamma / deviation * (dy - (beta' + normal * gamma') / n)
 //
-// gradient_sums: the two sums, by strips (training.cuh); in clusters it goes on to z'. gradient: z'.
+// gradient_sums: the two sums, by strips (strips.cuh); in clusters it goes on to z'. gradient: z'.
 // Without batch norm only the second is needed, for the gate. z' may stand where the gradient that came
 // does, or the product of elements as large: a thread writes what only it has read.
 //
 // What bounds both: reading gradients and products, once where they stay in shared memory between the
 // passes.
 //
-// The translation unit sets what training.cuh wants, and GATE, one of GATE_*.
+// The translation unit sets what strips.cuh wants, and GATE, one of GATE_*.
 
 #define GATE_NONE 0
 #define GATE_MASK 1
 #define GATE_CLIP 2  // limited to [-1, 1]
 
-#include "training.cuh"
+#include "strips.cuh"
 
 constexpr int MOST = BLOCK_WARPS > 8 ? 4 : 8;  // as registers allow
 constexpr int BATCH = HELD && HELD < MOST ? HELD : MOST;  // rows whose loads are in flight

@@ -18,10 +18,6 @@
 //
 // The translation unit sets REAL, and PENALTY and WRITE_GRADIENT (adam.cuh).
 
-#define VECTOR 4
-#define NORM 0
-#define DROP 0
-#define PRODUCT float
 #include "adam.cuh"
 
 constexpr int TILE_ROWS = 32, TILE_COLS = 128, EACH = TILE_ROWS / WARPS;
@@ -127,7 +123,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     store_some(p.mean + at, exist[r], whole, m[r]);
     store_some(p.square + at, exist[r], whole, s[r]);
 #if WRITE_GRADIENT
-    store_some(p.left + at, exist[r], whole, g[r]);
+    store_some(p.kept_grad + at, exist[r], whole, g[r]);
 #endif
     if (p.copy && stale) store_some(p.copy + at, exist[r], whole, copy);
   }

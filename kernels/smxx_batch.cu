@@ -19,12 +19,11 @@
 //
 // The translation unit sets REAL, VECTOR (for gather and attack), and DROP to whether pixels are dropped.
 
-#define NORM 0
-#define PRODUCT float
-#include "training.cuh"
+#include "block.cuh"
+#include "elements.cuh"
 #include "philox.cuh"
 
-// Filled by cupybnn/backends/cuda/fused_arguments.py, field by field in this order.
+// Filled by cupybnn/backends/cuda/fused_batch.py, field by field in this order.
 struct Batch {
   const unsigned char* images;
   const i64* all_labels;

@@ -6,7 +6,7 @@
 // products included, so that it waits for it once. Then loss and its gradient; each block leaves its
 // part of the loss.
 //
-// head_sums: by strips (training.cuh). An activation's gradient is the product of a row of CLASSES
+// head_sums: by strips (strips.cuh). An activation's gradient is the product of a row of CLASSES
 // numbers and the column's CLASSES weights, made on the way. Sums over rows: the gradients of the
 // weights, and those of batch norm. In clusters it goes on to the gradient of the hidden product. The
 // blocks of one more strip add up the loss.
@@ -19,7 +19,7 @@
 // What bounds all three: reading the products once, where they stay in shared memory between the passes,
 // and 2 CLASSES operations for each pass.
 //
-// The translation unit sets what training.cuh wants, and
+// The translation unit sets what strips.cuh wants, or, for `logits`, layer.cuh and VECTOR; and
 //     CLASSES  at most 32
 //     HEAD     HEAD_*: what the last layer reads
 //     LOSS     LOSS_* (loss.cuh)
@@ -33,11 +33,12 @@
 #define GATE_WINDOW 1
 #define GATE_CLIP 2
 
-#include "training.cuh"
+#include "block.cuh"
+#include "layer.cuh"
 #include "loss.cuh"
-
-constexpr int MOST = CLASSES <= 12 ? 4 : 1;
-constexpr int BATCH = HELD && HELD < MOST ? HELD : MOST;  // rows whose loads are in flight
+#ifndef ROWS
+#include "strips.cuh"
+#endif
 
 // A weight as the product takes it.
 __device__ __forceinline__ float as_read(float w) {
@@ -222,6 +223,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
 #endif
 }
 #else
+constexpr int MOST = CLASSES <= 12 ? 4 : 1;
+constexpr int BATCH = HELD && HELD < MOST ? HELD : MOST;  // rows whose loads are in flight
 
 struct alignas(16) RowOfLogits { float4 at[GRAD_STRIDE / 4]; };
 

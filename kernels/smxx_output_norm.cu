@@ -9,13 +9,9 @@
 //
 // What bounds it: the latency of three passes and as many sums over the block.
 //
-// The translation unit sets CLASSES and LOSS (loss.cuh), and what training.cuh wants.
+// The translation unit sets CLASSES and LOSS (loss.cuh).
 
-#define VECTOR 1
-#define NORM 1
-#define DROP 0
-#define PRODUCT float
-#include "training.cuh"
+#include "block.cuh"
 #include "loss.cuh"
 
 // Sums over the block of N numbers of each thread.
@@ -37,7 +33,7 @@ __device__ __forceinline__ void sum_over_block(const float (&mine)[N], double (&
   __syncthreads();
 }
 
-// Filled by cupybnn/backends/cuda/fused.py, field by field in this order.
+// Filled by cupybnn/backends/cuda/fused_head.py, field by field in this order.
 struct OutputNorm {
   float* logits;  // (rows, CLASSES): the products; afterwards what batch norm makes of them
   float* grad;    // (rows, GRAD_STRIDE): for the products

@@ -11,10 +11,8 @@
 // The translation unit sets REAL, and VECTOR, which divides the number of columns: 8 or 1 for rows, up
 // to 16 bytes of them for columns.
 
-#define NORM 0
-#define DROP 0
-#define PRODUCT float
-#include "training.cuh"
+#include "block.cuh"
+#include "elements.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     unpack_rows(const unsigned char* __restrict__ words, i64 rows, i64 cols, real_t* __restrict__ out) {

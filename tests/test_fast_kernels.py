@@ -87,3 +87,29 @@ def test_unpacked_columns(shape, real):
     unpack.launch(fused.Launcher(0, np.dtype(real)))
     one, minus_one = (0x3F80, 0xBF80) if real is np.uint16 else (1, -1)
     np.testing.assert_array_equal(out.get(), np.where(x.get() >= 0, one, minus_one).astype(real))
+
+
+@pytest.mark.parametrize("sides", [(8, 28), (28, 8), (8, 28, 300)])
+def test_images_of_several_sizes_are_deformed_in_one_process(sides):
+    """Each size takes as many bytes of shared memory as an image has pixels."""
+    import cupy
+
+    from cupybnn.backends.cuda import fused, fused_batch
+
+    launcher = fused.Launcher(0, np.dtype(np.float32))
+    still = {"seed": 1, "shift": 0.0, "rotation": 0.0, "scale": 0.0, "shear": 0.0}
+    for side in sides:
+        images = np.random.default_rng(side).integers(0, 256, (5, side**2), np.uint8)
+        order = np.array([[3, 1], [4, 0]], np.int32)
+        x, labels = cupy.empty((2, side**2), np.float32), cupy.empty(2, np.int64)
+        fused_batch.Gather(
+            images=cupy.asarray(images),
+            all_labels=cupy.arange(5),
+            order=cupy.asarray(order),
+            step=cupy.ones(1, np.int64),
+            x=x,
+            labels=labels,
+            deformation=fused_batch.Deformation(shape=(side, side), **still),
+        ).launch(launcher)
+        np.testing.assert_array_equal(x.get(), images[order[1]])
+        np.testing.assert_array_equal(labels.get(), order[1])

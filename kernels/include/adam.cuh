@@ -1,11 +1,12 @@
 // One step of Adam or AdamW for an element, with the penalty and its gradient, the pseudo-gradient of a
 // latent weight and its clipping; and what is known of a parameter.
 //
-// The translation unit sets, beside what training.cuh wants, PENALTY, one of PENALTY_*; and
+// The translation unit sets, in addition to what elements.cuh wants, PENALTY, one of PENALTY_*; and
 // WRITE_GRADIENT, 1 to leave gradients in float with the penalty's part in them.
 #pragma once
 
-#include "training.cuh"
+#include "block.cuh"
+#include "elements.cuh"
 
 #define PENALTY_NONE 0
 #define PENALTY_L1 1
@@ -17,7 +18,7 @@ constexpr i64 WINDOW = 4;   // pseudo-gradient: 0 where the weight is beyond [-1
 constexpr i64 ALIGNED = 8;  // four neighbours can be moved together
 constexpr i64 ROUNDED = 16; // the gradient is a dense product's: real_t, else float
 
-// Filled by cupybnn/backends/cuda/fused_update.py, field by field in this order.
+// Filled by cupybnn/backends/cuda/fused_parameter.py, field by field in this order.
 struct Parameter {
   float* weight;
   const void* grad;
@@ -26,7 +27,7 @@ struct Parameter {
   real_t* copy;     // or null
   u32* words;  // or null
   int* pops;
-  float* left;  // gets the gradient; may be where it comes from
+  float* kept_grad;  // gets the gradient; may be where it comes from
   i64 rows, cols, count, first_block, flags;
   double limit;  // 0: none
   double lr_scale, penalty, weight_decay;

@@ -70,7 +70,7 @@ __device__ __forceinline__ float update_tile(const Parameter& p, const Adam& mov
           store<4>(p.mean + at, now.mean[r]);
           store<4>(p.square + at, now.square[r]);
 #if WRITE_GRADIENT
-          store<4>(p.left + at, gradient);
+          store<4>(p.kept_grad + at, gradient);
 #endif
         }
       }
