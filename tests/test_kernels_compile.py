@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from kernel_compiler import compile_cubin
 
 from cupybnn.backends.cuda import architectures, dispatch, packing
 from cupybnn.backends.cuda.architectures import sm80
-from cupybnn.backends.cuda.compiler import compile_cubin
 from cupybnn.backends.cuda.configs import Problem
 from cupybnn.backends.cuda.sources import kernel_names
 from cupybnn.benchmark import tuning

@@ -7,9 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import test_kernels_compile
+from kernel_compiler import compile_cubin
 from test_kernels_compile import ARCHITECTURES, capability, require
-
-from cupybnn.backends.cuda.compiler import compile_cubin
 
 REALS = ("float", "bfloat16_bits")
 #: What a layer may be: type of its product, batch norm, dropout.

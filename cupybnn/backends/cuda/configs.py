@@ -9,27 +9,16 @@ __all__ = ["Config", "Problem"]
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """`batch` products of (m, k) by (k, n), and the GPU that computes them.
-
-    Attributes
-    ----------
-    m, n, k, batch : int
-    packed, scaled : bool
-        Whether the result is packed, or scaled.
-    capability : int
-        Compute capability of the device, 90 for 9.0.
-    multiprocessors : int
-        Of the device.
-    """
+    """`batch` products of (m, k) by (k, n), and the GPU that computes them."""
 
     m: int
     n: int
     k: int
     batch: int = 1
-    packed: bool = False
+    packed: bool = False  # whether the result is packed, or scaled
     scaled: bool = False
-    capability: int
-    multiprocessors: int
+    capability: int  # compute capability of the device, 90 for 9.0
+    multiprocessors: int  # of the device
 
     @property
     def chunks(self) -> int:
@@ -52,48 +41,22 @@ class Problem:
 
 @dataclass(frozen=True)
 class Config:
-    """One way to compile and launch a product kernel.
+    """One way to compile and launch a product kernel, ``kernels/<kernel>_xnor_gemm.cu``."""
 
-    Attributes
-    ----------
-    kernel : str
-        A key of `architectures.KERNELS`; the source is ``kernels/<kernel>_xnor_gemm.cu``.
-    defines : tuple of (name, int)
-        What the translation unit defines in addition to the kind of output.
-    tile_m, tile_n : int
-        Results of a block.
-    threads : int
-        Threads of a block.
-    shared, shared_scaled : int
-        Dynamic shared memory of a block in bytes, and where the result is scaled.
-    stages : int
-        Slots of shared memory for operands.
-    cluster_m, cluster_n : int
-        Blocks that share the tiles they load.
-    split_k : int
-        Blocks that share a tile's K.
-    persistent : bool
-        Whether a block goes on to further tiles, so that the GPU is filled only once.
-    swap : bool
-        Whether the operands change places, so that a narrow result becomes a flat one.
-    group : int
-        Tiles of m that are walked together.
-    """
-
-    kernel: str
-    defines: tuple[tuple[str, int], ...]
-    tile_m: int
+    kernel: str  # a key of architectures.KERNELS
+    defines: tuple[tuple[str, int], ...]  # in addition to the kind of output
+    tile_m: int  # results of a block
     tile_n: int
-    threads: int
-    shared: int = 0
-    shared_scaled: int = 0
-    stages: int = 0
-    cluster_m: int = 1
+    threads: int  # of a block
+    shared: int = 0  # dynamic shared memory of a block in bytes, ...
+    shared_scaled: int = 0  # ... and where the result is scaled
+    stages: int = 0  # slots of shared memory for operands
+    cluster_m: int = 1  # blocks that share the tiles they load
     cluster_n: int = 1
-    split_k: int = 1
-    persistent: bool = False
-    swap: bool = False
-    group: int = 8
+    split_k: int = 1  # blocks that share a tile's K
+    persistent: bool = False  # a block goes on to further tiles: the GPU is filled only once
+    swap: bool = False  # the operands change places: a narrow result becomes a flat one
+    group: int = 8  # tiles of m that are walked together
 
     def __str__(self) -> str:
         cluster = self.cluster_m * self.cluster_n

@@ -31,18 +31,10 @@ DROPOUT_MASK = Kernel(
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """Random numbers of one dropout.
-
-    Attributes
-    ----------
-    seed : int
-    offset : int
-        Added to the number of the step it is the counter of a draw.
-    keep_prob : float
-    """
+    """Random numbers of one dropout."""
 
     seed: int
-    offset: int
+    offset: int  # the counter of a draw is the number of the step plus this
     keep_prob: float
 
     def fields(self) -> dict[str, int]:
@@ -57,19 +49,10 @@ _ALL_KEPT = Draw(seed=0, offset=0, keep_prob=1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Deformation:
-    """How images are deformed; see `cupybnn.data.Augmentation`.
+    """How images are deformed; see `cupybnn.data.Augmentation`."""
 
-    Attributes
-    ----------
-    shape : (int, int)
-        Height and width.
-    seed : int
-        Each step deforms differently, by its number.
-    shift, rotation, scale, shear : float
-    """
-
-    shape: tuple[int, int]
-    seed: int
+    shape: tuple[int, int]  # height and width
+    seed: int  # each step deforms differently, by its number
     shift: float
     rotation: float
     scale: float
@@ -86,24 +69,12 @@ class Deformation:
 
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
-    """What both ways to write a batch have.
+    """What both ways to write a batch have."""
 
-    Attributes
-    ----------
-    step : cupy.ndarray of int64, shape (1,)
-        The number of the step, on the device.
-    x : cupy.ndarray, shape (batch, pixels)
-        Gets the pixels.
-    drop : Draw or None
-        Dropout of pixels; those that are kept are not scaled.
-    pops : cupy.ndarray of int32 or None
-        Set to 0.
-    """
-
-    step: Any
-    x: Any
-    drop: Draw | None = None
-    pops: Any = None
+    step: Any  # int64, (1,): the number of the step, on the device
+    x: Any  # (batch, pixels): gets the pixels
+    drop: Draw | None = None  # dropout of pixels; those that are kept are not scaled
+    pops: Any = None  # int32: set to 0
 
     def _pack(self, **arrays: Any) -> bytes:
         rows, cols = self.x.shape
@@ -124,23 +95,12 @@ class _Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Gather(_Batch):
-    """Copy the batch of a step: whole numbers, unless they are deformed.
+    """Copy the batch of a step: whole numbers, unless they are deformed."""
 
-    Attributes
-    ----------
-    images : cupy.ndarray of uint8, shape (images, pixels)
-    all_labels : cupy.ndarray of int64, shape (images,)
-    order : cupy.ndarray of int32, shape (ring, batch)
-        Numbers of the images of step s in row ``s % ring``.
-    labels : cupy.ndarray of int64, shape (batch,)
-        Gets the labels.
-    deformation : Deformation or None
-    """
-
-    images: Any
-    all_labels: Any
-    order: Any
-    labels: Any
+    images: Any  # uint8, (images, pixels)
+    all_labels: Any  # int64, (images,)
+    order: Any  # int32, (ring, batch): numbers of the images of step s in row s % ring
+    labels: Any  # int64, (batch,): gets the labels
     deformation: Deformation | None = None
 
     def launch(self, launcher: Launcher) -> None:
@@ -162,15 +122,9 @@ class Gather(_Batch):
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(_Batch):
-    """Move a batch's pixels, in place, by `amount` in the direction of their gradient.
+    """Move a batch's pixels, in place, by `amount` in the direction of their gradient."""
 
-    Attributes
-    ----------
-    gradient : cupy.ndarray, shape (batch, pixels)
-    amount : float
-    """
-
-    gradient: Any
+    gradient: Any  # (batch, pixels)
     amount: float
 
     def launch(self, launcher: Launcher) -> None:
@@ -184,22 +138,12 @@ class Attack(_Batch):
 
 @dataclass(frozen=True, kw_only=True)
 class DropoutMask:
-    """Draw which elements of a layer are kept.
+    """Draw which elements of a layer are kept."""
 
-    Attributes
-    ----------
-    step : cupy.ndarray of int64, shape (1,)
-    draw : Draw
-    shape : (int, int)
-        (batch, units).
-    out : cupy.ndarray of uint32, shape `fused_layers.mask_shape`
-        Gets one bit an element.
-    """
-
-    step: Any
+    step: Any  # int64, (1,)
     draw: Draw
-    shape: tuple[int, int]
-    out: Any
+    shape: tuple[int, int]  # (batch, units)
+    out: Any  # uint32, fused_layers.mask_shape: gets one bit an element
 
     def launch(self, launcher: Launcher) -> None:
         """Launch on the current stream."""

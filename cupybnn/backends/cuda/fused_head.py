@@ -51,50 +51,27 @@ _ROUNDS = 2  # of blocks, at least, for a warp to take more rows of logits at a 
 class Head:
     """Logits and loss of a batch, and the gradients of the last weights and hidden product.
 
-    Attributes
-    ----------
-    layer : Layer
-        The last hidden one. Its batch norm gets gradients.
-    reads : str
-        A key of `READS`: what the last layer reads. "sign": signs, by the signs of the weights; a
-        `factor` or a `norm` of the logits follows.
-    weight, grad_weight : cupy.ndarray of float32, shape (units, classes)
-        Weights, latent ones for "sign", and what gets their gradient.
-    labels : cupy.ndarray of int64, shape (batch,)
-    loss : str
-        A key of `LOSSES`.
-    smoothing : float
-        Of the labels.
-    logits : cupy.ndarray of float32, shape (batch, classes)
-    grad_logits : cupy.ndarray of float32, shape (batch, classes up to a multiple of 4)
-        Gets the gradient for the last product, before factor or norm.
-    mean_loss : cupy.ndarray of float32, shape (1,)
-    factor, grad_factor : cupy.ndarray of float32, shape (1,), or None
-        Factor of the logits, and what gets its gradient.
-    norm : BatchNorm or None
-        Of the logits.
-    gate : str
-        For "sign", a key of `GATES`, where "mask" stands for the window.
-    window : float
-    out : cupy.ndarray, shape (batch, units)
-        Gets the gradient of the layer's product. May be its memory where elements are as large.
+    Arrays are float32 unless they say otherwise.
     """
 
-    layer: Layer
-    reads: str
-    weight: Any
-    grad_weight: Any
-    labels: Any
-    loss: str
-    smoothing: float
-    logits: Any
+    layer: Layer  # the last hidden one; its batch norm gets gradients
+    reads: str  # a key of READS; "sign": signs, by the signs of the (latent) weights
+    weight: Any  # (units, classes)
+    grad_weight: Any  # (units, classes)
+    labels: Any  # int64, (batch,)
+    loss: str  # a key of LOSSES
+    smoothing: float  # of the labels
+    logits: Any  # (batch, classes)
+    # (batch, classes up to a multiple of 4): gets that for the last product, before factor or norm.
     grad_logits: Any
-    mean_loss: Any
-    factor: Any = None
-    grad_factor: Any = None
-    norm: BatchNorm | None = None
-    gate: str
+    mean_loss: Any  # (1,)
+    factor: Any = None  # (1,): of the logits; for "sign" there is a factor or a norm
+    grad_factor: Any = None  # (1,)
+    norm: BatchNorm | None = None  # of the logits
+    gate: str  # for "sign" a key of GATES, where "mask" stands for the window
     window: float
+    # (batch, units), as dense operands: gets the gradient of the layer's product, whose memory it
+    # may be where elements are as large.
     out: Any
 
     def __post_init__(self) -> None:

@@ -73,27 +73,16 @@ def mask_shape(rows: int, cols: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchNorm:
-    """Batch norm, by float32 arrays with an element a column.
-
-    Attributes
-    ----------
-    gamma, beta, grad_gamma, grad_beta : cupy.ndarray
-        Parameters, and what gets their gradients.
-    running_mean, running_variance : cupy.ndarray
-        Updated by each forward pass.
-    mean, inverse : cupy.ndarray or None
-        Get the batch's mean and the inverse of its deviation, for a hidden layer.
-    decay, eps : float
-    """
+    """Batch norm: float32 arrays with an element a column."""
 
     gamma: Any
     beta: Any
-    grad_gamma: Any
+    grad_gamma: Any  # get the parameters' gradients
     grad_beta: Any
-    running_mean: Any
+    running_mean: Any  # updated by each forward pass
     running_variance: Any
-    mean: Any = None
-    inverse: Any = None
+    mean: Any = None  # get the batch's statistics, for a hidden layer
+    inverse: Any = None  # 1 / standard deviation
     decay: float
     eps: float
 
@@ -104,24 +93,13 @@ class BatchNorm:
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A hidden layer's product, and what stands between it and the activation.
+    """A hidden layer's product, and what stands between it and the activation."""
 
-    Attributes
-    ----------
-    product : cupy.ndarray, shape (batch, units)
-        float32; float16 or int16 where these hold its integers; uint16 for bfloat16.
-    kept : cupy.ndarray of uint32, shape `mask_shape`, or None
-        Mask of what dropout keeps.
-    norm : BatchNorm or None
-    drop : int
-        DROP_*: where dropout stands.
-    keep_prob : float
-    """
-
+    # (batch, units): float32; float16 or int16 that hold its integers; uint16 for bfloat16.
     product: Any
-    kept: Any = None
+    kept: Any = None  # uint32, mask_shape: what dropout keeps
     norm: BatchNorm | None = None
-    drop: int = DROP_NONE
+    drop: int = DROP_NONE  # DROP_*: where dropout stands
     keep_prob: float = 1.0
 
     @property
@@ -154,27 +132,13 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """Where a layer's activations go.
+    """Where a layer's activations go."""
 
-    Attributes
-    ----------
-    output : str
-        A key of `OUTPUTS`; "none": only batch norm's statistics are computed.
-    dense : cupy.ndarray or None
-        Gets the activations, unless they are only packed.
-    packed : PackedMatrix or None
-        Gets the signs, packed along the last axis; its popcounts must be 0.
-    gate : cupy.ndarray of uint32, shape `mask_shape`, or None
-        Gets where the gradient passes.
-    window : float
-        Half the width of the window in which sign has a pseudo-gradient.
-    """
-
-    output: str = "none"
-    dense: Any = None
-    packed: Any = None
-    gate: Any = None
-    window: float = 0.0
+    output: str = "none"  # a key of OUTPUTS; "none": only batch norm's statistics are computed
+    dense: Any = None  # gets the activations, unless they are only packed
+    packed: Any = None  # PackedMatrix along the last axis: gets the signs; its popcounts must be 0
+    gate: Any = None  # uint32, mask_shape: gets where the gradient passes
+    window: float = 0.0  # half the width of the window in which sign has a pseudo-gradient
 
     def defines(self) -> Defines:
         """Return what the translation unit defines for them."""
@@ -190,13 +154,7 @@ class Activations:
 
 @dataclass(frozen=True, kw_only=True)
 class Activation:
-    """Normalise a layer's product over the batch, if it has batch norm, and take sign or ReLU.
-
-    Attributes
-    ----------
-    layer : Layer
-    to : Activations
-    """
+    """Normalise a layer's product over the batch, if it has batch norm, and take sign or ReLU."""
 
     layer: Layer
     to: Activations
@@ -229,26 +187,13 @@ class Activation:
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationGradient:
-    """Turn the gradient of a layer's activations into that of its product.
+    """Turn the gradient of a layer's activations into that of its product."""
 
-    Attributes
-    ----------
-    layer : Layer
-        Its batch norm gets the gradients of gamma and beta.
-    gate : str
-        A key of `GATES`.
-    mask : cupy.ndarray or None
-        `Activations.gate`, for the gate "mask".
-    grad : cupy.ndarray, shape (batch, units)
-    out : cupy.ndarray, shape (batch, units)
-        May be `grad`, or the memory of the product where its elements are as large.
-    """
-
-    layer: Layer
-    gate: str
-    mask: Any
-    grad: Any
-    out: Any
+    layer: Layer  # its batch norm gets gradients, too
+    gate: str  # a key of GATES
+    mask: Any  # Activations.gate, for the gate "mask"
+    grad: Any  # (batch, units)
+    out: Any  # (batch, units): may be `grad`, or the product's memory if its elements are as large
 
     def launch(self, launcher: Launcher) -> None:
         """Launch on the current stream."""
@@ -272,16 +217,10 @@ class ActivationGradient:
 
 @dataclass(frozen=True, kw_only=True)
 class UnpackRows:
-    """Write signs that are packed along the last axis as +1 and -1.
+    """Write signs that are packed along the last axis as +1 and -1."""
 
-    Attributes
-    ----------
-    packed : PackedMatrix
-    out : cupy.ndarray, of its shape
-    """
-
-    packed: Any
-    out: Any
+    packed: Any  # PackedMatrix
+    out: Any  # of its shape
 
     def launch(self, launcher: Launcher) -> None:
         """Launch on the current stream."""
@@ -296,16 +235,10 @@ class UnpackRows:
 
 @dataclass(frozen=True, kw_only=True)
 class UnpackColumns:
-    """Write signs that are packed along the first axis as +1 and -1.
+    """Write signs that are packed along the first axis as +1 and -1."""
 
-    Attributes
-    ----------
-    packed : PackedMatrix
-    out : cupy.ndarray, of its shape
-    """
-
-    packed: Any
-    out: Any
+    packed: Any  # PackedMatrix
+    out: Any  # of its shape
 
     def launch(self, launcher: Launcher) -> None:
         """Launch on the current stream."""

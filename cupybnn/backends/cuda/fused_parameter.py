@@ -25,38 +25,18 @@ _TILE_ROWS, _TILE_COLS = 32, 128
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterUpdate:
-    """A parameter that `Update` moves.
-
-    Attributes
-    ----------
-    weight, grad, mean, square : cupy.ndarray of float32, of one shape
-        The parameter, its gradient, the optimiser's two means. The gradient may be in the operands'
-        dtype; None: the product that computes it updates the parameter at the same time.
-    kept_grad : cupy.ndarray of float32 or None
-        Gets the gradient, with the penalty's part, where gradients are kept.
-    copy : cupy.ndarray or None
-        What products read instead: the weight in their dtype, or its sign.
-    packed : PackedMatrix or None
-        The packed signs, along the first axis.
-    binary : bool
-        Whether `copy` and `packed` hold signs.
-    gate : {"none", "window", "clip"}
-        Pseudo-gradient of a latent weight.
-    limit : float or None
-        Magnitude that the weight is clipped to.
-    lr_scale, penalty, weight_decay : float
-    """
+    """A parameter that `Update` moves. Arrays are float32 and of one shape, but for `grad`."""
 
     weight: Any
-    grad: Any
-    mean: Any
+    grad: Any  # maybe in the operands' dtype; None: the product that has it updates the parameter
+    mean: Any  # of the gradient and of its square, the optimiser's
     square: Any
-    kept_grad: Any = None
-    copy: Any = None
-    packed: Any = None
-    binary: bool = False
-    gate: str = "none"
-    limit: float | None = None
+    kept_grad: Any = None  # gets the gradient, with the penalty's part, where gradients are kept
+    copy: Any = None  # what products read instead: the weight in their dtype, or its sign
+    packed: Any = None  # PackedMatrix of the signs, along the first axis
+    binary: bool = False  # whether `copy` and `packed` hold signs
+    gate: str = "none"  # pseudo-gradient of a latent weight: "none", "window" or "clip"
+    limit: float | None = None  # magnitude that the weight is clipped to
     lr_scale: float = 1.0
     penalty: float = 0.0
     weight_decay: float = 0.0

@@ -24,50 +24,24 @@ _FEW_BLOCKS, _MANY_ROWS = 1, 8  # blocks a multiprocessor, rows a thread
 
 @dataclass(frozen=True)
 class Sums:
-    """What a kernel adds up over the rows of a layer, and keeps from one pass to the next.
+    """What a kernel adds up over the rows of a layer, and keeps from one pass to the next."""
 
-    Attributes
-    ----------
-    count : int
-        Sums of a column.
-    itemsize : int
-        Bytes of an element of the array that is held in addition to the products; 0 for none.
-    row_bytes : int
-        What else is held for each row.
-    most_warps : int
-        Of a block: 8, or 16 where a thread's registers allow two such blocks a multiprocessor.
-    """
-
-    count: int
-    itemsize: int = 0
-    row_bytes: int = 0
-    most_warps: int = _WARPS
+    count: int  # sums of a column
+    itemsize: int = 0  # of the array that is held in addition to the products; 0 for none
+    row_bytes: int = 0  # what else is held for each row
+    most_warps: int = _WARPS  # 16 if a thread's registers allow two such blocks a multiprocessor
 
 
 @dataclass(frozen=True)
 class Strips:
-    """A layer walked by strips of columns.
-
-    Attributes
-    ----------
-    defines : tuple of (name, value)
-    grid : (int, int)
-    clustered : bool
-        Whether the blocks of a strip are a cluster.
-    threads : int
-        Of a block.
-    cols : int
-        Columns of the layer.
-    shared : int
-        Bytes of dynamic shared memory.
-    """
+    """A layer walked by strips of columns."""
 
     defines: Defines
     grid: tuple[int, int]
-    clustered: bool
-    threads: int
-    cols: int
-    shared: int = 0
+    clustered: bool  # whether the blocks of a strip are a cluster
+    threads: int  # of a block
+    cols: int  # of the layer
+    shared: int = 0  # bytes of dynamic shared memory
 
     def partials(self, sums: int) -> int:
         """Numbers that the blocks leave in memory for `sums` sums a column."""
@@ -75,13 +49,7 @@ class Strips:
 
 
 class Walk:
-    """How the kernels of one device walk layers.
-
-    Parameters
-    ----------
-    device : int
-        Number of the CUDA device.
-    """
+    """How the kernels of CUDA device number `device` walk layers."""
 
     def __init__(self, device: int) -> None:
         self._multiprocessors = multiprocessors(device)
@@ -91,15 +59,9 @@ class Walk:
         self._has_large_clusters = architecture(device) == 90
 
     def strips(self, layer: Layer, sums: Sums | None = None, vector: int = 4) -> Strips:
-        """Return how to walk a layer.
+        """Return how to walk a layer; clusters are of use only where there are sums.
 
-        Parameters
-        ----------
-        layer : Layer
-        sums : Sums or None
-            Clusters are of use only where there are sums.
-        vector : int
-            Columns of a thread, where they divide the number of columns.
+        A thread has `vector` columns, or the most below that divide the layer's.
         """
         rows, cols = layer.shape
         while cols % vector:
