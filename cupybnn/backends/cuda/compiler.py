@@ -1,4 +1,4 @@
-"""Compiling kernels at run time, for this device, by CuPy; and what the device has."""
+"""Compiling kernels at run time through CuPy, and properties of the device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["architecture", "load_kernel", "multiprocessors", "shared_memory_limi
 
 Defines = Sequence[tuple[str, int | str]]
 
-# Blocks that a cluster may have on every GPU that has clusters; a kernel must ask for more
+# Every GPU with clusters allows this many blocks in one; a kernel must ask for more
 # (CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED).
 _PORTABLE_CLUSTER, _LARGE_CLUSTERS = 8, 14
 _PLENTY = 48 * 1024  # bytes of shared memory that every launch may have

@@ -18,7 +18,7 @@ from cupybnn.backends.cuda.structs import Kernel
 
 __all__ = ["THREADS", "WARPS", "Launcher"]
 
-#: Of a block, unless a kernel has its own.
+#: Threads and warps of a block, unless a kernel sets its own.
 THREADS, WARPS = 256, 8
 
 _REAL = {"float32": "float", "uint16": "bfloat16_bits"}
@@ -32,7 +32,7 @@ class Launcher:
     device : int
         Number of the CUDA device, which must be the current one.
     real : dtype
-        Of dense operands: float32, or uint16 for bfloat16.
+        Dtype of dense operands: float32, or uint16 for bfloat16.
     shapes : sequence of (rows, columns)
         Hidden layers, which may differ: they decide the size of the scratch memory. None are needed
         where nothing is summed over rows.
@@ -72,7 +72,9 @@ class Launcher:
         """Return the scratch arguments of a kernel that adds up `sums` numbers a column."""
         self._assert_one_stream()
         assert strips.grid[0] <= self._tickets.size, "the launcher knows no layer as wide as this"
-        assert strips.partials(sums) <= self._partials.size, "... or as large"
+        assert strips.partials(sums) <= self._partials.size, (
+            "the launcher knows no layer with as many sums"
+        )
         return {"partials": self._partials, "tickets": self._tickets}
 
     def losses(self, blocks: int) -> Any:
@@ -92,7 +94,7 @@ class Launcher:
         self._stream = stream
 
     def flat_grid(self, count: int, rounds: int = 16) -> tuple[int]:
-        """Return a grid of blocks with a thread for each of `count`, up to `rounds` times more."""
+        """Return a grid with a thread for each of `count`, but at most `rounds` blocks an SM."""
         return (max(1, min(-(-count // THREADS), rounds * self.multiprocessors)),)
 
     def launch(

@@ -44,7 +44,7 @@ HEAD_GRADIENT = Kernel(
 )
 NORMALISE_OUTPUT = Kernel("smxx_output_norm", "output_norm", "OutputNorm p", OUTPUT_NORM)
 
-_ROUNDS = 2  # of blocks, at least, for a warp to take more rows of logits at a time
+_ROUNDS = 2  # a warp takes more rows at a time if there are still this many blocks an SM
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,7 +55,7 @@ class Walk:
         self._multiprocessors = multiprocessors(device)
         self._shared = shared_memory_limit(device)
         self._has_clusters = architecture(device) >= 90
-        # Data-centre Hopper has 16 multiprocessors that can be a cluster, the others may not.
+        # Data-centre Hopper runs clusters of 16 blocks; elsewhere only 8 are guaranteed.
         self._has_large_clusters = architecture(device) == 90
 
     def strips(self, layer: Layer, sums: Sums | None = None, vector: int = 4) -> Strips:
@@ -93,13 +93,13 @@ class Walk:
     def _held(
         self, layer: Layer, sums: Sums, vector: int, warps: int, blocks: int
     ) -> tuple[int, int]:
-        """Return how many of a thread's rows are held, all or none, and the bytes that it takes."""
+        """Return how many of a thread's rows are held, all or none, and the bytes they take."""
         at_once = _rows_at_once(warps, vector)
         turns = -(-layer.shape[0] // (blocks * at_once))
         itemsize = layer.product.dtype.itemsize
         if vector * min(itemsize, sums.itemsize or itemsize) < 4:
             return 0, 0  # less than what can be copied asynchronously
-        # Whole batches of the kernels' loops: of 8, or a divisor of it.
+        # The kernels' loops take 8 rows at a time, or a divisor of 8.
         held = -(-turns // 8) * 8 if turns > 4 else 1 << (turns - 1).bit_length()
         row_bytes, own = self._bytes(layer, sums, itemsize, warps)
         shared = held * at_once * row_bytes
@@ -109,14 +109,14 @@ class Walk:
     def _bytes(layer: Layer, sums: Sums, itemsize: int, warps: int = _WARPS) -> tuple[int, int]:
         """Return the bytes that are held of a strip's row, and what a block needs in addition."""
         row = _COLS * (itemsize + sums.itemsize) + sums.row_bytes + 4 * (layer.drop != 0)
-        # Sums of warps (float) and of the cluster (double), and what is small.
+        # Sums of warps (float) and of the cluster (double), and some bytes more.
         return row, sums.count * _COLS * (4 * warps + 8) + 4096
 
     def _most_blocks(self, layer: Layer, sums: Sums, at_once: int) -> int:
         """Return the most blocks of a cluster: 16 where two of 8 do not fit a multiprocessor.
 
-        While one block waits for its rows the other then computes. For products of any type alike,
-        since the order of summation depends on it.
+        One block then computes while the other waits for its rows. The number is the same for every
+        type of product, because the order of summation depends on it.
         """
         row_bytes, own = self._bytes(layer, sums, 4)
         turns = -(-layer.shape[0] // (8 * at_once))

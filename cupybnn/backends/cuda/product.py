@@ -1,7 +1,7 @@
 """Launching a product: operands packed where they are not, one kernel, whatever its result.
 
-What a call needs beyond addresses depends on shapes, strides and dtypes alone. It is worked out at
-the first call of its kind and kept, since the host's time is most of a small product's.
+Beyond addresses, what a call needs depends only on shapes, strides and dtypes. It is prepared once,
+at the first call of its kind, because host time dominates a small product.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ _MOST_LAUNCHES = 10_000  # a program whose shapes never repeat should not grow f
 
 
 def forget_launches() -> None:
-    """Look everything up anew: the tuned table has changed."""
+    """Forget what was chosen, because the tuned table has changed."""
     _launches.clear()
 
 
@@ -184,7 +184,7 @@ def gemm(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> None:
         (*batch_a, M, K) and (*batch_b, K, N), on the current device; a PackedMatrix is packed along
         K. The batch shapes broadcast to that of `out`.
     out : cupy.ndarray, shape (*batch, M, N)
-        Of any strides, and of any dtype that a result may have.
+        With any strides, and any dtype that a result may have.
     epilogue : Epilogue or None
         Scale and bias, or None for the integers.
     """

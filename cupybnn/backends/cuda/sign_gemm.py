@@ -23,7 +23,7 @@ __all__ = [
     "weight_update",
 ]
 
-# As sm90_sign_gemm.cu has them.
+# As in sm90_sign_gemm.cu.
 _TILE_M, _TILE_N, _DEPTH, _STAGES = 128, 256, 64, 4
 _THREADS = 384
 _TRANSPOSED, _UPDATE = 0, 1
@@ -46,7 +46,10 @@ UPDATE = Kernel(
 
 
 def unsupported_reason(device: int, precision: str, inputs: int, units: int) -> str | None:
-    """Return why the kernel cannot take a layer's backward pass, or None, as a sentence's end."""
+    """Return why the kernel cannot do a layer's backward pass, or None if it can.
+
+    The reason ends a sentence.
+    """
     if architecture(device) != 90:
         return "the device has no compute capability 9.0"
     if precision != "bfloat16":

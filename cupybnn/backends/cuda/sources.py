@@ -18,8 +18,8 @@ _INCLUDE = re.compile(r'\s*#include "([^"]+)"')
 def kernels_dir() -> Path:
     """Folder of the CUDA sources.
 
-    It is inside the package where that was installed from a wheel, and beside it in a source tree
-    or an editable install.
+    It is inside an installed package, and next to the package in a source tree or an editable
+    install.
 
     Raises
     ------

@@ -48,7 +48,7 @@ def config(
 
 
 def _narrow(problem: Problem) -> tuple[bool, int] | None:
-    """Whether to swap, and the tile's columns, for a result that has few of them; else None."""
+    """Return whether to swap, and the tile's columns, for a narrow result; None for others."""
     swap = problem.m <= 64 and not problem.packed
     narrow = problem.m if swap else problem.n
     if narrow > 64:
