@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn.data import arrays
+from cupybnn.errors import SettingError
 
 __all__ = ["Dataset"]
 
@@ -206,7 +207,7 @@ class Dataset:
         that are sorted, by class for one, must be shuffled before.
         """
         if not 0 < images < len(self.train_images):
-            raise ValueError(
+            raise SettingError(
                 f"The 'validation' must be a number of training images to hold out, from 1 to "
                 f"{len(self.train_images) - 1} for {self.name}; got {images}."
             )

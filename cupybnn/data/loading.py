@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from cupybnn.data import digits, idx, mnist
 from cupybnn.data.dataset import Dataset
-from cupybnn.errors import DataError
+from cupybnn.errors import DataError, SettingError
 
 __all__ = ["DATASETS", "load"]
 
@@ -47,10 +47,10 @@ def load(
         If `name` is unknown, or a `data_dir` is given for "digits".
     """
     if name not in DATASETS:
-        raise ValueError(f"The 'dataset' must be one of {', '.join(DATASETS)}; got {name!r}.")
+        raise SettingError(f"The 'dataset' must be one of {', '.join(DATASETS)}; got {name!r}.")
     if name == "digits":
         if data_dir is not None:
-            raise ValueError(
+            raise SettingError(
                 f"The dataset 'digits' comes with scikit-learn and reads no data directory; got "
                 f"the data directory {os.fspath(data_dir)!r}. Leave out one of the two."
             )
