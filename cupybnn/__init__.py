@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cupybnn.autograd import Tensor
+    from cupybnn.deploy import PackedNetwork
     from cupybnn.fold import fold_batch_norm
     from cupybnn.gemm import xnor_gemm, xnor_gemm_packed
     from cupybnn.packed import PackedMatrix, concatenate, pack, sign, unpack
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PackedMatrix",
+    "PackedNetwork",
     "Tensor",
     "TrainConfig",
     "TrainResult",
@@ -36,6 +38,7 @@ __all__ = [
 #: a product needs nothing of training, and the command line tunes the process before NumPy.
 _MODULES = {
     "autograd": ("Tensor",),
+    "deploy": ("PackedNetwork",),
     "fold": ("fold_batch_norm",),
     "gemm": ("xnor_gemm", "xnor_gemm_packed"),
     "packed": ("PackedMatrix", "concatenate", "pack", "sign", "unpack"),

@@ -1,0 +1,150 @@
+"""The layers of a packed network: a product each, and what follows it in a few simple steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends.devices import Device, array_module, to_device
+from cupybnn.gemm import xnor_gemm, xnor_gemm_packed
+from cupybnn.packed import PackedMatrix, pack
+
+__all__ = ["PRODUCTS", "STEPS", "PackedLayer", "Step", "apply_steps"]
+
+#: What a product multiplies: numbers by real weights, numbers by signs, signs by signs.
+PRODUCTS = ("real", "signs", "bits")
+#: Steps on real results, an element at a time; each is monotone, rounded or not.
+STEPS: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "multiply": lambda xp, x, by: xp.multiply(x, by, out=x),
+    "add": lambda xp, x, by: xp.add(x, by, out=x),
+    "relu": lambda xp, x, by: xp.maximum(x, 0, out=x),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step after a product.
+
+    Attributes
+    ----------
+    kind : str
+        A key of `STEPS`.
+    by : array of float32, shape (units,), or None
+        Factors or summands; None for "relu".
+    """
+
+    kind: str
+    by: Any = None
+
+
+def apply_steps(steps: Sequence[Step], x: Any) -> Any:
+    """Return `x`, shape (..., units), float32, after the steps; it may be changed in place."""
+    xp = array_module(x)
+    # A unit may divide by 0 or overflow, as it did in training.
+    with np.errstate(all="ignore"):
+        for step in steps:
+            x = STEPS[step.kind](xp, x, step.by)
+    return x
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """A product and what follows it: steps, or a threshold that makes signs.
+
+    Attributes
+    ----------
+    name : str
+        Of the linear layer in the model.
+    product : str
+        One of `PRODUCTS`.
+    weight : array of float32, shape (inputs, units), or PackedMatrix of that shape
+        Real weights, or signs packed along the inputs.
+    steps : tuple of Step
+        For a layer without a threshold.
+    threshold : array, shape (units,), or None
+        The sign of a unit is +1 where ``(product >= threshold) != flip``. Of int32 for the product
+        "bits", else of float32.
+    flip : array of bool, shape (units,), or None
+    signs : array of float32, shape (inputs, units), or None
+        For the product "signs": the weights unpacked, made once.
+    """
+
+    name: str
+    product: str
+    weight: Any
+    steps: tuple[Step, ...] = ()
+    threshold: Any = None
+    flip: Any = None
+    signs: Any = None
+
+    @property
+    def inputs(self) -> int:
+        """Size of an input."""
+        return int(self.weight.shape[0])
+
+    @property
+    def units(self) -> int:
+        """Size of a result."""
+        return int(self.weight.shape[1])
+
+    @property
+    def binary(self) -> bool:
+        """Whether the weights are signs."""
+        return self.product != "real"
+
+    def arrays(self) -> Iterator[tuple[str, Any]]:
+        """Yield (name, array) of what belongs to the layer; packed weights are left out."""
+        if not self.binary:
+            yield "weight", self.weight
+        if self.threshold is not None:
+            yield "threshold", self.threshold
+            yield "flip", self.flip
+        for i, step in enumerate(self.steps):
+            if step.by is not None:
+                yield f"step{i}", step.by
+
+    def __call__(self, x: Any) -> Any:
+        """Return what the layer makes of its input.
+
+        Parameters
+        ----------
+        x : array of float32 or PackedMatrix, shape (batch, inputs)
+            Packed for the product "bits".
+
+        Returns
+        -------
+        PackedMatrix, shape (batch, units), packed along the units, if there is a threshold;
+        otherwise an array of float32
+        """
+        if self.product == "bits":
+            if self.threshold is not None:
+                return xnor_gemm_packed(x, self.weight, threshold=self.threshold, flip=self.flip)
+            return apply_steps(self.steps, xnor_gemm(x, self.weight, dtype=np.float32))
+        if isinstance(x, PackedMatrix):
+            x = x.unpack(np.float32)
+        y = x @ (self.weight if self.signs is None else self.signs)
+        if self.threshold is not None:
+            return pack((y >= self.threshold) != self.flip)
+        return apply_steps(self.steps, y)
+
+    def to(self, device: Device) -> PackedLayer:
+        """Return the layer with its arrays on a device."""
+
+        def move(x: Any) -> Any:
+            if isinstance(x, PackedMatrix):
+                return x.to_numpy() if device.kind == "cpu" else x.to_cupy()
+            return None if x is None else to_device(x, device)
+
+        with device.scope():
+            return PackedLayer(
+                self.name,
+                self.product,
+                move(self.weight),
+                tuple(Step(step.kind, move(step.by)) for step in self.steps),
+                move(self.threshold),
+                move(self.flip),
+                move(self.signs),
+            )

@@ -1,0 +1,277 @@
+"""A trained network with its binary weights as bits, to predict with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from cupybnn import nn
+from cupybnn.backends.devices import CPU, Device, array_module, resolve
+from cupybnn.deploy import file
+from cupybnn.deploy.conversion import packed_layers
+from cupybnn.deploy.inputs import InputSpec, like
+from cupybnn.deploy.layers import PackedLayer
+from cupybnn.training.saved import DataDescription, load_model
+
+__all__ = ["PackedNetwork"]
+
+#: Inputs that go through the layers at a time on the CPU, so that activations stay in the cache.
+_ROWS = 1024
+
+
+class PackedNetwork:
+    """A trained network in as few bits as its predictions need.
+
+    Hidden layers with binary weights are products of bits, and batch norm and sign after them an
+    integer threshold for each unit; layers with real weights stay as they are. Dropout, latent
+    weights and all else that acts in training alone is gone. The result is that of the model's
+    evaluation.
+
+    Make one by `from_model`, `from_run` or `load`.
+
+    Attributes
+    ----------
+    layers : tuple of PackedLayer
+    inputs : InputSpec
+    classes : ndarray, shape (classes,)
+        What `predict` returns: the names of the classes, or their numbers.
+    device : Device
+
+    Examples
+    --------
+    >>> import cupybnn
+    >>> result = cupybnn.train(dataset="digits", binary=True, max_steps=60, device="cpu")
+    >>> net = cupybnn.PackedNetwork.from_model(result.model)
+    >>> net(np.zeros((2, 64), np.float32)).shape
+    (2, 10)
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[PackedLayer],
+        inputs: InputSpec,
+        classes: Any = None,
+        device: Device = CPU,
+    ) -> None:
+        self.layers = tuple(layers)
+        self.inputs = inputs
+        count = self.layers[-1].units
+        self.classes = np.arange(count) if classes is None else np.asarray(classes)
+        if self.classes.shape != (count,):
+            raise ValueError(
+                f"The 'classes' of a PackedNetwork must name each of its {count} outputs; got "
+                f"{self.classes.shape}."
+            )
+        self.device = device
+
+    # Making one --------------------------------------------------------------------------------
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        *,
+        pixel_max: float | None = None,
+        image_shape: tuple[int, ...] | None = None,
+        classes: Iterable[Any] | None = None,
+    ) -> PackedNetwork:
+        """Pack a trained model.
+
+        Parameters
+        ----------
+        model : Module
+            A chain of our layers (`cupybnn.nn.Sequential`), with parameters in float32.
+        pixel_max : float, optional
+            Greatest pixel, 255 for MNIST, where the network is to take pixels of whole numbers; it
+            was trained on ``pixels / pixel_max`` then. Floating inputs are taken as they are.
+        image_shape : tuple of int, optional
+            (height, width), where inputs may be images.
+        classes : iterable, optional
+            Names of the classes; default: their numbers from 0.
+
+        Returns
+        -------
+        PackedNetwork
+            On the device of the model.
+
+        Raises
+        ------
+        ValueError
+            If a layer cannot be packed; the message names it and says why.
+        """
+        layers = packed_layers(model)
+        inputs = InputSpec(layers[0].inputs, image_shape, pixel_max)
+        if image_shape is not None and np.prod(image_shape) != inputs.features:
+            raise ValueError(
+                f"The 'image_shape' must have {inputs.features} pixels, as many as the model has "
+                f"inputs; got {image_shape}."
+            )
+        names = None if classes is None else list(classes)
+        return cls(layers, inputs, names).to(model.device)
+
+    @classmethod
+    def from_run(
+        cls,
+        run: str | os.PathLike[str],
+        which: str = "newest",
+        *,
+        classes: Iterable[Any] | None = None,
+        device: str = "auto",
+    ) -> PackedNetwork:
+        """Pack the model of a training run; its data are not loaded.
+
+        Parameters
+        ----------
+        run : path-like
+            A run folder, or a checkpoint.
+        which : {"newest", "best"}
+            See `cupybnn.load_model`.
+        classes : iterable, optional
+            Names of the classes.
+        device : str
+            Where the network is to be: "auto", "cpu", "cuda" or "cuda:N".
+
+        Raises
+        ------
+        CheckpointError
+            If there is no such checkpoint, or it cannot be read.
+        ValueError
+            If a layer cannot be packed.
+        """
+        model = load_model(run, which=which, device=device)
+        data: DataDescription = vars(model)["trained_on"]
+        return cls.from_model(
+            model, pixel_max=data.pixel_max, image_shape=data.image_shape, classes=classes
+        )
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: str | Device = "cpu") -> PackedNetwork:
+        """Read what `save` wrote.
+
+        Parameters
+        ----------
+        path : path-like
+        device : str or Device
+            Where the network is to be.
+
+        Raises
+        ------
+        ValueError
+            If the file is damaged, of another kind or contradicts itself.
+        """
+        layers, inputs, classes = file.read(path)
+        return cls(layers, inputs, classes).to(device)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the network to one file: an .npz without pickle, a bit for each binary weight.
+
+        Parameters
+        ----------
+        path : path-like
+            Holds all of the network afterwards, or what it held before.
+        """
+        host = self.to("cpu")
+        file.write(path, host.layers, host.inputs, host.classes)
+
+    def to(self, device: str | Device) -> PackedNetwork:
+        """Return the network on "cpu", "cuda", "cuda:1", ...; itself, if it is there already."""
+        target = resolve(device)
+        if target == self.device:
+            return self
+        layers = [layer.to(target) for layer in self.layers]
+        return PackedNetwork(layers, self.inputs, self.classes, target)
+
+    # Using it ----------------------------------------------------------------------------------
+
+    def __call__(self, x: Any) -> Any:
+        """Return the logits.
+
+        Parameters
+        ----------
+        x : array_like
+            Inputs, shape (batch, features) or one of shape (features,); images, too, where the
+            network has an image shape. Whole numbers are pixels, floating ones are taken as they
+            are. NumPy, CuPy or any array that DLPack hands over, on the device of the network.
+
+        Returns
+        -------
+        array of float32, shape (batch, classes) or (classes,)
+            Of the kind of `x`.
+        """
+        return like(self._logits(x), x)
+
+    def predict_proba(self, x: Any) -> Any:
+        """Return the probabilities of the classes: the softmax of the logits, of their shape."""
+        logits = self._logits(x)
+        xp = array_module(logits)
+        shifted = xp.exp(logits - logits.max(axis=-1, keepdims=True))
+        return like(shifted / shifted.sum(axis=-1, keepdims=True), x)
+
+    def predict(self, x: Any) -> Any:
+        """Return the most probable class of each input.
+
+        Returns
+        -------
+        array, shape (batch,), or one value for one input
+            Elements of `classes`: numbers stay on the device of `x`, names are a NumPy array.
+        """
+        best = self._logits(x).argmax(axis=-1)
+        if self.classes.dtype.kind in "iu":
+            xp = array_module(best)
+            return like(xp.asarray(self.classes)[best], x)
+        return self.classes[best.get() if self.device.kind == "cuda" else best]
+
+    def _logits(self, x: Any) -> Any:
+        rows, single = self.inputs.read(x, self.device)
+        with self.device.scope():
+            if self.device.kind == "cuda" or len(rows) <= _ROWS:
+                logits = self._forward(rows)
+            else:
+                starts = range(0, len(rows), _ROWS)
+                logits = np.concatenate([self._forward(rows[i : i + _ROWS]) for i in starts])
+        return logits[0] if single else logits
+
+    def _forward(self, x: Any) -> Any:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+    # Looking at it -----------------------------------------------------------------------------
+
+    def summary(self) -> nn.Summary:
+        """Return a table of the layers: shapes, bits, bytes, operations; print it to see it."""
+        return nn.Summary(tuple(_row(layer) for layer in self.layers))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights, thresholds and steps, without padding."""
+        return self.summary().total("nbytes")
+
+    def __repr__(self) -> str:
+        sizes = "-".join(str(n) for n in (self.inputs.features, *(y.units for y in self.layers)))
+        return f"PackedNetwork({sizes}, {self.nbytes:,} bytes, on {self.device})"
+
+
+def _row(layer: PackedLayer) -> nn.Row:
+    weights, others = layer.inputs * layer.units, 0
+    nbytes = -(-weights // 8) if layer.binary else 4 * weights
+    for name, array in layer.arrays():
+        if name != "weight":
+            others += array.size
+            nbytes += -(-array.size // 8) if name == "flip" else array.nbytes
+    bits = layer.product == "bits"
+    return nn.Row(
+        name=layer.name,
+        kind={"real": "real", "signs": "binary, real input", "bits": "binary"}[layer.product],
+        shape=(layer.inputs, layer.units),
+        bits=1 if layer.binary else 32,
+        one_bit=weights if layer.binary else 0,
+        full=others + (0 if layer.binary else weights),
+        nbytes=nbytes,
+        training_nbytes=4 * (weights + others),
+        binary_products=weights if bits else 0,
+        full_products=0 if bits else weights,
+    )
