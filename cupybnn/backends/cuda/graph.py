@@ -12,7 +12,7 @@ from cupybnn.backends.cuda import blas
 __all__ = ["Fork", "capture"]
 
 
-def capture(stream: Any, launch: Callable[[], None]) -> Any:
+def capture(stream: Any, launch: Callable[[], None], pool: Any = None) -> Any:
     """Return the CUDA graph of what `launch` does.
 
     Parameters
@@ -21,8 +21,10 @@ def capture(stream: Any, launch: Callable[[], None]) -> Any:
         Not the default one; it is the current one while `launch` runs, which does not execute
         anything.
     launch : callable
-        May use further streams (see `Fork`). It must not allocate device memory: a graph would go
-        on using what the pool has given to others since.
+        May use further streams (see `Fork`). Without a `pool` it must not allocate device memory: a
+        graph would go on using what the pool has given to others since.
+    pool : cupy.cuda.MemoryPool, optional
+        Where `launch` allocates; of this graph alone, and kept as long as the graph.
 
     Returns
     -------
@@ -36,7 +38,8 @@ def capture(stream: Any, launch: Callable[[], None]) -> Any:
     import cupy
 
     try:
-        with stream, cupy.cuda.using_allocator(_refuse), _without_collection():
+        allocator = _refuse if pool is None else pool.malloc
+        with stream, cupy.cuda.using_allocator(allocator), _without_collection():
             stream.begin_capture()
             try:
                 launch()
