@@ -163,7 +163,7 @@ def test_steps_are_split_so_that_nothing_changes(kinds):
         return
     assert isinstance(epilogue, Epilogue)
     got = np.empty_like(product)
-    apply(product.astype(np.int32), got, epilogue)
+    apply(product.astype(np.int32), epilogue, got)
     np.testing.assert_array_equal(apply_steps(rest, got), apply_steps(steps, product.copy()))
 
 

@@ -29,7 +29,7 @@ SECTIONS = ("original", *GROUPS, "packing", "host", "first-call")
 
 
 def begun(kind: str, device: Device, quick: bool, notes: list[str]) -> dict[str, Any]:
-    """Return a record of `kind` ("product" or "train") that says what is measured on, and when."""
+    """Return a record of a kind ("product", "train", "infer"): what is measured on, and when."""
     if device.kind == "cpu" and not cuda_status().available:
         notes = [
             f"NumPy is measured, for there is no GPU to measure: {cuda_status().reason}",
@@ -164,7 +164,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"got {type(record).__name__} without that format."
         )
     try:
-        RULES["train" if record.get("kind") == "train" else "product"](record, "")
+        kind = record.get("kind")
+        RULES[kind if isinstance(kind, str) and kind in RULES else "product"](record, "")
     except SchemaError as error:
         raise RecordError(
             f"The file '{path}' must be a whole record of cupybnn bench: {error}."
