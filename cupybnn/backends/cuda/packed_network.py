@@ -259,13 +259,14 @@ class NetworkLaunch:
             return scratch
         # The default stream of each thread has the same address in all threads.
         key = stream.ptr, threading.get_ident()
-        scratch = self._scratch.get(key)
-        if scratch is None:
-            with self._lock:
-                scratch = self._scratch[key] = _Scratch(*self._pitches)
-                if len(self._scratch) > _MOST_SCRATCH:
-                    self._scratch.popitem(last=False)
-        return scratch
+        known = self._scratch.get(key)
+        if known is not None:
+            return known
+        with self._lock:
+            made = self._scratch[key] = _Scratch(*self._pitches)
+            if len(self._scratch) > _MOST_SCRATCH:
+                self._scratch.popitem(last=False)
+        return made
 
 
 def _round_up(units: int) -> int:

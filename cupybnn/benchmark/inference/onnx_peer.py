@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
+import onnxruntime  # type: ignore[import-untyped]
 from onnx import TensorProto, helper, numpy_helper
 
 from cupybnn.backends.devices import Device
@@ -25,7 +25,9 @@ def variants(device: Device) -> list[Variant]:
 
 
 def _model(network: Network) -> Any:
-    nodes, arrays = [], {"plus": np.float32(1), "minus": np.float32(-1), "zero": np.float32(0)}
+    nodes = []
+    constants = {"plus": 1, "minus": -1, "zero": 0}
+    arrays = {name: np.asarray(value, np.float32) for name, value in constants.items()}
     name = "x"
     for i, weight in enumerate(network.weights):
         arrays[f"weight{i}"] = weight
@@ -46,7 +48,7 @@ def _model(network: Network) -> Any:
         "network",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", FEATURES])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES])],
-        [numpy_helper.from_array(np.asarray(a), n) for n, a in arrays.items()],
+        [numpy_helper.from_array(a, n) for n, a in arrays.items()],
     )
     opsets = [helper.make_opsetid("", _OPSET)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=_IR)

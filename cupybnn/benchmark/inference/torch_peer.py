@@ -46,7 +46,10 @@ class _Module(torch.nn.Module):
     def forward(self, x: Any) -> Any:
         x = x.to(self.dtype)
         for weight, norm in zip(self.weights[:-1], self.norms, strict=True):
-            y = functional.batch_norm((x @ weight).float(), *norm, training=False, eps=self.eps)
+            mean, variance, gamma, beta = norm
+            y = functional.batch_norm(
+                (x @ weight).float(), mean, variance, gamma, beta, eps=self.eps
+            )
             x = torch.where(y >= 0, 1.0, -1.0).to(self.dtype)
         return (x @ self.weights[-1]).float()
 
