@@ -16,14 +16,14 @@
 // are fused multiply-adds: a thread has four units of all rows of the group and each `slices`-th
 // input. Its order of summation is the same whatever the batch, ROWS and CLUSTER are.
 //
-// Shared memory: inputs of the group, as bits or as float32 of KC inputs at a time, transposed; then
-// sums of each warp.
+// Shared memory: inputs of the group, as bits or as HELD float32 at a time, transposed; then sums of
+// each warp.
 //
 // What bounds it: for a row or a few, the time that a layer's first loads take, and the barriers;
 // reading real weights of a wide network from L2; for more rows, multiply-adds of the real layers.
 //
-// The translation unit sets ROWS (8, 16 or 32), CLUSTER, COOPERATIVE, and PIXELS: 1 if inputs are
-// bytes, which are multiplied by a factor, 0 if they are float32.
+// The translation unit sets ROWS (8, 16 or 32), CLUSTER, COOPERATIVE, HELD (floats of inputs in shared
+// memory), and PIXELS: 1 if inputs are bytes, which are multiplied by a factor, 0 if they are float32.
 
 #include "hopper.cuh"
 
@@ -33,8 +33,7 @@
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr u32 ALL = 0xffffffffu;
-constexpr int KC = 800;          // inputs of a real product that are in shared memory at a time
-constexpr int TILE = 32;         // units of a tile of bits: a word of the result
+constexpr int TILE = 32;  // units of a tile of bits: a word of the result
 
 #define PRODUCT_REAL 0   // numbers by float32 weights
 #define PRODUCT_SIGNS 1  // numbers by signs
@@ -78,7 +77,8 @@ struct Sums {
   };
   int ones[ROWS];
 };
-constexpr int INPUT_BYTES = KC * ROWS * 4;
+constexpr int INPUT_BYTES = HELD * 4;
+static_assert(HELD / 32 % THREADS == 0, "a thread has the same inputs however many are held");
 
 // What follows the product in a unit, without the threshold.
 __device__ __forceinline__ float after_steps(const NetworkLayer& l, i64 unit, float v) {
@@ -278,6 +278,7 @@ __device__ __forceinline__ float4 read_weights(const NetworkLayer& l, i64 k, i64
 template <int R>
 __device__ __forceinline__ void multiply_real(const Place& at, i64 tile, i64 row0, int rows) {
   constexpr int AHEAD = R == 8 ? 8 : 4;  // weights under way
+  constexpr int KC = HELD / R;           // inputs in shared memory at a time
   const NetworkLayer& l = at.l;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int width = (int)l.width, quads = width / 4, slices = THREADS / quads;

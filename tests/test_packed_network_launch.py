@@ -21,7 +21,7 @@ from cupybnn.deploy.layers import Step, apply_steps
 
 # --- the kernels, without a GPU
 
-TEAMS = [Team(8, 1, 1), Team(16, 1, 1), Team(32, 1, 1), Team(8, 16, 16)]
+TEAMS = [Team(8, 1, 1), Team(16, 1, 1), Team(32, 1, 1, 1 << 14), Team(32, 1, 1), Team(8, 16, 16)]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -39,7 +39,7 @@ def test_the_kernels_compile(arch):
 
 def test_a_team_is_a_cluster_or_a_grid():
     require("sm_90a")
-    defines = {"ROWS": 8, "CLUSTER": 8, "COOPERATIVE": 1, "PIXELS": 0}
+    defines = {"ROWS": 8, "CLUSTER": 8, "COOPERATIVE": 1, "HELD": 1 << 14, "PIXELS": 0}
     with pytest.raises(RuntimeError, match="either a cluster or a cooperative grid is a team"):
         compile_cubin("sm80_packed_network", "sm_90a", defines)
 
@@ -64,7 +64,8 @@ def test_narrow_networks_go_to_clusters_and_wide_ones_to_the_whole_grid():
     assert packed_network.choose_team(wide, 1, 90, 132, large) == Team(8, 1, 128)
     assert packed_network.choose_team(wide, 9, 90, 132, large) == Team(16, 1, 132)
     assert packed_network.choose_team(wide, 64, 80, 108, large) == Team(32, 1, 108)
-    assert packed_network.choose_team(wide, 64, 86, 84, small) == Team(16, 1, 84)
+    assert packed_network.choose_team(wide, 64, 86, 84, small) == Team(32, 1, 84, 1 << 14)
+    assert Team(32, 1, 84, 1 << 14).shared <= small
 
 
 def test_a_tile_is_a_word_of_signs_or_a_few_numbers():
@@ -79,7 +80,7 @@ def test_a_tile_is_a_word_of_signs_or_a_few_numbers():
         (layers(784, 512, 10), 90, ""),
         (layers(784, 512, 10), 75, "needs compute capability 8.0; this is 7.5"),
         (layers(*[32] * 18), 90, "16 layers at most; there are 17"),
-        (layers(784, 30000, 10), 90, "25600 signs a row at most; there are 30000"),
+        (layers(784, 30000, 10), 90, "16384 signs a row at most; there are 30000"),
         ([Layer("real", None, 4, 3, steps=[("relu", None)] * 5)], 90, "4 steps after a product"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -25,8 +26,9 @@ __all__ = ["MOST_ROWS", "Layer", "NetworkLaunch", "Team", "choose_team", "unsupp
 PRODUCTS = {"real": 0, "signs": 1, "bits": 2}
 STEPS = {"multiply": 0, "add": 1, "relu": 2}
 MOST_LAYERS, MOST_STEPS = 16, 4
-_INPUTS_AT_A_TIME, _TILE, _WARPS = 800, 32, 8
-_MOST_BITS = 4 * _INPUTS_AT_A_TIME * 8 // 1024 * 1024  # of a row in shared memory
+_TILE, _WARPS = 32, 8
+_HELD = (1 << 15, 1 << 14)  # floats in shared memory: the first where a block may have so much
+_MOST_BITS = 1 << 14  # of a row in shared memory, where 32 rows are there at a time
 
 #: Rows that one launch takes at most. Beyond, a launch for each layer is faster.
 MOST_ROWS = 64
@@ -115,22 +117,26 @@ class Team:
         Blocks of a cluster with a group of its own; 1: all blocks of the grid work together.
     blocks : int
         Of the grid.
+    held : int
+        Floats of inputs in a block's shared memory.
     """
 
     rows: int
     cluster: int
     blocks: int
+    held: int = _HELD[0]
 
     @property
     def defines(self) -> tuple[tuple[str, int], ...]:
         """What the kernel is compiled with, but for the type of inputs."""
         cooperative = int(self.cluster == 1)
-        return (("ROWS", self.rows), ("CLUSTER", self.cluster), ("COOPERATIVE", cooperative))
+        team = (("ROWS", self.rows), ("CLUSTER", self.cluster), ("COOPERATIVE", cooperative))
+        return (*team, ("HELD", self.held))
 
     @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory: inputs, sums of the warps, popcounts."""
-        return 4 * self.rows * (_INPUTS_AT_A_TIME + _WARPS * _TILE + 1)
+        return 4 * (self.held + self.rows * (_WARPS * _TILE + 1))
 
 
 def choose_team(
@@ -140,9 +146,9 @@ def choose_team(
     if capability in _CLUSTERED and max(layer.units for layer in layers) <= _CLUSTER_UNITS:
         return Team(8, _CLUSTER, _CLUSTER * -(-rows // 8))
     items = max(layer.tiles * -(-rows // 8) for layer in layers)
-    sizes = [n for n in (8, 16, 32) if n == 8 or Team(n, 1, 1).shared <= shared]
-    size = next((n for n in sizes if n >= rows), sizes[-1])
-    return Team(size, 1, min(multiprocessors, items))
+    size = next((n for n in (8, 16) if n >= rows), 32)
+    team = Team(size, 1, min(multiprocessors, items))
+    return team if team.shared <= shared else dataclasses.replace(team, held=_HELD[1])
 
 
 class _Scratch:
