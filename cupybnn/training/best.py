@@ -9,11 +9,12 @@ one that was never interrupted.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from cupybnn.errors import CheckpointError
 from cupybnn.training import checkpoint as checkpoints
-from cupybnn.training.checkpoint import BEST, Checkpoint
+from cupybnn.training.checkpoint import BEST, NEWEST, Checkpoint
 from cupybnn.training.records import Evaluation
 
 __all__ = ["Best", "best_before", "with_final"]
@@ -35,6 +36,12 @@ class Best(NamedTuple):
 
     accuracy: float
     checkpoint: Checkpoint | None
+
+    def save(self, folder: Path, start: Checkpoint) -> None:
+        """Write the first checkpoints of a run that goes on from `start` into its folder."""
+        checkpoints.save(folder / NEWEST, start)
+        if self.checkpoint is not None:
+            checkpoints.save(folder / BEST, self.checkpoint)
 
 
 def with_final(checkpoint: Checkpoint, final: Evaluation) -> Checkpoint:

@@ -1,7 +1,9 @@
-"""What a run reports: an evaluation, the result, and the interface of those who listen."""
+"""What a run reports: evaluations, the result, and to whom: callbacks."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
     from cupybnn.training.protocol import TrainingRun
     from cupybnn.training.step import StepOutput
 
-__all__ = ["Callback", "Evaluation", "TrainResult"]
+__all__ = ["Callback", "Evaluation", "TrainResult", "closing"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class TrainResult:
 
 
 class Callback:
-    """Base of those who listen to a run; each method does nothing unless overridden.
+    """Base class for training callbacks; each method does nothing unless overridden.
 
     What a method raises ends the run.
     """
@@ -118,3 +120,23 @@ class Callback:
 
     def close(self) -> None:
         """Release what is held; called whether the run ended well or not."""
+
+
+@contextlib.contextmanager
+def closing(callbacks: Sequence[Callback]) -> Iterator[None]:
+    """Close every callback at the end; of several errors, the first is raised.
+
+    Callbacks that join `callbacks` within the context are closed too.
+    """
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as raised:
+        error = raised
+    for callback in callbacks:
+        try:
+            callback.close()
+        except BaseException as raised:
+            error = raised if error is None else error
+    if error is not None:
+        raise error

@@ -19,6 +19,7 @@ from cupybnn.paths import user_path
 from cupybnn.training import checkpoint as checkpoints
 from cupybnn.training.network import build_network
 from cupybnn.training.restore import stored_config
+from cupybnn.training.state import part
 
 __all__ = ["DataDescription", "load_model"]
 
@@ -56,9 +57,9 @@ class DataDescription:
     def of(cls, dataset: Dataset) -> DataDescription:
         """Describe a data set; reads all of it."""
         digest = hashlib.sha256()
-        for part in ("train", "test"):
+        for split in ("train", "test"):
             for kind in ("images", "labels"):
-                array = np.ascontiguousarray(getattr(dataset, f"{part}_{kind}"))
+                array = np.ascontiguousarray(getattr(dataset, f"{split}_{kind}"))
                 digest.update(array.data)
         shape = getattr(dataset, "image_shape", None)
         return cls(
@@ -186,7 +187,7 @@ def load_model(
     description = DataDescription.stored(stored)
     model = build_network(config, description.features, description.classes)
     try:
-        model.load_state_dict(_part(stored.arrays, "model/"))
+        model.load_state_dict(part(stored.arrays, "model/"))
         _take_averages(model, stored.arrays)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"The checkpoint {run} does not fit its network: {error}") from error
@@ -205,17 +206,13 @@ def _file(run: str | os.PathLike[str], which: str) -> Path:
     return checkpoints.find(path)
 
 
-def _part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-
-
 def _take_averages(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
     """Put averaged weights and their statistics into a model, if there are any.
 
     Checkpoints of earlier versions have averages without statistics; where there is batch norm,
     the model then stays as training left it.
     """
-    average, statistics = _part(arrays, "average/"), _part(arrays, "averaged/")
+    average, statistics = part(arrays, "average/"), part(arrays, "averaged/")
     buffers = dict(model.named_buffers())
     if int(average.get("updates", 0)) == 0 or buffers.keys() != statistics.keys():
         return

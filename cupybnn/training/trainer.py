@@ -1,84 +1,43 @@
-"""The training loop. It prints nothing: callbacks hear what happens."""
+"""The training loop. It prints nothing; callbacks are called as it goes."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cupybnn import nn, optim
+from cupybnn import nn
 from cupybnn.autograd import debug
 from cupybnn.backends.devices import resolve
-from cupybnn.data import BatchOrder, Dataset, DeviceData, load
+from cupybnn.data import BatchOrder, Dataset, DeviceData
 from cupybnn.errors import CheckpointError, NonFiniteError
 from cupybnn.files import remove_leftovers
 from cupybnn.training import checkpoint as checkpoints
+from cupybnn.training import state
 from cupybnn.training.best import best_before
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.evaluation import Averaging, evaluate
 from cupybnn.training.limits import check_memory
-from cupybnn.training.network import NETWORK_SETTINGS, build_network
-from cupybnn.training.records import Callback, Evaluation, TrainResult
+from cupybnn.training.network import build_network
+from cupybnn.training.records import Callback, Evaluation, TrainResult, closing
 from cupybnn.training.restore import check_settings
 from cupybnn.training.runs import new_run_folder
 from cupybnn.training.saved import DataDescription
-from cupybnn.training.step import (
-    Objective,
-    PlainStep,
-    Step,
-    StepOutput,
-    augmentation,
-    make_optimizer,
-)
+from cupybnn.training.setup import check_model, choose_step, find_dataset
+from cupybnn.training.step import Objective, Step, StepOutput, augmentation, make_optimizer
 from cupybnn.training.timing import StepTimer
 
-__all__ = ["Trainer", "train"]
+__all__ = ["Trainer"]
 
 #: A chance or a gradient that is too small to be told from 0 is 0, also for a caller who has NumPy
 #: raise at underflow.
 _UNDERFLOW_IS_ZERO: dict[str, Any] = {"under": "ignore"}
-
-
-def train(config: TrainConfig | None = None, /, **settings: Any) -> TrainResult:
-    """Train a network; prints nothing.
-
-    Parameters
-    ----------
-    config : TrainConfig, optional
-    **settings
-        Fields of `TrainConfig`, instead of `config`.
-
-    Returns
-    -------
-    TrainResult
-
-    Raises
-    ------
-    ValueError
-        If a setting is bad.
-    DataError, DeviceError, CheckpointError
-        If the data, the device or the checkpoint to restore cannot be had.
-    NonFiniteError
-        With ``debug=True``, at the first NaN or infinity.
-
-    Examples
-    --------
-    >>> import cupybnn
-    >>> result = cupybnn.train(dataset="digits", batch_norm=True, max_steps=100, device="cpu")
-    >>> result.final_accuracy > 0.9
-    True
-    """
-    if config is not None and settings:
-        raise ValueError("train() takes a TrainConfig or single settings, not both.")
-    if config is None:
-        config = TrainConfig.from_mapping(settings)
-    return Trainer(config).run()
 
 
 class Trainer:
@@ -157,7 +116,7 @@ class Trainer:
                 f"settings becomes one by TrainConfig.from_mapping."
             )
         if model is not None:
-            _check_model(model, config)
+            check_model(model, config)
         self.config = config
         self.callbacks = list(callbacks)
         self.notices: list[str] = []
@@ -171,28 +130,7 @@ class Trainer:
             remove_leftovers(checkpoints.find(config.restore).parent)
             for sentence in check_settings(config, stored):
                 self.notice(sentence)
-        dataset = data
-        if dataset is None:
-            name, reason = config.dataset, None
-            if stored is not None and name == "auto" and config.data_dir is None:
-                name = stored.info["dataset"]  # what "auto" came to when the run began
-                if name == "digits":
-                    reason = f"The run in {config.restore} fell back on them."
-            dataset = load(name, config.data_dir, notify=self.notice)
-            if reason is not None:
-                dataset = replace(dataset, fallback_reason=reason)
-        if not isinstance(dataset, Dataset):
-            raise TypeError(
-                f"The 'data' must be a Dataset; got {type(dataset).__name__}. Arrays become one "
-                f"by Dataset.from_arrays."
-            )
-        if config.validation:
-            dataset = dataset.with_validation(config.validation)
-        if len(dataset.test_labels) == 0:
-            raise ValueError(
-                f"The dataset {dataset.name!r} must have a test part to evaluate on; got none. "
-                f"Give it test_x and test_y, or hold training examples out with validation=N."
-            )
+        dataset = find_dataset(config, data, stored, self.notice)
         augmentation(config).check(dataset.image_shape)
         self.dataset = dataset
         with self.device.scope():
@@ -226,11 +164,10 @@ class Trainer:
         Within `averaged` too these are the weights that training goes on with.
         """
         with self.device.scope(), self._averaging.suspended():
-            arrays = {f"model/{k}": v for k, v in self.model.state_dict().items()}
-            arrays |= {f"optimizer/{k}": v for k, v in self.optimizer.state_dict().items()}
-            arrays |= {f"average/{k}": v for k, v in self._averaging.state_dict().items()}
-            # What `load_model` would need the images for.
-            arrays |= {f"averaged/{k}": v for k, v in self._averaging.statistics().items()}
+            arrays = state.gather(self.model, self.optimizer, self._averaging)
+        if self._averaging.exists:  # what `load_model` would need the images for
+            with self.averaged():
+                arrays |= state.averaged_statistics(self.model)
         info = {
             "config": asdict(self.config.with_absolute_paths()),
             "dataset": self.dataset.name,
@@ -261,15 +198,8 @@ class Trainer:
                 f"with {self.dataset.name}."
             )
 
-        def part(prefix: str) -> dict[str, np.ndarray]:
-            return {
-                k.removeprefix(prefix): v for k, v in stored.arrays.items() if k.startswith(prefix)
-            }
-
         try:
-            self.model.load_state_dict(part("model/"))
-            self.optimizer.load_state_dict(part("optimizer/"))
-            self._averaging.load_state_dict(part("average/"))
+            state.spread(stored.arrays, self.model, self.optimizer, self._averaging)
             self.history = [Evaluation(**fields) for fields in stored.info["history"]]
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
@@ -307,40 +237,19 @@ class Trainer:
         with (
             self.device.scope(),
             np.errstate(**_UNDERFLOW_IS_ZERO),
-            self._closing_callbacks(),
+            closing(self.callbacks),
         ):
             if self.config.log_dir is not None and self.step < self.config.max_steps:
                 self._open_log()
             return self._run()
 
-    @contextlib.contextmanager
-    def _closing_callbacks(self) -> Iterator[None]:
-        """Close every callback at the end; of several errors, the first is raised."""
-        error: BaseException | None = None
-        try:
-            yield
-        except BaseException as raised:
-            error = raised
-        for callback in self.callbacks:
-            try:
-                callback.close()
-            except BaseException as raised:
-                error = raised if error is None else error
-        if error is not None:
-            raise error
-
     def _open_log(self) -> None:
+        """Make the run folder, and add the callbacks that write into it."""
         from cupybnn.training.logs import CheckpointWriter, TensorBoardWriter
 
         start = self.state()
         best = best_before(start, self.config.restore)
-
-        def save_start(folder: Path) -> None:
-            checkpoints.save(folder / checkpoints.NEWEST, start)
-            if best.checkpoint is not None:
-                checkpoints.save(folder / checkpoints.BEST, best.checkpoint)
-
-        self.run_folder = new_run_folder(self.config, save_start)
+        self.run_folder = new_run_folder(self.config, lambda folder: best.save(folder, start))
         if best.checkpoint is None and self.history:
             self.notice(
                 f"The best checkpoint so far, of test accuracy {best.accuracy:.4f}, is not in the "
@@ -403,41 +312,11 @@ class Trainer:
             )
         with self.device.scope():
             if self._step is None or self._step.stale():
-                self._step = self._fused_step() or PlainStep(
-                    self.model, self.objective, self.optimizer, self.data, self.order, self.config
-                )
-            return self._step(step)
-
-    def _fused_step(self) -> Step | None:
-        """Return the fused step, or None, and say why, where there is none."""
-        config = self.config
-        rounded = config.dtype in ("tf32", "bfloat16")
-        reason = "there is no GPU" if self.device.kind == "cpu" else None
-        expected = reason is None and config.fused
-        if reason is None:
-            reason = None if config.fused else "fused is False"
-        if reason is None:
-            from cupybnn.backends.cuda.compiler import architecture
-            from cupybnn.training.fast import FusedStep, unsupported_reason
-
-            capability = architecture(self.device.index)
-            reason = unsupported_reason(config, self.model, self.optimizer, capability)
-            if self.data.pixel_scale is None:
-                reason = f"the features are {self.data.dtype}, not pixels of 8 bits"
-            if reason is None:
-                assert isinstance(self.optimizer, optim.Adam)
-                return FusedStep(
-                    self.model, self.objective, self.optimizer, self.data, self.order, config,
+                self._step = choose_step(
+                    self.model, self.objective, self.optimizer, self.data, self.order, self.config,
                     self.notice,
                 )  # fmt: skip
-        if rounded:
-            self.notice(f"Dense products are in float32, not {config.dtype}: {reason}.")
-        elif expected and not config.debug:
-            self.notice(
-                f"Steps are made operation by operation, because the fused kernels cannot: "
-                f"{reason}."
-            )
-        return None
+            return self._step(step)
 
     def _checked_step(self, step: int) -> StepOutput:
         if not self.config.debug:
@@ -484,18 +363,3 @@ class Trainer:
         """
         with self.device.scope(), self._averaging.applied():
             yield
-
-
-def _check_model(model: Any, config: TrainConfig) -> None:
-    """Raise unless `model` can be trained in place of the network of `config`."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"The 'model' must be an nn.Module; got {type(model).__name__}.")
-    if next(model.parameters(), None) is None:
-        raise ValueError(f"The 'model' must have parameters to learn; got {model!r}.")
-    default = TrainConfig()
-    idle = [n for n in NETWORK_SETTINGS if getattr(config, n) != getattr(default, n)]
-    if idle:
-        raise ValueError(
-            f"The 'config' of a Trainer with a 'model' must leave the settings of the network at "
-            f"their defaults; got {', '.join(idle)}. The model itself says what it is."
-        )
