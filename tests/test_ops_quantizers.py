@@ -179,7 +179,7 @@ class TestStochasticSign:
 
 class TestRegistry:
     def test_own_quantizer(self, monkeypatch):
-        monkeypatch.setattr(table, "_TABLE", dict(table._TABLE))
+        monkeypatch.setattr(table, "_REGISTRY", dict(table._REGISTRY))
 
         @ops.register_quantizer("doubled")
         class Doubled(ops.Quantizer):
