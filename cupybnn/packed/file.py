@@ -1,9 +1,9 @@
-"""The file of a packed matrix: an .npz of 64-bit words in the canonical layout, without pickle.
+"""File format of packed matrices: an .npz of 64-bit words in the canonical layout, without pickle.
 
 Its entries are ``format``, ``version``, ``shape``, ``axis``, ``words`` and ``checksum``, the CRC-32
-of the other three that matter; files from before there was a checksum lack it. A file that is read
-may come from anywhere: of each entry the size is checked before memory is asked for, other entries
-are not read, and whatever is wrong ends in one ValueError.
+of axis, shape and words; older files have no checksum. Files are untrusted: the size of each entry
+is checked before memory is allocated, other entries are not read, and every fault raises one
+ValueError.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ __all__ = ["canonical_shape", "read", "write"]
 FORMAT = "cupybnn.PackedMatrix"
 VERSION = 1
 ENTRIES = ("format", "version", "shape", "axis", "words")  # and, in newer files, the checksum
-SMALL = 4096  # bytes; no entry but the words has more
+SMALL = 4096  # bytes; the limit for all entries except the words
 CHUNK = 1 << 20  # bytes read at a time
 MOST_AXES = 64  # of a NumPy array
-# Lines without elements take no room in a file, but their popcounts do in memory.
+# Empty lines take no space in a file, but their popcounts take memory.
 MOST_EMPTY_LINES = 1 << 24
 
 _HEADERS = {
@@ -38,11 +38,11 @@ _HEADERS = {
 
 
 class _RefusedError(ValueError):
-    """What is wrong with a file, as the end of a sentence."""
+    """A fault of a file, as the end of a sentence."""
 
 
 def canonical_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    """Shape of the words, (..., lines, words a line), of a matrix packed along `axis`."""
+    """Return the shape (..., lines, words per line) of a matrix packed along `axis`."""
     if len(shape) == 1:
         shape = (1, *shape)
     return (*shape[:-2], shape[-3 - axis], -(-shape[axis] // 64))
@@ -56,7 +56,7 @@ def _checksum(words: np.ndarray, shape: tuple[int, ...], axis: int) -> int:
 def write(
     path: str | os.PathLike[str], words: np.ndarray, shape: tuple[int, ...], axis: int
 ) -> None:
-    """Write the canonical `words` of a matrix; `path` then holds all of it or what it held."""
+    """Write the canonical `words` of a matrix to `path`, atomically."""
     _check_path(path, "save")
     with atomic_write(path) as file:
         np.savez(
@@ -71,7 +71,7 @@ def write(
 
 
 def read(path: str | os.PathLike[str]) -> tuple[np.ndarray, tuple[int, ...], int]:
-    """Read a file that `write` made and check that it does not contradict itself.
+    """Read a file written by `write` and check that it is consistent.
 
     Returns
     -------
@@ -84,13 +84,13 @@ def read(path: str | os.PathLike[str]) -> tuple[np.ndarray, tuple[int, ...], int
     OSError
         If the file cannot be opened.
     ValueError
-        If it is truncated, of another format or version, compressed, or contradicts itself.
+        If it is truncated, of another format or version, compressed, or inconsistent.
     """
     _check_path(path, "load")
     mode = os.stat(path).st_mode
     try:
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # open() refuses a folder
-            raise _RefusedError("it is no regular file")
+            raise _RefusedError("it is not a regular file")
         with open(path, "rb") as file:
             return _read(file)
     except _RefusedError as error:
@@ -121,7 +121,7 @@ def _read(file: IO[bytes]) -> tuple[np.ndarray, tuple[int, ...], int]:
             return _read_entries(archive, os.fstat(file.fileno()).st_size)
     except _RefusedError:
         raise
-    except Exception as error:  # a wrong bit makes zipfile, zlib and NumPy raise a dozen kinds
+    except Exception as error:  # a flipped bit makes zipfile, zlib and NumPy raise many kinds
         why = str(error) or type(error).__name__
         raise _RefusedError(f"it is truncated, damaged or of another kind ({why})") from error
 
@@ -136,7 +136,7 @@ def _read_entries(archive: zipfile.ZipFile, size: int) -> tuple[np.ndarray, tupl
             raise _RefusedError(f"it has two entries {name!r}")
         if info.compress_type != zipfile.ZIP_STORED:
             raise _RefusedError(f"its entry {name!r} is compressed, which save never does")
-        claimed = max(info.file_size, info.compress_size)  # equal where nothing is damaged
+        claimed = max(info.file_size, info.compress_size)  # equal in an intact file
         if claimed > (size if name == "words" else SMALL):
             raise _RefusedError(f"its entry {name!r} claims {claimed} bytes")
         found[name] = info
@@ -170,14 +170,14 @@ def _read_entries(archive: zipfile.ZipFile, size: int) -> tuple[np.ndarray, tupl
     words = _words(archive, found["words"], shape, axis, expected)
     tail = shape[axis] % 64
     if tail and (words[..., -1] >> np.uint64(tail)).any():
-        raise _RefusedError("there are bits beyond the end of a line, where only zeros may be")
+        raise _RefusedError("bits past the end of a line are not zero")
     if "checksum" in entry and entry["checksum"].item() != _checksum(words, shape, axis):
-        raise _RefusedError("its words do not agree with its checksum: bits of it were changed")
+        raise _RefusedError("its words do not match its checksum: some bits were changed")
     return words, shape, axis
 
 
 def _header(stream: IO[bytes], info: zipfile.ZipInfo) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Return shape, order and dtype of the array in an entry, which fills the rest of it."""
+    """Return shape, order and dtype of an entry's array, which must fill the rest of the entry."""
     version = np.lib.format.read_magic(stream)
     if version not in _HEADERS:
         raise _RefusedError(f"its entry {info.filename!r} is of .npy version {version}")
@@ -220,5 +220,5 @@ def _words(
             octets[start : start + len(part)] = np.frombuffer(part, np.uint8)
             if len(part) < min(CHUNK, len(octets) - start):
                 raise _RefusedError(f"it is truncated, damaged: {info.filename!r} ends early")
-        stream.read()  # to the end, where zipfile compares the entry's own CRC
+        stream.read()  # at the end, zipfile checks the entry's own CRC
     return np.ascontiguousarray(flat.reshape(expected, order="F" if fortran_order else "C"))
