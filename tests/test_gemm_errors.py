@@ -42,7 +42,7 @@ def test_what_is_no_array(function, name):
     for x, parts in (
         (np.full((3, 3), None), ("got dtype object", "x.astype('float32')")),
         (np.ma.masked_less(np.ones((3, 3)), 0), ("without a mask", "x.filled(value)")),
-        ([[1, 2, 3], [1, 2]], ("that numpy.asarray reads; got list",)),
+        ([[1, 2, 3], [1, 2]], ("that numpy.asarray accepts; got list",)),
         ("text", ("got dtype <U4",)),
         (object(), ("got dtype object from object",)),
         (None, ("got dtype object from NoneType",)),
