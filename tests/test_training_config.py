@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cupybnn.spelling import nearest
 from cupybnn.training import TrainConfig
-from cupybnn.training.declaration import declared, nearest
+from cupybnn.training.declaration import declared
 
 
 def test_defaults_are_the_original_programs():

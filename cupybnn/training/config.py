@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cupybnn.errors import SettingError
+from cupybnn.paths import user_path
+from cupybnn.spelling import nearest
 from cupybnn.training.checks import PathName
-from cupybnn.training.declaration import declared, nearest, with_attributes
+from cupybnn.training.declaration import declared, with_attributes
 from cupybnn.training.options import DTYPES, Options
 
 __all__ = ["DTYPES", "TrainConfig"]
@@ -73,7 +75,7 @@ class TrainConfig(Options):
         for name, each in declared(type(self)).items():
             value = getattr(self, name)
             if isinstance(each.rule, PathName) and value is not None:
-                paths[name] = os.path.abspath(os.path.expanduser(value))
+                paths[name] = os.path.abspath(user_path(value))
         return replace(self, **paths)
 
     def to_json(self) -> str:
