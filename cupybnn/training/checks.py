@@ -80,7 +80,7 @@ class Rule:
 class PathName(Rule):
     """A path or None."""
 
-    must = "a path that this system can have, or None"
+    must = "a path or None"
     kind = "path or None"
     metavar = "DIR"
 
