@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import functools
@@ -304,7 +303,7 @@ def test_odd_values_of_any_option_end_in_a_line_at_the_most(name, monkeypatch, t
     monkeypatch.setattr("cupybnn.cli.verify.check", lambda *args, **options: ())
     monkeypatch.setattr("cupybnn.data.digits.load", functools.cache(digits.load))
     monkeypatch.setattr("cupybnn.training.trainer.Trainer.run", lambda trainer: None)
-    parser = command_line._load(name, argparse.ArgumentParser().add_subparsers())
+    parser = command_line._load(name, command_line._top_level_parser()[1])
     usual = [*QUICK, "--n_hidden", "2"] if name == "train" else []
     options = [a.option_strings[0] for a in parser._actions if a.option_strings and a.nargs != 0]
     assert "--device" in options
