@@ -315,7 +315,7 @@ def test_info_survives_whatever_importing_cupy_raises(tmp_path, raised):
     assert re.search(r"CUDA +CuPy is installed but cannot be imported: .", done.stdout)
 
 
-def test_without_a_home_folder_files_go_below_the_temporary_ones(monkeypatch, tmp_path):
+def test_info_without_a_home_folder_shows_the_temporary_one(monkeypatch, tmp_path, capsys):
     def nobody(number):
         raise KeyError(number)
 
@@ -325,16 +325,8 @@ def test_without_a_home_folder_files_go_below_the_temporary_ones(monkeypatch, tm
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     monkeypatch.setattr(pwd, "getpwnam", nobody)
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-    assert settings.cache_dir() == tmp_path / f"cupybnn-{os.getuid()}"
-    assert settings.data_dir() == settings.cache_dir() / "data"
-    assert settings.scikit_learn_data() == Path("~/scikit_learn_data")
     assert main.main(["info"]) == 0
-    # A folder of a user who does not exist is taken as it is written, as a shell does.
-    monkeypatch.setenv("CUPYBNN_CACHE_DIR", "~nosuchuser/x")
-    monkeypatch.setenv("CUPYBNN_DATA_DIR", "~nosuchuser/y")
-    assert settings.cache_dir() == Path("~nosuchuser/x")
-    assert settings.data_dir() == Path("~nosuchuser/y")
-    assert main.main(["info"]) == 0
+    assert str(tmp_path / f"cupybnn-{os.getuid()}") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
