@@ -443,9 +443,10 @@ class TestAverage:
 
         with pytest.raises(KeyError):
             fail_within()
-        monkeypatch.setattr(nn, "refresh_statistics", fail)
-        with pytest.raises(KeyError):
-            trainer.evaluate()
+        with monkeypatch.context() as patched:
+            patched.setattr(nn, "refresh_statistics", fail)
+            with pytest.raises(KeyError):
+                trainer.evaluate()
         for name, array in trainer.state().arrays.items():
             np.testing.assert_array_equal(array, before[name], err_msg=name)
 
