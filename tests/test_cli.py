@@ -86,6 +86,7 @@ def test_too_little_memory_is_told_in_one_line(monkeypatch, capsys):
         (["train", "--n_hidden", "9" * 20], "'n_hidden'"),
         (["train", "--n_hidden", "9" * 4000], "'n_hidden'"),
         (["train", "--n_hidden", str(10**6), "--binary"], "'n_hidden'"),
+        (["train", "--n_hidden", f"4,{'9' * 20},4"], "n_hidden = 4,99999999999999999999,4, hidden"),
         (["train", "--hidden_layers", "9" * 20], "'hidden_layers'"),
         (["train", "--hidden_layers", str(10**8), "--n_hidden", "1"], "'hidden_layers'"),
         (["bench", "train", "--sizes", f"512x{'9' * 20}"], "'batch_size'"),
@@ -102,7 +103,9 @@ def test_what_cannot_fit_into_memory_is_refused_before_it_is_tried(arguments, na
 
 
 @pytest.mark.parametrize("options", [{}, {"binary": True}, {"dtype": "float64"}])
-@pytest.mark.parametrize("sizes", [{"n_hidden": 1500}, {"batch_size": 20000}])
+@pytest.mark.parametrize(
+    "sizes", [{"n_hidden": 1500}, {"batch_size": 20000}, {"n_hidden": (1000, 1500)}]
+)
 def test_memory_that_is_said_to_be_needed_is_needed(options, sizes):
     small = {"dataset": "digits", "n_hidden": 100, "max_steps": 1, "device": "cpu"}
     config = TrainConfig(**{**small, **sizes, **options})

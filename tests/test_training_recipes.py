@@ -115,6 +115,8 @@ def test_own_file(tmp_path):
     path.write_text('summary = "mine"\n[settings]\nn_hidden = 17\n')
     assert recipes.load(str(path)).settings == {"n_hidden": 17}
     assert command._config({"recipe": str(path)}).n_hidden == 17
+    path.write_text("[settings]\nn_hidden = [17, 16]\n")
+    assert command._config({"recipe": str(path)}).hidden_sizes == (17, 16)
 
 
 @pytest.mark.parametrize(

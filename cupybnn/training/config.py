@@ -35,7 +35,8 @@ class TrainConfig(Options):
     @property
     def hidden_sizes(self) -> tuple[int, ...]:
         """Units of each hidden layer."""
-        return (self.n_hidden,) * self.hidden_layers
+        widths = self.n_hidden
+        return widths if isinstance(widths, tuple) else (widths,) * self.hidden_layers
 
     @property
     def storage_dtype(self) -> str:
@@ -48,6 +49,7 @@ class TrainConfig(Options):
             if value is None and each.by_binary is not None:
                 value = each.by_binary[self.binary is True]
             object.__setattr__(self, name, each.rule.check(name, value))
+        self._count_hidden_layers()
         if self.dataset == "digits" and self.data_dir is not None:
             raise SettingError(
                 f"The dataset 'digits' reads no data directory; got the data directory "
@@ -68,6 +70,18 @@ class TrainConfig(Options):
                 f"The 'optimizer' 'bop' must have binary weights to flip; got a network without "
                 f"any (binary={self.binary}, hidden_layers={self.hidden_layers})."
             )
+
+    def _count_hidden_layers(self) -> None:
+        """Set `hidden_layers` where `n_hidden` names the width of each of them."""
+        if not isinstance(self.n_hidden, tuple):
+            return
+        layers = len(self.n_hidden)
+        if self.hidden_layers not in (layers, declared(type(self))["hidden_layers"].default):
+            raise SettingError(
+                f"The 'hidden_layers' must be left out or agree where 'n_hidden' has one width for "
+                f"each layer; got {self.hidden_layers} layers and {layers} widths."
+            )
+        object.__setattr__(self, "hidden_layers", layers)
 
     def with_absolute_paths(self) -> TrainConfig:
         """Return the same settings with paths that mean the same from any folder."""
