@@ -85,7 +85,7 @@ class TrainConfig(Options):
 
     def with_absolute_paths(self) -> TrainConfig:
         """Return the same settings with paths that mean the same from any folder."""
-        paths = {}
+        paths: dict[str, Any] = {}
         for name, each in declared(type(self)).items():
             value = getattr(self, name)
             if isinstance(each.rule, PathName) and value is not None:
