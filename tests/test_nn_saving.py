@@ -42,6 +42,14 @@ def rewrite(path, **changes):
         np.savez(file, **{k: v for k, v in members.items() if v is not None})
 
 
+def test_a_path_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = make(1)
+    nn.save(model, "~/model.npz")
+    assert (tmp_path / "model.npz").exists()
+    assert contents(nn.load(make(2), "~/model.npz")) == contents(model)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 def test_round_trip(xp, tmp_path, dtype):
     model = make(0, dtype).to("cpu" if xp is np else "cuda")
