@@ -30,7 +30,7 @@ class NpzFile:
         The arrays in it.
     """
 
-    def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
+    def __init__(self, archive: zipfile.ZipFile, size: int, compressed: bool) -> None:
         self._archive = archive
         self._members: dict[str, zipfile.ZipInfo] = {}
         for member in archive.infolist():
@@ -38,7 +38,7 @@ class NpzFile:
             if name in self._members:
                 raise ValueError(f"it has two entries {name[:80]!r}")
             self._members[name] = member
-        self._size = size
+        self._size, self._compressed = size, compressed
         self.names = tuple(self._members)
 
     def header(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -86,6 +86,8 @@ class NpzFile:
         if name not in self._members:
             raise ValueError("it is missing")
         member = self._members[name]
+        if member.compress_type != zipfile.ZIP_STORED and not self._compressed:
+            raise ValueError("it is compressed, which such a file never is")
         most = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: _DEFLATE}.get(member.compress_type, 0)
         if member.compress_size > self._size or member.file_size > most * member.compress_size:
             raise ValueError(f"its size of {member.file_size:,} bytes contradicts the file's")
@@ -119,8 +121,14 @@ def _one_error(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_npz(path: str | os.PathLike[str]) -> Iterator[NpzFile]:
+def open_npz(path: str | os.PathLike[str], *, compressed: bool = True) -> Iterator[NpzFile]:
     """Open an .npz file for reading.
+
+    Parameters
+    ----------
+    path : path-like
+    compressed : bool
+        False refuses compressed arrays, which a small file could have be very large.
 
     Raises
     ------
@@ -135,7 +143,7 @@ def open_npz(path: str | os.PathLike[str]) -> Iterator[NpzFile]:
             raise ValueError(f"not an .npz file, it begins with {magic!r}")
         try:
             archive = zipfile.ZipFile(file)
-            found = NpzFile(archive, os.fstat(file.fileno()).st_size)
+            found = NpzFile(archive, os.fstat(file.fileno()).st_size, compressed)
         except Exception as error:  # as above
             raise ValueError(str(error) or type(error).__name__) from error
         yield found

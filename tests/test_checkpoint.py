@@ -397,6 +397,7 @@ class TestRunFolder:
         [
             ({}, "fp/hid_512/bs_128/reg_0.0001"),
             ({"n_hidden": 1024, "batch_size": 1024, "reg": 0}, "fp/hid_1024/bs_1024/reg_0.0"),
+            ({"n_hidden": (1024, 512, 256)}, "fp/hid_1024-512-256/bs_128/reg_0.0001"),
             ({"binary": True, "reg": 1e-5}, "bin/matmul/hid_512/batch_norm/bs_128/reg_1e-05"),
             (
                 {"binary": True, "n_hidden": 1024, "batch_size": 1024},

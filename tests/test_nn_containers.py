@@ -125,7 +125,7 @@ def test_names_that_cannot_be_had(name):
 def test_names_that_are_taken():
     with pytest.raises(ValueError, match="name '0' is already used"):
         nn.Sequential(linear(), **{"0": linear()})
-    with pytest.raises(ValueError, match="name 'fc' is taken"):
+    with pytest.raises(ValueError, match="name 'fc' is already used"):
         nn.Sequential(fc=linear()).append(linear(), "fc")
 
 

@@ -42,6 +42,14 @@ def rewrite(path, **changes):
         np.savez(file, **{k: v for k, v in members.items() if v is not None})
 
 
+def test_a_path_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = make(1)
+    nn.save(model, "~/model.npz")
+    assert (tmp_path / "model.npz").exists()
+    assert contents(nn.load(make(2), "~/model.npz")) == contents(model)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 def test_round_trip(xp, tmp_path, dtype):
     model = make(0, dtype).to("cpu" if xp is np else "cuda")
@@ -119,7 +127,7 @@ def test_files_that_are_not_there_or_not_ours(saved, tmp_path):
     other = tmp_path / "other.npz"
     np.savez(other, weight=np.ones(3))
     with pytest.raises(
-        CheckpointError, match=r"other.npz is not a cupybnn model file .*nn.save\(model"
+        CheckpointError, match=r"other.npz is not a cupybnn model file.*nn.save\(model"
     ):
         nn.load(make(), other)
     other.write_bytes(b"something else")

@@ -200,17 +200,18 @@ HUGE = {"descr": "<u8", "fortran_order": False, "shape": (1 << 40, 2)}
 @pytest.mark.parametrize(
     ("name", "data", "why"),
     [
-        ("words.npy", npy(HUGE), r"'words.npy' has 0 bytes for uint64 of shape \(1099511627776"),
-        ("words.npy", npy(HUGE | {"shape": (-5, 2)}), "has 0 bytes for uint64 of shape"),
-        ("words.npy", npy(HUGE | {"descr": "|O"}), "holds Python objects"),
+        ("words.npy", npy(HUGE), r"'words': uint64 of shape \(1099511627776.*contradicts"),
+        ("words.npy", npy(HUGE | {"shape": (-5, 2)}), "uint64 and shape .* is not read"),
+        ("words.npy", npy(HUGE | {"descr": "|O"}), "Python objects are not read"),
         ("words.npy", npy("(" * 5000), "truncated, damaged"),
         ("words.npy", b"", "truncated, damaged"),
-        ("words.npy", b"\x93NUMPY\x09\x00", "of .npy version"),
-        ("shape.npy", npy(HUGE), "'shape.npy' has 0 bytes"),
-        ("shape.npy", bytes(5000), "its entry 'shape' claims 5000 bytes"),
+        ("words.npy", b"\x93NUMPY\x09\x00", "array of format .* is not read"),
+        ("shape.npy", npy(HUGE), "'shape': uint64 .* contradicts its size"),
+        ("shape.npy", bytes(5000), "its entry 'shape': the magic string is not correct"),
+        ("shape.npy", npy(HUGE | {"shape": (600,)}, bytes(4800)), "4,800 bytes, at most 4,096"),
         ("version.npy", npy({"descr": "|O", "fortran_order": False, "shape": ()}), "objects"),
         ("format.npy", npy({"descr": "<U0", "fortran_order": False, "shape": ()}), "of another"),
-        ("axis.npy", npy({"descr": "<i8", "fortran_order": False, "shape": ()}), "has 0 bytes"),
+        ("axis.npy", npy({"descr": "<i8", "fortran_order": False, "shape": ()}), "contradicts"),
         ("checksum.npy", npy({"descr": "<f8", "fortran_order": False, "shape": ()}, bytes(8)),
          "its entry 'checksum' is"),
     ],
@@ -232,7 +233,7 @@ def test_sizes_that_the_archive_claims(good, little_memory, name, field):
     assert data[entry : entry + 4] == b"PK\x01\x02"
     data[entry + field : entry + field + 4] = struct.pack("<I", 1 << 30)
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="claims 1073741824 bytes"):
+    with pytest.raises(ValueError, match=r"its size of .* bytes contradicts the file"):
         PackedMatrix.load(path)
 
 
@@ -262,7 +263,7 @@ def test_more_files_that_contradict_themselves(good, little_memory, changes, why
 def test_compressed_and_repeated_members(good, tmp_path):
     path, entries = good
     np.savez_compressed(tmp_path / "small.npz", **entries)
-    with pytest.raises(ValueError, match="is compressed, which save never does"):
+    with pytest.raises(ValueError, match="it is compressed, which such a file never is"):
         PackedMatrix.load(tmp_path / "small.npz")
     with zipfile.ZipFile(path, "a") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the name is there already

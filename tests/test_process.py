@@ -53,6 +53,9 @@ threading.Thread(target=wait_and_work).start()
     "a forked child": (
         3,
         """
+import warnings
+# Python 3.12 and later warn of any fork of a process with threads, those of BLAS among them.
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 work()
 child = os.fork()
 work()

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import cupybnn
-from cupybnn import data
+from cupybnn import data, nn
 from cupybnn.autograd import Tensor
 from cupybnn.errors import CheckpointError
 from cupybnn.training import Callback, DataDescription, TrainConfig, Trainer, restored_config
 from cupybnn.training.checkpoint import BEST, NEWEST, Checkpoint, load, save
+from cupybnn.training.network import build_network
 
 QUICK = {"dataset": "digits", "device": "cpu", "n_hidden": 24, "max_steps": 30, "eval_every_n": 10}
 NETWORKS = {
@@ -131,6 +132,45 @@ def test_checkpoints_that_describe_nothing(tmp_path):
     save(tmp_path / "x.npz", dataclasses.replace(good, info={**good.info, "data": other}))
     with pytest.raises(CheckpointError, match=r"x\.npz does not fit its network"):
         cupybnn.load_model(tmp_path / "x.npz")
+
+
+def own_model(units=20):
+    """A model that no configuration describes."""
+    return nn.Sequential(
+        nn.Linear(64, 30, rng=1), nn.BatchNorm(30), nn.Sign(), nn.BinaryLinear(30, units, rng=2),
+        nn.BatchNorm(units), nn.ReLU(), nn.Linear(units, 10, rng=3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("average", ["none", "ema"])
+def test_a_model_of_ones_own(tmp_path, digits, average):
+    settings = {"max_steps": 30, "reg": 0.0, "device": "cpu", "average": average}
+    config = TrainConfig(**settings, log_dir=str(tmp_path))
+    result = Trainer(config, model=own_model(), data=digits).run()
+    run = result.run_folder
+    with pytest.raises(CheckpointError, match=r"load_model\(run, model=my_model\)"):
+        cupybnn.load_model(run, device="cpu")
+    model = own_model()
+    assert cupybnn.load_model(run, model=model, device="cpu") is model
+    images = model.trained_on.scale(digits.test_images)
+    assert accuracy(model, images, digits.test_labels) == result.final_accuracy
+    assert not model.training
+    with pytest.raises(CheckpointError, match="does not fit the given model"):
+        cupybnn.load_model(run, model=own_model(21), device="cpu")
+    with pytest.raises(TypeError, match=r"The 'model' must be an nn\.Module; got type"):
+        cupybnn.load_model(run, model=nn.Linear)
+    longer = restored_config(str(run), max_steps=31)
+    assert Trainer(longer, model=own_model(), data=digits).run().steps == 31
+    with pytest.raises(CheckpointError, match="give Trainer the same one as 'model'"):
+        Trainer(longer, data=digits)
+
+
+def test_a_model_made_by_hand_takes_the_weights_of_a_network(tmp_path, digits):
+    result = cupybnn.train(**QUICK, log_dir=str(tmp_path))
+    made = build_network(result.config, 64, 10)
+    opened = cupybnn.load_model(result.run_folder, model=made, device="cpu")
+    images = opened.trained_on.scale(digits.test_images)
+    assert accuracy(opened, images, digits.test_labels) == result.final_accuracy
 
 
 @pytest.fixture(scope="module")

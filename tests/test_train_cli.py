@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import functools
@@ -58,6 +57,30 @@ class TestOutput:
         assert re.fullmatch(r"Avg ex/s = \d+\.\d", lines[-2])
         assert re.fullmatch(r"Med ex/s = \d+\.\d", lines[-1])
         assert done.stderr == ""  # no bar where there is no terminal
+
+    def test_layers_of_different_width(self, tmp_path, capsys):
+        options = [*QUICK[:4], "--n-hidden", "40,30", "--log_dir", str(tmp_path)]
+        assert main(["train", *options, "--max_steps", "3"]) == 0
+        assert "Network: 64-40-30-10, full precision" in capsys.readouterr().out
+        folder = tmp_path / "fp" / "hid_40-30" / "bs_128" / "reg_0.0001"
+        shapes = {k: v.shape for k, v in load(folder / "1").arrays.items() if "weight" in k}
+        assert shapes["model/fc2.weight"] == (40, 30)
+        assert "model/fc3.weight" not in shapes
+        assert main(["train", "--restore", str(folder / "1"), "--max_steps", "5"]) == 0
+        assert load(folder / "2").step == 5
+        assert main(["train", *options, "--restore", str(folder / "1"), "--max_steps", "4"]) == 0
+        assert (
+            main(["train", *options[:-4], "--n_hidden", "40,31", "--restore", str(folder / "1")])
+            == 1
+        )
+        assert "n_hidden: checkpoint (40, 30), this run (40, 31)" in capsys.readouterr().err
+        assert main(["train", *options, "--hidden_layers", "4"]) == 2
+        assert "'hidden_layers' must be left out or agree" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            main(["train", "--n_hidden", "40,x"])
+        assert (
+            "must be a whole number, or one for each layer with commas" in capsys.readouterr().err
+        )
 
     def test_a_loss_that_is_no_longer_finite_is_told_once(self):
         done = train(*QUICK, "--lr", "1e30")
@@ -304,7 +327,7 @@ def test_odd_values_of_any_option_end_in_a_line_at_the_most(name, monkeypatch, t
     monkeypatch.setattr("cupybnn.cli.verify.check", lambda *args, **options: ())
     monkeypatch.setattr("cupybnn.data.digits.load", functools.cache(digits.load))
     monkeypatch.setattr("cupybnn.training.trainer.Trainer.run", lambda trainer: None)
-    parser = command_line._load(name, argparse.ArgumentParser().add_subparsers())
+    parser = command_line._load(name, command_line._top_level_parser()[1])
     usual = [*QUICK, "--n_hidden", "2"] if name == "train" else []
     options = [a.option_strings[0] for a in parser._actions if a.option_strings and a.nargs != 0]
     assert "--device" in options

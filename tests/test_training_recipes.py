@@ -115,6 +115,8 @@ def test_own_file(tmp_path):
     path.write_text('summary = "mine"\n[settings]\nn_hidden = 17\n')
     assert recipes.load(str(path)).settings == {"n_hidden": 17}
     assert command._config({"recipe": str(path)}).n_hidden == 17
+    path.write_text("[settings]\nn_hidden = [17, 16]\n")
+    assert command._config({"recipe": str(path)}).hidden_sizes == (17, 16)
 
 
 @pytest.mark.parametrize(
@@ -443,9 +445,10 @@ class TestAverage:
 
         with pytest.raises(KeyError):
             fail_within()
-        monkeypatch.setattr(nn, "refresh_statistics", fail)
-        with pytest.raises(KeyError):
-            trainer.evaluate()
+        with monkeypatch.context() as patched:
+            patched.setattr(nn, "refresh_statistics", fail)
+            with pytest.raises(KeyError):
+                trainer.evaluate()
         for name, array in trainer.state().arrays.items():
             np.testing.assert_array_equal(array, before[name], err_msg=name)
 

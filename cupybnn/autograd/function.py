@@ -12,6 +12,7 @@ from cupybnn.autograd.debug import place
 from cupybnn.autograd.state import checking, recording
 from cupybnn.autograd.storage import Storage, module_of, same_memory
 from cupybnn.autograd.tensor import Tensor, as_operand
+from cupybnn.backends.devices import is_cupy
 
 __all__ = ["Function"]
 
@@ -102,8 +103,9 @@ def _apply(function: type[Function], operands: tuple[Any, ...], params: dict[str
                 array = function.forward(ctx, *arrays, **params)
     except (ValueError, TypeError, IndexError) as error:
         raise _with_operands(error, function, operands) from error
-    if xp is np and not isinstance(array, np.ndarray):
-        array = np.asarray(array)  # a reduction to one number gives a NumPy scalar
+    if xp is np and not isinstance(array, np.ndarray) and not is_cupy(array):
+        # A reduction to one number gives a NumPy scalar; a move to a GPU gives a CuPy array.
+        array = np.asarray(array)
     check = checking.get()
     if check is not None:
         ctx.place = place()

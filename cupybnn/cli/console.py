@@ -57,7 +57,7 @@ class Console(Callback):
             f"Data: {data.name}, {len(data.train_labels):,} training and "
             f"{len(data.test_labels):,} {kind} images; device: {trainer.device}"
         )
-        hidden = "-".join([str(config.n_hidden)] * config.hidden_layers)
+        hidden = "-".join(map(str, config.hidden_sizes))
         details = ["full precision"]
         if config.binary:
             which = {(0, 0): "hidden layers", (1, 0): "first and hidden layers"}

@@ -4,10 +4,11 @@ A command is a module ``cupybnn/cli/<name>.py`` with
 
 * ``add_parser(subparsers)``: adds its own parser to argparse's subparsers, with
   ``set_defaults(run=run)`` left to this module;
-* ``run(args) -> int``: does the work and returns the exit code.
+* ``run(args) -> int``: does the work and returns the exit code; ``args.signals`` are the `Signals`
+  that the command is run within.
 
 Exit codes: 0 success, 1 the work failed or its output could not be written, 2 the command line or
-a setting was wrong, 130 interrupted.
+a setting was wrong, 130 interrupted; of ``train``, 143 terminated.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 
 import cupybnn
 from cupybnn.cli.parser import Parser
+from cupybnn.cli.signals import Signals
 from cupybnn.cli.streams import complain, flush, usable_streams
 from cupybnn.errors import (
     CheckpointError,
@@ -76,21 +78,30 @@ def _load(name: str, subparsers: argparse._SubParsersAction) -> argparse.Argumen
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with usable_streams():
+    # Before anything else: what training imports and loads can take seconds.
+    with usable_streams(), Signals(wanted=arguments[:1] == ["train"]) as signals:
         try:
-            return _main(arguments)
+            return _main(arguments, signals)
         except KeyboardInterrupt:
             complain("cupybnn: interrupted")
             return 130
 
 
-def _main(arguments: list[str]) -> int:
+def _main(arguments: list[str], signals: Signals) -> int:
     name = "cupybnn"
     try:
         try:
             args = _parsed(arguments)
             name = f"cupybnn {args.command}"
+            args.signals = signals
             return int(args.run(args))
+        except BaseException:
+            # Whatever a library made of an interruption, it is reported as one.
+            word = signals.ended_the_start()
+            if not word:
+                raise
+            complain(f"cupybnn train: {word} before training began")
+            return signals.exit_code
         finally:
             flush()  # of the help, too
     except BrokenPipeError:  # the reader (head, less) went away, and knows

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from cupybnn.training.declaration import nearest
+from cupybnn.spelling import nearest
 
 __all__ = ["Parser"]
 

@@ -24,19 +24,25 @@ class Signals:
     a script) stays ignored. Outside the main thread, where Python lets nobody handle signals, the
     context does nothing.
 
+    Parameters
+    ----------
+    wanted : bool
+        False makes a context that handles nothing.
+
     Attributes
     ----------
     received : list of int
         Numbers of the signals that came, in order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wanted: bool = True) -> None:
+        self._wanted = wanted
         self.received: list[int] = []
         self._trainer: Trainer | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():
+        if self._wanted and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.getsignal(number)
                 # None: a handler that is not Python's, which could not be put back.
@@ -58,6 +64,11 @@ class Signals:
         if self.received:
             self._trainer = None
             raise KeyboardInterrupt
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of a command that a signal ended; 0 if none came."""
+        return 128 + self.received[0] if self.received else 0
 
     def ended_the_start(self) -> str:
         """Return in a word which signal came before training began; "" if none did."""

@@ -86,19 +86,10 @@ def run(args: argparse.Namespace) -> int:
     if "list_recipes" in args:
         return _list_recipes()
     try:
-        # First of all: what start-up imports and loads can take seconds.
-        with Signals() as signals:
-            try:
-                _train(vars(args), signals)
-            except BaseException:
-                # Whatever a library made of the interruption: it is told as that.
-                word = signals.ended_the_start()
-                if not word:
-                    raise
-                print(f"cupybnn train: {word} before training began", file=sys.stderr)
+        _train(vars(args), args.signals)
     except NonFiniteError as error:
         return _debug(error)
-    return 128 + signals.received[0] if signals.received else 0
+    return int(args.signals.exit_code)
 
 
 def _train(given: dict[str, Any], signals: Signals) -> None:

@@ -14,7 +14,7 @@ from cupybnn.errors import CheckpointError
 from cupybnn.files import atomic_write
 from cupybnn.nn.module import Module
 from cupybnn.npz import NpzFile, open_npz
-from cupybnn.paths import checked_path
+from cupybnn.paths import user_path
 
 __all__ = ["load", "read_state", "save"]
 
@@ -35,7 +35,8 @@ def save(model: Module, path: str | os.PathLike[str]) -> None:
     model : Module
         On any device.
     path : path-like
-        The .npz file to write, under exactly this name. A reader finds the old file or the new one.
+        The .npz file to write, under exactly this name; a leading ``~`` is the home folder. A
+        reader finds the old file or the new one.
 
     Raises
     ------
@@ -60,7 +61,7 @@ def save(model: Module, path: str | os.PathLike[str]) -> None:
     True
     """
     _check_model("save", model)
-    path = checked_path(path)
+    path = user_path(path)
     state = model.state_dict()
     for name, array in state.items():
         if array.dtype.kind not in "biuf":
@@ -133,7 +134,7 @@ def _read(
     path: str | os.PathLike[str], wanted: Callable[[str, tuple[int, ...]], bool]
 ) -> dict[str, np.ndarray]:
     """Read arrays by name; unwanted ones become zeros that take no memory."""
-    path = checked_path(path)
+    path = user_path(path)
     try:
         with open_npz(path) as file:
             state = {}

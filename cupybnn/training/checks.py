@@ -15,7 +15,7 @@ import numpy as np
 from cupybnn.errors import SettingError
 from cupybnn.paths import checked_path
 
-__all__ = ["Choice", "Device", "Number", "PathName", "Rule", "Switch", "Whole", "Wholes"]
+__all__ = ["Choice", "Device", "Number", "PathName", "Rule", "Switch", "Whole", "Wholes", "Widths"]
 
 
 class _Wrong(Exception):
@@ -80,7 +80,7 @@ class Rule:
 class PathName(Rule):
     """A path or None."""
 
-    must = "a path that this system can have, or None"
+    must = "a path or None"
     kind = "path or None"
     metavar = "DIR"
 
@@ -154,6 +154,33 @@ class Wholes(Rule):
 
     def show(self, value: Any) -> str:
         return ",".join(map(str, value)) or "none"
+
+
+@dataclass(frozen=True)
+class Widths(Rule):
+    """A whole number from 1 on for all layers, or one for each; with commas between in text."""
+
+    metavar = "H"
+    kind = "int or tuple of int"
+    must = "a whole number, at least 1, or one for each layer"
+
+    @property
+    def typed(self) -> str:
+        return "a whole number, or one for each layer with commas between them"
+
+    def convert(self, value: Any) -> int | tuple[int, ...]:
+        one = Whole(1)
+        if not isinstance(value, (tuple, list, np.ndarray)):
+            return one.convert(value)
+        if len(value) == 0:
+            raise _Wrong
+        return tuple(one.convert(each) for each in value)
+
+    def parse(self, text: str) -> int | tuple[int, ...]:
+        return tuple(int(number) for number in text.split(",")) if "," in text else int(text)
+
+    def show(self, value: Any) -> str:
+        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @dataclass(frozen=True)

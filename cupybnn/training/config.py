@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cupybnn.errors import SettingError
+from cupybnn.paths import user_path
+from cupybnn.spelling import nearest
 from cupybnn.training.checks import PathName
-from cupybnn.training.declaration import declared, nearest, with_attributes
+from cupybnn.training.declaration import declared, with_attributes
 from cupybnn.training.options import DTYPES, Options
 
 __all__ = ["DTYPES", "TrainConfig"]
@@ -33,7 +35,8 @@ class TrainConfig(Options):
     @property
     def hidden_sizes(self) -> tuple[int, ...]:
         """Units of each hidden layer."""
-        return (self.n_hidden,) * self.hidden_layers
+        widths = self.n_hidden
+        return widths if isinstance(widths, tuple) else (widths,) * self.hidden_layers
 
     @property
     def storage_dtype(self) -> str:
@@ -46,6 +49,7 @@ class TrainConfig(Options):
             if value is None and each.by_binary is not None:
                 value = each.by_binary[self.binary is True]
             object.__setattr__(self, name, each.rule.check(name, value))
+        self._count_hidden_layers()
         if self.dataset == "digits" and self.data_dir is not None:
             raise SettingError(
                 f"The dataset 'digits' reads no data directory; got the data directory "
@@ -67,13 +71,25 @@ class TrainConfig(Options):
                 f"any (binary={self.binary}, hidden_layers={self.hidden_layers})."
             )
 
+    def _count_hidden_layers(self) -> None:
+        """Set `hidden_layers` where `n_hidden` names the width of each of them."""
+        if not isinstance(self.n_hidden, tuple):
+            return
+        layers = len(self.n_hidden)
+        if self.hidden_layers not in (layers, declared(type(self))["hidden_layers"].default):
+            raise SettingError(
+                f"The 'hidden_layers' must be left out or agree where 'n_hidden' has one width for "
+                f"each layer; got {self.hidden_layers} layers and {layers} widths."
+            )
+        object.__setattr__(self, "hidden_layers", layers)
+
     def with_absolute_paths(self) -> TrainConfig:
         """Return the same settings with paths that mean the same from any folder."""
-        paths = {}
+        paths: dict[str, Any] = {}
         for name, each in declared(type(self)).items():
             value = getattr(self, name)
             if isinstance(each.rule, PathName) and value is not None:
-                paths[name] = os.path.abspath(os.path.expanduser(value))
+                paths[name] = os.path.abspath(user_path(value))
         return replace(self, **paths)
 
     def to_json(self) -> str:

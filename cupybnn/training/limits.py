@@ -36,15 +36,26 @@ def needed_bytes(
     weights, batch : int
         Bytes.
     """
-    hidden, layers = config.n_hidden, config.hidden_layers
+    # Each width and how many layers have it: `hidden_sizes` may itself be more than fits.
+    widths = config.n_hidden
+    runs = (
+        [(n, 1) for n in widths] if isinstance(widths, tuple) else [(widths, config.hidden_layers)]
+    )
     plain = device.kind == "cpu" or not config.fused
     item = 8 if config.dtype == "float64" else 4
     copies = (3 if config.optimizer in ("adam", "adamw") else 1) + plain
-    count = features * hidden + (layers - 1) * hidden * hidden + hidden * classes
-    kept = layers if plain and not config.binary else 1
+    count, inputs = 0, features
+    for units, layers in runs:
+        count += inputs * units + (layers - 1) * units * units
+        inputs = units
+    count += inputs * classes
+    if plain and not config.binary:
+        kept = sum(units * layers for units, layers in runs)
+    else:
+        kept = max(units for units, _ in runs)
     rounded = 2 if config.dtype == "bfloat16" else item
-    batch = config.batch_size * (features + kept * hidden + classes) * rounded
-    return count * item * copies + layers * _LAYER_BYTES, batch
+    batch = config.batch_size * (features + kept + classes) * rounded
+    return count * item * copies + config.hidden_layers * _LAYER_BYTES, batch
 
 
 def check_memory(config: TrainConfig, features: int, classes: int, device: Device) -> None:
@@ -62,10 +73,12 @@ def check_memory(config: TrainConfig, features: int, classes: int, device: Devic
     weights, batch = needed_bytes(config, features, classes, device)
     if weights + batch <= there:
         return
+    sizes = config.n_hidden if isinstance(config.n_hidden, tuple) else (config.n_hidden,)
+    widths = ",".join(map(_number, sizes))
     smaller = "'n_hidden' or 'hidden_layers'" if weights > batch else "'batch_size' or 'n_hidden'"
     raise SettingError(
         f"A run must fit into the memory of its device: {device} has {_size(there)}, the weights "
-        f"(n_hidden = {_number(config.n_hidden)}, hidden_layers = {_number(config.hidden_layers)}) "
+        f"(n_hidden = {widths}, hidden_layers = {_number(config.hidden_layers)}) "
         f"need at least {_size(weights)} and a batch (batch_size = {_number(config.batch_size)}) "
         f"{_size(batch)}. Choose a smaller {smaller}."
     )

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from cupybnn.data import DATASETS
-from cupybnn.training.checks import Choice, Device, Number, PathName, Switch, Whole, Wholes
+from cupybnn.training.checks import Choice, Device, Number, PathName, Switch, Whole, Wholes, Widths
 from cupybnn.training.declaration import setting
 
 __all__ = ["DTYPES", "Options"]
@@ -78,14 +78,17 @@ class Options:
         synonyms=("random_state", "rng"),
     )
 
-    n_hidden: int = _network(
+    n_hidden: int | tuple[int, ...] = _network(
         512,
-        Whole(1, "H"),
-        "units in each hidden layer",
+        Widths(),
+        "units in each hidden layer; 1024,512,256 makes three layers of different width",
         synonyms=("hidden", "units", "width", "hidden_size", "hidden_units"),
     )
     hidden_layers: int = _network(
-        3, Whole(1), "number of hidden layers", synonyms=("layers", "n_layers", "depth", "hidden")
+        3,
+        Whole(1),
+        "number of hidden layers, where n_hidden is one number",
+        synonyms=("layers", "n_layers", "depth", "hidden"),
     )
     binary: bool = _network(
         False,

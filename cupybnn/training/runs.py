@@ -25,10 +25,11 @@ def settings_folder(config: TrainConfig) -> Path:
 
     ``LOG_DIR/bin/xnor/hid_512/batch_norm/bs_128/reg_0.0`` or
     ``LOG_DIR/fp/hid_1024/bs_1024/reg_0.0001``: binary or full precision ("bin_first", "bin_last"
-    and "bin_all" with a binary first layer, last layer, or both), which product, hidden units,
-    batch size and the factor of the penalty as Python prints it. A run that goes on in the same
-    log directory with the same settings is numbered beside the one that it restores, also where
-    that has the name of earlier versions, ``0.0001`` alone, or was moved (see `log_dir_beside`).
+    and "bin_all" with a binary first layer, last layer, or both), which product, hidden units
+    (``hid_1024-512-256`` where each layer has a width of its own), batch size and the factor of the
+    penalty as Python prints it. A run that goes on in the same log directory with the same settings
+    is numbered beside the one that it restores, also where that has the name of earlier versions,
+    ``0.0001`` alone, or was moved (see `log_dir_beside`).
     """
     if config.log_dir is None:
         raise ValueError("A run folder needs a configuration with a 'log_dir'; got None.")
@@ -68,7 +69,8 @@ def _names(config: TrainConfig) -> tuple[Path, Path]:
         which = {(False, False): "bin", (True, False): "bin_first", (False, True): "bin_last"}
         folder = Path(which.get((config.first, config.last), "bin_all"))
         folder /= "xnor" if config.xnor else "matmul"
-    folder /= f"hid_{config.n_hidden}"
+    widths = config.n_hidden if isinstance(config.n_hidden, tuple) else (config.n_hidden,)
+    folder /= f"hid_{'-'.join(map(str, widths))}"
     if config.batch_norm:
         folder /= "batch_norm"
     folder /= f"bs_{config.batch_size}"

@@ -141,7 +141,11 @@ class DataDescription:
 
 
 def load_model(
-    run: str | os.PathLike[str], *, which: str = "newest", device: str = "auto"
+    run: str | os.PathLike[str],
+    *,
+    which: str = "newest",
+    device: str = "auto",
+    model: nn.Module | None = None,
 ) -> nn.Module:
     """Open a trained model; the data it was trained on are not loaded.
 
@@ -154,19 +158,26 @@ def load_model(
         validation images; on the test images in a run without ``validation``.
     device : str
         "auto", "cpu", "cuda" or "cuda:N".
+    model : Module, optional
+        The weights are loaded into it: for a run whose model was given to ``Trainer(model=...)``,
+        one made in the same way. By default the network that the run's settings describe is built.
 
     Returns
     -------
     Module
-        In evaluation mode, with averaged weights if the run averaged. Its attribute `trained_on`
-        is a `DataDescription`, which scales images as the model wants them.
+        `model`, where it is given. In evaluation mode, with averaged weights if the run averaged.
+        Its attribute `trained_on` is a `DataDescription`, which scales images as the model wants
+        them.
 
     Raises
     ------
     CheckpointError
-        If there is no such checkpoint, or it cannot be read.
+        If there is no such checkpoint, it cannot be read or does not fit the model, or the run
+        trained a model of its own and `model` is not given.
     DeviceError
         If the device cannot be used.
+    TypeError
+        If `model` is no Module.
 
     Examples
     --------
@@ -181,16 +192,26 @@ def load_model(
     >>> model(Tensor(images)).shape
     (2, 10)
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"The 'model' must be an nn.Module; got {type(model).__name__}.")
     target = resolve(device)
     stored = checkpoints.load(_file(run, which))
     config = stored_config(stored.info)
     description = DataDescription.stored(stored)
-    model = build_network(config, description.features, description.classes)
+    fits = "the given model" if model is not None else "its network"
+    if model is None:
+        if stored.info.get("given_model"):
+            raise CheckpointError(
+                f"The run {run} trained a model that was given to Trainer(model=...), which its "
+                f"checkpoint cannot build. Make the same model and pass it: "
+                f"load_model(run, model=my_model)."
+            )
+        model = build_network(config, description.features, description.classes)
     try:
         model.load_state_dict(part(stored.arrays, "model/"))
         _take_averages(model, stored.arrays)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"The checkpoint {run} does not fit its network: {error}") from error
+        raise CheckpointError(f"The checkpoint {run} does not fit {fits}: {error}") from error
     model.to(target)
     model.eval()
     object.__setattr__(model, "trained_on", description)

@@ -118,6 +118,7 @@ class Trainer:
         if model is not None:
             check_model(model, config)
         self.config = config
+        self._given_model = model is not None
         self.callbacks = list(callbacks)
         self.notices: list[str] = []
         self.run_folder: Path | None = None
@@ -172,6 +173,7 @@ class Trainer:
             "config": asdict(self.config.with_absolute_paths()),
             "dataset": self.dataset.name,
             "data": self._description.to_dict(),
+            "given_model": self._given_model,
             "history": [evaluation.to_dict() for evaluation in self.history],
         }
         return checkpoints.Checkpoint(self.step, arrays, info)
@@ -202,8 +204,11 @@ class Trainer:
             state.spread(stored.arrays, self.model, self.optimizer, self._averaging)
             self.history = [Evaluation(**fields) for fields in stored.info["history"]]
         except (KeyError, TypeError, ValueError) as error:
+            hint = ""
+            if stored.info.get("given_model") and not self._given_model:
+                hint = " Its run trained a model of its own: give Trainer the same one as 'model'."
             raise CheckpointError(
-                f"The checkpoint {self.config.restore} does not fit the network: {error}"
+                f"The checkpoint {self.config.restore} does not fit the network: {error}{hint}"
             ) from error
         self.step = stored.step
         if sentence := DataDescription.stored(stored).difference(self._description):

@@ -131,7 +131,7 @@ class Head:
         launcher.launch(NORMALISE_OUTPUT, {"p": packed}, grid=(1,), defines=defines)
 
     def launch_gradient(self, launcher: Launcher) -> None:
-        """Compute the gradients and, unless `norm` has, sum the loss. Call after `launch_logits`."""
+        """Compute the gradients and, without `norm`, sum the loss. Call after `launch_logits`."""
         layer, walk, blocks = self.layer, launcher.walk, self._loss_blocks(launcher)
         widest = 2 if self._classes <= 12 else 1  # wider would need too many registers
         back = BACK.pack(

@@ -8,8 +8,13 @@ from typing import Any
 import numpy as np
 
 from cupybnn.backends.cuda.compiler import load_kernel
+from cupybnn.backends.cuda.structs import Kernel
 
 __all__ = ["random_words", "uniform"]
+
+DRAW = Kernel(
+    "smxx_random", "draw", "ptr out; i64 blocks; u64 first; u64 seed; u64 number; ptr numbers"
+)
 
 _MOST_BLOCKS = 1 << 16  # per launch; beyond that, each thread takes several blocks of four numbers
 
@@ -39,12 +44,16 @@ def _draw(shape: tuple[int, ...], seed: int, counter: Any, first: int, dtype: np
     blocks = -(-size // 4)
     out = cupy.empty(4 * blocks, dtype)
     if blocks:
-        kernel = load_kernel(
-            "smxx_random", "draw", (("UNIFORM", int(dtype.kind == "f")),), out.device.id
-        )
-        zero = np.uint64(0)
+        defines = (("UNIFORM", int(dtype.kind == "f")),)
+        kernel = load_kernel(DRAW.source, DRAW.function, defines, out.device.id)
         on_device = isinstance(counter, cupy.ndarray)
-        number = (zero, counter) if on_device else (np.uint64(counter), zero)
-        arguments = (out, np.int64(blocks), np.uint64(first), np.uint64(seed), *number)
+        arguments = DRAW.arguments(
+            out=out,
+            blocks=blocks,
+            first=first,
+            seed=seed,
+            number=0 if on_device else int(counter),
+            numbers=counter if on_device else None,
+        )
         kernel((min(-(-blocks // 256), _MOST_BLOCKS),), (256,), arguments)
     return out[:size].reshape(shape)
