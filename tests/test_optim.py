@@ -155,7 +155,7 @@ def test_state_round_trip_continues_exactly(xp, name):
     np.testing.assert_array_equal(run(second, again, xp, grads[2:]), expected)
 
 
-def test_state_that_does_not_fit_lists_all_misfits():
+def test_state_that_does_not_fit_lists_all_mismatches():
     optimizer = optim.Adam([make(np, (2,)), make(np, (3,))])
     state = optimizer.state_dict()
     state["0.0.mean"] = np.zeros(5)
