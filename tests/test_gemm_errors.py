@@ -177,7 +177,7 @@ def test_wrong_out(xp):
     for shape in ((3, 6), (5, 3), (15,), (1, 3, 5), ()):
         with raises(ValueError, "result's shape, (3, 5); got", str(shape)):
             xnor_gemm(a, b, out=xp.empty(shape))
-    with raises(TypeError, "'out'", "'dtype' asks for, int32; got float32", "only one"):
+    with raises(TypeError, "'out'", "the dtype given as 'dtype', int32; got float32", "only one"):
         xnor_gemm(a, b, out=xp.empty((3, 5), "f4"), dtype="i4")
 
 

@@ -190,7 +190,7 @@ class TestRegistry:
         x = Tensor([5.0], requires_grad=True)
         ops.sign(x, "doubled").backward(np.ones(1, "f"))
         assert x.grad == [2]
-        with pytest.raises(ValueError, match="'doubled' is registered already"):
+        with pytest.raises(ValueError, match="'doubled' is already registered"):
             ops.register_quantizer("doubled")(Doubled)
 
     def test_unknown_name_lists_the_known_ones(self):

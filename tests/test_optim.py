@@ -352,7 +352,7 @@ class TestGroups:
         for given in ([np.ones(2)], [{"params": [1.0]}], {"params": ["x"]}, [p, None]):
             with pytest.raises(TypeError, match=r"takes Parameters: .*; got a (nd|fl|str|None)"):
                 optim.SGD(given, 0.1)
-        with pytest.raises(TypeError, match=r"got a Linear\. Give its parameters\(\)"):
+        with pytest.raises(TypeError, match=r"got a Linear\. Pass its parameters\(\)"):
             optim.SGD(nn.Linear(2, 2), 0.1)
         for given in ([{"params": [p]}, p], [{"lr": 0.1}]):
             with pytest.raises(ValueError, match=r"must all be dicts with 'params'; got"):
