@@ -83,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   };
   const auto logit = [&](float n, int c) { return __fadd_rn(__fmul_rn(n, gamma[c]), beta[c]); };
 
-  // Of the gradients, of these times the normalised, of the loss.
+  // Sums of the gradients, of the gradients times the normalised logits, and of the loss.
   float mine[2 * CLASSES + 1] = {};
   for (int row = threadIdx.x; row < rows; row += THREADS) {
     float logits[CLASSES], grad[CLASSES];

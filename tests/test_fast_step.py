@@ -193,13 +193,13 @@ def test_sparing_memory_changes_nothing(monkeypatch, tmp_path, dtype, xnor, log_
     settings |= {"max_steps": 30, "hidden_layers": 4, "n_hidden": 160}
     if log_dir:
         settings["log_dir"] = str(tmp_path)
-    a, roomy = run(**settings)
+    a, with_copies = run(**settings)
     monkeypatch.setattr("cupybnn.training.fast.plan._DENSE_COPY_BYTES", 0)
     b, spared = run(**settings)
     assert a._step.plan.keep_dense_copies
     assert not b._step.plan.keep_dense_copies
     assert b._step._graph is not None
-    assert roomy == spared
+    assert with_copies == spared
     state = arrays(b)
     for name, array in arrays(a).items():
         np.testing.assert_array_equal(array, state[name], err_msg=name)

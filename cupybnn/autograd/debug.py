@@ -53,7 +53,7 @@ infinite.
 
 @contextmanager
 def scope(module: Any) -> Iterator[None]:
-    """Attribute what is computed within to `module`; ``module.path_of(inner)`` names its parts."""
+    """Attribute computations within to `module`; ``module.path_of(inner)`` names its parts."""
     state.scopes.append(module)
     try:
         yield

@@ -46,7 +46,7 @@ def same_memory(a: Any, b: Any) -> bool:
 def _bits(array: Any) -> Any:
     """View `array` as unsigned integers, so that NaNs compare equal and -0.0 differs from 0.0.
 
-    A longdouble is returned as it is: there is no integer of its size, and some of its bytes are
+    A longdouble is returned unchanged: there is no integer of its size, and some of its bytes are
     padding.
     """
     size = array.dtype.itemsize

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-__all__ = ["held_in", "stray_error"]
+__all__ = ["find_held", "stray_error"]
 
 _CONTAINERS = (list, tuple, set, frozenset, deque, dict)
 # Objects whose attributes are not part of a model.
@@ -16,7 +16,7 @@ _CLOSED = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType)
 _SIMPLE = frozenset({int, float, bool, str, bytes, type(None)})
 
 
-def held_in(value: Any, wanted: Callable[[Any], bool]) -> Iterator[tuple[str, Any]]:
+def find_held(value: Any, wanted: Callable[[Any], bool]) -> Iterator[tuple[str, Any]]:
     """Yield (place, item) for the items of a container, or of an object's attributes.
 
     Nested containers are searched. For an object, only its own attributes and the containers in
@@ -74,7 +74,7 @@ def stray_error(owner: Any, name: str, value: Any, place: str, item: Any) -> Typ
     value : object
         The attribute's value.
     place, item
-        As `held_in` yields them.
+        As `find_held` yields them.
     """
     kind = type(value).__name__
     if not isinstance(value, _CONTAINERS):

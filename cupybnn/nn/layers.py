@@ -60,7 +60,7 @@ class Linear(Module):
     bias : bool
         Whether there is a bias; it starts at 0.
     rng : numpy.random.Generator or int, optional
-        Generator, or seed, for the initial weights (`glorot_uniform`).
+        Generator or seed for the initial weights (`glorot_uniform`).
     dtype : dtype
         Dtype of the parameters.
 

@@ -12,7 +12,7 @@ from cupybnn.autograd import Tensor
 from cupybnn.autograd.debug import scope
 from cupybnn.autograd.state import state as engine
 from cupybnn.backends.devices import CPU, Device, resolve, to_device
-from cupybnn.nn.attributes import held_in, stray_error
+from cupybnn.nn.attributes import find_held, stray_error
 from cupybnn.nn.state import Expected, check_state, copy_into, mismatches
 from cupybnn.nn.summary import Row, Summary, inference_nbytes
 
@@ -72,7 +72,7 @@ class Module:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name, value in list(vars(cls).items()):
-            if _is_part(value) or any(held_in(value, _is_part)):
+            if _is_part(value) or any(find_held(value, _is_part)):
                 raise TypeError(
                     f"The class attribute {name!r} of {cls.__name__} must not hold modules or "
                     f"parameters, which all its instances would share; got a "
@@ -94,7 +94,7 @@ class Module:
                 )
             if type(value) not in _PLAIN and not isinstance(value, Module):
                 self._refuse_strays(
-                    [(self, name, value, *each) for each in held_in(value, _is_part)]
+                    [(self, name, value, *each) for each in find_held(value, _is_part)]
                 )
         super().__setattr__(name, value)
 
@@ -146,7 +146,7 @@ class Module:
         for _, module in self._modules():
             for name, value in list(vars(module).items()):
                 if type(value) not in _PLAIN and not isinstance(value, Module):
-                    held += [(module, name, value, *each) for each in held_in(value, _is_part)]
+                    held += [(module, name, value, *each) for each in find_held(value, _is_part)]
         self._refuse_strays(held)
 
     def _refuse_strays(self, held: list[tuple[Any, ...]]) -> None:

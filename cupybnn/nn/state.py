@@ -116,7 +116,7 @@ def check_state(state: Any, names: Iterable[str], owner: Any) -> None:
 def mismatches(
     state: Mapping[str, Any], expected: Mapping[str, Expected], strict: bool = True
 ) -> list[str]:
-    """Describe every array of `state` that is missing, unknown or not as expected, one a line.
+    """Describe every array of `state` that is missing, unknown or not as expected, one per line.
 
     Parameters
     ----------

@@ -33,7 +33,7 @@ struct Parameter {
   double lr_scale, penalty, weight_decay;
 };
 
-// Of one step, from the host.
+// Rates of one step, from the host.
 struct Rates {
   float lr, factor, eps, unused;  // lr; lr * root / (1 - b1**t) and eps * root, root = sqrt(1 - b2**t)
 };
