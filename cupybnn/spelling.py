@@ -1,4 +1,4 @@
-"""What someone may have meant who wrote a name that does not exist."""
+"""Suggestions for misspelled names."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ __all__ = ["nearest"]
 
 
 def nearest(name: str, names: Mapping[str, Iterable[str]], most: int = 3) -> list[str]:
-    """Return the names that someone who wrote `name` may have meant, the likeliest first.
+    """Return the known names most similar to `name`, most likely first.
 
     Parameters
     ----------
     name : str
     names : mapping of str to iterable of str
-        Each name and its synonyms.
+        Each name with its synonyms.
     most : int
-        Return no more than this.
+        Maximum number of names to return.
     """
     given = name.lower().replace("-", "_")
     words = set(given.split("_"))
 
-    def likeness(candidate: str) -> float:
+    def similarity(candidate: str) -> float:
         if given == candidate:
             return 1.0
         ratio = difflib.SequenceMatcher(None, given, candidate).ratio()
@@ -31,7 +31,7 @@ def nearest(name: str, names: Mapping[str, Iterable[str]], most: int = 3) -> lis
         return max(ratio, 0.6 + 0.4 * shared if shared else 0.0)
 
     scores = {
-        known: max([likeness(known), *(0.99 * likeness(other) for other in synonyms)])
+        known: max([similarity(known), *(0.99 * similarity(other) for other in synonyms)])
         for known, synonyms in names.items()
     }
     best = sorted(names, key=lambda known: -scores[known])[:most]

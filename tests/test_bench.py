@@ -240,7 +240,7 @@ def test_an_edited_record_is_one_kind_of_error_or_is_shown(path, tmp_path, capsy
         ('"tops": ', '"tops": -', r"products\[0\]\.rows\[0\]\.tops must be a finite number from"),
         ('"tops": ', '"tips": ', r"rows\[0\] lacks tops"),
         ('"median": ', '"median": 1e999, "x": ', "median must be a finite number"),
-        ('"median": ', '"median": NaN, "x": ', "NaN is not a number that JSON has"),
+        ('"median": ', '"median": NaN, "x": ', "NaN is not a valid JSON number"),
         ('"notes": [', '"notes": 3, "x": [', "notes must be a list"),
         ('"notes": [', '"notes": ["\\u001b[2J"], "x": [', r"notes\[0\] must be a printable text"),
         ('"notes": [', '"notes": [], "x": ' + "[" * 9000 + "[", "nested more than 32 levels deep"),

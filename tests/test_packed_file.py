@@ -110,7 +110,7 @@ def test_a_missing_folder_is_named(tmp_path):
         ({"shape": [-5, 70]}, "cannot be packed"),
         ({"shape": np.zeros(0, int)}, "cannot be packed"),
         ({"words": np.zeros((5, 2), np.int64)}, "but it holds int64"),
-        ({"words": np.full((5, 2), 2**64 - 1, np.uint64)}, "bits beyond the end of a line"),
+        ({"words": np.full((5, 2), 2**64 - 1, np.uint64)}, "bits past the end of a line"),
     ],
 )
 def test_files_that_contradict_themselves(good, changes, why):
@@ -135,7 +135,7 @@ def test_a_changed_bit_that_zip_does_not_notice(good):
     words, axis = entries["words"].copy(), entries["axis"]
     entries["words"][3, 1] ^= np.uint64(4)
     np.savez(path, **entries)
-    with pytest.raises(ValueError, match="words do not agree with its checksum"):
+    with pytest.raises(ValueError, match="words do not match its checksum"):
         PackedMatrix.load(path.with_suffix(".npz"))
     np.savez(path, **entries | {"words": words})
     assert PackedMatrix.load(path).shape == (5, 70)
@@ -144,7 +144,7 @@ def test_a_changed_bit_that_zip_does_not_notice(good):
     with np.load(square) as file:
         changed = dict(file) | {"axis": np.array(-2)}
     np.savez(square, **changed)
-    with pytest.raises(ValueError, match="words do not agree with its checksum"):
+    with pytest.raises(ValueError, match="words do not match its checksum"):
         PackedMatrix.load(square)
     assert axis == -1
 
@@ -250,7 +250,7 @@ def test_sizes_that_the_archive_claims(good, little_memory, name, field):
         ({"format": 3}, "its entry 'format'"),
         ({"axis": [-1]}, "its entry 'axis'"),
         ({"shape": 5}, "its entry 'shape'"),
-        ({"checksum": 3}, "do not agree with its checksum"),
+        ({"checksum": 3}, "do not match its checksum"),
     ],
 )
 def test_more_files_that_contradict_themselves(good, little_memory, changes, why):
@@ -309,7 +309,7 @@ def test_paths_that_cannot_be(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
 def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(ValueError, match="it is no regular file"):
+    with pytest.raises(ValueError, match="it is not a regular file"):
         PackedMatrix.load(tmp_path / "fifo")
 
 

@@ -41,13 +41,13 @@ def save(model: Module, path: str | os.PathLike[str]) -> None:
     Raises
     ------
     TypeError
-        If `model` is no `Module`, or a buffer is of a dtype that .npz files do not know.
+        If `model` is not a `Module`, or a buffer has a dtype that .npz files do not support.
     CheckpointError
-        If the file cannot be written; what was there before is untouched.
+        If the file cannot be written; an existing file is left untouched.
 
     Notes
     -----
-    The file holds arrays and names, no code and no pickle: make the same model to load it into.
+    The file holds arrays and names, no code and no pickle: build the same model to load it into.
 
     Examples
     --------
@@ -91,7 +91,7 @@ def load(model: _M, path: str | os.PathLike[str], strict: bool = True) -> _M:
     Parameters
     ----------
     model : Module
-        Made as the one that was saved; on any device, where it stays.
+        Built like the saved one; it stays on its device.
     path : path-like
     strict : bool
         As in `Module.load_state_dict`.
@@ -104,10 +104,10 @@ def load(model: _M, path: str | os.PathLike[str], strict: bool = True) -> _M:
     Raises
     ------
     TypeError
-        If `model` is no `Module`.
+        If `model` is not a `Module`.
     CheckpointError
-        If the file cannot be read, is damaged or no model file, or does not fit the model; all
-        misfits are listed by name, and the model is as it was.
+        If the file cannot be read, is damaged or not a model file, or does not match the model;
+        all mismatches are listed by name, and the model is left unchanged.
     """
     _check_model("load", model)
     own = model._state()
@@ -120,12 +120,12 @@ def load(model: _M, path: str | os.PathLike[str], strict: bool = True) -> _M:
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Return the state in a file that `save` wrote, as `Module.state_dict` gave it.
+    """Return the state in a file that `save` wrote, as `Module.state_dict` returned it.
 
     Raises
     ------
     CheckpointError
-        If the file cannot be read, is damaged or no model file.
+        If the file cannot be read, is damaged or not a model file.
     """
     return _read(path, lambda name, shape: True)
 
@@ -133,7 +133,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def _read(
     path: str | os.PathLike[str], wanted: Callable[[str, tuple[int, ...]], bool]
 ) -> dict[str, np.ndarray]:
-    """Read arrays by name; for those not wanted, arrays of zeros that take no memory."""
+    """Read arrays by name; unwanted ones become zeros that take no memory."""
     path = user_path(path)
     try:
         with open_npz(path) as file:
@@ -169,7 +169,7 @@ def _check_model(function: str, model: Any) -> None:
 
 
 def _declared_arrays(path: Path, file: NpzFile) -> dict[str, Any]:
-    """Return the dtype and shape of each array, from a checked header."""
+    """Return the dtype and shape of each array, from the validated header."""
     if _HEADER in file.names:
         text = str(file.read(_HEADER, _LONGEST_HEADER))
     else:
@@ -181,11 +181,11 @@ def _declared_arrays(path: Path, file: NpzFile) -> dict[str, Any]:
         ours = False
     if not ours:
         raise CheckpointError(
-            f"{path} is no model file of cupybnn. nn.save(model, path) writes one."
+            f"{path} is not a cupybnn model file. nn.save(model, path) writes one."
         )
     version, arrays = header.get("version"), header.get("arrays")
     if type(version) is not int or version < 1:
-        raise ValueError(f"its version must be a whole number from 1 on, is {version!r}")
+        raise ValueError(f"its version must be an integer of at least 1, is {version!r}")
     if version > _VERSION:
         raise CheckpointError(
             f"{path} is a model file of version {version}; this cupybnn reads versions up to "

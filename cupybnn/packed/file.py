@@ -1,9 +1,9 @@
-"""The file of a packed matrix: an .npz of 64-bit words in the canonical layout, without pickle.
+"""File format of packed matrices: an .npz of 64-bit words in the canonical layout, without pickle.
 
 Its entries are ``format``, ``version``, ``shape``, ``axis``, ``words`` and ``checksum``, the CRC-32
-of the other three that matter; files from before there was a checksum lack it. A file that is read
-may come from anywhere: of each entry the size is checked before memory is asked for, other entries
-are not read, and whatever is wrong ends in one ValueError.
+of axis, shape and words; older files have no checksum. Files are untrusted: the size of each entry
+is checked before memory is allocated, other entries are not read, and every fault raises one
+ValueError.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["canonical_shape", "read", "write"]
 
 FORMAT = "cupybnn.PackedMatrix"
 VERSION = 1
-SMALL = 4096  # bytes; no entry but the words has more
+SMALL = 4096  # bytes; the limit for all entries except the words
 MOST_AXES = 64  # of a NumPy array
-# Lines without elements take no room in a file, but their popcounts do in memory.
+# Empty lines take no space in a file, but their popcounts take memory.
 MOST_EMPTY_LINES = 1 << 24
 
-#: Kinds of dtype and number of axes of the entries but the words; older files have no checksum.
+#: Dtype kinds and numbers of axes of all entries except the words; older files have no checksum.
 _SMALL_ENTRIES = {
     "format": ("U", 0),
     "version": ("iu", 0),
@@ -39,11 +39,11 @@ _SMALL_ENTRIES = {
 
 
 class _RefusedError(ValueError):
-    """What is wrong with a file, as the end of a sentence."""
+    """A fault of a file, as the end of a sentence."""
 
 
 def canonical_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    """Shape of the words, (..., lines, words a line), of a matrix packed along `axis`."""
+    """Return the shape (..., lines, words per line) of a matrix packed along `axis`."""
     if len(shape) == 1:
         shape = (1, *shape)
     return (*shape[:-2], shape[-3 - axis], -(-shape[axis] // 64))
@@ -57,7 +57,7 @@ def _checksum(words: np.ndarray, shape: tuple[int, ...], axis: int) -> int:
 def write(
     path: str | os.PathLike[str], words: np.ndarray, shape: tuple[int, ...], axis: int
 ) -> None:
-    """Write the canonical `words` of a matrix; `path` then holds all of it or what it held."""
+    """Write the canonical `words` of a matrix to `path`, atomically."""
     _check_path(path, "save")
     with atomic_write(path) as file:
         np.savez(
@@ -72,7 +72,7 @@ def write(
 
 
 def read(path: str | os.PathLike[str]) -> tuple[np.ndarray, tuple[int, ...], int]:
-    """Read a file that `write` made and check that it does not contradict itself.
+    """Read a file written by `write` and check that it is consistent.
 
     Returns
     -------
@@ -85,13 +85,13 @@ def read(path: str | os.PathLike[str]) -> tuple[np.ndarray, tuple[int, ...], int
     OSError
         If the file cannot be opened.
     ValueError
-        If it is truncated, of another format or version, compressed, or contradicts itself.
+        If it is truncated, of another format or version, compressed, or inconsistent.
     """
     _check_path(path, "load")
     mode = os.stat(path).st_mode
     try:
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # open() refuses a folder
-            raise _RefusedError("it is no regular file")
+            raise _RefusedError("it is not a regular file")
         return _read(os.fsdecode(path))
     except _RefusedError as error:
         raise ValueError(
@@ -154,7 +154,7 @@ def _checked(file: NpzFile) -> tuple[np.ndarray, tuple[int, ...], int]:
     words = np.ascontiguousarray(file.read("words"))
     tail = shape[axis] % 64
     if tail and (words[..., -1] >> np.uint64(tail)).any():
-        raise _RefusedError("there are bits beyond the end of a line, where only zeros may be")
+        raise _RefusedError("bits past the end of a line are not zero")
     if "checksum" in entry and entry["checksum"].item() != _checksum(words, shape, axis):
-        raise _RefusedError("its words do not agree with its checksum: bits of it were changed")
+        raise _RefusedError("its words do not match its checksum: some bits were changed")
     return words, shape, axis

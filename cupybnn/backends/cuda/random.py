@@ -1,4 +1,4 @@
-"""Random numbers on a CUDA device, a draw in one launch; see `cupybnn.backends.random`."""
+"""Random numbers on a CUDA device, one launch per draw; see `cupybnn.backends.random`."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ DRAW = Kernel(
     "smxx_random", "draw", "ptr out; i64 blocks; u64 first; u64 seed; u64 number; ptr numbers"
 )
 
-_MOST_BLOCKS = 1 << 16  # of a launch; each thread then takes several blocks of four numbers
+_MOST_BLOCKS = 1 << 16  # per launch; beyond that, each thread takes several blocks of four numbers
 
 
 def random_words(shape: tuple[int, ...], seed: int, counter: Any, first: int = 0) -> Any:
-    """Return random 32-bit words on the current device, a CuPy array of uint32.
+    """Return random 32-bit words on the current device, as a CuPy array of uint32.
 
     Parameters
     ----------
     shape, seed, counter
         As in `cupybnn.backends.random.random_words`.
     first : int
-        Number of the first block of four words, from 0 to 2**64 - 1.
+        Index of the first block of four words, from 0 to 2**64 - 1.
     """
     return _draw(shape, seed, counter, first, np.dtype(np.uint32))
 
 
 def uniform(shape: tuple[int, ...], seed: int, counter: Any) -> Any:
-    """Return numbers uniform in [0, 1) on the current device, a CuPy array of float32."""
+    """Return numbers uniform in [0, 1) on the current device, as a CuPy array of float32."""
     return _draw(shape, seed, counter, 0, np.dtype(np.float32))
 
 
