@@ -1,5 +1,8 @@
 """``cupybnn bench train``: the peer is the same network, and nothing that fails is lost."""
 
+import contextlib
+import gc
+import io
 import json
 import re
 import subprocess
@@ -42,17 +45,19 @@ def few():
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """Run the command once on the CPU, at tiny sizes; return its output and its record."""
+    """Run the command once on the CPU, at tiny sizes; return its output and its record.
+
+    In this process, which imports PyTorch for other tests, too.
+    """
     path = tmp_path_factory.mktemp("bench") / "record.json"
-    arguments = ["--quick", "--device", "cpu", "--sizes", "16x8,32x20", "--json", path]
-    done = subprocess.run(
-        [sys.executable, "-m", "cupybnn", "bench", "train", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads(path.read_text())
+    arguments = ["--quick", "--device", "cpu", "--sizes", "16x8,32x20", "--json", str(path)]
+    gc.freeze()  # it collects garbage before each measurement: what is there already is none
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert main.main(["bench", "train", *arguments]) == 0
+    finally:
+        gc.unfreeze()
+    return out.getvalue(), json.loads(path.read_text())
 
 
 # --- the command

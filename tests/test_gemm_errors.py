@@ -163,7 +163,7 @@ def test_result_dtypes_that_a_gpu_has_not_in_every_call(dtype):
 
 def test_the_default_integer_is_checked_too():
     """K beyond int32: of repeated elements, for no such matrix fits into memory."""
-    a = np.broadcast_to(np.int8(1), (1, 2**31))
+    a = np.broadcast_to(np.int8(-1), (1, 2**31))
     with raises(ValueError, "int32 (at most 2147483647) for K = 2147483648", "wider integer"):
         xnor_gemm(a, a.T)
 

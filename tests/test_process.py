@@ -98,5 +98,5 @@ def test_training_where_numpy_raises_at_every_flag(options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with np.errstate(all="raise"):
-            result = cupybnn.train(**settings, max_steps=60, batch_size=512)
+            result = cupybnn.train(**settings, max_steps=20, batch_size=512)
     assert result.final_accuracy > 0.5
