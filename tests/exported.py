@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from test_packed_network import MODELS, made, settle
 
@@ -39,14 +41,15 @@ def images(greatest: int = 16, count: int = 300) -> np.ndarray:
     return np.random.default_rng(9).integers(0, greatest + 1, (count, 4, 5)).astype(np.uint8)
 
 
+@functools.cache
 def mnist_networks(mnist_dir) -> tuple[dict[str, PackedNetwork], np.ndarray]:
     """Train, briefly, an all-binary network and one with real ends; return them and all images."""
     data = cupybnn.data.load("mnist", mnist_dir)
     networks = {}
     for name, binary in (("all binary", True), ("real ends", False)):
         config = cupybnn.TrainConfig(
-            binary=True, xnor=True, n_hidden=128, max_steps=60, device="cpu", first=binary,
-            last=binary, batch_norm=True,
+            binary=True, xnor=True, n_hidden=128, max_steps=60, eval_every_n=100, device="cpu",
+            first=binary, last=binary, batch_norm=True,
         )  # fmt: skip
         trainer = cupybnn.Trainer(config, data=data)
         model = trainer.run().model
@@ -55,18 +58,18 @@ def mnist_networks(mnist_dir) -> tuple[dict[str, PackedNetwork], np.ndarray]:
 
 
 def exact_logits(net: PackedNetwork, pixels: np.ndarray) -> np.ndarray:
-    """Return logits of a network with binary weights alone, in int64 up to the last steps.
+    """Return logits of a network with binary weights alone, exactly up to the last steps.
 
-    Pixels are summed whole; a sum times the scale of the pixels, which float64 has exactly, is
-    compared with the threshold of the scaled sum.
+    Pixels are summed whole; such a sum and its product with the scale of the pixels, which is
+    compared with the threshold of the scaled sum, are numbers that float64 has.
     """
     factor = float(np.float32(1 / net.inputs.pixel_max))
-    x = pixels.reshape(len(pixels), -1).astype(np.int64)
+    x = pixels.reshape(len(pixels), -1).astype(np.float64)
     for i, layer in enumerate(net.layers):
-        product = x @ np.where(layer.weight.unpack(np.int8) > 0, 1, -1)
+        product = x @ layer.weight.unpack(np.float64)
         if layer.threshold is not None:
             number = product * (1 if i else factor)
-            x = np.where((number >= layer.threshold.astype(np.float64)) != layer.flip, 1, -1)
+            x = np.where((number >= layer.threshold.astype(np.float64)) != layer.flip, 1.0, -1.0)
     logits = product.astype(np.float32)
     for step in net.layers[-1].steps:
         logits = logits * step.by if step.kind == "multiply" else logits + step.by

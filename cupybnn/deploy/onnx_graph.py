@@ -109,4 +109,9 @@ class Graph:
         matrix = self.node("Reshape", [low, shape], f"{layer}/bit_matrix")
         to = self.onnx.TensorProto.BOOL
         condition = self.node("Cast", [matrix], f"{layer}/is_plus_one", to=to)
-        return self.signs(f"{layer}/weight", condition, dtype)
+        if dtype != np.float16:
+            return self.signs(f"{layer}/weight", condition, dtype)
+        # onnxruntime folds constants on the CPU, where its Where knows no float16.
+        single = self.signs(f"{layer}/weight_float32", condition, np.float32)
+        to = self.onnx.TensorProto.FLOAT16
+        return self.node("Cast", [single], f"{layer}/weight", to=to)
