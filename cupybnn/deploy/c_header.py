@@ -77,8 +77,6 @@ class _Writer:
         tables = "\n".join(code.text for code in self._code)
         yield self._comment()
         yield "#ifndef NET_H_INCLUDED\n#define NET_H_INCLUDED\n\n#include <stdint.h>"
-        if re.search("INFINITY|NAN", tables):
-            yield "#include <math.h> /* its macros alone */"
         yield (
             f"\n#define NET_FEATURES {self._net.inputs.features}\n"
             f"#define NET_CLASSES {len(self._net.classes)}\n"

@@ -186,11 +186,11 @@ def _words(plus: np.ndarray) -> np.ndarray:
 
 
 def literal(x: Any) -> str:
-    """Return a float32 as C reads it."""
+    """Return a float32 as C reads it, without the header that names infinity."""
     if np.isnan(x):
-        return "NAN"
+        return "0.0f / 0.0f"
     if np.isinf(x):
-        return "INFINITY" if x > 0 else "-INFINITY"
+        return "1.0f / 0.0f" if x > 0 else "-1.0f / 0.0f"
     text = f"{float(x):.9g}"
     return f"{text}f" if "." in text or "e" in text else f"{text}.0f"
 
