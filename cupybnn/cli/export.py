@@ -217,6 +217,8 @@ def open_network(
     ------
     CheckpointError
         If it cannot be read or packed.
+    SettingError
+        If there are not as many classes as outputs.
     """
     from cupybnn.deploy import PackedNetwork
 
@@ -224,10 +226,14 @@ def open_network(
     with _one_kind_of_error():
         if path.is_file() and _is_packed(path):
             net = PackedNetwork.load(path)
-            if classes is not None:
-                net = PackedNetwork(net.layers, net.inputs, classes)
-            return net
-        return PackedNetwork.from_run(path, which or "newest", classes=classes, device="cpu")
+        else:
+            net = PackedNetwork.from_run(path, which or "newest", device="cpu")
+    if classes is None:
+        return net
+    try:
+        return PackedNetwork(net.layers, net.inputs, classes)
+    except ValueError as error:
+        raise SettingError(str(error)) from error
 
 
 def packed(model: nn.Module, dataset: Dataset) -> PackedNetwork:
