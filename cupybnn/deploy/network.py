@@ -247,6 +247,15 @@ class PackedNetwork:
         ------
         SettingError
             If the network does not take pixels of a byte, or `name` is none that C allows.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import cupybnn
+        >>> result = cupybnn.train(dataset="digits", binary=True, max_steps=10, device="cpu")
+        >>> net = cupybnn.PackedNetwork.from_model(result.model, pixel_max=16)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     net.to_c(f"{folder}/digits.h", name="digits")
         """
         c_header.write(path, self, name=name)
 
