@@ -177,7 +177,9 @@ class _Emitter:
             x = graph.row_node("Add", [x, x], f"{name}/doubled", np.int32, units)
             inputs = [x, graph.constant(f"{name}/weight_sums", sums.astype(np.int32))]
             x = graph.row_node("Sub", inputs, f"{name}/signs_product", np.int32, units)
-        return self._steps(layer, graph.cast(x, f"{name}/numbers", np.float32, units))
+        return graph.steps(
+            name, layer.steps, graph.cast(x, f"{name}/numbers", np.float32, units), units
+        )
 
     def _of_floats(self, layer: Planned, x: str) -> str:
         """Add a product of integers, in floating numbers that are exact, and what follows it."""
@@ -191,7 +193,7 @@ class _Emitter:
             return self._compared(layer, x, _reachable(layer).astype(dtype))
         if half:
             x = graph.cast(x, f"{name}/numbers", np.float32, units)
-        return self._steps(layer, x)
+        return graph.steps(name, layer.steps, x, units)
 
     def _real(self, layer: Planned, x: str) -> str:
         """Add a product of numbers and what follows it."""
@@ -207,7 +209,7 @@ class _Emitter:
         product = graph.row_node("MatMul", [x, weight], f"{name}/product", np.float32, layer.units)
         if layer.threshold is not None:
             return self._compared(layer, product, layer.threshold)
-        return self._steps(layer, product)
+        return graph.steps(name, layer.steps, product, layer.units)
 
     def _floating(self, layer: Planned, x: str, dtype: Any) -> str:
         """Return what comes in, signs or pixels or numbers, as floating numbers."""
@@ -230,17 +232,6 @@ class _Emitter:
         if layer.flip.any():
             flip = graph.constant(f"{name}/flip", layer.flip)
             x = graph.row_node("Xor", [x, flip], f"{name}/is_plus", np.bool_, units)
-        return x
-
-    def _steps(self, layer: Planned, x: str) -> str:
-        graph = self.graph
-        for number, step in enumerate(layer.steps, 1):
-            inputs = [x]
-            if step.by is not None:
-                inputs.append(graph.constant(f"{layer.name}/step{number}_by", step.by))
-            kind = {"multiply": "Mul", "add": "Add", "relu": "Relu"}[step.kind]
-            output = f"{layer.name}/step{number}"
-            x = graph.row_node(kind, inputs, output, np.float32, layer.units)
         return x
 
 
