@@ -37,6 +37,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "train": "train a full-precision or binarized network",
+    "export": "write a trained network as .npz, ONNX or a C header",
     "verify": "compare every kernel of this machine with a plain product, element by element",
     "bench": "time the 1-bit product against dense products",
     "info": "print versions, devices, kernels and folders",
