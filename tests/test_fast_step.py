@@ -169,7 +169,7 @@ def test_steps_that_cannot_be_captured_are_launched_and_it_is_said_once(monkeypa
     made, losses = run(**settings)
     assert losses == expected
     assert made.notices == [
-        "Steps are launched kernel by kernel, since a CUDA graph cannot be captured: not today."
+        "Training steps run without a CUDA graph: a CUDA graph cannot be captured: not today."
     ]
 
 

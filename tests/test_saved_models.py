@@ -70,7 +70,7 @@ def test_what_is_known_of_the_images(tmp_path, digits):
     assert (described.train_images, described.test_images) == (1300, 142)
     eight = digits.test_images[:3].reshape(3, 8, 8)
     np.testing.assert_array_equal(described.scale(eight), described.scale(eight.reshape(3, 64)))
-    with pytest.raises(ValueError, match=r"images with 64 pixels each; got one of shape \(64,\)"):
+    with pytest.raises(ValueError, match=r"images with 64 pixels each; got shape \(64,\)"):
         described.scale(eight[0].ravel())
 
 
@@ -191,9 +191,9 @@ class TestOtherImages:
             digits, train_images=digits.train_images[9:], train_labels=digits.train_labels[9:]
         )
         assert self.go_on(folder, fewer) == [
-            "These are not the images of the checkpoint, which was trained on 1,442 and tested on "
-            "355 images of digits: this run has 1,433 training and 355 test images, and no longer "
-            "equals one that was never interrupted."
+            "The images differ from the checkpoint's 1,442 training and 355 test images of digits: "
+            "this run has 1,433 training and 355 test images. Its results will differ from those "
+            "of an uninterrupted run."
         ]
 
     @pytest.mark.parametrize("part", ["train_images", "train_labels", "test_images", "test_labels"])
@@ -201,4 +201,4 @@ class TestOtherImages:
         changed = getattr(digits, part).copy()
         changed.flat[7] ^= 1
         (said,) = self.go_on(folder, dataclasses.replace(digits, **{part: changed}))
-        assert "this run has the same number of images, but others" in said
+        assert "this run has as many images, but different ones" in said

@@ -80,7 +80,7 @@ class TestDeclarations:
         text = inspect.getdoc(TrainConfig)
         for name, each in self.SETTINGS.items():
             assert f"\n{name} : {each.rule.kind}, default " in text
-        assert "reg : float, default 0.0001, with `binary` 0.0\n    Factor of the penalty." in text
+        assert "reg : float, default 0.0001, with `binary` 0.0\n    Penalty factor." in text
         assert max(map(len, text.splitlines())) <= 100
 
     @pytest.mark.parametrize(
@@ -197,7 +197,9 @@ def test_bad_values(name, bad, rule):
 
 
 def test_digits_with_a_data_directory():
-    with pytest.raises(ValueError, match="reads no data directory; got the data directory 'd'"):
+    with pytest.raises(
+        ValueError, match=r"'data_dir' must be None with the dataset 'digits', .*got 'd'"
+    ):
         TrainConfig(dataset="digits", data_dir="d")
 
 

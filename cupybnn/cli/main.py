@@ -1,4 +1,4 @@
-"""The command ``cupybnn``: reads its first word, then loads only that command's module.
+"""The command ``cupybnn``: dispatches to a subcommand, and imports only that one's module.
 
 A command is a module ``cupybnn/cli/<name>.py`` with
 
@@ -38,12 +38,12 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "train": "train a full-precision or binarized network",
     "export": "write a trained network as .npz, ONNX or a C header",
-    "verify": "compare every kernel of this machine with a plain product, element by element",
+    "verify": "check every kernel on this machine against a plain product, element by element",
     "bench": "time the 1-bit product against dense products",
     "info": "print versions, devices, kernels and folders",
 }
 
-#: Errors that are told in one line: their message says what to do, a traceback would hide it.
+#: Errors reported in one line: their message says what to do, and a traceback would hide it.
 _PLAIN_ERRORS = (
     CheckpointError,
     DataError,
@@ -58,8 +58,8 @@ def _top_level_parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAc
     parser = Parser(
         prog="cupybnn",
         description="1-bit matrix products and binarized neural networks.",
-        epilog="'cupybnn COMMAND --help' lists a command's options. Exit codes: 0 success, 1 the "
-        "work failed, 2 the command line or a setting was wrong, 130 interrupted.",
+        epilog="'cupybnn COMMAND --help' lists a command's options. Exit codes: 0 success, 1 "
+        "failure, 2 invalid command line or setting, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"cupybnn {cupybnn.__version__}")
     return parser, parser.add_subparsers(
@@ -105,7 +105,7 @@ def _main(arguments: list[str], signals: Signals) -> int:
             return signals.exit_code
         finally:
             flush()  # of the help, too
-    except BrokenPipeError:  # the reader (head, less) went away, and knows
+    except BrokenPipeError:  # the reader (head, less) has closed the pipe
         return 1
     except SettingError as error:
         complain(f"{name}: {error}")
@@ -113,13 +113,13 @@ def _main(arguments: list[str], signals: Signals) -> int:
     except _PLAIN_ERRORS as error:
         complain(f"{name}: {error}")
         return 1
-    except MemoryError as error:  # of the host, or CuPy's of a GPU
+    except MemoryError as error:  # the host's, or CuPy's for a GPU
         complain(f"{name}: out of memory. {error}")
         return 1
 
 
 def _parsed(arguments: list[str]) -> argparse.Namespace:
-    """Parse, with only the command that is named loaded; exit as argparse does."""
+    """Parse the command line, loading only the named command; exit as argparse does."""
     parser, subparsers = _top_level_parser()
     if arguments and arguments[0] in COMMANDS:
         tune_process()
@@ -134,7 +134,7 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
             parser.exit(2)
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     for option in options:
-        # argparse takes "--" out of an option's values, and then fails for want of one.
+        # argparse would remove "--" from an option's values, and then fail without a message.
         if re.fullmatch(r"--[^=]+=--", option):
             parser_of_command.error(f"argument {option[:-3]}: invalid value: '--'")
     return parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Rules for settings: what a value must be, how it is converted, how it is read from text."""
+"""Rules for settings: which values are valid, how they are converted and parsed from text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Rule:
     kind : str
         The type as a docstring names it.
     metavar : str
-        What stands for a value in a help text.
+        Placeholder for a value in a help text.
     """
 
     must: str
@@ -50,7 +50,7 @@ class Rule:
         Raises
         ------
         SettingError
-            If it breaks the rule: the name, the rule and the value are in the message.
+            If it breaks the rule; the message states the name, the rule and the value.
         """
         try:
             return self.convert(value.item() if isinstance(value, np.generic) else value)
@@ -62,12 +62,12 @@ class Rule:
         raise NotImplementedError
 
     def parse(self, text: str) -> Any:
-        """Return the value that a command line's word means; `check` is still to follow.
+        """Convert a command-line argument; the result has yet to pass `check`.
 
         Raises
         ------
         ValueError
-            If it means none.
+            If `text` cannot be converted.
         """
         return text
 
@@ -126,7 +126,7 @@ class Whole(Rule):
 
 @dataclass(frozen=True)
 class Wholes(Rule):
-    """Rising whole numbers, the first at least `least`; with commas between them in text."""
+    """Increasing whole numbers, the first at least `least`; comma-separated in text."""
 
     least: int
     metavar = "N,..."
@@ -134,11 +134,11 @@ class Wholes(Rule):
 
     @property
     def must(self) -> str:  # type: ignore[override]
-        return f"rising whole numbers, at least {self.least}"
+        return f"increasing whole numbers, at least {self.least}"
 
     @property
     def typed(self) -> str:
-        return "whole numbers with commas between them"
+        return "comma-separated whole numbers"
 
     def convert(self, value: Any) -> tuple[int, ...]:
         if not isinstance(value, (tuple, list, np.ndarray)):
@@ -185,7 +185,7 @@ class Widths(Rule):
 
 @dataclass(frozen=True)
 class Number(Rule):
-    """A finite number for which `holds`, in words `rule`."""
+    """A finite number for which `holds` is true; `rule` says the same in words."""
 
     rule: str
     holds: Callable[[float], bool]
@@ -233,15 +233,15 @@ class Switch(Rule):
 
 @dataclass(frozen=True)
 class Choice(Rule):
-    """One of the names that `find` returns; called late, so that they need no early import."""
+    """One of the names that `find` returns; `find` is called late to avoid an early import."""
 
     find: Callable[[], tuple[str, ...]]
-    listed: bool = True  # in the type that a docstring names
+    listed: bool = True  # whether a docstring's type lists the names
     metavar = "NAME"
 
     @classmethod
     def of(cls, *names: str) -> Choice:
-        """Return the rule that a value is one of `names`."""
+        """Return the rule that a value must be one of `names`."""
         return cls(lambda: names)
 
     @property
@@ -260,7 +260,7 @@ class Choice(Rule):
 
 @dataclass(frozen=True)
 class Device(Rule):
-    """The name of a device, or an object whose text is one."""
+    """The name of a device, or an object whose `str` is one."""
 
     must = "the name of a device"
     kind = "str"

@@ -23,8 +23,8 @@ __all__ = ["DTYPES", "TrainConfig"]
 class TrainConfig(Options):
     """Settings of a run; the defaults are those of ``cupybnn train``.
 
-    Where a default depends on `binary`, None stands for it, and the configuration holds the value
-    that it came to.
+    None stands for a default that depends on `binary`; the configuration holds the resulting
+    value.
 
     Raises
     ------
@@ -52,8 +52,8 @@ class TrainConfig(Options):
         self._count_hidden_layers()
         if self.dataset == "digits" and self.data_dir is not None:
             raise SettingError(
-                f"The dataset 'digits' reads no data directory; got the data directory "
-                f"{self.data_dir!r}. Leave out one of the two."
+                f"The 'data_dir' must be None with the dataset 'digits', which is bundled; got "
+                f"{self.data_dir!r}. Omit one of the two."
             )
         if self.schedule == "exponential" and self.final_lr == 0:
             raise SettingError(
@@ -61,14 +61,14 @@ class TrainConfig(Options):
             )
         if self.schedule == "step" and not self.milestones:
             raise SettingError(
-                "The 'milestones' must be given for the schedule 'step': the steps at which the "
-                "learning rate falls; got none."
+                "The 'milestones', the steps at which the learning rate drops, must be given for "
+                "the schedule 'step'; got none."
             )
         layers = self.first + self.last + self.hidden_layers - 1 if self.binary else 0
         if self.optimizer == "bop" and layers == 0:
             raise SettingError(
-                f"The 'optimizer' 'bop' must have binary weights to flip; got a network without "
-                f"any (binary={self.binary}, hidden_layers={self.hidden_layers})."
+                f"The 'optimizer' 'bop' needs binary weights to flip; got a network without any "
+                f"(binary={self.binary}, hidden_layers={self.hidden_layers})."
             )
 
     def _count_hidden_layers(self) -> None:
@@ -103,7 +103,7 @@ class TrainConfig(Options):
         Raises
         ------
         SettingError
-            If a name is unknown (`source` and the name are in the message) or a value is bad.
+            If a name is unknown (the message states it and `source`) or a value is invalid.
         """
         known = declared(cls)
         unknown = sorted(set(settings) - set(known))
@@ -124,7 +124,7 @@ class TrainConfig(Options):
         Raises
         ------
         SettingError
-            If `text` is not a JSON object of known settings with good values.
+            If `text` is not a JSON object of known settings with valid values.
         """
         try:
             settings = json.loads(text)

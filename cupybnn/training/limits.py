@@ -1,4 +1,4 @@
-"""Runs that no machine of this size can do are refused before anything is allocated."""
+"""Refusing runs that cannot fit into memory, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cupybnn.training.config import TrainConfig
 
 __all__ = ["check_memory", "needed_bytes"]
 
-# What the objects of a layer take on the host at the least, however few units it has.
+# Minimum host memory of a layer's objects, however few units it has.
 _LAYER_BYTES = 4096
 _MILLION_GIB = 10**6 << 30
 
@@ -17,12 +17,11 @@ _MILLION_GIB = 10**6 << 30
 def needed_bytes(
     config: TrainConfig, features: int, classes: int, device: Device
 ) -> tuple[int, int]:
-    """Return a lower bound of the memory that a run needs.
+    """Return a lower bound on the memory that a run needs.
 
-    Counted is what is surely there at the same time: the weights with what their optimiser
-    remembers, and of a batch the input, the logits and one hidden layer's activations. A run that
-    surely makes its steps operation by operation also keeps all gradients, and, where activations
-    are not bits, those of all layers.
+    It counts what certainly exists at the same time: the weights and their optimiser state, and a
+    batch's input, logits and activations of one hidden layer. A run that is certain not to use the
+    fused step also keeps all gradients and, if activations are not binary, those of all layers.
 
     Parameters
     ----------
@@ -61,13 +60,13 @@ def needed_bytes(
 def check_memory(config: TrainConfig, features: int, classes: int, device: Device) -> None:
     """Refuse a run that cannot fit into the memory of `device`.
 
-    Without this, a size that is far off would not fail at once: the system hands out memory that
-    it does not have, until it has to kill the process.
+    Without this check, a size that is far too large would not fail immediately: the system
+    overcommits memory until it has to kill the process.
 
     Raises
     ------
     SettingError
-        If `needed_bytes` is more than there is; the message says what takes how much.
+        If `needed_bytes` exceeds the memory; the message gives the sizes.
     """
     there = machine.memory_bytes(device)
     weights, batch = needed_bytes(config, features, classes, device)
@@ -85,7 +84,7 @@ def check_memory(config: TrainConfig, features: int, classes: int, device: Devic
 
 
 def _size(count: int) -> str:
-    if count >= _MILLION_GIB:  # which may be beyond what a float holds
+    if count >= _MILLION_GIB:  # may exceed the range of a float
         return "more than a million GiB"
     return f"{count / 2**30:,.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:,.1f} MiB"
 

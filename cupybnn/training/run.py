@@ -12,7 +12,7 @@ __all__ = ["train"]
 
 
 def train(config: TrainConfig | None = None, /, **settings: Any) -> TrainResult:
-    """Train a network; prints nothing.
+    """Train a network. Prints nothing.
 
     Parameters
     ----------
@@ -27,9 +27,9 @@ def train(config: TrainConfig | None = None, /, **settings: Any) -> TrainResult:
     Raises
     ------
     ValueError
-        If a setting is bad.
+        If a setting is invalid.
     DataError, DeviceError, CheckpointError
-        If the data, the device or the checkpoint to restore cannot be had.
+        If the data, the device or the checkpoint to restore is not available.
     NonFiniteError
         With ``debug=True``, at the first NaN or infinity.
 
@@ -41,7 +41,7 @@ def train(config: TrainConfig | None = None, /, **settings: Any) -> TrainResult:
     True
     """
     if config is not None and settings:
-        raise ValueError("train() takes a TrainConfig or single settings, not both.")
+        raise ValueError("train() takes a TrainConfig or individual settings, not both.")
     if config is None:
         config = TrainConfig.from_mapping(settings)
     return Trainer(config).run()

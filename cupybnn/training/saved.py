@@ -1,4 +1,4 @@
-"""Trained models in run folders: opened without their data, whose description they carry."""
+"""Loading trained models from run folders, without their data set."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _WHICH = {"newest": checkpoints.NEWEST, "best": checkpoints.BEST}
 
 @dataclass(frozen=True)
 class DataDescription:
-    """What a checkpoint says of the images that its model was trained on.
+    """A checkpoint's description of the images that its model was trained on.
 
     Attributes
     ----------
@@ -37,11 +37,11 @@ class DataDescription:
     image_shape : tuple of int or None
         (height, width).
     pixel_max : float or None
-        The network was fed ``pixel / pixel_max``.
+        The network's inputs are ``pixel / pixel_max``.
     train_images, test_images : int or None
-        How many there were.
+        Number of images.
     sha256 : str or None
-        Of all images and labels.
+        Hash of all images and labels.
     """
 
     name: str
@@ -75,12 +75,12 @@ class DataDescription:
 
     @classmethod
     def stored(cls, checkpoint: checkpoints.Checkpoint) -> DataDescription:
-        """Read the description in a checkpoint; what an old one lacks comes from its arrays.
+        """Read a checkpoint's description; for an old checkpoint, infer it from the arrays.
 
         Raises
         ------
         CheckpointError
-            If it has neither.
+            If neither is possible.
         """
         found = checkpoint.info.get("data")
         try:
@@ -104,26 +104,26 @@ class DataDescription:
         return asdict(self)
 
     def difference(self, now: DataDescription) -> str | None:
-        """Return a sentence if a run goes on with other images; None if not, or if unknown."""
+        """Return a sentence if a run continues with different images; None if not, or unknown."""
         if self.sha256 is None or self.sha256 == now.sha256:
             return None
-        what = "the same number of images, but others"
+        what = "as many images, but different ones"
         before = (self.train_images, self.test_images)
         if before != (now.train_images, now.test_images):
             what = f"{now.train_images:,} training and {now.test_images:,} test images"
         return (
-            f"These are not the images of the checkpoint, which was trained on "
-            f"{self.train_images:,} and tested on {self.test_images:,} images of {self.name}: this "
-            f"run has {what}, and no longer equals one that was never interrupted."
+            f"The images differ from the checkpoint's {self.train_images:,} training and "
+            f"{self.test_images:,} test images of {self.name}: this run has {what}. Its results "
+            f"will differ from those of an uninterrupted run."
         )
 
     def scale(self, images: Any) -> np.ndarray:
-        """Return pixels as a network is fed with them: float32, shape (images, features).
+        """Return pixels as network inputs: float32, shape (images, features).
 
         Parameters
         ----------
         images : array_like, shape (images, ...)
-            As the files have them: numbers from 0 to `pixel_max`.
+            Raw pixels, from 0 to `pixel_max`.
 
         Raises
         ------
@@ -134,7 +134,7 @@ class DataDescription:
         if pixels.ndim < 2 or np.prod(pixels.shape[1:], dtype=int) != self.features:
             raise ValueError(
                 f"The 'images' must be an array of images with {self.features} pixels each; got "
-                f"one of shape {pixels.shape}."
+                f"shape {pixels.shape}."
             )
         flat = pixels.reshape(len(pixels), self.features).astype(np.float32)
         return flat if self.pixel_max is None else flat / np.float32(self.pixel_max)
@@ -147,7 +147,7 @@ def load_model(
     device: str = "auto",
     model: nn.Module | None = None,
 ) -> nn.Module:
-    """Open a trained model; the data it was trained on are not loaded.
+    """Load a trained model, without the data that it was trained on.
 
     Parameters
     ----------
@@ -228,10 +228,10 @@ def _file(run: str | os.PathLike[str], which: str) -> Path:
 
 
 def _take_averages(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
-    """Put averaged weights and their statistics into a model, if there are any.
+    """Load averaged weights and their statistics into a model, if there are any.
 
-    Checkpoints of earlier versions have averages without statistics; where there is batch norm,
-    the model then stays as training left it.
+    Checkpoints of earlier versions have averages without statistics; a model with batch norm then
+    keeps its training weights.
     """
     average, statistics = part(arrays, "average/"), part(arrays, "averaged/")
     buffers = dict(model.named_buffers())

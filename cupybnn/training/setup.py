@@ -1,4 +1,4 @@
-"""What a run starts with: its data, its model, and the kind of step that trains it."""
+"""Preparing a run: its data, its model, and the kind of step that trains it."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ def find_dataset(
     stored: Checkpoint | None,
     notify: Callable[[str], None],
 ) -> Dataset:
-    """Return the data of a run, with the part held out that the configuration asks for.
+    """Return the data of a run, with the validation images that `config` asks for held out.
 
     Parameters
     ----------
     config : TrainConfig
     given : Dataset or None
-        In place of the one that the configuration names.
+        Used instead of the data set that `config` names.
     stored : Checkpoint or None
-        The run that goes on: where it fell back on the digits, this one does, too.
+        The run to continue: if it fell back to the digits, this one does too.
     notify : callable
-        Called with a sentence before something that takes long.
+        Called with a sentence before a long operation.
     """
     dataset = given
     if dataset is None:
         name, reason = config.dataset, None
         if stored is not None and name == "auto" and config.data_dir is None:
-            name = stored.info["dataset"]  # what "auto" was when the run began
+            name = stored.info["dataset"]  # what "auto" chose when the run began
             if name == "digits":
-                reason = f"The run in {config.restore} fell back on them."
+                reason = f"The run in {config.restore} fell back to them."
         dataset = load(name, config.data_dir, notify=notify)
         if reason is not None:
             dataset = replace(dataset, fallback_reason=reason)
     if not isinstance(dataset, Dataset):
         raise TypeError(
-            f"The 'data' must be a Dataset; got {type(dataset).__name__}. Arrays become one by "
+            f"The 'data' must be a Dataset; got {type(dataset).__name__}. Convert arrays with "
             f"Dataset.from_arrays."
         )
     if config.validation:
@@ -54,7 +54,7 @@ def find_dataset(
     if len(dataset.test_labels) == 0:
         raise ValueError(
             f"The dataset {dataset.name!r} must have a test part to evaluate on; got none. "
-            f"Give it test_x and test_y, or hold training examples out with validation=N."
+            f"Pass test_x and test_y to it, or hold out training examples with validation=N."
         )
     return dataset
 
@@ -64,13 +64,13 @@ def check_model(model: Any, config: TrainConfig) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"The 'model' must be an nn.Module; got {type(model).__name__}.")
     if next(model.parameters(), None) is None:
-        raise ValueError(f"The 'model' must have parameters to learn; got {model!r}.")
+        raise ValueError(f"The 'model' must have trainable parameters; got {model!r}.")
     default = TrainConfig()
     idle = [n for n in NETWORK_SETTINGS if getattr(config, n) != getattr(default, n)]
     if idle:
         raise ValueError(
-            f"The 'config' of a Trainer with a 'model' must leave the settings of the network at "
-            f"their defaults; got {', '.join(idle)}. The model itself says what it is."
+            f"The 'config' of a Trainer with a 'model' must leave the network settings at their "
+            f"defaults; got {', '.join(idle)}. They have no effect on a given model."
         )
 
 
@@ -83,9 +83,9 @@ def choose_step(
     config: TrainConfig,
     notify: Callable[[str], None],
 ) -> Step:
-    """Return the fused step where the kernels can make it, else the plain one.
+    """Return the fused step if the kernels support it, else the plain one.
 
-    `notify` gets a sentence with the reason where a GPU is there and its kernels are not used.
+    `notify` is called with the reason if there is a GPU whose kernels are not used.
     """
     reason = _unfused_reason(model, optimizer, data, config)
     if reason is None:
@@ -96,22 +96,20 @@ def choose_step(
     if config.dtype in ("tf32", "bfloat16"):
         notify(f"Dense products are in float32, not {config.dtype}: {reason}.")
     elif data.device.kind == "cuda" and config.fused and not config.debug:
-        notify(
-            f"Steps are made operation by operation, because the fused kernels cannot: {reason}."
-        )
+        notify(f"Training runs operation by operation, without the fused kernels: {reason}.")
     return PlainStep(model, objective, optimizer, data, order, config)
 
 
 def _unfused_reason(
     model: nn.Module, optimizer: optim.Optimizer, data: DeviceData, config: TrainConfig
 ) -> str | None:
-    """Return why the fused step cannot be used, as the end of a sentence; None if it can."""
+    """Return why the fused step cannot be used, to end a sentence; None if it can."""
     if data.device.kind == "cpu":
         return "there is no GPU"
     if not config.fused:
         return "fused is False"
     if data.pixel_scale is None:
-        return f"the features are {data.dtype}, not pixels of 8 bits"
+        return f"the features are {data.dtype}, not 8-bit pixels"
     from cupybnn.backends.cuda.compiler import architecture, shared_memory_limit
     from cupybnn.training.fast import unsupported_reason
 
@@ -119,5 +117,5 @@ def _unfused_reason(
     reason = unsupported_reason(config, model, optimizer, architecture(index))
     deforms = augmentation(config) != Augmentation()
     if reason is None and deforms and data.features + 1024 > shared_memory_limit(index):
-        reason = "an image to deform is larger than shared memory"
+        reason = "the images are too large to be deformed in shared memory"
     return reason

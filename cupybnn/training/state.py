@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint: model, optimiser and averages under one roof of names."""
+"""The arrays of a checkpoint: model, optimiser and averages in one mapping."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 from cupybnn import nn, optim
 from cupybnn.training.evaluation import Averaging
 
-__all__ = ["averaged_statistics", "gather", "part", "spread"]
+__all__ = ["averaged_statistics", "gather", "load", "part"]
 
 
 def gather(
     model: nn.Module, optimizer: optim.Optimizer, averaging: Averaging
 ) -> dict[str, np.ndarray]:
-    """Return all arrays that training goes on with: "model/fc1.weight", "optimizer/steps", ..."""
+    """Return all arrays that training needs to continue: "model/fc1.weight", and so on."""
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "average": averaging}
     return {
         f"{name}/{key}": array
@@ -26,18 +26,18 @@ def gather(
 
 
 def averaged_statistics(model: nn.Module) -> dict[str, Any]:
-    """Return the statistics of a model that has its averaged weights: "averaged/bn1.mean", ..."""
+    """Return batch norm's statistics of a model with averaged weights: "averaged/bn1.mean", ..."""
     state = model.state_dict()
     return {f"averaged/{name}": state[name] for name, _ in model.named_buffers()}
 
 
-def spread(
+def load(
     arrays: Mapping[str, np.ndarray],
     model: nn.Module,
     optimizer: optim.Optimizer,
     averaging: Averaging,
 ) -> None:
-    """Set what `gather` returned.
+    """Load the arrays that `gather` returned.
 
     Raises
     ------
@@ -50,5 +50,5 @@ def spread(
 
 
 def part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """Return the arrays whose names begin with `prefix`, without it."""
+    """Return the arrays whose names begin with `prefix`, which is removed."""
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}

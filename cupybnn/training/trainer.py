@@ -1,4 +1,4 @@
-"""The training loop. It prints nothing; callbacks are called as it goes."""
+"""The training loop. It prints nothing; callbacks report its progress."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ from cupybnn.training.timing import StepTimer
 
 __all__ = ["Trainer"]
 
-#: A chance or a gradient that is too small to be told from 0 is 0, also for a caller who has NumPy
-#: raise at underflow.
+#: Tiny probabilities and gradients become 0, even if the caller makes NumPy raise on underflow.
 _UNDERFLOW_IS_ZERO: dict[str, Any] = {"under": "ignore"}
 
 
@@ -46,30 +45,25 @@ class Trainer:
     Parameters
     ----------
     config : TrainConfig, optional
-        By default, with a `model`, one without a penalty: ``TrainConfig(reg=0)``.
+        By default ``TrainConfig()``; with a `model`, ``TrainConfig(reg=0)``.
     callbacks : iterable of Callback, optional
-        Called at every step and evaluation, in this order; what a log directory needs is added.
+        Called in this order; a run with a log directory adds its own.
     model : Module, optional
-        Trained in place of the network that the configuration describes; it is moved to the
-        device. Any module that makes logits, shape (batch, classes), of inputs of shape (batch,
-        features). A chain of layers (`cupybnn.nn.Sequential`) that the fused kernels know is
-        trained by them on a GPU; any other operation by operation, and a notice says why.
+        Trained instead of the network that `config` describes, and moved to the device. Any module
+        that maps inputs of shape (batch, features) to logits of shape (batch, classes). On a GPU
+        the fused kernels train a chain of layers (`cupybnn.nn.Sequential`) that they support; other
+        models are trained operation by operation, and a notice gives the reason.
     data : Dataset, optional
-        In place of the one that the configuration names; of any arrays by `Dataset.from_arrays`.
+        Instead of the one that `config` names; `Dataset.from_arrays` makes one from any arrays.
 
     Examples
     --------
     >>> from cupybnn import TrainConfig, Trainer, nn
     >>> from cupybnn.data import load
     >>> model = nn.Sequential(
-    ...     nn.Linear(64, 128, rng=0),
-    ...     nn.BatchNorm(128),
-    ...     nn.Sign(),
-    ...     nn.BinaryLinear(128, 64, rng=1),
-    ...     nn.BatchNorm(64),
-    ...     nn.Sign(),
-    ...     nn.BinaryLinear(64, 10, rng=2),
-    ...     nn.BatchNorm(10),
+    ...     nn.Linear(64, 128, rng=0), nn.BatchNorm(128), nn.Sign(),
+    ...     nn.BinaryLinear(128, 64, rng=1), nn.BatchNorm(64), nn.Sign(),
+    ...     nn.BinaryLinear(64, 10, rng=2), nn.BatchNorm(10),
     ... )
     >>> config = TrainConfig(max_steps=200, reg=0, device="cpu")
     >>> trainer = Trainer(config, model=model, data=load("digits"))
@@ -86,9 +80,9 @@ class Trainer:
     objective : Objective
     data : DeviceData
     step : int
-        Updates made, earlier runs that were restored included.
+        Updates made, including those of earlier runs that were restored.
     run_folder : Path or None
-        Made when `run` starts, if the configuration has a log directory and a step is left to make.
+        Made when `run` starts, if there is a log directory and a step left to run.
     history : list of Evaluation
     timer : StepTimer
 
@@ -97,7 +91,7 @@ class Trainer:
     DataError, DeviceError, CheckpointError
         As for `train`.
     ValueError
-        If the data set has no test part, or images are to be deformed that are none.
+        If the data set has no test part, or is to be augmented but has no images.
     """
 
     def __init__(
@@ -112,8 +106,8 @@ class Trainer:
             config = TrainConfig() if model is None else TrainConfig(reg=0.0)
         if not isinstance(config, TrainConfig):
             raise TypeError(
-                f"The 'config' must be a TrainConfig; got {type(config).__name__}. A dict of "
-                f"settings becomes one by TrainConfig.from_mapping."
+                f"The 'config' must be a TrainConfig; got {type(config).__name__}. Convert a dict "
+                f"of settings with TrainConfig.from_mapping."
             )
         if model is not None:
             check_model(model, config)
@@ -154,19 +148,15 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config)
         self._averaging = Averaging(self.model, self.data, config)
         self.timer = StepTimer(self.device, config.batch_size)
-        # Chosen when the first step is made: it takes up weights that were restored.
-        self._step: Step | None = None
+        self._step: Step | None = None  # chosen at the first step, after weights are restored
 
     # State -------------------------------------------------------------------------------------
 
     def state(self) -> checkpoints.Checkpoint:
-        """Return all that a later run needs to go on exactly from here.
-
-        Within `averaged` too these are the weights that training goes on with.
-        """
+        """Return everything needed to continue from here: training weights, also in `averaged`."""
         with self.device.scope(), self._averaging.suspended():
             arrays = state.gather(self.model, self.optimizer, self._averaging)
-        if self._averaging.exists:  # what `load_model` would need the images for
+        if self._averaging.exists:  # `load_model` has no images to compute these from
             with self.averaged():
                 arrays |= state.averaged_statistics(self.model)
         info = {
@@ -183,7 +173,7 @@ class Trainer:
         return DataDescription.of(self.dataset)
 
     def _evaluated_model(self) -> nn.Module:
-        """Return the model that is evaluated, in a copy if training goes on with other weights."""
+        """Return the model that is evaluated; a copy if its weights are averages."""
         model = self.model
         if self._averaging.exists:
             with self.averaged():
@@ -196,12 +186,11 @@ class Trainer:
     def _restore(self, stored: checkpoints.Checkpoint) -> None:
         if stored.info["dataset"] != self.dataset.name:
             raise CheckpointError(
-                f"The checkpoint was trained on {stored.info['dataset']}; this run would go on "
-                f"with {self.dataset.name}."
+                f"The data set must be the checkpoint's, {stored.info['dataset']}; got "
+                f"{self.dataset.name}."
             )
-
         try:
-            state.spread(stored.arrays, self.model, self.optimizer, self._averaging)
+            state.load(stored.arrays, self.model, self.optimizer, self._averaging)
             self.history = [Evaluation(**fields) for fields in stored.info["history"]]
         except (KeyError, TypeError, ValueError) as error:
             hint = ""
@@ -217,11 +206,11 @@ class Trainer:
     # The loop ----------------------------------------------------------------------------------
 
     def request_stop(self) -> None:
-        """Ask the run to end after the step it is in; safe to call from a signal handler."""
+        """Ask the run to stop after the current step; safe to call from a signal handler."""
         self._stop = True
 
     def notice(self, sentence: str) -> None:
-        """Tell the callbacks, and keep for the result, something beside the figures."""
+        """Report `sentence` to the callbacks, and keep it for the result."""
         self.notices.append(sentence)
         for callback in self.callbacks:
             callback.on_notice(self, sentence)
@@ -229,21 +218,15 @@ class Trainer:
     def run(self) -> TrainResult:
         """Train to ``max_steps`` or until asked to stop, and evaluate.
 
-        Where no step is left to make, no run folder is made.
-
         Raises
         ------
         NonFiniteError
             With ``debug=True``; its attribute `step` is the step.
         """
         if self._started:
-            raise RuntimeError("A Trainer runs once; restore its checkpoint in a new one to go on.")
+            raise RuntimeError("A Trainer runs once; restore its checkpoint in a new one instead.")
         self._started = True
-        with (
-            self.device.scope(),
-            np.errstate(**_UNDERFLOW_IS_ZERO),
-            closing(self.callbacks),
-        ):
+        with self.device.scope(), np.errstate(**_UNDERFLOW_IS_ZERO), closing(self.callbacks):
             if self.config.log_dir is not None and self.step < self.config.max_steps:
                 self._open_log()
             return self._run()
@@ -257,11 +240,11 @@ class Trainer:
         self.run_folder = new_run_folder(self.config, lambda folder: best.save(folder, start))
         if best.checkpoint is None and self.history:
             self.notice(
-                f"The best checkpoint so far, of test accuracy {best.accuracy:.4f}, is not in the "
-                f"folder of {self.config.restore}: {self.run_folder} gets a {checkpoints.BEST} "
-                f"only from a better one."
+                f"The best checkpoint so far (test accuracy {best.accuracy:.4f}) is not in the "
+                f"folder of {self.config.restore}; {checkpoints.BEST} will be written to "
+                f"{self.run_folder} only if this run exceeds it."
             )
-        # Checkpoints first: what goes wrong in a log must not cost one.
+        # Checkpoints first: an error in a log must not cost one.
         self.callbacks[:0] = [CheckpointWriter(self.run_folder, best.accuracy)]
         self.callbacks.append(TensorBoardWriter(self.run_folder))
 
@@ -302,18 +285,17 @@ class Trainer:
         return result
 
     def make_step(self, step: int) -> StepOutput:
-        """Make step number `step`: by fused kernels where these can, else by operations.
+        """Perform training step number `step`, with the fused kernels if they support it.
 
         Raises
         ------
         RuntimeError
-            Within `averaged`: the step would change weights that are about to be put back.
+            Within `averaged`, because the training weights will be restored at its end.
         """
         if self._averaging.is_applied:
             raise RuntimeError(
-                "A training step must be made outside of Trainer.averaged(): within, the model has "
-                "averaged weights, and those that training goes on with are put back at its end. "
-                "Leave that context first."
+                "A training step must be outside of Trainer.averaged(): at its end the averaged "
+                "weights are discarded and the training weights restored. Leave that context first."
             )
         with self.device.scope():
             if self._step is None or self._step.stale():
@@ -327,7 +309,7 @@ class Trainer:
         if not self.config.debug:
             return self.make_step(step)
         try:
-            # What NumPy would warn of is what the check tells, and where.
+            # NumPy would only warn; the check also reports where.
             with debug.check_finite(), np.errstate(all="ignore"):
                 return self.make_step(step)
         except NonFiniteError as error:
@@ -350,21 +332,16 @@ class Trainer:
         )
 
     def evaluate(self) -> tuple[float, float]:
-        """Return loss (with the penalty) and accuracy over the whole test set.
-
-        They are those of the averaged weights, if the configuration wants an average.
-        """
+        """Return loss (with penalty) and accuracy on the test set, with averaged weights if any."""
         with self.averaged(), np.errstate(**_UNDERFLOW_IS_ZERO):
             return evaluate(self.model, self.objective, self.data)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Context within which `model` is the one that is evaluated: with averaged weights, if any.
+        """Context in which `model` has the averaged weights, if any: to fold or save it, say.
 
-        To fold or save it, for example. Outside, it has the weights that training goes on with:
-        however the context ends, they are put back, and what was written to the model within is
-        lost. Entering it again within itself changes nothing; `evaluate` and `state` may be called
-        within, a training step may not.
+        At its end the training weights are restored, and changes to the model are lost. It may be
+        nested; `evaluate` and `state` may be called within, `make_step` may not.
         """
         with self.device.scope(), self._averaging.applied():
             yield
