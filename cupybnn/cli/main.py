@@ -35,6 +35,8 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "train": "train a full-precision or binarized network",
+    "evaluate": "measure a trained network on labelled images",
+    "predict": "say which class a picture shows",
     "verify": "compare every kernel of this machine with a plain product, element by element",
     "bench": "time the 1-bit product against dense products",
     "info": "print versions, devices, kernels and folders",
