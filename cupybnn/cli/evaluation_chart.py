@@ -45,14 +45,13 @@ def draw(
     from matplotlib.figure import Figure
 
     mistakes = report.mistakes(_ROWS * _COLUMNS) if data.image_shape is not None else np.array([])
-    figure = Figure(figsize=(12.6 if len(mistakes) else 6.2, 6.2), layout="constrained")
+    shown = len(mistakes) > 0
+    figure: Any = Figure(figsize=(12.6 if shown else 6.2, 6.2), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
-    left: Any = figure
-    if len(mistakes):
-        left, right = figure.subfigures(1, 2, wspace=0.03)
-        _draw_mistakes(right, report, data, mistakes)
-    _draw_matrix(left.subplots(), report, data)
+    grid = figure.subplots(1, 1 + shown, squeeze=False)[0]
+    _draw_matrix(grid[0], report, data)
+    if shown:
+        _draw_mistakes(grid[1], report, data, mistakes)
     return write(figure, path)
 
 
@@ -103,20 +102,39 @@ def _draw_matrix(axes: Any, report: ClassificationReport, data: Dataset) -> None
 
 
 def _draw_mistakes(
-    figure: Any, report: ClassificationReport, data: Dataset, mistakes: np.ndarray
+    axes: Any, report: ClassificationReport, data: Dataset, mistakes: np.ndarray
 ) -> None:
-    """Draw the most confident wrong predictions, as ink on paper."""
-    figure.suptitle("The most confident mistakes", x=0.02, ha="left", fontsize=12)
-    grid = figure.subplots(_ROWS, _COLUMNS)
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for axes, i in zip(grid.flat, mistakes, strict=False):
+    """Draw the most confident wrong predictions, as ink on paper, row by row."""
+    from matplotlib.patches import Rectangle
+
+    assert data.image_shape is not None
+    height, width = np.array(data.image_shape) / max(data.image_shape)
+    down = height + 0.46  # from one row to the next; an image is at most 1 wide and high
+    for place, i in enumerate(mistakes):
+        row, column = divmod(place, _COLUMNS)
+        left, top = column * 1.2 + (1 - width) / 2, row * down
         image = data.test_images[i].reshape(data.image_shape)
-        axes.set_axis_on()
-        axes.imshow(image, "gray_r", vmin=0, vmax=data.pixel_max, interpolation="nearest")
-        axes.set(xticks=[], yticks=[])
-        for spine in axes.spines.values():
-            spine.set_color("#cccccc")
+        axes.imshow(
+            image,
+            "gray_r",
+            vmin=0,
+            vmax=data.pixel_max,
+            interpolation="nearest",
+            extent=(left, left + width, top + height, top),
+        )
+        axes.add_patch(Rectangle((left, top), width, height, fill=False, ec="#cccccc", lw=0.8))
         true, predicted = (report.classes[k[i]] for k in (report.labels, report.predicted))
-        axes.set_title(f"{true}, not {predicted}", fontsize=11, pad=4)
-        axes.set_xlabel(f"{report.confidence[i]:.1%} sure", fontsize=9, color=_WRONG, labelpad=3)
+        middle = left + width / 2
+        axes.text(middle, top - 0.05, f"{true}, not {predicted}", fontsize=11, ha="center")
+        axes.text(
+            middle,
+            top + height + 0.04,
+            f"{report.confidence[i]:.1%} sure",
+            fontsize=9,
+            ha="center",
+            va="top",
+            color=_WRONG,
+        )
+    axes.set(xlim=(-0.05, _COLUMNS * 1.2 - 0.15), ylim=(_ROWS * down - 0.2, -0.24), aspect="equal")
+    axes.set_axis_off()
+    axes.set_title("The most confident mistakes", loc="left", fontsize=12)
