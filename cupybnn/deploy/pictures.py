@@ -33,7 +33,7 @@ _FRAMES = {
     (8, 8): ((8, 8), (3.5, 3.5)),
 }
 _LEAST_CONTRAST = 0.1  # between paper and ink, of 1 between black and white
-_LARGEST = 512  # height and width in which ink is looked for
+_LARGEST = 256  # height and width in which ink is looked for
 _SPECK = 0.01  # of the largest connected patch of ink: smaller ones are no part of what is drawn
 
 
@@ -99,7 +99,9 @@ def prepare(
         raise DataError(
             f"it is empty: its brightness is between {low:.0%} and {high:.0%} everywhere"
         )
-    inverted = invert == "yes" or (invert == "auto" and np.median(_border(x)) > (low + high) / 2)
+    inverted = invert == "yes"
+    if invert == "auto":
+        inverted = float(np.median(_border(x))) > (low + high) / 2
     if inverted:
         x = 1 - x
     framed = x.shape != tuple(shape)

@@ -64,7 +64,7 @@ def read_image(
     ----------
     file : path-like or binary file
         PNG or JPEG (with Pillow, the extra ``images``) or a .npy of one picture; grey or colour, of
-        any size.
+        any size. An open file is read from its beginning.
     shape : tuple of int
         (height, width) of the network's images: ``net.inputs.image_shape``.
     pixel_max : float
@@ -91,7 +91,7 @@ def read_image(
     >>> drawn[10:50, 18:22] = 0  # a black stroke
     >>> file = io.BytesIO()
     >>> np.save(file, drawn)
-    >>> image = read_image(io.BytesIO(file.getvalue()))
+    >>> image = read_image(file)
     >>> image.shape, int(image[0, 0]), int(image.max())
     ((28, 28), 0, 255)
     """
@@ -179,6 +179,7 @@ def _opened(file: Any, name: str) -> Iterator[Any]:
                         f"as a file."
                     )
                 stream = io.BytesIO(content)
+            stream.seek(0)
         except IsADirectoryError as error:
             raise DataError(f"{name} is a folder, not an image. Name the files in it.") from error
         except OSError as error:
