@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cupybnn.cli.export import Export, open_network, packed
 from cupybnn.cli.signals import Signals
 from cupybnn.errors import NonFiniteError, SettingError
 from cupybnn.training.checks import Rule, Switch
@@ -51,6 +52,12 @@ def add_parser(subparsers: Any) -> None:
     options.add_argument("--recipe", metavar="NAME", help="start from settings in a file")
     options.add_argument("--list_recipes", action="store_true", help="list the recipes and exit")
     options.add_argument("--gpu", metavar="N", type=int, help="the same as --device cuda:N")
+    options = parser.add_argument_group("the trained network")
+    options.add_argument(
+        "--export",
+        metavar="FILE",
+        help="write it, at the end, as .npz, .onnx or .h; see 'cupybnn export'",
+    )
 
 
 def _add(options: Any, name: str, declaration: Setting) -> None:
@@ -106,21 +113,28 @@ def _train(given: dict[str, Any], signals: Signals) -> None:
     from cupybnn.training import Trainer
 
     config = _config(given)
+    export = Export.of(given["export"]) if "export" in given else None
     console = Console(_chosen(config, given))
     try:
         trainer = Trainer(config, [console])
+        if export is not None:
+            packed(trainer.model, trainer.dataset)  # now, rather than after hours, if it cannot be
         if trainer.step >= config.max_steps:
             trainer.notice(
                 f"Nothing is left to train: --max_steps, counted from the very first step, is "
                 f"{config.max_steps}."
             )
+            if export is not None:
+                print(export.write(open_network(str(config.restore))))
             return
         signals.training_begins(trainer)
         # Console says once that the loss is not finite; NumPy would say it of each operation.
         with np.errstate(all="ignore"):
-            trainer.run()
+            result = trainer.run()
     finally:
         console.close()
+    if export is not None:
+        print(export.write(packed(result.model, trainer.dataset)))
 
 
 def _list_recipes() -> int:
