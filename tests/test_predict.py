@@ -547,3 +547,34 @@ class TestCommand:
                 code = exit.code
             assert code == 2
             assert words in capsys.readouterr().err
+
+
+def test_odd_values_of_any_option_end_in_a_line(packed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.save("image.npy", np.zeros((28, 28), np.uint8))
+    odd = ["", "--", "-1", "nan", "9" * 400, "9" * 5000, "٣x", "a\0b", "\udcff", "x" * 5000, "."]
+    for value in odd:
+        for option in ("--invert", "--top", "--which", "--device", "model", "file"):
+            words = ["predict", str(packed), "image.npy", f"{option}={value}"]
+            if option == "model":
+                words = ["predict", "--", value, "image.npy"]
+            elif option == "file":
+                words = ["predict", str(packed), "--", value]
+            if (option, value) == ("--top", "9" * 400):
+                continue  # all classes
+            check_complaint(words, capsys)
+        check_complaint(["evaluate", "--", value], capsys)
+        if value != "--":  # which argparse drops: then MNIST would be fetched
+            check_complaint(["evaluate", "--", str(packed), value], capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["image.npy"]
+
+
+def check_complaint(words: list[str], capsys) -> None:
+    try:
+        code = main(words)
+    except SystemExit as exit:
+        code = exit.code
+    said = capsys.readouterr()
+    assert code in (1, 2), words
+    assert f"cupybnn {words[0]}: " in said.err.splitlines()[-1], words
+    assert "Traceback" not in said.err

@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.top < 1:
         raise SettingError(f"The '--top' must be 1 or more; got {args.top}.")
+    if not args.files:  # argparse takes "--" out of them
+        raise SettingError("At least one file must be named; one that is called -- is ./--.")
     if args.files.count("-") > 1:
         raise SettingError("Standard input, '-', must be among the files once at most.")
     network = models.opened(args)
