@@ -55,7 +55,12 @@ def image():
 
 
 def canvas(size: tuple[int, int], place: tuple[int, int], ink: np.ndarray) -> np.ndarray:
-    """Return a dark picture of a size (height, width) with `ink` at a place."""
+    """Return a dark picture of a size (height, width) with `ink` at a place.
+
+    A negative place cuts off as much at each side.
+    """
+    if min(place) < 0:
+        return ink[-place[0] :, -place[1] :][: size[0], : size[1]]
     x = np.zeros(size, np.uint8)
     x[place[0] : place[0] + ink.shape[0], place[1] : place[1] + ink.shape[1]] = ink
     return x
@@ -98,6 +103,12 @@ def photographed(image, ink):
     return image.fromarray(np.clip(x, 0, 255).astype(np.uint8))
 
 
+def in_shadow(image, ink):
+    """Paper that is half as bright on one side as on the other, and ink that is grey."""
+    across = np.linspace(1, 0.5, ink.shape[1])
+    return image.fromarray(((255 - 0.7 * ink) * across).astype(np.uint8))
+
+
 def with_specks(image, ink):
     x = ink.copy()
     x[::37, ::41] = 255
@@ -118,6 +129,8 @@ RENDERINGS = {
     "small": (0.75, (25, 30), (2, 6), black_on_white),
     "JPEG": (4, (130, 130), (9, 9), blue_on_cream, "JPEG"),
     "photographed": (5, (200, 170), (40, 20), photographed, "JPEG"),
+    "in shadow": (3, (100, 120), (8, 20), in_shadow),
+    "cropped": (4, (80, 80), (-16, -16), black_on_white),
     "specks": (5, (170, 200), (12, 40), with_specks),
     "transparent, dark ink": (5, (170, 200), (12, 40), transparent(0)),
     "transparent, light ink": (5, (170, 200), (12, 40), transparent(255)),
@@ -423,6 +436,8 @@ class TestBadFiles:
         file = io.BytesIO()
         image.new("RGBA", (50, 50), (9, 9, 9, 0)).save(file, "PNG")
         assert "it is empty" in self.refuse(file.getvalue())
+        shadow = np.linspace(0.3, 0.9, 50) * np.ones((50, 1))
+        assert "it is empty" in self.refuse(npy(shadow).getvalue())
 
     def test_several_images_where_one_is_wanted(self):
         stack = np.stack([np.tri(40, dtype=np.uint8) * 255] * 3)

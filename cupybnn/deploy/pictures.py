@@ -6,9 +6,10 @@ mass is in the middle (http://yann.lecun.com/exdb/mnist). A picture is treated l
 
 1. Transparent parts become paper: white under dark ink, black under light ink.
 2. Where the outermost pixels are light, the ink is dark, and the picture is inverted.
-3. Paper becomes 0 and ink 1; Otsu's threshold tells them apart. Specks become paper.
-4. What holds ink is cut out and scaled to fit the box, with its proportions kept.
-5. Its centre of mass is moved to the middle of the image, as far as all of it stays inside.
+3. What changes evenly along the border, such as a shadow, is taken away from all of the picture.
+4. Paper becomes 0 and ink 1; Otsu's threshold tells them apart. Specks become paper.
+5. What holds ink is cut out and scaled to fit the box, with its proportions kept.
+6. Its centre of mass is moved to the middle of the image, as far as all of it stays inside.
 
 A picture that has the network's shape is inverted if need be, and otherwise taken as it is.
 """
@@ -34,6 +35,7 @@ _FRAMES = {
 }
 _LEAST_CONTRAST = 0.1  # between paper and ink, of 1 between black and white
 _LARGEST = 256  # height and width in which ink is looked for
+_SHADED = 8  # height and width from which on a border shows a shadow
 _SPECK = 0.01  # of the largest connected patch of ink: smaller ones are no part of what is drawn
 
 
@@ -94,11 +96,7 @@ def prepare(
     x = np.asarray(grey, np.float32)
     if alpha is not None:
         x = _on_paper(x, np.asarray(alpha, np.float32), invert)
-    low, high = float(x.min()), float(x.max())
-    if high - low < _LEAST_CONTRAST:
-        raise DataError(
-            f"it is empty: its brightness is between {low:.0%} and {high:.0%} everywhere"
-        )
+    low, high = _range(x)
     inverted = invert == "yes"
     if invert == "auto":
         inverted = float(np.median(_border(x))) > (low + high) / 2
@@ -106,9 +104,21 @@ def prepare(
         x = 1 - x
     framed = x.shape != tuple(shape)
     if framed:
-        x = _framed(_ink(_reduced(x)), shape)
+        x = _evenly_lit(_reduced(x))
+        _range(x)
+        x = _framed(_ink(x), shape)
     dtype = np.uint8 if pixel_max <= 255 else np.int64
     return Picture(np.rint(x * np.float32(pixel_max)).astype(dtype), inverted, framed)
+
+
+def _range(x: np.ndarray) -> tuple[float, float]:
+    """Return the least and the greatest value, and complain where they hardly differ."""
+    low, high = float(x.min()), float(x.max())
+    if high - low < _LEAST_CONTRAST:
+        raise DataError(
+            f"it is empty: its brightness is between {low:.0%} and {high:.0%} everywhere"
+        )
+    return low, high
 
 
 def _on_paper(grey: np.ndarray, alpha: np.ndarray, invert: str) -> np.ndarray:
@@ -123,6 +133,23 @@ def _on_paper(grey: np.ndarray, alpha: np.ndarray, invert: str) -> np.ndarray:
 def _border(x: np.ndarray) -> np.ndarray:
     """Return the outermost pixels."""
     return np.concatenate([x[0], x[-1], x[1:-1, 0], x[1:-1, -1]])
+
+
+def _evenly_lit(x: np.ndarray) -> np.ndarray:
+    """Return a picture of light ink less the plane through its border, where paper is seen."""
+    middle = (float(x.min()) + float(x.max())) / 2
+    if min(x.shape) < _SHADED or np.median(_border(x)) > middle:
+        return x  # there is no border, or it is ink
+    places = np.indices(x.shape).transpose(1, 2, 0).astype(np.float32)
+    terms = np.dstack([np.ones(x.shape, np.float32), places / max(x.shape)])
+    border = np.concatenate([_border(terms[..., i])[:, None] for i in range(3)], axis=1)
+    values = _border(x)
+    used = np.ones(len(values), bool)
+    for _ in range(4):  # without the pixels where ink reaches the border
+        plane = np.linalg.lstsq(border[used], values[used], rcond=None)[0]
+        apart = np.abs(values - border @ plane)
+        used = apart <= 2.5 * np.median(apart) + 0.02
+    return np.clip(x - terms @ plane, 0, 1)
 
 
 def _ink(x: np.ndarray) -> np.ndarray:
