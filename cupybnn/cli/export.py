@@ -225,18 +225,13 @@ def open_network(
     SettingError
         If there are not as many classes as outputs.
     """
-    from cupybnn.deploy import PackedNetwork
+    from cupybnn import deploy
 
-    path = user_path(model)
-    with _one_kind_of_error():
-        if path.is_file() and _is_packed(path):
-            net = PackedNetwork.load(path)
-        else:
-            net = PackedNetwork.from_run(path, which or "newest", device="cpu")
+    net = deploy.open_network(model, which=which, device="cpu")
     if classes is None:
         return net
     try:
-        return PackedNetwork(net.layers, net.inputs, classes)
+        return deploy.PackedNetwork(net.layers, net.inputs, classes)
     except ValueError as error:
         raise SettingError(str(error)) from error
 
@@ -266,14 +261,3 @@ def _one_kind_of_error() -> Iterator[None]:
         raise
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-
-
-def _is_packed(path: Path) -> bool:
-    """Whether a file is a packed network rather than a checkpoint, whose header is a text."""
-    from cupybnn.npz import open_npz
-
-    try:
-        with open_npz(path) as archive:
-            return archive.header("header")[1] == "uint8"
-    except ValueError:  # which reading it will explain
-        return False

@@ -37,6 +37,8 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "train": "train a full-precision or binarized network",
+    "evaluate": "measure a trained network on labelled images",
+    "predict": "say which class a picture shows",
     "export": "write a trained network as .npz, ONNX or a C header",
     "verify": "check every kernel on this machine against a plain product, element by element",
     "bench": "time the 1-bit product against dense products",

@@ -16,6 +16,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from cupybnn.data.dataset import Dataset
 from cupybnn.errors import DataError
 from cupybnn.paths import user_path
 
-__all__ = ["find_files", "load_folder", "read_idx"]
+__all__ = ["find_files", "load_folder", "read_idx", "read_idx_stream"]
 
 _UNSIGNED_BYTE = 8
 _CLASSES = 10
@@ -141,38 +142,43 @@ def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
         names the file, what was expected and what was found.
     """
     path = Path(path)
-    kind = {1: "labels", 3: "images"}.get(dimensions, f"{dimensions}-dimensional data")
     try:
         with open(path, "rb") as raw:
-            zipped = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
-            stream: io.BufferedIOBase = gzip.GzipFile(fileobj=raw) if zipped else raw
-            length = 4 + 4 * dimensions
-            header, _ = _read(stream, length)
-            magic, expected = int.from_bytes(header[:4], "big"), (_UNSIGNED_BYTE << 8) | dimensions
-            if len(header) >= 4 and magic != expected:
-                of_kinds = {0x801: " (a file of labels)", 0x803: " (a file of images)"}
-                raise DataError(
-                    f"{path} is not an IDX file of {kind}: expected the magic number "
-                    f"0x{expected:08x}, found 0x{magic:08x}{of_kinds.get(magic, '')}."
-                )
-            if len(header) < length:
-                raise DataError(
-                    f"{path} is truncated: expected a header of {length} bytes, found "
-                    f"{len(header)}."
-                )
-            shape = struct.unpack_from(f">{dimensions}I", header, 4)
-            size = math.prod(shape)
-            # Reading one byte past the expected end detects extra data, and makes gzip verify its
-            # checksum, which it does at the end of the stream.
-            data, cut_off = _read(stream, size + 1)
-            if zipped and len(data) > size:
-                # A damaged stream may yield extra bytes: read on, so that its checksum fails.
-                _read(stream, size + (1 << 20))
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path} is corrupt: {error}. Fetch it again.") from error
+            return read_idx_stream(raw, dimensions, path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def read_idx_stream(raw: Any, dimensions: int, path: str | os.PathLike[str]) -> np.ndarray:
+    """Read an IDX file that is open, for `read_idx`; `path` is its name in messages."""
+    kind = {1: "labels", 3: "images"}.get(dimensions, f"{dimensions}-dimensional data")
+    try:
+        zipped = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        stream: io.BufferedIOBase = gzip.GzipFile(fileobj=raw) if zipped else raw
+        length = 4 + 4 * dimensions
+        header, _ = _read(stream, length)
+        magic, expected = int.from_bytes(header[:4], "big"), (_UNSIGNED_BYTE << 8) | dimensions
+        if len(header) >= 4 and magic != expected:
+            of_kinds = {0x801: " (a file of labels)", 0x803: " (a file of images)"}
+            raise DataError(
+                f"{path} is not an IDX file of {kind}: expected the magic number "
+                f"0x{expected:08x}, found 0x{magic:08x}{of_kinds.get(magic, '')}."
+            )
+        if len(header) < length:
+            raise DataError(
+                f"{path} is truncated: expected a header of {length} bytes, found {len(header)}."
+            )
+        shape = struct.unpack_from(f">{dimensions}I", header, 4)
+        size = math.prod(shape)
+        # Reading one byte past the expected end detects extra data, and makes gzip verify its
+        # checksum, which it does at the end of the stream.
+        data, cut_off = _read(stream, size + 1)
+        if zipped and len(data) > size:
+            # A damaged stream may yield extra bytes: read on, so that its checksum fails.
+            _read(stream, size + (1 << 20))
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} is corrupt: {error}. Fetch it again.") from error
     elements = f"{size:,} bytes for {' × '.join(map(str, shape))} {kind}"
     if len(data) != size:
         found = f"{len(data):,}" if len(data) < size else "more"

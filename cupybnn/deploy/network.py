@@ -12,6 +12,7 @@ from cupybnn import nn
 from cupybnn.backends.devices import CPU, Device, array_module, resolve
 from cupybnn.deploy import c_header, file, onnx_file, qonnx_file
 from cupybnn.deploy.conversion import packed_layers
+from cupybnn.deploy.evaluation import ClassificationReport, evaluate
 from cupybnn.deploy.inputs import InputSpec, like
 from cupybnn.deploy.layers import PackedLayer
 from cupybnn.training.saved import DataDescription, load_model
@@ -326,6 +327,29 @@ class PackedNetwork:
             xp = array_module(best)
             return like(xp.asarray(self.classes)[best], x)
         return self.classes[best.get() if self.device.kind == "cuda" else best]
+
+    def evaluate(self, images: Any, labels: Any) -> ClassificationReport:
+        """Compare predictions with the true classes.
+
+        Parameters
+        ----------
+        images : array_like, shape (examples, ...)
+            As for a call; they may be on another device and are taken to the network's in parts.
+        labels : array_like, shape (examples,)
+            The true class of each, an element of `classes`.
+
+        Returns
+        -------
+        ClassificationReport
+            Accuracy, loss, precision and recall of each class, confusion matrix, mistakes; print
+            it to see them.
+
+        Raises
+        ------
+        ValueError
+            If there are not as many labels as images, or a label is none of the classes.
+        """
+        return evaluate(self, images, labels)
 
     def _logits(self, x: Any) -> Any:
         rows, single = self.inputs.read(x, self.device)
