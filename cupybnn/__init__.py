@@ -34,8 +34,8 @@ __all__ = [
     "xnor_gemm_packed",
 ]
 
-#: Where each public name lives. A module is imported when one of its names is first asked for:
-#: a product needs nothing of training, and the command line tunes the process before NumPy.
+#: The module of each public name, imported on first use: a product needs no training code, and the
+#: command line tunes the process before importing NumPy.
 _MODULES = {
     "autograd": ("Tensor",),
     "deploy": ("PackedNetwork",),
@@ -49,10 +49,10 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name, or a module of this package, when it is first asked for."""
+    """Import a public name or a submodule on first use."""
     if name in _MODULE_OF:
         value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-        globals()[name] = value  # from now on found without this function
+        globals()[name] = value  # bypasses this function from now on
         return value
     if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
         return importlib.import_module(f"{__name__}.{name}")

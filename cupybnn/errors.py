@@ -1,4 +1,4 @@
-"""Exceptions of cupybnn that a caller may want to catch by name."""
+"""Exceptions raised by cupybnn."""
 
 __all__ = [
     "CheckpointError",
@@ -11,15 +11,15 @@ __all__ = [
 
 
 class SettingError(ValueError):
-    """A setting or an option has a value that it cannot have; the message says why.
+    """A setting or option has an invalid value; the message says why.
 
-    Whatever the command line can set is checked with this class, and the command then ends with
-    the message alone. Any other ValueError there is a bug, and keeps its traceback.
+    Everything that the command line can set raises this class, and the command then exits with the
+    message alone. Any other ValueError there is a bug and keeps its traceback.
     """
 
 
 class DeviceError(RuntimeError):
-    """A device was asked for that cannot be used; the message says why."""
+    """A requested device cannot be used; the message says why."""
 
 
 class DataError(RuntimeError):
@@ -27,11 +27,11 @@ class DataError(RuntimeError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read, or does not fit the model or the options."""
+    """A checkpoint cannot be read, or does not match the model or the options."""
 
 
 class GraphError(RuntimeError):
-    """A backward pass was asked for that would give a wrong gradient or none."""
+    """A requested backward pass would give a wrong gradient or none."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -40,17 +40,17 @@ class NonFiniteError(ArithmeticError):
     Attributes
     ----------
     op : str
-        The operation that made it.
+        The operation that produced it.
     phase : str
         "forward value" or "gradient of ...".
     place : str
-        The layer, as in "hidden.fc2"; empty outside of a model.
+        The layer, as in "hidden.fc2"; empty outside a model.
     shape : tuple of int
         Shape of the array.
     bad : int
-        How many of its values are NaN or infinite.
+        Number of values that are NaN or infinite.
     step : int or None
-        The training step, where there is one; set by the trainer.
+        The training step, if any. Set by the trainer.
     """
 
     def __init__(self, op: str, phase: str, place: str, shape: tuple[int, ...], bad: int) -> None:

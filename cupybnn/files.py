@@ -1,4 +1,4 @@
-"""Files: written so that a reader finds the old content or the new."""
+"""Atomic file writes: a reader finds either the old content or the new."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ except ImportError:  # Windows
 
 __all__ = ["atomic_write", "is_stream", "new_folder", "read_npz", "remove_leftovers"]
 
-#: Errors that say that a file cannot be replaced, although it may well be written: its folder is
-#: read-only, or the file is a mount point.
+#: Errors for files that cannot be replaced but may be writable: the folder is read-only, or the
+#: file is a mount point.
 _NOT_REPLACEABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV}
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open a temporary file and give it the name `path` when the block ends well.
+    """Open a temporary file and rename it to `path` when the block succeeds.
 
-    The file is flushed to the disk before it gets its name, so that a crash of the machine leaves
-    the old content or the new. If the block raises, `path` is untouched and the temporary file is
-    removed. A killed process leaves one behind; the next write into the folder removes it.
+    The file is flushed to disk before it is renamed, so that a system crash leaves either the old
+    content or the new. If the block raises, `path` is untouched and the temporary file is removed.
+    A killed process leaves one behind; the next write to the folder removes it.
 
     * A symbolic link is followed: its target is replaced.
-    * An existing file keeps its mode, and its owner and group where the process may set them. One
-      that may not be written stays.
-    * A file that can be written but not replaced, because its folder is read-only or because it is
-      a mount point, is overwritten once the whole content is ready and there is room for it.
-    * A pipe, a terminal or another character device gets the whole content when the block ends.
+    * An existing file keeps its mode, and its owner and group if the process may set them. A
+      read-only file is not replaced.
+    * A file that can be written but not replaced, because its folder is read-only or it is a mount
+      point, is overwritten once the whole content is ready and there is space for it.
+    * A pipe, a terminal or another character device receives the content when the block ends.
 
     Parameters
     ----------
@@ -71,18 +71,18 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
             yield file
     except OSError as error:
         if isinstance(error.filename, str) and is_temporary(error.filename):
-            # The name that the caller knows.
+            # Report the path that the caller passed.
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
 def is_stream(path: str | os.PathLike[str]) -> bool:
-    """Whether `path` is a pipe or a device, to which each `atomic_write` adds its content."""
+    """Whether `path` is a pipe or device, to which each `atomic_write` appends."""
     return _resolve(checked_path(path)) is None
 
 
 def _resolve(path: Path) -> Path | None:
-    """Follow links to the file that is to be replaced; None where `path` is not a regular file."""
+    """Follow links to the file to replace; None if `path` is not a regular file."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
@@ -106,7 +106,7 @@ def _resolve(path: Path) -> Path | None:
 
 
 def _descriptor(path: Path) -> int | None:
-    """Return the number of this process's open file that a resolved path such as /dev/fd/1 is."""
+    """Return the descriptor of this process that a resolved path such as /dev/fd/1 refers to."""
     ours = str(path.parent) in (f"/proc/{os.getpid()}/fd", "/dev/fd")
     return int(path.name) if ours and path.name.isdecimal() else None
 
@@ -118,7 +118,7 @@ def _send(file: IO[bytes], path: Path) -> None:
         if not link.is_symlink():
             break
         link = Path(os.path.realpath(link.parent), os.readlink(link))
-    # An open file is used as it is: opening it anew would start at its beginning.
+    # Use an open file directly: reopening it would start at the beginning.
     where: int | Path = path if number is None else os.dup(number)
     file.seek(0)
     with open(where, "wb", buffering=0) as out:
@@ -127,9 +127,9 @@ def _send(file: IO[bytes], path: Path) -> None:
 
 @contextlib.contextmanager
 def _replacement(target: Path) -> Iterator[IO[bytes]]:
-    """Yield a new file that takes the place of `target` when the block ends well."""
+    """Yield a new file that replaces `target` when the block succeeds."""
     before = os.stat(target) if target.exists() else None
-    if before is not None and not os.access(target, os.W_OK):  # which replacing it would ignore
+    if before is not None and not os.access(target, os.W_OK):  # replacing it would ignore its mode
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
     remove_leftovers(target.parent)
     temporary = None
@@ -151,7 +151,7 @@ def _replacement(target: Path) -> Iterator[IO[bytes]]:
                 _keep_owner_and_mode(temporary, descriptor, before)
             os.fsync(descriptor)
             if fcntl is None:
-                file.close()  # Windows moves no file that is open; elsewhere the lock is kept
+                file.close()  # Windows cannot rename an open file; elsewhere, keep the lock
             try:
                 os.replace(temporary, target)
             except OSError as error:
@@ -177,7 +177,7 @@ def _keep_owner_and_mode(temporary: Path, descriptor: int, before: os.stat_resul
 
 
 def _overwrite(target: Path, file: IO[bytes]) -> None:
-    """Put the content of `file` into `target`, in place, if there is room for it."""
+    """Overwrite `target` in place with the content of `file`, if there is space for it."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     with open(target, "r+b", buffering=0) as out:

@@ -1,4 +1,4 @@
-"""A batch norm and a sign, folded into a threshold a column."""
+"""Folding of a batch norm and a sign into a threshold per column."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from cupybnn.backends.devices import array_module
 
 __all__ = ["fold_batch_norm"]
 
-# Every integer up to here is a float32, so the formula below sees the product itself.
+# float32 holds every integer up to this limit, so the formula below gets the exact product.
 LIMIT = 1 << 24
 
 
 def fold_batch_norm(
     mean: Any, var: Any, gamma: Any, beta: Any, eps: float = 1e-4
 ) -> tuple[Any, Any]:
-    """Turn a batch norm followed by a sign into a threshold and a flip for each column.
+    """Fold a batch norm followed by a sign into a threshold and a flip for each column.
 
     For every integer s from -2**24 to 2**24, ``(s >= threshold) != flip`` is exactly
     ``y >= 0`` of ``y = s * scale + (beta - mean * scale)`` with
-    ``scale = gamma * (1 / sqrt(var + eps))``, computed in float32, each step rounded: what
-    `cupybnn.ops.batch_norm` computes outside of training. Each step is monotone, rounded or not,
-    so y changes its sign at one integer at most: that one is found by bisection on the formula
-    itself. For gamma > 0 a column is +1 from its threshold on; for gamma < 0 it is +1 below it, and
-    flip is set; for gamma = 0 it is the sign of beta throughout. (The idea: Umuroglu et al., FINN,
-    2017, https://arxiv.org/abs/1612.07119, section 4.2.2.)
+    ``scale = gamma * (1 / sqrt(var + eps))``, computed in float32, each step rounded, as
+    `cupybnn.ops.batch_norm` does in evaluation. Each step is monotone even when rounded, so y
+    changes sign at one integer at most, which is found by bisection on the formula itself. For
+    gamma > 0 a column is +1 from its threshold on; for gamma < 0 it is +1 below it, and flip is
+    set; for gamma = 0 it is the sign of beta everywhere. (Idea: Umuroglu et al., FINN, 2017,
+    https://arxiv.org/abs/1612.07119, section 4.2.2.)
 
     Parameters
     ----------
@@ -47,8 +47,8 @@ def fold_batch_norm(
         If the arguments are not vectors of one length.
     """
     xp = array_module(mean, var, gamma, beta)
-    # Beyond float32 there is infinity; a variance of 0 without eps divides by 0; NaN is -1. A GPU
-    # neither warns nor raises where that happens.
+    # Overflow gives infinity, a variance of 0 without eps divides by 0, and NaN is -1. As on a GPU,
+    # none of these warns or raises.
     with np.errstate(all="ignore"):
         arrays = [xp.asarray(x, np.float32) for x in (mean, var, gamma, beta)]
         return _fold(xp, arrays, np.float32(eps))
@@ -71,7 +71,7 @@ def _fold(xp: Any, arrays: list[Any], eps: np.float32) -> tuple[Any, Any]:
     low = xp.full(mean.shape, -LIMIT, np.int32)
     high = xp.full(mean.shape, LIMIT, np.int32)
     first, last = is_plus(low), is_plus(high)
-    # The sign changes somewhere in (low, high] where it changes at all; halve that until it is one.
+    # If the sign changes, it does so in (low, high]; bisect until one integer is left.
     for _ in range((2 * LIMIT).bit_length()):
         middle = (low + high) >> 1
         as_first = is_plus(middle) == first

@@ -1,8 +1,8 @@
-"""The exact product of the signs of two matrices: arguments in, a backend's kernel below.
+"""The exact product of the signs of two matrices: the public functions on top of the backends.
 
-Two usual 2-D operands take a short path, for on a GPU the time that Python spends on a call is
-part of its speed. Everything else (vectors, batches, scales, ``out=``, foreign tensors, and every
-error) is dealt with in `cupybnn.problem`.
+The common case of two 2-D operands takes a fast path, because on a GPU the time that Python spends
+on a call counts. Everything else (vectors, batches, scales, ``out=``, foreign tensors, and all
+errors) is handled in `cupybnn.problem`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from cupybnn.packed import PackedMatrix
 
 __all__ = ["xnor_gemm", "xnor_gemm_packed"]
 
-MAX_K = np.iinfo(np.int32).max  # what the default result dtype and the thresholds can hold
-HOST = -1  # where an operand is: the host, or the number of its CUDA device
+MAX_K = np.iinfo(np.int32).max  # limit of the default result dtype and of thresholds
+HOST = -1  # location of an operand: the host, or the index of its CUDA device
 
 
 def xnor_gemm(
@@ -36,8 +36,8 @@ def xnor_gemm(
 ) -> Any:
     """Multiply the signs of two matrices exactly.
 
-    The result equals ``sign(a) @ sign(b)`` as an integer product, for every shape, with the
-    `cupybnn.sign` that is +1 for x >= 0 and -1 otherwise. Shapes follow `numpy.matmul`.
+    The result equals the integer product ``sign(a) @ sign(b)`` for every shape, where
+    `cupybnn.sign` is +1 for x >= 0 and -1 otherwise. Shapes follow `numpy.matmul`.
 
     Parameters
     ----------
@@ -47,21 +47,21 @@ def xnor_gemm(
     b : array_like or PackedMatrix, shape (..., K, N) or (K,)
         Likewise; packed along its last axis but one: ``pack(b, axis=-2)``. Leading axes broadcast.
     scale : array or pair of arrays, optional
-        Multiplies the columns of the product, if of shape (N,) or (..., 1, N), or its rows, if of
-        shape (M, 1) or (..., M, 1); a tuple (row, column) does both. Used as float32.
+        Multiplies the columns of the product if of shape (N,) or (..., 1, N), its rows if of shape
+        (M, 1) or (..., M, 1); a tuple (row, column) does both. Used as float32.
     bias : array, shape (N,) or (..., 1, N), optional
         Added after the scale. Used as float32.
     out : ndarray, shape (..., M, N), optional
-        Where to put the result; its shape and device must be the result's, its dtype is then the
-        result's dtype. It may overlap any other argument.
+        Output array with the shape and device of the result; its dtype becomes the result dtype.
+        It may overlap any other argument.
     dtype : dtype, optional
         Real floating or signed integer. By default the operands' common floating type, but at
-        least float32, when either is floating; else int32 (float32 with a scale or a bias).
+        least float32, if either is floating; otherwise int32 (float32 with a scale or a bias).
 
     Returns
     -------
     ndarray, shape (..., M, N)
-        NumPy for NumPy, CuPy for CuPy, on the current device and stream, without waiting for it.
+        NumPy for NumPy, CuPy for CuPy, on the current device and stream, without synchronisation.
 
     Raises
     ------
@@ -75,22 +75,23 @@ def xnor_gemm(
     Warns
     -----
     UserWarning
-        If the numbers of a NumPy array are all 0 and 1: their signs are all +1. CuPy arrays are not
-        looked at, since that would wait for the GPU.
+        If a NumPy array holds only 0 and 1, whose signs are all +1. CuPy arrays are not checked,
+        because that would wait for the GPU.
 
     Notes
     -----
-    A result is rounded to nearest even where its dtype cannot hold the integer: in bfloat16 from
+    A result is rounded to nearest even if its dtype cannot hold the integer: in bfloat16 from
     K = 257, in float16 from K = 2049 (and infinite from K = 65520), in float32 from K = 2**24 + 1.
 
     With a scale or a bias the value is ``(float32(product) * row) * column + bias``, each step
     rounded to float32; for a float64 result the same in float64.
 
-    GPU tensors of other libraries are taken without a copy, and the result can be handed back:
+    GPU tensors of other libraries are accepted without a copy, and the result can be converted
+    back:
 
     >>> y = torch.from_dlpack(cupybnn.xnor_gemm(torch_x, torch_w))  # doctest: +SKIP
 
-    No floating-point warning or error comes of NaN and overflow, whatever `numpy.errstate` says.
+    NaN and overflow cause no floating-point warnings or errors, whatever `numpy.errstate` says.
 
     Examples
     --------
@@ -100,10 +101,10 @@ def xnor_gemm(
     array([[-1.]])
     """
     if out is None and scale is None and bias is None:
-        home = _usual_home(a, b)
+        home = _fast_path_home(a, b)
         if home is not None:
             if dtype is None:
-                result_dtype = _usual_dtype(a, b)
+                result_dtype = _fast_path_dtype(a, b)
             else:
                 result_dtype = check_result_dtype(
                     dtype, a.shape[1], False, "xnor_gemm", on_cuda=home != HOST
@@ -122,11 +123,11 @@ def xnor_gemm(
 
 
 def xnor_gemm_packed(a: Any, b: Any, *, threshold: Any = None, flip: Any = None) -> PackedMatrix:
-    """Multiply the signs of two matrices and keep the sign of each result, packed.
+    """Multiply the signs of two matrices and return the signs of the result, packed.
 
     Element (m, n) of the result is +1 where ``(product[m, n] >= threshold[n]) != flip[n]``. With
-    `cupybnn.fold_batch_norm` that is a product, a batch norm and a sign in one call; the result is
-    ready to be the left operand of the next product.
+    `cupybnn.fold_batch_norm` this is a product, a batch norm and a sign in one call; the result can
+    be the left operand of the next product.
 
     Parameters
     ----------
@@ -137,7 +138,7 @@ def xnor_gemm_packed(a: Any, b: Any, *, threshold: Any = None, flip: Any = None)
     threshold : array of integers, shape (N,), or int, optional
         0 by default: the sign of the product itself.
     flip : array of bool, shape (N,), or bool, optional
-        Whether a column's sign is turned round; False by default.
+        Whether to flip a column's sign; False by default.
 
     Returns
     -------
@@ -147,10 +148,10 @@ def xnor_gemm_packed(a: Any, b: Any, *, threshold: Any = None, flip: Any = None)
     Raises
     ------
     TypeError, ValueError
-        As `xnor_gemm`; and if `threshold` is not of integers or `flip` not of bools, or either has
-        another shape than (N,).
+        As `xnor_gemm`; and if `threshold` is not integer, `flip` is not bool, or the shape of
+        either is not (N,).
     """
-    home = _usual_home(a, b)
+    home = _fast_path_home(a, b)
     if home is None or threshold is not None or flip is not None:
         return problem.general_packed_product(a, b, threshold, flip)
     if home == HOST:
@@ -161,10 +162,10 @@ def xnor_gemm_packed(a: Any, b: Any, *, threshold: Any = None, flip: Any = None)
     return PackedMatrix._of(words, popcounts, (a.shape[0], b.shape[1]), -1, device)
 
 
-def _usual_home(a: Any, b: Any) -> int | None:
-    """Return where two usual operands are, or None where the general path is to decide.
+def _fast_path_home(a: Any, b: Any) -> int | None:
+    """Return the location of two operands for the fast path; None for the general path.
 
-    Usual are two matrices that fit, each a NumPy or CuPy array or packed the right way, on the
+    The fast path takes two matching matrices, each a NumPy or CuPy array or packed along K, on the
     current device.
     """
     home = _home(a, -1)
@@ -197,7 +198,7 @@ def _warn_of_zero_one(a: Any, b: Any, function: str) -> None:
         warn_of_zero_one(b, f"'b' of {function}")
 
 
-def _usual_dtype(a: Any, b: Any) -> np.dtype:
+def _fast_path_dtype(a: Any, b: Any) -> np.dtype:
     return default_dtype(
         INT32 if type(a) is PackedMatrix else a.dtype, INT32 if type(b) is PackedMatrix else b.dtype
     )
@@ -205,7 +206,7 @@ def _usual_dtype(a: Any, b: Any) -> np.dtype:
 
 @lru_cache(maxsize=1)
 def _cuda() -> tuple[ModuleType, Any]:
-    """Return the CUDA backend and cupy.empty, imported at the first product on a GPU."""
+    """Return the CUDA backend and cupy.empty, imported on the first GPU product."""
     import cupy
 
     from cupybnn.backends import cuda

@@ -1,4 +1,4 @@
-"""What cupybnn runs on: versions, processor, CUDA devices. For ``info`` and benchmark records."""
+"""Machine facts: versions, processor, CUDA devices. For ``info`` and benchmark records."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from cupybnn.backends.devices import Device, cuda_status
 
 __all__ = ["cuda_facts", "describe", "device_facts", "memory_bytes", "version_of"]
 
-#: What a machine is taken to have that does not say.
+#: Assumed memory of a machine that does not report it.
 _UNKNOWN_MEMORY = 1 << 46
-#: Where Linux says how much a container may have, in both versions of control groups.
+#: Linux files with a container's memory limit, for both versions of control groups.
 _CONTAINER_LIMITS = (
     "/sys/fs/cgroup/memory.max",
     "/sys/fs/cgroup/memory/memory.limit_in_bytes",
@@ -31,7 +31,7 @@ def version_of(distribution: str) -> str | None:
 
 
 def _cpu_name() -> str:
-    """Processor name as /proc/cpuinfo gives it, else what Python knows."""
+    """Return the processor name from /proc/cpuinfo, otherwise from Python."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -42,20 +42,20 @@ def _cpu_name() -> str:
 
 
 def _usable_cpus() -> int:
-    """Number of processors that this process may use."""
+    """Return the number of processors available to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def memory_bytes(device: Device) -> int:
-    """Return how much memory a device has; for the CPU, how much this process may have."""
+    """Return the memory of a device; for the CPU, the memory available to this process."""
     if device.kind == "cuda":
         with device.scope():
             return int(device.xp.cuda.runtime.memGetInfo()[1])
     try:
         amounts = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    except (AttributeError, OSError, ValueError):  # not a system that can be asked so
+    except (AttributeError, OSError, ValueError):  # not supported by this system
         return _UNKNOWN_MEMORY
     for file in _CONTAINER_LIMITS:
         try:
@@ -66,7 +66,7 @@ def memory_bytes(device: Device) -> int:
 
 
 def _driver_version() -> str | None:
-    """Version of NVIDIA's kernel driver (Linux), or None."""
+    """Return the version of NVIDIA's kernel driver (Linux), or None."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
     except OSError:
@@ -79,12 +79,12 @@ def _driver_version() -> str | None:
 
 
 def _cuda_version(number: int) -> str | None:
-    """Write CUDA's version number 13000 as 13.0; 0, which stands for no driver, is None."""
+    """Format CUDA's version number 13000 as 13.0; 0, meaning no driver, gives None."""
     return None if number == 0 else f"{number // 1000}.{number % 1000 // 10}"
 
 
 def cuda_facts() -> dict[str, Any]:
-    """Return versions of CuPy, driver, CUDA runtime and NVRTC; None where one cannot be had."""
+    """Return the versions of CuPy, driver, CUDA runtime and NVRTC; None if unavailable."""
     status = cuda_status()
     facts: dict[str, Any] = {
         "available": status.available,
@@ -108,7 +108,7 @@ def cuda_facts() -> dict[str, Any]:
     for name, read in readings.items():
         try:
             facts[name] = read()
-        except Exception:  # one missing library must not hide the other facts
+        except Exception:  # a missing library must not hide the other facts
             facts[name] = None
     return facts
 
@@ -129,7 +129,7 @@ def device_facts(index: int) -> dict[str, Any]:
 
 
 def describe() -> dict[str, Any]:
-    """Return the facts of this machine that a benchmark's record needs, as plain JSON values."""
+    """Return the machine facts for a benchmark record, as plain JSON values."""
     cuda = cuda_facts()
     return {
         "cupybnn": cupybnn.__version__,

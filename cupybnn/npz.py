@@ -1,4 +1,4 @@
-"""Arrays of an .npz file: no pickle, nothing read but what is asked for, sizes checked first."""
+"""Safe reading of .npz files: no pickle, only requested arrays, sizes checked first."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cupybnn.paths import checked_path
 
 __all__ = ["NpzFile", "open_npz", "read_npz"]
 
-_KINDS = "biufcSU"  # of dtypes that are read: numbers and texts of fixed length
-_BLOCK = 1 << 22  # bytes that are read at once
-_HEADER = 16384  # bytes; an array's header has a few hundred
-_DEFLATE = 1100  # no deflated byte becomes more than 1,032
+_KINDS = "biufcSU"  # accepted dtype kinds: numbers and fixed-length strings
+_BLOCK = 1 << 22  # bytes read at a time
+_HEADER = 16384  # bytes; a typical array header has a few hundred
+_DEFLATE = 1100  # a deflated byte expands to at most 1,032
 
 
 class NpzFile:
@@ -27,10 +27,10 @@ class NpzFile:
     Attributes
     ----------
     names : tuple of str
-        The arrays in it.
+        Names of its arrays.
     """
 
-    def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
+    def __init__(self, archive: zipfile.ZipFile, size: int, compressed: bool) -> None:
         self._archive = archive
         self._members: dict[str, zipfile.ZipInfo] = {}
         for member in archive.infolist():
@@ -38,7 +38,7 @@ class NpzFile:
             if name in self._members:
                 raise ValueError(f"it has two entries {name[:80]!r}")
             self._members[name] = member
-        self._size = size
+        self._size, self._compressed = size, compressed
         self.names = tuple(self._members)
 
     def header(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
@@ -54,18 +54,18 @@ class NpzFile:
             return shape, dtype
 
     def read(self, name: str, most_bytes: int | None = None) -> np.ndarray:
-        """Read an array; its checksum is compared on the way.
+        """Read an array and verify its checksum.
 
         Parameters
         ----------
         name : str
         most_bytes : int, optional
-            Refuse an array that is larger, before memory is taken for it.
+            Refuse a larger array before allocating memory for it.
 
         Raises
         ------
         ValueError
-            If there is no such array, it is damaged, too large or of Python objects.
+            If there is no such array, or it is damaged, too large or of Python objects.
         """
         with _one_error(name), self._open(name) as stream:
             shape, fortran, dtype = _header(stream, self._members[name])
@@ -75,7 +75,9 @@ class NpzFile:
             flat = np.empty(math.prod(shape), dtype)
             target = flat.view(np.uint8) if nbytes else flat
             at = 0
-            while block := stream.read(_BLOCK):  # its end is read too: there the checksum is known
+            while block := stream.read(
+                _BLOCK
+            ):  # read to the end, where zipfile verifies the checksum
                 target[at : at + len(block)] = np.frombuffer(block, np.uint8)
                 at += len(block)
             if at != nbytes:
@@ -86,6 +88,8 @@ class NpzFile:
         if name not in self._members:
             raise ValueError("it is missing")
         member = self._members[name]
+        if member.compress_type != zipfile.ZIP_STORED and not self._compressed:
+            raise ValueError("it is compressed, which such a file never is")
         most = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: _DEFLATE}.get(member.compress_type, 0)
         if member.compress_size > self._size or member.file_size > most * member.compress_size:
             raise ValueError(f"its size of {member.file_size:,} bytes contradicts the file's")
@@ -94,7 +98,7 @@ class NpzFile:
 
 def _header(stream: Any, member: zipfile.ZipInfo) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(stream)
-    if version != (1, 0):  # NumPy takes others for structures, and for headers beyond 64 KiB
+    if version != (1, 0):  # NumPy uses others for structured dtypes and for headers over 64 KiB
         raise ValueError(f"an array of format {version} is not read")
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream, max_header_size=_HEADER)
     if dtype.hasobject:
@@ -113,21 +117,27 @@ def _header(stream: Any, member: zipfile.ZipInfo) -> tuple[tuple[int, ...], bool
 def _one_error(name: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # a wrong bit makes zipfile and NumPy raise a dozen kinds
+    except Exception as error:  # a flipped bit makes zipfile and NumPy raise many kinds
         text = " ".join((str(error) or type(error).__name__).split())
         raise ValueError(f"its entry {name[:80]!r}: {text[:300].rstrip('.')}") from error
 
 
 @contextlib.contextmanager
-def open_npz(path: str | os.PathLike[str]) -> Iterator[NpzFile]:
+def open_npz(path: str | os.PathLike[str], *, compressed: bool = True) -> Iterator[NpzFile]:
     """Open an .npz file for reading.
+
+    Parameters
+    ----------
+    path : path-like
+    compressed : bool
+        False refuses compressed arrays, which may be very large in a small file.
 
     Raises
     ------
     OSError
         If the file cannot be opened.
     ValueError
-        If it is no .npz file or is damaged; the message is the cause alone, without the path.
+        If it is not an .npz file or is damaged; the message gives only the cause, not the path.
     """
     with open(checked_path(path), "rb") as file:
         magic = file.read(4)
@@ -135,7 +145,7 @@ def open_npz(path: str | os.PathLike[str]) -> Iterator[NpzFile]:
             raise ValueError(f"not an .npz file, it begins with {magic!r}")
         try:
             archive = zipfile.ZipFile(file)
-            found = NpzFile(archive, os.fstat(file.fileno()).st_size)
+            found = NpzFile(archive, os.fstat(file.fileno()).st_size, compressed)
         except Exception as error:  # as above
             raise ValueError(str(error) or type(error).__name__) from error
         yield found
@@ -144,20 +154,20 @@ def open_npz(path: str | os.PathLike[str]) -> Iterator[NpzFile]:
 def read_npz(
     path: str | os.PathLike[str], names: tuple[str, ...] | None = None
 ) -> dict[str, np.ndarray]:
-    """Read entries of an .npz file, without pickle; the checksum of each is compared on the way.
+    """Read entries of an .npz file without pickle, verifying the checksum of each.
 
     Parameters
     ----------
     path : path-like
     names : tuple of str, optional
-        Only these entries, those of them that are there; default: all.
+        Read only these entries, if present; by default, all.
 
     Raises
     ------
     FileNotFoundError, IsADirectoryError, PermissionError
         If the file cannot be opened.
     ValueError
-        If it is no .npz file or is damaged; the message is the cause alone, without the path.
+        If it is not an .npz file or is damaged; the message gives only the cause, not the path.
     """
     with open_npz(path) as file:
         wanted = file.names if names is None else [n for n in names if n in file.names]

@@ -1,6 +1,6 @@
-"""Which arrays have a sign, and which dtypes a product may have.
+"""Rules for operands and result dtypes.
 
-The rules are those of every function that takes signs: `cupybnn.sign`, `cupybnn.pack` and
+They apply to every function that takes signs: `cupybnn.sign`, `cupybnn.pack` and
 `cupybnn.xnor_gemm`.
 """
 
@@ -48,12 +48,12 @@ def as_operand(x: Any, what: str) -> Any:
     ----------
     x : array_like
     what : str
-        What `x` is called in an error, such as "'a' of xnor_gemm".
+        Name of `x` in error messages, such as "'a' of xnor_gemm".
 
     Raises
     ------
     TypeError
-        If the elements of `x` have no sign, or `x` is no array.
+        If the elements of `x` have no sign, or `x` is not an array.
     """
     array = as_native(x, what)
     if dtype_has_sign(array.dtype):
@@ -70,10 +70,10 @@ def as_operand(x: Any, what: str) -> Any:
         )
         if array.dtype == np.uint8:
             hint += (
-                "If numpy.packbits made it, eight elements a byte, pass "
+                "If it comes from numpy.packbits, eight elements per byte, pass "
                 "PackedMatrix.from_packbits(x, k, axis). "
             )
-        hint += "If a middle value divides +1 from -1, pass x.astype('float32') - middle."
+        hint += "If a threshold separates +1 from -1, pass x.astype('float32') - threshold."
     elif kind == "c":
         hint = "A complex number has no sign: pass x.real, x.imag or abs(x) - threshold."
     elif kind == "O" and type_name(x) != "numpy.ndarray":
@@ -81,9 +81,9 @@ def as_operand(x: Any, what: str) -> Any:
         if isinstance(x, (list, tuple)):
             hint = "Its elements must all be numbers."
         elif hasattr(x, "toarray"):  # a sparse matrix of SciPy
-            hint = "Give it as an array: x.toarray()."
+            hint = "Convert it to an array: x.toarray()."
         else:
-            hint = "Give a numeric array."
+            hint = "Pass a numeric array."
     elif kind == "O":
         hint = "Convert it to numbers first: x.astype('float32')."
     else:
@@ -92,9 +92,9 @@ def as_operand(x: Any, what: str) -> Any:
 
 
 def warn_of_zero_one(x: np.ndarray, what: str) -> None:
-    """Warn if the numbers of `x`, which the warning calls `what`, are all 0 and 1, and not all 1.
+    """Warn if `x`, called `what` in the warning, holds only 0 and 1, and not only 1.
 
-    The first numbers dismiss nearly every other array, which keeps small products quick.
+    The first elements rule out nearly every other array, which keeps small products fast.
     """
     if x.dtype.kind == "b" or x.size < 2:
         return
@@ -115,7 +115,7 @@ def warn_of_zero_one(x: np.ndarray, what: str) -> None:
 def _is_zero_one(x: np.ndarray) -> bool:
     zeros = 0
     with np.errstate(invalid="ignore"):
-        # A chunk at a time, of any strides: nothing large is made, and most arrays end it early.
+        # In chunks, for any strides: allocates little, and most arrays stop early.
         chunks: Any = np.nditer(x, ["external_loop", "buffered"], buffersize=1 << 14)
         for chunk in chunks:
             zero = chunk == 0
@@ -126,7 +126,7 @@ def _is_zero_one(x: np.ndarray) -> bool:
 
 
 def _levels_to_caller() -> int:
-    """Return the `stacklevel` of the first frame outside of this package."""
+    """Return the `stacklevel` of the first frame outside this package."""
     level, frame = 1, sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").startswith("cupybnn."):
         level, frame = level + 1, frame.f_back  # type: ignore[assignment]
@@ -137,13 +137,13 @@ def _levels_to_caller() -> int:
 def default_dtype(a: np.dtype, b: np.dtype) -> np.dtype:
     """Return the dtype of a product of arrays of dtypes `a` and `b`.
 
-    It is the common floating type, at least float32, when either is floating, else int32. An
-    integer beside a float does not widen it: only its sign counts.
+    It is the common floating type, at least float32, if either is floating, otherwise int32. An
+    integer operand does not widen a float: only its sign counts.
     """
     floating = [d for d in (a, b) if is_floating(d)]
     if not floating:
         return INT32
-    # bfloat16 comes first in no promotion with float32; both half types end at float32.
+    # Both half types are promoted to float32; NumPy cannot promote all pairs with bfloat16.
     wide = [d for d in floating if d.itemsize >= 4]
     result = FLOAT32
     for d in wide:
@@ -152,7 +152,7 @@ def default_dtype(a: np.dtype, b: np.dtype) -> np.dtype:
 
 
 def as_dtype(dtype: Any, what: str) -> np.dtype:
-    """Return `dtype`, which errors call `what`, as a NumPy dtype; TypeError if it is none."""
+    """Return `dtype`, called `what` in errors, as a NumPy dtype; TypeError if it is not one."""
     try:
         return np.dtype(dtype)
     except (TypeError, ValueError, SyntaxError) as error:
@@ -160,8 +160,8 @@ def as_dtype(dtype: Any, what: str) -> np.dtype:
 
 
 def check_cuda_dtype(dtype: np.dtype, what: str) -> np.dtype:
-    """Return `dtype`, which errors call `what`; TypeError if a GPU has no such numbers."""
-    # CuPy creates arrays of the other byte order without complaint; kernels write their own order.
+    """Return `dtype`, called `what` in errors; TypeError if GPUs do not support it."""
+    # CuPy allows arrays in the other byte order, but kernels write native order.
     if not dtype.isnative:
         raise TypeError(
             f"The {what} must have native byte order on a GPU; got {dtype}. "
@@ -180,19 +180,19 @@ def check_result_dtype(
     what: str = "'dtype'",
     on_cuda: bool = False,
 ) -> np.dtype:
-    """Return `dtype`, which errors call `what`, as one that a product over K = `k` may have.
+    """Return `dtype`, called `what` in errors, after checking it for a product over K = `k`.
 
     Raises
     ------
     TypeError
         If it is neither a real floating nor a signed integer type, an integer type for a product
-        with scale or bias, or a type that a GPU has not while the product is `on_cuda`.
+        with scale or bias, or a type that GPUs do not support if `on_cuda`.
     ValueError
         If it is an integer type too small for -K ... K.
     """
     try:
         hash(dtype)
-    except TypeError:  # a list or a dict, which may name a dtype but not an entry of the cache
+    except TypeError:  # a list or dict may name a dtype but cannot be a cache key
         dtype = as_dtype(dtype, f"{what} of {function}")
     return _checked_result_dtype(dtype, k, scaled, function, what, on_cuda)
 
@@ -207,14 +207,14 @@ def _checked_result_dtype(
     if is_floating(checked):
         return checked
     if checked.kind != "i":
-        reason = ", for the product has negative values" if checked.kind in "ub" else ""
+        reason = ", because the product has negative values" if checked.kind in "ub" else ""
         raise TypeError(
             f"The {what} of {function} must be a real floating or signed integer type{reason}; "
             f"got {checked}."
         )
     if scaled:
         raise TypeError(
-            f"The {what} of {function} must be a floating type when a scale or a bias is given; "
+            f"The {what} of {function} must be a floating type with a scale or a bias; "
             f"got {checked}."
         )
     if k > np.iinfo(checked).max:

@@ -1,4 +1,4 @@
-"""Paths as users write them: ``~`` expanded, and what no file system takes refused."""
+"""User paths: expands ``~`` and refuses names that no file system accepts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def checked_path(path: str | os.PathLike[str]) -> Path:
     Raises
     ------
     SettingError
-        If it is empty or holds a character that no name of a file can have, such as NUL.
+        If it is empty or has a character that no file name can have, such as NUL.
     """
     text = os.fspath(path)
     try:
@@ -34,7 +34,7 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     Raises
     ------
     SettingError
-        If there is no such user or no home folder, or `path` holds a NUL character.
+        If there is no such user or no home folder, or `path` has a NUL character.
     """
     path = checked_path(path)
     try:
@@ -49,14 +49,14 @@ def user_path(path: str | os.PathLike[str]) -> Path:
 
 
 def home() -> Path:
-    """Return the user's home folder, or a folder for temporary files where there is none.
+    """Return the user's home folder, or a temporary folder if there is none.
 
-    A process can run under a number that has no user, without ``HOME``: in a container, say.
+    In a container, for example, a process may run without ``HOME`` under a UID that has no user.
     """
     try:
         return Path.home()
     except RuntimeError:
-        import tempfile  # only here: `import cupybnn` need not wait for it
+        import tempfile  # here, to keep `import cupybnn` fast
 
         user = os.getuid() if hasattr(os, "getuid") else "user"
         return Path(tempfile.gettempdir()) / f"cupybnn-{user}"

@@ -1,7 +1,7 @@
-"""Arguments of a product put in order: the general path of `xnor_gemm` and `xnor_gemm_packed`.
+"""Argument handling of a product: the general path of `xnor_gemm` and `xnor_gemm_packed`.
 
-Vectors become matrices, leading axes are broadcast, dtypes decided, ``out`` checked; what does not
-fit is refused in terms of the caller's arguments. Then a backend does the product.
+Vectors become matrices, leading axes are broadcast, the dtype is chosen, ``out`` is checked, and
+errors refer to the caller's arguments. Then a backend computes the product.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["current_cuda_device", "general_packed_product", "general_product"]
 
 @dataclass(frozen=True)
 class _Problem:
-    """Two operands that fit: matrices or batches of matrices, on one device."""
+    """Two matching operands: matrices or batches of matrices, on one device."""
 
     a: Any
     b: Any
@@ -49,13 +49,13 @@ class _Problem:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the result as matmul gives it: a vector adds no axis."""
+        """Shape of the result as in matmul: a vector adds no axis."""
         rows = () if self.a_is_vector else (self.m,)
         cols = () if self.b_is_vector else (self.n,)
         return self.batch + rows + cols
 
     def as_matrix(self, out: Any) -> Any:
-        """View of an array of `shape` that has `matrix_shape`."""
+        """Return a view of an array of `shape` with `matrix_shape`."""
         if self.b_is_vector:
             out = out[..., None]
         if self.a_is_vector:
@@ -74,14 +74,14 @@ def general_product(a: Any, b: Any, scale: Any, bias: Any, out: Any, dtype: Any)
             result = problem.device.xp.empty(problem.shape, result_dtype)
         else:
             _check_out(problem, out, result_dtype, function)
-            result, epilogue = _apart(problem, out, epilogue)
+            result, epilogue = _avoid_overlap(problem, out, epilogue)
         backend = backends.get(problem.device)
         backend.gemm(problem.a, problem.b, problem.as_matrix(result), epilogue)
         if out is not None:
             if result is not out:
                 out[...] = result
             return out
-    # As matmul: two vectors give a number, which NumPy has a scalar for and CuPy has not.
+    # As in matmul, two vectors give a number: a scalar in NumPy, a 0-d array in CuPy.
     return result[()] if problem.device.kind == "cpu" else result
 
 
@@ -91,12 +91,12 @@ def general_packed_product(a: Any, b: Any, threshold: Any, flip: Any) -> PackedM
     problem = _arrange(a, b, function)
     if problem.b_is_vector:
         raise ValueError(
-            f"The 'b' of {function} must have at least two axes, for the result is packed along "
-            f"its columns; got shape {problem.b.shape[:1]}."
+            f"The 'b' of {function} must have at least two axes, because the result is packed "
+            f"along its columns; got shape {problem.b.shape[:1]}."
         )
     if problem.a_is_vector and problem.batch:
         raise ValueError(
-            f"The 'a' of {function} must be a matrix where 'b' has leading axes; got a vector. "
+            f"The 'a' of {function} must be a matrix if 'b' has leading axes; got a vector. "
             f"Make it a matrix of one row: a[None, :]."
         )
     check_result_dtype(INT32, problem.k, False, function)
@@ -111,12 +111,12 @@ def general_packed_product(a: Any, b: Any, threshold: Any, flip: Any) -> PackedM
 
 
 def current_cuda_device() -> int:
-    """Number of the current CUDA device; only to be asked once there is a CuPy array."""
+    """Return the index of the current CUDA device; call only when cupy is already imported."""
     return sys.modules["cupy"].cuda.runtime.getDevice()
 
 
 def _arrange(a: Any, b: Any, function: str) -> _Problem:
-    """Turn two operands into matrices that fit, or say why they do not."""
+    """Convert two operands to matching matrices; raise an error if they do not match."""
     given = {"a": a, "b": b}
     x = {
         name: value
@@ -146,7 +146,7 @@ def _arrange(a: Any, b: Any, function: str) -> _Problem:
             raise ValueError(
                 f"The {name!r} of {function} must be packed along its K axis, axis {axis}; got a "
                 f"matrix packed along axis {value.axis}. Make it with pack(x, axis={axis}), or "
-                f"pass its transpose .T where that is what you mean."
+                f"pass its transpose .T if that is what you mean."
             )
     try:
         batch = np.broadcast_shapes(matrix_a.shape[:-2], matrix_b.shape[:-2])
@@ -168,7 +168,7 @@ def _arrange(a: Any, b: Any, function: str) -> _Problem:
 
 
 def _matrix(x: Any, k_axis: int) -> Any:
-    """Make a vector the one row (`k_axis` -1) or the one column (-2) of a matrix."""
+    """Turn a vector into a matrix of one row (`k_axis` -1) or one column (-2)."""
     if x.ndim > 1:
         return x
     if not isinstance(x, PackedMatrix):
@@ -177,21 +177,21 @@ def _matrix(x: Any, k_axis: int) -> Any:
     return PackedMatrix._of(x.words, x.popcounts, shape, k_axis, x.device)
 
 
-def _where(x: Any) -> Device:
+def _device_of(x: Any) -> Device:
     return x.device if isinstance(x, PackedMatrix) else device_of(x)
 
 
-def _what(x: Any) -> str:
+def _describe(x: Any) -> str:
     return f"a PackedMatrix on {x.device}" if isinstance(x, PackedMatrix) else type_name(x)
 
 
 def _common_device(a: Any, b: Any, function: str) -> Device:
-    where_a, where_b = _where(a), _where(b)
+    where_a, where_b = _device_of(a), _device_of(b)
     if where_a.kind != where_b.kind:
         raise TypeError(
-            f"The operands of {function} must both be NumPy or both be CuPy; 'a' is {_what(a)} and "
-            f"'b' is {_what(b)}. Move one: cupy.asarray(x), cupy.asnumpy(x), or to_cupy() and "
-            f"to_numpy() of a PackedMatrix."
+            f"The operands of {function} must both be NumPy or both be CuPy; 'a' is {_describe(a)} "
+            f"and 'b' is {_describe(b)}. Move one: cupy.asarray(x), cupy.asnumpy(x), or to_cupy() "
+            f"and to_numpy() of a PackedMatrix."
         )
     if where_a != where_b:
         raise ValueError(
@@ -234,7 +234,7 @@ def _check_out(problem: _Problem, out: Any, dtype: np.dtype, function: str) -> N
     xp = problem.device.xp
     if not isinstance(out, xp.ndarray) or isinstance(out, np.ma.MaskedArray):
         raise TypeError(
-            f"The {what} must be a {xp.__name__}.ndarray as the operands are; got {type_name(out)}."
+            f"The {what} must be a {xp.__name__}.ndarray, like the operands; got {type_name(out)}."
         )
     if device_of(out) != problem.device:
         raise ValueError(
@@ -246,25 +246,27 @@ def _check_out(problem: _Problem, out: Any, dtype: np.dtype, function: str) -> N
         )
     if out.dtype != dtype:
         raise TypeError(
-            f"The {what} must be of the dtype that 'dtype' asks for, {dtype}; got {out.dtype}. "
-            f"Give only one of the two."
+            f"The {what} must have the dtype given as 'dtype', {dtype}; got {out.dtype}. "
+            f"Pass only one of the two."
         )
     if problem.device == CPU and not out.flags.writeable:
         raise ValueError(f"The {what} must be writable; got a read-only array.")
     if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.strides, strict=True)):
         raise ValueError(
-            f"The {what} must have memory of its own for each element; got one of shape "
+            f"The {what} must have separate memory for each element; got one of shape "
             f"{out.shape} and strides {out.strides}, which repeats elements. Pass a copy: x.copy()."
         )
 
 
-def _apart(problem: _Problem, out: Any, epilogue: Epilogue | None) -> tuple[Any, Epilogue | None]:
-    """Return where to write the product, and an epilogue, neither in memory that is still read.
+def _avoid_overlap(
+    problem: _Problem, out: Any, epilogue: Epilogue | None
+) -> tuple[Any, Epilogue | None]:
+    """Return an output array and an epilogue such that no input overlaps the output.
 
-    A backend reads operands, scales and bias after it began to write. Where they overlap `out`, the
-    product goes into new memory or, as they are smaller, scales and bias are copied. Ranges of
-    addresses are compared: to tell whether views within one range share an element may take longer
-    than a copy.
+    A backend still reads operands, scales and bias while it writes. If operands overlap `out`, the
+    product goes to new memory; scales and bias, which are smaller, are copied. Only address ranges
+    are compared: deciding whether views within a range share an element may take longer than a
+    copy.
     """
     xp = problem.device.xp
     read = [
@@ -326,21 +328,21 @@ def _factor(problem: _Problem, x: Any, what: str) -> Any:
     """Return a scale or a bias as float32 on the problem's device; None stays None."""
     if x is None:
         return None
-    x = _beside(problem, x, what)
+    x = _on_device(problem, x, what)
     if x.dtype.kind not in "iu" and not is_floating(x.dtype):
-        raise TypeError(f"The {what} must be of real numbers; got dtype {x.dtype}.")
-    with np.errstate(all="ignore"):  # beyond float32 there is infinity, as on a GPU
+        raise TypeError(f"The {what} must be real numbers; got dtype {x.dtype}.")
+    with np.errstate(all="ignore"):  # overflow gives infinity, as on a GPU
         return x.astype(np.float32, copy=False)
 
 
-def _beside(problem: _Problem, x: Any, what: str) -> Any:
-    """Return `x` as an array on the problem's device; only numbers and lists are moved there."""
+def _on_device(problem: _Problem, x: Any, what: str) -> Any:
+    """Return `x` as an array on the problem's device; only numbers and lists are copied there."""
     if isinstance(x, (bool, int, float, list, tuple, np.generic)):
         try:
             return problem.device.xp.asarray(x)
-        except (TypeError, ValueError) as error:  # lists in it are of different lengths, for one
+        except (TypeError, ValueError) as error:  # e.g. nested lists of different lengths
             raise TypeError(
-                f"The {what} must be a number, an array, or a list that makes one; got "
+                f"The {what} must be a number, an array, or a list of numbers; got "
                 f"{type_name(x)} ({error})."
             ) from error
     array = as_native(x, what)
@@ -358,16 +360,16 @@ def _per_column(
     """Return a threshold or a flip as an array of shape (N,); None stays None."""
     if x is None:
         return None
-    # No product lies beyond int32, so a threshold there means what its limits mean.
+    # All products fit int32, so thresholds can be clamped to its limits.
     limits = np.iinfo(np.int32)
-    if type(x) is int:  # it may be one that no integer type holds
+    if type(x) is int:  # may be too large for any integer type
         x = max(limits.min, min(x, limits.max))
-    x = _beside(problem, x, what)
+    x = _on_device(problem, x, what)
     if x.dtype.kind not in kinds:
-        raise TypeError(f"The {what} must be of {numbers}; got dtype {x.dtype}.")
+        raise TypeError(f"The {what} must be {numbers}; got dtype {x.dtype}.")
     if x.shape not in ((), (problem.n,)):
         raise ValueError(
-            f"The {what} must have one value a column, shape ({problem.n},); got shape {x.shape}."
+            f"The {what} must have one value per column, shape ({problem.n},); got shape {x.shape}."
         )
     xp = problem.device.xp
     if dtype.kind == "i" and x.dtype != dtype:

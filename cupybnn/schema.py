@@ -1,7 +1,7 @@
-"""Checks of what a JSON file holds: types, ranges and names, with the place of the first fault.
+"""Validation of JSON data: types, ranges and names, reporting the place of the first fault.
 
 A check is a function of a value and its place, such as ``history[3].test_accuracy``; it raises
-`SchemaError` where the value breaks its rule. Checks are made of others::
+`SchemaError` if the value breaks its rule. Checks can be combined::
 
     row = record({"n": integer(1), "seconds": number(0)}, {"note": text()})
     check = record({"rows": list_of(row, least=1)})
@@ -35,36 +35,36 @@ __all__ = [
 
 Check = Callable[[Any, str], None]
 
-#: Brackets of JSON outside of its texts; a text that does not end reaches to the end.
+#: JSON brackets outside strings; an unterminated string extends to the end.
 _TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]', re.DOTALL)
-#: What would move a terminal's cursor or cannot be encoded.
+#: Characters that would control a terminal or cannot be encoded.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class SchemaError(ValueError):
-    """A value breaks the rule of its place; the message names both, without the file."""
+    """A value breaks a rule; the message names its place and the rule, but not the file."""
 
 
 def parse(content: str | bytes, *, depth: int = 32, constants: bool = False) -> Any:
-    """Read a JSON text.
+    """Parse JSON text.
 
     Parameters
     ----------
     content : str or bytes
         Bytes are UTF-8, with or without a byte order mark.
     depth : int
-        How deeply lists and mappings may be nested.
+        Maximum nesting of lists and mappings.
     constants : bool
-        Whether NaN and Infinity are taken, which are no JSON.
+        Whether to accept NaN and Infinity, which are not valid JSON.
 
     Raises
     ------
     SchemaError
-        If it is no JSON, or nested too deeply.
+        If it is not JSON, or nested too deeply.
     """
 
     def refuse(name: str) -> None:
-        raise SchemaError(f"{name} is not a number that JSON has")
+        raise SchemaError(f"{name} is not a valid JSON number")
 
     try:
         if isinstance(content, bytes):
@@ -77,11 +77,11 @@ def parse(content: str | bytes, *, depth: int = 32, constants: bool = False) -> 
         return json.loads(content, parse_constant=None if constants else refuse)
     except SchemaError:
         raise
-    except ValueError as error:  # of json, of decoding, and of numbers with too many digits
+    except ValueError as error:  # from json, from decoding, or a number with too many digits
         raise SchemaError(f"it must be JSON; {error}") from error
 
 
-def _misfit(place: str, rule: str, value: Any) -> SchemaError:
+def _error(place: str, rule: str, value: Any) -> SchemaError:
     if isinstance(value, (list, tuple, dict)):
         got = f"a {'mapping' if isinstance(value, dict) else 'list'} of {len(value)}"
     else:
@@ -91,13 +91,13 @@ def _misfit(place: str, rule: str, value: Any) -> SchemaError:
 
 
 def anything(value: Any, place: str = "") -> None:
-    """Take every value."""
+    """Accept any value."""
 
 
 def boolean(value: Any, place: str = "") -> None:
-    """Take true and false."""
+    """Accept true and false."""
     if not isinstance(value, bool):
-        raise _misfit(place, "true or false", value)
+        raise _error(place, "true or false", value)
 
 
 def integer(low: int = 0, high: int = 2**53) -> Check:
@@ -105,7 +105,7 @@ def integer(low: int = 0, high: int = 2**53) -> Check:
 
     def check(value: Any, place: str = "") -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise _misfit(place, f"an integer from {low} to {high}", value)
+            raise _error(place, f"an integer from {low} to {high}", value)
 
     return check
 
@@ -119,49 +119,49 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: float | Non
         rule += f" from {low:g} to {high:g}" if high < math.inf else f" of at least {low:g}"
 
     def check(value: Any, place: str = "") -> None:
-        right = isinstance(value, (int, float)) and not isinstance(value, bool)
-        # An integer may be too large for a float: compared it never is.
-        right = right and abs(value) < 1e300 and low <= value <= high
-        if not right or (above is not None and not value > above):
-            raise _misfit(place, rule, value)
+        valid = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # An integer may be too large for a float, but comparing it is safe.
+        valid = valid and abs(value) < 1e300 and low <= value <= high
+        if not valid or (above is not None and not value > above):
+            raise _error(place, rule, value)
 
     return check
 
 
 def real(value: Any, place: str = "") -> None:
-    """Take numbers, NaN and infinities among them."""
-    large = isinstance(value, int) and abs(value) > 2**1000  # no float can be made of it
+    """Accept numbers, including NaN and infinities."""
+    large = isinstance(value, int) and abs(value) > 2**1000  # too large for a float
     if isinstance(value, bool) or not isinstance(value, (int, float)) or large:
-        raise _misfit(place, "a number", value)
+        raise _error(place, "a number", value)
 
 
 def text(pattern: str | None = None, most: int = 4000) -> Check:
-    """Return a check for printable texts, of which all must match `pattern` if there is one."""
+    """Return a check for printable strings that fully match `pattern`, if given."""
     rule = f"a printable text of at most {most} characters"
     if pattern is not None:
         rule += f" that matches {pattern}"
 
     def check(value: Any, place: str = "") -> None:
-        right = isinstance(value, str) and len(value) <= most
-        right = right and not _UNPRINTABLE.search(value)
-        if not right or (pattern is not None and not re.fullmatch(pattern, value)):
-            raise _misfit(place, rule, value)
+        valid = isinstance(value, str) and len(value) <= most
+        valid = valid and not _UNPRINTABLE.search(value)
+        if not valid or (pattern is not None and not re.fullmatch(pattern, value)):
+            raise _error(place, rule, value)
 
     return check
 
 
 def one_of(*values: Any) -> Check:
-    """Return a check for some values, compared with their types."""
+    """Return a check for the given values, compared by type and value."""
 
     def check(value: Any, place: str = "") -> None:
         if not any(type(value) is type(v) and value == v for v in values):
-            raise _misfit(place, f"one of {', '.join(map(repr, values))}", value)
+            raise _error(place, f"one of {', '.join(map(repr, values))}", value)
 
     return check
 
 
 def nullable(check: Check) -> Check:
-    """Return a check that takes None too."""
+    """Return a check that also accepts None."""
 
     def checked(value: Any, place: str = "") -> None:
         if value is not None:
@@ -175,7 +175,7 @@ def list_of(item: Check, *, least: int = 0, most: int = 1_000_000) -> Check:
 
     def check(value: Any, place: str = "") -> None:
         if not isinstance(value, (list, tuple)) or not least <= len(value) <= most:
-            raise _misfit(place, f"a list of {least} to {most:,} items", value)
+            raise _error(place, f"a list of {least} to {most:,} items", value)
         for i, part in enumerate(value):
             item(part, f"{place}[{i}]")
 
@@ -183,12 +183,12 @@ def list_of(item: Check, *, least: int = 0, most: int = 1_000_000) -> Check:
 
 
 def mapping_of(item: Check, *, key: Check | None = None, most: int = 100_000) -> Check:
-    """Return a check for mappings of any names to values of one kind."""
+    """Return a check for mappings from arbitrary names to values of one kind."""
     named = key or text()
 
     def check(value: Any, place: str = "") -> None:
         if not isinstance(value, Mapping) or len(value) > most:
-            raise _misfit(place, f"a mapping of at most {most:,} names", value)
+            raise _error(place, f"a mapping of at most {most:,} names", value)
         for name, part in value.items():
             named(name, f"{place}: a name" if place else "a name")
             item(part, f"{place}[{name!r}]")
@@ -209,15 +209,15 @@ def record(
     ----------
     required, optional : mapping of str to check
     others : bool
-        Whether names that are in neither are taken, unchecked.
+        Whether to accept other names, unchecked.
     also : check, optional
-        Applied to the whole at last.
+        Applied last, to the whole.
     """
     fields = {**required, **(optional or {})}
 
     def check(value: Any, place: str = "") -> None:
         if not isinstance(value, Mapping):
-            raise _misfit(place, "a mapping", value)
+            raise _error(place, "a mapping", value)
         if missing := [name for name in required if name not in value]:
             raise SchemaError(f"{place or 'it'} lacks {', '.join(missing)}")
         for name, part in value.items():

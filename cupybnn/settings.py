@@ -1,4 +1,4 @@
-"""Environment variables, read here and nowhere else."""
+"""Environment variables: the only module that reads them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = [
     "variables_set",
 ]
 
-#: No machine has more cores for one process, and each thread takes memory.
+#: More cores than any machine has; each thread takes memory.
 _MOST_THREADS = 1024
 _FALSE = {"", "0", "false", "no", "off"}
 
 
 def debug() -> bool:
-    """Whether ``CUPYBNN_DEBUG`` asks for the kernel choices to be printed."""
+    """Whether ``CUPYBNN_DEBUG`` is set, which prints kernel choices."""
     return os.environ.get("CUPYBNN_DEBUG", "").strip().lower() not in _FALSE
 
 
@@ -44,7 +44,7 @@ def _folder(variable: str, given: str) -> Path:
 
 
 def cache_dir() -> Path:
-    """Folder for tuned kernel tables: ``CUPYBNN_CACHE_DIR`` or the system's cache folder.
+    """Return the folder of tuned kernel tables: ``CUPYBNN_CACHE_DIR`` or the system's cache folder.
 
     Raises
     ------
@@ -65,9 +65,9 @@ def cache_dir() -> Path:
 
 @lru_cache(maxsize=1)
 def cpu_threads() -> int:
-    """Threads for NumPy's elementwise work: ``OMP_NUM_THREADS``, else the usable cores, 8 at most.
+    """Return the threads for NumPy's elementwise work: ``OMP_NUM_THREADS`` or at most 8 cores.
 
-    The variable is the one by which most BLAS libraries, and so NumPy's matmul, are limited too.
+    Most BLAS libraries, and so NumPy's matmul, respect the same variable.
     """
     given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if re.fullmatch("0*[1-9][0-9]{0,8}", given):
@@ -77,24 +77,23 @@ def cpu_threads() -> int:
 
 
 def data_dir() -> Path:
-    """Folder for fetched data sets: ``CUPYBNN_DATA_DIR`` or ``data`` in the cache folder."""
+    """Return the folder of data sets: ``CUPYBNN_DATA_DIR`` or ``data`` in the cache folder."""
     given = os.environ.get("CUPYBNN_DATA_DIR")
     return _folder("CUPYBNN_DATA_DIR", given) if given else cache_dir() / "data"
 
 
 def kernel_override() -> str | None:
-    """Name of the product kernel that ``CUPYBNN_KERNEL`` asks for, or None to let shapes decide."""
+    """Return the product kernel named by ``CUPYBNN_KERNEL``; None to choose by shape."""
     return os.environ.get("CUPYBNN_KERNEL") or None
 
 
 @contextlib.contextmanager
 def resting_blas_threads() -> Iterator[None]:
-    """Have an OpenBLAS that is imported within rest its threads 2**16 clock ticks after a product.
+    """Make an OpenBLAS imported within put its threads to sleep 2**16 clock ticks after a product.
 
-    By its own default they spin for 2**26 (20 ms): on the very cores that elementwise work between
-    two products wants, and in every gap of a training step. OpenBLAS looks at
-    ``OPENBLAS_THREAD_TIMEOUT`` once, when NumPy is imported; afterwards the environment is as it
-    was. A value that is set already stays.
+    By default they spin for 2**26 (20 ms) on the cores that elementwise work between two products
+    needs, in every gap of a training step. OpenBLAS reads ``OPENBLAS_THREAD_TIMEOUT`` once, when
+    NumPy is imported; afterwards the environment is restored. An existing value is kept.
     """
     name = "OPENBLAS_THREAD_TIMEOUT"
     if name in os.environ or "numpy" in sys.modules:
@@ -108,11 +107,11 @@ def resting_blas_threads() -> Iterator[None]:
 
 
 def scikit_learn_data() -> Path:
-    """Folder where scikit-learn keeps what it fetched: ``SCIKIT_LEARN_DATA`` or its default."""
+    """Return scikit-learn's data folder: ``SCIKIT_LEARN_DATA`` or its default."""
     given = os.environ.get("SCIKIT_LEARN_DATA")
     return _folder("SCIKIT_LEARN_DATA", given) if given else home() / "scikit_learn_data"
 
 
 def variables_set() -> dict[str, str]:
-    """Return the environment variables of cupybnn that are set, by name."""
+    """Return cupybnn's environment variables that are set, by name."""
     return {k: v for k, v in sorted(os.environ.items()) if k.startswith("CUPYBNN_")}

@@ -1,4 +1,4 @@
-"""Temporary files and folders: their maker holds a lock on them, which ends with its process."""
+"""Temporary files and folders, locked by the process that created them while it lives."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ except ImportError:  # Windows
 __all__ = ["is_temporary", "new_folder", "new_temporary", "remove_leftovers"]
 
 _TEMPORARY = re.compile(r"\.cupybnn-[0-9a-f]{12}\.tmp")
-#: Where a file system has no locks, what has not changed for so many seconds has no writer.
+#: Without file locks, a file unchanged for this many seconds is considered abandoned.
 _A_DAY = 24 * 3600.0
 
 
 def is_temporary(path: str | os.PathLike[str]) -> bool:
-    """Whether a path has a name as `new_temporary` and `new_folder` give."""
+    """Whether a path has a name from `new_temporary` or `new_folder`."""
     return _TEMPORARY.fullmatch(Path(path).name) is not None
 
 
 def new_temporary(folder: Path, private: bool) -> tuple[Path, int]:
-    """Make a file with a short name that `remove_leftovers` knows; return its path and descriptor.
+    """Create a file with a name that `remove_leftovers` knows; return its path and descriptor.
 
-    A private one can be read by its owner alone.
+    Only its owner can read a private one.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     while True:
@@ -46,7 +46,7 @@ def new_temporary(folder: Path, private: bool) -> tuple[Path, int]:
 
 
 def _claim(path: Path, descriptor: int) -> bool:
-    """Lock what was just made; False if another process has removed it before that."""
+    """Lock a file or folder just created; False if another process has already removed it."""
     if fcntl is not None:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -58,10 +58,10 @@ def _claim(path: Path, descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def new_folder(parent: str | os.PathLike[str]) -> Iterator[Path]:
-    """Make a hidden folder in `parent` for what is to be filled and then renamed, or thrown away.
+    """Create a hidden folder in `parent`, to be filled and renamed, or discarded.
 
-    Unless it was renamed it is removed with all that is in it when the block ends; if the process
-    is killed, the next `new_folder` or `atomic_write` in `parent` removes it.
+    Unless it was renamed, it is removed with its contents when the block ends. If the process is
+    killed, the next `new_folder` or `atomic_write` in `parent` removes it.
 
     Parameters
     ----------
@@ -94,18 +94,18 @@ def new_folder(parent: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Remove the temporary files and folders that killed writers have left in `folder`.
+    """Remove temporary files and folders that killed writers have left in `folder`.
 
-    Those of living processes stay, also of processes on other machines: a writer holds a lock. On
-    a file system without locks, what has changed within a day stays.
+    Those of live processes, including on other machines, are locked and stay. On a file system
+    without locks, those changed within the last day stay.
     """
     try:
         names = [name for name in os.listdir(folder) if _TEMPORARY.fullmatch(name)]
     except OSError:
-        return  # a folder that cannot be read; whoever wants to write there is told
+        return  # an unreadable folder; a write to it reports the error
     for name in names:
         path = Path(folder, name)
-        with contextlib.suppress(OSError):  # another process was quicker, or may and we may not
+        with contextlib.suppress(OSError):  # removed by another process, or not permitted
             _remove_if_dead(path)
 
 
@@ -117,7 +117,7 @@ def _remove_if_dead(path: Path) -> None:
     try:
         locked = False
         if fcntl is not None:
-            access = os.O_RDWR if stat.S_ISREG(mode) else os.O_RDONLY  # NFS locks what is writable
+            access = os.O_RDWR if stat.S_ISREG(mode) else os.O_RDONLY  # NFS locks need write access
             descriptor = os.open(path, access | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Tables of text for a terminal."""
+"""Text tables for a terminal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["table"]
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Iterator[str]:
-    """Yield the lines of a table: the first `left` columns to the left, the others to the right."""
+    """Yield the lines of a table: the first `left` columns left-aligned, the rest right-aligned."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
         cells = [

@@ -1,15 +1,15 @@
-// The 1-bit product on Turing's tensor cores: mma m8n8k128, which knows XOR only. With it the sum of
-// signs is K - 2 popcount(a ^ b), and no population counts of the lines are needed.
+// The 1-bit product on Turing's tensor cores: mma m8n8k128, which supports only XOR. The product of the
+// signs is then K - 2 popcount(a ^ b), and no popcounts of the lines are needed.
 //
 // A block of four warps computes a tile of 64 x 64 results, a warp 32 x 32. Shared memory holds one
-// chunk (1024 bits) of the tile's 64 + 64 lines, 16 KiB; while it is multiplied, the next is on its
-// way in registers. Loads from shared memory bound it: 2 words for each 8 x 8 x 128 product.
+// chunk (1024 bits) of the tile's 64 + 64 lines, 16 KiB; while it is multiplied, the next one is loaded
+// into registers. Loads from shared memory bound it: 2 words for each 8 x 8 x 128 product.
 
 #define XOR_ACC 1
 #include "results.cuh"
 
 constexpr int TILE = 64, WARP_TILE = 32, THREADS = 128;
-constexpr int PIECES = TILE * CHUNK_PIECES / THREADS;  // of each operand, that a thread loads
+constexpr int PIECES = TILE * CHUNK_PIECES / THREADS;  // per operand and thread
 constexpr int BLOCKS = WARP_TILE / 16, FRAGMENTS = WARP_TILE / 8;
 
 struct Lines {

@@ -3,11 +3,11 @@
 // A block of WARPS_M x WARPS_N warps computes one tile; a warp BLOCKS_M times 16 rows by BLOCKS_N
 // times 8 columns of it, with the accumulators in registers. STAGES slots of shared memory hold a
 // chunk (1024 bits) of the tile's lines each, filled by 16-byte asynchronous copies and read by
-// ldmatrix, whose eight rows fall into different banks because the lines came swizzled (layout.cuh).
-// A tile of 256 x 128 reads 48 bytes a clock and SM from the L2 cache at full rate, which bounds it
-// on large products; on small ones, the time to fill the slots.
+// ldmatrix, whose eight rows are in different banks because the lines are stored swizzled (layout.cuh).
+// A tile of 256 x 128 reads 48 bytes per clock and SM from the L2 cache at full rate, which bounds it
+// on large products; on small ones, the time to fill the slots does.
 //
-// The translation unit sets WARPS_M, WARPS_N, BLOCKS_M, BLOCKS_N, STAGES, and what product.cuh wants.
+// The translation unit sets WARPS_M, WARPS_N, BLOCKS_M, BLOCKS_N, STAGES, and the macros of product.cuh.
 
 #include "results.cuh"
 
@@ -64,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) xnor_gemm(const __grid_
       tile.b += tile.b_lines * CHUNK_PIECES;
       fetched++;
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");  // an empty one keeps the count right
+    asm volatile("cp.async.commit_group;" ::: "memory");  // an empty group keeps the count right
   };
 
   // The line and the piece that this lane addresses for ldmatrix: 16 lines of a by two pieces, or
@@ -77,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) xnor_gemm(const __grid_
   for (int i = 0; i < STAGES - 1; i++) fetch();
   for (int chunk = 0; chunk < chunks; chunk++) {
     asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
-    __syncthreads();  // the chunk is here, and everybody has left the slot that is filled next
+    __syncthreads();  // the chunk has arrived, and all warps have left the slot that is filled next
     fetch();
     const u32 slot = slots + chunk % STAGES * SLOT_BYTES;
 #pragma unroll

@@ -1,26 +1,26 @@
-// Signs, of which one operand has only the bits, times a bfloat16 matrix, on Hopper's tensor cores: the
-// two products of the backward pass of a binary layer.
+// Packed signs times a bfloat16 matrix, on Hopper's tensor cores: the two products of the backward pass
+// of a binary layer.
 //
 //     RESULT_TRANSPOSED  gradient of the inputs: weights (M inputs x K units) by the products' gradient
 //                        (N images x K), stored as N x M
 //     RESULT_UPDATE      gradient of the weights: inputs (K images x M) by the products' gradient
-//                        (K x N units); it is not stored: the weights are updated by it
+//                        (K x N units); it is not stored, but used to update the weights
 //
 // The signs are those that the forward product reads, packed across K here: a word holds 32 of the M
-// results' rows at one k. Warps make bfloat16 operands of them in registers, 16 rows each, where a shift
-// and a byte permutation put two bits where signs belong. So signs take a sixteenth of the memory
-// traffic, and nobody unpacks them beforehand.
+// results' rows at one k. Warps convert them to bfloat16 operands in registers, 16 rows each, where a shift
+// and a byte permutation move two bits to the sign positions. So signs take a sixteenth of the memory
+// traffic, and need not be unpacked beforehand.
 //
 // One warp keeps STAGES slots of shared memory filled with 64 elements of K, the matrix by the copy engine
-// and the signs by copies of its own. Two warpgroups multiply, 64 rows x 256 columns each, and leave a
+// and the signs by its own copies. Two warpgroups multiply, 64 rows x 256 columns each, and leave a
 // finished tile, rounded to bfloat16, in shared memory. From there three warps store it, or update the
-// weights, while the next tile is multiplied: reading three arrays and writing them takes the memory
-// two fifths of the time that a tile of K = 8192 takes the tensor cores.
+// weights, while the next tile is multiplied: reading and writing three arrays takes two fifths of the
+// time that the tensor cores need for a tile of K = 8192.
 //
 // Shared memory: slots of the matrix and of signs; a tile of results, and the signs of updated weights;
 // barriers.
 //
-// What bounds it: the tensor cores, 256 clocks for 16 of K; the L2 cache has to bring 33 bytes a clock.
+// What bounds it: the tensor cores, 256 clocks per 16 of K; the L2 cache must deliver 33 bytes per clock.
 //
 // The translation unit sets RESULT, and PENALTY and WRITE_GRADIENT (adam.cuh).
 
@@ -39,7 +39,7 @@ static_assert(TILE_M == 128, "of a line of signs a tile has one piece of 16 byte
 constexpr bool ACROSS = RESULT == RESULT_UPDATE;  // the matrix's neighbours are columns, not elements of K
 constexpr int BOX_BYTES = 64 * DEPTH * 2;         // of 64 columns
 
-// A tile of results: rows of the array that is written, apart so far that eight are in different banks.
+// A tile of results: rows of the output array, padded so that eight are in different banks.
 constexpr int RESULT_ROWS = ACROSS ? TILE_M : TILE_N, RESULT_COLS = ACROSS ? TILE_N : TILE_M;
 constexpr int PITCH = RESULT_COLS + 8;
 
@@ -66,8 +66,8 @@ struct Shared {
   u64 full[STAGES], empty[STAGES], results_full, results_empty;
 };
 
-// Tiles one after the other, those of the same columns first: they read the same part of the matrix, and the
-// signs are small.
+// Tiles in order, those of the same columns first: they read the same part of the matrix, and the signs
+// are small.
 struct Tiles {
   u32 rows, count;
   __device__ __forceinline__ explicit Tiles(const SignProduct& p)
@@ -77,7 +77,7 @@ struct Tiles {
   __device__ __forceinline__ int n(u32 tile) const { return (int)(tile / rows) * TILE_N; }
 };
 
-// Where a line stands among the words of a slot: of each 16 a thread reads four, 2t, 2t + 1, 2t + 8 and
+// Position of a line among the words of a slot: of each 16, a thread reads four, 2t, 2t + 1, 2t + 8 and
 // 2t + 9, as neighbours.
 __device__ __forceinline__ int place_of(int line) {
   return (line & ~15) | (line & 6) << 1 | (line & 8) >> 2 | (line & 1);
@@ -132,13 +132,13 @@ __device__ __forceinline__ u32 two_rounded(float first, float second) {
   return both;
 }
 
-// A consumer's way through the slots. It has two instructions under way, the operands of a third in
-// registers, and makes those of a fourth: the tensor cores never wait for it.
+// A consumer's pipeline through the slots. It has two instructions in flight, the operands of a third in
+// registers, and prepares those of a fourth: the tensor cores never wait for it.
 struct Consumer {
   static constexpr int STEPS = DEPTH / 16;  // instructions of a slot
   Shared& shared;
   const int warp, lane;
-  const int turned;  // by how much words are turned, so that a row's sign is in the top bit of a byte
+  const int turned;  // rotation of the words that puts a row's sign in the top bit of a byte
   Ring<STAGES> turn;  // of the slot whose words are loaded
   const uint4* signs;  // this thread's, there
   uint4 loaded;        // elements 2t, 2t + 1, 2t + 8, 2t + 9
@@ -146,23 +146,23 @@ struct Consumer {
   float acc[128];
   u32 mask;
 
-  // Of each word this warp has one half, and a thread one bit of each of its bytes.
+  // This warp has one half of each word, and a thread one bit of each of its bytes.
   __device__ __forceinline__ Consumer(Shared& shared, int warp)
       : shared(shared), warp(warp), lane(threadIdx.x & 31), turned(7 - (lane >> 2) + (warp & 1) * 16) {
-    asm volatile("mov.u32 %0, 0x80008000;" : "=r"(mask));  // in a register, not made anew each time
+    asm volatile("mov.u32 %0, 0x80008000;" : "=r"(mask));  // kept in a register, not recomputed
   }
 
-  // Wait for the slot whose turn it is.
+  // Wait for the current slot.
   __device__ __forceinline__ void enter() {
     barrier_wait(shared_address(&shared.full[turn.slot]), turn.parity);
     signs = (const uint4*)shared.signs[turn.slot][warp / 2] + (lane & 3);
   }
   __device__ __forceinline__ void load(int step) { loaded = signs[step * 4]; }
-  // Two signs as bfloat16 +1 or -1: those in the top bit of byte BYTE of each word.
+  // Two signs as bfloat16 +1 or -1, from the top bit of byte BYTE of each word.
   template <int BYTE> __device__ __forceinline__ u32 two_signs(u32 first, u32 second) const {
     return (__byte_perm(first, second, 0x4400 + 0x1111 * BYTE) & mask) ^ 0xbf80bf80u;
   }
-  // Make the operand of a slot's instruction from the loaded words.
+  // Build the operand of a slot's instruction from the loaded words.
   __device__ __forceinline__ void make(int step) {
     u32(&a)[4] = operands[step];
     const u32 x = __funnelshift_l(loaded.x, loaded.x, turned);
@@ -176,8 +176,8 @@ struct Consumer {
     barrier_arrive(shared_address(&shared.empty[slot]));
   }
 
-  // Start instruction STEP of a slot and make the operand of the one after the next, unless this is the
-  // tile's LAST slot and there is none; and so on.
+  // Start instruction STEP of a slot and build the operand of the one after the next, unless this is the
+  // tile's LAST slot and there is none; then continue with the next.
   template <int STEP, bool LAST>
   __device__ __forceinline__ void start(u64 b, int before, int k) {
     wgmma_wait<1>();
@@ -225,7 +225,7 @@ __device__ __forceinline__ void consume(const SignProduct& p, Shared& shared, in
   int parity = 1;
   for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
     consumer.multiply((int)p.k);
-    // To shared memory, once the tile before has been written from there.
+    // To shared memory, once the previous tile has been written from there.
     barrier_wait(shared_address(&shared.results_empty), parity);
     parity ^= 1;
     const int m = warp * 16 + (lane & 8), n = lane >> 4 << 3;
@@ -264,7 +264,7 @@ __device__ __forceinline__ void run(const SignProduct& p, const TensorMap& map, 
   Shared& shared = *(Shared*)raw;
   const int warp = threadIdx.x >> 5;
   if (threadIdx.x == 0) {
-    // Each lane speaks for what it has written or read itself.
+    // Each lane arrives for its own writes and reads.
     for (int i = 0; i < STAGES; i++) {
       barrier_init(shared_address(&shared.full[i]), 1 + 32);  // for the matrix; a lane's copies
       barrier_init(shared_address(&shared.empty[i]), CONSUMER_WARPS * 32);
@@ -302,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   });
 }
 #else
-// Of the penalty each writer leaves its part in `partials`, from `earlier` on.
+// Each writer stores its part of the penalty in `partials`, from `earlier` on.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     sign_gemm(const __grid_constant__ SignProduct p, const __grid_constant__ TensorMap map,
               const __grid_constant__ Parameter parameter, const Rates* __restrict__ rates, i64 ring,

@@ -1,49 +1,49 @@
-// The 1-bit product on Hopper's tensor cores: wgmma b1 and.popc, 64 x N x 256 bits an instruction.
+// The 1-bit product on Hopper's tensor cores: wgmma b1 and.popc, 64 x N x 256 bits per instruction.
 //
-// A block computes tiles of TILE_M x TILE_N results, one after the other, until none is left. The
-// first warpgroup feeds it: a thread keeps STAGES slots of shared memory filled with 1024 bits of K
-// each, by bulk copies of memory that is already laid out as the tensor cores read it (layout.cuh);
-// its second warp brings the terms of a tile's rows and columns. CONSUMERS warpgroups own
-// 64 * BLOCKS_M lines of the tile each, with the accumulators in registers. While they write a tile
-// out, the next tile's slots are already being filled.
+// A block computes tiles of TILE_M x TILE_N results, one after another. The first warpgroup is the
+// producer: one thread keeps STAGES slots of shared memory filled with 1024 bits of K each, by bulk
+// copies of memory that is already laid out as the tensor cores read it (layout.cuh); its second warp
+// loads the terms of a tile's rows and columns. CONSUMERS warpgroups own 64 * BLOCKS_M lines of the
+// tile each, with the accumulators in registers. While they write a tile out, the next tile's slots
+// are already being filled.
 //
-// Shared memory: STAGES x (TILE_M + TILE_N) lines of 128 bytes; two barriers a stage, where `full`
-// counts in the bytes of a slot and `empty` the warpgroups that have read it; two for the terms; the
-// terms.
+// Shared memory: STAGES x (TILE_M + TILE_N) lines of 128 bytes; two barriers per stage, where `full`
+// counts the bytes that arrive in a slot and `empty` the warpgroups that have read it; two for the
+// terms; the terms.
 //
-// What bounds it: the tensor cores do 32,768 bit products a clock, for which a tile needs
-// 4096 (1/TILE_M + 1/TILE_N) bytes a clock from the L2 cache, which has about 30 for each SM. So
-// tiles are as large as the registers allow, and CLUSTER_M x CLUSTER_N blocks share what they load:
-// each loads a part of the common lines and the copy engine writes it to all of them.
+// What bounds it: the tensor cores do 32,768 bit products per clock, for which a tile needs
+// 4096 (1/TILE_M + 1/TILE_N) bytes per clock from the L2 cache, which delivers about 30 per SM. So
+// tiles are as large as the registers allow, and CLUSTER_M x CLUSTER_N blocks share their loads: each
+// loads a part of the common lines and the copy engine writes it to all of them.
 //
-// SPLIT_K > 1: the blocks of a cluster take the same tile and a part of K each, and add up over the
+// SPLIT_K > 1: the blocks of a cluster take the same tile and a part of K each, and sum over the
 // cluster's shared memory; for products of few tiles.
 //
 // DEFERRED: a tile is written out while the next one is multiplied. Its accumulators, none above K, are
-// kept as 16-bit numbers, two to a register, and 64 columns of them are stored behind each of the next
-// tile's first products. For K up to 63 chunks, and no fewer than TILE_N has times 64 columns. Without
-// it the tensor cores wait for every tile to be written out, a third of the time at K = 8192.
+// kept as 16-bit numbers, two per register, and 64 columns of them are stored after each of the next
+// tile's first products. Needs K of at most 63 chunks, and of at least TILE_N / 64. Without it the
+// tensor cores wait for every tile to be written out, a third of the time at K = 8192.
 //
 // The translation unit sets CONSUMERS, BLOCKS_M, TILE_N, STAGES, CLUSTER_M, CLUSTER_N, SPLIT_K,
-// DEFERRED, and what product.cuh wants.
+// DEFERRED, and the macros of product.cuh.
 
 #include "results.cuh"
 #include "hopper.cuh"
 #include "wgmma.cuh"
 
-constexpr int ROWS = 64 * BLOCKS_M;  // of a consumer
+constexpr int ROWS = 64 * BLOCKS_M;  // per consumer
 constexpr int TILE_M = ROWS * CONSUMERS;
 constexpr int THREADS = 128 * (CONSUMERS + 1);
 constexpr int CLUSTER = CLUSTER_M * CLUSTER_N;
 constexpr int A_BYTES = TILE_M * CHUNK_BYTES, B_BYTES = TILE_N * CHUNK_BYTES;
 constexpr int SLOT_BYTES = A_BYTES + B_BYTES;
-constexpr int ACC = TILE_N / 2;  // accumulators of a thread and block of 64 lines
+constexpr int ACC = TILE_N / 2;  // accumulators per thread and block of 64 lines
 
 static_assert(SPLIT_K == 1 || (CLUSTER == 1 && !DEFERRED), "a cluster shares tiles or splits K");
 static_assert(TILE_M % (8 * CLUSTER_N) == 0 && TILE_N % (8 * CLUSTER_M) == 0, "whole swizzles");
 
 // Registers of a thread by role, multiples of 8. Together they must not exceed what the block was
-// launched with, or the last warpgroup to ask for more waits for ever.
+// launched with, or the last warpgroup to ask for more waits forever.
 constexpr int PRODUCER_REGISTERS = 40;
 constexpr int CONSUMER_REGISTERS = 232;
 constexpr int LAUNCH_REGISTERS = CONSUMERS == 1 ? 232 : 65536 / THREADS / 8 * 8;
@@ -54,7 +54,7 @@ static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (CONSUMERS 
 typedef Terms<TILE_M, TILE_N> TileTerms;
 typedef Results<TILE_M, TILE_N> TileResults;
 
-// Deferred, two tiles' terms are there at a time: one is still written out, one multiplied.
+// If deferred, two tiles' terms are needed at a time: one is still being written out, one multiplied.
 constexpr int TERMS = DEFERRED ? 2 : 1;
 
 struct Shared {
@@ -66,7 +66,7 @@ struct Shared {
 typedef Ring<STAGES> Turn;
 
 // This block's share of the loads of one operand for a tile: the SHARERS blocks that need the same
-// LINES lines each load an equal part of them, for all.
+// LINES lines load an equal part of them each, for all.
 template <int LINES, int SHARERS> struct Share {
   const char* from;
   u32 bytes;    // that this block loads
@@ -98,7 +98,7 @@ struct Work {
   }
 };
 
-// This block's place in a cluster that shares tiles; blocks that split K have the same tile.
+// This block's position in a cluster that shares tiles; blocks that split K have the same tile.
 __device__ __forceinline__ int rank_in_m(int rank) { return SPLIT_K > 1 ? 0 : rank % CLUSTER_M; }
 __device__ __forceinline__ int rank_in_n(int rank) { return SPLIT_K > 1 ? 0 : rank / CLUSTER_M; }
 
@@ -135,7 +135,7 @@ __device__ __forceinline__ void produce(const Product& p, const Work& work, Shar
   }
 }
 
-// Bring the terms of each tile, once the consumers have let go of what stood there. For one warp.
+// Load the terms of each tile, once the consumers have released the previous ones. For one warp.
 __device__ __forceinline__ void bring_terms(const Product& p, const Work& work, Shared& shared, int rank,
                                             u32 worker, u32 workers) {
   Ring<TERMS> ring;
@@ -161,7 +161,7 @@ __device__ __forceinline__ void release(Shared& shared, int slot) {
   }
 }
 
-// Start the product of the chunk in the slot whose turn it is.
+// Start the product of the chunk in the current slot.
 __device__ __forceinline__ void start_chunk(int (&acc)[BLOCKS_M][ACC], Shared& shared, const Turn& turn,
                                             int chunk, int wg) {
   barrier_wait(shared_address(&shared.full[turn.slot]), turn.parity);
@@ -178,8 +178,8 @@ __device__ __forceinline__ void start_chunk(int (&acc)[BLOCKS_M][ACC], Shared& s
   wgmma_commit();
 }
 
-// Let go of the slot before: one group of instructions stays in flight, the one before it has read
-// slot `last`.
+// Release the previous slot: one group of instructions stays in flight, the one before it has read slot
+// `last`.
 __device__ __forceinline__ void finish_before(Shared& shared, Turn& turn, int chunk, int& last) {
   wgmma_wait<1>();
   if (chunk) release(shared, last);
@@ -198,7 +198,7 @@ __device__ __forceinline__ void multiply(int (&acc)[BLOCKS_M][ACC], Shared& shar
   release(shared, last);
 }
 
-// The warp's place in a tile, for Results.
+// The warp's position in a tile, for Results.
 __device__ __forceinline__ int first_row(int wg) { return wg * ROWS + ((threadIdx.x & 127) >> 5) * 16; }
 
 __device__ __forceinline__ TileResults results_of(const Product& p, const Work& work,
@@ -212,7 +212,7 @@ __device__ __forceinline__ TileResults results_of(const Product& p, const Work& 
 constexpr int PIECES = TILE_N / 64;
 static_assert(TILE_N % 64 == 0, "whole pieces");
 
-// A finished tile that is still to be written out.
+// A finished tile that has yet to be written out.
 struct Pending {
   u32 acc[BLOCKS_M][ACC / 2];
   int ones[BLOCKS_M];
@@ -237,7 +237,7 @@ struct Pending {
   }
 };
 
-// The next tile's first chunks from PIECE on, a piece of the pending tile stored behind each.
+// The next tile's first chunks from PIECE on; a piece of the pending tile is stored after each.
 template <int PIECE>
 __device__ __forceinline__ void multiply_and_store(int (&acc)[BLOCKS_M][ACC], Shared& shared, Turn& turn,
                                                    Pending& pending, const TileResults& results, int wg,
@@ -255,7 +255,7 @@ __device__ __forceinline__ void store_from(Pending& pending, const TileResults& 
   if constexpr (PIECE + 1 < PIECES) store_from<PIECE + 1>(pending, results, wg);
 }
 
-// Consume all tiles, each written out under the next one's first products.
+// Consume all tiles, writing each out during the next one's first products.
 __device__ __forceinline__ void consume(const Product& p, const Work& work, Shared& shared, int rank,
                                         u32 worker, u32 workers, int wg) {
   if (worker >= work.count) return;
@@ -280,7 +280,7 @@ __device__ __forceinline__ void consume(const Product& p, const Work& work, Shar
   store_from<0>(pending, results_of(p, work, shared.terms[ring.slot], t, rank), wg);
 }
 #elif SPLIT_K == 1
-// Consume all tiles, each written out before the next is begun.
+// Consume all tiles, writing each out before starting the next.
 __device__ __forceinline__ void consume(const Product& p, const Work& work, Shared& shared, int rank,
                                         u32 worker, u32 workers, int wg) {
   Turn turn;
@@ -297,7 +297,7 @@ __device__ __forceinline__ void consume(const Product& p, const Work& work, Shar
 #endif
 
 #if SPLIT_K > 1
-// Add up the parts of a tile over the cluster: each block sums and stores an equal share of rows.
+// Sum the parts of a tile over the cluster: each block sums and stores an equal share of rows.
 // For the consumers; the producer's warps join the barrier of the cluster on their own.
 __device__ __forceinline__ void store_split(const int (&acc)[BLOCKS_M][ACC], Shared& shared,
                                             const TileResults& results, int rank, int wg) {
@@ -305,7 +305,7 @@ __device__ __forceinline__ void store_split(const int (&acc)[BLOCKS_M][ACC], Sha
   static_assert(TILE_M * STRIDE * 4 <= STAGES * SLOT_BYTES, "the parts replace the slots");
   const int lane = threadIdx.x & 31, warp = (threadIdx.x & 127) >> 5;
   const u32 parts = shared_address(shared.slots);
-  // The other consumers must have read their last slot before parts are written over it.
+  // The other consumers must have read their last slot before it is overwritten with parts.
   asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * 128) : "memory");
 #pragma unroll
   for (int block = 0; block < BLOCKS_M; block++)
@@ -321,7 +321,7 @@ __device__ __forceinline__ void store_split(const int (&acc)[BLOCKS_M][ACC], Sha
   constexpr int SHARE = (TILE_M + SPLIT_K - 1) / SPLIT_K;
   const int first = rank * SHARE, rows = min(SHARE, TILE_M - first);
 #if OUTPUT == OUTPUT_PACKED
-  // A warp sums 32 neighbours in a row, which are one word of the result.
+  // A warp sums 32 neighbours in a row, which form one word of the result.
   static_assert(TILE_N % 32 == 0, "whole words");
   for (int i = wg * 4 + warp; i < rows * (TILE_N / 32); i += CONSUMERS * 4) {
     const int row = first + i / (TILE_N / 32), w = i % (TILE_N / 32), col = w * 32 + lane;
@@ -337,7 +337,7 @@ __device__ __forceinline__ void store_split(const int (&acc)[BLOCKS_M][ACC], Sha
     }
   }
 #else
-  // Neighbouring threads store neighbours in the caller's memory, whichever way round it is.
+  // Neighbouring threads store neighbours in the caller's memory, whatever its order.
   const bool along_rows = results.p.out_row == 1;
   for (int i = wg * 128 + (threadIdx.x & 127); i < rows * TILE_N; i += CONSUMERS * 128) {
     const int row = first + (along_rows ? i % rows : i / TILE_N);
@@ -370,7 +370,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       barrier_init(shared_address(&shared.empty[i]), CONSUMERS * CLUSTER);
     }
     for (int i = 0; i < TERMS; i++) {
-      // Each lane speaks for what it has written or read itself.
+      // Each lane arrives for its own writes and reads.
       barrier_init(shared_address(&shared.terms_full[i]), 32);
       barrier_init(shared_address(&shared.terms_empty[i]), CONSUMERS * 128);
     }
@@ -387,8 +387,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   } else {
     if constexpr (SPLIT_K == 1) take_registers<CONSUMER_REGISTERS>();
 #if SPLIT_K > 1
-    // One tile a cluster: the parts replace the slots, so nothing may be loaded after them. Each
-    // block has at least one chunk, which the caller sees to.
+    // One tile per cluster: the parts replace the slots, so nothing may be loaded after them. The
+    // caller ensures that each block has at least one chunk.
     Turn turn;
     int acc[BLOCKS_M][ACC];
     multiply(acc, shared, turn, 0,

@@ -1,16 +1,16 @@
-// A hidden layer's way from product to activation: batch statistics; then batch norm, sign or ReLU,
-// and what the backward pass needs of it, one bit an element.
+// A hidden layer's activation from its product: batch statistics; then batch norm, sign or ReLU, and
+// the mask that the backward pass needs, one bit per element.
 //
-// normalise: the statistics, by strips (strips.cuh). One pass: sums of the distances to the first
-// row's product and of their squares, which lose nothing to cancellation and are exact for the integers
-// of a binary product. The running statistics are updated. In clusters it goes on to the activations.
+// normalise: the statistics, by strips (strips.cuh). One pass: sums of the differences from the first
+// row's product and of their squares, which avoid cancellation and are exact for the integers of a
+// binary product. Updates the running statistics. In clusters it also computes the activations.
 //
-// activate: the activations alone, by strips too. Signs are packed as a product's left operand
-// (layout.cuh); their popcounts are added up word by word, to zeros.
+// activate: only the activations, also by strips. Signs are packed as a product's left operand
+// (layout.cuh); their popcounts are accumulated word by word, starting from zeros.
 //
-// What bounds both: reading the products, once where they stay in shared memory between the passes.
+// What bounds both: reading the products, once if they stay in shared memory between the passes.
 //
-// The translation unit sets what strips.cuh wants, and
+// The translation unit sets the macros of strips.cuh, and
 //     OUTPUT   OUTPUT_*
 //     GATE     1: write the mask of where the gradient passes
 
@@ -34,7 +34,7 @@ struct Activations {
   double window;
 };
 
-// All lanes of a warp take part, whether there is something for them or not.
+// All lanes of a warp take part, whether they have elements or not.
 __device__ __forceinline__ void write_activations(const Layer& p, const Strip& at,
                                                   const Normal<VECTOR>& norm, const Activations& to) {
   const i64 chunks = (p.cols + CHUNK_BITS - 1) / CHUNK_BITS;
@@ -53,7 +53,7 @@ __device__ __forceinline__ void write_activations(const Layer& p, const Strip& a
         const float y = norm(i, z(p, b, i));
 #if OUTPUT == OUTPUT_RELU
         bool pass = y > 0;
-        out[i] = y > 0 ? y : y != y ? y : 0.0f;  // a NaN is not hidden
+        out[i] = y > 0 ? y : y != y ? y : 0.0f;  // NaN is passed on
 #if DROP == DROP_ACTIVATION
         pass = pass && z.kept(b, i);
         out[i] = z.kept(b, i) ? __fmul_rn(out[i], (float)p.keep_scale) : 0.0f;

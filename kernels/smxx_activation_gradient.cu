@@ -1,18 +1,18 @@
-// A hidden layer's way back: from the gradient of its activation to that of its product.
+// The backward pass of a hidden layer: from the gradient of its activation to that of its product.
 //
-// First the gate (STE or ReLU, one bit an element), then batch norm. With n rows, sums over them,
-// dy what comes through the gate, and normal = (z - mean) / deviation:
+// First the gate (STE or ReLU, one bit per element), then batch norm. With n rows, sums over them,
+// dy the gradient after the gate, and normal = (z - mean) / deviation:
 //     beta' = sum(dy),  gamma' = sum(dy * normal),
 //     z' = gamma / deviation * (dy - (beta' + normal * gamma') / n)
 //
-// gradient_sums: the two sums, by strips (strips.cuh); in clusters it goes on to z'. gradient: z'.
-// Without batch norm only the second is needed, for the gate. z' may stand where the gradient that came
-// does, or the product of elements as large: a thread writes what only it has read.
+// gradient_sums: the two sums, by strips (strips.cuh); in clusters it also computes z'. gradient: z'.
+// Without batch norm only the second is needed, for the gate. z' may overwrite the incoming gradient, or
+// the product if its elements have the same size: a thread writes only elements that it alone has read.
 //
-// What bounds both: reading gradients and products, once where they stay in shared memory between the
+// What bounds both: reading gradients and products, once if they stay in shared memory between the
 // passes.
 //
-// The translation unit sets what strips.cuh wants, and GATE, one of GATE_*.
+// The translation unit sets the macros of strips.cuh, and GATE, one of GATE_*.
 
 #define GATE_NONE 0
 #define GATE_MASK 1
@@ -32,8 +32,7 @@ __device__ __forceinline__ HeldByRow<u32> held_gates() {
 }
 #endif
 
-// A thread's gradients of BATCH rows, loaded as `Products` are and after them, and where they pass the
-// gate.
+// A thread's gradients of BATCH rows and their gates, loaded after `Products` and in the same way.
 struct Gradients {
   Vector<real_t, VECTOR> raw[BATCH];
   u32 passes[BATCH];
@@ -50,12 +49,12 @@ struct Gradients {
 #endif
     }
   }
-  // What comes through the gate.
+  // The gradient after the gate.
   __device__ __forceinline__ float operator()(const Layer& p, int b, int i) const {
     float dy = to_float(raw[b].at[i]);
     if (GATE == GATE_MASK) dy = passes[b] >> i & 1 ? dy : 0.0f;
     if (GATE == GATE_CLIP) dy = dy > 1 ? 1.0f : dy < -1 ? -1.0f : dy;
-    if (DROP == DROP_ACTIVATION) dy *= (float)p.keep_scale;  // shut where something was dropped
+    if (DROP == DROP_ACTIVATION) dy *= (float)p.keep_scale;  // the gate is 0 for dropped elements
     return dy;
   }
 };

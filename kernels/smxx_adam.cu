@@ -1,18 +1,17 @@
 // The update of parameters, several in one launch: Adam or AdamW, the penalty and its gradient, clipping
-// of latent weights, and what the next step's products read instead of the weights.
+// of latent weights, and the copies of the weights that the next step's products read.
 //
 // A block takes 32 rows x 128 columns of one parameter, a warp four of the rows, a lane four
-// neighbours of each. Of binary weights it writes the signs, dense for the backward products and
-// packed along the rows (a product's right operand, layout.cuh): 32 rows are one word of a column.
-// A column's popcount changes by what flipped. Parameters that are not binary are taken as flat,
-// 128 elements a row. A step may have several launches; the last block of the final one adds up the
-// penalty over all and counts the step.
+// neighbours of each. For binary weights it writes the signs, dense for the backward products and
+// packed along the rows (a product's right operand, layout.cuh): 32 rows are one word of a column. A
+// column's popcount changes by the flips. Other parameters are treated as flat, with 128 elements per
+// row. A step may have several launches; the last block of the final one sums the penalty over all of
+// them and increments the step.
 //
-// Learning rate and the corrections of Adam's means come from a table on the device, by the number of
-// the step.
+// The learning rate and Adam's bias corrections come from a table on the device, indexed by the step.
 //
-// `earlier` counts the parts of the penalty that launches before have left. Parameters are arguments, and
-// not in memory: a block starts on its arrays without having to load where they are.
+// `earlier` is the number of penalty parts from earlier launches. Parameters are passed as arguments, not
+// in memory, so that a block can load its arrays without first loading their addresses.
 //
 // What bounds it: reading four arrays and writing three.
 //
@@ -33,7 +32,7 @@ __device__ __forceinline__ void load_some(const E* from, int count, float (&v)[4
 #pragma unroll
   for (int i = 0; i < 4; i++) v[i] = i < count ? to_float(from[i]) : 0.0f;
 }
-// Four arrays' elements of EACH rows. In one branch, so that all loads are under way together.
+// Elements of four arrays in EACH rows. In one branch, so that all loads are in flight together.
 template <typename G>
 __device__ __forceinline__ void load_rows(const Parameter& p, i64 row, i64 col, bool whole,
                                           const int (&exist)[EACH], float (&w)[EACH][4],
@@ -99,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     load_rows<real_t>(p, row, col, whole, exist, w, g, m, s);
   else
     load_rows<float>(p, row, col, whole, exist, w, g, m, s);
-  // Read here, so that no other load waits for these, one of which needs the other.
+  // Read here, so that no other load waits for these two, which depend on each other.
   const Rates rate = rates[*step % ring];
   const Adam move(p, rate, gain_mean, gain_square);
   float sum = 0;

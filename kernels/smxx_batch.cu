@@ -1,21 +1,21 @@
-// The start of a training step: its batch, and what dropout keeps.
+// The start of a training step: its batch, and dropout masks.
 //
-// gather: a thread copies VECTOR neighbouring pixels of an image of the batch, and of EACH such groups
-// loads all before it stores the first. Pixels stay the whole numbers that they are, exact in any type;
-// the first product multiplies by their scale. Bounded by latency: the number of the step, that of the
-// image and then its row, at random, are read one after the other. Popcounts that later kernels add to
-// are cleared.
+// gather: a thread copies VECTOR neighbouring pixels of an image of the batch at a time, and loads EACH
+// such groups before it stores the first. Pixels stay integers, exact in any type; the first product
+// applies their scale. Bounded by latency: the step number, the image index and then the image's row,
+// at a random address, are read one after another. Clears popcounts that later kernels add to.
 //
-// gather_deformed: the same, each image deformed in its own way (cupybnn/data/augmentation.py has the
-// formulas). A block takes an image; it is sampled from shared memory. Bounded by the arithmetic.
+// gather_deformed: the same with a random deformation of each image (formulas in
+// cupybnn/data/augmentation.py). A block takes an image and samples it from shared memory. Bounded by
+// arithmetic.
 //
-// attack: pixels of the batch are moved by the sign of their gradient, which a first pass through the
-// network left. Bounded by memory.
+// attack: moves the pixels of the batch by the sign of their gradient, which a first pass through the
+// network has computed. Bounded by memory.
 //
-// dropout_mask: a thread makes one word, 32 elements of a row. Bounded by the integer multiplications
-// of Philox, about 20 for each element.
+// dropout_mask: a thread computes one word, 32 elements of a row. Bounded by the integer multiplications
+// of Philox, about 20 per element.
 //
-// The number of the step is read from the device, so that a captured graph draws anew at each launch.
+// The step number is read from the device, so that each launch of a captured graph draws new numbers.
 //
 // The translation unit sets REAL, VECTOR (for gather and attack), and DROP to whether pixels are dropped.
 
@@ -27,7 +27,7 @@
 struct Batch {
   const unsigned char* images;
   const i64* all_labels;
-  const int* order;  // (ring, rows): numbers of the images of each step
+  const int* order;  // (ring, rows): indices of the images of each step
   const i64* step;
   real_t* x;
   i64* labels;
@@ -45,7 +45,7 @@ __device__ __forceinline__ void clear_pops(const Batch& p) {
     p.pops[i] = 0;
 }
 
-// Set to 0 which of N neighbouring pixels are dropped.
+// Set the dropped ones of N neighbouring pixels to 0.
 template <int N>
 __device__ __forceinline__ void drop_pixels(const Batch& p, i64 first, float (&v)[N]) {
   if (!DROP) return;
@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gather(const __grid_consta
   const u32 groups = (u32)p.cols / VECTOR;
   const i64 count = p.rows * groups, step = (i64)gridDim.x * THREADS;
   for (i64 first = (i64)blockIdx.x * THREADS + threadIdx.x; first < count; first += EACH * step) {
-    // Beyond the last group: the last, which is not stored.
+    // Beyond the last group, load the last one again; it is not stored.
     i64 row[EACH], col[EACH], image[EACH];
     Vector<unsigned char, VECTOR> pixels[EACH];
 #pragma unroll
@@ -94,13 +94,13 @@ struct Deformation {
   double shift, rotation, scale, shear;  // rotation in radians
 };
 
-// Where the pixels of one deformed image come from.
+// The source positions of the pixels of one deformed image.
 struct Sampling {
   float cosine, sine, tall, wide, shear, down, right;
   Sampling() = default;
   __device__ __forceinline__ Sampling(const Deformation& d, u64 step, u32 image) {
     float draw[8];
-    // Six numbers an image, in [-1, 1).
+    // Six numbers per image, in [-1, 1).
     const u64 first = (u64)image * 6, skip = first & 3;
 #pragma unroll
     for (int block = 0; block < 3; block++) {
@@ -146,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const float y0 = i / (int)d.width - middle_y - s.down, x0 = i % (int)d.width - middle_x - s.right;
     const float y1 = s.cosine * y0 + s.sine * x0;
     const float x1 = s.cosine * x0 - s.sine * y0 - s.shear * y1;
-    // Further out than a frame of zeros there is nothing but zeros.
+    // Beyond the border of zeros there are only zeros.
     const float y = fminf(fmaxf(y1 / s.tall + middle_y, -1.0f), (float)d.height);
     const float x = fminf(fmaxf(x1 / s.wide + middle_x, -1.0f), (float)d.width);
     const float top = floorf(y), left = floorf(x);

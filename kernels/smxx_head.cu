@@ -1,34 +1,33 @@
-// The end of the network, for a few classes: last activation, last layer, loss, and all the way back
-// to the last hidden product, without ever storing the activation or its gradient.
+// The head of the network, for a few classes: last activation, last layer, loss, and backward to the
+// last hidden product, without ever storing the activation or its gradient.
 //
-// logits: a warp computes ROWS rows' logits, with the weights and batch norm of WIDTH columns at a time
-// in shared memory, the weights transposed; what a block needs of the memory for them is loaded at once,
-// products included, so that it waits for it once. Then loss and its gradient; each block leaves its
-// part of the loss.
+// logits: a warp computes the logits of ROWS rows, with the weights (transposed) and batch norm of WIDTH
+// columns at a time in shared memory; a block loads all data for them at once, including products, so
+// that it waits only once. Then the loss and its gradient; each block writes its part of the loss.
 //
 // head_sums: by strips (strips.cuh). An activation's gradient is the product of a row of CLASSES
-// numbers and the column's CLASSES weights, made on the way. Sums over rows: the gradients of the
-// weights, and those of batch norm. In clusters it goes on to the gradient of the hidden product. The
-// blocks of one more strip add up the loss.
+// numbers and the column's CLASSES weights, computed on the fly. Sums over rows: the gradients of the
+// weights and of batch norm. In clusters it also computes the gradient of the hidden product. The blocks
+// of one extra strip sum the loss.
 //
-// head_gradient: that alone, by strips.
+// head_gradient: only the gradient of the hidden product, by strips.
 //
-// The gradient of the hidden product may stand where the product does, where its elements are as large: a
-// thread writes what only it has read.
+// The gradient of the hidden product may overwrite the product if its elements have the same size: a
+// thread writes only elements that it alone has read.
 //
-// What bounds all three: reading the products once, where they stay in shared memory between the passes,
-// and 2 CLASSES operations for each pass.
+// What bounds all three: reading the products, once if they stay in shared memory between the passes,
+// and 2 CLASSES operations per pass.
 //
-// The translation unit sets what strips.cuh wants, or, for `logits`, layer.cuh and VECTOR; and
+// The translation unit sets the macros of strips.cuh, or, for `logits`, of layer.cuh and VECTOR; and
 //     CLASSES  at most 32
-//     HEAD     HEAD_*: what the last layer reads
+//     HEAD     HEAD_*: input of the last layer
 //     LOSS     LOSS_* (loss.cuh)
-//     OUTPUT_NORM  1: a batch norm follows the logits, and smxx_output_norm.cu goes on from them
+//     OUTPUT_NORM  1: a batch norm follows the logits, and smxx_output_norm.cu continues from there
 //     ROWS     for `logits`; without it the unit holds the other two
 
 #define HEAD_NONE 0  // the hidden product, after batch norm
 #define HEAD_RELU 1
-#define HEAD_SIGN 2  // signs, by the signs of the weights: all binary; times a factor, or batch norm
+#define HEAD_SIGN 2  // signs, multiplied by signs of weights: all binary; times a factor, or batch norm
 #define GATE_NONE 0
 #define GATE_WINDOW 1
 #define GATE_CLIP 2
@@ -40,7 +39,7 @@
 #include "strips.cuh"
 #endif
 
-// A weight as the product takes it.
+// A weight as used by the product.
 __device__ __forceinline__ float as_read(float w) {
 #if HEAD == HEAD_SIGN
   return nonnegative(w) ? 1.0f : -1.0f;
@@ -49,7 +48,7 @@ __device__ __forceinline__ float as_read(float w) {
 #endif
 }
 
-// The last activation of an element, and by how much its gradient is multiplied on the way back.
+// The last activation of an element, and the factor of its gradient in the backward pass.
 struct Activation {
   float value, passes;
   __device__ __forceinline__ Activation(const Layer& p, float y, u32 kept, float window) {
@@ -70,7 +69,7 @@ struct Activation {
   }
 };
 
-// A product after dropout, where that comes first.
+// A product after dropout, if that comes first.
 __device__ __forceinline__ float dropped(const Layer& p, float z, u32 kept) {
 #if DROP == DROP_PRODUCT
   return kept & 1 ? __fmul_rn(z, (float)p.keep_scale) : 0.0f;
@@ -89,7 +88,7 @@ __device__ __forceinline__ u32 kept_bits(const Layer& p, i64 row, i64 col) {
 
 #ifdef ROWS
 constexpr int WIDTH = CLASSES <= 16 ? 512 : 256, STRIDE = WIDTH + 4, TURNS = WIDTH / (32 * VECTOR);
-constexpr int EACH = WIDTH / THREADS;  // columns whose weights and batch norm a thread brings
+constexpr int EACH = WIDTH / THREADS;  // columns whose weights and batch norm a thread loads
 static_assert(WIDTH % THREADS == 0, "the same for all threads");
 
 extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
@@ -198,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
 #pragma unroll
     for (int c = 0; c < CLASSES; c++) {
       of_factor += of_logits[c] * product[c];
-      of_logits[c] *= *factor;  // what comes to the products
+      of_logits[c] *= *factor;  // the gradient of the products
     }
 #endif
 #pragma unroll
@@ -234,7 +233,7 @@ __device__ __forceinline__ HeldByRow<RowOfLogits> held_of_logits() {
 }
 #endif
 
-// Rows' gradients of the logits, which all lanes need; loaded as `Products` are and after them.
+// The logits' gradients of some rows, which all lanes need; loaded after `Products` and in the same way.
 struct OfLogits {
   RowOfLogits raw[BATCH];
   __device__ __forceinline__ OfLogits(const Strip& at, const float* grad, int turn) {
@@ -270,7 +269,7 @@ struct Weights {
   }
 };
 
-// A gradient of the last activation, once through its gate.
+// A gradient of the last activation, after its gate.
 __device__ __forceinline__ float gated(float dh, const Activation& h) {
 #if GATE == GATE_CLIP
   return dh > 1 ? 1.0f : dh < -1 ? -1.0f : dh;
@@ -281,7 +280,7 @@ __device__ __forceinline__ float gated(float dh, const Activation& h) {
 #endif
 }
 
-// Arguments that go from one pass to the other.
+// Arguments shared by both passes.
 struct Back {
   const float* weight;
   const float* grad;
@@ -332,7 +331,7 @@ __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
   }
 }
 
-// For one block: what `logits` left of the loss, and of the gradient of the logits' factor.
+// For one block: sum the parts of the loss, and of the gradient of the logits' factor, from `logits`.
 __device__ __forceinline__ void add_up_loss(const Layer& p, const Back& back) {
 #if !OUTPUT_NORM
   const double total = sum_of_partials(back.partials, back.partial_count);

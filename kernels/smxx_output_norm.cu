@@ -1,20 +1,19 @@
-// Batch norm of the logits, the loss, and the way back through both, for a few classes.
+// Batch norm of the logits, the loss, and the gradients of both, for a few classes.
 //
-// One block: all of a batch's logits are some ten kilobytes, and whoever shared them would wait longer for
-// the others than for memory. A thread has every THREADS'th example, and passes over them three
-// times: for the statistics; for the loss and the sums that batch norm's gradient needs; for the
-// gradient.
+// One block: a batch's logits are about ten kilobytes, and several blocks would wait longer for each
+// other than for memory. A thread has every THREADS'th example, and passes over them three times: for
+// the statistics; for the loss and the sums that batch norm's gradient needs; for the gradient.
 //
-// Sums are in an order that does not change.
+// Sums are in a fixed order.
 //
-// What bounds it: the latency of three passes and as many sums over the block.
+// What bounds it: the latency of three passes and of as many sums over the block.
 //
 // The translation unit sets CLASSES and LOSS (loss.cuh).
 
 #include "block.cuh"
 #include "loss.cuh"
 
-// Sums over the block of N numbers of each thread.
+// Sums over the block of N numbers per thread.
 template <int N>
 __device__ __forceinline__ void sum_over_block(const float (&mine)[N], double (&total)[N]) {
   __shared__ float parts[WARPS][N];
@@ -35,8 +34,8 @@ __device__ __forceinline__ void sum_over_block(const float (&mine)[N], double (&
 
 // Filled by cupybnn/backends/cuda/fused_head.py, field by field in this order.
 struct OutputNorm {
-  float* logits;  // (rows, CLASSES): the products; afterwards what batch norm makes of them
-  float* grad;    // (rows, GRAD_STRIDE): for the products
+  float* logits;  // (rows, CLASSES): the products; afterwards the normalised logits
+  float* grad;    // (rows, GRAD_STRIDE): gradient of the products
   const i64* labels;
   const float* gamma;
   const float* beta;
@@ -60,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int row = threadIdx.x; row < rows; row += THREADS)
 #pragma unroll
       for (int c = 0; c < CLASSES; c++) {
-        const float d = p.logits[row * CLASSES + c] - p.logits[c];  // from the first example's
+        const float d = p.logits[row * CLASSES + c] - p.logits[c];  // relative to the first example
         mine[c] += d;
         mine[CLASSES + c] += d * d;
       }
@@ -84,7 +83,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   };
   const auto logit = [&](float n, int c) { return __fadd_rn(__fmul_rn(n, gamma[c]), beta[c]); };
 
-  // Of the gradients, of these times the normalised, of the loss.
+  // Sums of the gradients, of the gradients times the normalised logits, and of the loss.
   float mine[2 * CLASSES + 1] = {};
   for (int row = threadIdx.x; row < rows; row += THREADS) {
     float logits[CLASSES], grad[CLASSES];

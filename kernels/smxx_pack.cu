@@ -1,17 +1,17 @@
-// Signs of one or two strided arrays, one bit each, and how many are +1 in each line.
+// Signs of one or two strided arrays, one bit each, and the number of +1 in each line.
 //
-// The blocks of one launch are dealt out to the operands of a product, so that a call on arrays
+// The blocks of one launch are divided among the operands of a product, so that a call on arrays
 // costs one launch for both. An operand is read in one of two ways, whichever is contiguous:
-//   along lines    (a row-major left operand) a warp takes 1024 elements of a line, or a few times
-//                  that where they are short: lanes read neighbours, and together form words;
-//   across lines   (a row-major right operand) a lane takes a line, or two neighbouring ones, or
-//                  four of a byte, and a warp 128 elements of it: one 16-byte piece.
-// Any other strides work in the first way, slower.
+//   along lines    (a row-major left operand) a warp takes 1024 elements of a line, or several times
+//                  that for small elements: lanes read neighbours, and together form words;
+//   across lines   (a row-major right operand) a lane takes a line, two neighbouring ones, or four
+//                  of 1-byte elements, and a warp 128 elements of it: one 16-byte piece.
+// Any other strides use the first way, slower.
 //
-// What bounds it: reading the arrays. Loads are up to 16 bytes wide where alignment allows it, and
-// all of a batch are issued before the first is used: 2 to 4 KiB for each of 24 warps.
+// What bounds it: reading the arrays. Loads are up to 16 bytes wide if alignment allows, and all loads
+// of a batch are issued before the first is used: 2 to 4 KiB for each of 24 warps.
 //
-// The translation unit sets TYPE_A and TYPE_B, the element types, and SAME_TYPE where they are one.
+// The translation unit sets TYPE_A and TYPE_B, the element types, and SAME_TYPE if they are equal.
 
 #include "layout.cuh"
 #include "signs.cuh"
@@ -26,10 +26,10 @@ struct Operand {
   int* pops;         // (batch, lines)
   i64 lines, k, chunks, batch;
   i64 line_stride, k_stride, batch_stride;  // in bytes
-  i64 across;        // which of the two ways
+  i64 across;        // whether it is read across lines
   i64 wide;          // whether a lane may read several neighbours at once: adjacent, and aligned
   i64 parts;         // along: warps that share a line; across: blocks that share a line's chunks
-  i64 blocks;        // of this operand
+  i64 blocks;        // for this operand
 };
 struct Operands { Operand a, b; };
 
@@ -37,7 +37,7 @@ template <typename T, int V> struct alignas(sizeof(T) * V) Vector { T at[V]; };
 template <typename T> struct IsBool { static constexpr bool value = false; };
 template <> struct IsBool<bool> { static constexpr bool value = true; };
 
-// Signs of the elements in 16 bytes, of the first in bit 0.
+// Signs of the elements in 16 bytes; the first is bit 0.
 template <typename T> __device__ __forceinline__ u32 signs_of(const uint4& v) {
   constexpr int V = 16 / sizeof(T);
   const u32 words[4] = {v.x, v.y, v.z, v.w};
@@ -61,8 +61,8 @@ template <typename T> __device__ __forceinline__ u32 signs_of(const uint4& v) {
 }
 
 // Of 32 / V loads of 32 V elements each, x has this lane's V signs of load i in bits V i and up.
-// The lanes of a group of 32 / V exchange them, like a matrix with its transpose, and have a word
-// each: this is its number among the 32.
+// The lanes of a group of 32 / V exchange them, as in a matrix transpose, and each gets a word: this is
+// its index among the 32.
 template <int V> __device__ __forceinline__ int word_of_lane(int lane) {
   constexpr int LANES = 32 / V;
   return lane % LANES * V + lane / LANES;
@@ -88,8 +88,8 @@ __device__ __forceinline__ void pack_chunks_wide(const char* x, int step, i64 le
                                                  u32 (&word)[UNITS]) {
   constexpr int STEPS = 32 / V;                 // loads of a chunk
   constexpr int BATCH = STEPS < 8 ? STEPS : 8;  // of them in flight, for each of UNITS
-  // What stands for elements that do not exist: all bits set, a negative number or a NaN of every
-  // type but bool.
+  // Stands for elements that do not exist: all bits set, a negative number or a NaN in every type
+  // except bool.
   const u32 none = IsBool<T>::value ? 0 : ~0u;
   const int most = (UNITS - 1) * step + CHUNK_BITS, left = (int)min(left_all, (i64)most);
 #pragma unroll
@@ -114,7 +114,7 @@ __device__ __forceinline__ void pack_chunks_wide(const char* x, int step, i64 le
   }
 #pragma unroll
   for (int u = 0; u < UNITS; u++) {
-    // What is left of a line behind the last whole vector: of vector `last`, for one lane.
+    // The rest of a line after the last whole vector: part of vector `last`, for one lane.
     const int exist = left - u * step, last = exist / V;
     if (exist > 0 && exist < CHUNK_BITS && lane == last % 32)
 #pragma unroll 1
@@ -158,7 +158,7 @@ __device__ __forceinline__ void pack_along(const Operand& p, u32 block, int* sha
   constexpr int UNITS = STEPS < 8 ? 8 / STEPS : 1;  // chunks at a time: eight loads in flight
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int parts = (int)p.parts, part = warp % parts, lines_here = WARPS / parts;
-  // 32 bits, which divide ten times as fast as 64: the caller keeps the number of lines below 2**31.
+  // 32-bit division is ten times as fast as 64-bit: the caller keeps the number of lines below 2**31.
   const u32 padded = (u32)padded_lines(p.lines);
   const u32 index = block * lines_here + warp / parts;
   const u32 item = index / padded;
@@ -234,7 +234,7 @@ __device__ __forceinline__ void pack_across(const Operand& p, u32 block, int* sh
     for (int w = 0; w < 4; w++) {
       u32 word[V] = {};
       i64 stride = p.k_stride;
-      asm volatile("" : "+l"(stride));  // or its multiples are worked out ahead, and spilled
+      asm volatile("" : "+l"(stride));  // or its multiples are computed in advance and spilled
 #pragma unroll
       for (int bit = 0; bit < 32; bit += BATCH) {
         Vector<T, V> v[BATCH];
@@ -300,7 +300,7 @@ __device__ __forceinline__ void pack_across(const Operand& p, u32 block, int* sh
 }
 
 template <typename T> __device__ __forceinline__ void pack(const Operand& p, u32 block, int* shared) {
-  // More lines to a lane would need too many registers for their words.
+  // More lines per lane would need too many registers for their words.
   if (!p.across) pack_along<T>(p, block, shared);
   else if (p.wide) pack_across<T, sizeof(T) == 1 ? 4 : 2>(p, block, shared);
   else pack_across<T, 1>(p, block, shared);

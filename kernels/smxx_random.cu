@@ -1,14 +1,14 @@
-// Random numbers of one draw, as cupybnn/backends/random.py defines them: a thread makes four
-// neighbouring ones, a block of Philox, and writes them at once.
+// Random numbers of one draw, as defined in cupybnn/backends/random.py: a thread computes four
+// neighbouring ones, a block of Philox, and stores them together.
 //
-// The draw's number comes by value, or where `numbers` is no null pointer from the device, so that
-// a captured graph can raise it.
+// The index of the draw is passed by value or, if `numbers` is not null, read from the device, so that
+// a captured graph can increment it.
 //
-// What bounds it: forty products a block of sixteen bytes written, so on large GPUs the integer units
-// rather than the memory.
+// What bounds it: forty multiplications per 16-byte block, so on large GPUs the integer units rather
+// than memory.
 //
-// The translation unit sets UNIFORM: 0 for the words themselves, 1 for floats in [0, 1) made of
-// their upper 24 bits. The result's memory is whole blocks, the last one may be needed in part.
+// The translation unit sets UNIFORM: 0 for the words themselves, 1 for floats in [0, 1) from their
+// upper 24 bits. The result's memory is a whole number of blocks; the last one may be used in part.
 
 #include "philox.cuh"
 

@@ -1,9 +1,9 @@
-// +1 or -1 for each element of an array, by the one definition of signs.cuh: a comparison of CuPy's
-// own takes the least negative numbers for 0 (-ftz=true). A thread takes every so-many-th element.
+// +1 or -1 for each element of an array, as defined in signs.cuh: CuPy's own comparison treats negative
+// denormals as 0 (-ftz=true). Threads stride over the elements.
 //
 // What bounds it: reading the elements and writing their signs.
 //
-// The translation unit sets TYPE, the elements' type, and RESULT, of which +1 and -1 are ONE and
+// The translation unit sets TYPE, the element type, and RESULT, with +1 and -1 given as ONE and
 // MINUS_ONE (bits of a half-precision number, or values).
 
 #include "layout.cuh"

@@ -1,6 +1,6 @@
-// Packed signs back to an array of +1 and -1: a thread writes one element. The result's memory is
-// (batch, lines, k) in C order. The translation unit sets TYPE, of which +1 and -1 are ONE and
-// MINUS_ONE (bits of a half-precision number, or values).
+// Unpacks signs to an array of +1 and -1: a thread writes one element. The result is (batch, lines, k)
+// in C order. The translation unit sets TYPE, with +1 and -1 given as ONE and MINUS_ONE (bits of a
+// half-precision number, or values).
 
 #include "layout.cuh"
 

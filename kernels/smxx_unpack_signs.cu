@@ -1,9 +1,9 @@
-// Packed signs (layout.cuh) as +1 and -1, row-major, for a dense product to read.
+// Unpacks signs (layout.cuh) to +1 and -1, row-major, for a dense product.
 //
-// unpack_rows: of a left operand, whose lines are rows. A thread turns one byte into eight neighbours, 16
-// or 32 bytes.
+// unpack_rows: a left operand, whose lines are rows. A thread converts one byte to eight neighbours, 16 or
+// 32 bytes.
 //
-// unpack_columns: of a right operand, whose lines are columns. A thread takes 16 bytes, 128 rows, of each of
+// unpack_columns: a right operand, whose lines are columns. A thread takes 16 bytes, 128 rows, of each of
 // VECTOR columns; the threads of a block write a row's neighbours together.
 //
 // What bounds both: writing.

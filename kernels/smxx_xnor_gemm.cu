@@ -1,8 +1,8 @@
-// The 1-bit product on any GPU, without tensor cores: AND and population count, 32 bits at a time.
+// The 1-bit product on any GPU, without tensor cores: AND and popcount, 32 bits at a time.
 //
 // A block computes a tile of 64 x 64 results; a thread 4 x 4 of them, 16 apart. Shared memory holds
-// one chunk (1024 bits) of the tile's 64 + 64 lines, 16 KiB, swizzled as it came (layout.cuh).
-// Population count, at 16 words a clock and SM on most GPUs, bounds it.
+// one chunk (1024 bits) of the tile's 64 + 64 lines, 16 KiB, swizzled as in memory (layout.cuh).
+// Popcount, at 16 words per clock and SM on most GPUs, bounds it.
 
 #include "results.cuh"
 

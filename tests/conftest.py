@@ -15,6 +15,14 @@ NO_MNIST = (
 )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Run in a single process where there is a GPU: its memory and its time cannot be shared."""
+    from cupybnn.backends.devices import cuda_status
+
+    return 0 if cuda_status().available else None  # None: pytest-xdist counts the cores
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip the tests marked ``gpu``, with the reason, where CUDA is not usable."""
     marked = [item for item in items if item.get_closest_marker("gpu")]

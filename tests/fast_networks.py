@@ -105,6 +105,12 @@ NETWORKS = {
         "n_hidden": 40,
         "batch_size": 20000,
     },
+    "layers of different width": {
+        "binary": True,
+        "xnor": True,
+        "batch_norm": True,
+        "n_hidden": (192, 72, 130),
+    },
     "deep": {"binary": True, "xnor": True, "batch_norm": True, "hidden_layers": 5},
     "shallow": {"binary": True, "xnor": True, "batch_norm": True, "hidden_layers": 1},
     "full precision": {},

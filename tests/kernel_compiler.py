@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cupybnn.backends.cuda.sources import translation_unit
 
@@ -49,16 +50,40 @@ def compile_cubin(
     """
     from cupy.cuda import nvrtc
 
+    options = (f"-arch={arch}", "--ptxas-options=-v")
+    cubin, log = _compile(source, defines, options, arch, nvrtc.getCUBIN)
+    return cubin, _resources(log)
+
+
+def compile_ptx(
+    source: str, arch: str, defines: Mapping[str, int | str] | None = None
+) -> str | bytes:
+    """Compile a kernel file to PTX, as `compile_cubin` does to a binary."""
+    from cupy.cuda import nvrtc
+
+    options = (f"-arch={arch.replace('sm', 'compute')}",)
+    return _compile(source, defines, options, arch, nvrtc.getPTX)[0]
+
+
+def _compile(
+    source: str,
+    defines: Mapping[str, int | str] | None,
+    options: tuple[str, ...],
+    arch: str,
+    result: Callable[[int], Any],
+) -> tuple[Any, str]:
+    """Return what `result` takes of the compiled program, and the log."""
+    from cupy.cuda import nvrtc
+
     program = nvrtc.createProgram(translation_unit(source, defines), f"{source}.cu", (), ())
     try:
         try:
-            nvrtc.compileProgram(program, (f"-arch={arch}", "--std=c++17", "--ptxas-options=-v"))
+            nvrtc.compileProgram(program, ("--std=c++17", *options))
         except nvrtc.NVRTCError as error:
             raise RuntimeError(
                 f"{source}.cu does not compile for {arch}: {nvrtc.getProgramLog(program)}"
             ) from error
-        log = nvrtc.getProgramLog(program)
-        return nvrtc.getCUBIN(program), _resources(log)
+        return result(program), nvrtc.getProgramLog(program)
     finally:
         nvrtc.destroyProgram(program)
 

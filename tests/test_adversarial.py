@@ -119,6 +119,6 @@ def test_it_makes_a_network_harder_to_fool():
 def test_option(capsys):
     quick = ["--dataset", "digits", "--max_steps", "2", "--n_hidden", "8", "--device", "cpu"]
     assert main(["train", *quick, "--adversarial", "0.05"]) == 0
-    assert "images moved against the network (0.05)" in capsys.readouterr().out
+    assert "adversarial images (0.05)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="'adversarial' must be a finite number, at least 0"):
         TrainConfig(adversarial=-0.1)

@@ -78,7 +78,9 @@ class TestTensor:
         assert Tensor(xp.asarray([[True]]))
         assert not Tensor(xp.asarray([0.0]))
         for shape in ((2,), (0,), (1, 0)):
-            with pytest.raises(ValueError, match=r"truth of a tensor of shape \(.*\) is ambiguous"):
+            with pytest.raises(
+                ValueError, match=r"truth value of a tensor of shape \(.*\) is ambiguous"
+            ):
                 bool(Tensor(xp.zeros(shape)))
 
     def test_sets_and_dicts_tell_tensors_apart(self, xp):

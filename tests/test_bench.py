@@ -68,7 +68,7 @@ def test_every_timed_product_of_ours_was_checked(quick):
     ours = [r for p in found["products"] for r in p["rows"] if r["ours"]]
     assert len(ours) == 4 * len(found["products"])
     assert all(r["checked"] for r in ours)
-    assert f"{len(ours)} timed results were compared with an exact product and are equal." in out
+    assert f"{len(ours)} timed results equal the exact product." in out
 
 
 def test_figures_follow_from_times(quick):
@@ -92,7 +92,7 @@ def test_without_a_gpu_it_says_that_numpy_is_measured(quick):
     assert out.startswith("NumPy ")
     if found["machine"]["cuda"]["available"]:
         pytest.skip("there is a GPU here")
-    assert "NumPy is measured, for there is no GPU to measure: " in out
+    assert "NumPy is measured, because there is no usable GPU: " in out
 
 
 def test_the_tables_can_be_shown_again_from_the_record(quick, tmp_path, capsys):
@@ -144,8 +144,8 @@ def test_a_section_that_fails_leaves_a_note_and_the_others(monkeypatch):
     ("arguments", "message"),
     [
         (["--only", "cubes"], "'only' must name sections of original, square, .*; got 'cubes'"),
-        (["--json", "nowhere/x.json"], "'--json' must be in a folder that exists"),
-        (["--chart", "nowhere/x"], "'--chart' must be in a folder that exists"),
+        (["--json", "nowhere/x.json"], "'--json' must be in an existing folder"),
+        (["--chart", "nowhere/x"], "'--chart' must be in an existing folder"),
         (["--json", "."], "'--json' must be a file; got the folder '.'"),
         (["--chart", "."], "'--chart' must be a file; got the folder '.'"),
         (["--chart", "x", "--only", "host,mlp"], "'--chart' needs the section 'square'"),
@@ -166,7 +166,7 @@ def test_tuning_says_why_there_is_no_gpu_to_tune(monkeypatch, capsys):
     monkeypatch.setattr(bench, "cuda_status", lambda: CudaStatus(False, "The driver is too old."))
     assert main.main(["bench", "--tune"]) == 2
     said = capsys.readouterr().err
-    assert "'--tune' needs a GPU, for it measures the CUDA kernels" in said
+    assert "'--tune' needs a GPU, because it measures CUDA kernels" in said
     assert said.endswith("got cpu. The driver is too old.\n")
 
 
@@ -185,7 +185,7 @@ def test_a_run_that_is_interrupted_leaves_a_record_that_can_be_shown(tmp_path, m
 def test_a_record_without_its_parts_is_refused(tmp_path):
     path = tmp_path / "x.json"
     path.write_text('{"format": 1, "gpu": null}')
-    with pytest.raises(ValueError, match=r"a whole record .* lacks date, machine, notes"):
+    with pytest.raises(ValueError, match=r"a complete record .* lacks date, machine, notes"):
         record.load(path)
 
 
@@ -240,7 +240,7 @@ def test_an_edited_record_is_one_kind_of_error_or_is_shown(path, tmp_path, capsy
         ('"tops": ', '"tops": -', r"products\[0\]\.rows\[0\]\.tops must be a finite number from"),
         ('"tops": ', '"tips": ', r"rows\[0\] lacks tops"),
         ('"median": ', '"median": 1e999, "x": ', "median must be a finite number"),
-        ('"median": ', '"median": NaN, "x": ', "NaN is not a number that JSON has"),
+        ('"median": ', '"median": NaN, "x": ', "NaN is not a valid JSON number"),
         ('"notes": [', '"notes": 3, "x": [', "notes must be a list"),
         ('"notes": [', '"notes": ["\\u001b[2J"], "x": [', r"notes\[0\] must be a printable text"),
         ('"notes": [', '"notes": [], "x": ' + "[" * 9000 + "[", "nested more than 32 levels deep"),
@@ -516,7 +516,7 @@ def test_the_peak_is_said_to_be_that_of_the_gpu_it_was_measured_on(tmp_path):
     found = record.run(CPU, quick=True, only=["host"])
     heading = list(tables.heading({**found, "peak_operations_per_second": 15.5e15}))
     assert heading[-1].endswith(
-        "; peak of the 1-bit instruction as measured on an H200, by multiprocessors: 15,500 TOPS"
+        "; 1-bit peak as measured on an H200, scaled by the number of multiprocessors: 15,500 TOPS"
     )
 
 

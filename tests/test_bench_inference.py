@@ -115,7 +115,7 @@ def test_a_record_that_lacks_something_is_refused(quick, tmp_path, damage):
     damage(found)
     path = tmp_path / "record.json"
     records.save(found, path)
-    with pytest.raises(records.RecordError, match="must be a whole record"):
+    with pytest.raises(records.RecordError, match="must be a complete record"):
         records.load(path)
 
 

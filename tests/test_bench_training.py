@@ -1,5 +1,8 @@
 """``cupybnn bench train``: the peer is the same network, and nothing that fails is lost."""
 
+import contextlib
+import gc
+import io
 import json
 import re
 import subprocess
@@ -19,8 +22,8 @@ from cupybnn.benchmark.clock import HostClock, make_clock
 from cupybnn.benchmark.methods import Unsupported
 from cupybnn.benchmark.training import chart, ours, record, tables
 from cupybnn.benchmark.training.variants import (
+    CpuContention,
     Memory,
-    Others,
     Running,
     Size,
     Variant,
@@ -42,17 +45,19 @@ def few():
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """Run the command once on the CPU, at tiny sizes; return its output and its record."""
+    """Run the command once on the CPU, at tiny sizes; return its output and its record.
+
+    In this process, which imports PyTorch for other tests, too.
+    """
     path = tmp_path_factory.mktemp("bench") / "record.json"
-    arguments = ["--quick", "--device", "cpu", "--sizes", "16x8,32x20", "--json", path]
-    done = subprocess.run(
-        [sys.executable, "-m", "cupybnn", "bench", "train", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads(path.read_text())
+    arguments = ["--quick", "--device", "cpu", "--sizes", "16x8,32x20", "--json", str(path)]
+    gc.freeze()  # it collects garbage before each measurement: what is there already is none
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert main.main(["bench", "train", *arguments]) == 0
+    finally:
+        gc.unfreeze()
+    return out.getvalue(), json.loads(path.read_text())
 
 
 # --- the command
@@ -104,8 +109,8 @@ def test_the_tables_can_be_shown_again_from_the_record(quick, tmp_path, capsys):
         (["train", "--only", "square"], "'--only' must be given to 'bench product' only"),
         (["train", "--tune"], "'--tune' must be given to 'bench product' only"),
         (["--sizes", "8x8"], "'--sizes' must be given to 'bench train or infer' only"),
-        (["train", "--json", "nowhere/x.json"], "'--json' must be in a folder that exists"),
-        (["train", "--chart", "nowhere/x"], "'--chart' must be in a folder that exists"),
+        (["train", "--json", "nowhere/x.json"], "'--json' must be in an existing folder"),
+        (["train", "--chart", "nowhere/x"], "'--chart' must be in an existing folder"),
         (["train", "--from", __file__, "--sizes", "8x8"], "'--sizes' must not be given with"),
         (["train", "--from", __file__], "must be JSON"),
         (["train", "--device", "gpu"], "The 'device' must be"),
@@ -201,20 +206,20 @@ def test_memory_is_the_most_that_was_taken():
     runtime = SimpleNamespace(memGetInfo=lambda: (next(free), 200))
     device = SimpleNamespace(kind="cuda", xp=SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
     memory = Memory(device)
-    memory.look()
-    memory.look()
+    memory.update()
+    memory.update()
     assert memory.peak() == 40
     assert Memory(CPU).peak() is None
 
 
 def test_other_programs_are_noticed():
-    if Others().processors() is None:
+    if CpuContention().processors() is None:
         pytest.skip("what other programs do is only known on Linux")
-    others = Others()
+    contention = CpuContention()
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
         time.sleep(2.0)
-        assert others.processors() > 0.5
+        assert contention.processors() > 0.5
     finally:
         for process in busy:
             process.kill()
@@ -224,8 +229,8 @@ def test_other_programs_are_noticed():
 def test_own_work_does_not_count_as_that_of_others(monkeypatch):
     # all programs, this one, the clock: in seconds
     readings = iter([(100.0, 7.0, 50.0), (105.0, 11.0, 52.0)])
-    monkeypatch.setattr(Others, "_read", staticmethod(lambda: next(readings)))
-    assert Others().processors() == pytest.approx(0.5)
+    monkeypatch.setattr(CpuContention, "_read", staticmethod(lambda: next(readings)))
+    assert CpuContention().processors() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(("trials", "settles"), [([1.2, 0.9, 0.6], False), ([0.9, 0.1], True)])
@@ -370,7 +375,7 @@ def test_published_records_can_be_shown_and_drawn(tmp_path):
     assert PUBLISHED
     for path in PUBLISHED:
         found = records.load(path)
-        assert f"{found['sizes'][0]['batch']} examples a step" in "\n".join(tables.lines(found))
+        assert f"{found['sizes'][0]['batch']} examples per step" in "\n".join(tables.lines(found))
         chart.draw(found, tmp_path / path.stem)
 
 

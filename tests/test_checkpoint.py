@@ -130,10 +130,10 @@ class TestFile:
     def test_other_files(self, tmp_path):
         path = tmp_path / "x.npz"
         np.savez(path, a=np.zeros(3))
-        with pytest.raises(CheckpointError, match="is not a checkpoint of cupybnn"):
+        with pytest.raises(CheckpointError, match="is not a cupybnn checkpoint"):
             load(path)
         np.savez(path, header=np.array(json.dumps({"format": "other"})))
-        with pytest.raises(CheckpointError, match="is not a checkpoint of cupybnn"):
+        with pytest.raises(CheckpointError, match="is not a cupybnn checkpoint"):
             load(path)
         with open(path, "wb") as file:
             np.save(file, np.zeros(3))
@@ -153,11 +153,11 @@ class TestFile:
     def test_missing(self, tmp_path):
         with pytest.raises(CheckpointError, match=r"nowhere, does not exist"):
             load(tmp_path / "nowhere")
-        with pytest.raises(CheckpointError, match=r"holds no checkpoint: expected newest\.npz"):
+        with pytest.raises(CheckpointError, match=r"contains no checkpoint; expected newest\.npz"):
             load(tmp_path)
         (tmp_path / "bs_1" / "1").mkdir(parents=True)
         save(tmp_path / "bs_1" / "1" / NEWEST, example())
-        with pytest.raises(CheckpointError, match=r"There are some below it; one is .*bs_1/1"):
+        with pytest.raises(CheckpointError, match=r"Did you mean .*bs_1/1\?"):
             load(tmp_path)
 
     def test_the_hint_does_not_walk_through_everything(self, tmp_path, monkeypatch):
@@ -168,7 +168,7 @@ class TestFile:
         seen = []
         real = os.scandir
         monkeypatch.setattr(os, "scandir", lambda path: (seen.append(path), real(path))[1])
-        with pytest.raises(CheckpointError, match="There are some below it"):
+        with pytest.raises(CheckpointError, match="Did you mean"):
             load(tmp_path)
         assert len(seen) == 20
         with pytest.raises(CheckpointError, match=r"does not exist|cannot be read"):
@@ -241,8 +241,8 @@ class TestEdited:
     @pytest.mark.parametrize(
         ("name", "array", "message"),
         [
-            ("model/x", np.ones(2, complex), "must hold real numbers; got complex128"),
-            ("model/x", np.array(["a"]), "must hold real numbers"),
+            ("model/x", np.ones(2, complex), "must contain real numbers; got complex128"),
+            ("model/x", np.array(["a"]), "must contain real numbers"),
             ("optimizer/steps", np.array(2.7), "must be one integer from 0 to .*float64.*2.7"),
             ("optimizer/steps", np.array(-1), "must be one integer"),
             ("optimizer/steps", np.ones(3, int), r"must be one integer .* of shape \(3,\)"),
@@ -397,6 +397,7 @@ class TestRunFolder:
         [
             ({}, "fp/hid_512/bs_128/reg_0.0001"),
             ({"n_hidden": 1024, "batch_size": 1024, "reg": 0}, "fp/hid_1024/bs_1024/reg_0.0"),
+            ({"n_hidden": (1024, 512, 256)}, "fp/hid_1024-512-256/bs_128/reg_0.0001"),
             ({"binary": True, "reg": 1e-5}, "bin/matmul/hid_512/batch_norm/bs_128/reg_1e-05"),
             (
                 {"binary": True, "n_hidden": 1024, "batch_size": 1024},
@@ -506,7 +507,7 @@ class TestRunFolder:
             save(folder / NEWEST, example())
             with pytest.raises(CheckpointError) as caught:
                 load(tmp_path)  # what is in the making is not offered as a run
-            assert "There are some below it" not in str(caught.value)
+            assert "Did you mean" not in str(caught.value)
 
         folder = new_run_folder(config, fill)
         assert folder == parent / "1"

@@ -86,6 +86,7 @@ def test_too_little_memory_is_told_in_one_line(monkeypatch, capsys):
         (["train", "--n_hidden", "9" * 20], "'n_hidden'"),
         (["train", "--n_hidden", "9" * 4000], "'n_hidden'"),
         (["train", "--n_hidden", str(10**6), "--binary"], "'n_hidden'"),
+        (["train", "--n_hidden", f"4,{'9' * 20},4"], "n_hidden = 4,99999999999999999999,4, hidden"),
         (["train", "--hidden_layers", "9" * 20], "'hidden_layers'"),
         (["train", "--hidden_layers", str(10**8), "--n_hidden", "1"], "'hidden_layers'"),
         (["bench", "train", "--sizes", f"512x{'9' * 20}"], "'batch_size'"),
@@ -102,7 +103,9 @@ def test_what_cannot_fit_into_memory_is_refused_before_it_is_tried(arguments, na
 
 
 @pytest.mark.parametrize("options", [{}, {"binary": True}, {"dtype": "float64"}])
-@pytest.mark.parametrize("sizes", [{"n_hidden": 1500}, {"batch_size": 20000}])
+@pytest.mark.parametrize(
+    "sizes", [{"n_hidden": 1500}, {"batch_size": 20000}, {"n_hidden": (1000, 1500)}]
+)
 def test_memory_that_is_said_to_be_needed_is_needed(options, sizes):
     small = {"dataset": "digits", "n_hidden": 100, "max_steps": 1, "device": "cpu"}
     config = TrainConfig(**{**small, **sizes, **options})
@@ -244,7 +247,7 @@ def test_info_names_versions_devices_kernels_and_folders(tmp_path):
     rows = dict(re.findall(r"^(\S[^\n]{0,13}?) {2,}(\S.*)$", done.stdout, re.MULTILINE))
     assert rows["cupybnn"].startswith(cupybnn.__version__)
     assert rows["numpy"] == np.__version__
-    assert rows["cache folder"] == f"{tmp_path / 'cache'} (not made yet)"
+    assert rows["cache folder"] == f"{tmp_path / 'cache'} (not created yet)"
     assert rows["data folder"] == str(tmp_path)
     assert rows["CUDA"] == cuda_status().reason
     assert "CUPYBNN_DATA_DIR" in rows["environment"]
@@ -315,7 +318,7 @@ def test_info_survives_whatever_importing_cupy_raises(tmp_path, raised):
     assert re.search(r"CUDA +CuPy is installed but cannot be imported: .", done.stdout)
 
 
-def test_without_a_home_folder_files_go_below_the_temporary_ones(monkeypatch, tmp_path):
+def test_info_without_a_home_folder_shows_the_temporary_one(monkeypatch, tmp_path, capsys):
     def nobody(number):
         raise KeyError(number)
 
@@ -325,16 +328,8 @@ def test_without_a_home_folder_files_go_below_the_temporary_ones(monkeypatch, tm
     monkeypatch.setattr(pwd, "getpwuid", nobody)
     monkeypatch.setattr(pwd, "getpwnam", nobody)
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-    assert settings.cache_dir() == tmp_path / f"cupybnn-{os.getuid()}"
-    assert settings.data_dir() == settings.cache_dir() / "data"
-    assert settings.scikit_learn_data() == Path("~/scikit_learn_data")
     assert main.main(["info"]) == 0
-    # A folder of a user who does not exist is taken as it is written, as a shell does.
-    monkeypatch.setenv("CUPYBNN_CACHE_DIR", "~nosuchuser/x")
-    monkeypatch.setenv("CUPYBNN_DATA_DIR", "~nosuchuser/y")
-    assert settings.cache_dir() == Path("~nosuchuser/x")
-    assert settings.data_dir() == Path("~nosuchuser/y")
-    assert main.main(["info"]) == 0
+    assert str(tmp_path / f"cupybnn-{os.getuid()}") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -365,7 +360,9 @@ def test_info_tells_of_a_cupy_that_sees_no_device(tmp_path):
     assert "sees no CUDA device" in line
     assert "cudaErrorNoDevice" in line
     assert re.search(r"  NVRTC +13.0", done.stdout)
-    assert re.search(r"  cuda-bindings +(\d+\.\d|not installed, for the backward)", done.stdout)
+    assert re.search(
+        r"  cuda-bindings +(\d+\.\d|not installed; enables the 1-bit backward)", done.stdout
+    )
     assert re.search(r"device='auto' +cpu", done.stdout)
 
 
@@ -527,7 +524,8 @@ def test_verify_rejects_a_kernel_that_is_not_there():
     done = command("verify", "--device", "cpu", "--kernel", "sm90_xnor_gemm")
     assert done.returncode == 2
     assert (
-        "'--kernel' must name a kernel of this machine (numpy); got sm90_xnor_gemm" in done.stderr
+        "'--kernel' must be one that this machine can run (numpy); got sm90_xnor_gemm"
+        in done.stderr
     )
 
 

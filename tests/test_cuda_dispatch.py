@@ -177,7 +177,7 @@ def test_an_architecture_is_one_module(tmp_path, monkeypatch):
         "CAPABILITIES, TARGET = range(990, 1000), 'sm_990a'\n"
     )
     monkeypatch.setattr(architectures, "__path__", [*architectures.__path__, str(tmp_path)])
-    found = architectures._found()
+    found = architectures._discover()
     monkeypatch.delitem(sys.modules, f"{architectures.__name__}.sm990")
     monkeypatch.setattr(architectures, "KERNELS", found)
     assert list(found) == ["sm990", "sm90", "sm80", "sm75", "smxx"]

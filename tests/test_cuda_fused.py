@@ -295,7 +295,7 @@ def test_layers_may_differ_in_width(machine, capability):
         head_of(layer).launch_gradient(launcher)
     small = fused.Launcher(0, np.dtype(np.float32), shapes=shapes[1:2], classes=10)
     layer = Layer(product=Array(shapes[0]), norm=batch_norm(1024))
-    with pytest.raises(AssertionError, match="no layer as wide"):
+    with pytest.raises(AssertionError, match="wider than any known"):
         Activation(layer=layer, to=Activations()).launch(small)
 
 
@@ -384,5 +384,5 @@ def test_parts_of_the_penalty_do_not_overlap_and_the_last_launch_ends_the_step(
     assert [x.grid[0] for x in machine.launches] == [1, 36, 19]
     assert [int(x.arguments["final"]) for x in machine.launches] == [0, 0, 1]
     assert update._common["partials"].size == product_parts + 1 + 36 + 19
-    with pytest.raises(AssertionError, match="counts the step"):
+    with pytest.raises(AssertionError, match="increments the step"):
         update_of(launcher, [[by_product]])

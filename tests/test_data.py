@@ -121,7 +121,7 @@ class TestIdxFolder:
         if lost <= 9:  # all labels are there, their checksum is not
             assert message == (
                 f"{path} is truncated: expected a checksum after the 10 bytes for 10 labels, found "
-                f"the end of the file before or in it. Fetch it again."
+                f"the end of the file. Fetch it again."
             )
 
     def test_truncated_header(self, tmp_path):
@@ -189,12 +189,12 @@ class TestIdxFolder:
 
     def test_counts_differ(self, tmp_path, arrays):
         write_folder(tmp_path, {**arrays, "train-labels": arrays["train-labels"][:19]})
-        with pytest.raises(DataError, match=r"expected 20 labels, one an image, found 19"):
+        with pytest.raises(DataError, match=r"expected 20 labels, one per image, found 19"):
             load("mnist", tmp_path)
 
     def test_test_files_in_the_place_of_training_files(self, tmp_path, arrays):
         write_folder(tmp_path, {**arrays, "train-images": arrays["t10k-images"]})
-        with pytest.raises(DataError, match=r"expected 7 labels, one an image, found 20"):
+        with pytest.raises(DataError, match=r"expected 7 labels, one per image, found 20"):
             load("mnist", tmp_path)
 
     def test_label_out_of_range(self, tmp_path, arrays):
@@ -308,7 +308,7 @@ class TestEmnist:
         np.testing.assert_array_equal(data.train_labels, letters["train-labels"])
         assert said == [
             f"The files in {tmp_path} are emnist-letters: 27 classes, and images with rows and "
-            f"columns exchanged, which are turned upright."
+            f"columns swapped, which are transposed back."
         ]
 
     def test_it_is_trained_on(self, tmp_path, letters):

@@ -13,6 +13,7 @@ import cupybnn
 
 PACKAGES = (
     "cupybnn.autograd",
+    "cupybnn.deploy",
     "cupybnn.gemm",
     "cupybnn.nn",
     "cupybnn.ops",

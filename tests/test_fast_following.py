@@ -49,15 +49,15 @@ def test_an_edit_is_noticed_and_taken_up_once(edit):
         refresh=lambda: refreshed.append(1),
     )
     edits = Edits([hidden])
-    edits.take_up()
+    edits.refresh_copies()
     assert refreshed == []
     layer.weight.data.sum()  # reading is no edit
-    edits.take_up()
+    edits.refresh_copies()
     assert refreshed == []
     edit(layer.weight)
-    edits.take_up()
-    edits.settle()
-    edits.take_up()
+    edits.refresh_copies()
+    edits.mark_current()
+    edits.refresh_copies()
     assert refreshed == [1]
 
 
@@ -243,7 +243,7 @@ def test_a_trainer_says_why_it_takes_no_kernels_and_refuses_what_is_no_model():
     assert heard == []  # without a GPU plain steps are what one expects
     with pytest.raises(TypeError, match=r"'model' must be an nn\.Module; got list"):
         Trainer(config, model=[], data=dataset())
-    with pytest.raises(ValueError, match="must have parameters to learn"):
+    with pytest.raises(ValueError, match="must have trainable parameters"):
         Trainer(config, model=nn.ReLU(), data=dataset())
     with pytest.raises(ValueError, match=r"defaults; got n_hidden, binary"):
         Trainer(TrainConfig(n_hidden=8, binary=True), model=small(), data=dataset())

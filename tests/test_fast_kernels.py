@@ -44,7 +44,7 @@ def test_dropout_masks_are_the_plain_engines(shape):
     import cupy
 
     from cupybnn.backends.cuda import fused, fused_batch, fused_layers
-    from cupybnn.backends.random import chosen, random_words
+    from cupybnn.backends.random import bernoulli, random_words
 
     launcher = fused.Launcher(0, np.dtype(np.float32))
     draw = fused_batch.Draw(seed=2**63 - 5, offset=4, keep_prob=0.3)
@@ -52,7 +52,7 @@ def test_dropout_masks_are_the_plain_engines(shape):
     step = cupy.asarray([3], np.int64)
     fused_batch.DropoutMask(step=step, draw=draw, shape=shape, out=out).launch(launcher)
     bits = np.unpackbits(out.get().view(np.uint8), axis=1, bitorder="little")
-    expected = chosen(random_words(shape, draw.seed, 7, np), 0.3)
+    expected = bernoulli(random_words(shape, draw.seed, 7, np), 0.3)
     np.testing.assert_array_equal(bits[:, : shape[1]].astype(bool), expected)
     assert not bits[:, shape[1] :].any()
 

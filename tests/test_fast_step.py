@@ -169,7 +169,7 @@ def test_steps_that_cannot_be_captured_are_launched_and_it_is_said_once(monkeypa
     made, losses = run(**settings)
     assert losses == expected
     assert made.notices == [
-        "Steps are launched kernel by kernel, since a CUDA graph cannot be captured: not today."
+        "Training steps run without a CUDA graph: a CUDA graph cannot be captured: not today."
     ]
 
 
@@ -193,13 +193,13 @@ def test_sparing_memory_changes_nothing(monkeypatch, tmp_path, dtype, xnor, log_
     settings |= {"max_steps": 30, "hidden_layers": 4, "n_hidden": 160}
     if log_dir:
         settings["log_dir"] = str(tmp_path)
-    a, roomy = run(**settings)
+    a, with_copies = run(**settings)
     monkeypatch.setattr("cupybnn.training.fast.plan._DENSE_COPY_BYTES", 0)
     b, spared = run(**settings)
     assert a._step.plan.keep_dense_copies
     assert not b._step.plan.keep_dense_copies
     assert b._step._graph is not None
-    assert roomy == spared
+    assert with_copies == spared
     state = arrays(b)
     for name, array in arrays(a).items():
         np.testing.assert_array_equal(array, state[name], err_msg=name)

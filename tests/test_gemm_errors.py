@@ -42,7 +42,7 @@ def test_what_is_no_array(function, name):
     for x, parts in (
         (np.full((3, 3), None), ("got dtype object", "x.astype('float32')")),
         (np.ma.masked_less(np.ones((3, 3)), 0), ("without a mask", "x.filled(value)")),
-        ([[1, 2, 3], [1, 2]], ("that numpy.asarray reads; got list",)),
+        ([[1, 2, 3], [1, 2]], ("that numpy.asarray accepts; got list",)),
         ("text", ("got dtype <U4",)),
         (object(), ("got dtype object from object",)),
         (None, ("got dtype object from NoneType",)),
@@ -155,7 +155,6 @@ def test_result_dtypes_that_a_gpu_has_not_in_every_call(dtype):
     for call in (
         lambda: xnor_gemm(a, a, dtype=dtype),
         lambda: xnor_gemm(a, a, scale=2, dtype=dtype if dtype != ">i4" else ">f4"),
-        lambda: xnor_gemm(a, a, out=cupy.empty((3, 3), ">f4")),
         lambda: pack(a).unpack(dtype),
     ):
         with raises(TypeError, "on a GPU; got"):
@@ -164,7 +163,7 @@ def test_result_dtypes_that_a_gpu_has_not_in_every_call(dtype):
 
 def test_the_default_integer_is_checked_too():
     """K beyond int32: of repeated elements, for no such matrix fits into memory."""
-    a = np.broadcast_to(np.int8(1), (1, 2**31))
+    a = np.broadcast_to(np.int8(-1), (1, 2**31))
     with raises(ValueError, "int32 (at most 2147483647) for K = 2147483648", "wider integer"):
         xnor_gemm(a, a.T)
 
@@ -178,7 +177,7 @@ def test_wrong_out(xp):
     for shape in ((3, 6), (5, 3), (15,), (1, 3, 5), ()):
         with raises(ValueError, "result's shape, (3, 5); got", str(shape)):
             xnor_gemm(a, b, out=xp.empty(shape))
-    with raises(TypeError, "'out'", "'dtype' asks for, int32; got float32", "only one"):
+    with raises(TypeError, "'out'", "the dtype given as 'dtype', int32; got float32", "only one"):
         xnor_gemm(a, b, out=xp.empty((3, 5), "f4"), dtype="i4")
 
 
@@ -198,7 +197,7 @@ def test_out_that_repeats_elements(xp):
     for shape, strides in (((3, 3), (0, 4)), ((3, 3), (4, 0))):
         base = xp.zeros(9, xp.float32)
         out = xp.lib.stride_tricks.as_strided(base, shape, strides)
-        with raises(ValueError, "'out' of xnor_gemm must have memory of its own", "x.copy()"):
+        with raises(ValueError, "'out' of xnor_gemm must have separate memory", "x.copy()"):
             xnor_gemm(a, a, out=out)
         assert not base.any()
     one_row = xp.lib.stride_tricks.as_strided(xp.zeros(3, xp.float32), (1, 3), (0, 4))
@@ -214,11 +213,11 @@ def test_wrong_scale_and_bias(xp):
         xnor_gemm(a, b, bias=xp.ones((3, 1)))
     with raises(ValueError, "a pair (row, column); got a tuple of length 3"):
         xnor_gemm(a, b, scale=(1, 2, 3))
-    with raises(TypeError, "'scale' of xnor_gemm must be of real numbers; got dtype complex128"):
+    with raises(TypeError, "'scale' of xnor_gemm must be real numbers; got dtype complex128"):
         xnor_gemm(a, b, scale=xp.ones(5, "c16"))
     for dtype in ("i4", "i8"):
         with raises(
-            TypeError, "'dtype' of xnor_gemm must be a floating type when a scale or a bias"
+            TypeError, "'dtype' of xnor_gemm must be a floating type with a scale or a bias"
         ):
             xnor_gemm(a, b, bias=xp.ones(5), dtype=dtype)
 
@@ -236,9 +235,9 @@ def test_lists_that_are_no_array_are_told_with_the_argument(xp):
 
 def test_wrong_threshold_and_flip(xp):
     a, b = xp.ones((3, 4)), xp.ones((4, 5))
-    with raises(TypeError, "'threshold' of xnor_gemm_packed must be of integers; got dtype float"):
+    with raises(TypeError, "'threshold' of xnor_gemm_packed must be integers; got dtype float"):
         xnor_gemm_packed(a, b, threshold=xp.ones(5))
-    with raises(TypeError, "'flip' of xnor_gemm_packed must be of bools; got dtype int"):
+    with raises(TypeError, "'flip' of xnor_gemm_packed must be bools; got dtype int"):
         xnor_gemm_packed(a, b, flip=xp.ones(5, int))
     for shape in ((4,), (1, 5), (3, 1)):
         with raises(ValueError, "'threshold'", "shape (5,); got shape", str(shape)):
@@ -333,7 +332,7 @@ def test_reason_of_a_dtype_is_given_only_where_it_is_one():
     a = np.ones((2, 2))
     what = "The 'dtype' of xnor_gemm must be a real floating or signed integer type"
     for dtype in (bool, "u1"):
-        with raises(TypeError, f"{what}, for the product has negative values; got"):
+        with raises(TypeError, f"{what}, because the product has negative values; got"):
             xnor_gemm(a, a, dtype=dtype)
     for dtype in (complex, "S3", "M8[s]", object):
         with raises(TypeError, f"{what}; got {np.dtype(dtype)}."):
@@ -349,11 +348,11 @@ class Sparse:
 @pytest.mark.parametrize(
     ("x", "hint"),
     [
-        (None, "got dtype object from NoneType. Give a numeric array."),
-        ({1: 2.0}, "got dtype object from dict. Give a numeric array."),
-        ({1.0}, "got dtype object from set. Give a numeric array."),
+        (None, "got dtype object from NoneType. Pass a numeric array."),
+        ({1: 2.0}, "got dtype object from dict. Pass a numeric array."),
+        ({1.0}, "got dtype object from set. Pass a numeric array."),
         ([1.0, None], "got dtype object from list. Its elements must all be numbers."),
-        (Sparse(), "Sparse. Give it as an array: x.toarray()."),
+        (Sparse(), "Sparse. Convert it to an array: x.toarray()."),
     ],
 )
 def test_hint_fits_what_came(function, x, hint):

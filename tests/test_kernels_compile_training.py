@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import test_kernels_compile
-from kernel_compiler import compile_cubin
+from kernel_compiler import compile_cubin, compile_ptx
 from test_kernels_compile import ARCHITECTURES, capability, require
 
 REALS = ("float", "bfloat16_bits")
+#: For choices that leave a kernel without an element of that type: compiled once.
+NO_REAL = {"REAL": "bfloat16_bits"}
 #: What a layer may be: type of its product, batch norm, dropout.
 LAYERS = [
     {"PRODUCT": product, "NORM": norm, "DROP": drop}
@@ -25,17 +27,24 @@ LAYERS = [
 ]
 #: Types of products that are read alike: for these one choice is enough.
 MORE_LAYERS = [{"PRODUCT": p, "NORM": 1, "DROP": 0} for p in ("short", "bfloat16_bits")]
-pytestmark = pytest.mark.parametrize("arch", ARCHITECTURES)
+every_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
 
 
-def variants(arch: str, layers: list[dict], *choices: dict) -> list[dict]:
-    """Combine them all on Hopper, and a part, with the first layer, elsewhere."""
-    layers = layers if arch == "sm_90a" else layers[:1]
+def every_layer(layers: list[dict]):
+    """Parametrise a test: all of the layers on Hopper, one at a time, and the first elsewhere."""
+    cases = [(arch, layer) for arch in ARCHITECTURES for layer in layers]
+    cases = [(arch, layer) for arch, layer in cases if arch == "sm_90a" or layer is layers[0]]
+    ids = ["-".join([arch, *map(str, layer.values())]) for arch, layer in cases]
+    return pytest.mark.parametrize(("arch", "layer"), cases, ids=ids)
+
+
+def variants(arch: str, layer: dict, *choices: dict) -> list[dict]:
+    """Combine a layer and choices with both types of elements on Hopper, and with one elsewhere."""
     reals = REALS if arch == "sm_90a" else REALS[1:]
-    return [
-        {"REAL": real, **layer, **choice}
-        for real, layer, choice in itertools.product(reals, layers, choices)
+    combined = [
+        {"REAL": real, **layer, **choice} for real, choice in itertools.product(reals, choices)
     ]
+    return [v for i, v in enumerate(combined) if v not in combined[:i]]
 
 
 def compile_all(source: str, arch: str, variants: list[dict]) -> None:
@@ -82,79 +91,116 @@ def many_rows(arch: str) -> list[dict]:
     return [many] if capability(arch) >= 90 else []
 
 
-def with_passes(arch: str, choices: list[dict]) -> list[dict]:
-    """Combine layers with choices; without batch norm there are no sums, and nothing is held."""
-    more = variants(arch, MORE_LAYERS, choices[0], choices[-1])
-    return [v for v in variants(arch, LAYERS, *choices) + more if v["NORM"] or not v["HELD"]]
+def of_layer(arch: str, layer: dict, choices: list[dict]) -> list[dict]:
+    """Combine a layer with the choices that a launch may make for it."""
+    if layer in MORE_LAYERS:
+        choices = [choices[0], choices[-1]]
+    # Without batch norm there are no sums over rows: nothing is held, and no blocks form clusters.
+    return [v for v in variants(arch, layer, *choices) if v["NORM"] or v.get("CLUSTER", 1) == 1]
 
 
+@every_architecture
 def test_batch(arch):
     require(arch)
     choices = [{"VECTOR": v, "DROP": d} for v in (1, 4, 16) for d in (0, 1)]
-    compile_all("smxx_batch", arch, variants(arch, [{}], *choices))
+    compile_all("smxx_batch", arch, variants(arch, {}, *choices))
 
 
-def test_activation(arch):
+@every_layer(LAYERS + MORE_LAYERS)
+def test_activation(arch, layer):
     require(arch)
     kinds = [{"OUTPUT": o, "GATE": g} for o, g in ((0, 1), (0, 0), (1, 1), (2, 1), (3, 0), (4, 1))]
     choices = [
         {**k, **s} for k, s in itertools.product(kinds, [*strips(arch, 4), *many_rows(arch)])
     ]
     choices += [{"OUTPUT": 0, "GATE": 1, **s} for s in [*strips(arch, 1), *few_rows(arch)]]
+    # Nothing dense is written of signs that are only packed, or of batch norm's statistics.
+    choices = [{**c, **NO_REAL} if c["OUTPUT"] in (0, 3) else c for c in choices]
     # Of a layer without batch norm whose activations are not wanted there is nothing to compile.
-    wanted = [v for v in with_passes(arch, choices) if v["NORM"] or v["OUTPUT"] != 3]
-    compile_all("smxx_activation", arch, wanted)
+    wanted = [v for v in of_layer(arch, layer, choices) if v["NORM"] or v["OUTPUT"] != 3]
+    # Dropout follows a ReLU, and comes before a sign.
+    never = {1: (2,), 2: (0, 1, 4)}.get(layer["DROP"], ())
+    compile_all("smxx_activation", arch, [v for v in wanted if v["OUTPUT"] not in never])
 
 
-def test_activation_gradient(arch):
+@every_layer(LAYERS + MORE_LAYERS)
+def test_activation_gradient(arch, layer):
     require(arch)
-    kinds = [{"GATE": 0}, {"GATE": 1}, {"GATE": 2}]
+    gates = (1,) if layer["DROP"] == 2 else (0, 1, 2)  # dropout after a ReLU, which has a mask
+    kinds = [{"GATE": gate} for gate in gates]
     choices = [
         {**k, **s} for k, s in itertools.product(kinds, [*strips(arch, 4), *many_rows(arch)])
     ]
     choices += [{"GATE": 1, **s} for s in [*strips(arch, 1), *few_rows(arch)]]
-    compile_all("smxx_activation_gradient", arch, with_passes(arch, choices))
+    compile_all("smxx_activation_gradient", arch, of_layer(arch, layer, choices))
 
 
-def test_head(arch):
+@every_layer([LAYERS[0], LAYERS[3], LAYERS[5]])
+def test_head(arch, layer):
     require(arch)
     kinds = [{"HEAD": h, "LOSS": loss, "CLASSES": 10} for h, loss in ((0, 0), (1, 0), (2, 1))]
-    logits = [{"VECTOR": v, "ROWS": rows} for v, rows in ((4, 4), (4, 1), (1, 1))]
+    logits = [{"VECTOR": v, "ROWS": rows, **NO_REAL} for v, rows in ((4, 4), (4, 1), (1, 1))]
     back = [{"GATE": 1, **s} for s in strips(arch, 2, 1)]
     choices = [{**k, **c} for k, c in itertools.product(kinds, logits + back)]
     choices += [{"HEAD": 2, "LOSS": 0, "CLASSES": 32, "GATE": 2, **s} for s in strips(arch, 1)]
     choices += [{"HEAD": 0, "LOSS": 0, "CLASSES": 20, "GATE": 0, **s} for s in strips(arch, 1)]
-    choices = [{"OUTPUT_NORM": 0, **c} for c in choices]
+    # Dropout follows a ReLU, and comes before anything else.
+    heads = {0: (0, 1, 2), 1: (0, 2), 2: (1,)}[layer["DROP"]]
+    choices = [{"OUTPUT_NORM": 0, **c} for c in choices if c["HEAD"] in heads]
     choices += [{**c, "OUTPUT_NORM": 1} for c in choices if c["HEAD"] == 2]
-    compile_all("smxx_head", arch, variants(arch, LAYERS[:4:3], *choices))
+    compile_all("smxx_head", arch, of_layer(arch, layer, choices))
 
 
+@every_architecture
 def test_output_norm(arch):
     require(arch)
     # 32 classes spill, in a kernel that takes microseconds.
-    choices = [{"CLASSES": c, "LOSS": loss} for c in (2, 10, 20) for loss in (0, 1)]
-    compile_all("smxx_output_norm", arch, variants(arch, [{}], *choices))
+    kinds = itertools.product((2, 10, 20), (0, 1))
+    choices = [{"CLASSES": c, "LOSS": loss, **NO_REAL} for c, loss in kinds]
+    compile_all("smxx_output_norm", arch, variants(arch, {}, *choices))
 
 
+@every_architecture
 def test_adam(arch):
     require(arch)
     choices = [{"PENALTY": p, "WRITE_GRADIENT": w} for p, w in ((0, 0), (1, 1), (2, 0))]
-    compile_all("smxx_adam", arch, variants(arch, [{}], *choices))
+    compile_all("smxx_adam", arch, variants(arch, {}, *choices))
 
 
+@every_architecture
 def test_unpack_signs(arch):
     require(arch)
     compile_all(
-        "smxx_unpack_signs", arch, variants(arch, [{}], *({"VECTOR": v} for v in (8, 4, 2, 1)))
+        "smxx_unpack_signs", arch, variants(arch, {}, *({"VECTOR": v} for v in (8, 4, 2, 1)))
     )
 
 
-def test_sign_gemm(arch):
+def test_sign_gemm():
+    arch = "sm_90a"  # it is for Hopper alone
     require(arch)
-    if arch != "sm_90a":
-        pytest.skip("of Hopper alone")
     kinds = itertools.product((0, 1, 2), (0, 1))
     updates = [{"RESULT": 1, "PENALTY": p, "WRITE_GRADIENT": w} for p, w in kinds]
     choices = [{"RESULT": 0, "PENALTY": 0, "WRITE_GRADIENT": 0}, *updates]
     # Strictly: what does not fit the registers waits for each instruction of the tensor cores.
     test_kernels_compile.compile_all("sm90_sign_gemm", arch, choices)
+
+
+@pytest.mark.parametrize(
+    ("source", "choices", "unread"),
+    [
+        ("smxx_activation", {"OUTPUT": 0, "GATE": 1, "CLUSTER": 8, "HELD": 0}, "REAL"),
+        ("smxx_activation", {"OUTPUT": 3, "GATE": 0, "CLUSTER": 8, "HELD": 0}, "REAL"),
+        ("smxx_activation", {"OUTPUT": 2, "GATE": 1, "CLUSTER": 1, "HELD": 0}, "CLUSTER"),
+        ("smxx_activation_gradient", {"GATE": 1, "CLUSTER": 1, "HELD": 0}, "CLUSTER"),
+        ("smxx_head", {"HEAD": 1, "LOSS": 0, "CLASSES": 10, "OUTPUT_NORM": 0, "ROWS": 1}, "REAL"),
+        ("smxx_head", {"HEAD": 2, "LOSS": 1, "CLASSES": 10, "OUTPUT_NORM": 1, "ROWS": 1}, "REAL"),
+        ("smxx_output_norm", {"CLASSES": 2, "LOSS": 1}, "REAL"),
+    ],
+)
+def test_what_is_compiled_once_is_the_same_code(source, choices, unread):
+    require("sm_90a")
+    norm = int(unread == "REAL")
+    usual = {"REAL": "float", "PRODUCT": "float", "NORM": norm, "DROP": 0, "VECTOR": 1, "COLS": 32}
+    one = {**usual, **choices}
+    other = {**one, unread: {"REAL": "bfloat16_bits", "CLUSTER": 8}[unread]}
+    assert compile_ptx(source, "sm_90a", one) == compile_ptx(source, "sm_90a", other)

@@ -214,9 +214,9 @@ class TestLayers:
                 ValueError,
                 "'out_features' must be 0 or more; got -2",
             ),
-            (lambda: nn.Linear(2.0, 3), TypeError, r"must be a whole number; got 2\.0 \(float\)"),
+            (lambda: nn.Linear(2.0, 3), TypeError, r"must be an integer; got 2\.0 \(float\)"),
             (lambda: nn.BatchNorm("8"), TypeError, r"'features' must be .*; got '8' \(str\)"),
-            (lambda: nn.BatchNorm(8, eps=0), ValueError, "'eps' must be above 0; got 0"),
+            (lambda: nn.BatchNorm(8, eps=0), ValueError, "'eps' must be positive; got 0"),
             (lambda: nn.BatchNorm(8, decay=1.5), ValueError, r"'decay' must be in \[0, 1\]; got 1"),
         ],
     )
@@ -288,7 +288,7 @@ class TestModule:
         assert state["drop.random_state"][1] == 0
         assert set(state) >= {"bn1.mean", "bn1.variance"}
 
-    def test_load_lists_all_misfits_and_changes_nothing(self):
+    def test_load_lists_all_mismatches_and_changes_nothing(self):
         net = small_net()
         before = {k: v.tobytes() for k, v in net.state_dict().items()}
         state = {k: v + 1 for k, v in net.state_dict().items()}
@@ -301,7 +301,7 @@ class TestModule:
         state["fc9.weight"] = np.zeros(3)
         state["fc3.bias"] = np.zeros(4, "float32")
         state["bn1.mean"] = np.zeros(8, int)
-        with pytest.raises(ValueError, match="does not fit this Sequential") as caught:
+        with pytest.raises(ValueError, match="does not match this Sequential") as caught:
             net.load_state_dict(state)
         for line in (
             "missing: fc3.weight",
@@ -433,7 +433,7 @@ class TestPartsThatWouldNotBeSeen:
     )
     def test_are_refused(self, wrap, place, fix):
         message = (
-            rf"'layers' of Net must not hold a Linear \(at .*{place}.* do not see it\. Use {fix}"
+            rf"'layers' of Net must not hold a Linear \(at .*{place}.* do not find it\. Use {fix}"
         )
         with pytest.raises(TypeError, match=message):
             Net(layers=wrap(nn.Linear(2, 2, rng=0)))

@@ -86,7 +86,7 @@ def test_mistakes_with_indices():
             net[index]
     with pytest.raises(IndexError, match="ModuleList is empty; got the index 0"):
         nn.ModuleList()[0]
-    with pytest.raises(TypeError, match="must be a whole number or a slice; got 'fc'"):
+    with pytest.raises(TypeError, match="must be an integer or a slice; got 'fc'"):
         net["fc"]
 
 
@@ -123,9 +123,9 @@ def test_names_that_cannot_be_had(name):
 
 
 def test_names_that_are_taken():
-    with pytest.raises(ValueError, match="name '0' is taken"):
+    with pytest.raises(ValueError, match="name '0' is already used"):
         nn.Sequential(linear(), **{"0": linear()})
-    with pytest.raises(ValueError, match="name 'fc' is taken"):
+    with pytest.raises(ValueError, match="name 'fc' is already used"):
         nn.Sequential(fc=linear()).append(linear(), "fc")
 
 

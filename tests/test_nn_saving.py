@@ -42,6 +42,14 @@ def rewrite(path, **changes):
         np.savez(file, **{k: v for k, v in members.items() if v is not None})
 
 
+def test_a_path_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = make(1)
+    nn.save(model, "~/model.npz")
+    assert (tmp_path / "model.npz").exists()
+    assert contents(nn.load(make(2), "~/model.npz")) == contents(model)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 def test_round_trip(xp, tmp_path, dtype):
     model = make(0, dtype).to("cpu" if xp is np else "cuda")
@@ -83,11 +91,11 @@ def test_saving_again_replaces_and_a_failure_does_not(saved, monkeypatch):
     assert [p.name for p in saved.parent.iterdir()] == ["model"]
 
 
-def test_misfits_are_listed_and_nothing_is_changed(saved):
+def test_mismatches_are_listed_and_nothing_is_changed(saved):
     model = make(5, classes=2)
     model.append(nn.Scale(), "scale")
     before = contents(model)
-    with pytest.raises(CheckpointError, match="The state does not fit this Sequential") as caught:
+    with pytest.raises(CheckpointError, match="The state does not match this Sequential") as caught:
         nn.load(model, saved)
     for line in (
         "missing: scale.factor",
@@ -118,7 +126,9 @@ def test_files_that_are_not_there_or_not_ours(saved, tmp_path):
         nn.save(make(), tmp_path / "no folder" / "model.npz")
     other = tmp_path / "other.npz"
     np.savez(other, weight=np.ones(3))
-    with pytest.raises(CheckpointError, match=r"other.npz is no model file .*nn.save\(model"):
+    with pytest.raises(
+        CheckpointError, match=r"other.npz is not a cupybnn model file.*nn.save\(model"
+    ):
         nn.load(make(), other)
     other.write_bytes(b"something else")
     with pytest.raises(CheckpointError, match=r"other.npz is damaged: not an .npz file"):
@@ -126,7 +136,9 @@ def test_files_that_are_not_there_or_not_ours(saved, tmp_path):
     whole = saved.read_bytes()
     for length in (0, 10, len(whole) // 2, len(whole) - 1):
         other.write_bytes(whole[:length])
-        with pytest.raises(CheckpointError, match=r"other.npz is (damaged|no model file)"):
+        with pytest.raises(
+            CheckpointError, match=r"other.npz is (damaged|not a cupybnn model file)"
+        ):
             nn.load(make(), other)
 
 
@@ -134,10 +146,10 @@ def test_files_that_are_not_there_or_not_ours(saved, tmp_path):
     ("change", "message"),
     [
         ({"version": 2}, "of version 2; this cupybnn reads versions up to 1"),
-        ({"version": 0}, "damaged: its version must be a whole number from 1 on, is 0"),
+        ({"version": 0}, "damaged: its version must be an integer of at least 1, is 0"),
         ({"version": True}, "is True"),
         ({"version": None}, "is None"),
-        ({"format": "x"}, "is no model file"),
+        ({"format": "x"}, "is not a cupybnn model file"),
         ({"arrays": None}, "damaged: its header does not list"),
         ({"arrays": {"1.weight": ["float32", [-1]]}}, "does not list"),
         ({"arrays": {"1.weight": "float32"}}, "does not list"),
@@ -159,7 +171,7 @@ def test_header_is_checked(saved, change, message):
 @pytest.mark.parametrize("text", ["", "[]", "7", "[" * 100_000])
 def test_header_that_is_none(saved, text):
     rewrite(saved, header=np.array(text))
-    with pytest.raises(CheckpointError, match="is no model file"):
+    with pytest.raises(CheckpointError, match="is not a cupybnn model file"):
         nn.load(make(), saved)
 
 

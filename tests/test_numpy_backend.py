@@ -163,7 +163,7 @@ def many_threads(monkeypatch):
 def test_work_is_shared_out_whole(many_threads):
     for size in (1, 2, 4, 5, 6, 7, 100):
         parts = []
-        numpy_threads.over(size, 1000, lambda i, j, parts=parts: parts.append((i, j)))
+        numpy_threads.parallel_for(size, 1000, lambda i, j, parts=parts: parts.append((i, j)))
         assert [x for i, j in sorted(parts) for x in range(i, j)] == list(range(size))
         assert len(parts) == min(5, size)
 
@@ -192,7 +192,7 @@ def test_an_error_in_any_thread_is_raised_when_none_is_at_work(many_threads, fai
             ended.append(start)
 
     with pytest.raises(MemoryError):
-        numpy_threads.over(5, 100, work)
+        numpy_threads.parallel_for(5, 100, work)
     seen = list(begun)
     assert sorted(ended) == sorted(seen)
     assert len(set(seen)) == len(seen)
@@ -213,7 +213,7 @@ def test_work_is_whole_when_no_further_thread_can_be_started(many_threads, monke
     monkeypatch.setattr(threading.Thread, "start", limited)
     for _ in range(20):
         rows = []
-        numpy_threads.over(5, 100, lambda i, j, rows=rows: rows.extend(range(i, j)))
+        numpy_threads.parallel_for(5, 100, lambda i, j, rows=rows: rows.extend(range(i, j)))
         assert sorted(rows) == [0, 1, 2, 3, 4]
 
 
@@ -227,9 +227,9 @@ def test_threads_treat_overflow_as_the_caller_does(many_threads):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with np.errstate(all="ignore"):
-            numpy_threads.over(5, 100, work)
+            numpy_threads.parallel_for(5, 100, work)
     with np.errstate(all="raise"), pytest.raises(FloatingPointError):
-        numpy_threads.over(5, 100, lambda i, j: work(i, j) if i else time.sleep(0.1))
+        numpy_threads.parallel_for(5, 100, lambda i, j: work(i, j) if i else time.sleep(0.1))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -179,7 +179,7 @@ class TestStochasticSign:
 
 class TestRegistry:
     def test_own_quantizer(self, monkeypatch):
-        monkeypatch.setattr(table, "_TABLE", dict(table._TABLE))
+        monkeypatch.setattr(table, "_REGISTRY", dict(table._REGISTRY))
 
         @ops.register_quantizer("doubled")
         class Doubled(ops.Quantizer):
@@ -190,7 +190,7 @@ class TestRegistry:
         x = Tensor([5.0], requires_grad=True)
         ops.sign(x, "doubled").backward(np.ones(1, "f"))
         assert x.grad == [2]
-        with pytest.raises(ValueError, match="'doubled' is registered already"):
+        with pytest.raises(ValueError, match="'doubled' is already registered"):
             ops.register_quantizer("doubled")(Doubled)
 
     def test_unknown_name_lists_the_known_ones(self):

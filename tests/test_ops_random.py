@@ -8,7 +8,7 @@ from arrays import host
 
 from cupybnn import backends
 from cupybnn.backends.devices import CPU, Device
-from cupybnn.backends.random import Stream, chosen, random_words, uniform
+from cupybnn.backends.random import Stream, bernoulli, random_words, uniform
 
 # From the authors' known-answer file (kat_vectors of Random123): counter, key, result.
 KNOWN = [
@@ -102,9 +102,9 @@ def test_uniform(xp):
 
 def test_chosen(xp):
     words = random_words((40_000,), 5, 6, xp)
-    assert host(chosen(words, 1.0)).all()
-    assert not host(chosen(words, 1e-12)).any()
-    mask = host(chosen(words, 0.25))
+    assert host(bernoulli(words, 1.0)).all()
+    assert not host(bernoulli(words, 1e-12)).any()
+    mask = host(bernoulli(words, 0.25))
     np.testing.assert_array_equal(mask, host(uniform((40_000,), 5, 6, xp)) < 0.25)
     for part in (mask, ~mask):  # five standard errors
         assert abs((host(words)[part] & 1).mean() - 0.5) < 2.5 / np.sqrt(part.sum())

@@ -19,7 +19,7 @@ def cut(shape, axis):
         seen[part] += 1
         parts.append(part)
 
-    numpy_threads.over_parts(seen, axis, work)
+    numpy_threads.parallel_parts(seen, axis, work)
     return seen, len(parts)
 
 

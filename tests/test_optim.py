@@ -155,13 +155,13 @@ def test_state_round_trip_continues_exactly(xp, name):
     np.testing.assert_array_equal(run(second, again, xp, grads[2:]), expected)
 
 
-def test_state_that_does_not_fit_lists_all_misfits():
+def test_state_that_does_not_fit_lists_all_mismatches():
     optimizer = optim.Adam([make(np, (2,)), make(np, (3,))])
     state = optimizer.state_dict()
     state["0.0.mean"] = np.zeros(5)
     del state["0.1.square"]
     state["0.9.mean"] = np.zeros(1)
-    with pytest.raises(ValueError, match="does not fit this Adam") as caught:
+    with pytest.raises(ValueError, match="does not match this Adam") as caught:
         optimizer.load_state_dict(state)
     for line in (
         "0.0.mean: must be (2,) float64, is (5,) float64",
@@ -345,14 +345,14 @@ class TestGroups:
             optim.SGD([{"params": [p], "rate": 1}], 0.1)
         with pytest.raises(ValueError, match=r"of Adam .*got 'weight_decay'\. AdamW has 'weight_d"):
             optim.Adam([{"params": [p], "weight_decay": 1}])
-        with pytest.raises(ValueError, match="must not be in two groups"):
+        with pytest.raises(ValueError, match="must appear only once"):
             optim.SGD([{"params": [p]}, {"params": [p]}], 0.1)
-        with pytest.raises(ValueError, match="in two groups of an optimiser, nor twice"):
+        with pytest.raises(ValueError, match="must appear only once"):
             optim.SGD([p, p], 0.1)
         for given in ([np.ones(2)], [{"params": [1.0]}], {"params": ["x"]}, [p, None]):
             with pytest.raises(TypeError, match=r"takes Parameters: .*; got a (nd|fl|str|None)"):
                 optim.SGD(given, 0.1)
-        with pytest.raises(TypeError, match=r"got a Linear\. Give its parameters\(\)"):
+        with pytest.raises(TypeError, match=r"got a Linear\. Pass its parameters\(\)"):
             optim.SGD(nn.Linear(2, 2), 0.1)
         for given in ([{"params": [p]}, p], [{"lr": 0.1}]):
             with pytest.raises(ValueError, match=r"must all be dicts with 'params'; got"):
@@ -568,7 +568,7 @@ class TestClipGradNorm:
 
     @pytest.mark.parametrize(
         ("dtype", "size"),
-        [("float16", 6e4), ("float16", 1e-7), ("float32", 3e38), ("float32", 1e-44)],
+        [("float16", 6e4), ("float16", 1e-7), ("float32", 3e38), ("float32", 2e-38)],
     )
     def test_squares_neither_overflow_nor_vanish(self, xp, dtype, size):
         values = np.full(10_000, size, dtype)
@@ -606,7 +606,7 @@ class TestClipGradNorm:
 
     @pytest.mark.parametrize("value", [0, -1, math.nan, "1", None, True])
     def test_limit_is_checked(self, value):
-        message = f"'max_norm' must be a number above 0; got {value!r}"
+        message = f"'max_norm' must be a positive number; got {value!r}"
         with pytest.raises(ValueError, match=re.escape(message)):
             optim.clip_grad_norm([], value)
         with pytest.raises(TypeError, match="takes Parameters"):
@@ -793,7 +793,7 @@ class TestWeightAverage:
         for a in (average, again):
             a.update()
         np.testing.assert_array_equal(again.averages[0], average.averages[0])
-        with pytest.raises(ValueError, match="does not fit this WeightAverage"):
+        with pytest.raises(ValueError, match="does not match this WeightAverage"):
             again.load_state_dict({"updates": np.array(1)})
 
     def test_decay_is_checked(self):
@@ -865,7 +865,7 @@ class TestCombined:
         with pytest.raises(ValueError, match="at least one optimiser; got none"):
             optim.Combined()
         parameter = make(np)
-        with pytest.raises(ValueError, match="two groups"):
+        with pytest.raises(ValueError, match="must appear only once"):
             optim.Combined(optim.SGD([parameter], lr=0.1), optim.Adam([parameter]))
 
 

@@ -156,7 +156,7 @@ def test_missing_sources_are_told_with_both_places(monkeypatch, tmp_path):
     monkeypatch.setattr(cupybnn, "__file__", str(tmp_path / "cupybnn" / "__init__.py"))
     loader.kernels_dir.cache_clear()
     try:
-        with pytest.raises(FileNotFoundError, match="neither holds them") as caught:
+        with pytest.raises(FileNotFoundError, match="neither has them") as caught:
             loader.kernels_dir()
     finally:
         loader.kernels_dir.cache_clear()

@@ -117,7 +117,7 @@ def test_attributes(xp):
 def test_repr():
     p = pack(np.ones((4096, 784), np.int8))
     assert repr(p) == (
-        "PackedMatrix(shape=(4096, 784), axis=-1, 1 bit an element, 425,984 bytes on cpu)"
+        "PackedMatrix(shape=(4096, 784), axis=-1, 1 bit per element, 425,984 bytes on cpu)"
     )
 
 

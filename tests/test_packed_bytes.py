@@ -67,7 +67,12 @@ def test_hamming_distance_of_packed_bytes():
 @pytest.mark.parametrize(
     ("octets", "arguments", "kind", "why"),
     [
-        (np.zeros((3, 2), "i1"), {"k": 16}, TypeError, "dtype uint8, as numpy.packbits.*got int8"),
+        (
+            np.zeros((3, 2), "i1"),
+            {"k": 16},
+            TypeError,
+            "dtype uint8, as from numpy.packbits.*got int8",
+        ),
         (np.zeros((3, 2), bool), {"k": 16}, TypeError, "got bool"),
         (np.zeros((3, 2), "u1"), {"k": 17}, ValueError, "3 for k = 17; got shape"),
         (np.zeros((3, 2), "u1"), {"k": 8}, ValueError, "1 for k = 8"),

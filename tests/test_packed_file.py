@@ -110,7 +110,7 @@ def test_a_missing_folder_is_named(tmp_path):
         ({"shape": [-5, 70]}, "cannot be packed"),
         ({"shape": np.zeros(0, int)}, "cannot be packed"),
         ({"words": np.zeros((5, 2), np.int64)}, "but it holds int64"),
-        ({"words": np.full((5, 2), 2**64 - 1, np.uint64)}, "bits beyond the end of a line"),
+        ({"words": np.full((5, 2), 2**64 - 1, np.uint64)}, "bits past the end of a line"),
     ],
 )
 def test_files_that_contradict_themselves(good, changes, why):
@@ -135,7 +135,7 @@ def test_a_changed_bit_that_zip_does_not_notice(good):
     words, axis = entries["words"].copy(), entries["axis"]
     entries["words"][3, 1] ^= np.uint64(4)
     np.savez(path, **entries)
-    with pytest.raises(ValueError, match="words do not agree with its checksum"):
+    with pytest.raises(ValueError, match="words do not match its checksum"):
         PackedMatrix.load(path.with_suffix(".npz"))
     np.savez(path, **entries | {"words": words})
     assert PackedMatrix.load(path).shape == (5, 70)
@@ -144,7 +144,7 @@ def test_a_changed_bit_that_zip_does_not_notice(good):
     with np.load(square) as file:
         changed = dict(file) | {"axis": np.array(-2)}
     np.savez(square, **changed)
-    with pytest.raises(ValueError, match="words do not agree with its checksum"):
+    with pytest.raises(ValueError, match="words do not match its checksum"):
         PackedMatrix.load(square)
     assert axis == -1
 
@@ -200,17 +200,18 @@ HUGE = {"descr": "<u8", "fortran_order": False, "shape": (1 << 40, 2)}
 @pytest.mark.parametrize(
     ("name", "data", "why"),
     [
-        ("words.npy", npy(HUGE), r"'words.npy' has 0 bytes for uint64 of shape \(1099511627776"),
-        ("words.npy", npy(HUGE | {"shape": (-5, 2)}), "has 0 bytes for uint64 of shape"),
-        ("words.npy", npy(HUGE | {"descr": "|O"}), "holds Python objects"),
+        ("words.npy", npy(HUGE), r"'words': uint64 of shape \(1099511627776.*contradicts"),
+        ("words.npy", npy(HUGE | {"shape": (-5, 2)}), "uint64 and shape .* is not read"),
+        ("words.npy", npy(HUGE | {"descr": "|O"}), "Python objects are not read"),
         ("words.npy", npy("(" * 5000), "truncated, damaged"),
         ("words.npy", b"", "truncated, damaged"),
-        ("words.npy", b"\x93NUMPY\x09\x00", "of .npy version"),
-        ("shape.npy", npy(HUGE), "'shape.npy' has 0 bytes"),
-        ("shape.npy", bytes(5000), "its entry 'shape' claims 5000 bytes"),
+        ("words.npy", b"\x93NUMPY\x09\x00", "array of format .* is not read"),
+        ("shape.npy", npy(HUGE), "'shape': uint64 .* contradicts its size"),
+        ("shape.npy", bytes(5000), "its entry 'shape': the magic string is not correct"),
+        ("shape.npy", npy(HUGE | {"shape": (600,)}, bytes(4800)), "4,800 bytes, at most 4,096"),
         ("version.npy", npy({"descr": "|O", "fortran_order": False, "shape": ()}), "objects"),
         ("format.npy", npy({"descr": "<U0", "fortran_order": False, "shape": ()}), "of another"),
-        ("axis.npy", npy({"descr": "<i8", "fortran_order": False, "shape": ()}), "has 0 bytes"),
+        ("axis.npy", npy({"descr": "<i8", "fortran_order": False, "shape": ()}), "contradicts"),
         ("checksum.npy", npy({"descr": "<f8", "fortran_order": False, "shape": ()}, bytes(8)),
          "its entry 'checksum' is"),
     ],
@@ -232,7 +233,7 @@ def test_sizes_that_the_archive_claims(good, little_memory, name, field):
     assert data[entry : entry + 4] == b"PK\x01\x02"
     data[entry + field : entry + field + 4] = struct.pack("<I", 1 << 30)
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="claims 1073741824 bytes"):
+    with pytest.raises(ValueError, match=r"its size of .* bytes contradicts the file"):
         PackedMatrix.load(path)
 
 
@@ -249,7 +250,7 @@ def test_sizes_that_the_archive_claims(good, little_memory, name, field):
         ({"format": 3}, "its entry 'format'"),
         ({"axis": [-1]}, "its entry 'axis'"),
         ({"shape": 5}, "its entry 'shape'"),
-        ({"checksum": 3}, "do not agree with its checksum"),
+        ({"checksum": 3}, "do not match its checksum"),
     ],
 )
 def test_more_files_that_contradict_themselves(good, little_memory, changes, why):
@@ -262,7 +263,7 @@ def test_more_files_that_contradict_themselves(good, little_memory, changes, why
 def test_compressed_and_repeated_members(good, tmp_path):
     path, entries = good
     np.savez_compressed(tmp_path / "small.npz", **entries)
-    with pytest.raises(ValueError, match="is compressed, which save never does"):
+    with pytest.raises(ValueError, match="it is compressed, which such a file never is"):
         PackedMatrix.load(tmp_path / "small.npz")
     with zipfile.ZipFile(path, "a") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the name is there already
@@ -308,7 +309,7 @@ def test_paths_that_cannot_be(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
 def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(ValueError, match="it is no regular file"):
+    with pytest.raises(ValueError, match="it is not a regular file"):
         PackedMatrix.load(tmp_path / "fifo")
 
 

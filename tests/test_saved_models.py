@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import cupybnn
-from cupybnn import data
+from cupybnn import data, nn
 from cupybnn.autograd import Tensor
 from cupybnn.errors import CheckpointError
 from cupybnn.training import Callback, DataDescription, TrainConfig, Trainer, restored_config
 from cupybnn.training.checkpoint import BEST, NEWEST, Checkpoint, load, save
+from cupybnn.training.network import build_network
 
 QUICK = {"dataset": "digits", "device": "cpu", "n_hidden": 24, "max_steps": 30, "eval_every_n": 10}
 NETWORKS = {
@@ -69,7 +70,7 @@ def test_what_is_known_of_the_images(tmp_path, digits):
     assert (described.train_images, described.test_images) == (1300, 142)
     eight = digits.test_images[:3].reshape(3, 8, 8)
     np.testing.assert_array_equal(described.scale(eight), described.scale(eight.reshape(3, 64)))
-    with pytest.raises(ValueError, match=r"images with 64 pixels each; got one of shape \(64,\)"):
+    with pytest.raises(ValueError, match=r"images with 64 pixels each; got shape \(64,\)"):
         described.scale(eight[0].ravel())
 
 
@@ -133,6 +134,45 @@ def test_checkpoints_that_describe_nothing(tmp_path):
         cupybnn.load_model(tmp_path / "x.npz")
 
 
+def own_model(units=20):
+    """A model that no configuration describes."""
+    return nn.Sequential(
+        nn.Linear(64, 30, rng=1), nn.BatchNorm(30), nn.Sign(), nn.BinaryLinear(30, units, rng=2),
+        nn.BatchNorm(units), nn.ReLU(), nn.Linear(units, 10, rng=3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("average", ["none", "ema"])
+def test_a_model_of_ones_own(tmp_path, digits, average):
+    settings = {"max_steps": 30, "reg": 0.0, "device": "cpu", "average": average}
+    config = TrainConfig(**settings, log_dir=str(tmp_path))
+    result = Trainer(config, model=own_model(), data=digits).run()
+    run = result.run_folder
+    with pytest.raises(CheckpointError, match=r"load_model\(run, model=my_model\)"):
+        cupybnn.load_model(run, device="cpu")
+    model = own_model()
+    assert cupybnn.load_model(run, model=model, device="cpu") is model
+    images = model.trained_on.scale(digits.test_images)
+    assert accuracy(model, images, digits.test_labels) == result.final_accuracy
+    assert not model.training
+    with pytest.raises(CheckpointError, match="does not fit the given model"):
+        cupybnn.load_model(run, model=own_model(21), device="cpu")
+    with pytest.raises(TypeError, match=r"The 'model' must be an nn\.Module; got type"):
+        cupybnn.load_model(run, model=nn.Linear)
+    longer = restored_config(str(run), max_steps=31)
+    assert Trainer(longer, model=own_model(), data=digits).run().steps == 31
+    with pytest.raises(CheckpointError, match="give Trainer the same one as 'model'"):
+        Trainer(longer, data=digits)
+
+
+def test_a_model_made_by_hand_takes_the_weights_of_a_network(tmp_path, digits):
+    result = cupybnn.train(**QUICK, log_dir=str(tmp_path))
+    made = build_network(result.config, 64, 10)
+    opened = cupybnn.load_model(result.run_folder, model=made, device="cpu")
+    images = opened.trained_on.scale(digits.test_images)
+    assert accuracy(opened, images, digits.test_labels) == result.final_accuracy
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return cupybnn.train(**QUICK, log_dir=str(tmp_path_factory.mktemp("runs"))).run_folder
@@ -151,9 +191,9 @@ class TestOtherImages:
             digits, train_images=digits.train_images[9:], train_labels=digits.train_labels[9:]
         )
         assert self.go_on(folder, fewer) == [
-            "These are not the images of the checkpoint, which was trained on 1,442 and tested on "
-            "355 images of digits: this run has 1,433 training and 355 test images, and no longer "
-            "equals one that was never interrupted."
+            "The images differ from the checkpoint's 1,442 training and 355 test images of digits: "
+            "this run has 1,433 training and 355 test images. Its results will differ from those "
+            "of an uninterrupted run."
         ]
 
     @pytest.mark.parametrize("part", ["train_images", "train_labels", "test_images", "test_labels"])
@@ -161,4 +201,4 @@ class TestOtherImages:
         changed = getattr(digits, part).copy()
         changed.flat[7] ^= 1
         (said,) = self.go_on(folder, dataclasses.replace(digits, **{part: changed}))
-        assert "this run has the same number of images, but others" in said
+        assert "this run has as many images, but different ones" in said

@@ -94,8 +94,8 @@ def test_a_rule_for_the_whole():
         ('"\\', "must be JSON"),
         ("[" * 100_000, "nested more than 32 levels deep"),
         ('{"a":' * 33 + "1" + "}" * 33, "nested more than 32 levels deep"),
-        ("[NaN]", "NaN is not a number"),
-        ("[-Infinity]", "-Infinity is not a number"),
+        ("[NaN]", "NaN is not a valid JSON number"),
+        ("[-Infinity]", "-Infinity is not a valid JSON number"),
         ("9" * 5000, "must be JSON"),
     ],
 )

@@ -162,7 +162,7 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("room", [None, 0], ids=["roomy", "memory spared"])
+@pytest.mark.parametrize("room", [None, 0], ids=["dense copies", "memory spared"])
 def test_the_graph_changes_nothing_by_bits(monkeypatch, room):
     monkeypatch.setattr(sign_gemm, "pays", lambda *sizes: True)
     if room is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import fcntl
 import functools
@@ -59,13 +58,37 @@ class TestOutput:
         assert re.fullmatch(r"Med ex/s = \d+\.\d", lines[-1])
         assert done.stderr == ""  # no bar where there is no terminal
 
+    def test_layers_of_different_width(self, tmp_path, capsys):
+        options = [*QUICK[:4], "--n-hidden", "40,30", "--log_dir", str(tmp_path)]
+        assert main(["train", *options, "--max_steps", "3"]) == 0
+        assert "Network: 64-40-30-10, full precision" in capsys.readouterr().out
+        folder = tmp_path / "fp" / "hid_40-30" / "bs_128" / "reg_0.0001"
+        shapes = {k: v.shape for k, v in load(folder / "1").arrays.items() if "weight" in k}
+        assert shapes["model/fc2.weight"] == (40, 30)
+        assert "model/fc3.weight" not in shapes
+        assert main(["train", "--restore", str(folder / "1"), "--max_steps", "5"]) == 0
+        assert load(folder / "2").step == 5
+        assert main(["train", *options, "--restore", str(folder / "1"), "--max_steps", "4"]) == 0
+        assert (
+            main(["train", *options[:-4], "--n_hidden", "40,31", "--restore", str(folder / "1")])
+            == 1
+        )
+        assert "n_hidden: checkpoint (40, 30), this run (40, 31)" in capsys.readouterr().err
+        assert main(["train", *options, "--hidden_layers", "4"]) == 2
+        assert "'hidden_layers' must be left out or agree" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            main(["train", "--n_hidden", "40,x"])
+        assert (
+            "must be a whole number, or one for each layer with commas" in capsys.readouterr().err
+        )
+
     def test_a_loss_that_is_no_longer_finite_is_told_once(self):
         done = train(*QUICK, "--lr", "1e30")
         assert [line.split()[1] for line in done.stdout.splitlines() if "loss = nan" in line] == [
             "10,",
             "20,",
         ]
-        assert done.stderr.count("The loss is no longer finite. --debug stops") == 1
+        assert done.stderr.count("The loss is no longer finite. A smaller --lr") == 1
         assert done.stderr.count("\n") == 1  # and nothing of NumPy's beside it
         for steps in (1, 3):  # also where no evaluation of a step comes after it
             done = train(*QUICK[:-4], "--max_steps", steps, "--lr", "1e30")
@@ -99,7 +122,7 @@ class TestOutput:
 
     def test_how_the_best_checkpoint_is_chosen_is_said(self, tmp_path, capsys):
         for options, line in (
-            ([], "best.npz is chosen by test accuracy, for want of --validation images"),
+            ([], "best.npz is chosen by test accuracy (hold out images with --validation N)"),
             (["--validation", "100"], "best.npz is chosen by validation accuracy"),
         ):
             log = ["--log_dir", str(tmp_path)]
@@ -112,7 +135,7 @@ class TestOutput:
         captured = capsys.readouterr()
         assert captured.out == ""
         assert captured.err == (
-            "Nothing is left to train: --max_steps, counted from the very first step, is 0.\n"
+            "Nothing left to train: --max_steps, which includes the steps before a restore, is 0.\n"
         )
         assert not (tmp_path / "log").exists()
 
@@ -139,7 +162,7 @@ class TestOutput:
         done = train(*QUICK[2:], env=env)
         loud = [line for line in done.stdout.splitlines() if line.startswith("WARNING")]
         assert len(loud) == 1
-        assert "NOT MNIST BUT THE BUNDLED 8x8 DIGITS" in loud[0]
+        assert "THE BUNDLED 8x8 DIGITS, NOT MNIST" in loud[0]
         assert "no names here" in loud[0]
         assert re.search(r"^Final test accuracy \d\.\d{4} \(.*NOT ON MNIST\)$", done.stdout, re.M)
         refused = train(*QUICK[2:], "--dataset", "mnist", env=env, check=1)
@@ -207,7 +230,7 @@ class TestUsage:
             (["--reg", "nan"], "The 'reg' must be a finite number, at least 0; got nan."),
             (["--batch_size", "0"], "The 'batch_size' must be a whole number, at least 1; got 0."),
             (["--ste", "x"], "The 'ste' must be one of"),
-            (["somewhere"], "reads no data directory"),
+            (["somewhere"], "'data_dir' must be None with the dataset 'digits'"),
             (["--gpu", "-1"], "--gpu must be a device number"),
             (
                 ["--gpu", "1", "--device", "cpu"],
@@ -231,20 +254,20 @@ class TestUsage:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (["--epochs", "3"], "there is no option --epochs; the nearest is --max_steps"),
-            (["d", "--epochs=3"], "there is no option --epochs; the nearest is --max_steps"),
+            (["--epochs", "3"], "unknown option --epochs; did you mean --max_steps?"),
+            (["d", "--epochs=3"], "unknown option --epochs; did you mean --max_steps?"),
             (
                 ["--hidden", "9"],
-                "there is no option --hidden; the nearest are --n_hidden, --hidden_layers",
+                "unknown option --hidden; did you mean --n_hidden or --hidden_layers?",
             ),
-            (["--max-step", "9"], "there is no option --max-step; the nearest is --max_steps"),
+            (["--max-step", "9"], "unknown option --max-step; did you mean --max_steps?"),
             (
                 ["--no-batchnorm"],
-                "there is no option --no-batchnorm; the nearest is --no_batch_norm",
+                "unknown option --no-batchnorm; did you mean --no_batch_norm?",
             ),
-            (["--zzz"], "there is no option --zzz"),
-            (["-q"], "there is no option -q"),
-            (["a", "b"], "one too many: 'b'"),
+            (["--zzz"], "unknown option --zzz"),
+            (["-q"], "unknown option -q"),
+            (["a", "b"], "unexpected argument: 'b'"),
             (["--lr", "x"], "argument --lr: must be a finite number, greater than 0; got 'x'"),
             (
                 ["--batch-size", "2.5"],
@@ -259,7 +282,8 @@ class TestUsage:
         assert caught.value.code == 2
         captured = capsys.readouterr()
         assert captured.out == ""
-        assert captured.err == f"cupybnn train: {message}. Options: cupybnn train --help\n"
+        end = "" if message.endswith("?") else "."
+        assert captured.err == f"cupybnn train: {message}{end} Options: cupybnn train --help\n"
 
     def test_a_value_keeps_its_hyphens(self):
         from cupybnn.cli.parser import Parser
@@ -304,7 +328,7 @@ def test_odd_values_of_any_option_end_in_a_line_at_the_most(name, monkeypatch, t
     monkeypatch.setattr("cupybnn.cli.verify.check", lambda *args, **options: ())
     monkeypatch.setattr("cupybnn.data.digits.load", functools.cache(digits.load))
     monkeypatch.setattr("cupybnn.training.trainer.Trainer.run", lambda trainer: None)
-    parser = command_line._load(name, argparse.ArgumentParser().add_subparsers())
+    parser = command_line._load(name, command_line._top_level_parser()[1])
     usual = [*QUICK, "--n_hidden", "2"] if name == "train" else []
     options = [a.option_strings[0] for a in parser._actions if a.option_strings and a.nargs != 0]
     assert "--device" in options
@@ -358,13 +382,13 @@ class TestSignals:
         assert re.search(r"^Test accuracy so far \d\.\d{4}$", output, re.M)
         assert re.search(r"^Avg ex/s = \d+\.\d$", output, re.M)
         assert re.search(r"^Med ex/s = \d+\.\d$", output, re.M)
-        folder = re.search(r"^Go on with: cupybnn train --restore (.*)$", output, re.M)[1]
+        folder = re.search(r"^Continue with: cupybnn train --restore (.*)$", output, re.M)[1]
         step = int(stopped[1])
         stored = load(folder)
         assert stored.step == step > 100
         end = step + 70
         again = train("--restore", folder, "--max_steps", end)
-        assert f"Going on from step {step} of {folder}" in again.stdout
+        assert f"Continuing from step {step} of {folder}" in again.stdout
         whole = train(*options, "--max_steps", end, "--log_dir", tmp_path / "whole")
         after = trace(again.stdout)
         assert after == [line for line in trace(whole.stdout) if int(line[0]) >= step] != []
@@ -377,7 +401,8 @@ class TestSignals:
         at_the_end = train("--restore", run_again)
         assert at_the_end.stdout == ""
         assert at_the_end.stderr == (
-            f"Nothing is left to train: --max_steps, counted from the very first step, is {end}.\n"
+            f"Nothing left to train: --max_steps, which includes the steps before a restore, is "
+            f"{end}.\n"
         )
         assert not os.path.exists(os.path.join(os.path.dirname(run_again), "3"))
 

@@ -375,7 +375,7 @@ class TestRestore:
         monkeypatch.setattr(mnist, "_fetch", lambda folder: pytest.fail("fetched"))
         data = Trainer(restored_config(str(first.run_folder))).dataset
         assert data.name == "digits"
-        assert data.fallback_reason == f"The run in {first.run_folder} fell back on them."
+        assert data.fallback_reason == f"The run in {first.run_folder} fell back to them."
         # Who asked for the digits is not told of MNIST.
         _, asked, _ = run(dataset="digits", log_dir=tmp_path, max_steps=1)
         assert Trainer(restored_config(str(asked.run_folder))).dataset.fallback_reason is None

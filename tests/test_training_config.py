@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cupybnn.errors import SettingError
+from cupybnn.spelling import nearest
 from cupybnn.training import TrainConfig
-from cupybnn.training.declaration import declared, nearest
+from cupybnn.training.declaration import declared
 
 
 def test_defaults_are_the_original_programs():
@@ -78,7 +80,7 @@ class TestDeclarations:
         text = inspect.getdoc(TrainConfig)
         for name, each in self.SETTINGS.items():
             assert f"\n{name} : {each.rule.kind}, default " in text
-        assert "reg : float, default 0.0001, with `binary` 0.0\n    Factor of the penalty." in text
+        assert "reg : float, default 0.0001, with `binary` 0.0\n    Penalty factor." in text
         assert max(map(len, text.splitlines())) <= 100
 
     @pytest.mark.parametrize(
@@ -115,6 +117,35 @@ def test_numpy_scalars_are_plain_numbers():
     assert [type(value) for value in found] == [int, float, bool, str, int, int]
 
 
+class TestWidths:
+    """`n_hidden` as one number, as ever, or as one for each layer."""
+
+    def test_one_number(self):
+        config = TrainConfig(n_hidden=64, hidden_layers=4)
+        assert config.hidden_sizes == (64, 64, 64, 64)
+        stored = json.loads(config.to_json())
+        assert (stored["n_hidden"], stored["hidden_layers"]) == (64, 4)
+
+    @pytest.mark.parametrize("layers", [{}, {"hidden_layers": 2}, {"hidden_layers": 3}])
+    def test_one_for_each_layer(self, layers):
+        config = TrainConfig(n_hidden=[np.int64(30), 20], **layers)
+        assert (config.n_hidden, config.hidden_sizes, config.hidden_layers) == ((30, 20),) * 2 + (
+            2,
+        )
+        stored = json.loads(config.to_json())
+        assert (stored["n_hidden"], stored["hidden_layers"]) == ([30, 20], 2)
+        assert TrainConfig.from_json(config.to_json()) == config == TrainConfig(n_hidden=(30, 20))
+
+    def test_a_single_layer(self):
+        assert TrainConfig(n_hidden=(30,)).hidden_sizes == (30,)
+        with pytest.raises(SettingError, match="'bop' must have binary weights"):
+            TrainConfig(n_hidden=(30,), binary=True, optimizer="bop")
+
+    def test_a_number_of_layers_that_does_not_agree(self):
+        with pytest.raises(SettingError, match="got 5 layers and 2 widths"):
+            TrainConfig(n_hidden=(30, 20), hidden_layers=5)
+
+
 def test_absolute_paths(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     config = TrainConfig(log_dir="runs", data_dir=str(tmp_path / "mnist"), restore="~/run")
@@ -128,9 +159,13 @@ def test_absolute_paths(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("name", "bad", "rule"),
     [
-        ("n_hidden", 0, "a whole number, at least 1; got 0"),
-        ("n_hidden", 1.5, "a whole number, at least 1; got 1.5"),
-        ("n_hidden", True, "a whole number, at least 1; got True"),
+        ("n_hidden", 0, "a whole number, at least 1, or one for each layer; got 0"),
+        ("n_hidden", 1.5, "a whole number, at least 1, or one for each layer; got 1.5"),
+        ("n_hidden", True, "a whole number, at least 1, or one for each layer; got True"),
+        ("n_hidden", [], r"a whole number, at least 1, or one for each layer; got \[\]"),
+        ("n_hidden", (5, 0), r"a whole number, at least 1, or one for each layer; got \(5, 0\)"),
+        ("n_hidden", [[5]], r"a whole number, at least 1, or one for each layer; got \[\[5\]\]"),
+        ("n_hidden", "5,4", "a whole number, at least 1, or one for each layer; got '5,4'"),
         ("batch_size", -3, "a whole number, at least 1; got -3"),
         ("max_steps", -1, "a whole number, at least 0; got -1"),
         ("eval_every_n", 0, "a whole number, at least 1; got 0"),
@@ -162,7 +197,9 @@ def test_bad_values(name, bad, rule):
 
 
 def test_digits_with_a_data_directory():
-    with pytest.raises(ValueError, match="reads no data directory; got the data directory 'd'"):
+    with pytest.raises(
+        ValueError, match=r"'data_dir' must be None with the dataset 'digits', .*got 'd'"
+    ):
         TrainConfig(dataset="digits", data_dir="d")
 
 

@@ -115,13 +115,15 @@ def test_own_file(tmp_path):
     path.write_text('summary = "mine"\n[settings]\nn_hidden = 17\n')
     assert recipes.load(str(path)).settings == {"n_hidden": 17}
     assert command._config({"recipe": str(path)}).n_hidden == 17
+    path.write_text("[settings]\nn_hidden = [17, 16]\n")
+    assert command._config({"recipe": str(path)}).hidden_sizes == (17, 16)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("n_hidden = ", "is not TOML"),
-        ("n_hidden = 5", r"must hold a 'summary' and a table \[settings\].*got n_hidden"),
+        ("n_hidden = 5", r"must contain a 'summary' and a table \[settings\].*got n_hidden"),
         ("", "got nothing"),
         ("[settings]\nlearning = 1", r"recipe .*bad\.toml must name .*; got learning\. Known:"),
         ("[settings]\nlr = -1.0", "The 'lr' must be"),
@@ -307,11 +309,14 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"schedule": "step"}, "The 'milestones' must be given for the schedule 'step'"),
-            ({"schedule": "step", "milestones": [5, 5]}, "must be rising whole numbers.*got .5, 5"),
-            ({"milestones": "12"}, "must be rising whole numbers, at least 1; got '12'"),
-            ({"milestones": [0]}, "must be rising whole numbers, at least 1; got .0"),
-            ({"optimizer": "bop"}, "'bop' must have binary weights to flip; .*binary=False"),
+            ({"schedule": "step"}, "The 'milestones', .* must be given for the schedule 'step'"),
+            (
+                {"schedule": "step", "milestones": [5, 5]},
+                "must be increasing whole numbers.*got .5, 5",
+            ),
+            ({"milestones": "12"}, "must be increasing whole numbers, at least 1; got '12'"),
+            ({"milestones": [0]}, "must be increasing whole numbers, at least 1; got .0"),
+            ({"optimizer": "bop"}, "'bop' needs binary weights to flip; .*binary=False"),
             (
                 {"optimizer": "bop", "binary": True, "hidden_layers": 1},
                 "binary=True, hidden_layers=1",
@@ -331,21 +336,19 @@ class TestSettings:
         quick = ["train", "--dataset", "digits", "--device", "cpu", "--max_steps", "1"]
         assert main([*quick, "--binary", "--sign_keep_prob", "0.9", "--average", "ema"]) == 0
         out = capsys.readouterr().out
-        assert "coin tosses for signs (keep 0.9)\n" in out
-        assert "averages of the weights (exponential, decay 0.999), from step 0 on\n" in out
+        assert "sign dropout (keep 0.9)\n" in out
+        assert "averaged weights (exponential, decay 0.999), from step 0 on\n" in out
         assert main([*quick, "--sign_keep_prob", "0.9"]) == 0
         captured = capsys.readouterr()
         assert "--sign_keep_prob has no effect without --binary." in captured.err
-        assert "coin tosses" not in captured.out
+        assert "sign dropout" not in captured.out
 
     def test_milestones_on_the_command_line(self, capsys):
         quick = ["train", "--dataset", "digits", "--device", "cpu", "--max_steps", "1"]
         assert main([*quick, "--schedule", "step", "--milestones", "5,9"]) == 0
         with pytest.raises(SystemExit):
             main([*quick, "--milestones", "5,x"])
-        assert (
-            "must be whole numbers with commas between them; got '5,x'" in capsys.readouterr().err
-        )
+        assert "must be comma-separated whole numbers; got '5,x'" in capsys.readouterr().err
         config = TrainConfig(schedule="step", milestones=[5, 9])
         assert TrainConfig.from_json(config.to_json()) == config
 
@@ -414,7 +417,7 @@ class TestAverage:
             with trainer.averaged():
                 assert trainer.evaluate() == figures
             within = trainer.state().arrays
-            with pytest.raises(RuntimeError, match=r"must be made outside of Trainer.averaged\(\)"):
+            with pytest.raises(RuntimeError, match=r"must be outside of Trainer.averaged\(\)"):
                 trainer.make_step(trainer.step)
             for name, array in trainer.model.state_dict().items():
                 np.testing.assert_array_equal(array, inside[name], err_msg=name)
@@ -443,9 +446,10 @@ class TestAverage:
 
         with pytest.raises(KeyError):
             fail_within()
-        monkeypatch.setattr(nn, "refresh_statistics", fail)
-        with pytest.raises(KeyError):
-            trainer.evaluate()
+        with monkeypatch.context() as patched:
+            patched.setattr(nn, "refresh_statistics", fail)
+            with pytest.raises(KeyError):
+                trainer.evaluate()
         for name, array in trainer.state().arrays.items():
             np.testing.assert_array_equal(array, before[name], err_msg=name)
 

@@ -53,7 +53,7 @@ def test_what_was_saved_is_read(table):
         (b'{"a": 1}', "a name must be a printable text .* that matches"),
         (b'{"1x1x1x1": {"kernel": "sm90"}}', "lacks defines, tile_m"),
         (b'{"1x1x1x1": ' + b"[" * 100_000, "nested more than 32 levels deep"),
-        (b'{"1x1x1x1": Infinity}', "Infinity is not a number"),
+        (b'{"1x1x1x1": Infinity}', "Infinity is not a valid JSON number"),
         (b'{"1x1x1x1": 1e999}', "must be a mapping"),
     ],
 )

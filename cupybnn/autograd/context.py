@@ -27,14 +27,14 @@ class Context:
     needs : tuple of bool
         For each operand, whether its gradient is wanted.
     saved : tuple
-        The arrays given to `save`.
+        The arrays passed to `save`.
     shape, dtype
-        Those of the result.
+        Shape and dtype of the result.
 
     A function may set further attributes in its forward pass for its backward pass.
     """
 
-    _stamps: Any = ()  # for one that was never finished
+    _stamps: Any = ()  # in case __init__ did not finish
 
     def __init__(self, function: type[Function], xp: Any, needs: tuple[bool, ...]) -> None:
         self.function = function
@@ -43,7 +43,7 @@ class Context:
         self.saved: tuple[Any, ...] = ()
         self.shape: tuple[int, ...] = ()
         self.dtype: np.dtype = np.dtype("f4")
-        # For each operand where its gradient goes: the leaf tensor or the node that made it.
+        # Where each operand's gradient goes: a leaf tensor, or the node that computed it.
         self.edges: tuple[Any, ...] = ()
         self.place = ""
         self.freed = False
@@ -58,13 +58,13 @@ class Context:
     def save(self, *arrays: Any) -> None:
         """Keep `arrays` for the backward pass, as `saved`.
 
-        Operands and the result are to be saved as they are, not as views of them: the engine
-        then notices when one of them is edited before the backward pass.
+        Save operands and the result themselves, not views of them: the engine then notices when
+        one of them is edited before the backward pass.
         """
         self.saved = arrays
 
     def fit(self, grad: Any, operand: int) -> Any:
-        """Sum `grad` down to the shape of an operand that was broadcast, and give it its dtype."""
+        """Sum `grad` down to the shape of a broadcast operand, and cast it to its dtype."""
         edge = self.edges[operand]
         shape = edge.shape
         if grad.shape != shape:
@@ -75,7 +75,7 @@ class Context:
         return grad if grad.dtype == edge.dtype else grad.astype(edge.dtype)
 
     def guard(self, tensors: tuple[Tensor, ...]) -> None:
-        """Watch for edits those saved arrays that `tensors` hold."""
+        """Watch the saved arrays that belong to `tensors` for edits."""
         for tensor in tensors:
             array = tensor._data
             for saved in self.saved:
@@ -86,11 +86,11 @@ class Context:
                     break
 
     def verify(self) -> None:
-        """Refuse a backward pass that would give a wrong gradient."""
+        """Raise GraphError if a backward pass would give a wrong gradient."""
         if self.freed:
             raise GraphError(
                 f"The graph behind this tensor was freed at {self} by an earlier backward(). "
-                f"Compute the forward pass again, or keep the graph by "
+                f"Compute the forward pass again, or keep the graph with "
                 f"backward(retain_graph=True)."
             )
         for storage, version in self._stamps:
@@ -106,7 +106,7 @@ class Context:
         return contextlib.nullcontext() if self.xp is np else self.device
 
     def free(self) -> None:
-        """Let go of the saved arrays and of the rest of the graph."""
+        """Release the saved arrays and the rest of the graph."""
         for storage, _ in self._stamps:
             storage.saves -= 1
         self._stamps = []

@@ -1,4 +1,4 @@
-"""What becomes a tensor: arrays, numbers and lists, turned into arrays that the engine owns."""
+"""Conversion of arrays, numbers and lists to arrays that the engine owns."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ __all__ = ["as_number", "index_key", "new_array"]
 
 
 def new_array(data: Any) -> Any:
-    """Return a new, contiguous NumPy or CuPy array of `data`, in the machine's byte order.
+    """Return a new, contiguous NumPy or CuPy array of `data`, in native byte order.
 
-    Python floats give float32. Narrow types that NumPy itself does not have, such as bfloat16, give
-    float32 too, which holds all their values.
+    Python floats become float32. So do extension types that fit in float32, such as bfloat16.
     """
     if isinstance(data, np.ma.MaskedArray):
         raise TypeError("The 'data' of a tensor must not be a masked array: fill it first.")
@@ -44,13 +43,13 @@ def new_array(data: Any) -> Any:
 
 
 def _is_extension(dtype: np.dtype) -> bool:
-    """Whether `dtype` is a type of real numbers from outside of NumPy that float32 can hold."""
+    """Whether `dtype` is a real extension type, not NumPy's own, that float32 can hold."""
     foreign = dtype.kind == "V" or dtype.type.__module__.partition(".")[0] == "ml_dtypes"
     return foreign and dtype.names is None and np.can_cast(dtype, np.float32)
 
 
 def as_number(value: Any) -> float | int | None:
-    """Return a real number as Python's, or None if `value` is none.
+    """Return `value` as a Python number, or None if it is not a real number.
 
     A NumPy scalar would impose its dtype on a result; a Python number takes the tensor's.
     """
@@ -61,7 +60,7 @@ def as_number(value: Any) -> float | int | None:
             return value.item()
         real = value.dtype.kind == "f" or _is_extension(value.dtype)
         return float(value) if real else None
-    return float(value) if isinstance(value, numbers.Real) else None  # such as a fraction
+    return float(value) if isinstance(value, numbers.Real) else None  # e.g. a Fraction
 
 
 def index_key(key: Any, xp: Any) -> Any:

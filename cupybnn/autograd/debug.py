@@ -1,4 +1,4 @@
-"""Finding the operation that first makes a NaN or an infinity."""
+"""Find the operation that first produces a NaN or an infinity."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class check_finite(Setting):
     Raises
     ------
     NonFiniteError
-        At the first NaN or infinity. It says which operation made it, in which layer, in the
-        forward value or in which gradient, and the array's shape.
+        At the first NaN or infinity. It names the operation, the layer, the forward value or
+        gradient in which it appeared, and the array's shape.
 
     Notes
     -----
-    Each check waits for the device: this is for finding a fault, not for training.
+    Each check waits for the device: use it for debugging, not for training.
 
     Examples
     --------
@@ -53,7 +53,7 @@ infinite.
 
 @contextmanager
 def scope(module: Any) -> Iterator[None]:
-    """Within it, what is computed belongs to `module`; ``module.path_of(inner)`` names parts."""
+    """Attribute computations within to `module`; ``module.path_of(inner)`` names its parts."""
     state.scopes.append(module)
     try:
         yield
@@ -62,7 +62,7 @@ def scope(module: Any) -> Iterator[None]:
 
 
 def place() -> str:
-    """Return the path of the innermost module, as in "hidden.fc2", or "" outside of all."""
+    """Return the path of the innermost module, as in "hidden.fc2", or "" outside any module."""
     modules = state.scopes
     if len(modules) < 2:
         return type(modules[0]).__name__ if modules else ""

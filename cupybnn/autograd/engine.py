@@ -1,4 +1,4 @@
-"""The backward pass: walks the graph from a result to its leaves and adds up gradients."""
+"""The backward pass: walk the graph from a result to its leaves and accumulate gradients."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _backward(root: Tensor, gradient: Any, retain_graph: bool) -> None:
     if root._node is None:
         _add_to_leaf(root, gradient, adopt=False)
         return
-    order = _nodes_behind(root._node)
+    order = _topological_order(root._node)
     for node in order:
         node.verify()
     pending = {root._node: (gradient, False)}
@@ -48,13 +48,13 @@ def _backward(root: Tensor, gradient: Any, retain_graph: bool) -> None:
 
 
 def _start(root: Tensor, gradient: Any) -> Any:
-    """Return the gradient to begin with, checked against the root."""
+    """Return the initial gradient, checked against the root."""
     xp = module_of(root._data)
     if gradient is None:
         if root.size != 1:
             raise GraphError(
                 f"backward() without a gradient needs a tensor of one element; this one has shape "
-                f"{root.shape}. Reduce it (.sum(), .mean()) or give the gradient."
+                f"{root.shape}. Reduce it (.sum(), .mean()) or pass the gradient."
             )
         with device_of(root._data).scope():
             return xp.ones_like(root._data)
@@ -77,8 +77,8 @@ def _start(root: Tensor, gradient: Any) -> Any:
     return gradient
 
 
-def _nodes_behind(root: Context) -> list[Context]:
-    """Return the nodes that `root` depends on, each before those that it depends on itself."""
+def _topological_order(root: Context) -> list[Context]:
+    """Return `root` and the nodes it depends on, each before its own inputs."""
     finished: list[Context] = []
     seen = {root}
     stack = [(root, iter(root.edges))]
@@ -96,10 +96,10 @@ def _nodes_behind(root: Context) -> list[Context]:
 
 
 def _step(node: Context, grad: Any, pending: dict[Context, tuple[Any, bool]]) -> None:
-    """Run one backward function and hand its gradients on.
+    """Run one backward function and pass its gradients on.
 
-    `pending` holds, for every node, the sum of the gradients that came so far, and whether the
-    array is ours to add to in place (the first one to come may be shared with another operand).
+    `pending` holds, for every node, the sum of the gradients received so far, and whether the
+    engine may add to that array in place (the first one may be shared with another operand).
     """
     if node.retain is not None:
         _add_to_leaf(node.retain, grad, adopt=False)
@@ -117,7 +117,7 @@ def _step(node: Context, grad: Any, pending: dict[Context, tuple[Any, bool]]) ->
         unshared = _unshared(grads, i)
         got = grads[i]
         if node.xp is np and type(got) is not np.ndarray and got is not None:
-            got = np.asarray(got)  # NumPy turns results without dimensions into scalars
+            got = np.asarray(got)  # NumPy turns 0-d results into scalars
         if got is None or got.shape != edge.shape or got.dtype != edge.dtype:
             raise GraphError(
                 f"The backward of {node} must return for operand {i} a gradient of shape "
@@ -132,20 +132,20 @@ def _step(node: Context, grad: Any, pending: dict[Context, tuple[Any, bool]]) ->
         elif edge not in pending:
             pending[edge] = (got, False)
         else:
-            so_far, ours = pending[edge]
-            if ours:
-                so_far += got
+            total, owned = pending[edge]
+            if owned:
+                total += got
             else:
-                so_far = node.xp.asarray(so_far + got)
-            pending[edge] = (so_far, True)
+                total = node.xp.asarray(total + got)
+            pending[edge] = (total, True)
 
 
 def _references(arrays: list[Any], i: int) -> int:
     return sys.getrefcount(arrays[i])
 
 
-# How often an object in a list is referred to when nothing else holds it; that depends on the
-# interpreter's version, so it is measured.
+# The reference count of an object that only a list holds. It depends on the Python version, so
+# measure it.
 _ONLY_THE_LIST = _references([object()], 0)
 
 
@@ -153,13 +153,14 @@ def _unshared(grads: list[Any], i: int) -> bool:
     """Whether `grads` alone refers to its gradient `i`, and to that gradient's memory.
 
     A backward function may return one array for two operands, views of one array, the incoming
-    gradient, or an array that it keeps. Whoever holds the array, or a view of it, refers to it.
+    gradient, or an array that it keeps. Each of these adds a reference to it or
+    sets its base.
     """
     return _references(grads, i) <= _ONLY_THE_LIST and getattr(grads[i], "base", None) is None
 
 
 def _add_to_leaf(leaf: Tensor, grad: Any, adopt: bool) -> None:
-    """Add `grad` to a leaf's gradient; `adopt` says that nobody else holds this memory."""
+    """Add `grad` to a leaf's gradient; with `adopt`, nothing else holds its memory."""
     if leaf.grad is None:
         leaf.grad = grad if adopt else grad.copy()
     else:

@@ -1,4 +1,4 @@
-"""An operation: a forward and a backward pass below each other, on NumPy and CuPy alike."""
+"""Base class of operations: forward and backward side by side, for NumPy and CuPy alike."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from cupybnn.autograd.debug import place
 from cupybnn.autograd.state import checking, recording
 from cupybnn.autograd.storage import Storage, module_of, same_memory
 from cupybnn.autograd.tensor import Tensor, as_operand
+from cupybnn.backends.devices import is_cupy
 
 __all__ = ["Function"]
 
@@ -19,13 +20,13 @@ __all__ = ["Function"]
 class Function:
     """Base class of differentiable operations.
 
-    A subclass defines two static methods, one below the other, that work on NumPy and CuPy arrays
-    alike: ``forward(ctx, *arrays, **params)`` returns an array, ``backward(ctx, grad)`` returns
-    the gradient of every operand (a tuple if there are several; None where ``ctx.needs`` is
-    False). A gradient has its operand's shape and dtype. It may be `grad` itself, a view of it, an
-    array that the function keeps, or the same array for two operands: the engine writes to none of
-    them. In turn, `grad` and the saved arrays are not to be written to. NumPy's warnings and errors
-    of floating point are off meanwhile.
+    A subclass defines two static methods that work on NumPy and CuPy arrays alike:
+    ``forward(ctx, *arrays, **params)`` returns an array, ``backward(ctx, grad)`` returns the
+    gradient of every operand (a tuple if there are several; None where ``ctx.needs`` is False). A
+    gradient has its operand's shape and dtype. It may be `grad` itself, a view of it, an array that
+    the function keeps, or the same array for two operands: the engine writes to none of them. In
+    turn, a function must not write to `grad` or to the saved arrays. NumPy's floating-point
+    warnings and errors are off in both methods.
 
     Examples
     --------
@@ -65,19 +66,19 @@ class Function:
 
     @classmethod
     def apply(cls, *operands: Any, **params: Any) -> Tensor:
-        """Compute the operation and, where a gradient may be wanted, record it.
+        """Compute the operation and record it if a gradient may be needed.
 
         Parameters
         ----------
         *operands : Tensor, array or number
-            Numbers are handed to `forward` as they are, so that they do not widen the dtype.
+            Numbers are passed to `forward` unchanged, so that they do not widen the dtype.
         **params
-            Handed to `forward`.
+            Passed to `forward`.
 
         Raises
         ------
         ValueError, TypeError, IndexError
-            If the operands do not fit each other; the operation and the shapes are named.
+            If the operands do not match; the message names the operation and the shapes.
         """
         return _apply(cls, operands, params)
 
@@ -92,8 +93,8 @@ def _apply(function: type[Function], operands: tuple[Any, ...], params: dict[str
     ctx = Context(function, xp, needs if recorded else (False,) * len(needs))
     try:
         if xp is np:
-            # Numbers behave as IEEE 754 says, on both backends, whatever the caller has NumPy do
-            # about overflow and the like; `debug.check_finite` finds where a NaN began.
+            # Follow IEEE 754 on both backends, whatever np.seterr() the caller has set;
+            # `debug.check_finite` finds where a NaN began.
             with np.errstate(all="ignore"):
                 array = function.forward(ctx, *arrays, **params)
         else:
@@ -101,9 +102,10 @@ def _apply(function: type[Function], operands: tuple[Any, ...], params: dict[str
             with ctx.device:
                 array = function.forward(ctx, *arrays, **params)
     except (ValueError, TypeError, IndexError) as error:
-        raise _explained(error, function, operands) from error
-    if xp is np and not isinstance(array, np.ndarray):
-        array = np.asarray(array)  # a reduction to one number gives a NumPy scalar
+        raise _with_operands(error, function, operands) from error
+    if xp is np and not isinstance(array, np.ndarray) and not is_cupy(array):
+        # A reduction to one number gives a NumPy scalar; a move to a GPU gives a CuPy array.
+        array = np.asarray(array)
     check = checking.get()
     if check is not None:
         ctx.place = place()
@@ -128,13 +130,13 @@ def _common_module(function: type[Function], tensors: tuple[Tensor, ...]) -> Any
     if len(devices) > 1:
         raise TypeError(
             f"The operands of {function.name} must be on one device; got "
-            f"{' and '.join(str(tensor.device) for tensor in tensors)}. Move one by .to(device)."
+            f"{' and '.join(str(tensor.device) for tensor in tensors)}. Move one with .to(device)."
         )
     return module_of(tensors[0]._data)
 
 
 def _shared_storage(array: Any, tensors: tuple[Tensor, ...]) -> Storage | None:
-    """Return the storage of the operand that a result is, or is a view of, if there is one."""
+    """Return the storage of the operand that the result is, or is a view of, if any."""
     for tensor in tensors:
         operand = tensor._data
         if array is operand or (array.base is not None and same_memory(array, operand)):
@@ -142,10 +144,10 @@ def _shared_storage(array: Any, tensors: tuple[Tensor, ...]) -> Storage | None:
     return None
 
 
-def _explained(
+def _with_operands(
     error: Exception, function: type[Function], operands: tuple[Any, ...]
 ) -> ValueError | TypeError | IndexError:
-    """Return `error` with the operation's name and its operands' shapes before its text."""
+    """Return `error` with the operation's name and operand shapes in front of its message."""
     kind = next(k for k in (ValueError, TypeError, IndexError) if isinstance(error, k))
     shapes = ", ".join(
         f"{tuple(x.shape)} {x.dtype}" if hasattr(x, "shape") else repr(x) for x in operands

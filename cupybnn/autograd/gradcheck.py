@@ -1,4 +1,4 @@
-"""Comparing a backward pass with finite differences."""
+"""Compare a backward pass with finite differences."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def gradcheck(
     Parameters
     ----------
     function : callable
-        Takes `inputs`, of which it may leave some unused, and returns a tensor of any shape. It
-        must be smooth within `eps` of the inputs and give the same result at every call.
-        Straight-through estimators are no derivatives: compare those with their formulas.
+        Takes `inputs` (it may ignore some) and returns a tensor of any shape. It must be smooth
+        within `eps` of the inputs and give the same result on every call. A straight-through
+        estimator is not a derivative: compare it with its formula.
     *inputs : Tensor
         Those that require a gradient must be float64 leaves; their `grad` is overwritten.
     eps : float
-        Step of the differences: ``(f(x + eps) - f(x - eps)) / (2 eps)``.
+        Step size: ``(f(x + eps) - f(x - eps)) / (2 eps)``.
     rtol, atol : float
         A gradient may differ by ``atol + rtol * |difference quotient|``.
 
@@ -47,9 +47,10 @@ def gradcheck(
     Raises
     ------
     AssertionError
-        If an element differs; names the input, the element and both values.
+        If an element differs; the message names the input, the element and both values.
     TypeError
-        If no input requires a gradient, one that does is not a float64 leaf, or one is no Tensor.
+        If no input requires a gradient, if one that does is not a float64 leaf, or if one is not
+        a Tensor.
     """
     for number, x in enumerate(inputs):
         if not isinstance(x, Tensor):
@@ -93,7 +94,7 @@ def gradcheck(
 
 
 def _differences(value: Callable[[], float], x: Tensor, eps: float) -> Any:
-    """Central difference quotients of `value` for every element of `x`, as a NumPy array."""
+    """Return central difference quotients of `value` for every element of `x`, as a NumPy array."""
     quotients = np.empty(x.shape)
     for at in np.ndindex(x.shape):
         before = float(x._data[at])

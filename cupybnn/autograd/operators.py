@@ -1,8 +1,8 @@
 """Operators and methods of tensors, each an operation of `cupybnn.ops`.
 
-The operations build on this package, and ``x + y`` needs them: the one import here that runs
-upwards. It happens when an operator is first used, so that neither package needs the other in order
-to be imported, and each operation stays in one place.
+The operations build on this package, and ``x + y`` needs them: this is the package's only upward
+import. It happens on first use, so that either package can be imported without the other and each
+operation stays in one place.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ __all__ = ["Operators"]
 
 
 def _comparable(other: Any) -> bool:
-    """Whether == with `other` compares values; None, a string and the like differ from any tensor.
+    """Whether == compares values with `other`; None, strings and the like never equal a tensor.
 
-    A list is not such: `cupybnn.ops.equal` refuses it, as all operations do.
+    Lists count as comparable so that `cupybnn.ops.equal` refuses them, as all operations do.
     """
     return isinstance(other, list | tuple | numbers.Real | np.generic) or hasattr(other, "shape")
 
 
 def _ops() -> Any:
-    """Return `cupybnn.ops`, imported at the first use."""
+    """Return `cupybnn.ops`, imported on first use."""
     ops = sys.modules.get("cupybnn.ops")
     if ops is None:
         import cupybnn.ops as ops
@@ -40,7 +40,7 @@ class Operators:
     """The arithmetic that `Tensor` inherits."""
 
     __slots__ = ()
-    # An array on the left leaves the operation to the tensor on the right.
+    # A NumPy array on the left defers to the tensor on the right.
     __array_ufunc__ = None
 
     def __add__(self, other: Any) -> Tensor:
@@ -82,7 +82,7 @@ class Operators:
     def __abs__(self) -> Tensor:
         return _ops().absolute(self)
 
-    # A class that defines __eq__ has no hash unless it says which: that of identity.
+    # A class that defines __eq__ loses its inherited hash: hash by identity.
     __hash__ = object.__hash__
 
     def __eq__(self, other: Any) -> Any:
@@ -127,7 +127,7 @@ class Operators:
         return _ops().tanh(self)
 
     def relu(self) -> Tensor:
-        """Return the elements, negative ones replaced by 0."""
+        """Return the elements, with negative ones replaced by 0."""
         return _ops().relu(self)
 
     def clip(self, low: float, high: float) -> Tensor:
@@ -147,15 +147,15 @@ class Operators:
         return _ops().log_softmax(self, axis)
 
     def argmax(self, axis: int | None = None) -> Any:
-        """Return the index of the greatest element along `axis`, as a plain array."""
+        """Return the index of the largest element along `axis`, as a plain array."""
         return _ops().argmax(self, axis)
 
     def argmin(self, axis: int | None = None) -> Any:
-        """Return the index of the least element along `axis`, as a plain array."""
+        """Return the index of the smallest element along `axis`, as a plain array."""
         return _ops().argmin(self, axis)
 
     def astype(self, dtype: Any) -> Tensor:
-        """Return the tensor in another dtype; itself if it has that one."""
+        """Return the tensor in another dtype; itself if it already has it."""
         return _ops().astype(self, dtype)
 
     def sum(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
@@ -167,11 +167,11 @@ class Operators:
         return _ops().mean(self, axis, keepdims)
 
     def max(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
-        """Return the greatest element along `axis` (all axes by default)."""
+        """Return the largest element along `axis` (all axes by default)."""
         return _ops().max(self, axis, keepdims)
 
     def min(self, axis: int | tuple[int, ...] | None = None, keepdims: bool = False) -> Tensor:
-        """Return the least element along `axis` (all axes by default)."""
+        """Return the smallest element along `axis` (all axes by default)."""
         return _ops().min(self, axis, keepdims)
 
     def reshape(self, *shape: int | tuple[int, ...]) -> Tensor:
@@ -186,7 +186,7 @@ class Operators:
         return _ops().transpose(self, axes[0] if len(axes) == 1 else axes or None)
 
     def to(self, device: str | Device) -> Tensor:
-        """Return the tensor on `device` ("cpu", "cuda", "cuda:1"); itself if it is there."""
+        """Return the tensor on `device` ("cpu", "cuda", "cuda:1"); itself if already there."""
         return _ops().to(self, device)
 
     @property

@@ -1,4 +1,4 @@
-"""Sums of float16: computed in float32, because float16 counts only to 2048 and ends at 65,504."""
+"""Sums of float16, in float32: float16 counts only up to 2048 and overflows past 65,504."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _NARROW = np.dtype(np.float16)
 
 
 def widened(x: Any) -> Any:
-    """Return an array of float16 as float32, any other as it is."""
+    """Return a float16 array as float32, any other unchanged."""
     return x.astype(np.float32) if x.dtype == _NARROW else x
 
 
 def narrowed(result: Any, x: Any) -> Any:
-    """Return what was computed from ``widened(x)`` as float16 if `x` is, else as it is."""
+    """Cast a result computed from ``widened(x)`` back to float16 if `x` is float16."""
     return result.astype(np.float16) if x.dtype == _NARROW else result
 
 
 def sum_dtype(x: Any) -> Any:
-    """Return the ``dtype`` argument of a sum of `x`: None if its own will do."""
+    """Return the ``dtype`` argument of a sum of `x`: None to keep its own."""
     return np.float32 if x.dtype == _NARROW else None
 
 

@@ -1,4 +1,4 @@
-"""What Python and NumPy ask of a tensor as a number, a sequence, or an array."""
+"""Number, sequence and array protocols of tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Protocols"]
 
 
 class Protocols:
-    """Conversions that `Tensor` inherits; each as NumPy's arrays have it, or refused."""
+    """Conversions that `Tensor` inherits; each behaves as a NumPy array's, or is refused."""
 
     __slots__ = ()
 
@@ -42,10 +42,10 @@ class Protocols:
         if self.size != 1:
             raise ValueError(f"item() needs a tensor of one element; this one is {self.shape}.")
         value = self._data.item()
-        return float(value) if isinstance(value, np.generic) else value  # a longdouble stays one
+        return float(value) if isinstance(value, np.generic) else value  # a longdouble's item()
 
     def numpy(self) -> np.ndarray:
-        """Return the values as a NumPy array: on the CPU `data` itself, else a copy."""
+        """Return the values as a NumPy array: `data` itself on the CPU, otherwise a copy."""
         return self._data.get() if is_cupy(self._data) else self.data
 
     def __len__(self) -> int:
@@ -68,8 +68,8 @@ class Protocols:
     def __bool__(self) -> bool:
         if self.size != 1:
             raise ValueError(
-                f"The truth of a tensor of shape {self.shape} is ambiguous: only one element has "
-                f"one. Reduce the data: t.data.any(), t.data.all(), len(t) > 0."
+                f"The truth value of a tensor of shape {self.shape} is ambiguous. Reduce the data: "
+                f"t.data.any(), t.data.all(), len(t) > 0."
             )
         return bool(self.item())
 
@@ -105,7 +105,7 @@ class Protocols:
         # `Operators.__array_ufunc__`.
         if is_cupy(self._data):
             raise TypeError(
-                f"A tensor on {self.device} is not turned into a NumPy array unasked: take "
+                f"A tensor on {self.device} is not converted to a NumPy array implicitly: use "
                 f".numpy() for a copy on the host, or .data for the CuPy array."
             )
         return np.array(self.data, dtype=dtype, copy=copy)

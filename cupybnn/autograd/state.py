@@ -1,4 +1,4 @@
-"""What the engine is doing at present: recording a graph, checking values."""
+"""The engine's current state: whether it records a graph and checks values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 __all__ = ["Setting", "checking", "is_grad_enabled", "no_grad", "recording", "state"]
 
-# Context variables belong to one thread and, in asyncio, to one task.
+# A context variable is local to a thread and, in asyncio, to a task.
 recording: ContextVar[bool] = ContextVar("cupybnn_recording", default=True)
 checking: ContextVar[Callable[[str, Any, str, str], None] | None] = ContextVar(
     "cupybnn_check", default=None
@@ -23,12 +23,12 @@ class _State(threading.local):
     """What one thread is computing."""
 
     def __init__(self) -> None:
-        # The modules that are being computed, outermost first; kept only while values are checked.
+        # The modules being computed, outermost first; kept only while values are checked.
         self.scopes: list[Any] = []
 
     @property
     def check(self) -> Callable[[str, Any, str, str], None] | None:
-        """Called with (op, array, phase, place) for every forward value and gradient when set."""
+        """If set, called with (op, array, phase, place) for every forward value and gradient."""
         return checking.get()
 
 
@@ -38,9 +38,9 @@ state = _State()
 class Setting:
     """Base class of context managers and decorators that change the engine's state.
 
-    As a decorator it holds while the function's own code runs: in a generator, coroutine or
-    asynchronous generator it ends at every ``yield`` and ``await``, where other code runs, and
-    holds again when the function is resumed.
+    As a decorator it applies while the function's own code runs: in a generator, coroutine or
+    asynchronous generator it is suspended at every ``yield`` and ``await``, where other code runs,
+    and applies again when the function resumes.
     """
 
     variable: ClassVar[ContextVar[Any]]
@@ -51,7 +51,7 @@ class Setting:
         return new if function is None else new(function)  # `@no_grad`, without parentheses
 
     def __init__(self) -> None:
-        # An instance may be entered again before it is left, by other threads too.
+        # An instance is reentrant, and may be shared by threads.
         self._outer = threading.local()
 
     def __enter__(self) -> Any:
@@ -74,7 +74,7 @@ class Setting:
 
 
 def _decorated(setting: type[Setting], function: Any) -> Any:
-    """Return `function` so that `setting` holds while its code runs, of the same kind as it is."""
+    """Wrap `function`, keeping its kind, so that `setting` applies while its code runs."""
     await_held = types.coroutine(_held)
 
     def plain(*args: Any, **kwargs: Any) -> Any:
@@ -113,12 +113,12 @@ def _decorated(setting: type[Setting], function: Any) -> Any:
 
 
 def _is(kind: Callable[[Any], bool], function: Any) -> bool:
-    """Whether a function, or an object that is called like one, is of this kind."""
+    """Whether a function, or a callable object, is of this kind."""
     return kind(function) or kind(type(function).__call__)
 
 
 def _held(setting: type[Setting], inner: Any) -> Generator[Any, Any, Any]:
-    """Run `inner`, anything with send, throw and close, with `setting` while its code runs."""
+    """Run `inner`, anything with send, throw and close, under `setting` while its code runs."""
     resume, argument = inner.send, None
     while True:
         try:
@@ -139,9 +139,9 @@ def _held(setting: type[Setting], inner: Any) -> Generator[Any, Any, Any]:
 class no_grad(Setting):
     """Context manager and decorator within which operations record no graph.
 
-    It holds for the thread, or the asynchronous task, that enters it, and for the tasks that this
-    starts meanwhile. A decorated generator or
-    coroutine computes without recording; the code between its steps is not affected.
+    It applies to the thread or asynchronous task that enters it, and to tasks started within it. A
+    decorated generator or coroutine computes without recording; the code between its steps is not
+    affected.
 
     Examples
     --------

@@ -1,20 +1,18 @@
 """The memory behind tensors: how the engine notices that an array was edited.
 
-It has to know that of arrays saved for a backward pass, and of those whose values are known to be
-signs. A raw array cannot tell that it was written to, and comparing every such array whenever it
-matters would cost as much as the pass. So the engine keeps a version number for each piece of
-memory and tells two kinds of writers apart:
+It must notice edits of arrays saved for a backward pass, and of arrays whose values are known to be
+signs. A raw array keeps no record of writes, and comparing every array each time would cost as much
+as the pass. So the engine keeps a version number for each piece of memory and distinguishes two
+kinds of writers:
 
 - Writers that it knows (optimisers, ``tensor.data = ...``, ``tensor[...] = ...``) raise the
   version; this costs nothing.
-- Anyone else has to get at the array by ``tensor.data`` first. The array handed out is *on loan*
-  for as long as it, or any view taken from it, is alive, on NumPy and CuPy alike. Only while memory
-  is both watched (saved, or known to be signs) and on loan does the engine keep a copy of it, and
-  compares the two when it has to know.
+- All others must first get the array from ``tensor.data``. That array is *on loan* as long as it,
+  or any view of it, is alive, on NumPy and CuPy alike. Only while memory is both watched (saved, or
+  known to be signs) and on loan does the engine keep a copy of it, and compares the two on demand.
 
-What is written by a bare address (``array.data.ptr``, ``array.ctypes``), with no array held that
-it came from, is not noticed; nor is what a `Function` or quantizer writes later to an array that it
-returned and kept.
+Writes through a bare address (``array.data.ptr``, ``array.ctypes``) after its array is gone are not
+noticed; nor are later writes by a `Function` or quantizer to an array that it returned and kept.
 
 Training code that does not hold on to ``tensor.data`` across forward and backward pays nothing.
 """
@@ -41,14 +39,14 @@ def module_of(array: Any) -> Any:
 
 
 def same_memory(a: Any, b: Any) -> bool:
-    """Whether two arrays of one module may lie in the same memory."""
+    """Whether two arrays of one module may share memory."""
     return bool(module_of(a).may_share_memory(a, b))
 
 
 def _bits(array: Any) -> Any:
     """View `array` as unsigned integers, so that NaNs compare equal and -0.0 differs from 0.0.
 
-    A longdouble is returned as it is: there is no integer of its size, and some of its bytes are
+    A longdouble is returned unchanged: there is no integer of its size, and some of its bytes are
     padding.
     """
     size = array.dtype.itemsize
@@ -65,7 +63,7 @@ def _all_same(a: Any, b: Any) -> bool:
 
 
 class _Owner:
-    """Keeps a CuPy array alive for the arrays lent from it; alive as long as any of them is."""
+    """Keeps a CuPy array alive for its loans; lives as long as any of them."""
 
     __slots__ = ("__weakref__", "array")
 
@@ -82,14 +80,14 @@ def _lend(array: Any) -> tuple[Any, Any]:
         memory = cupy.cuda.UnownedMemory(array.data.ptr, array.nbytes, owner, array.device.id)
         pointer = cupy.cuda.MemoryPointer(memory, 0)
         return cupy.ndarray(array.shape, array.dtype, pointer, array.strides), owner
-    # A view's base is the array that owns the memory, however many views lie between; a memoryview
-    # in between ends that chain, so that `bits` is the base of everything taken from it.
+    # A view's base is the array that owns the memory, however many views are in between; a
+    # memoryview ends that chain, so that `bits` is the base of every view taken from it.
     bits = np.asarray(memoryview(_bits(array)))
     return bits.view(array.dtype), bits
 
 
 class Storage:
-    """Memory of one tensor and of the tensors that are views of it.
+    """Memory of a tensor and of its views.
 
     Parameters
     ----------
@@ -101,7 +99,7 @@ class Storage:
     saves : int
         How many live graph nodes have saved this memory for their backward passes.
     watched : bool
-        Whether its version was noted for another reason: its values were known to be signs.
+        Whether its version was recorded for another reason: its values were known to be signs.
     """
 
     __slots__ = ("_copy", "_loans", "_version", "array", "saves", "watched")
@@ -115,14 +113,14 @@ class Storage:
         self._loans: list[weakref.ref] = []
 
     def __reduce__(self) -> Any:
-        return _owned, (self.array,)  # loans are not taken along
+        return _owned, (self.array,)  # without the loans
 
     def touch(self) -> None:
-        """Note that the contents are being changed."""
+        """Record that the contents are being changed."""
         self._version += 1
 
     def lend(self, array: Any) -> Any:
-        """Return an alias of `array` (this memory or a view of it) for the outside world."""
+        """Return an alias of `array` (this memory or a view of it) to hand to user code."""
         if (self.saves or self.watched) and self._copy is None:
             self._copy = self.array.copy()
         alias, owner = _lend(array)
@@ -131,7 +129,7 @@ class Storage:
         return alias
 
     def watch(self) -> int:
-        """Return `version`, and have edits noticed from now on."""
+        """Return `version`, and notice edits from now on."""
         self.watched = True
         return self.version()
 
@@ -156,7 +154,7 @@ class Storage:
 
 
 def _owned(array: Any) -> Storage:
-    """Return the storage of an array that was unpickled, which may be a view of a buffer."""
+    """Return the storage of an unpickled array, which may be a view of a buffer."""
     if isinstance(array, np.ndarray) and not (array.flags.owndata and array.flags.writeable):
         array = array.copy()
     return Storage(array)

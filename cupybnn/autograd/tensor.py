@@ -28,26 +28,26 @@ class Tensor(Operators, Protocols):
         numbers and lists of floats become float32; arrays keep their dtype, in the machine's byte
         order. bfloat16 becomes float32, which holds all its values.
     requires_grad : bool
-        Whether `backward` is to compute this tensor's gradient. Needs a floating dtype.
+        Whether `backward` computes this tensor's gradient. Needs a floating dtype.
     name : str, optional
         Used in messages.
 
     Attributes
     ----------
     grad : numpy.ndarray, cupy.ndarray or None
-        Sum of the gradients of the backward passes so far; of the tensor's shape and dtype.
+        Sum of the gradients of all backward passes so far, of the tensor's shape and dtype.
     two_valued : bool
-        Whether every element is known to be +1 or -1, as after `cupybnn.ops.sign`. An edit of this
-        tensor, or of any other on its memory, ends it, on NumPy and CuPy alike. It may be set.
+        Whether every element is known to be +1 or -1, as after `cupybnn.ops.sign`. Editing this
+        tensor, or another that shares its memory, clears it, on NumPy and CuPy alike. Settable.
 
     Notes
     -----
-    ``==``, ``<`` and the like compare element by element and give plain boolean arrays. As keys of
-    dicts and in sets, tensors are told apart by identity; ``tensor in list`` compares values, so
-    look for a tensor by ``any(tensor is other for other in list)``. `numpy.asarray` gives ``data``
-    itself, outside of the graph, and refuses tensors on a GPU.
+    ``==``, ``<`` and the like compare element by element and return plain boolean arrays. In dicts
+    and sets, tensors are compared by identity; ``tensor in list`` compares values, so look a tensor
+    up with ``any(tensor is other for other in list)``. `numpy.asarray` returns ``data`` itself,
+    outside the graph, and refuses tensors on a GPU.
 
-    A leaf can be pickled and deep-copied; a computed tensor, which its graph belongs to, cannot.
+    A leaf can be pickled and deep-copied; a computed tensor, which carries its graph, cannot.
 
     Examples
     --------
@@ -75,7 +75,7 @@ class Tensor(Operators, Protocols):
         self._node: Context | None = None
         self.grad: Any = None
         self.name = name
-        # The version of the memory whose contents are known to be +1 and -1 here.
+        # The storage version at which the contents were known to be +1 and -1.
         self._two_valued_at: int | None = None
         self.requires_grad = requires_grad
         if requires_grad and self._data.dtype.kind in "biu":
@@ -86,7 +86,7 @@ class Tensor(Operators, Protocols):
 
     @classmethod
     def _of(cls, array: Any, memory: Storage | None = None, node: Context | None = None) -> Tensor:
-        """Make a tensor of `array` itself; the engine's way, without copy or checks."""
+        """Make a tensor of `array` itself, without copy or checks. Used by the engine."""
         tensor = Tensor.__new__(Tensor)
         tensor._data = array
         tensor._memory = memory
@@ -108,7 +108,7 @@ class Tensor(Operators, Protocols):
         """The values: a NumPy or CuPy array on this tensor's memory, without a copy.
 
         Writing to it, or assigning (``t.data += 1``, ``t.data = array``), changes the tensor
-        outside of the graph. `backward` refuses to use what was edited after it was saved.
+        outside the graph. `backward` refuses arrays that were edited after they were saved.
         """
         return self._storage.lend(self._data)
 
@@ -116,7 +116,7 @@ class Tensor(Operators, Protocols):
     def data(self, value: Any) -> None:
         xp = module_of(self._data)
         if isinstance(value, xp.ndarray) and same_memory(value, self._data):
-            self._storage.touch()  # what is left to do of an augmented assignment
+            self._storage.touch()  # the last step of an augmented assignment
             return
         array = _as_array(value)
         if self.requires_grad and array.dtype.kind in "biu":
@@ -129,10 +129,10 @@ class Tensor(Operators, Protocols):
         self._two_valued_at = None
 
     def write(self) -> Any:
-        """Return the array for an edit in place by the caller, here and now.
+        """Return the array for an immediate edit in place.
 
-        This is the optimisers' way: cheaper than `data`, since it only notes that the contents
-        change. The array is not to be kept.
+        Used by optimisers: cheaper than `data`, because it only records that the contents
+        change. Do not keep the array.
         """
         if self._memory is not None:
             self._memory.touch()
@@ -169,12 +169,12 @@ class Tensor(Operators, Protocols):
 
     @property
     def device(self) -> Device:
-        """Where the array lies."""
+        """Device of the array."""
         return device_of(self._data)
 
     @property
     def is_leaf(self) -> bool:
-        """Whether the tensor was given rather than computed by a recorded operation."""
+        """Whether the tensor was created directly rather than by a recorded operation."""
         return self._node is None
 
     def backward(self, gradient: Any = None, retain_graph: bool = False) -> None:
@@ -183,26 +183,26 @@ class Tensor(Operators, Protocols):
         Parameters
         ----------
         gradient : array of this tensor's shape and dtype, optional
-            What the leaves' gradients are multiplied by; may be left out for one element.
+            The gradient with respect to this tensor; optional if it has one element.
         retain_graph : bool
-            Keep what the graph saved, for another backward pass through it.
+            Keep the saved arrays for another backward pass through this graph.
 
         Raises
         ------
         GraphError
             If the tensor depends on nothing that requires a gradient, if it has several elements
-            and no `gradient` is given, if (part of) the graph was freed by an earlier pass, if an
-            array that the graph saved was edited since, or if an operation returns a gradient of
-            the wrong shape or dtype. In the first four cases no gradient was changed.
+            and no `gradient` is passed, if (part of) the graph was freed by an earlier pass, if a
+            saved array was edited since, or if an operation returns a gradient of the wrong shape
+            or dtype. In the first four cases no gradient has changed.
 
         Notes
         -----
-        Gradients are arrays, not tensors: derivatives of higher order are not computed.
+        Gradients are arrays, not tensors: higher-order derivatives are not supported.
         """
         backward(self, gradient, retain_graph)
 
     def retain_grad(self) -> Tensor:
-        """Have `backward` fill `grad` although the tensor is not a leaf; returns the tensor."""
+        """Make `backward` fill `grad` even if the tensor is not a leaf; return the tensor."""
         if not self.requires_grad:
             raise GraphError("retain_grad() needs a tensor that requires a gradient.")
         if self._node is not None:
@@ -210,17 +210,17 @@ class Tensor(Operators, Protocols):
         return self
 
     def zero_grad(self) -> None:
-        """Forget the gradient."""
+        """Set the gradient to None."""
         self.grad = None
 
     def detach(self) -> Tensor:
-        """Return a tensor on the same memory that belongs to no graph."""
+        """Return a tensor that shares this memory but belongs to no graph."""
         tensor = Tensor._of(self._data, self._storage)
         tensor.two_valued = self.two_valued
         return tensor
 
     def move(self, device: Device) -> None:
-        """Move a leaf, and its gradient, to `device`, in place; `to` gives a new tensor."""
+        """Move a leaf, and its gradient, to `device`, in place; `to` returns a new tensor."""
         array = to_device(self._data, device)
         if array is not self._data:
             known = self.two_valued
@@ -233,7 +233,7 @@ class Tensor(Operators, Protocols):
     def __setitem__(self, key: Any, value: Any) -> None:
         if self._node is not None:
             raise GraphError(
-                "An element of a computed tensor cannot be assigned: its graph would not know. "
+                "Elements of a computed tensor cannot be assigned: its graph would not notice. "
                 "Assign to a leaf, or to .detach()."
             )
         key = index_key(key, module_of(self._data))
@@ -254,33 +254,33 @@ class Tensor(Operators, Protocols):
         if self._node is not None:
             raise GraphError(
                 f"A computed tensor (shape {self.shape}, made by {self._node.function.name}) "
-                f"cannot be pickled or deep-copied, because its graph cannot: take t.detach()."
+                f"cannot be pickled or deep-copied, because its graph cannot: use t.detach()."
             )
         storage = self._storage
-        if self._data is not storage.array:  # a view: what it is a view of stays behind
+        if self._data is not storage.array:  # a view: do not pickle its base
             storage = Storage(self._data.copy())
-        facts = storage, self.requires_grad, self.name, self.grad, self.two_valued
-        of_subclass = _slots(type(self))[len(_slots(Tensor)) :]
-        slots = {name: getattr(self, name) for name in of_subclass if hasattr(self, name)}
-        return _restored, (type(self), *facts), (getattr(self, "__dict__", None), slots)
+        fields = storage, self.requires_grad, self.name, self.grad, self.two_valued
+        subclass_slots = _slots(type(self))[len(_slots(Tensor)) :]
+        slots = {name: getattr(self, name) for name in subclass_slots if hasattr(self, name)}
+        return _restored, (type(self), *fields), (getattr(self, "__dict__", None), slots)
 
     def __repr__(self) -> str:
-        words = [str(self._data)]
+        parts = [str(self._data)]
         if self.dtype != np.float32:
-            words.append(f"dtype={self.dtype}")
+            parts.append(f"dtype={self.dtype}")
         if self.device.kind != "cpu":
-            words.append(f"device={self.device}")
+            parts.append(f"device={self.device}")
         if self._node is not None:
-            words.append(f"made by {self._node.function.name}")
+            parts.append(f"made by {self._node.function.name}")
         elif self.requires_grad:
-            words.append("requires_grad=True")
+            parts.append("requires_grad=True")
         if self.name:
-            words.append(f"name={self.name!r}")
-        return f"{type(self).__name__}({', '.join(words)})"
+            parts.append(f"name={self.name!r}")
+        return f"{type(self).__name__}({', '.join(parts)})"
 
 
 def _slots(kind: type[Tensor]) -> list[str]:
-    """Return the names of a class's slots, those of `Tensor` first."""
+    """Return the names of a class's slots, starting with those of `Tensor`."""
     found = [name for base in reversed(kind.__mro__) for name in vars(base).get("__slots__", ())]
     return [name for name in found if name not in ("__weakref__", "__dict__")]
 
@@ -293,7 +293,7 @@ def _restored(
     grad: Any,
     two_valued: bool,
 ) -> Tensor:
-    """Make a leaf anew from what `Tensor.__reduce_ex__` kept of it."""
+    """Rebuild a leaf from the fields that `Tensor.__reduce_ex__` kept."""
     tensor = kind.__new__(kind)
     tensor._data = storage.array
     tensor._memory = storage

@@ -1,4 +1,4 @@
-"""The two backends, NumPy and CUDA: the same functions under the same names and signatures."""
+"""The NumPy and CUDA backends: the same functions with the same signatures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["get"]
 
 
 def get(where: Device | Any) -> ModuleType:
-    """Return the backend module for a `Device` or for an array's device."""
+    """Return the backend module of a `Device` or of an array's device."""
     on_cuda = where.kind == "cuda" if isinstance(where, Device) else is_cupy(where)
     if on_cuda:
         from cupybnn.backends import cuda

@@ -30,7 +30,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Device:
-    """A place for arrays: ``Device("cpu")`` or ``Device("cuda", 0)``."""
+    """A device that holds arrays: ``Device("cpu")`` or ``Device("cuda", 0)``."""
 
     kind: str
     index: int = 0
@@ -59,7 +59,7 @@ CPU = Device("cpu")
 
 @dataclass(frozen=True)
 class CudaStatus:
-    """Whether CUDA can be used here and, where it cannot, why, in one sentence."""
+    """Whether CUDA is usable and, if not, the reason in one sentence."""
 
     available: bool
     reason: str
@@ -68,11 +68,11 @@ class CudaStatus:
 
 
 def _cupy_wheels() -> list[str]:
-    """Names of the installed distributions that each provide the module ``cupy``."""
-    # By the names of their folders: importlib.metadata would read the metadata of every package.
+    """Return the names of the installed distributions that provide the module ``cupy``."""
+    # From folder names: importlib.metadata would read the metadata of every package.
     names = set()
     for entry in sys.path:
-        with contextlib.suppress(OSError, ValueError, TypeError):  # a path may hold anything
+        with contextlib.suppress(OSError, ValueError, TypeError):  # sys.path may hold anything
             for info in Path(entry).glob("cupy*.*-info"):
                 names.add(re.split(r"[-.]", info.name)[0].replace("_", "-").lower())
     return sorted(n for n in names if re.fullmatch(r"cupy(-cuda\d+x?|-rocm-.+)?", n))
@@ -80,7 +80,7 @@ def _cupy_wheels() -> list[str]:
 
 @lru_cache(maxsize=1)
 def cuda_status() -> CudaStatus:
-    """Find out, once and without raising, whether CuPy is here and sees a device."""
+    """Check, once and without raising, whether CuPy is installed and sees a device."""
     wheels = _cupy_wheels()
     if len(wheels) > 1:
         return CudaStatus(
@@ -103,7 +103,7 @@ def cuda_status() -> CudaStatus:
         return CudaStatus(False, f"CuPy is installed but cannot be imported: {first_line}")
     if not (hasattr(cupy, "__version__") and hasattr(cupy, "cuda")):
         if not imported_before:
-            # Libraries that work with arrays of any kind take what is called cupy here for CuPy.
+            # Libraries that support several array types would take this module for CuPy.
             sys.modules.pop("cupy", None)
         return CudaStatus(
             False,
@@ -127,7 +127,7 @@ def cuda_status() -> CudaStatus:
 
 
 def _whereabouts(module: Any) -> str:
-    """Say where a module that is not CuPy comes from."""
+    """Describe the origin of a module that is not CuPy."""
     file = getattr(module, "__file__", None)
     if file is not None:
         return f"the file {file}"
@@ -141,13 +141,13 @@ def resolve(device: str | Device | None = "auto") -> Device:
     Parameters
     ----------
     device : str or Device or None
-        "cpu"; "cuda" (the current CUDA device); "cuda:1"; "auto" or None: CUDA where it can be
-        used, else the CPU.
+        "cpu"; "cuda" (the current CUDA device); "cuda:1"; "auto" or None: CUDA if usable, otherwise
+        the CPU.
 
     Raises
     ------
     DeviceError
-        If CUDA is asked for by name and cannot be used, or has no device of that number.
+        If CUDA is requested by name but not usable, or has no device of that index.
     SettingError
         If the name is none of the above.
     """
@@ -186,14 +186,14 @@ def _current_cuda_device() -> Device:
 
 
 def is_cupy(x: object) -> bool:
-    """Whether `x` is a CuPy array; imports nothing."""
+    """Whether `x` is a CuPy array; does not import cupy."""
     cupy = sys.modules.get("cupy")
     ndarray = getattr(cupy, "ndarray", None)
     return isinstance(ndarray, type) and isinstance(x, ndarray)
 
 
 def array_module(*arrays: Any) -> Any:
-    """Return numpy or cupy, whichever all of `arrays` belong to.
+    """Return the module, numpy or cupy, of all `arrays`.
 
     Raises
     ------
@@ -218,7 +218,7 @@ def device_of(array: Any) -> Device:
 
 
 def to_device(array: Any, device: Device) -> Any:
-    """Return `array` on `device`; no copy if it is there already."""
+    """Return `array` on `device`, without a copy if already there."""
     if device.kind == "cpu":
         return array.get() if is_cupy(array) else np.asarray(array)
     if is_cupy(array) and array.device.id == device.index:
@@ -228,7 +228,7 @@ def to_device(array: Any, device: Device) -> Any:
 
 
 def synchronize(device: Device) -> None:
-    """Wait for all work issued to `device`; does nothing on the CPU."""
+    """Wait for the current stream of `device`; does nothing on the CPU."""
     if device.kind == "cuda":
         with device.scope():
             device.xp.cuda.get_current_stream().synchronize()

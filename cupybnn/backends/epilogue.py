@@ -1,6 +1,6 @@
-"""What is done to the integers of a product on their way into the result.
+"""The epilogue of a product: scales, bias and conversion of its integers to the result.
 
-This is the reference: every CUDA kernel's epilogue gives the same bits.
+This is the reference: every CUDA kernel's epilogue gives bit-identical results.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Epilogue:
 
     The value written is ``(float32(acc) * row_scale) * col_scale + bias``, each step rounded to
     float32 (in float64 arithmetic for a float64 or longer result), then rounded to nearest even
-    into the dtype of the result. A part that is None is left out. The two scales are the K and the
+    into the dtype of the result. A part that is None is skipped. The two scales are the K and the
     alpha of XNOR-Net (Rastegari et al., 2016, https://arxiv.org/abs/1603.05279).
 
     Parameters
@@ -37,7 +37,7 @@ class Epilogue:
     bias: Any = None
 
     def broadcast(self, shape: tuple[int, ...]) -> Epilogue:
-        """Return the same for a product of shape (..., M, N), with all its axes spelled out."""
+        """Broadcast all parts to a product of shape (..., M, N)."""
         columns = (*shape[:-2], 1, shape[-1])
         return Epilogue(
             _map(np.broadcast_to, self.row_scale, (*shape[:-1], 1)),
@@ -46,7 +46,7 @@ class Epilogue:
         )
 
     def part(self, lead: tuple[Any, ...], rows: slice, cols: slice) -> Epilogue:
-        """Return what belongs to one panel; `lead` indexes the leading axes, from the first."""
+        """Return the epilogue of one panel; `lead` indexes the leading axes."""
         row_index, column_index = (*lead, ..., rows, slice(None)), (*lead, ..., slice(None), cols)
         return Epilogue(
             _map(np.ndarray.__getitem__, self.row_scale, row_index),
@@ -72,8 +72,8 @@ def apply(acc: np.ndarray, epilogue: Epilogue | None, out: np.ndarray) -> None:
 
     Notes
     -----
-    Overflow gives an infinity and a NaN stays one, without a warning or an error whatever
-    `numpy.errstate` says: a GPU gives neither, and the same program is to run on both.
+    Overflow gives an infinity and NaN stays NaN, without warnings or errors whatever
+    `numpy.errstate` says, as on a GPU, so that a program behaves the same on both.
     """
     with np.errstate(all="ignore"):
         if epilogue is not None:

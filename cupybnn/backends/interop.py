@@ -1,7 +1,7 @@
-"""Arrays of other libraries, taken without a copy.
+"""Zero-copy conversion of other libraries' arrays.
 
-GPU tensors (PyTorch, JAX, Numba, ...) become CuPy arrays, CPU tensors NumPy arrays, over DLPack or
-the CUDA array interface. Whatever else NumPy can read becomes a NumPy array.
+GPU tensors (PyTorch, JAX, Numba, ...) become CuPy arrays and CPU tensors NumPy arrays, through
+DLPack or the CUDA array interface. Anything else that NumPy can convert becomes a NumPy array.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from cupybnn.backends.devices import cuda_status, is_cupy
 
 __all__ = ["as_native", "bfloat16_dtype", "type_name"]
 
-# Device types of DLPack (dlpack.h): memory that the host reads, and memory that CUDA reads.
+# DLPack device types (dlpack.h): memory accessible from the host, and from CUDA.
 _DLPACK_HOST = {1}
 _DLPACK_CUDA = {2, 3, 13}  # CUDA, CUDA pinned host, CUDA managed
 
 
 def type_name(x: object) -> str:
-    """Name of the type of `x` as its users write it: numpy.ndarray, torch.Tensor, list."""
+    """Return the type name of `x` as users write it: numpy.ndarray, torch.Tensor, list."""
     kind = type(x)
     module = kind.__module__.partition(".")[0]
     if module in ("builtins", "__main__"):
@@ -30,7 +30,7 @@ def type_name(x: object) -> str:
 
 
 def bfloat16_dtype() -> np.dtype | None:
-    """Return NumPy's bfloat16, which the package ml_dtypes adds, or None without it."""
+    """Return the bfloat16 dtype of the package ml_dtypes, or None without it."""
     try:
         import ml_dtypes
     except ModuleNotFoundError:
@@ -39,15 +39,15 @@ def bfloat16_dtype() -> np.dtype | None:
 
 
 def as_native(x: Any, what: str) -> Any:
-    """Return `x` as a plain NumPy or CuPy array, sharing memory where it is an array already.
+    """Return `x` as a plain NumPy or CuPy array, sharing memory if it is already an array.
 
     Parameters
     ----------
     x : array_like
         A NumPy or CuPy array, an object with ``__dlpack__`` or ``__cuda_array_interface__``, or
-        anything that `numpy.asarray` reads.
+        anything that `numpy.asarray` accepts.
     what : str
-        What `x` is called in an error, such as "'a' of xnor_gemm".
+        Name of `x` in error messages, such as "'a' of xnor_gemm".
 
     Returns
     -------
@@ -62,8 +62,8 @@ def as_native(x: Any, what: str) -> Any:
         return x
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(
-            f"The {what} must be an array without a mask, for a masked element has no sign; "
-            f"got numpy.ma.MaskedArray. Fill it first: x.filled(value)."
+            f"The {what} must be an array without a mask, because a masked element has no "
+            f"sign; got numpy.ma.MaskedArray. Fill it first: x.filled(value)."
         )
     if isinstance(x, (np.ndarray, np.generic)):
         return np.asarray(x)
@@ -81,26 +81,25 @@ def as_native(x: Any, what: str) -> Any:
         return np.asarray(x)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
-            f"The {what} must be an array or something that numpy.asarray reads; "
+            f"The {what} must be an array or something that numpy.asarray accepts; "
             f"got {type_name(x)} ({error})."
         ) from error
 
 
 def _cupy_for(x: Any, what: str) -> Any:
-    """Import cupy to take the GPU tensor `x`; say why where that cannot be."""
+    """Import cupy to convert the GPU tensor `x`; TypeError with the reason if that fails."""
     status = cuda_status()
     if not status.available:
-        raise TypeError(
-            f"The {what} is a {type_name(x)} on a GPU and would need CuPy to be read. "
-            f"{status.reason}"
-        )
+        raise TypeError(f"The {what} is a {type_name(x)} on a GPU and needs CuPy. {status.reason}")
     import cupy
 
     return cupy
 
 
 def _from_dlpack(x: Any, what: str) -> Any:
-    is_negated = getattr(x, "is_neg", None)  # PyTorch's z.conj().imag: memory holds the opposite
+    is_negated = getattr(
+        x, "is_neg", None
+    )  # PyTorch's z.conj().imag: memory holds the negated values
     if callable(is_negated) and is_negated():
         x = x.resolve_neg()
     try:
@@ -111,11 +110,11 @@ def _from_dlpack(x: Any, what: str) -> Any:
             return _host_from_dlpack(x, what)
     except (BufferError, RuntimeError, ValueError) as error:
         raise TypeError(
-            f"The {what} must be a tensor that DLPack can hand over; got a {type_name(x)} of "
+            f"The {what} must be a tensor that DLPack can export; got a {type_name(x)} of "
             f"dtype {getattr(x, 'dtype', 'unknown')} ({error})."
         ) from error
     raise TypeError(
-        f"The {what} must be in the memory of the host or of a CUDA device; got a {type_name(x)} "
+        f"The {what} must be in host memory or on a CUDA device; got a {type_name(x)} "
         f"on DLPack device type {device_type}. Move it there first."
     )
 
@@ -124,7 +123,7 @@ def _by_dlpack_or_array(x: Any) -> np.ndarray:
     try:
         return np.from_dlpack(x)
     except (BufferError, RuntimeError, ValueError):
-        # NumPy's DLPack has no bfloat16, for one; JAX hands its own over as an array of ml_dtypes.
+        # NumPy's DLPack lacks bfloat16, for example; JAX exports it as an ml_dtypes array.
         if not hasattr(type(x), "__array__"):
             raise
         try:
@@ -138,7 +137,7 @@ def _host_from_dlpack(x: Any, what: str) -> np.ndarray:
     torch = sys.modules.get("torch")
     if torch is None or getattr(x, "dtype", None) is not torch.bfloat16:
         return _by_dlpack_or_array(x)
-    # NumPy itself knows no bfloat16: hand over the same bits as int16 and name them again.
+    # NumPy itself has no bfloat16: pass the bits as int16 and view them as bfloat16.
     bfloat16 = bfloat16_dtype()
     if bfloat16 is None:
         raise TypeError(

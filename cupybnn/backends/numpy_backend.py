@@ -1,4 +1,4 @@
-"""Bits and products on the CPU, in NumPy alone. The packed words are the canonical layout."""
+"""Packing and products on the CPU, in pure NumPy. Packed words are in the canonical layout."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn.backends import numpy_product, numpy_threads
+from cupybnn.backends import numpy_product
 from cupybnn.backends.epilogue import Epilogue
 from cupybnn.backends.numpy_bits import write_bits
-from cupybnn.backends.numpy_lines import BLOCK, blocks, ones
+from cupybnn.backends.numpy_lines import BLOCK, bits_to_signs, blocks
 from cupybnn.backends.numpy_random import random_words, uniform
-from cupybnn.backends.numpy_threads import over as parallel_for
-from cupybnn.backends.numpy_threads import over_parts as parallel_parts
+from cupybnn.backends.numpy_threads import parallel_for, parallel_parts
 
 __all__ = [
     "from_canonical",
@@ -35,13 +34,13 @@ WORD = np.dtype("<u8")
 
 def sign(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return +1 where `x` is not negative and -1 elsewhere, in `dtype`."""
-    # numpy.where takes a branch for each element: on random signs this is ten times as fast.
+    # numpy.where branches on each element: on random signs this is ten times as fast.
     signs = np.empty_like(x, dtype)
 
-    def some(part: Any) -> None:
-        signs[part] = ones(write_bits(x[part]))
+    def write_part(part: Any) -> None:
+        signs[part] = bits_to_signs(write_bits(x[part]))
 
-    numpy_threads.over_parts(x, 0, some)
+    parallel_parts(x, 0, write_part)
     return signs
 
 
@@ -62,7 +61,9 @@ def pack(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     batch, k, lines = x.shape[:-2], x.shape[axis], x.shape[-3 - axis]
     words = np.zeros((*batch, lines, -(-k // 64)), WORD)
     octets = words.view(np.uint8)
-    for index in np.ndindex(batch if x.size else (0,)):  # leading axes may be long and hold nothing
+    for index in np.ndindex(
+        batch if x.size else (0,)
+    ):  # leading axes of an empty array may be long
         matrix = x[index] if axis == -1 else x[index].T
         if abs(matrix.strides[0]) >= abs(matrix.strides[1]):
             _pack_rows(matrix, octets[index])
@@ -72,7 +73,7 @@ def pack(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pack_rows(x: np.ndarray, octets: np.ndarray) -> None:
-    """Pack each row of `x`, whose rows lie in memory one after the other, into bytes."""
+    """Pack each row of `x`, whose rows are contiguous in memory, into bytes."""
     rows, k = x.shape
 
     def work(start: int, stop: int) -> None:
@@ -80,13 +81,13 @@ def _pack_rows(x: np.ndarray, octets: np.ndarray) -> None:
             bits = np.packbits(write_bits(x[part]), axis=1, bitorder="little")
             octets[part, : bits.shape[1]] = bits
 
-    numpy_threads.over(rows, x.size, work)
+    parallel_for(rows, x.size, work)
 
 
 def _pack_columns(x: np.ndarray, octets: np.ndarray) -> None:
-    """Pack each column of `x`, whose rows lie in memory one after the other, into bytes.
+    """Pack each column of `x`, whose rows are contiguous in memory, into bytes.
 
-    Eight rows make a row of bytes by shifts of whole rows, which is much quicker than to gather
+    Shifting whole rows turns eight rows into a row of bytes, which is much faster than gathering
     the bits of a column one by one.
     """
     k, lines = x.shape
@@ -97,7 +98,7 @@ def _pack_columns(x: np.ndarray, octets: np.ndarray) -> None:
             bits = write_bits(x[8 * part.start : 8 * part.stop]).view(np.uint8)
             octets[part] = _eight_rows(bits)
 
-    numpy_threads.over(full, x.size, work)
+    parallel_for(full, x.size, work)
     if k % 8:
         last = np.zeros((8, lines), bool)
         write_bits(x[8 * full :], last[: k % 8])
@@ -105,7 +106,7 @@ def _pack_columns(x: np.ndarray, octets: np.ndarray) -> None:
 
 
 def _eight_rows(bits: np.ndarray) -> np.ndarray:
-    """Put the 0 and 1 of each eight rows into bytes, the first row into bit 0."""
+    """Pack each group of eight rows of 0 and 1 into a row of bytes; the first row is bit 0."""
     packed = bits[7::8].copy()
     for j in range(6, -1, -1):
         packed += packed
@@ -114,7 +115,7 @@ def _eight_rows(bits: np.ndarray) -> np.ndarray:
 
 
 def unpack(words: np.ndarray, shape: tuple[int, ...], axis: int, dtype: np.dtype) -> np.ndarray:
-    """Return the array of +1 and -1, of shape `shape`, that `words` were packed from.
+    """Unpack `words` into an array of +1 and -1 of shape `shape`.
 
     For dtype bool, +1 is True and -1 is False.
     """
@@ -125,7 +126,7 @@ def unpack(words: np.ndarray, shape: tuple[int, ...], axis: int, dtype: np.dtype
         octets = words[index].view(np.uint8)
         for part in blocks(0, lines, max(1, BLOCK // max(1, k))):
             bits = np.unpackbits(octets[part], axis=1, count=k, bitorder="little")
-            by_line[part] = bits.view(bool) if out.dtype.kind == "b" else ones(bits)
+            by_line[part] = bits.view(bool) if out.dtype.kind == "b" else bits_to_signs(bits)
     return out
 
 
@@ -137,7 +138,7 @@ def gemm(a: Any, b: Any, out: np.ndarray, epilogue: Epilogue | None) -> None:
     a : ndarray or PackedMatrix packed along -1, shape (..., M, K)
     b : ndarray or PackedMatrix packed along -2, shape (..., K, N)
     out : ndarray, shape (..., M, N)
-        Its leading axes are those of `a` and `b` broadcast together. It overlaps neither.
+        Its leading axes are those of `a` and `b`, broadcast. It overlaps neither operand.
     epilogue : Epilogue or None
     """
     numpy_product.product(a, b, out, epilogue)
@@ -165,20 +166,20 @@ def gemm_packed(
 
 
 def to_canonical(words: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:
-    """Return the words in the canonical layout: here they are."""
+    """Return the words in the canonical layout, which is this backend's own."""
     return words
 
 
 def from_canonical(canonical: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:
-    """Return words laid out as this backend wants them: as they come."""
+    """Return words in this backend's layout, which is the canonical one."""
     return canonical
 
 
 def select(words: np.ndarray, shape: tuple[int, ...], axis: int, key: tuple[Any, ...]) -> Any:
-    """Return the lines that `key` selects, in the canonical layout; a view where it can be one."""
+    """Return the lines that `key` selects, in the canonical layout; a view if possible."""
     return words[(*key, slice(None))]
 
 
 def from_lines(lines: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:
-    """Return lines in the canonical layout as this backend wants them: each without gaps."""
+    """Return canonical lines in this backend's layout: contiguous."""
     return np.ascontiguousarray(lines)

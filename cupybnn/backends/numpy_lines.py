@@ -1,4 +1,4 @@
-"""Operands of a product on the CPU as lines of bits, and the floats that are made of them."""
+"""Operands of a CPU product as lines of bits, and their conversion to floats."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn.backends import numpy_threads
 from cupybnn.backends.numpy_bits import write_bits
+from cupybnn.backends.numpy_threads import parallel_for
 
-__all__ = ["BLOCK", "PAIR", "Lines", "blocks", "ones"]
+__all__ = ["BLOCK", "PAIR", "Lines", "bits_to_signs", "blocks"]
 
 PAIR = 4096
-# Elements turned into bits at a time: with bits and floats they stay in a core's L2 cache.
+# Elements converted at a time, so that they, their bits and floats stay in a core's L2 cache.
 BLOCK = 1 << 17
 
 BYTE_ONE = np.array(1, np.int8)
@@ -42,7 +42,7 @@ class Lines:
 
     @classmethod
     def of(cls, operand: Any, k_axis: int) -> Lines:
-        """Lines of an array or a PackedMatrix whose K lies along `k_axis`, -1 or -2."""
+        """Return the lines of an array or PackedMatrix with K along `k_axis`, -1 or -2."""
         if isinstance(operand, np.ndarray):
             x = operand if k_axis == -1 else operand.swapaxes(-1, -2)
             return cls(x, x.shape[-1], False)
@@ -60,32 +60,32 @@ class Lines:
 
     @property
     def adjacent(self) -> bool:
-        """Whether neighbours in memory belong to neighbouring lines, rather than to one line."""
+        """Whether neighbours in memory belong to neighbouring lines rather than to one line."""
         return not self.packed and abs(self.x.strides[-2]) < abs(self.x.strides[-1])
 
     def broadcast(self, batch: tuple[int, ...]) -> Lines:
-        """Repeat the matrices, without a copy, to leading axes `batch`."""
+        """Broadcast the matrices, without a copy, to leading axes `batch`."""
         return Lines(np.broadcast_to(self.x, batch + self.x.shape[-2:]), self.k, self.packed)
 
     def flat(self) -> Lines:
-        """All matrices of a batch as one; a view where memory allows it."""
+        """Return all matrices of a batch as one; a view if possible."""
         return Lines(self.x.reshape(-1, self.x.shape[-1]), self.k, self.packed)
 
     def at(self, index: tuple[Any, ...]) -> Lines:
-        """Return one matrix of a batch, or some."""
+        """Return one or some matrices of a batch."""
         return Lines(self.x[index], self.k, self.packed)
 
     def signs(self) -> np.ndarray:
-        """All of it as float32 +1 and -1, shape (..., lines, K)."""
+        """Return all elements as float32 +1 and -1, shape (..., lines, K)."""
         if self.packed:
             octets = np.ascontiguousarray(self.x).view(np.uint8)
             bits = np.unpackbits(octets, axis=-1, count=self.k, bitorder="little")
         else:
             bits = write_bits(self.x)
-        return ones(bits).astype(np.float32)
+        return bits_to_signs(bits).astype(np.float32)
 
     def words(self, lines: slice) -> np.ndarray:
-        """Packed words of some lines, as `PackedMatrix` stores them."""
+        """Return packed words of some lines, as stored by `PackedMatrix`."""
         if self.packed:
             return self.x[lines]
         count = len(range(*lines.indices(self.count)))
@@ -102,7 +102,7 @@ class Lines:
         Parameters
         ----------
         lines, ks : slice
-            With both ends given; `ks` of packed lines starts at a multiple of 8.
+            With explicit start and stop; for packed lines, `ks` starts at a multiple of 8.
         out : ndarray of bool
         """
         if self.packed:
@@ -113,7 +113,7 @@ class Lines:
             write_bits(self.x[lines, ks], out)
 
     def panel(self, lines: slice, ks: slice, memory: np.ndarray) -> np.ndarray:
-        """Return +1.0 and -1.0 of some lines and K, shape (lines, ks), kept in `memory`."""
+        """Return +1.0 and -1.0 for some lines and K, shape (lines, ks), stored in `memory`."""
         n, k = lines.stop - lines.start, ks.stop - ks.start
         floats = memory[: n * k].reshape((k, n) if self.adjacent else (n, k))
 
@@ -125,27 +125,27 @@ class Lines:
                     self.write_bits(lines, _within(ks, here), part.T)
                 else:
                     self.write_bits(_within(lines, here), ks, part)
-                floats[here] = ones(part)
+                floats[here] = bits_to_signs(part)
 
-        numpy_threads.over(len(floats), n * k, fill)
+        parallel_for(len(floats), n * k, fill)
         return floats.T if self.adjacent else floats
 
     def pair_panel(self, lines: slice, ks: slice, memory: np.ndarray) -> np.ndarray:
-        """Return two lines in each float, lo + 4096 * hi, kept in `memory`.
+        """Return two lines per float, lo + 4096 * hi, stored in `memory`.
 
         Returns
         -------
         ndarray of float32, shape (ceil(lines / 2), ks)
-            Of lines that are adjacent in memory, pair j holds the lines 2j (lo) and 2j + 1 (hi);
-            of others, lines j (lo) and ceil(lines / 2) + j (hi). A hi that does not exist is -1.
+            If lines are adjacent in memory, pair j holds lines 2j (lo) and 2j + 1 (hi); otherwise
+            lines j (lo) and ceil(lines / 2) + j (hi). A missing hi is -1.
         """
         if self.adjacent:
             return self._adjacent_pairs(lines, ks, memory)
         return self._distant_pairs(lines, ks, memory)
 
     def _adjacent_pairs(self, lines: slice, ks: slice, memory: np.ndarray) -> np.ndarray:
-        # Two neighbouring bools are the bytes of one 16-bit number, so that one pass over those
-        # gives both lines their weights: no floats are made for each line.
+        # Two neighbouring bools are the bytes of one 16-bit number, so one pass over these numbers
+        # weights both lines, without floats for each line.
         n, k = lines.stop - lines.start, ks.stop - ks.start
         half = -(-n // 2)
         floats = memory[: half * k].reshape(k, half)
@@ -163,7 +163,7 @@ class Lines:
                 weights -= PAIR_MIDDLE  # ±1 ± 4096
                 floats[here] = weights
 
-        numpy_threads.over(k, n * k, fill)
+        parallel_for(k, n * k, fill)
         return floats.T
 
     def _distant_pairs(self, lines: slice, ks: slice, memory: np.ndarray) -> np.ndarray:
@@ -191,12 +191,12 @@ class Lines:
                 w -= PAIR_MIDDLE
                 floats[here] = w
 
-        numpy_threads.over(half, n * k, fill)
+        parallel_for(half, n * k, fill)
         return floats
 
 
-def ones(bits: np.ndarray) -> np.ndarray:
-    """Turn the bytes 0 and 1 into -1 and 1, in place."""
+def bits_to_signs(bits: np.ndarray) -> np.ndarray:
+    """Convert the bytes 0 and 1 to -1 and 1, in place."""
     signs = bits.view(np.int8)
     signs -= BYTE_ONE  # -1 and 0
     signs |= BYTE_ONE  # -1 and 1
@@ -204,16 +204,16 @@ def ones(bits: np.ndarray) -> np.ndarray:
 
 
 def _step(width: int, rows: int) -> int:
-    """Rows of `width` elements that make a block."""
+    """Return the number of rows of `width` elements in a block."""
     return max(1, min(rows, BLOCK // width))
 
 
 def blocks(start: int, stop: int, step: int) -> Iterator[slice]:
-    """Cut ``range(start, stop)`` into slices of `step`."""
+    """Split ``range(start, stop)`` into slices of length `step`."""
     for i in range(start, stop, step):
         yield slice(i, min(i + step, stop))
 
 
 def _within(outer: slice, inner: slice) -> slice:
-    """Return the part `inner` of the range `outer`."""
+    """Return the subrange `inner`, which is relative to `outer`, as an absolute range."""
     return slice(outer.start + inner.start, outer.start + inner.stop)

@@ -1,8 +1,8 @@
-"""Memory of NumPy's arrays between one training step and the next.
+"""Reuse of NumPy's memory from one training step to the next.
 
-The C library gives large pieces of memory back to the system as soon as they are freed. A training
-step, which frees what the next one asks for again, would then have the system find and clear the
-same pages in every step: as much work as several passes over each array.
+The C library returns large blocks to the system as soon as they are freed. Because every training
+step allocates what the last one freed, the system would then map and clear the same pages in every
+step, which costs as much as several passes over each array.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ __all__ = ["keep_freed"]
 
 # From malloc.h of glibc.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-# Pieces larger than this go back at once; more than 32 MiB glibc does not take.
+# Larger blocks are returned at once; 32 MiB is glibc's maximum.
 _LARGEST = 32 << 20
-# So much free memory is kept.
+# Maximum amount of free memory to keep.
 _KEPT = 512 << 20
 
 
 @lru_cache(maxsize=1)
 def keep_freed() -> None:
-    """Keep freed memory in the process (glibc; elsewhere nothing happens).
+    """Keep freed memory in the process (glibc; does nothing elsewhere).
 
-    The setting is the whole process's and stays: see `cupybnn.tune_process`.
+    The setting is process-wide and permanent: see `cupybnn.tune_process`.
     """
     if not sys.platform.startswith("linux"):
         return

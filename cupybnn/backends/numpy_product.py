@@ -1,13 +1,13 @@
 """The exact product of signs on the CPU, on top of NumPy's float32 matmul.
 
-Small products turn both operands into +1.0 and -1.0 and multiply. Larger ones go panel by panel,
-so that what is turned into floats stays in cache and scratch memory is bounded, and put two lines
-of one operand into each float: with ``w = lo + 4096 * hi``, one sum ``t = sum(x * w)`` holds two
-products, ``hi = rint(t / 4096)`` and ``lo = t - 4096 * hi``, for half the multiplications. That is
-exact over K <= 2048: |lo| <= 2048, so that t / 4096 is within 1/2 of hi, and every partial sum is
-at most 2048 * 4097 < 2**24, where float32 holds all integers. (At |lo| = 2048 the quotient lies
-half-way; but then K = 2048, hi is even as every product over an even K, and rint rounds half-way
-cases to even.) Products over a longer K are added up: in float32 to K = 2**24, in float64 beyond.
+Small products convert both operands to +1.0 and -1.0 and multiply. Larger ones work panel by panel,
+so that the floats stay in cache and scratch memory is bounded, and put two lines of one operand
+into each float: with ``w = lo + 4096 * hi``, one sum ``t = sum(x * w)`` holds two products,
+``hi = rint(t / 4096)`` and ``lo = t - 4096 * hi``, for half the multiplications. That is exact for
+K <= 2048: |lo| <= 2048, so t / 4096 is within 1/2 of hi, and every partial sum is at most
+2048 * 4097 < 2**24, up to which float32 holds all integers. (At |lo| = 2048 the quotient is
+half-way; but then K = 2048, hi is even like every product over an even K, and rint rounds half-way
+cases to even.) Products over a longer K are summed: in float32 up to K = 2**24, then in float64.
 
 A product with one or a few rows is bound by reading the other operand: it counts equal bits.
 """
@@ -21,30 +21,30 @@ from typing import Any
 import numpy as np
 
 from cupybnn.backends import epilogue as epilogues
-from cupybnn.backends import numpy_threads
 from cupybnn.backends.epilogue import Epilogue
 from cupybnn.backends.numpy_lines import BLOCK, PAIR, Lines, blocks
+from cupybnn.backends.numpy_threads import parallel_for
 
 __all__ = ["SCRATCH_BYTES", "product"]
 
 EXACT_FLOAT32 = 1 << 24
 
-# A panel is so many lines of the one operand or the other, over so many K (the bound of the pairs).
+# Size of a panel: lines of either operand, and K (limited by the pairs).
 BLOCK_A, BLOCK_B, BLOCK_K = 1024, 2048, 2048
-# What each thread keeps of scratch memory: a panel of each operand, and their product.
+# Scratch memory of each thread: a panel of each operand, and their product.
 PANEL_A, PANEL_B = BLOCK_A * BLOCK_K, BLOCK_B // 2 * BLOCK_K
 PANEL_T = BLOCK_A * BLOCK_B
 SCRATCH_BYTES = 4 * (PANEL_A + PANEL_B + PANEL_T)
 
-# Below so many multiplications Python's own time counts, and fewer calls win.
+# Below this many multiplications Python overhead dominates, and fewer calls win.
 SMALL_PRODUCT = 1 << 21
-# A batch of so few elements is turned into floats all at once.
+# A batch of up to this many elements is converted to floats at once.
 SMALL_BATCH = 1 << 20
-# Over a shorter K, taking the pairs apart costs more than they save.
+# For a shorter K, splitting the pairs costs more than they save.
 SHORT_K = 192
-# With so few lines in one operand, to count bits is quicker than to make floats of the other: of
-# one whose lines lie side by side, of one whose lines lie in a row each, of a packed one. To add up
-# the counts of a short row takes as long as those of K = 256.
+# With at most this many lines in one operand, counting bits is faster than converting the other to
+# floats: for an operand whose lines are adjacent, contiguous or packed. Summing the counts of a
+# short row takes as long as for K = 256.
 FEW_FOR_ADJACENT, FEW_FOR_ROWS, FEW_FOR_PACKED = 4, 24, 32
 # And in a small product, of a packed operand of so many elements or more.
 FEW_FOR_SMALL, SMALL_PACKED = 4, 1 << 17
@@ -55,7 +55,7 @@ DOWN, UP = np.float32(1 / PAIR), np.float32(PAIR)
 
 
 class _Scratch(threading.local):
-    """Panels of each thread, kept between calls: fresh memory would cost as much as the work."""
+    """Panels of each thread, reused between calls: fresh memory would cost as much as the work."""
 
     def __init__(self) -> None:
         self.memory: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
@@ -150,9 +150,9 @@ def _count_product(a: Lines, b: Lines) -> np.ndarray:
         a.write_bits(slice(0, a.count), slice(0, a.k), bits_a)
         lock = threading.Lock()
 
-        # Shared out along K, for only whole rows are read at the full speed of memory.
+        # Split along K, because only whole rows are read at full memory speed.
         def count_equal(start: int, stop: int) -> None:
-            # 255 equal bits fill a byte: sums of so many rows stay bytes, and quick.
+            # A byte counts up to 255 equal bits: sums of that many rows stay bytes, and fast.
             step = min(255, max(1, 8 * BLOCK // b.count))
             bits = np.empty((2, min(step, stop - start), b.count), bool)
             sums = np.zeros_like(acc)
@@ -165,7 +165,7 @@ def _count_product(a: Lines, b: Lines) -> np.ndarray:
             with lock:
                 np.add(acc, sums, out=acc)
 
-        numpy_threads.over(b.k, b.size, count_equal)
+        parallel_for(b.k, b.size, count_equal)
         acc *= 2
         acc -= a.k
         return acc
@@ -180,19 +180,19 @@ def _count_product(a: Lines, b: Lines) -> np.ndarray:
                 differ = np.bitwise_count(words ^ words_row)
                 row[cols] = a.k - 2 * np.add.reduce(differ, axis=1, dtype=np.int64)
 
-    numpy_threads.over(b.count, b.size // 16 if b.packed else b.size, count_different)
+    parallel_for(b.count, b.size // 16 if b.packed else b.size, count_different)
     return acc
 
 
 def _panel_product(a: Lines, b: Lines, out: np.ndarray, epilogue: Epilogue | None) -> None:
-    # The pairs are made of the operand with more lines, called b from here on.
+    # Pairs are formed from the operand with more lines, called b from here on.
     swapped = a.count > b.count
     if swapped:
         a, b, out = b, a, out.T
     paired = a.k >= SHORT_K
     block_b, block_k = BLOCK_B, BLOCK_K
     if b.adjacent and a.count <= BLOCK_A // 4:
-        # To make floats of b is much of the work, and quickest along whole rows of memory.
+        # Converting b to floats is much of the work, and fastest along whole rows of memory.
         block_b = min(max(b.count, BLOCK_B), 4 * BLOCK_B)
         block_k = BLOCK_K * BLOCK_B // block_b // 64 * 64
     one_step = a.k <= block_k and epilogue is None
@@ -206,11 +206,11 @@ def _panel_product(a: Lines, b: Lines, out: np.ndarray, epilogue: Epilogue | Non
             sums = target if one_step else memory_sums[: target.size].reshape(target.shape)
             for ks in blocks(0, a.k, block_k):
                 panel_a = a.panel(rows, ks, memory_a)
-                if rows.start == 0 or a.k > block_k:  # else it is there already
+                if rows.start == 0 or a.k > block_k:  # else already there
                     panel_b = (b.pair_panel if paired else b.panel)(cols, ks, memory_b)
                 t = _multiply(panel_a, panel_b, sums, memory_t)
                 if paired:
-                    _take_apart(t, b.adjacent, sums, add=ks.start > 0)
+                    _split_pairs(t, b.adjacent, sums, add=ks.start > 0)
                 elif ks.start > 0:
                     sums += t
                 else:
@@ -223,15 +223,15 @@ def _panel_product(a: Lines, b: Lines, out: np.ndarray, epilogue: Epilogue | Non
 
 
 def _multiply(a: np.ndarray, b: np.ndarray, target: np.ndarray, memory: np.ndarray) -> np.ndarray:
-    """Return ``a @ b.T`` in `memory`, in the order of axes that `target` has in its own."""
+    """Return ``a @ b.T``, stored in `memory` with the axis order of `target`."""
     m, n = len(a), len(b)
     if abs(target.strides[0]) < abs(target.strides[1]):
         return np.matmul(b, a.T, out=memory[: m * n].reshape(n, m)).T
     return np.matmul(a, b.T, out=memory[: m * n].reshape(m, n))
 
 
-def _take_apart(t: np.ndarray, adjacent: bool, target: np.ndarray, add: bool) -> None:
-    """Write or add both products that each element of `t` holds to `target`; spoils `t`."""
+def _split_pairs(t: np.ndarray, adjacent: bool, target: np.ndarray, add: bool) -> None:
+    """Write or add both products held by each element of `t` to `target`; overwrites `t`."""
     n, half = target.shape[1], t.shape[1]
     low, high = (
         (target[:, 0::2], target[:, 1::2]) if adjacent else (target[:, :half], target[:, half:])
@@ -251,4 +251,4 @@ def _take_apart(t: np.ndarray, adjacent: bool, target: np.ndarray, add: bool) ->
                 low[rows] = lo
                 high[rows] = hi[:, : n - half]
 
-    numpy_threads.over(len(t), t.size, split)
+    parallel_for(len(t), t.size, split)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn.backends import numpy_threads
+from cupybnn.backends.numpy_threads import parallel_for
 
 __all__ = ["random_words", "uniform"]
 
@@ -16,21 +16,21 @@ _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
-# Blocks computed at a time on the host, so that the temporary arrays stay in its cache.
+# Blocks computed at a time on the host, so that temporary arrays stay in cache.
 _HOST_BLOCKS = 4096
-# How many passes over an array its computation is worth, roughly, when threads are shared out.
+# Rough cost of the generator, in passes over an array, for choosing the number of threads.
 _PASSES = 100
 
 
 def random_words(shape: tuple[int, ...], seed: int, counter: Any, first: int = 0) -> np.ndarray:
-    """Return random 32-bit words, an array of uint32.
+    """Return random 32-bit words as an array of uint32.
 
     Parameters
     ----------
     shape, seed, counter
         As in `cupybnn.backends.random.random_words`.
     first : int
-        Number of the first block of four words, from 0 to 2**64 - 1.
+        Index of the first block of four words, from 0 to 2**64 - 1.
     """
     size = math.prod(shape)
     blocks = -(-size // 4)
@@ -42,13 +42,13 @@ def random_words(shape: tuple[int, ...], seed: int, counter: Any, first: int = 0
             last = min(at + _HOST_BLOCKS, stop)
             _philox(words[at:last], np.arange(at, last, dtype=np.uint64) + offset, draw, seed)
 
-    numpy_threads.over(blocks, blocks * _PASSES, fill)
+    parallel_for(blocks, blocks * _PASSES, fill)
     return words.reshape(-1)[:size].reshape(shape)
 
 
 def _philox(words: np.ndarray, block: Any, draw: Any, seed: int) -> None:
-    """Fill `words`, shape (n, 4), with the blocks of the numbers `block`, shape (n,)."""
-    # Each 32-bit word of the counter lies in a 64-bit element, which a product of two words fits.
+    """Fill `words`, shape (n, 4), with the blocks numbered `block`, shape (n,)."""
+    # Each 32-bit word of the counter is in a 64-bit element, so that a product of two words fits.
     c0, c1, c2, c3 = block & _LOW, block >> _HALF, draw & _LOW, draw >> _HALF
     keys = [seed & 0xFFFFFFFF, seed >> 32]
     for _ in range(_ROUNDS):
@@ -62,6 +62,6 @@ def _philox(words: np.ndarray, block: Any, draw: Any, seed: int) -> None:
 
 
 def uniform(shape: tuple[int, ...], seed: int, counter: Any) -> np.ndarray:
-    """Return numbers uniform in [0, 1), an array of float32."""
+    """Return numbers uniform in [0, 1) as an array of float32."""
     words = random_words((math.prod(shape),), seed, counter) >> np.uint32(8)
     return (words.astype(np.float32) * np.float32(2.0**-24)).reshape(shape)

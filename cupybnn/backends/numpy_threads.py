@@ -1,7 +1,7 @@
-"""Several threads for NumPy's elementwise work, which by itself keeps to one.
+"""Multithreading for NumPy's elementwise work, which is single-threaded.
 
-NumPy's matmul uses all cores; what prepares its operands must not be left to one of them. NumPy
-lets go of the interpreter lock within each call, so that plain threads run side by side.
+NumPy's matmul uses all cores, so preparing its operands must not be left to one. NumPy releases the
+interpreter lock within each call, so plain threads run in parallel.
 """
 
 from __future__ import annotations
@@ -18,37 +18,37 @@ import numpy as np
 
 from cupybnn import settings
 
-__all__ = ["over", "over_parts"]
+__all__ = ["parallel_for", "parallel_parts"]
 
-# A thread is worth waking for so many elements: some 60 µs of work for 20 µs of waking.
+# Minimum elements per thread: about 60 µs of work for 20 µs of wake-up.
 ELEMENTS_A_THREAD = 1 << 17
-# In work of several short calls, between any two of which a thread may wait for the interpreter's
-# lock, it takes so many elements of each call.
+# The minimum for work that makes several short calls, between which a thread may wait for the
+# interpreter lock.
 ELEMENTS_A_CALL = 1 << 18
 
 _pool: Any = None
 
 
-def over(size: int, elements: int, work: Callable[[int, int], None]) -> None:
-    """Call ``work(start, stop)`` for parts that make up ``range(size)``, on several threads.
+def parallel_for(size: int, elements: int, work: Callable[[int, int], None]) -> None:
+    """Call ``work(start, stop)`` for consecutive parts of ``range(size)``, on several threads.
 
     Parameters
     ----------
     size : int
-        Number of rows to share out.
+        Number of rows.
     elements : int
-        Number of elements in all of them: too few are not shared out.
+        Total number of elements; with too few, the caller's thread does all the work.
     work : callable
-        Writes the results of its rows; must not call `over`.
+        Writes the results of its rows; must not call `parallel_for`.
     """
     threads = min(settings.cpu_threads(), size, elements // ELEMENTS_A_THREAD)
     if threads < 2:
         work(0, size)
         return
     ends = [size * i // threads for i in range(threads + 1)]
-    shared = _Shared(work, itertools.pairwise(ends))
+    shared = _SharedWork(work, itertools.pairwise(ends))
     try:
-        shared.ask_for_help(threads - 1)
+        shared.request_helpers(threads - 1)
         shared.help()
     finally:
         shared.finish()
@@ -56,61 +56,61 @@ def over(size: int, elements: int, work: Callable[[int, int], None]) -> None:
         raise shared.error
 
 
-def over_parts(x: Any, axis: int, work: Callable[[Any], None]) -> None:
-    """Call ``work(part)`` for parts of an array that make up all of it, on several threads.
+def parallel_parts(x: Any, axis: int, work: Callable[[Any], None]) -> None:
+    """Call ``work(part)`` for parts that cover an array, on several threads.
 
-    Only a NumPy array is cut, and only a large one: else there is one part, ``...``.
+    Only large NumPy arrays are split; otherwise there is one part, ``...``.
 
     Parameters
     ----------
     x : ndarray
     axis : int
-        The axis to cut, 0 or -1.
+        The axis to split, 0 or -1.
     work : callable
-        Gets an index of arrays of the shape of `x`; must not call `over`.
+        Receives an index into arrays of the shape of `x`; must not call `parallel_for`.
     """
     if type(x) is not np.ndarray or x.size < 2 * ELEMENTS_A_CALL:
         work(...)
         return
 
-    # Edges at whole cache lines, so that no two threads write to the same one.
+    # Split at whole cache lines, so that no two threads write to the same one.
     lines = -(-x.shape[axis] // 16)
 
     def part(start: int, stop: int) -> None:
         cut = slice(16 * start, 16 * stop)
         work((..., cut) if axis == -1 else cut)
 
-    over(lines, x.size * ELEMENTS_A_THREAD // ELEMENTS_A_CALL, part)
+    parallel_for(lines, x.size * ELEMENTS_A_THREAD // ELEMENTS_A_CALL, part)
 
 
-class _Shared:
-    """Parts of one piece of work. Each thread that is free takes the next one, the caller too.
+class _SharedWork:
+    """A queue of parts. Each free thread takes the next one, including the caller.
 
-    So the caller never depends on the pool. Where no thread comes, because all are busy, none can
-    be started or the interpreter is ending, the caller does all parts by itself.
+    The caller never depends on the pool: if all threads are busy, none can be started or the
+    interpreter is shutting down, it does all parts itself.
     """
 
     def __init__(self, work: Callable[[int, int], None], parts: Iterable[tuple[int, int]]) -> None:
         self.error: BaseException | None = None
         self._work = work
         self._parts = collections.deque(parts)
-        self._helpers = 0  # threads of the pool that are in the middle of a part
+        self._helpers = 0  # pool threads currently working on a part
         self._changed = threading.Condition()
 
-    def ask_for_help(self, threads: int) -> None:
-        """Have up to so many threads of the pool call `help`, in the caller's context.
+    def request_helpers(self, threads: int) -> None:
+        """Submit `help` to up to `threads` pool threads, in the caller's context.
 
-        What NumPy does about overflow and the like (`numpy.errstate`) belongs to that context.
+        The context includes `numpy.errstate`.
         """
         try:
             pool = _executor()
             for _ in range(threads):
                 pool.submit(contextvars.copy_context().run, self._help_from_pool)
-        except RuntimeError:  # no thread can be started, or none any more: do without
+        except RuntimeError:  # no thread can be started, or no more
             pass
 
     def help(self) -> None:
-        """Work on parts until none is left or one has failed."""
+        """Work on parts until none are left or one has failed."""
         while self.error is None:
             try:
                 part = self._parts.popleft()
@@ -120,7 +120,7 @@ class _Shared:
 
     def _help_from_pool(self) -> None:
         while True:
-            with self._changed:  # `finish` must see a part as not taken or as being worked on
+            with self._changed:  # `finish` must see a part either as waiting or as in progress
                 if self.error is not None or not self._parts:
                     return
                 try:
@@ -138,11 +138,11 @@ class _Shared:
     def _do(self, part: tuple[int, int]) -> None:
         try:
             self._work(*part)
-        except BaseException as error:  # raised again by the caller, once no thread is at work
+        except BaseException as error:  # re-raised by the caller when all threads are done
             self.error = error
 
     def finish(self) -> None:
-        """Hand out no further part and wait for those begun: they write to the caller's memory."""
+        """Drop waiting parts and wait for those in progress: they write to the caller's memory."""
         interruption: KeyboardInterrupt | None = None
         while True:
             try:
@@ -167,7 +167,7 @@ def _executor() -> Any:
 
 
 def _forget_pool() -> None:
-    """Start anew in a forked child, which has the pool but none of its threads."""
+    """Reset the pool in a forked child, which inherits it without its threads."""
     global _pool
     _pool = None
 

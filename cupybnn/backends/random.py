@@ -1,11 +1,11 @@
-"""Random numbers from a counter: the same on NumPy and CuPy, with two integers as their state.
+"""Counter-based random numbers: identical on NumPy and CuPy, with two integers as state.
 
 The generator is Philox-4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as
 1, 2, 3. SC 2011): ten rounds of a keyed bijection turn a 128-bit counter into four 32-bit words.
-The key is the seed. The low half of the counter numbers the block of four words within an array,
-the high half is the caller's `counter`, to be raised by one for each array drawn. A number thus
-depends on (seed, counter, position) alone. `counter` may be an array without dimensions on the
-device, so that a captured CUDA graph can raise it.
+The key is the seed. The low half of the counter is the index of a block of four words within an
+array, the high half is the caller's `counter`, incremented for each array drawn. A number thus
+depends only on (seed, counter, position). `counter` may be a 0-d array on the device, so that a
+captured CUDA graph can increment it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from cupybnn import backends
 from cupybnn.backends.devices import CPU, Device
 
-__all__ = ["Stream", "chosen", "random_words", "uniform"]
+__all__ = ["Stream", "bernoulli", "random_words", "uniform"]
 
 
 def random_words(shape: tuple[int, ...], seed: int, counter: Any, xp: Any) -> Any:
@@ -32,7 +32,7 @@ def random_words(shape: tuple[int, ...], seed: int, counter: Any, xp: Any) -> An
     counter : int or 0-d uint64 array
         Number of the draw, from 0 to 2**64 - 1.
     xp : module
-        numpy or cupy; of the latter, the result is on the current device.
+        numpy or cupy; with cupy, the result is on the current device.
 
     Returns
     -------
@@ -50,21 +50,21 @@ def _backend(xp: Any) -> Any:
     return backends.get(CPU if xp is np else Device("cuda"))
 
 
-def chosen(words: Any, probability: float) -> Any:
-    """Return a bool array that is True where a random word lies in the given part of its range.
+def bernoulli(words: Any, probability: float) -> Any:
+    """Return a bool array that is True with the given probability, from random words.
 
-    The lowest bits of the chosen words, and of the others, are still random.
+    The lowest bits of the words stay random, given the result.
     """
     return words <= np.uint32(max(round(probability * 2**32), 1) - 1)
 
 
 class Stream:
-    """A seed, and the number of the next draw.
+    """A seed and the index of the next draw.
 
     Attributes
     ----------
     state : numpy.ndarray of uint64, shape (2,)
-        Seed and counter: all that is to be saved, and restored in place.
+        Seed and counter: the complete state, to be saved and restored in place.
     """
 
     def __init__(self, seed: int) -> None:

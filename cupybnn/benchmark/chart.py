@@ -13,7 +13,7 @@ from cupybnn.files import atomic_write
 
 __all__ = ["draw", "needs_matplotlib", "new_figure", "write"]
 
-#: Lines of the chart, in the order of the legend where nothing else decides.
+#: Colour and line style of each method.
 _STYLE: dict[str, tuple[str, str]] = {
     "packed -> packed": ("#0b5cad", "-"),
     "packed -> int32": ("#3f97e0", "-"),
@@ -66,7 +66,7 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
     record : dict
         What `cupybnn.benchmark.record.run` returned.
     path : path-like
-        Where to write; the ending is replaced by .svg and .png.
+        Where to write; the suffix is replaced by .svg and .png.
 
     Returns
     -------
@@ -76,12 +76,14 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
     Raises
     ------
     SettingError
-        If the record holds no square products, or matplotlib is not installed.
+        If the record contains no square products, or matplotlib is not installed.
     """
     needs_matplotlib()
     series = _series(record)
     if not series:
-        raise SettingError("The record holds no square products to draw; run the section 'square'.")
+        raise SettingError(
+            "The record contains no square products to draw; run the section 'square'."
+        )
     figure, axes = new_figure(8.5, 5.2, record, "Matrix products")
     ticks = sorted({n for sizes, _ in series.values() for n in sizes})
     axes.set_xscale("log", base=2)
@@ -109,7 +111,7 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
 
 
 def new_figure(width: float, height: float, record: dict[str, Any], what: str) -> tuple[Any, Any]:
-    """Return a figure and its axes, with a title that says what was measured on what."""
+    """Return a figure and its axes, with a title that names the measurement and the device."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -123,14 +125,14 @@ def new_figure(width: float, height: float, record: dict[str, Any], what: str) -
 
 
 def write(figure: Any, path: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """Write a figure as SVG and PNG, the same for the same figure; return the files' paths."""
+    """Write a figure as SVG and PNG, reproducibly; return the files' paths."""
     import matplotlib
 
     stem = Path(path)
     files = stem.with_suffix(".svg"), stem.with_suffix(".png")
     for file in files:
         buffer = io.BytesIO()
-        # Names of an SVG's parts are random unless they are made from a salt.
+        # Without a salt, the element ids of an SVG are random.
         with matplotlib.rc_context({"svg.hashsalt": "cupybnn"}):
             figure.savefig(buffer, format=file.suffix[1:], dpi=160, metadata=_metadata(file))
         with atomic_write(file) as out:
@@ -139,17 +141,17 @@ def write(figure: Any, path: str | os.PathLike[str]) -> tuple[Path, Path]:
 
 
 def _metadata(file: Path) -> dict[str, Any]:
-    # An SVG without its date does not change when it is drawn again.
+    # Without a date, an SVG does not change when it is drawn again.
     return {"Date": None} if file.suffix == ".svg" else {}
 
 
 def _name_lines(
     axes: Any, series: dict[str, tuple[list[int], list[float]]], ticks: list[int]
 ) -> None:
-    """Write each line's name beside its right end, moved apart where names would overlap."""
+    """Write each line's name at its right end, and move names apart that would overlap."""
     names = sorted(series, key=lambda name: series[name][1][-1])
     low, high = axes.get_ylim()
-    # In a logarithmic axis a distance is a ratio: logarithms are what is moved.
+    # Move logarithms, because a distance on a logarithmic axis is a ratio.
     gap = math.log(high / low) / 22
     places = _apart([math.log(series[name][1][-1]) for name in names], gap)
     for name, place in zip(names, places, strict=True):
@@ -157,13 +159,13 @@ def _name_lines(
             ticks[-1] * 1.12, math.exp(place), name, color=_STYLE[name][0], fontsize=9, va="center"
         )
     axes.set_ylim(low, max(high, math.exp(places[-1] + gap)))
-    # Room for the names, which belong to the plot as the lines do.
+    # Room for the names, which are inside the axes.
     axes.set_xlim(ticks[0] / 1.12, ticks[-1] * max(4.0, (ticks[-1] / ticks[0]) ** 0.36))
 
 
 def _apart(places: list[float], gap: float) -> list[float]:
-    """Return ascending `places` moved as little as need be to stand at least `gap` apart."""
-    groups: list[tuple[float, int]] = []  # middle and size of names that touch each other
+    """Return ascending `places`, moved as little as possible to be at least `gap` apart."""
+    groups: list[tuple[float, int]] = []  # middle and size of groups of adjacent names
     for place in places:
         middle, size = place, 1
         while groups and middle - groups[-1][0] < gap * (size + groups[-1][1]) / 2:

@@ -1,4 +1,4 @@
-"""Two clocks with the same methods: CUDA events for a GPU, the processor's counter for NumPy."""
+"""Two clocks with the same methods: CUDA events for a GPU, `time.perf_counter` for NumPy."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Call = Callable[[], Any]
 
 #: Calls shorter than this are timed in groups: an event costs about a microsecond of GPU time.
 GROUP_SECONDS = 100e-6
-#: Least time between two events of `Clock.steady`: what a training step does only now and then,
-#: such as writing tables for the next steps, should be in most groups.
+#: Minimum time between two events of `Clock.steady`, so that most groups include what a training
+#: step does only occasionally, such as writing tables for the next steps.
 STEADY_SECONDS = 20e-3
 #: Calls enqueued at a time. CUDA's queue holds about a thousand launches and then blocks the host.
 BURST_CALLS = 150
@@ -27,7 +27,7 @@ BURST_CALLS = 150
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call, over `runs` runs of `calls` calls each (a run's time is divided by them)."""
+    """Seconds per call, over `runs` runs of `calls` calls each."""
 
     median: float
     min: float
@@ -40,7 +40,7 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float], calls: int = 1) -> Timing:
-        """Summarise the time of a call in each run."""
+        """Summarise the seconds per call of each run."""
         ordered = sorted(seconds)
         last = len(ordered) - 1
         return cls(
@@ -60,18 +60,18 @@ class Timing:
 
 
 class Clock(Protocol):
-    """What the benchmark asks of a clock; `calls` are taken in turn, round and round."""
+    """What the benchmark needs from a clock; `calls` are made in turn, repeatedly."""
 
     def throughput(self, calls: Sequence[Call], budget: float) -> Timing:
-        """Time of a call on the device when calls follow each other without a gap."""
+        """Time of a call on the device when calls follow each other without gaps."""
         ...
 
     def issued(self, calls: Sequence[Call]) -> Timing:
-        """Time of a call when the host issues one after the other: its own time counts too."""
+        """Time of a call when the host issues them in a loop, including host time."""
         ...
 
     def steady(self, call: Call, budget: float) -> Timing:
-        """Time of a call amid a long run of them, issued without ever waiting for the device."""
+        """Time of a call in a long run of calls, issued without waiting for the device."""
         ...
 
     def latency(self, calls: Sequence[Call], runs: int) -> Timing:
@@ -97,7 +97,7 @@ def _runs(seconds_a_run: float, budget: float) -> int:
 
 
 def _round(calls: Sequence[Call], first: int, count: int) -> Call:
-    """Return what makes `count` calls, from number `first` on, round and round."""
+    """Return a function that makes `count` calls in turn, beginning with number `first`."""
 
     def make() -> None:
         for i in range(first, first + count):
@@ -107,13 +107,13 @@ def _round(calls: Sequence[Call], first: int, count: int) -> Call:
 
 
 class HostClock:
-    """Clock for NumPy: everything is done when a call returns."""
+    """Clock for NumPy, whose work is done when a call returns."""
 
     def wait(self) -> None:
         """Do nothing: NumPy has finished when it returns."""
 
     def throughput(self, calls: Sequence[Call], budget: float) -> Timing:
-        """Time runs of one or more calls, after each call was made once."""
+        """Time runs of one or more calls, after a warm-up."""
         for call in calls[:3]:
             call()
         once = self._run(calls, 0, 1)
@@ -122,7 +122,7 @@ class HostClock:
         return Timing.of([self._run(calls, i * group, group) for i in range(runs)], group)
 
     def issued(self, calls: Sequence[Call]) -> Timing:
-        """Return the same as `throughput`: nothing runs behind the host's back."""
+        """Return the same as `throughput`, because nothing runs asynchronously."""
         return self.throughput(calls, 0.05)
 
     def steady(self, call: Call, budget: float) -> Timing:
@@ -148,9 +148,9 @@ class HostClock:
 class CudaClock:
     """Clock for the current CUDA device and stream.
 
-    Short calls would be timed with the host's gaps between them, so `throughput` first gives the
-    device some filling of memory to do and enqueues the calls behind it: when their turn comes,
-    all are in the queue. The filling also empties the L2 cache of what was there.
+    Short calls would be timed with the gaps in which the device waits for the host. So `throughput`
+    first keeps the device busy with memory fills and enqueues the calls behind them. The fills also
+    flush the L2 cache.
     """
 
     def __init__(self, cupy: Any) -> None:
@@ -170,7 +170,7 @@ class CudaClock:
         return self._cupy.cuda.get_elapsed_time(start, end) * 1e-3
 
     def _timed(self, work: Call) -> tuple[float, float]:
-        """Return seconds that the host issues `work`, and that the device takes between events."""
+        """Return the seconds that the host takes to issue `work`, and the device to run it."""
         start, end = self._event(), self._event()
         start.record()
         began = time.perf_counter()
@@ -189,7 +189,7 @@ class CudaClock:
 
     def throughput(self, calls: Sequence[Call], budget: float) -> Timing:
         """Time groups of calls between two events, with the queue never empty."""
-        # All of them once, so that each has compiled its kernels and has its memory.
+        # Warm up every call, so that its kernels are compiled and its memory is allocated.
         for call in calls:
             call()
         self.wait()
@@ -216,11 +216,11 @@ class CudaClock:
         return Timing.of(seconds, group)
 
     def _estimate(self, calls: Sequence[Call]) -> tuple[float, float]:
-        """Return rough seconds a call: of the host, and of the device (at least the true one)."""
+        """Estimate seconds per call on the host and, as an upper bound, on the device."""
         host, device = self._timed(calls[0])
         if device > 10 * GROUP_SECONDS:
             return host, device
-        # Short: what was just seen may be mostly the host. Look again with the calls queued up.
+        # A short time may be mostly the host's. Measure again with the calls queued.
         self._fill(1 + math.ceil(20 * host / self._fill_seconds))
         host, device = self._timed(_round(calls, 0, 10))
         return host / 10, max(device / 10, 1e-6)
@@ -238,13 +238,13 @@ class CudaClock:
         return Timing.of(seconds, count)
 
     def steady(self, call: Call, budget: float) -> Timing:
-        """Time groups of calls between events: where the host lags, its time counts."""
+        """Time groups of calls between events; includes host time if the host is slower."""
         for _ in range(3):
             call()
         self.wait()
         once = self._timed(_round([call], 0, 3))[1] / 3
         group = max(1, math.ceil(STEADY_SECONDS / once))
-        for _ in range(group):  # from here on the host is as far ahead as it will be
+        for _ in range(group):  # from here on the host's lead is constant
             call()
         events = [self._event() for _ in range(_runs(once * group, budget) + 1)]
         events[0].record()
@@ -256,7 +256,7 @@ class CudaClock:
         return Timing.of(seconds, group)
 
     def backlog(self, seconds: float) -> None:
-        """Give the device work for `seconds`: what is enqueued meanwhile then runs without gaps."""
+        """Keep the device busy for `seconds`, so that work enqueued meanwhile runs without gaps."""
         self._fill(min(1 + math.ceil(seconds / self._fill_seconds), 500))
 
     def latency(self, calls: Sequence[Call], runs: int) -> Timing:
@@ -270,7 +270,7 @@ class CudaClock:
         return Timing.of(seconds)
 
     def host(self, call: Call) -> Timing:
-        """Time the issuing of bursts of 50 calls; the device's queue never fills."""
+        """Time bursts of 50 calls on the host; the device's queue never fills."""
         for _ in range(10):
             call()
         seconds = []

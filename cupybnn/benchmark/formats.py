@@ -1,4 +1,4 @@
-"""What the records of ``cupybnn bench``, ``bench train`` and ``bench infer`` must hold."""
+"""The formats of the records of ``cupybnn bench``, ``bench train`` and ``bench infer``."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ FORMAT = 1
 
 
 class RecordError(SettingError):
-    """A file is no record of ``cupybnn bench``, or holds what no benchmark can have written."""
+    """A file is not a record of ``cupybnn bench``, or has values that no benchmark can write."""
 
 
 def kind_of(record: dict[str, Any]) -> str:
-    """Return what a record is of: "product", "train" or "infer"."""
-    return str(record.get("kind", "product"))  # the first records did not say
+    """Return the kind of a record: "product", "train" or "infer"."""
+    return str(record.get("kind", "product"))  # missing in the first records
 
 
 _name = text(most=500)
@@ -47,7 +47,7 @@ def _figures(**fields: Check) -> Check:
 
 
 def _unless_failed(*names: str) -> Check:
-    """Return a check that a row has `names`, if it has none of an error."""
+    """Return a check that a row has all of `names`, unless it has an error."""
 
     def check(row: dict[str, Any], place: str) -> None:
         missing = [name for name in names if name not in row]
@@ -58,9 +58,9 @@ def _unless_failed(*names: str) -> Check:
 
 
 def _row(required: dict[str, Check], figures: dict[str, Check], more: dict[str, Check]) -> Check:
-    """Return a check for a row: what it is of, and all figures or the reason that there are none.
+    """Return a check for a row: its required fields, and either all figures or an error.
 
-    An error may stand with figures, too: those of a result that is wrong.
+    It may have both figures and an error, if the result is wrong.
     """
     optional = {"error": text(), **figures, **more}
     return record(required, optional, others=True, also=_unless_failed(*figures))

@@ -1,8 +1,8 @@
-"""Ways to multiply that are timed: ours, and the dense peers.
+"""The methods of multiplication that are timed: ours, and the dense peers.
 
 A method prepares `sets` independent sets of operands and returns a call for each. A call keeps its
-result until the same call comes round again, so that results rotate through memory as the operands
-do, and every library allocates as its users let it allocate.
+result until it is repeated, so that results rotate through memory as the operands do, and each
+library allocates memory as in normal use.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ __all__ = [
     "Operands",
     "Prepared",
     "Unsupported",
-    "in_short",
     "methods_for",
     "printable",
     "random_floats",
-    "reason_in",
+    "record_error",
+    "summarize_error",
 ]
 
 #: The method that speedups are relative to.
@@ -38,33 +38,33 @@ BASELINE = {"cuda": "CuPy float32", "cpu": "NumPy float32"}
 
 
 class Unsupported(Exception):
-    """A peer cannot do this product (its library says why, or a rule of its kernels)."""
+    """A method does not support a product; the message says why."""
 
 
-def in_short(error: Exception) -> str:
-    """Return the first line of an error, with its type: what stands in a row that failed."""
+def summarize_error(error: Exception) -> str:
+    """Return the type and the first line of an error, for the row of a failed method."""
     return printable(f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 @contextlib.contextmanager
-def reason_in(row: dict[str, Any]) -> Iterator[None]:
-    """Context in which what fails leaves its reason in a row, so that no other row is lost."""
+def record_error(row: dict[str, Any]) -> Iterator[None]:
+    """Context that stores an error in a row instead of raising it, so that other rows are kept."""
     try:
         yield
     except Unsupported as error:
         row["error"] = str(error)
     except Exception as error:
-        row["error"] = in_short(error)
+        row["error"] = summarize_error(error)
 
 
 def printable(text: str) -> str:
-    """Return the beginning of a text without what would move a terminal's cursor."""
+    """Return the beginning of a text without control characters."""
     return "".join(c if c.isprintable() else " " for c in text[:300])
 
 
 @lru_cache(maxsize=8)
 def _generator(device: Device) -> Any:
-    # One a device: setting up CuPy's takes longer than most of the products.
+    # One per device: setting up CuPy's takes longer than most products.
     return device.xp.random.default_rng(0)
 
 
@@ -79,7 +79,7 @@ def random_floats(device: Device, shape: tuple[int, ...]) -> Any:
 
 @dataclass
 class Operands:
-    """Where a method gets its random operands from."""
+    """Makes random operands for a method."""
 
     device: Device
     shape: Shape
@@ -95,40 +95,40 @@ class Operands:
 
 @dataclass
 class Prepared:
-    """Calls ready to be timed, and what is needed to check the first one's result."""
+    """Calls to be timed, and what is needed to check the result of the first."""
 
     calls: list[Callable[[], None]]
     results: list[Any]
     operand_bytes: int
-    a0: Any = None  # the float operands that the first call multiplies, where they are kept
+    a0: Any = None  # the float operands of the first call, if they are kept
     b0: Any = None
 
     def bytes_moved(self) -> int:
-        """Return bytes of a call's operands and result, each counted once."""
+        """Return the size of a call's operands and result in bytes, each counted once."""
         first = self.results[0]
-        # torch tensors have nbytes, too.
+        # torch tensors have nbytes too.
         return self.operand_bytes + int(first.nbytes)
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to multiply.
+    """One method of multiplication.
 
     Attributes
     ----------
     name : str
-        As it stands in the tables.
+        Name in the tables.
     ours : bool
         Whether it is a product of this library, whose result is checked.
     operand_bits : tuple of int
-        Bits an element of a and of b: what a set of operands takes is known before it is made.
+        Bits per element of a and of b, to compute the size of operands before they are made.
     result_bits : int
     make : callable(Operands) -> (call, a0, b0, operand bytes)
         Makes one set of operands, and the call that multiplies them.
     scope : callable() -> context manager
-        Surrounds making, warming up and timing.
+        Context for setup, warm-up and timing.
     largest : int
-        Products of more multiplications than this are left out: they would take too long.
+        Products with more multiplications are skipped, because they would take too long.
     """
 
     name: str
@@ -140,7 +140,7 @@ class Method:
     largest: int = 1 << 62
 
     def set_bytes(self, shape: Shape) -> int:
-        """Return about how many bytes one set of operands and its result take."""
+        """Return the approximate size of one set of operands and its result in bytes."""
         bits = self.operand_bits[0] * shape.m * shape.k + self.operand_bits[1] * shape.k * shape.n
         return (bits + self.result_bits * shape.m * shape.n) // 8
 
@@ -204,7 +204,7 @@ def _dense(dtype: Any) -> Callable[[Operands], Any]:
 
 @contextlib.contextmanager
 def _cupy_float32_as(name: str) -> Iterator[None]:
-    """Let CuPy multiply float32 by this compute type: CUPY_TF32 is read only once a process."""
+    """Set CuPy's compute type for float32 products; CUPY_TF32 is read only once per process."""
     from cupy._core import _routines_linalg as linalg
 
     before = linalg.get_compute_type(np.float32)
@@ -235,7 +235,7 @@ def _torch_int8(operands: Operands) -> tuple[Callable[[], Any], Any, Any, int]:
         raise Unsupported("torch._int_mm needs M > 16, and N and K that are multiples of 8")
     torch, a, b = _torch_tensors(operands)
     a = (a * 127).to(torch.int8)
-    b = (b.t() * 127).to(torch.int8).contiguous().t()  # column-major: the layout it is fast in
+    b = (b.t() * 127).to(torch.int8).contiguous().t()  # column-major, its fast layout
     return (lambda: torch._int_mm(a, b)), None, None, a.nbytes + b.nbytes
 
 
@@ -245,7 +245,7 @@ def _torch_fp8(operands: Operands) -> tuple[Callable[[], Any], Any, Any, int]:
         raise Unsupported("torch._scaled_mm needs N and K that are multiples of 16")
     torch, a, b = _torch_tensors(operands)
     a = a.to(torch.float8_e4m3fn)
-    b = b.t().contiguous().to(torch.float8_e4m3fn).t()  # it takes a column-major b only
+    b = b.t().contiguous().to(torch.float8_e4m3fn).t()  # it requires a column-major b
     one = torch.ones((), device=a.device, dtype=torch.float32)
     multiply = partial(
         torch._scaled_mm,
@@ -288,13 +288,13 @@ NUMPY = (Method("NumPy float32", False, (32, 32), 32, _dense(np.float32)),)
 
 
 def methods_for(device: Device) -> tuple[tuple[Method, ...], list[str]]:
-    """Return the methods for a device, and a sentence for each peer that is left out."""
+    """Return the methods for a device, and a sentence for each peer that is not measured."""
     if device.kind == "cpu":
         ours = tuple(m for m in OURS if m.name != "packed -> float16")
         return (*ours, *NUMPY), []
     try:
         import torch
-    except Exception as error:  # an installation that is broken counts as none
+    except Exception as error:  # a broken installation counts as missing
         return (*OURS, *CUPY), [f"PyTorch is not measured: {type(error).__name__}: {error}"]
     if not torch.cuda.is_available():
         return (*OURS, *CUPY), [f"PyTorch {torch.__version__} is not measured: it sees no GPU."]

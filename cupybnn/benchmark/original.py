@@ -6,7 +6,7 @@ from typing import Any
 
 from cupybnn.backends.devices import Device
 from cupybnn.benchmark.clock import Clock
-from cupybnn.benchmark.methods import random_floats, reason_in
+from cupybnn.benchmark.methods import random_floats, record_error
 from cupybnn.benchmark.products import release
 from cupybnn.gemm import xnor_gemm
 
@@ -16,18 +16,18 @@ __all__ = ["original_table"]
 def original_table(
     device: Device, clock: Clock, sizes: tuple[int, ...], runs: int
 ) -> list[dict[str, Any]]:
-    """Time single calls of both, arrays in and arrays out, on an idle device.
+    """Time single calls of both, from arrays to arrays, on an idle device.
 
     Returns
     -------
     list of dict
-        A row for each size: N, runs, the timing of each, speedup by average and by median.
+        A row for each size: N, runs, both timings, and the speedup of average and median.
     """
     xp = device.xp
     rows = []
     for n in sizes:
         row: dict[str, Any] = {"n": n, "runs": runs}
-        with reason_in(row):  # too little memory for the largest, for one
+        with record_error(row):  # for example, too little memory for the largest
             pairs = [(random_floats(device, (n, n)), random_floats(device, (n, n))) for _ in "12"]
             timings = {}
             for name, multiply in (("matmul", xp.matmul), ("xnor_gemm", xnor_gemm)):

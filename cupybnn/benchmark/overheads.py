@@ -1,4 +1,4 @@
-"""What stands around the product: copying, packing, the host's part of a call, the first call."""
+"""What surrounds the product: copying, packing, the host's part of a call, the first call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 import cupybnn
 from cupybnn.backends.devices import Device
 from cupybnn.benchmark.clock import Clock
-from cupybnn.benchmark.methods import printable, random_floats, reason_in
+from cupybnn.benchmark.methods import printable, random_floats, record_error
 from cupybnn.benchmark.products import release, rotation
 from cupybnn.gemm import xnor_gemm, xnor_gemm_packed
 from cupybnn.packed import pack
@@ -28,7 +28,7 @@ PACKED_DTYPES = ("float32", "float16", "bfloat16", "float64", "int8", "bool")
 
 
 def copy_bandwidth(device: Device, clock: Clock) -> dict[str, Any]:
-    """Measure bytes a second, read and written, of copying a large float32 array."""
+    """Measure the bandwidth, read plus written, of copying a large float32 array."""
     xp = device.xp
     count = (1 << 28) if device.kind == "cuda" else (1 << 25)
     if device.kind == "cuda":
@@ -54,11 +54,11 @@ def packing(
         The current device.
     clock : Clock
     bandwidth : float or None
-        Bytes a second of a copy, which the packing is compared with.
+        Bandwidth of a copy, in bytes a second, for comparison.
     size : int
-        Of the square matrix.
+        Size of the square matrix.
     quick : bool
-        float32 only.
+        Whether to time only float32.
     """
     xp = device.xp
     cache = 32 << 20
@@ -68,7 +68,7 @@ def packing(
     for name in PACKED_DTYPES[:1] if quick else PACKED_DTYPES:
         for axis, along in ((-1, "rows"), (-2, "columns")):
             row: dict[str, Any] = {"dtype": name, "packed_along": along, "size": size}
-            with reason_in(row):  # bfloat16 needs ml_dtypes, for one
+            with record_error(row):  # for example, bfloat16 needs ml_dtypes
                 row |= _pack_one(device, clock, name, axis, size, cache)
                 if bandwidth:
                     row["of_copy"] = row["bytes_per_second"] / bandwidth
@@ -81,7 +81,7 @@ def _pack_one(
     device: Device, clock: Clock, name: str, axis: int, size: int, cache: int
 ) -> dict[str, Any]:
     if name == "bfloat16":
-        import ml_dtypes  # noqa: F401  (makes NumPy know the name)
+        import ml_dtypes  # noqa: F401  (registers the name with NumPy)
     dtype = np.dtype(name)
     sets = rotation(size * size * dtype.itemsize, cache, 8 << 30)
     arrays = []
@@ -109,7 +109,7 @@ def _pack_one(
 
 
 def host_time(device: Device, clock: Clock) -> list[dict[str, Any]]:
-    """Time what the host spends on a call, with operands so small that the device never lags."""
+    """Time the host's part of a call, with operands so small that the device is never behind."""
     xp = device.xp
     a = random_floats(device, (64, 64))
     b = random_floats(device, (64, 64))
@@ -125,7 +125,7 @@ def host_time(device: Device, clock: Clock) -> list[dict[str, Any]]:
     rows = []
     for name, call in calls.items():
         row: dict[str, Any] = {"call": name}
-        with reason_in(row):
+        with record_error(row):
             row |= clock.host(call).as_dict()
         rows.append(row)
     return rows
@@ -161,10 +161,10 @@ print(json.dumps({"import_array_library": imported - start, "device_and_arrays":
 
 
 def first_call(device: Device) -> list[dict[str, Any]]:
-    """Time the first product of a new process, with empty caches and then with filled ones.
+    """Time the first product in a new process, first with empty caches, then with warm ones.
 
-    ``first_call`` is in seconds and includes ``import cupybnn``; CuPy is imported and the operands
-    are on the device before it starts.
+    ``first_call``, in seconds, includes ``import cupybnn``, but not the import of CuPy and the
+    transfer of the operands.
     """
     package_parent = str(Path(cupybnn.__file__).resolve().parent.parent)
     which = "cpu" if device.kind == "cpu" else str(device.index)

@@ -1,4 +1,4 @@
-"""Time one product by every method, and check the results that were timed."""
+"""Time one product with every method, and check the timed results."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Any
 
 from cupybnn.backends.devices import Device
 from cupybnn.benchmark.clock import Clock
-from cupybnn.benchmark.methods import BASELINE, Method, Prepared, Unsupported, reason_in
+from cupybnn.benchmark.methods import BASELINE, Method, Prepared, Unsupported, record_error
 from cupybnn.benchmark.shapes import Shape
 from cupybnn.packed import PackedMatrix
 
 __all__ = ["Limits", "measure", "peak_operations", "rotation", "wrong_element"]
 
-#: 1-bit operations a second and multiprocessor that were measured with `wgmma` b1 on an H200:
-#: 15.5e15 by 132 multiprocessors. Only architectures where this was measured stand here.
-PEAK_A_MULTIPROCESSOR = {"sm_90": 15.5e15 / 132}
+#: 1-bit operations per second and multiprocessor, for the architectures where it was measured:
+#: `wgmma` b1 on an H200, 15.5e15 with 132 multiprocessors.
+PEAK_PER_MULTIPROCESSOR = {"sm_90": 15.5e15 / 132}
 
 MOST_SETS = 1024
 
 
 class Limits:
-    """What a product is compared with: peak arithmetic and copy bandwidth of a device."""
+    """The limits a product is compared with: peak arithmetic and copy bandwidth of a device."""
 
     def __init__(self, peak: float | None, bandwidth: float | None) -> None:
         self.peak = peak
         self.bandwidth = bandwidth
 
     def shares(self, operations: int, nbytes: int, seconds: float) -> dict[str, float | None]:
-        """Return the parts of the peak and of the memory floor that a time reaches."""
+        """Return the fractions of peak arithmetic and of copy bandwidth that a time achieves."""
         return {
             "of_peak": operations / self.peak / seconds if self.peak else None,
             "of_memory": nbytes / self.bandwidth / seconds if self.bandwidth else None,
@@ -38,22 +38,22 @@ class Limits:
 
 
 def peak_operations(facts: dict[str, Any]) -> float | None:
-    """Return the 1-bit operations a second of a device, where they were measured, else None."""
-    rate = PEAK_A_MULTIPROCESSOR.get(facts["arch"])
+    """Return the peak 1-bit operations per second of a device; None if it was not measured."""
+    rate = PEAK_PER_MULTIPROCESSOR.get(facts["arch"])
     return rate * facts["multiprocessors"] if rate else None
 
 
 def rotation(set_bytes: int, cache_bytes: int, free_bytes: int) -> int:
-    """Return how many sets of operands to rotate: together twice the last cache, if they fit.
+    """Return how many sets of operands to rotate: twice the size of the cache, if they fit.
 
     Parameters
     ----------
     set_bytes : int
-        Of one set of operands and its result.
+        Size of one set of operands and its result.
     cache_bytes : int
-        Of the last cache before memory.
+        Size of the last-level cache.
     free_bytes : int
-        Of memory; half of it is used.
+        Free memory; at most half of it is used.
     """
     wanted = max(2, math.ceil(2 * cache_bytes / max(set_bytes, 1)))
     return max(1, min(wanted, MOST_SETS, free_bytes // 2 // max(set_bytes, 1)))
@@ -65,26 +65,26 @@ def wrong_element(prepared: Prepared, device: Device, rows: int = 16) -> str:
     Parameters
     ----------
     prepared : Prepared
-        After its calls were timed.
+        After timing.
     device : Device
     rows : int
-        How many rows are compared; each from another part of the matrix.
+        Number of rows to compare, spread over the matrix.
 
     Returns
     -------
     str
-        Empty if all is equal, else the first difference.
+        A description of the first difference; "" if there is none.
     """
     xp = device.xp
     a, b, got = prepared.a0, prepared.b0, prepared.results[0]
     m, k = a.shape
     if k > 1 << 24:
         raise ValueError(
-            f"The 'prepared' product must have K <= 2**24, up to which float32 adds ±1 exactly; "
-            f"got K = {k}."
+            f"The 'prepared' product must have K <= 2**24, because float32 sums of ±1 are exact "
+            f"only up to there; got K = {k}."
         )
     count = min(rows, m)
-    # The first, the last and some between, at odd places in their tiles.
+    # The first, the last and some in between, at irregular positions in their tiles.
     index = sorted({0, m - 1, *(min(m - 1, i * m // count + (7 * i) % 61) for i in range(count))})
     at = xp.asarray(index)
     one = xp.float32(1)
@@ -108,7 +108,7 @@ def wrong_element(prepared: Prepared, device: Device, rows: int = 16) -> str:
 
 
 def _memory(device: Device) -> tuple[int, int]:
-    """Return bytes of the last cache and of free memory."""
+    """Return the size of the last-level cache and of free memory, in bytes."""
     if device.kind == "cpu":
         return 32 << 20, 2 << 30
     cupy = device.xp
@@ -117,7 +117,7 @@ def _memory(device: Device) -> tuple[int, int]:
 
 
 def release(device: Device) -> None:
-    """Give unused memory back to the device, so that the next library finds it free."""
+    """Return unused memory to the device, so that other libraries can allocate it."""
     gc.collect()
     if device.kind == "cpu":
         return
@@ -138,9 +138,9 @@ def measure(
     *,
     budget: float,
 ) -> dict[str, Any]:
-    """Time one product by each method.
+    """Time one product with each method.
 
-    A method that fails leaves its error in its row; the others are measured all the same.
+    The error of a method that fails is stored in its row; the others are still measured.
 
     Parameters
     ----------
@@ -151,20 +151,20 @@ def measure(
     clock : Clock
     limits : Limits
     budget : float
-        Seconds of timing for each method; at least seven runs are made.
+        Timing per method, in seconds; there are at least seven runs.
 
     Returns
     -------
     dict
-        The shape and a row for each method, as plain JSON values.
+        The shape and a row for each method, as JSON values.
     """
     rows = []
     for method in methods:
         if shape.m * shape.n * shape.k > method.largest:
             continue
         row: dict[str, Any] = {"method": method.name, "ours": method.ours}
-        with reason_in(row):
-            row |= _one(method, shape, device, clock, limits, budget)
+        with record_error(row):
+            row |= _measure_method(method, shape, device, clock, limits, budget)
         release(device)
         rows.append(row)
     baseline = {r["method"]: r for r in rows}.get(BASELINE[device.kind], {})
@@ -182,12 +182,12 @@ def measure(
     }
 
 
-def _one(
+def _measure_method(
     method: Method, shape: Shape, device: Device, clock: Clock, limits: Limits, budget: float
 ) -> dict[str, Any]:
     cache, free = _memory(device)
     nbytes = method.set_bytes(shape)
-    # While a set is made, its operands are there as float32, too.
+    # While a set is made, its operands also exist as float32.
     peak = nbytes + 8 * (shape.m + shape.n) * shape.k
     if peak > free:
         raise Unsupported(f"needs about {peak / 2**30:.1f} GiB; {free / 2**30:.1f} GiB are free")
@@ -195,7 +195,7 @@ def _one(
     with method.scope():
         prepared = method.prepare(shape, device, sets)
         throughput = clock.throughput(prepared.calls, budget)
-        # Where the device takes this long, the host's time is hidden behind it.
+        # For a longer call, the host's time is hidden.
         issued = clock.issued(prepared.calls) if throughput.median < 1e-3 else throughput
     moved = prepared.bytes_moved()
     row: dict[str, Any] = {
@@ -216,7 +216,7 @@ def _one(
 
 
 def _configuration(shape: Shape, device: Device, packed: bool) -> str:
-    """Return what the dispatch chooses for a product: the kernel and its tile, for the record."""
+    """Return the kernel and tile that the dispatch chooses for a product."""
     if device.kind == "cpu":
         return "numpy"
     from cupybnn.backends.cuda import dispatch, tuning

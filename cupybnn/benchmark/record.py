@@ -1,4 +1,4 @@
-"""Run the benchmark's sections and keep what they found as one record."""
+"""Run the benchmark's sections and collect the results in one record."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cupybnn import machine
 from cupybnn.backends.devices import Device, cuda_status
 from cupybnn.benchmark.clock import make_clock
 from cupybnn.benchmark.formats import FORMAT, RULES, RecordError, kind_of
-from cupybnn.benchmark.methods import in_short, methods_for
+from cupybnn.benchmark.methods import methods_for, summarize_error
 from cupybnn.benchmark.original import original_table
 from cupybnn.benchmark.overheads import copy_bandwidth, first_call, host_time, packing
 from cupybnn.benchmark.products import Limits, measure, peak_operations
@@ -22,17 +22,17 @@ from cupybnn.files import atomic_write
 from cupybnn.paths import checked_path
 from cupybnn.schema import SchemaError, parse
 
-__all__ = ["FORMAT", "SECTIONS", "RecordError", "begun", "kind_of", "load", "run", "save"]
+__all__ = ["FORMAT", "SECTIONS", "RecordError", "kind_of", "load", "new_record", "run", "save"]
 
 _MOST_BYTES = 1 << 28
 SECTIONS = ("original", *GROUPS, "packing", "host", "first-call")
 
 
-def begun(kind: str, device: Device, quick: bool, notes: list[str]) -> dict[str, Any]:
-    """Return a record of a kind ("product", "train", "infer"): what is measured on, and when."""
+def new_record(kind: str, device: Device, quick: bool, notes: list[str]) -> dict[str, Any]:
+    """Return a record of a kind ("product", "train", "infer") with date, machine and device."""
     if device.kind == "cpu" and not cuda_status().available:
         notes = [
-            f"NumPy is measured, for there is no GPU to measure: {cuda_status().reason}",
+            f"NumPy is measured, because there is no usable GPU: {cuda_status().reason}",
             *notes,
         ]
     return {
@@ -62,19 +62,19 @@ def run(
     quick : bool
         Fewer and smaller products, shorter timing.
     only : iterable of str, optional
-        Sections to run, of `SECTIONS`; all by default.
+        Sections to run, from `SECTIONS`; all by default.
     progress : callable(record, done), optional
-        Called whenever something was added to the record, with what that was.
+        Called after each addition to the record, with the name of what was added.
 
     Returns
     -------
     dict
-        Plain JSON values; times in seconds.
+        JSON values; times in seconds.
 
     Raises
     ------
     ValueError
-        If `only` names no section.
+        If `only` is empty or names an unknown section.
     """
     wanted = list(SECTIONS) if only is None else list(only)
     unknown = [name for name in wanted if name not in SECTIONS]
@@ -94,8 +94,8 @@ def _run(
     began = time.perf_counter()
     clock = make_clock(device)
     methods, notes = methods_for(device)
-    record = begun("product", device, quick, notes)
-    record["products"] = []  # from the start: a run may be interrupted before the first
+    record = new_record("product", device, quick, notes)
+    record["products"] = []  # now, because a run may be interrupted before the first
     facts = record["gpu"]
     copy = copy_bandwidth(device, clock)
     limits = Limits(peak_operations(facts) if facts else None, copy["bytes_per_second"])
@@ -125,8 +125,8 @@ def _run(
         if section in wanted:
             try:
                 record[key] = work()
-            except Exception as error:  # a GPU that has failed must not lose the figures so far
-                record["notes"].append(f"{section} failed: {in_short(error)}")
+            except Exception as error:  # keep the figures so far even if the GPU has failed
+                record["notes"].append(f"{section} failed: {summarize_error(error)}")
                 continue
             report(record, section)
     record["seconds"] = time.perf_counter() - began
@@ -145,10 +145,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises
     ------
     RecordError
-        If the file is no such record, or was edited so that it cannot be shown; the message names
-        the first fault.
+        If the file is not such a record, or was edited so that it cannot be shown; the message
+        names the first fault.
     OSError
-        If it cannot be read.
+        If the file cannot be read.
     """
     with open(checked_path(path), "rb") as file:
         content = file.read(_MOST_BYTES + 1)
@@ -157,7 +157,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise SchemaError(f"it must have at most {_MOST_BYTES:,} bytes")
         record = parse(content)
     except SchemaError as error:
-        raise RecordError(f"The file '{path}' is no record of cupybnn bench: {error}.") from error
+        raise RecordError(
+            f"The file '{path}' is not a record of cupybnn bench: {error}."
+        ) from error
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise RecordError(
             f"The file '{path}' must be a record of cupybnn bench, format {FORMAT}; "
@@ -168,6 +170,6 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         RULES[kind if isinstance(kind, str) and kind in RULES else "product"](record, "")
     except SchemaError as error:
         raise RecordError(
-            f"The file '{path}' must be a whole record of cupybnn bench: {error}."
+            f"The file '{path}' must be a complete record of cupybnn bench: {error}."
         ) from error
     return record

@@ -87,7 +87,7 @@ def shapes(gpu: bool, quick: bool) -> tuple[Shape, ...]:
 
 
 def original_sizes(gpu: bool, quick: bool) -> tuple[int, ...]:
-    """Return the sizes N of the original program's table that this machine does in seconds."""
+    """Return the sizes N of the original program's table, limited to a few seconds on a CPU."""
     if gpu:
         return ORIGINAL[:3] if quick else ORIGINAL
     return (256, 512) if quick else (512, 1024, 2048)

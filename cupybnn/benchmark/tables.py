@@ -23,7 +23,7 @@ __all__ = [
 
 
 def time(seconds: float) -> str:
-    """Write a time with three digits or more: 12.3 us, 4.56 ms, 1.23 s."""
+    """Format a time with at least three digits: 12.3 us, 4.56 ms, 1.23 s."""
     for unit, scale in (("us", 1e6), ("ms", 1e3)):
         if seconds * scale < 1000:
             return f"{seconds * scale:#.3g}".rstrip(".") + f" {unit}"
@@ -31,30 +31,30 @@ def time(seconds: float) -> str:
 
 
 def _unit(record: dict[str, Any]) -> tuple[str, float]:
-    """Return the unit that rates are written in and how many of it make a TOPS."""
+    """Return the unit of rates, and how many of it make a TOPS."""
     return ("TOPS", 1.0) if record["gpu"] else ("GOPS", 1e3)
 
 
 def _rate(tops: float, scale: float) -> str:
     rate = tops * scale
-    # From 1,000 on whole numbers: four digits alone would write 12,513 with an exponent.
+    # Whole numbers from 1,000 on, because :.4g would format 12,513 with an exponent.
     return f"{rate:,.0f}" if rate >= 999.95 else f"{rate:#.4g}".rstrip(".")
 
 
 def percent(share: float | None) -> str:
-    """Write a share as a percentage; nothing where there is none."""
+    """Format a fraction as a percentage; "" for None."""
     return "" if share is None else f"{100 * share:.0f} %"
 
 
 def times(ratio: float | None) -> str:
-    """Write a ratio: 1.23 x; nothing where there is none."""
+    """Format a ratio: 1.23 x; "" for None."""
     if ratio is None:
         return ""
     return f"{ratio:.0f} x" if ratio >= 99.5 else f"{ratio:#.3g}".rstrip(".") + " x"
 
 
 def heading(record: dict[str, Any]) -> Iterator[str]:
-    """Yield what was measured, on what, when."""
+    """Yield device, versions and date."""
     facts = record["machine"]
     gpu = record["gpu"]
     if gpu:
@@ -77,14 +77,14 @@ def heading(record: dict[str, Any]) -> Iterator[str]:
     line = f"copy: {copy / 1e9:,.0f} GB/s read and written"
     if record.get("peak_operations_per_second"):
         line += (
-            "; peak of the 1-bit instruction as measured on an H200, by multiprocessors: "
+            "; 1-bit peak as measured on an H200, scaled by the number of multiprocessors: "
             f"{record['peak_operations_per_second'] / 1e12:,.0f} TOPS"
         )
     yield line
 
 
 def original(record: dict[str, Any]) -> Iterator[str]:
-    """Yield the original program's table: seconds of single calls, arrays in, arrays out."""
+    """Yield the original program's table: times of single calls, from arrays to arrays."""
     rows = []
     for row in record["original"]:
         if "error" in row:
@@ -141,7 +141,7 @@ def product(record: dict[str, Any], result: dict[str, Any]) -> Iterator[str]:
 
 
 def packing(record: dict[str, Any]) -> Iterator[str]:
-    """Yield bandwidths of packing."""
+    """Yield the bandwidth of packing."""
     size = record["packing"][0]["size"]
     yield f"pack {size} x {size}, bytes read and written"
     rows = []
@@ -156,8 +156,8 @@ def packing(record: dict[str, Any]) -> Iterator[str]:
 
 
 def host(record: dict[str, Any]) -> Iterator[str]:
-    """Yield what the host spends on a call."""
-    yield "host time of a call, 64 x 64 operands"
+    """Yield the host time of a call."""
+    yield "host time per call, 64 x 64 operands"
     rows = [
         ["  " + row["call"], row["error"], ""]
         if "error" in row
@@ -168,20 +168,20 @@ def host(record: dict[str, Any]) -> Iterator[str]:
 
 
 def starts(record: dict[str, Any]) -> Iterator[str]:
-    """Yield the times of a first call in a new process."""
-    yield "first xnor_gemm of a new process (1024 x 1024 float32), import cupybnn included"
+    """Yield the times of the first call in a new process."""
+    yield "first xnor_gemm in a new process (1024 x 1024 float32), including import cupybnn"
     for row in record["first_call"]:
         if "error" in row:
             yield f"  {row['cache']} cache: {row['error']}"
         else:
             yield (
                 f"  {row['cache']} cache: {time(row['first_call'])}; "
-                f"the second call {time(row['second_call'])}"
+                f"second call {time(row['second_call'])}"
             )
 
 
 def summary(record: dict[str, Any]) -> Iterator[str]:
-    """Yield one line a product: TOPS of each method."""
+    """Yield one line per product: TOPS of each method."""
     methods: list[str] = []
     for result in record["products"]:
         methods += [r["method"] for r in result["rows"] if r["method"] not in methods]
@@ -192,7 +192,7 @@ def summary(record: dict[str, Any]) -> Iterator[str]:
         cells = [_rate(tops[m], scale) if m in tops else "-" for m in methods]
         rows.append([f"  {result['m']} x {result['n']} x {result['k']}", *cells])
     power = "1e12" if unit == "TOPS" else "1e9"
-    yield f"{unit} (2 M N K / seconds / {power}), by medians"
+    yield f"{unit} (2 M N K / seconds / {power}), medians"
     yield from table(["M x N x K", *methods], rows)
     wrong = [
         f"  {r['method']} at {p['m']} x {p['n']} x {p['k']}: {r['error']}"
@@ -201,7 +201,7 @@ def summary(record: dict[str, Any]) -> Iterator[str]:
         if r["ours"] and "error" in r
     ]
     checked = sum(bool(r.get("checked")) for p in record["products"] for r in p["rows"])
-    yield f"{checked} timed results were compared with an exact product and are equal."
+    yield f"{checked} timed results equal the exact product."
     if wrong:
         yield f"{len(wrong)} FAILED:"
         yield from wrong

@@ -1,4 +1,4 @@
-"""Measuring the kernels' configurations on the user's GPU, and keeping the winners."""
+"""Measuring the kernels' configurations on the user's GPU, and storing the fastest."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from cupybnn.packed import PackedMatrix, pack
 
 __all__ = ["SHAPES", "Trial", "tune"]
 
-# (m, n, k, packed result) that are tuned unless others are asked for: squares, skinny products and
-# the layers of a multilayer perceptron.
+# (m, n, k, packed result) tuned by default: square and skinny products, and the layers of a
+# multilayer perceptron.
 _SQUARES = [(n, n, n) for n in (512, 1024, 2048, 4096, 8192, 16384)]
 SHAPES = (
     *((*square, packed) for square in _SQUARES for packed in (False, True)),
@@ -33,7 +33,7 @@ SHAPES = (
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One configuration measured on one shape: median seconds, or None where it failed."""
+    """One configuration measured on one shape: median seconds, or None if it failed."""
 
     shape: tuple[int, int, int, bool]
     config: Config
@@ -49,10 +49,10 @@ def tune(
     Parameters
     ----------
     device : int
-        Number of the CUDA device.
+        Index of the CUDA device.
     shapes : iterable of (m, n, k, packed)
     least_gain : float
-        A candidate must be faster than the built-in configuration by this part to be kept.
+        A candidate is kept if it is faster than the built-in configuration by this fraction.
 
     Yields
     ------
@@ -87,7 +87,7 @@ def tune(
 
 
 class _Contest:
-    """One shape's random operands; a result that differs from the first one disqualifies."""
+    """One shape's random operands; a configuration fails if its result differs from the first."""
 
     def __init__(self, clock: CudaClock, shape: tuple[int, int, int, bool]) -> None:
         import cupy
@@ -101,7 +101,7 @@ class _Contest:
         def operand(shape: tuple[int, int], axis: int) -> PackedMatrix:
             return pack(random.standard_normal(shape, dtype=np.float32), axis)
 
-        # Several pairs, so that the operands of one call are not in the cache from the last.
+        # Several pairs, so that the previous call does not leave the operands in the cache.
         pairs = max(1, min(16, 2 * 60_000_000 // (-(-k // 1024) * 128 * (m + n))))
         self._pairs = [(operand((m, k), -1), operand((k, n), -2)) for _ in range(pairs)]
 

@@ -21,31 +21,31 @@ __all__ = ["add_parser", "run"]
 
 _DESCRIPTION = """\
 cupybnn bench [product]
-  Time xnor_gemm, from packed operands and from arrays, against the dense
-  products of CuPy and PyTorch; on a machine without a GPU, against NumPy's.
-  Times are medians by CUDA events after a warm-up. Operands are random, and
-  rotated so that they do not sit in the L2 cache. The exit code is 1 if a
-  timed result is wrong.
+  Time xnor_gemm, with packed operands and with arrays, against the dense
+  products of CuPy and PyTorch; without a GPU, against NumPy's. Times are
+  medians, by CUDA events after a warm-up. Operands are random, and rotated
+  so that they do not stay in the L2 cache. The exit code is 1 if a timed
+  result is wrong.
 
 cupybnn bench train
   Time training steps of a binarized network on random data, with dense
   products and with xnor_gemm, against the same network in PyTorch. The exit
-  code is 1 if one of our steps fails.
+  code is 1 if a cupybnn step fails.
 
 cupybnn bench infer
   Time predictions of a packed network against the same network in PyTorch
-  and, on a CPU, in onnxruntime. The exit code is 1 if a timed result of ours
+  and, on a CPU, in onnxruntime. The exit code is 1 if a timed cupybnn result
   is not exact.
 
-PyTorch and onnxruntime take part where they are installed."""
+PyTorch and onnxruntime are included if they are installed."""
 _COLUMNS = """
 Columns of the tables:
-  median ... p90  time on the device while its queue is full
-  issued          time of a call in a Python loop
-  of peak         share of the rate of the 1-bit instruction, as measured on an
-                  H200 and scaled by the number of multiprocessors
-  of memory       share of the time that copying as many bytes takes
-  speedup         over float32"""
+  median ... p90  time per call on the device, with a full queue
+  issued          time per call in a Python loop
+  of peak         fraction of the 1-bit instruction's peak rate, as measured on
+                  an H200 and scaled by the number of multiprocessors
+  of memory       bandwidth as a fraction of a copy's
+  speedup         relative to float32"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -68,19 +68,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--device", metavar="D", default="auto", help="auto (the default), cpu, cuda or cuda:N"
     )
-    parser.add_argument("--quick", action="store_true", help="fewer measurements, and shorter ones")
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter measurements")
     parser.add_argument(
         "--only",
         metavar="SECTION",
         type=_sections,
-        help="with 'product': run only this section, or several, separated by commas",
+        help="with 'product': run only these sections, comma-separated",
     )
     parser.add_argument(
         "--sizes",
         metavar="HxB,...",
         type=_sizes,
-        help="with 'train' and 'infer': units in each hidden layer and examples in a step or a "
-        "call, such as 512x8192,4096x4096",
+        help="with 'train' and 'infer': units per hidden layer and examples per step or call, such "
+        "as 512x8192,4096x4096",
     )
     parser.add_argument("--json", metavar="FILE", type=_file, help="write the record to FILE")
     parser.add_argument(
@@ -91,13 +91,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         dest="source",
         metavar="FILE",
         type=_file,
-        help="measure nothing: show, and draw, a record that --json wrote",
+        help="show (or draw) a record written by --json instead of measuring",
     )
     parser.add_argument(
         "--tune",
         action="store_true",
-        help="with 'product': first measure the kernels' configurations on this GPU and keep the "
-        "best in the cache folder, where xnor_gemm finds them from then on",
+        help="with 'product': first measure the kernels' configurations on this GPU and store the "
+        "fastest in the cache folder, for xnor_gemm to use from then on",
     )
 
 
@@ -117,13 +117,13 @@ def _sizes(text: str) -> list[tuple[int, int]]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*([1-9][0-9]{0,99})x([1-9][0-9]{0,99})\s*", part)
         if match is None:
-            raise argparse.ArgumentTypeError(f"must be HxB, or several with commas; got {part!r}")
+            raise argparse.ArgumentTypeError(f"must be HxB,... (comma-separated); got {part!r}")
         found.append((int(match[1]), int(match[2])))
     return found
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print, and write what was asked for."""
+    """Measure, print, and write the requested files."""
     _check(args)
     from cupybnn.benchmark import record as records
 
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> int:
         kind = records.kind_of(record)
         if args.what not in (None, kind):
             raise SettingError(
-                f"The '--from' of 'bench {args.what}' must name a record that it wrote; "
+                f"The '--from' of 'bench {args.what}' must be a record of 'bench {args.what}'; "
                 f"'{args.source}' is one of 'bench {kind}'."
             )
         _print(_module(kind, "tables").lines(record))
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Check options before anything is measured: the figures take minutes."""
+    """Check the options before measuring, which takes minutes."""
     from cupybnn.benchmark.record import SECTIONS
 
     what = args.what or "product"
@@ -182,14 +182,13 @@ def _check(args: argparse.Namespace) -> None:
     for option in ("json", "chart"):
         path = getattr(args, option)
         if path is not None and not path.resolve().parent.is_dir():
-            raise SettingError(f"The '--{option}' must be in a folder that exists; got '{path}'.")
+            raise SettingError(f"The '--{option}' must be in an existing folder; got '{path}'.")
         if path is not None and path.is_dir():
             raise SettingError(f"The '--{option}' must be a file; got the folder '{path}'.")
     if args.chart is not None:
         if is_stream(args.chart):
             raise SettingError(
-                f"The '--chart' must be a name of files to be made; got '{args.chart}', a device "
-                f"or a pipe."
+                f"The '--chart' must be a file name; got the device or pipe '{args.chart}'."
             )
         if args.only is not None and "square" not in args.only:
             raise SettingError(
@@ -275,7 +274,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _save_so_far(record: dict[str, Any], args: argparse.Namespace) -> None:
-    """Save after a step, so that an interrupted run keeps what it has; a pipe gets the end only."""
+    """Save an unfinished record, in case the run is interrupted; a pipe gets only the final one."""
     from cupybnn.benchmark import record as records
 
     if args.json is not None and not is_stream(args.json):
@@ -305,7 +304,7 @@ def _tune(device: Device) -> None:
         status = cuda_status()
         why = "" if status.available else f" {status.reason}"
         raise SettingError(
-            f"The '--tune' needs a GPU, for it measures the CUDA kernels; got {device}.{why}"
+            f"The '--tune' needs a GPU, because it measures CUDA kernels; got {device}.{why}"
         )
     from cupybnn.backends.cuda.tuning import table_path
     from cupybnn.benchmark import tuning

@@ -1,4 +1,4 @@
-"""What ``cupybnn train`` shows: lines on standard output, and a bar on a terminal."""
+"""The output of ``cupybnn train``: lines on standard output, and a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["Console"]
 
 
 class Console(Callback):
-    """Prints the run as it goes.
+    """Prints the progress of a run.
 
     Parameters
     ----------
     chosen : str
-        A line on what was chosen for the user, to stand below that on the network.
+        A line about automatically chosen settings, printed below the network's line.
     """
 
     def __init__(self, chosen: str = "") -> None:
@@ -38,26 +38,26 @@ class Console(Callback):
             sys.stdout.flush()
 
     def on_notice(self, trainer: TrainingRun, sentence: str) -> None:
-        """Print it on standard error, away from the figures."""
+        """Print the notice on standard error, apart from the figures."""
         if self._bar is None:
             print(sentence, file=sys.stderr, flush=True)
         else:
             self._bar.write(sentence, file=sys.stderr)
 
     def on_start(self, trainer: TrainingRun) -> None:
-        """Print what is about to be trained, on what and where."""
+        """Print the data, the network and where the run is logged."""
         config, data = trainer.config, trainer.dataset
         if data.fallback_reason is not None:
             self._say(
-                f"WARNING: NOT MNIST BUT THE BUNDLED 8x8 DIGITS are trained on, because MNIST "
-                f"could not be had. {data.fallback_reason}"
+                f"WARNING: training on THE BUNDLED 8x8 DIGITS, NOT MNIST, because MNIST is not "
+                f"available. {data.fallback_reason}"
             )
         kind = "validation" if data.test_is_validation else "test"
         self._say(
             f"Data: {data.name}, {len(data.train_labels):,} training and "
             f"{len(data.test_labels):,} {kind} images; device: {trainer.device}"
         )
-        hidden = "-".join([str(config.n_hidden)] * config.hidden_layers)
+        hidden = "-".join(map(str, config.hidden_sizes))
         details = ["full precision"]
         if config.binary:
             which = {(0, 0): "hidden layers", (1, 0): "first and hidden layers"}
@@ -69,24 +69,24 @@ class Console(Callback):
         details += ["batch norm"] * config.batch_norm
         details += [f"dropout (keep {config.keep_prob})"] * (config.keep_prob < 1)
         if config.binary and config.sign_keep_prob < 1:
-            details.append(f"coin tosses for signs (keep {config.sign_keep_prob})")
+            details.append(f"sign dropout (keep {config.sign_keep_prob})")
         if config.adversarial:
-            details.append(f"images moved against the network ({config.adversarial:g})")
+            details.append(f"adversarial images ({config.adversarial:g})")
         self._say(f"Network: {data.features}-{hidden}-{data.classes}, {', '.join(details)}")
         if self._chosen:
             self._say(self._chosen)
         for sentence in without_effect(config):
             self.on_notice(trainer, sentence)
         if config.average != "none":
-            kind_of = {"ema": f"exponential, decay {config.average_decay}", "swa": "equal weights"}
+            how = {"ema": f"exponential, decay {config.average_decay}", "swa": "equal weighting"}
             since = f"from step {config.average_from} on"
-            self._say(f"Evaluated: averages of the weights ({kind_of[config.average]}), {since}")
+            self._say(f"Evaluating averaged weights ({how[config.average]}), {since}")
         if trainer.run_folder is not None:
             self._say(f"Logging to {trainer.run_folder}")
-            aside = "" if data.test_is_validation else ", for want of --validation images"
-            self._say(f"best.npz is chosen by {kind} accuracy{aside}")
+            note = "" if data.test_is_validation else " (hold out images with --validation N)"
+            self._say(f"best.npz is chosen by {kind} accuracy{note}")
         if config.restore is not None:
-            self._say(f"Going on from step {trainer.step} of {config.restore}")
+            self._say(f"Continuing from step {trainer.step} of {config.restore}")
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -95,54 +95,54 @@ class Console(Callback):
             )
 
     def on_step(self, trainer: TrainingRun, step: int, output: StepOutput) -> None:
-        """Move the bar."""
+        """Advance the progress bar."""
         if self._bar is not None:
             self._bar.update()
 
     def on_evaluate(self, trainer: TrainingRun, evaluation: Evaluation) -> None:
-        """Print the line of a step."""
+        """Print loss, accuracy and speed."""
         kind = "validation" if trainer.dataset.test_is_validation else "test"
         self._say(
             f"step {evaluation.step}, loss = {evaluation.train_loss:.4f}, {kind} accuracy "
             f"{evaluation.test_accuracy:.4f} ({evaluation.examples_per_second:.1f} ex/s)"
         )
-        self._tell_if_not_finite(trainer, evaluation.train_loss)
+        self._check_finite(trainer, evaluation.train_loss)
 
-    def _tell_if_not_finite(self, trainer: TrainingRun, loss: float) -> None:
-        """Say so once, at the first that is not."""
+    def _check_finite(self, trainer: TrainingRun, loss: float) -> None:
+        """Print a notice once, at the first loss that is not finite."""
         if self._finite and not math.isfinite(loss):
             self._finite = False
             self.on_notice(
                 trainer,
-                "The loss is no longer finite. --debug stops where the first NaN or infinity is "
-                "made; a smaller --lr often avoids it.",
+                "The loss is no longer finite. A smaller --lr often helps; --debug stops at the "
+                "first NaN or infinity.",
             )
 
     def on_end(self, trainer: TrainingRun, result: TrainResult) -> None:
-        """Print the final figures, or those so far."""
+        """Print the final figures, or those of a stopped run."""
         self.close()
-        # A run that made no step has no training loss.
-        self._tell_if_not_finite(trainer, result.final.test_loss)
+        # The test loss, because a run without any steps has no training loss.
+        self._check_finite(trainer, result.final.test_loss)
         kind = "validation" if trainer.dataset.test_is_validation else "test"
-        beside = ""
+        note = ""
         if result.fallback_reason is not None:
-            beside = " (on the bundled 8x8 digits, NOT ON MNIST)"
+            note = " (on the bundled 8x8 digits, NOT ON MNIST)"
         if result.stopped:
             self._say(f"Stopped before step {result.steps} of {result.config.max_steps}")
-            self._say(f"{kind.capitalize()} accuracy so far {result.final_accuracy:.4f}{beside}")
+            self._say(f"{kind.capitalize()} accuracy so far {result.final_accuracy:.4f}{note}")
         else:
-            self._say(f"Final {kind} accuracy {result.final_accuracy:.4f}{beside}")
+            self._say(f"Final {kind} accuracy {result.final_accuracy:.4f}{note}")
         for word, rate in (
             ("Avg", result.average_examples_per_second),
             ("Med", result.median_examples_per_second),
         ):
-            if math.isfinite(rate):  # it is not where no step was made
+            if math.isfinite(rate):  # NaN without any steps
                 self._say(f"{word} ex/s = {rate:.1f}")
         if result.stopped and result.run_folder is not None:
-            self._say(f"Go on with: cupybnn train --restore {result.run_folder}")
+            self._say(f"Continue with: cupybnn train --restore {result.run_folder}")
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the progress bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

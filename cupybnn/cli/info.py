@@ -1,4 +1,4 @@
-"""``cupybnn info``: what is installed, which devices and kernels can be used, where files go."""
+"""``cupybnn info``: what is installed, which devices and kernels are usable, where files are."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from cupybnn.backends.devices import Device, cuda_status, resolve
 __all__ = ["add_parser", "lines", "run"]
 
 _NO_NVRTC = (
-    "cannot be loaded, and without it no kernel can be compiled: install cupybnn[cuda13] or "
-    "cupybnn[cuda12], which bring it along"
+    "cannot be loaded, but is needed to compile kernels: install cupybnn[cuda13] or "
+    "cupybnn[cuda12], which include it"
 )
-#: Packages that are of use beside CuPy, and for what.
-_BESIDE_CUPY = {
+#: Optional packages for use with CuPy, and what they enable.
+_CUPY_EXTRAS = {
     "nvmath-python": "training steps replayed as a CUDA graph",
-    "cuda-bindings": "the backward pass by bits on Hopper",
+    "cuda-bindings": "the 1-bit backward pass on Hopper",
 }
 
 
@@ -29,8 +29,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "info",
         help="print versions, devices, kernels and folders",
         description=(
-            "Print versions, devices, the kernels that apply, and the folders in use. Problems "
-            "with CuPy are reported in one sentence, and do not change the exit code."
+            "Print versions, devices, the kernels for each, and the folders in use. Problems with "
+            "CuPy are reported in one sentence and do not change the exit code."
         ),
     )
 
@@ -51,14 +51,14 @@ def _folder(where: Callable[[], Path]) -> str:
         path = where()
     except ValueError as error:
         return f"none. {error}"
-    return str(path) if path.is_dir() else f"{path} (not made yet)"
+    return str(path) if path.is_dir() else f"{path} (not created yet)"
 
 
 def _driver(version: str | None, newest_cuda: str | None) -> str:
-    """Say which driver there is: its version, and the newest CUDA that it can do."""
+    """Describe the driver: its version, and the newest CUDA version that it supports."""
     if newest_cuda is None:
         return "no NVIDIA driver found" if version is None else f"{version}, not usable by CUDA"
-    return f"{version or 'of unknown version'}, up to CUDA {newest_cuda}"
+    return f"{version or 'unknown version'}, up to CUDA {newest_cuda}"
 
 
 def _kernels(device: Device) -> str:
@@ -68,7 +68,7 @@ def _kernels(device: Device) -> str:
         from cupybnn.backends import cuda
 
         return ", ".join(cuda.kernels_for(device))
-    except Exception as error:  # a report about trouble must not end in the trouble
+    except Exception as error:  # a diagnostic report must not fail itself
         return f"unknown ({error})"
 
 
@@ -99,8 +99,8 @@ def lines() -> Iterator[str]:
         yield _row(name, machine.version_of(name) or "not installed")
     yield _row("CuPy", cuda["cupy"] or "not usable")
     if cuda["cupy"]:
-        for name, use in _BESIDE_CUPY.items():
-            yield _row(f"  {name}", machine.version_of(name) or f"not installed, for {use}")
+        for name, use in _CUPY_EXTRAS.items():
+            yield _row(f"  {name}", machine.version_of(name) or f"not installed; enables {use}")
         yield _row("  NVRTC", cuda["nvrtc"] or _NO_NVRTC)
         runtime = cuda["runtime_cuda"]
         yield _row("  runtime", "cannot be loaded" if runtime is None else f"CUDA {runtime}")

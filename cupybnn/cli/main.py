@@ -1,13 +1,14 @@
-"""The command ``cupybnn``: reads its first word, then loads only that command's module.
+"""The command ``cupybnn``: dispatches to a subcommand, and imports only that one's module.
 
 A command is a module ``cupybnn/cli/<name>.py`` with
 
 * ``add_parser(subparsers)``: adds its own parser to argparse's subparsers, with
   ``set_defaults(run=run)`` left to this module;
-* ``run(args) -> int``: does the work and returns the exit code.
+* ``run(args) -> int``: does the work and returns the exit code; ``args.signals`` are the `Signals`
+  that the command is run within.
 
 Exit codes: 0 success, 1 the work failed or its output could not be written, 2 the command line or
-a setting was wrong, 130 interrupted.
+a setting was wrong, 130 interrupted; of ``train``, 143 terminated.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Sequence
 
 import cupybnn
 from cupybnn.cli.parser import Parser
+from cupybnn.cli.signals import Signals
 from cupybnn.cli.streams import complain, flush, usable_streams
 from cupybnn.errors import (
     CheckpointError,
@@ -35,12 +37,15 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "train": "train a full-precision or binarized network",
-    "verify": "compare every kernel of this machine with a plain product, element by element",
+    "evaluate": "measure a trained network on labelled images",
+    "predict": "say which class a picture shows",
+    "export": "write a trained network as .npz, ONNX or a C header",
+    "verify": "check every kernel on this machine against a plain product, element by element",
     "bench": "time the 1-bit product against dense products",
     "info": "print versions, devices, kernels and folders",
 }
 
-#: Errors that are told in one line: their message says what to do, a traceback would hide it.
+#: Errors reported in one line: their message says what to do, and a traceback would hide it.
 _PLAIN_ERRORS = (
     CheckpointError,
     DataError,
@@ -55,8 +60,8 @@ def _top_level_parser() -> tuple[argparse.ArgumentParser, argparse._SubParsersAc
     parser = Parser(
         prog="cupybnn",
         description="1-bit matrix products and binarized neural networks.",
-        epilog="'cupybnn COMMAND --help' lists a command's options. Exit codes: 0 success, 1 the "
-        "work failed, 2 the command line or a setting was wrong, 130 interrupted.",
+        epilog="'cupybnn COMMAND --help' lists a command's options. Exit codes: 0 success, 1 "
+        "failure, 2 invalid command line or setting, 130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"cupybnn {cupybnn.__version__}")
     return parser, parser.add_subparsers(
@@ -76,24 +81,33 @@ def _load(name: str, subparsers: argparse._SubParsersAction) -> argparse.Argumen
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with usable_streams():
+    # Before anything else: what training imports and loads can take seconds.
+    with usable_streams(), Signals(wanted=arguments[:1] == ["train"]) as signals:
         try:
-            return _main(arguments)
+            return _main(arguments, signals)
         except KeyboardInterrupt:
             complain("cupybnn: interrupted")
             return 130
 
 
-def _main(arguments: list[str]) -> int:
+def _main(arguments: list[str], signals: Signals) -> int:
     name = "cupybnn"
     try:
         try:
             args = _parsed(arguments)
             name = f"cupybnn {args.command}"
+            args.signals = signals
             return int(args.run(args))
+        except BaseException:
+            # Whatever a library made of an interruption, it is reported as one.
+            word = signals.ended_the_start()
+            if not word:
+                raise
+            complain(f"cupybnn train: {word} before training began")
+            return signals.exit_code
         finally:
             flush()  # of the help, too
-    except BrokenPipeError:  # the reader (head, less) went away, and knows
+    except BrokenPipeError:  # the reader (head, less) has closed the pipe
         return 1
     except SettingError as error:
         complain(f"{name}: {error}")
@@ -101,13 +115,13 @@ def _main(arguments: list[str]) -> int:
     except _PLAIN_ERRORS as error:
         complain(f"{name}: {error}")
         return 1
-    except MemoryError as error:  # of the host, or CuPy's of a GPU
+    except MemoryError as error:  # the host's, or CuPy's for a GPU
         complain(f"{name}: out of memory. {error}")
         return 1
 
 
 def _parsed(arguments: list[str]) -> argparse.Namespace:
-    """Parse, with only the command that is named loaded; exit as argparse does."""
+    """Parse the command line, loading only the named command; exit as argparse does."""
     parser, subparsers = _top_level_parser()
     if arguments and arguments[0] in COMMANDS:
         tune_process()
@@ -122,7 +136,7 @@ def _parsed(arguments: list[str]) -> argparse.Namespace:
             parser.exit(2)
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
     for option in options:
-        # argparse takes "--" out of an option's values, and then fails for want of one.
+        # argparse would remove "--" from an option's values, and then fail without a message.
         if re.fullmatch(r"--[^=]+=--", option):
             parser_of_command.error(f"argument {option[:-3]}: invalid value: '--'")
     return parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""A parser of options whose usage errors are one line that names the nearest options."""
+"""An argument parser that reports usage errors in one line, with the nearest options."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-from cupybnn.training.declaration import nearest
+from cupybnn.spelling import nearest
 
 __all__ = ["Parser"]
 
-_SHORT = 6  # lines of a usage that are soon read
+_SHORT = 6  # lines; a longer usage message is not printed with errors
 
 
 class Parser(argparse.ArgumentParser):
-    """An `argparse.ArgumentParser` for options that are written out.
+    """An `argparse.ArgumentParser` without abbreviations.
 
-    ``--log-dir`` is ``--log_dir``. Other programs' names for an option are answered with ours:
-    see `also`.
+    ``--log-dir`` is accepted for ``--log_dir``. For other programs' names of an option, the error
+    message suggests ours: see `also`.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -26,34 +26,36 @@ class Parser(argparse.ArgumentParser):
         self._synonyms: dict[str, tuple[str, ...]] = {}
 
     def also(self, option: str, synonyms: Iterable[str]) -> None:
-        """Answer with `option`, without its dashes, to someone who writes one of `synonyms`."""
+        """Suggest `option`, given without dashes, for each unknown option in `synonyms`."""
         self._synonyms[option] = tuple(synonyms)
 
     def error(self, message: str) -> NoReturn:
-        """Say in one line what is wrong, below a usage that is short, and exit with code 2."""
+        """Print the error in one line, after the usage if that is short, and exit with code 2."""
         usage = self.format_usage()
-        hint = f". Options: {self.prog} --help"
+        message = message.rstrip(".")
         if usage.count("\n") <= _SHORT:
             self.print_usage(sys.stderr)
-            hint = ""
-        print(f"{self.prog}: {message.rstrip('.')}{hint}", file=sys.stderr)
+        else:
+            message += f"{'' if message.endswith('?') else '.'} Options: {self.prog} --help"
+        print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
-        """Parse `args`; complain here of what is unknown, where the options are known."""
+        """Parse `args`; report unknown arguments here, where the options are known."""
         given = self._with_underscores(sys.argv[1:] if args is None else args)
         if self._subparsers is None:
             self._check_spellings(given)
         found, rest = super().parse_known_args(given, namespace)
         if rest:
             options = [word for word in rest if word.startswith("-") and word.strip("-")]
-            self.error(self._unknown(options[0]) if options else f"one too many: {rest[0]!r}")
+            unexpected = f"unexpected argument: {rest[0]!r}"
+            self.error(self._unknown(options[0]) if options else unexpected)
         return found, rest
 
     def _with_underscores(self, args: Sequence[str]) -> list[str]:
-        """Return `args` with options spelled as they were added."""
+        """Return `args` with options spelled as they were declared."""
         words = list(args)
         for i, word in enumerate(words):
             if word == "--":
@@ -65,7 +67,7 @@ class Parser(argparse.ArgumentParser):
         return words
 
     def _check_spellings(self, words: Iterable[str]) -> None:
-        """Complain of the first unknown option, before its value is taken for something else."""
+        """Report the first unknown option, before its value is parsed as something else."""
         for word in words:
             if word == "--":
                 return
@@ -86,5 +88,5 @@ class Parser(argparse.ArgumentParser):
         if wanted.startswith("no_") and off:
             switches = {name: names[name] for name in off}
             near = [f"--no_{name}" for name in nearest(wanted[3:], switches)] or near
-        hint = f"; the nearest {'is' if len(near) == 1 else 'are'} {', '.join(near)}"
-        return f"there is no option {option}{hint if near else ''}"
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        return f"unknown option {option}{hint}"

@@ -1,4 +1,4 @@
-"""Standard streams that a command can rely on, however its process was started."""
+"""Standard streams that a command can use however its process was started."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ __all__ = ["complain", "flush", "usable_streams"]
 def usable_streams() -> Iterator[None]:
     """Context in which standard input, output and error exist, and printing never fails to encode.
 
-    A stream that was closed (``>&-``) or never there (``pythonw``) is the null device. A name of a
-    file whose bytes are no text is printed with escapes, as standard error does by itself.
+    A stream that is closed (``>&-``) or missing (``pythonw``) is replaced by the null device.
+    File names that cannot be encoded are printed with escapes, as standard error does by default.
     """
     with contextlib.ExitStack() as stack:
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -34,9 +34,9 @@ def usable_streams() -> Iterator[None]:
 
 
 def _occupy_descriptors() -> None:
-    """Put the null device in the place of closed descriptors 0 to 2.
+    """Open the null device for closed descriptors 0 to 2.
 
-    Otherwise the next files that are opened, a checkpoint perhaps, would get these numbers, and
+    Otherwise the next files to be opened, perhaps a checkpoint, would get these numbers, and
     whatever a library writes to "standard error" would end up in them.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -50,18 +50,19 @@ def _set_errors(stream: io.TextIOWrapper, errors: str) -> None:
 
 
 def complain(sentence: str) -> None:
-    """Print on standard error; where that cannot be written to, there is nowhere to say so."""
+    """Print on standard error; ignore errors, because they could not be reported anywhere."""
     with contextlib.suppress(OSError):
         print(sentence, file=sys.stderr, flush=True)
 
 
 def flush() -> None:
-    """Write what standard output still holds.
+    """Flush standard output.
 
     Raises
     ------
     OSError
-        If it cannot be written. It is dropped then, so that the interpreter does not try again.
+        If it cannot be written; the output is then discarded, so that the interpreter does not
+        try again.
     """
     try:
         sys.stdout.flush()

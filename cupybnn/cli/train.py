@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from cupybnn.cli.export import Export, open_network, packed
 from cupybnn.cli.signals import Signals
 from cupybnn.errors import NonFiniteError, SettingError
 from cupybnn.training.checks import Rule, Switch
@@ -18,7 +19,7 @@ from cupybnn.training.declaration import Setting, declared
 __all__ = ["add_parser", "run"]
 
 
-#: What a binary network gets unless asked for otherwise, and the option that asks.
+#: Defaults that differ for a binary network, and the options that override them.
 _BY_BINARY = {
     "batch_norm": ("batch norm", "--no_batch_norm"),
     "reg": ("no penalty", "--reg R"),
@@ -28,16 +29,15 @@ _BY_BINARY = {
 def add_parser(subparsers: Any) -> None:
     """Add the parser of ``cupybnn train``: an option for each declared setting, and a few more.
 
-    Options carry no default here, so that one that was given can be told from one that was not:
-    the defaults are those of `TrainConfig`, a recipe or the restored run.
+    Options have no default here, so that given options can be distinguished; defaults come from
+    `TrainConfig`, a recipe or the restored run.
     """
     parser = subparsers.add_parser(
         "train",
         help="train a full-precision or binarized network",
         description="Train a multilayer perceptron on MNIST or on the bundled digits.",
-        epilog="Every option may be spelled with hyphens too (--log-dir), and every switch can be "
-        "turned off, over a default, a recipe or a restored run, with --no_ before its name. "
-        "Defaults are in parentheses.",
+        epilog="Defaults are in parentheses. Options may also be spelled with hyphens (--log-dir). "
+        "The prefix --no_ turns a switch off that a default, a recipe or a restored run turns on.",
         argument_default=argparse.SUPPRESS,
     )
     settings = declared(TrainConfig)
@@ -47,10 +47,18 @@ def add_parser(subparsers: Any) -> None:
         for name, each in group:
             _add(options, name, each)
             parser.also(name, each.synonyms)
-    options = parser.add_argument_group("where settings come from")
-    options.add_argument("--recipe", metavar="NAME", help="start from settings in a file")
+    options = parser.add_argument_group("source of settings")
+    options.add_argument(
+        "--recipe", metavar="NAME", help="start from a recipe's settings: a name or a .toml file"
+    )
     options.add_argument("--list_recipes", action="store_true", help="list the recipes and exit")
     options.add_argument("--gpu", metavar="N", type=int, help="the same as --device cuda:N")
+    options = parser.add_argument_group("the trained network")
+    options.add_argument(
+        "--export",
+        metavar="FILE",
+        help="write it, at the end, as .npz, .onnx or .h; see 'cupybnn export'",
+    )
 
 
 def _add(options: Any, name: str, declaration: Setting) -> None:
@@ -60,7 +68,7 @@ def _add(options: Any, name: str, declaration: Setting) -> None:
         parse = _typed(rule)
         options.add_argument(f"--{name}", metavar=rule.metavar, type=parse, help=text)
         return
-    # Who has a switch on by default may want to see how it is turned off.
+    # The negative form is shown only for switches that may be on by default.
     off = argparse.SUPPRESS if declaration.by_binary is None else f"turn --{name} off"
     for option, value, shown in ((name, True, text), (f"no_{name}", False, off)):
         options.add_argument(
@@ -69,7 +77,7 @@ def _add(options: Any, name: str, declaration: Setting) -> None:
 
 
 def _typed(rule: Rule) -> Any:
-    """Return how argparse reads an option's word."""
+    """Return a function that parses an option's value for argparse."""
 
     def parse(text: str) -> Any:
         try:
@@ -82,23 +90,14 @@ def _typed(rule: Rule) -> Any:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train as `args` say; return the exit code."""
+    """Train with the options in `args`; return the exit code."""
     if "list_recipes" in args:
         return _list_recipes()
     try:
-        # First of all: what start-up imports and loads can take seconds.
-        with Signals() as signals:
-            try:
-                _train(vars(args), signals)
-            except BaseException:
-                # Whatever a library made of the interruption: it is told as that.
-                word = signals.ended_the_start()
-                if not word:
-                    raise
-                print(f"cupybnn train: {word} before training began", file=sys.stderr)
+        _train(vars(args), args.signals)
     except NonFiniteError as error:
         return _debug(error)
-    return 128 + signals.received[0] if signals.received else 0
+    return int(args.signals.exit_code)
 
 
 def _train(given: dict[str, Any], signals: Signals) -> None:
@@ -106,21 +105,28 @@ def _train(given: dict[str, Any], signals: Signals) -> None:
     from cupybnn.training import Trainer
 
     config = _config(given)
+    export = Export.of(given["export"]) if "export" in given else None
     console = Console(_chosen(config, given))
     try:
         trainer = Trainer(config, [console])
+        if export is not None:
+            packed(trainer.model, trainer.dataset)  # now, rather than after hours, if it cannot be
         if trainer.step >= config.max_steps:
             trainer.notice(
-                f"Nothing is left to train: --max_steps, counted from the very first step, is "
-                f"{config.max_steps}."
+                f"Nothing left to train: --max_steps, which includes the steps before a restore, "
+                f"is {config.max_steps}."
             )
+            if export is not None:
+                print(export.write(open_network(str(config.restore))))
             return
         signals.training_begins(trainer)
-        # Console says once that the loss is not finite; NumPy would say it of each operation.
+        # Console reports a loss that is not finite once; NumPy would warn in each operation.
         with np.errstate(all="ignore"):
-            trainer.run()
+            result = trainer.run()
     finally:
         console.close()
+    if export is not None:
+        print(export.write(packed(result.model, trainer.dataset)))
 
 
 def _list_recipes() -> int:
@@ -132,7 +138,7 @@ def _list_recipes() -> int:
 
 
 def _config(given: dict[str, Any]) -> TrainConfig:
-    """Put the options over those of the recipe, these over the restored run's or the defaults."""
+    """Combine settings: options override a recipe, which overrides a restored run or defaults."""
     from cupybnn.training import recipes, restored_config
 
     settings = {name: given[name] for name in declared(TrainConfig) if name in given}
@@ -144,7 +150,7 @@ def _config(given: dict[str, Any]) -> TrainConfig:
         device = f"cuda:{given['gpu']}"
         if given["gpu"] < 0 or settings.get("device", device) not in (device, "cuda"):
             raise SettingError(
-                f"The option --gpu must be a device number, from 0, and agree with --device; got "
+                f"The option --gpu must be a device number from 0 on and agree with --device; got "
                 f"--gpu {given['gpu']} and --device {settings.get('device', '(none)')}."
             )
         settings["device"] = device
@@ -154,7 +160,7 @@ def _config(given: dict[str, Any]) -> TrainConfig:
 
 
 def _chosen(config: TrainConfig, given: dict[str, Any]) -> str:
-    """Return a line on the settings that `--binary` decided, or nothing where all were named."""
+    """Return a line about defaults that `--binary` chose; "" if the user set all of them."""
     from cupybnn.training import recipes
 
     named = set(given)
@@ -170,12 +176,12 @@ def _chosen(config: TrainConfig, given: dict[str, Any]) -> str:
 
 
 def _debug(error: NonFiniteError) -> int:
-    """Tell where the first NaN or infinity came up and, on a terminal, open the debugger there."""
+    """Report where the first NaN or infinity occurred and, on a terminal, open the debugger."""
     step = "" if error.step is None else f" at step {error.step}"
     print(f"cupybnn train: not finite{step}: {error}", file=sys.stderr)
     if sys.stdin.isatty() and sys.stdout.isatty():
         import pdb
 
-        print("The debugger is where it was made: 'up' goes to its operation, 'q' leaves.")
+        print("The debugger is where it was computed: 'up' goes to the operation, 'q' quits.")
         pdb.post_mortem(error.__traceback__)
     return 1

@@ -1,4 +1,4 @@
-"""``cupybnn verify``: products by xnor_gemm against plain ones of ±1, element by element."""
+"""``cupybnn verify``: compare xnor_gemm with plain products of ±1, element by element."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ __all__ = ["CASES", "Case", "Outcome", "add_parser", "check", "kinds", "run"]
 
 @dataclass(frozen=True)
 class Case:
-    """One product: the shapes of both operands and how they lie in memory."""
+    """One product: the shapes and the memory layout of both operands."""
 
     a: tuple[int, ...]
     b: tuple[int, ...]
     layout: str = "rows"
 
     def __str__(self) -> str:
-        how = "" if self.layout == "rows" else f", {self.layout}"
-        return f"{self.a} @ {self.b}{how}"
+        layout = "" if self.layout == "rows" else f", {self.layout}"
+        return f"{self.a} @ {self.b}{layout}"
 
 
-#: Shapes at which a kernel is likely to go wrong: one element, one row, one column, just below and
+#: Shapes at which a kernel is likely to fail: one element, one row, one column, just below and
 #: above the sizes of words, chunks and tiles, long and short K, batches, transposed and strided.
 CASES = (
     Case((1, 1), (1, 1)),
@@ -68,14 +68,14 @@ CASES = (
 
 
 def kinds(case: Case) -> tuple[str, ...]:
-    """Return the ways in which a case is multiplied; scales and thresholds are for matrices."""
+    """Return the ways to multiply a case; only matrices have scales and thresholds."""
     matrices = len(case.a) > 1 and len(case.b) > 1
     return ("arrays", "packed", "scaled", "signs") if matrices else ("arrays", "packed")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one comparison found: ``problem`` is empty where every element is equal."""
+    """The result of one comparison; ``problem`` is empty if every element is equal."""
 
     device: str
     kernel: str
@@ -97,13 +97,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the parser of ``cupybnn verify``."""
     parser = subparsers.add_parser(
         "verify",
-        help="compare every kernel of this machine with a plain product, element by element",
+        help="check every kernel on this machine against a plain product, element by element",
         description=(
             "Multiply random matrices of +1 and -1 with xnor_gemm and with matmul, and compare "
-            "every element. This is done for each kernel that this machine can run, over a list of "
-            "awkward shapes, in four ways: from arrays, from packed matrices, with scales and a "
-            "bias ('scaled'), and with thresholds and a packed result ('signs'). The exit code is "
-            "1 if anything differs."
+            "every element, for each kernel that this machine can run and a list of difficult "
+            "shapes, in four ways: from arrays, from packed matrices, with scales and a bias "
+            "('scaled'), and with thresholds and a packed result ('signs'). The exit code is 1 if "
+            "anything differs."
         ),
     )
     parser.add_argument(
@@ -116,7 +116,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--kernel",
         action="append",
         metavar="NAME",
-        help="only this kernel; may be given more than once",
+        help="check only this kernel; may be repeated",
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="seed of the random matrices (default 0)"
@@ -126,7 +126,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print a line for each comparison and a summary."""
     if args.seed < 0:
-        raise SettingError(f"The '--seed' must be 0 or more; got {args.seed}.")
+        raise SettingError(f"The '--seed' must be at least 0; got {args.seed}.")
     devices = _devices(args.device)
     count = 0
     failed = 0
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     if not kernels:
         known = sorted({k for d in devices for k in _kernels(d)})
         raise SettingError(
-            f"The '--kernel' must name a kernel of this machine ({', '.join(known)}); "
+            f"The '--kernel' must be one that this machine can run ({', '.join(known)}); "
             f"got {', '.join(args.kernel)}."
         )
     for device, kernel in kernels:
@@ -186,7 +186,7 @@ def check(
         A name from the backend's list of kernels; "numpy" on the CPU.
     cases : tuple of Case
     seed : int
-        Of the random ±1 matrices.
+        Seed of the random ±1 matrices.
 
     Yields
     ------
@@ -196,23 +196,23 @@ def check(
     rng = np.random.default_rng(seed)
     for case in cases:
         a, b = _signs(rng, case.a, case.layout), _signs(rng, case.b, case.layout)
-        # Exact: |sum| <= K < 2**24, in float32 on the host, whatever the device and kernel.
+        # Exact in float32, because |sum| <= K < 2**24; always computed on the host.
         product = np.matmul(a, b)
         terms = _terms(rng, product, case.a[-1])
-        # The copy to a device keeps transposed layouts; a strided one is cut out over there.
+        # Copying to a device keeps transposed layouts; a strided one is made on the device.
         with device.scope():
-            a_there, b_there = (_on_device(x, device, case.layout) for x in (a, b))
+            a_device, b_device = (_on_device(x, device, case.layout) for x in (a, b))
         for kind in kinds(case):
             want = _wanted(product, kind, terms)
             start = time.perf_counter()
             try:
                 with device.scope(), _forced(device, kernel):
-                    terms_there = {name: to_device(x, device) for name, x in terms.items()}
-                    got = _product(a_there, b_there, kind, terms_there)
+                    terms_device = {name: to_device(x, device) for name, x in terms.items()}
+                    got = _product(a_device, b_device, kind, terms_device)
                     synchronize(device)
                     got = np.asarray(to_device(got, CPU))
                 problem = _difference(got, want)
-            except Exception as error:  # told in its line; the other cases still run
+            except Exception as error:  # reported in its line; the other cases still run
                 problem = f"FAILED: {type(error).__name__}: {error}"
             yield Outcome(
                 str(device),
@@ -230,7 +230,7 @@ def _terms(rng: np.random.Generator, product: np.ndarray, k: int) -> dict[str, A
     if product.ndim < 2:
         return {}
     m, n = product.shape[-2:]
-    spread = int(k**0.5) + 1  # of a product of random signs: thresholds lie among the results
+    spread = int(k**0.5) + 1  # of a product of random signs, so that thresholds fall among them
     return {
         "row": rng.standard_normal((m, 1), np.float32),
         "column": rng.standard_normal((n,), np.float32),
@@ -241,7 +241,7 @@ def _terms(rng: np.random.Generator, product: np.ndarray, k: int) -> dict[str, A
 
 
 def _wanted(product: np.ndarray, kind: str, terms: dict[str, Any]) -> np.ndarray:
-    """Return what a kind of product must give, from the plain one, by the documented formulas."""
+    """Return the expected result of a kind of product, by the documented formulas."""
     if kind == "scaled":
         return product * terms["row"] * terms["column"] + terms["bias"]
     if kind == "signs":
@@ -251,7 +251,7 @@ def _wanted(product: np.ndarray, kind: str, terms: dict[str, Any]) -> np.ndarray
 
 
 def _with_counts(signs: Any, popcounts: Any) -> Any:
-    """Return signs with the number of +1 in each row as a further column."""
+    """Return signs with the number of +1 in each row as an additional column."""
     counts = popcounts.astype(np.float32)[..., None]
     return array_module(signs, counts).concatenate([signs, counts], axis=-1)
 
@@ -264,18 +264,18 @@ def _signs(rng: np.random.Generator, shape: tuple[int, ...], layout: str) -> np.
 
 
 def _on_device(x: np.ndarray, device: Device, layout: str) -> Any:
-    """Return `x` on `device` in the layout asked for."""
+    """Return `x` on `device` in the given layout."""
     xp = device.xp
     if layout == "transposed":
         return to_device(np.ascontiguousarray(x.swapaxes(-1, -2)), device).swapaxes(-1, -2)
-    there = to_device(x, device)
+    copy = to_device(x, device)
     if layout == "strided":
         # Every second row and third column of a larger array whose other elements are NaN.
         large = xp.full((x.shape[0] * 2, x.shape[1] * 3), xp.nan, dtype=x.dtype)
         view = large[::2, 1::3]
-        view[...] = there
+        view[...] = copy
         return view
-    return there
+    return copy
 
 
 def _product(a: Any, b: Any, kind: str, terms: dict[str, Any]) -> Any:
@@ -292,16 +292,15 @@ def _product(a: Any, b: Any, kind: str, terms: dict[str, Any]) -> Any:
 
 
 def _difference(got: np.ndarray, want: np.ndarray) -> str:
-    """Return a sentence about the first element that differs; "" if none does."""
+    """Describe the first element that differs; "" if none does."""
     if got.shape != want.shape:
-        return f"DIFFERS: shape {got.shape}, a plain product gives {want.shape}"
+        return f"DIFFERS: shape {got.shape}, plain product {want.shape}"
     wrong = got != want
     count = int(np.count_nonzero(wrong))
     if count == 0:
         return ""
     first = tuple(int(i) for i in np.argwhere(wrong)[0])
     return (
-        f"DIFFERS at {list(first)}: xnor_gemm gives {got[first]}, a plain product "
-        f"{want[first]} "
+        f"DIFFERS at {list(first)}: xnor_gemm gives {got[first]}, the plain product {want[first]} "
         f"({count} of {want.size} elements differ)"
     )

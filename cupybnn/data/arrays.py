@@ -1,4 +1,4 @@
-"""Arrays that users hand over as a data set: read, checked, brought to the host."""
+"""Validation of arrays that users pass as a data set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cupybnn.backends.interop import as_native, bfloat16_dtype, type_name
 
 __all__ = ["check_finite", "count_classes", "features", "labels"]
 
-#: So many outputs are more likely numbers of things than classes.
+#: With more distinct values, labels are more likely counts than classes.
 _MOST_CLASSES = 1 << 16
 
 
@@ -25,7 +25,7 @@ def features(name: str, x: Any) -> np.ndarray:
     TypeError
         If they are not real numbers.
     ValueError
-        If there are no examples, or none of any feature.
+        If there are no examples or no features.
     """
     array = _on_host(name, x)
     if array.dtype.kind not in "fiub" and array.dtype != bfloat16_dtype():
@@ -53,18 +53,18 @@ def labels(name: str, y: Any, examples: int) -> np.ndarray:
     TypeError
         If they are not integers.
     ValueError
-        If there are not as many as examples.
+        If their number differs from that of the examples.
     """
     array = _on_host(name, y)
     if array.dtype.kind not in "iub":
         hint = "Number the classes: classes, y = np.unique(y, return_inverse=True)."
         if array.dtype.kind == "f" and array.size and (array == np.floor(array)).all():
-            hint = "These are whole numbers: y.astype(int)."
+            hint = "The values are integers: use y.astype(int)."
         raise TypeError(f"The {name!r} of from_arrays must be integers; got {array.dtype}. {hint}")
     if array.shape != (examples,):
         hint = ""
         if array.shape == (examples, 1):
-            hint = " Make one row of the column: y.ravel()."
+            hint = " Flatten the column: y.ravel()."
         elif array.ndim == 2 and len(array) == examples:
             hint = " If there is a column for each class: y.argmax(axis=1)."
         raise ValueError(
@@ -75,14 +75,14 @@ def labels(name: str, y: Any, examples: int) -> np.ndarray:
 
 
 def count_classes(classes: int | None, parts: Mapping[str, np.ndarray]) -> int:
-    """Return the number of classes, given or found; ValueError if a label is none of them."""
-    greatest = max(int(y.max(initial=0)) for y in parts.values())
+    """Return the number of classes, inferred if None; ValueError if a label is out of range."""
+    largest = max(int(y.max(initial=0)) for y in parts.values())
     if classes is None:
-        count = greatest + 1
+        count = largest + 1
         if not 1 < count <= _MOST_CLASSES:
             raise ValueError(
-                f"The 'classes' of from_arrays must be given where the labels do not tell their "
-                f"number; the greatest label is {greatest}. If labels are not numbers of classes "
+                f"The 'classes' of from_arrays must be given if it cannot be inferred from the "
+                f"labels; the largest label is {largest}. If the labels are not class numbers "
                 f"from 0: classes, y = np.unique(y, return_inverse=True)."
             )
     else:
@@ -99,22 +99,22 @@ def count_classes(classes: int | None, parts: Mapping[str, np.ndarray]) -> int:
 
 
 def check_finite(what: str, x: np.ndarray) -> None:
-    """Raise ValueError if a feature is NaN or infinite: which and how many."""
+    """Raise ValueError if features are NaN or infinite, with their number and the first one."""
     if x.dtype.kind != "f" or np.isfinite(x).all():
         return
     bad = np.argwhere(~np.isfinite(x))
     row, column = (int(i) for i in bad[0])
     raise ValueError(
         f"The {what} must be finite; got {len(bad):,} value(s) that are not, the first "
-        f"{x[row, column]} as feature {column} of example {row}. Fill such values in, or leave "
-        f"these examples out."
+        f"{x[row, column]} as feature {column} of example {row}. Fill in these values, or "
+        f"leave these examples out."
     )
 
 
 def _on_host(name: str, x: Any) -> np.ndarray:
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(
-            f"The {name!r} of from_arrays must be an array without a mask; got a masked array. "
+            f"The {name!r} of from_arrays must not be a masked array. "
             f"Fill it first: x.filled(value)."
         )
     array: np.ndarray = to_device(as_native(x, f"{name!r} of from_arrays"), CPU)

@@ -1,4 +1,4 @@
-"""Random deformations of images, on the device that the images are on."""
+"""Random deformations of images, on the device of the images."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ _SMOOTH = 1 / 7
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Deforms each image of a batch in its own way.
+    """Deform each image of a batch independently.
 
-    The image is scaled, sheared and rotated about its centre, displaced elastically and shifted,
-    all in one bilinear sampling; pixels from outside the image are 0. An amount of 0 turns a
-    deformation off.
+    The image is scaled, sheared and rotated about its centre, displaced elastically and shifted, in
+    a single bilinear sampling; pixels outside the image are 0. An amount of 0 turns a deformation
+    off.
 
     Attributes
     ----------
     shift : float
-        Pixels: rows and columns are moved by numbers uniform in [-shift, shift].
+        Pixels: rows and columns are shifted by amounts uniform in [-shift, shift].
     rotation : float
         Degrees: the angle is uniform in [-rotation, rotation].
     scale : float
-        In [0, 1): height and width grow by factors of their own, uniform in
+        In [0, 1): height and width are scaled by independent factors, uniform in
         [1 - scale, 1 + scale].
     shear : float
-        Columns are moved by a share of the distance in rows to the centre, uniform in
+        Columns are shifted by the distance in rows to the centre times a factor, uniform in
         [-shear, shear].
     elastic : float
         Pixels: standard deviation of the displacements of an elastic deformation, a smooth random
@@ -44,14 +44,14 @@ class Augmentation:
     Raises
     ------
     ValueError
-        If a number is not finite, negative, or a scale not below 1.
+        If a value is negative or not finite, or the scale is not below 1.
 
     Notes
     -----
     Simard, Steinkraus, Platt: Best practices for convolutional neural networks applied to visual
     document analysis, ICDAR 2003. Here the elastic field is a sum of Gaussian bumps on a coarse
-    grid, as wide as the grid's spacing (4 pixels of 28, that paper's best width), and not noise at
-    every pixel that is smoothed afterwards: the same fields, for a fifth of the random numbers.
+    grid, as wide as the grid spacing (4 pixels of 28, the best width in that paper), rather than
+    smoothed per-pixel noise: the same fields with a fifth of the random numbers.
     """
 
     shift: float = 0.0
@@ -74,12 +74,12 @@ class Augmentation:
         return any(getattr(self, field.name) > 0 for field in fields(self))
 
     def check(self, shape: tuple[int, ...] | None) -> None:
-        """Raise ValueError if features of `shape`, None for no image, would have to be deformed."""
+        """Raise ValueError if there is something to deform but `shape` is None: no images."""
         if self and shape is None:
             amounts = ", ".join(f.name for f in fields(self) if getattr(self, f.name))
             raise ValueError(
-                f"An Augmentation must be given images, arrays of shape (examples, height, width); "
-                f"got features that are no image. Leave out the {amounts}."
+                f"An Augmentation needs images, arrays of shape (examples, height, width); got "
+                f"features that are not images. Leave out the {amounts}."
             )
 
     def __call__(self, images: Any, shape: tuple[int, int] | None, seed: int, number: int) -> Any:
@@ -89,11 +89,11 @@ class Augmentation:
         ----------
         images : array of floating dtype, shape (batch, height * width)
         shape : tuple of int or None
-            (height, width); None if the features are no image.
+            (height, width); None if the features are not an image.
         seed : int
             From 0 to 2**64 - 1.
         number : int
-            Number of the batch: the same `seed` and `number` always deform in the same way.
+            Number of the batch: the same `seed` and `number` always give the same deformations.
 
         Returns
         -------
@@ -113,14 +113,14 @@ class Augmentation:
     def coordinates(
         self, batch: int, shape: tuple[int, int], seed: int, number: int, xp: Any
     ) -> tuple[Any, Any]:
-        """Return where in the original image each pixel of the result is taken from.
+        """Return the position in the original image from which each result pixel is sampled.
 
         Returns
         -------
         rows, columns : array of float32, shape (batch, height, width)
         """
         height, width = shape
-        # Six numbers an image, in [-1, 1); each has its use whether the others are on or not.
+        # Six numbers per image, in [-1, 1); each has a fixed use, whichever deformations are on.
         draw = 2 * uniform((batch, 6, 1, 1), seed, 2 * number, xp) - 1
         angle = draw[:, 0] * np.float32(math.radians(self.rotation))
         tall, wide = 1 + self.scale * draw[:, 1], 1 + self.scale * draw[:, 2]
@@ -128,7 +128,7 @@ class Augmentation:
         right = right * self.shift
         y = xp.arange(height, dtype=np.float32)[:, None] - np.float32((height - 1) / 2) - down
         x = xp.arange(width, dtype=np.float32) - np.float32((width - 1) / 2) - right
-        # (y, x) back from the result to the image: rotation, shear and scale are undone in turn.
+        # Map (y, x) from the result back to the image: undo rotation, shear and scale in turn.
         cos, sin = xp.cos(angle), xp.sin(angle)
         y, x = cos * y + sin * x, cos * x - sin * y
         x = x - shear * y
@@ -142,13 +142,13 @@ class Augmentation:
         """Return smooth random displacements, float32 of shape (batch, 2, height, width)."""
         down, right = (xp.asarray(_bumps(size)) for size in shape)
         knots = (len(down.T), len(right.T))
-        # Uniform numbers of variance 1.
+        # Uniform noise of variance 1.
         noise = (2 * uniform((batch, 2, *knots), seed, counter, xp) - 1) * np.float32(math.sqrt(3))
         return xp.matmul(xp.matmul(down * np.float32(self.elastic), noise), right.T)
 
 
 def _bumps(size: int) -> np.ndarray:
-    """Return the heights of Gaussian bumps, shape (size, knots), squares summing to 1 in a row."""
+    """Return Gaussian bumps, shape (size, knots), each row of unit norm."""
     width = max(size * _SMOOTH, 1.0)
     knots = width * np.arange(-2, math.ceil(size / width) + 3)
     bumps = np.exp(-(((np.arange(size)[:, None] - knots) / width) ** 2) / 2)
@@ -157,13 +157,13 @@ def _bumps(size: int) -> np.ndarray:
 
 
 def sample(images: Any, rows: Any, columns: Any) -> Any:
-    """Look images up at fractional positions: bilinear, with 0 outside.
+    """Sample images at fractional positions: bilinear, with 0 outside.
 
     Parameters
     ----------
     images : array of floating dtype, shape (batch, height, width)
     rows, columns : array of floating dtype, shape (batch, ...)
-        Positions in the image of the same number; whole ones are the middles of pixels.
+        Positions in the image of the same index; integers are pixel centres.
 
     Returns
     -------
@@ -171,11 +171,11 @@ def sample(images: Any, rows: Any, columns: Any) -> Any:
     """
     xp = module_of(images)
     batch, height, width = images.shape
-    # A frame of zeros on each side, into which all positions outside are brought.
+    # Pad with a border of zeros; all positions outside are clamped to it.
     framed = xp.zeros((batch, height + 3, width + 3), images.dtype)
     framed[:, 1:-2, 1:-2] = images
     flat = framed.reshape(-1)
-    # So is NaN, which absurd settings come to: fmax takes the other number.
+    # NaN, from extreme settings, is clamped too: fmax returns the other operand.
     y = xp.fmin(xp.fmax(rows + 1, 0), height + 1)
     x = xp.fmin(xp.fmax(columns + 1, 0), width + 1)
     top, left = xp.floor(y), xp.floor(x)

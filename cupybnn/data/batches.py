@@ -1,4 +1,4 @@
-"""Batches: which examples each training step sees, and the gather on the device."""
+"""Batches: the examples of each training step, and gathering them on the device."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["BatchOrder", "DeviceData"]
 
 
 class BatchOrder:
-    """The order in which training images are drawn: a new permutation in every epoch.
+    """The order of the training images: a new permutation in every epoch.
 
     The stream of images is epoch 0's permutation, then epoch 1's, and so on; step s takes images
     ``s * batch_size`` to ``(s + 1) * batch_size`` of the stream, so a batch may span two epochs
-    and every image is seen equally often. The permutation of an epoch is drawn from a generator
-    seeded by (seed, epoch) alone: the batch of a step depends on nothing that went before, and the
-    position to save in a checkpoint is the step.
+    and every image is used equally often. The permutation of an epoch is drawn from a generator
+    seeded by (seed, epoch) alone: a batch does not depend on earlier ones, and the position to save
+    in a checkpoint is the step.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ class BatchOrder:
     seed : int
         Not negative.
     device : Device
-        Where the permutations are kept and the indices are returned.
+        Device of the permutations and indices.
     """
 
     def __init__(self, images: int, batch_size: int, seed: int, device: Device) -> None:
@@ -43,23 +43,23 @@ class BatchOrder:
         self._on_device: dict[int, Any] = {}
 
     def host_permutation(self, epoch: int) -> np.ndarray:
-        """Indices of all images in the order of `epoch`, int64, in host memory."""
+        """Return the indices of all images in the order of `epoch`, int64, in host memory."""
 
         def draw() -> np.ndarray:
-            # 0xBA7C4 keeps this stream apart from others that are seeded with the same seed.
+            # 0xBA7C4 separates this stream from others with the same seed.
             return np.random.default_rng([self.seed, 0xBA7C4, epoch]).permutation(self.images)
 
-        return self._kept(self._on_host, epoch, draw)
+        return self._cached(self._on_host, epoch, draw)
 
     def permutation(self, epoch: int) -> Any:
-        """The same on the device."""
-        return self._kept(
+        """Return `host_permutation` on the device."""
+        return self._cached(
             self._on_device, epoch, lambda: to_device(self.host_permutation(epoch), self.device)
         )
 
     @staticmethod
-    def _kept(epochs: dict[int, Any], epoch: int, draw: Callable[[], Any]) -> Any:
-        """Return what is kept of an epoch, or draw it and forget all but the one before."""
+    def _cached(epochs: dict[int, Any], epoch: int, draw: Callable[[], Any]) -> Any:
+        """Return the cached value of an epoch, drawn if missing; keep only one earlier epoch."""
         if epoch not in epochs:
             for old in [e for e in epochs if e < epoch - 1]:
                 del epochs[old]
@@ -67,7 +67,7 @@ class BatchOrder:
         return epochs[epoch]
 
     def indices(self, step: int) -> Any:
-        """Indices of the images of `step`, int64 of shape (batch_size,), on the device."""
+        """Return the image indices of `step`, int64 of shape (batch_size,), on the device."""
         first = step * self.batch_size
         epoch, start = divmod(first, self.images)
         parts = []
@@ -81,9 +81,9 @@ class BatchOrder:
 
 
 class DeviceData:
-    """A data set on a device: pixels kept as bytes, from which floats are made a batch at a time.
+    """A data set on a device: pixels stay bytes and are converted to floats one batch at a time.
 
-    Features that are floats are kept in the dtype of the network's input.
+    Float features are kept in the dtype of the network's input.
 
     Parameters
     ----------
@@ -99,8 +99,8 @@ class DeviceData:
     image_shape : tuple of int or None
         (height, width), if the features are the pixels of an image.
     pixel_scale : floating or None
-        What a pixel is multiplied with to make the network's input; None where the features are
-        floats, which are the input as they are.
+        Factor from pixels to the network's input; None for float features, which are used
+        unchanged.
 
     Raises
     ------
@@ -124,7 +124,7 @@ class DeviceData:
 
     def _to_device(self, images: np.ndarray) -> Any:
         if images.dtype.kind == "f" and images.dtype != self.dtype:
-            with np.errstate(over="ignore"):  # checked here, with the example's number
+            with np.errstate(over="ignore"):  # check_finite below names the example
                 images = images.astype(self.dtype)
             check_finite(f"features of a network of {self.dtype}", images)
         return to_device(images, self.device)
@@ -139,15 +139,15 @@ class DeviceData:
     def scale(self, images: Any) -> Any:
         """Turn rows of `train_images` or `test_images` into the network's input.
 
-        Pixels become ``images / pixel_max``, numbers from 0 to 1; floats are returned as they are.
+        Pixels become ``images / pixel_max``, numbers from 0 to 1; floats are returned unchanged.
         """
         if self.pixel_scale is None:
             return images
-        # A pixel of 8 bits times the factor: one pass, and no float64 on the way.
+        # An 8-bit pixel times the factor, in one pass and without float64.
         return self.device.xp.multiply(images, self.pixel_scale, dtype=self.dtype)
 
     def batch(self, indices: Any) -> tuple[Any, Any]:
-        """Gather training examples by number.
+        """Gather training examples by index.
 
         Returns
         -------
@@ -157,7 +157,7 @@ class DeviceData:
         return self.scale(self.train_images[indices]), self.train_labels[indices]
 
     def test_batches(self, size: int) -> Any:
-        """Yield (inputs, labels) over the whole test part, `size` examples at a time."""
+        """Yield (inputs, labels) over the whole test set, `size` examples at a time."""
         for start in range(0, len(self.test_labels), size):
             stop = start + size
             yield self.scale(self.test_images[start:stop]), self.test_labels[start:stop]

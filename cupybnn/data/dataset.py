@@ -15,35 +15,35 @@ __all__ = ["Dataset"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    """Examples and their classes, split into a training and a test part.
+    """Labelled examples, split into a training and a test set.
 
-    `from_arrays` makes one of any arrays, `cupybnn.data.load` one by name.
+    Use `from_arrays` for your own arrays, `cupybnn.data.load` for data sets by name.
 
     Attributes
     ----------
     name : str
-        Such as "mnist" or "digits".
+        For example "mnist" or "digits".
     train_images, test_images : ndarray of uint8, float32 or float64, shape (examples, features)
-        One example a row: the pixels of an image, or any other features. The test part may be
+        One example per row: the pixels of an image, or any other features. The test set may be
         empty.
     train_labels, test_labels : ndarray of integers, shape (examples,)
-        The class of each example, from 0 to ``classes - 1``. Not every class need occur.
+        The class of each example, from 0 to ``classes - 1``. Some classes may not occur.
     image_shape : tuple of int or None
         (height, width), if the features are the pixels of an image, row by row.
     pixel_max : float or None
-        The pixel value that means full brightness: a network is fed ``pixel / pixel_max``, numbers
-        from 0 to 1. None where the features are floats, which a network is fed as they are.
+        The pixel value of full brightness: the network's input is ``pixel / pixel_max``, from 0 to
+        1. None for float features, which are used unchanged.
     classes : int
         Number of classes.
     fallback_reason : str or None
-        Why "auto" fell back on the digits, in a sentence for the user.
+        Why "auto" fell back to the digits, as a sentence for the user.
     test_is_validation : bool
-        Whether the test part was cut from the training examples by `with_validation`.
+        Whether the test set was split off the training examples by `with_validation`.
 
     Raises
     ------
     ValueError
-        If arrays, shapes and classes do not fit together, or a feature is NaN or infinite.
+        If arrays, shapes and classes are inconsistent, or a feature is NaN or infinite.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Dataset:
     def __post_init__(self) -> None:
         if self.pixel_max is not None and not 0 < self.pixel_max < float("inf"):
             raise ValueError(
-                f"The 'pixel_max' of a Dataset must be None or a number above 0; got "
+                f"The 'pixel_max' of a Dataset must be None or a positive number; got "
                 f"{self.pixel_max!r}."
             )
         train = self.train_images
@@ -105,28 +105,28 @@ class Dataset:
         *,
         pixel_max: float = 255,
     ) -> Dataset:
-        """Make a data set of arrays.
+        """Make a data set from arrays.
 
         Parameters
         ----------
         train_x : array_like, shape (examples, ...)
-            Features, in a NumPy or CuPy array or anything that NumPy reads; they are flattened.
-            With shape (examples, height, width) they are images, which can be deformed in
-            training. uint8 features are pixels, see `pixel_max`. float32 and float64 features are
-            kept, without a copy if they are contiguous; all other numbers become float32.
+            Features, as a NumPy or CuPy array or anything that NumPy converts; they are flattened.
+            With shape (examples, height, width) they are images, which training can deform. uint8
+            features are pixels, see `pixel_max`. float32 and float64 features keep their dtype,
+            without a copy if contiguous; all other numbers become float32.
         train_y : array_like of integers, shape (examples,)
-            Class of each example, from 0. Classes that never occur are outputs of the network all
-            the same: labels from 1 to 26 make 27 classes.
+            Class of each example, from 0. Classes that never occur still get an output: labels
+            from 1 to 26 give 27 classes.
         test_x, test_y : array_like, optional
-            The test part. Without it, hold out training examples: by `with_validation`, or the
+            The test set. Without it, hold out training examples with `with_validation` or the
             setting ``validation``.
         classes : int, optional
-            Number of classes; default: the greatest label of both parts, plus 1.
+            Number of classes; by default, the largest label of both sets plus 1.
         name : str
-            Name of the data set, which goes into checkpoints: a run is restored with data of the
+            Name of the data set, stored in checkpoints: a run must be restored with data of the
             same name.
         pixel_max : float
-            What uint8 is divided by.
+            Divisor of uint8 features.
 
         Returns
         -------
@@ -137,8 +137,8 @@ class Dataset:
         TypeError
             If the features are not real numbers or the labels are not integers.
         ValueError
-            If shapes do not fit together, a part is empty, a label is not a class, or a feature is
-            NaN or infinite.
+            If shapes do not match, a set is empty, a label is out of range, or a feature is NaN or
+            infinite.
 
         Examples
         --------
@@ -197,14 +197,14 @@ class Dataset:
 
     @property
     def features(self) -> int:
-        """Number of features of an example, such as pixels of an image."""
+        """Number of features per example, such as the pixels of an image."""
         return int(self.train_images.shape[1])
 
     def with_validation(self, images: int) -> Dataset:
-        """Return a data set whose test part is the last `images` training images.
+        """Return a data set whose test set is the last `images` training images.
 
-        The real test part is not in the result, so that a choice made on it cannot leak. Examples
-        that are sorted, by class for one, must be shuffled before.
+        The real test set is dropped, so that nothing chosen on the result can leak from it. Shuffle
+        sorted examples (by class, for example) first.
         """
         if not 0 < images < len(self.train_images):
             raise SettingError(

@@ -16,22 +16,21 @@ __all__ = ["load"]
 def load() -> Dataset:
     """Load scikit-learn's 1,797 bundled digits, with a split that never changes.
 
-    Within each class, in the order of the file, every fifth image is a test image: 1,442 images
-    to train and 355 to test, each class in the same proportion. No random numbers decide the
-    split, so it is the same with every version of every library. The training images are then
-    interleaved over the file, so that the last ones are a fair validation part.
+    Within each class, in file order, every fifth image is a test image: 1,442 training and 355 test
+    images, with each class in the same proportion. The split uses no random numbers, so it is the
+    same with every library version. The training images are then interleaved over the file, so
+    that the last ones are a fair validation set.
 
-    The file has the images of 13 writers who are in both parts: unlike MNIST's, the test images
-    are by known hands.
+    All 13 writers appear in both sets: unlike MNIST's, the test images are by known writers.
     """
     images, labels = _bundled()
-    place = np.empty(len(labels), dtype=np.int64)  # of an image among those of its class
+    place = np.empty(len(labels), dtype=np.int64)  # index of an image within its class
     for c in range(10):
         members = np.flatnonzero(labels == c)
         place[members] = np.arange(len(members))
     test = place % 5 == 4
     train = np.flatnonzero(~test)
-    # Strided order: 0, 7, 14, ... then 1, 8, 15, ...: any stretch of it spans the whole file.
+    # Strided order: 0, 7, 14, ... then 1, 8, 15, ...: any range of it spans the whole file.
     train = np.concatenate([train[start::7] for start in range(7)])
     return Dataset(
         name="digits",
@@ -45,10 +44,10 @@ def load() -> Dataset:
 
 
 def _bundled() -> tuple[np.ndarray, np.ndarray]:
-    """Return pixels (whole numbers from 0 to 16) and labels, uint8.
+    """Return pixels (integers from 0 to 16) and labels, uint8.
 
-    They are read from scikit-learn's folder without importing scikit-learn: that takes a second,
-    and is impossible in an interpreter that is ending.
+    They are read from scikit-learn's folder without importing it: the import takes a second, and
+    fails while the interpreter shuts down.
     """
     spec = importlib.util.find_spec("sklearn")
     if spec is not None and spec.origin is not None:

@@ -1,4 +1,4 @@
-"""MNIST's own file format, IDX: a folder of four files, checked in every way they can be wrong.
+"""IDX, MNIST's file format: finds, reads and validates a folder of four files.
 
 An IDX file (http://yann.lecun.com/exdb/mnist, "file formats") is a big-endian header, two zero
 bytes, a type code (8: unsigned byte), the number of dimensions, each dimension as 32 bits, and
@@ -16,6 +16,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,16 +24,16 @@ from cupybnn.data.dataset import Dataset
 from cupybnn.errors import DataError
 from cupybnn.paths import user_path
 
-__all__ = ["find_files", "load_folder", "read_idx"]
+__all__ = ["find_files", "load_folder", "read_idx", "read_idx_stream"]
 
 _UNSIGNED_BYTE = 8
 _CLASSES = 10
-#: EMNIST's data sets, whose files have names of their own, and their classes. Letters are numbered
-#: from 1, so that class 0 never occurs.
+#: EMNIST's data sets, which have their own file names, and their classes. Letters are numbered from
+#: 1, so that class 0 never occurs.
 _EMNIST = {"balanced": 47, "byclass": 62, "bymerge": 47, "digits": 10, "letters": 27, "mnist": 10}
 _MNIST_IMAGES = (60_000, 10_000)  # training and test
 _MNIST_SHAPE = (28, 28)
-#: Folders below the given one that other programs put the files into.
+#: Subfolders that other programs use for the files.
 _SUBFOLDERS = ("", "raw", "MNIST/raw", "mnist", "MNIST", "EMNIST/raw", "emnist", "gzip")
 _NAME = re.compile(
     rf"(?:emnist[-_.](?P<emnist>{'|'.join(_EMNIST)})[-_.])?"
@@ -44,14 +45,14 @@ _ROLES = ("train images", "train labels", "test images", "test labels")
 
 
 def find_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
-    """Find the four files of MNIST, or of a data set in its form, in `folder`.
+    """Find the four files of MNIST, or of a data set in the same format, in `folder`.
 
     Accepted names: train or t10k or test, images or labels, with or without ``idx3``/``idx1`` and
-    ``ubyte``, joined by ``-``, ``_`` or ``.``, with or without ``.gz``; before it ``emnist`` and
-    the name of one of EMNIST's data sets, such as ``emnist-letters-train-images-idx3-ubyte.gz``.
-    Also in the subfolders ``raw``, ``MNIST/raw``, ``mnist``, ``MNIST``, ``EMNIST/raw``, ``emnist``
-    and ``gzip``, and each file in a folder of its own that has such a name. A plain file goes
-    before a .gz one, and MNIST's names before EMNIST's.
+    ``ubyte``, joined by ``-``, ``_`` or ``.``, with or without ``.gz``; optionally preceded by
+    ``emnist`` and an EMNIST data set, such as ``emnist-letters-train-images-idx3-ubyte.gz``. The
+    subfolders ``raw``, ``MNIST/raw``, ``mnist``, ``MNIST``, ``EMNIST/raw``, ``emnist`` and ``gzip``
+    are searched too, and a file may be in its own folder of such a name. Plain files take
+    precedence over .gz files, and MNIST's names over EMNIST's.
 
     Returns
     -------
@@ -61,7 +62,7 @@ def find_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     Raises
     ------
     DataError
-        If the folder or one of the files is not there, or there are several of EMNIST's data sets.
+        If the folder or one of the files is missing, or there are several EMNIST data sets.
     """
     try:
         root = user_path(folder)
@@ -82,7 +83,7 @@ def find_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     if len(names) > 1 and "mnist" not in names:
         raise DataError(
             f"The data directory {root} must hold the files of one data set; it holds those of "
-            f"{', '.join(names)}. Put the four files of one into a folder of their own."
+            f"{', '.join(names)}. Put the four files of one of them into a separate folder."
         )
     missing = [role for role in _ROLES if role not in found]
     if missing:
@@ -99,12 +100,12 @@ def find_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
 
 def _data_sets(folder: Path) -> dict[str, dict[str, Path]]:
     """Return the paths in `folder` by role, for each data set that has a file there."""
-    sets: dict[str, dict[str, Path]] = {"mnist": {}}  # first, so that it goes before the others
+    sets: dict[str, dict[str, Path]] = {"mnist": {}}  # first, so that it takes precedence
     if not folder.is_dir():
         return sets
     named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
     files = [path for path in named if path.is_file()]
-    # Archives from some places have each file in a folder of the same name.
+    # Some archives have each file in a folder of the same name.
     inner = [p for path in named if path.is_dir() for p in path.iterdir() if p.is_file()]
     for group in (files, inner):
         for path in sorted(group, key=lambda p: (p.suffix.lower() == ".gz", p.name)):
@@ -122,17 +123,17 @@ def _name_of(paths: dict[str, Path]) -> str:
 
 
 def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
-    """Read one IDX file of unsigned bytes, gzipped or not, which its content decides, not its name.
+    """Read one IDX file of unsigned bytes; gzip is detected by content, not by name.
 
     Parameters
     ----------
     path : path-like
     dimensions : int
-        How many dimensions the file must have: 3 for images, 1 for labels.
+        Number of dimensions that the file must have: 3 for images, 1 for labels.
 
     Returns
     -------
-    ndarray of uint8, of the dimensions in the header
+    ndarray of uint8, of the shape in the header
 
     Raises
     ------
@@ -141,38 +142,43 @@ def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
         names the file, what was expected and what was found.
     """
     path = Path(path)
-    kind = {1: "labels", 3: "images"}.get(dimensions, f"{dimensions}-dimensional data")
     try:
         with open(path, "rb") as raw:
-            zipped = raw.read(2) == b"\x1f\x8b"
-            raw.seek(0)
-            stream: io.BufferedIOBase = gzip.GzipFile(fileobj=raw) if zipped else raw
-            length = 4 + 4 * dimensions
-            header, _ = _read(stream, length)
-            magic, expected = int.from_bytes(header[:4], "big"), (_UNSIGNED_BYTE << 8) | dimensions
-            if len(header) >= 4 and magic != expected:
-                of_kinds = {0x801: " (a file of labels)", 0x803: " (a file of images)"}
-                raise DataError(
-                    f"{path} is not an IDX file of {kind}: expected the magic number "
-                    f"0x{expected:08x}, found 0x{magic:08x}{of_kinds.get(magic, '')}."
-                )
-            if len(header) < length:
-                raise DataError(
-                    f"{path} is truncated: expected a header of {length} bytes, found "
-                    f"{len(header)}."
-                )
-            shape = struct.unpack_from(f">{dimensions}I", header, 4)
-            size = math.prod(shape)
-            # One byte more than the header promises shows whether anything follows, and has gzip
-            # compare its checksum, which it does at the end of the stream.
-            data, cut_off = _read(stream, size + 1)
-            if zipped and len(data) > size:
-                # A damaged stream may well give more: its checksum, if near, tells.
-                _read(stream, size + (1 << 20))
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path} is corrupt: {error}. Fetch it again.") from error
+            return read_idx_stream(raw, dimensions, path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def read_idx_stream(raw: Any, dimensions: int, path: str | os.PathLike[str]) -> np.ndarray:
+    """Read an IDX file that is open, for `read_idx`; `path` is its name in messages."""
+    kind = {1: "labels", 3: "images"}.get(dimensions, f"{dimensions}-dimensional data")
+    try:
+        zipped = raw.read(2) == b"\x1f\x8b"
+        raw.seek(0)
+        stream: io.BufferedIOBase = gzip.GzipFile(fileobj=raw) if zipped else raw
+        length = 4 + 4 * dimensions
+        header, _ = _read(stream, length)
+        magic, expected = int.from_bytes(header[:4], "big"), (_UNSIGNED_BYTE << 8) | dimensions
+        if len(header) >= 4 and magic != expected:
+            of_kinds = {0x801: " (a file of labels)", 0x803: " (a file of images)"}
+            raise DataError(
+                f"{path} is not an IDX file of {kind}: expected the magic number "
+                f"0x{expected:08x}, found 0x{magic:08x}{of_kinds.get(magic, '')}."
+            )
+        if len(header) < length:
+            raise DataError(
+                f"{path} is truncated: expected a header of {length} bytes, found {len(header)}."
+            )
+        shape = struct.unpack_from(f">{dimensions}I", header, 4)
+        size = math.prod(shape)
+        # Reading one byte past the expected end detects extra data, and makes gzip verify its
+        # checksum, which it does at the end of the stream.
+        data, cut_off = _read(stream, size + 1)
+        if zipped and len(data) > size:
+            # A damaged stream may yield extra bytes: read on, so that its checksum fails.
+            _read(stream, size + (1 << 20))
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path} is corrupt: {error}. Fetch it again.") from error
     elements = f"{size:,} bytes for {' × '.join(map(str, shape))} {kind}"
     if len(data) != size:
         found = f"{len(data):,}" if len(data) < size else "more"
@@ -181,18 +187,18 @@ def read_idx(path: str | os.PathLike[str], dimensions: int) -> np.ndarray:
     if cut_off:
         raise DataError(
             f"{path} is truncated: expected a checksum after the {elements}, found the end of the "
-            f"file before or in it. Fetch it again."
+            f"file. Fetch it again."
         )
     return np.frombuffer(data, dtype=np.uint8).reshape(shape)
 
 
 def _read(stream: io.BufferedIOBase, size: int) -> tuple[bytes, bool]:
-    """Read up to `size` bytes, or what there is; also return whether a gzip stream was cut off."""
+    """Read up to `size` bytes; also return whether a gzip stream was cut off."""
     chunks: list[bytes] = []
     left = size
     while left > 0:
         try:
-            # One raw read at a time: a longer read would lose what came before the early end.
+            # One raw read at a time: a longer read would lose the data before an early end.
             chunk = stream.read1(min(left, 1 << 20))
         except EOFError:
             return b"".join(chunks), True
@@ -212,15 +218,15 @@ def load_folder(
     ----------
     folder : path-like
     notify : callable, optional
-        Called with a sentence where the data have another size than MNIST: a subset or another
-        data set is welcome, but may have been taken unawares.
+        Called with a sentence if the data do not have MNIST's size: a subset or another data set
+        is allowed, but may be a mistake.
 
     Raises
     ------
     DataError
-        If a file is missing, truncated, corrupt or mislabelled, if images and labels are not
-        equally many, if the training and test images differ in size, or if a label is none of the
-        data set's classes.
+        If a file is missing, truncated, corrupt or mislabelled, if the numbers of images
+        and labels differ, if training and test images differ in size, or if a label is out of
+        range.
     """
     paths = find_files(folder)
     name = _name_of(paths)
@@ -232,7 +238,7 @@ def load_folder(
         if len(images) != len(labels):
             raise DataError(
                 f"{label_path} does not belong to {image_path}: expected {len(images):,} labels, "
-                f"one an image, found {len(labels):,}."
+                f"one per image, found {len(labels):,}."
             )
         if images.size == 0:
             raise DataError(
@@ -263,19 +269,19 @@ def load_folder(
         pixel_max=255,
         classes=classes,
     )
-    sentence = _other_size(data, folder)
+    sentence = _size_difference(data, folder)
     if name != "mnist":
         sentence = (
             f"The files in {os.fspath(folder)} are {name}: {classes} classes, and images with rows "
-            f"and columns exchanged, which are turned upright."
+            f"and columns swapped, which are transposed back."
         )
     if notify is not None and sentence:
         notify(sentence)
     return data
 
 
-def _other_size(data: Dataset, folder: str | os.PathLike[str]) -> str | None:
-    """Say how the size of `data` differs from MNIST's; None where it does not."""
+def _size_difference(data: Dataset, folder: str | os.PathLike[str]) -> str | None:
+    """Describe how the size of `data` differs from MNIST's; None if it does not."""
     train, test = len(data.train_labels), len(data.test_labels)
     classes = len(np.unique(data.train_labels))
     if (train, test, data.image_shape, classes) == (*_MNIST_IMAGES, _MNIST_SHAPE, _CLASSES):

@@ -12,7 +12,7 @@ from cupybnn.errors import DataError, SettingError
 
 __all__ = ["DATASETS", "load"]
 
-#: What ``--dataset`` may be.
+#: The choices of ``--dataset``.
 DATASETS = ("auto", "mnist", "digits")
 
 
@@ -27,17 +27,17 @@ def load(
     Parameters
     ----------
     name : {"auto", "mnist", "digits"}
-        "mnist": the IDX files in `data_dir` if one is given; else the copy in the data folder
-        (``CUPYBNN_DATA_DIR``); else fetched once by scikit-learn from OpenML and kept there.
-        "digits": scikit-learn's bundled 8×8 digits, which need nothing. "auto": MNIST where it
-        is available, else the digits, with the reason in ``Dataset.fallback_reason``; with a
+        "mnist": the IDX files in `data_dir` if given; otherwise the copy in the data folder
+        (``CUPYBNN_DATA_DIR``); otherwise scikit-learn fetches it once from OpenML, and it is kept
+        there. "digits": scikit-learn's bundled 8×8 digits, which need no download. "auto": MNIST if
+        available, otherwise the digits, with the reason in ``Dataset.fallback_reason``; with a
         `data_dir`, the same as "mnist".
     data_dir : path-like, optional
-        A folder with the four IDX files of MNIST, or of a data set in its form such as EMNIST,
-        plain or .gz, with any of the usual names; see `cupybnn.data.idx.find_files`.
+        A folder with the four IDX files of MNIST, or of a data set in the same format such as
+        EMNIST, plain or .gz, with any of the usual names; see `cupybnn.data.idx.find_files`.
     notify : callable, optional
-        Called with a sentence before something that takes long, and where the files in `data_dir`
-        are not of MNIST's size.
+        Called with a sentence before a slow operation, and if the files in `data_dir` do not have
+        MNIST's size.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""MNIST from OpenML by scikit-learn, kept as one checked file in the data folder."""
+"""MNIST, fetched from OpenML by scikit-learn and kept as one verified file in the data folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["CACHE_NAME", "load"]
 
 CACHE_NAME = "mnist_784.npz"
 #: SHA-256 of all training images, training labels, test images and test labels, in that order,
-#: one byte a pixel and a label: the content of MNIST's four original files without their headers.
+#: one byte per pixel and label: the content of MNIST's four original files without their headers.
 _SHA256 = "06b0d1f124c4e5fa796686ade41a9b778edacc8622f2195a352ef479ad44fc16"
 _MEMBERS = {
     "train_images": (60_000, 784),
@@ -31,9 +31,9 @@ _MEMBERS = {
     "test_images": (10_000, 784),
     "test_labels": (10_000,),
 }
-#: OpenML's numbers of the data set and of its data file.
-_OPENML_NUMBERS = ("554", "52667")
-_TIMEOUT = 20.0  # seconds that a connection may stand still
+#: OpenML's IDs of the data set and of its data file.
+_OPENML_IDS = ("554", "52667")
+_TIMEOUT = 20.0  # seconds that a connection may stall
 
 
 def load(*, notify: Callable[[str], None] | None = None) -> Dataset:
@@ -47,14 +47,14 @@ def load(*, notify: Callable[[str], None] | None = None) -> Dataset:
     Raises
     ------
     DataError
-        If there is no good copy in the data folder and none can be fetched: one message with the
-        cause, the folder that was looked in, and the ways out.
+        If the data folder has no valid copy and none can be fetched; the message gives the cause,
+        the folders searched and the alternatives.
     """
     say = notify or (lambda sentence: None)
     try:
         path = settings.data_dir() / CACHE_NAME
         settings.scikit_learn_data()
-    except ValueError as error:  # a variable that names no folder
+    except ValueError as error:  # an environment variable that is not a folder
         raise DataError(str(error)) from error
     trouble = ""
     if path.exists():
@@ -63,7 +63,7 @@ def load(*, notify: Callable[[str], None] | None = None) -> Dataset:
         except DataError as error:
             trouble = f"{error} "
             say(f"{error} It will be fetched again.")
-    say(f"Fetching MNIST from OpenML by scikit-learn (15 MB, once; it will be kept in {path}).")
+    say(f"Fetching MNIST from OpenML with scikit-learn (15 MB, once; it will be kept in {path}).")
     try:
         arrays = _fetch(path.parent)
     except Exception as error:  # whatever urllib, http, json and scikit-learn raise
@@ -84,7 +84,7 @@ def load(*, notify: Callable[[str], None] | None = None) -> Dataset:
 
 
 def _cause(error: BaseException) -> str:
-    """The error in a few words: urllib wraps the useful one in `reason`."""
+    """Summarise the error; urllib wraps the useful one in `reason`."""
     reason = getattr(error, "reason", None)
     text = str(reason if reason is not None else error).strip().rstrip(".")
     return text.splitlines()[0] if text else type(error).__name__
@@ -107,14 +107,13 @@ def _check(arrays: dict[str, np.ndarray], what: str) -> None:
         array = arrays[name]
         if array.dtype != np.uint8 or array.shape != shape:
             raise DataError(
-                f"{what} is not as it should be: expected {name} as uint8 {shape}, found "
+                f"{what} is not valid: expected {name} as uint8 {shape}, found "
                 f"{array.dtype} {array.shape}."
             )
         digest.update(np.ascontiguousarray(array).data)
     if digest.hexdigest() != _SHA256:
         raise DataError(
-            f"{what} is not as it should be: expected the SHA-256 {_SHA256}, found "
-            f"{digest.hexdigest()}."
+            f"{what} is not valid: expected the SHA-256 {_SHA256}, found {digest.hexdigest()}."
         )
 
 
@@ -123,17 +122,17 @@ def _dataset(arrays: dict[str, np.ndarray]) -> Dataset:
 
 
 def _fetch(folder: Path) -> dict[str, np.ndarray]:
-    """Have scikit-learn load MNIST, in a scratch folder of our own.
+    """Load MNIST with scikit-learn, in a scratch folder.
 
-    scikit-learn deletes a file of its data home that it cannot parse and fetches it again. It
-    therefore gets a copy of what the user's data home has of MNIST, never the data home itself.
+    scikit-learn deletes files in its data home that it cannot parse and fetches them again.
+    Therefore it gets a copy of the user's MNIST files, never the data home itself.
     """
     from sklearn.datasets import fetch_openml
 
     with _scratch_folder(folder) as scratch:
         _copy_openml(settings.scikit_learn_data() / "openml", scratch / "openml")
         with warnings.catch_warnings(), _socket_timeout(_TIMEOUT):
-            warnings.simplefilter("ignore")  # its retries warn; a failure is one message of ours
+            warnings.simplefilter("ignore")  # its retries warn; we report a failure in one message
             bunch: Any = fetch_openml(
                 "mnist_784",
                 version=1,
@@ -157,7 +156,7 @@ def _fetch(folder: Path) -> dict[str, np.ndarray]:
 
 @contextmanager
 def _scratch_folder(folder: Path) -> Any:
-    """A temporary folder in `folder`, or in the system's place where that cannot be written."""
+    """A temporary folder in `folder`, or in the system's if `folder` is not writable."""
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -169,7 +168,7 @@ def _scratch_folder(folder: Path) -> Any:
 
 @contextmanager
 def _socket_timeout(seconds: float) -> Any:
-    """Keep a network that swallows packets from holding the fetch for minutes."""
+    """Set a socket timeout, so that a network that drops packets does not block for minutes."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:
@@ -185,7 +184,7 @@ def _copy_openml(source: Path, target: Path) -> None:
     for path in source.rglob("*"):
         relative = path.relative_to(source)
         ours = "mnist_784" in str(relative) or any(
-            part.split(".")[0] in _OPENML_NUMBERS for part in relative.parts
+            part.split(".")[0] in _OPENML_IDS for part in relative.parts
         )
         if ours and path.is_file():
             copy = target / relative

@@ -123,8 +123,8 @@ class PackedLayer:
             # To the backend itself: for a few inputs, checks would take as long as the product.
             backend, shape = backends.get(x.device), (x.shape[0], self.units)
             if self.threshold is not None:
-                packed = backend.gemm_packed(x, self.weight, self.threshold, self.flip)
-                return PackedMatrix._of(*packed, shape, -1, x.device)
+                words, ones = backend.gemm_packed(x, self.weight, self.threshold, self.flip)
+                return PackedMatrix._of(words, ones, shape, -1, x.device)
             y = x.device.xp.empty(shape, np.float32)
             backend.gemm(x, self.weight, y, None)
             return apply_steps(self.steps, y)

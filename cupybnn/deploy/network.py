@@ -10,8 +10,9 @@ import numpy as np
 
 from cupybnn import nn
 from cupybnn.backends.devices import CPU, Device, array_module, resolve
-from cupybnn.deploy import file
+from cupybnn.deploy import c_header, file, onnx_file, qonnx_file
 from cupybnn.deploy.conversion import packed_layers
+from cupybnn.deploy.evaluation import ClassificationReport, evaluate
 from cupybnn.deploy.inputs import InputSpec, like
 from cupybnn.deploy.layers import PackedLayer
 from cupybnn.training.saved import DataDescription, load_model
@@ -184,6 +185,109 @@ class PackedNetwork:
         host = self.to("cpu")
         file.write(path, host.layers, host.inputs, host.classes)
 
+    def to_onnx(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        inputs: str | None = None,
+        target: str = "cpu",
+        opset: int = onnx_file.OLDEST_OPSET,
+    ) -> None:
+        """Write the network as ONNX, a bit for each binary weight; needs the package onnx.
+
+        The batch may have any size. Outputs are "logits" and "probabilities", float32 of shape
+        (batch, classes), and "class_index", int64 of shape (batch,): positions in `classes`, which
+        the metadata list as JSON next to the image shape and the greatest pixel.
+
+        Products of signs are those of integers, so the result is exact wherever this network's is.
+        Sums of real numbers are rounded in another order. Where binary weights meet pixels, the
+        graph sums whole pixels, exactly, and compares with a threshold for that: a unit can differ
+        from this network's where its sum is within a rounding error of the threshold.
+
+        Parameters
+        ----------
+        path : path-like
+            Holds all of the network afterwards, or what it held before.
+        inputs : {"pixels", "numbers"}, optional
+            The input of the graph and its name: "pixels" are uint8, images of shape (batch, height,
+            width) where the network knows their shape, scaled in the graph; "numbers" are float32
+            of shape (batch, features), as in training. Default: pixels, if the network takes them.
+        target : {"cpu", "cuda"}
+            For which of onnxruntime's providers: on a CPU, products of signs are of bytes (the
+            operator MatMulInteger), on CUDA of float16, or float32 where sums can exceed 2,048.
+        opset : int
+            Version of the operators, 13 or newer.
+
+        Raises
+        ------
+        SettingError
+            If the package onnx is not installed, an argument is not one of those above, or the
+            network does not take pixels of a byte.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import cupybnn
+        >>> result = cupybnn.train(dataset="digits", binary=True, max_steps=10, device="cpu")
+        >>> net = cupybnn.PackedNetwork.from_model(result.model, pixel_max=16)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     net.to_onnx(f"{folder}/net.onnx")
+        """
+        onnx_file.write(path, self, inputs=inputs, target=target, opset=opset)
+
+    def to_qonnx(self, path: str | os.PathLike[str]) -> None:
+        """Write the network as QONNX, for FINN, hls4ml and the package qonnx; needs onnx.
+
+        Weights and activations are signs by BipolarQuant nodes of the domain
+        ``qonnx.custom_op.general``, on float32 (https://github.com/fastmachinelearning/qonnx).
+        Batch norm and flips are folded into thresholds and weights. The input "numbers" is one row
+        of numbers scaled as in training, shape (1, features); the output is "logits".
+
+        Parameters
+        ----------
+        path : path-like
+            Holds all of the network afterwards, or what it held before.
+
+        Raises
+        ------
+        SettingError
+            If the package onnx is not installed.
+        """
+        qonnx_file.write(path, self)
+
+    def to_c(self, path: str | os.PathLike[str], *, name: str = "net") -> None:
+        """Write the network as a C99 header that needs no library and no memory but the stack.
+
+        It defines ``int net_predict(const uint8_t *pixels)``, which returns a position in
+        `classes`, and ``void net_logits(const uint8_t *pixels, T *logits)``; T is float, or int32_t
+        where the logits are integers.
+
+        Products of signs and of signs and pixels are of integers, exactly. Sums of real numbers are
+        in float, in another order than here; for where a result can differ see `to_onnx`.
+
+        Parameters
+        ----------
+        path : path-like
+            Holds all of the header afterwards, or what it held before.
+        name : str
+            What the names in the header begin with: letters, digits and underscores.
+
+        Raises
+        ------
+        SettingError
+            If the network does not take pixels of a byte, or `name` is none that C allows.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import cupybnn
+        >>> result = cupybnn.train(dataset="digits", binary=True, max_steps=10, device="cpu")
+        >>> net = cupybnn.PackedNetwork.from_model(result.model, pixel_max=16)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     net.to_c(f"{folder}/digits.h", name="digits")
+        """
+        c_header.write(path, self, name=name)
+
     def to(self, device: str | Device) -> PackedNetwork:
         """Return the network on "cpu", "cuda", "cuda:1", ...; itself, if it is there already."""
         target = resolve(device)
@@ -240,6 +344,29 @@ class PackedNetwork:
             xp = array_module(best)
             return like(xp.asarray(self.classes)[best], x)
         return self.classes[best.get() if self.device.kind == "cuda" else best]
+
+    def evaluate(self, images: Any, labels: Any) -> ClassificationReport:
+        """Compare predictions with the true classes.
+
+        Parameters
+        ----------
+        images : array_like, shape (examples, ...)
+            As for a call; they may be on another device and are taken to the network's in parts.
+        labels : array_like, shape (examples,)
+            The true class of each, an element of `classes`.
+
+        Returns
+        -------
+        ClassificationReport
+            Accuracy, loss, precision and recall of each class, confusion matrix, mistakes; print
+            it to see them.
+
+        Raises
+        ------
+        ValueError
+            If there are not as many labels as images, or a label is none of the classes.
+        """
+        return evaluate(self, images, labels)
 
     def _logits(self, x: Any) -> Any:
         if self.device.kind == "cuda":

@@ -1,4 +1,4 @@
-"""Layers, and the models made of them."""
+"""Layers and models."""
 
 from cupybnn.nn.binary import BinaryLinear, Sign, SignDropout, set_progress
 from cupybnn.nn.chain import Block, Chain, stages

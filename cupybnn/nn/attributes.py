@@ -1,4 +1,4 @@
-"""Modules and parameters in places where no module looks for them."""
+"""Find modules and parameters in places that a module does not search."""
 
 from __future__ import annotations
 
@@ -7,32 +7,31 @@ from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-__all__ = ["held_in", "stray_error"]
+__all__ = ["find_held", "stray_error"]
 
 _CONTAINERS = (list, tuple, set, frozenset, deque, dict)
-# Objects whose attributes say nothing about a model.
+# Objects whose attributes are not part of a model.
 _CLOSED = (type, FunctionType, BuiltinFunctionType, MethodType, ModuleType)
-# Most of what is in containers and objects. Modules are walked in every training step.
+# The most common values, skipped first: modules are walked in every training step.
 _SIMPLE = frozenset({int, float, bool, str, bytes, type(None)})
 
 
-def held_in(value: Any, wanted: Callable[[Any], bool]) -> Iterator[tuple[str, Any]]:
+def find_held(value: Any, wanted: Callable[[Any], bool]) -> Iterator[tuple[str, Any]]:
     """Yield (place, item) for the items of a container, or of an object's attributes.
 
-    Containers within containers are searched; of objects, only the attributes of `value` itself
-    and the containers in them. A function, a weak reference or an object with ``__slots__`` is not
-    looked into.
+    Nested containers are searched. For an object, only its own attributes and the containers in
+    them are searched; functions, weak references and objects with ``__slots__`` are not.
 
     Parameters
     ----------
     value : object
     wanted : callable
-        Whether an item is one to yield.
+        Whether to yield an item.
 
     Yields
     ------
     place : str
-        As in ``[0]``, ``['encoder']`` or ``.hidden``.
+        For example ``[0]``, ``['encoder']`` or ``.hidden``.
     item : object
     """
     if isinstance(value, _CONTAINERS):
@@ -65,7 +64,7 @@ def _in_container(
 
 
 def stray_error(owner: Any, name: str, value: Any, place: str, item: Any) -> TypeError:
-    """Return the error for a module or parameter that its owner would not see.
+    """Return the error for a module or parameter that its owner would not find.
 
     Parameters
     ----------
@@ -73,9 +72,9 @@ def stray_error(owner: Any, name: str, value: Any, place: str, item: Any) -> Typ
     name : str
         The attribute of `owner`.
     value : object
-        What the attribute holds.
+        The attribute's value.
     place, item
-        As `held_in` yields them.
+        As `find_held` yields them.
     """
     kind = type(value).__name__
     if not isinstance(value, _CONTAINERS):
@@ -86,6 +85,6 @@ def stray_error(owner: Any, name: str, value: Any, place: str, item: Any) -> Typ
         fix = f"nn.Module{'Dict' if isinstance(value, dict) else 'List'} for {name!r}"
     return TypeError(
         f"The attribute {name!r} of {type(owner).__name__} must not hold a {type(item).__name__} "
-        f"(at {name}{place}) in a {kind}, where parameters(), state_dict() and to() do not see it. "
-        f"Use {fix}."
+        f"(at {name}{place}) in a {kind}, where parameters(), state_dict() and to() do not find "
+        f"it. Use {fix}."
     )

@@ -1,4 +1,4 @@
-"""Layers of signs."""
+"""Layers of binary weights and activations."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class BinaryLinear(Linear):
     in_features, out_features : int
         Sizes of the last axes of x and y.
     bias : bool
-        Whether there is a (full-precision) bias; it starts at 0.
+        Whether there is a full-precision bias; it starts at 0.
     binary_input : bool
-        Whether x holds signs: the layer then insists on it (put a `Sign` before it), and the
-        product is one of signs. If not, x may hold any numbers.
+        Whether x must hold signs (put a `Sign` before this layer): the product is then one of
+        signs. If not, x may hold any numbers.
     xnor : bool
-        Whether a product of signs is computed by `cupybnn.xnor_gemm` or as a dense one. The
+        Whether to compute a product of signs with `cupybnn.xnor_gemm` or as a dense product. The
         results are equal.
     ste : str or Quantizer
         Pseudo-gradient for the latent weights, and their scale if it has one; see
@@ -45,13 +45,13 @@ class BinaryLinear(Linear):
     weight : Parameter, shape (in_features, out_features)
         The latent weights.
     quantizer : Quantizer
-        What `ste` named.
+        The quantizer named by `ste`.
 
     Warns
     -----
     UserWarning
-        If latent weights can leave the quantizer's window, where they get no gradient and so
-        never come back.
+        If latent weights can leave the quantizer's window, where they get no gradient and stop
+        learning.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class BinaryLinear(Linear):
         return (self.weight.size, 0) if self.binary_input else (0, self.weight.size)
 
     def random_state(self) -> np.ndarray | None:
-        return _state_of(self.quantizer)
+        return _random_state_of(self.quantizer)
 
     def _settings(self) -> str:
         kind = "binary" if self.binary_input else "real"
@@ -119,28 +119,28 @@ class Sign(Module):
         return ops.sign(x, self.quantizer, self.training)
 
     def random_state(self) -> np.ndarray | None:
-        return _state_of(self.quantizer)
+        return _random_state_of(self.quantizer)
 
     def _settings(self) -> str:
         return repr(self.quantizer)
 
 
-def _state_of(quantizer: Quantizer) -> np.ndarray | None:
+def _random_state_of(quantizer: Quantizer) -> np.ndarray | None:
     """Return the state of a stochastic quantizer's random numbers."""
     stream = getattr(quantizer, "random", None)
     return stream.state if isinstance(stream, Stream) else None
 
 
 class SignDropout(Dropout):
-    """In training, replaces signs by coin tosses at random; see `cupybnn.ops.sign_dropout`."""
+    """In training, replace random signs by coin tosses; see `cupybnn.ops.sign_dropout`."""
 
     _drop = staticmethod(ops.sign_dropout)
 
 
 def set_progress(model: Module, progress: float) -> None:
-    """Tell the quantizers of `model` how much of the training is done, from 0 to 1.
+    """Set the training progress, from 0 to 1, of all quantizers in `model`.
 
-    To be called before each step where a quantizer changes over training ("ede_sign").
+    Call it before each step if a quantizer changes during training ("ede_sign").
     """
     for _, module in model.named_modules():
         quantizer = getattr(module, "quantizer", None)

@@ -1,4 +1,4 @@
-"""A model as a chain of blocks: each a linear layer and what follows it, whatever their names."""
+"""A model as a chain of blocks, each a linear layer and the modules that follow it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Block:
     Attributes
     ----------
     name : str
-        Of the linear layer within the model, such as "fc1".
+        Name of the linear layer in the model, such as "fc1".
     linear : Linear
-        A `BinaryLinear` is one, too.
+        Possibly a `BinaryLinear`.
     rest : tuple of Module
-        What follows, in order: batch norm, sign, dropout, ...
+        The modules that follow, in order: batch norm, sign, dropout, ...
     """
 
     name: str
@@ -35,14 +35,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Chain:
-    """What a model computes, from its input to its logits.
+    """The modules of a model, from its input to its logits.
 
     Attributes
     ----------
     inputs : tuple of Module
-        What stands before the first linear layer.
+        The modules before the first linear layer.
     blocks : tuple of Block
-        At least one. The last is the head: its results are the logits.
+        At least one. The last one is the head, which computes the logits.
     """
 
     inputs: tuple[Module, ...]
@@ -50,12 +50,12 @@ class Chain:
 
     @classmethod
     def of(cls, model: Module) -> Chain:
-        """Read a model.
+        """Split a model into blocks.
 
         Parameters
         ----------
         model : Sequential
-            May hold further ones.
+            May be nested.
 
         Raises
         ------
@@ -81,18 +81,18 @@ class Chain:
         if not blocks:
             raise ValueError(
                 f"A chain must hold at least one linear layer; got a {type(model).__name__} "
-                f"without any."
+                f"with none."
             )
         return cls(tuple(inputs), tuple(Block(n, m, tuple(rest)) for n, m, rest in blocks))
 
 
 def _is_sequential(module: Module) -> bool:
-    """Whether a module does what `Sequential` does; a subclass may do something else."""
+    """Whether a module computes what `Sequential` does; a subclass may override it."""
     return isinstance(module, Sequential) and type(module).forward is Sequential.forward
 
 
 def _leaves(model: Module, prefix: str = "") -> Iterator[tuple[str, Module]]:
-    """Yield (name, module) of what a `Sequential` applies, in order, those within it included."""
+    """Yield (name, module) for the modules that a `Sequential` applies, nested ones flattened."""
     if not _is_sequential(model):
         raise ValueError(
             f"A chain must be an nn.Sequential of layers; got a {type(model).__name__}, whose "
@@ -106,10 +106,10 @@ def _leaves(model: Module, prefix: str = "") -> Iterator[tuple[str, Module]]:
 
 
 def stages(model: Module, x: Tensor) -> Iterator[tuple[str, Any]]:
-    """Yield (name, value) of what arises between the input of a chain and its logits.
+    """Yield (name, value) for the intermediate results of a chain, up to its logits.
 
-    "fc1/product", "fc1/activation" (what the next layer gets), ..., "fcout/product" and "logits",
-    by the names of the linear layers. Of a model that is not a chain, only "logits".
+    "fc1/product", "fc1/activation" (the input of the next layer), ..., "fcout/product" and
+    "logits", named after the linear layers. A model that is not a chain yields only "logits".
 
     Parameters
     ----------

@@ -13,9 +13,9 @@ __all__ = ["ModuleDict", "ModuleList", "Sequential"]
 
 
 class _List(Module, MutableSequence):
-    """A module that is a list of modules, its attributes in their order.
+    """A module that is a list of modules: its attributes, in their order.
 
-    One without a name of its own is named by its position.
+    A module without a name is named after its position.
     """
 
     __eq__ = object.__eq__
@@ -25,7 +25,7 @@ class _List(Module, MutableSequence):
         return [(k, v) for k, v in vars(self).items() if isinstance(v, Module)]
 
     def _rename(self, items: Iterable[tuple[str, Module]]) -> None:
-        """Make `items` the modules of this one, and number those that are numbered anew."""
+        """Replace the modules with `items`, and renumber those named by a number."""
         items = list(items)
         for name, _ in self._named():
             delattr(self, name)
@@ -37,7 +37,7 @@ class _List(Module, MutableSequence):
             position = operator.index(number)
         except TypeError:
             raise TypeError(
-                f"The index of a {type(self).__name__} must be a whole number or a slice; got "
+                f"The index of a {type(self).__name__} must be an integer or a slice; got "
                 f"{number!r}."
             ) from None
         length = len(self)
@@ -76,8 +76,7 @@ class _List(Module, MutableSequence):
     def __setitem__(self, number: Any, module: Any) -> None:
         named = self._named()
         if isinstance(number, slice):
-            given = [("0", _checked_item(self, "0", each)) for each in module]
-            named[number] = given
+            named[number] = [("0", _checked_item(self, "0", each)) for each in module]
         else:
             position = self._position(number)
             named[position] = (named[position][0], _checked_item(self, str(number), module))
@@ -89,20 +88,20 @@ class _List(Module, MutableSequence):
         self._rename(named)
 
     def insert(self, index: int, value: Any) -> None:
-        """Put a module before the one at position `index`."""
+        """Insert a module before position `index`."""
         named = self._named()
         named.insert(index, ("0", _checked_item(self, str(index), value)))
         self._rename(named)
 
     def append(self, value: Any) -> None:
-        """Put a module at the end."""
+        """Append a module."""
         self.insert(len(self), value)
 
 
 class ModuleList(_List):
-    """A list of modules that a module sees: for ``self.layers = nn.ModuleList([...])``.
+    """A list of submodules, as in ``self.layers = nn.ModuleList([...])``.
 
-    It behaves as a Python list. Parameters are named by position: "layers.0.weight".
+    It behaves like a Python list. Parameters are named by position: "layers.0.weight".
 
     Parameters
     ----------
@@ -123,19 +122,19 @@ class ModuleList(_List):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
             "A ModuleList only holds modules and cannot be called: loop over it in the forward() "
-            "of a module of yours, or use nn.Sequential."
+            "of your own module, or use nn.Sequential."
         )
 
 
 class Sequential(_List):
-    """Modules one after the other; also a list of them.
+    """Modules applied one after another; also a list of them.
 
     Parameters
     ----------
     *modules : Module
         Named "0", "1", ... .
     **named : Module
-        Further ones, with names.
+        Further modules, with names.
 
     Examples
     --------
@@ -159,13 +158,13 @@ class Sequential(_List):
         return Sequential()
 
     def append(self, value: Module, name: str | None = None) -> None:
-        """Put a module at the end, by default named by its position."""
+        """Append a module, by default named after its position."""
         if name is None:
             super().append(value)
             return
         value = _checked_item(self, name, value)
         if name in vars(self):
-            raise ValueError(f"The name {name!r} is taken in this {type(self).__name__}.")
+            raise ValueError(f"The name {name!r} is already used in this {type(self).__name__}.")
         setattr(self, name, value)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,9 +174,9 @@ class Sequential(_List):
 
 
 class ModuleDict(Module, MutableMapping):
-    """A dict of modules that a module sees: for ``self.heads = nn.ModuleDict({...})``.
+    """A dict of submodules, as in ``self.heads = nn.ModuleDict({...})``.
 
-    It behaves as a Python dict. Parameters are named by key: "heads.digits.weight".
+    It behaves like a Python dict. Parameters are named by key: "heads.digits.weight".
 
     Parameters
     ----------
@@ -200,7 +199,7 @@ class ModuleDict(Module, MutableMapping):
         setattr(self, key, _checked_item(self, key, module))
 
     def __delitem__(self, key: str) -> None:
-        self[key]  # raises KeyError for what is no module
+        self[key]  # raises KeyError if it is not a module
         delattr(self, key)
 
     def __iter__(self) -> Iterator[str]:
@@ -211,13 +210,13 @@ class ModuleDict(Module, MutableMapping):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
-            "A ModuleDict only holds modules and cannot be called: call those that it holds in the "
-            "forward() of a module of yours."
+            "A ModuleDict only holds modules and cannot be called: call the modules that it holds "
+            "in the forward() of your own module."
         )
 
 
 def _checked_item(owner: Module, name: Any, module: Any) -> Module:
-    """Return `module` if it is one, and may be an attribute `name` of a container."""
+    """Return `module` if it is a Module and `name` is valid in a container."""
     kind = type(owner).__name__
     if not isinstance(module, Module):
         raise TypeError(f"{kind} takes modules; got {type(module).__name__} for {name!r}.")

@@ -15,16 +15,16 @@ __all__ = ["Flatten", "HardTanh", "Identity", "ReLU", "Scale", "Sigmoid", "Tanh"
 
 
 class Identity(Module):
-    """The input itself: a place that another layer may take."""
+    """Return the input: a placeholder for another layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
 class Flatten(Module):
-    """All axes but the first made one: (batch, ...) becomes (batch, features).
+    """Merge all axes but the first: (batch, ...) becomes (batch, features).
 
-    Signs stay known to be signs.
+    A two-valued tensor stays two-valued.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class ReLU(Module):
 
 
 class HardTanh(Module):
-    """``min(max(x, -1), 1)``: its derivative is the pseudo-gradient of the usual sign."""
+    """``min(max(x, -1), 1)``; its derivative is the pseudo-gradient of "ste_sign"."""
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.clip(x, -1.0, 1.0)
@@ -62,17 +62,17 @@ class Sigmoid(Module):
 
 
 class Scale(Module):
-    """Multiplies by one trained number.
+    """Multiply by one learned number.
 
-    Products of signs are about ``sqrt(inputs)`` large, far outside the window in which a sign has a
-    pseudo-gradient: where there is no batch norm, this brings them into it.
+    Products of signs have magnitudes around ``sqrt(inputs)``, far outside the window in which a
+    sign has a pseudo-gradient. Without a batch norm, this layer scales them into it.
 
     Parameters
     ----------
     value : float
-        The first value.
+        Initial value.
     dtype : dtype
-        Of the parameter.
+        Dtype of the parameter.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""Layers with parameters, statistics or random numbers, in full precision."""
+"""Full-precision layers with parameters, statistics or random numbers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Rng = np.random.Generator | int | None
 
 
 def glorot_uniform(shape: tuple[int, int], rng: Rng = None, dtype: Any = "float32") -> np.ndarray:
-    """Return numbers uniform within ``± sqrt(6 / (inputs + outputs))``, shape (inputs, outputs).
+    """Draw uniformly from ``± sqrt(6 / (inputs + outputs))``; shape (inputs, outputs).
 
     Notes
     -----
@@ -38,12 +38,12 @@ def glorot_uniform(shape: tuple[int, int], rng: Rng = None, dtype: Any = "float3
 
 
 def _size(name: str, value: Any) -> int:
-    """Return a number of features, if it is one."""
+    """Return a number of features, after checking it."""
     try:
         size = operator.index(value)
     except TypeError:
         raise TypeError(
-            f"The {name!r} must be a whole number; got {value!r} ({type(value).__name__})."
+            f"The {name!r} must be an integer; got {value!r} ({type(value).__name__})."
         ) from None
     if size < 0:
         raise ValueError(f"The {name!r} must be 0 or more; got {size}.")
@@ -60,9 +60,9 @@ class Linear(Module):
     bias : bool
         Whether there is a bias; it starts at 0.
     rng : numpy.random.Generator or int, optional
-        For the first weights (`glorot_uniform`), or its seed.
+        Generator or seed for the initial weights (`glorot_uniform`).
     dtype : dtype
-        Of the parameters.
+        Dtype of the parameters.
 
     Attributes
     ----------
@@ -114,17 +114,17 @@ class BatchNorm(Module):
     eps : float
         Added to the variance.
     decay : float
-        Of the exponential moving averages that evaluation uses.
+        Decay of the exponential moving averages used in evaluation.
     dtype : dtype
-        Of the parameters.
+        Dtype of the parameters.
 
     Attributes
     ----------
     gamma, beta : Parameter, shape (features,)
-        Scale and shift, at first 1 and 0.
+        Scale and shift, initially 1 and 0.
     mean, variance : ndarray, shape (features,)
-        The moving averages, at first 0 and 1; of at least float32, since the variance of float16
-        activations need not fit in float16.
+        The moving averages, initially 0 and 1; at least float32, because the variance of float16
+        activations may not fit in float16.
     """
 
     buffers = ("mean", "variance")
@@ -134,7 +134,7 @@ class BatchNorm(Module):
     ) -> None:
         features = _size("features", features)
         if not eps > 0:
-            raise ValueError(f"The 'eps' must be above 0; got {eps!r}.")
+            raise ValueError(f"The 'eps' must be positive; got {eps!r}.")
         if not 0 <= decay <= 1:
             raise ValueError(f"The 'decay' must be in [0, 1]; got {decay!r}.")
         self.gamma = Parameter(np.ones(features, dtype))
@@ -161,17 +161,17 @@ class BatchNorm(Module):
 
 
 def refresh_statistics(model: Module, batches: Iterable[Tensor]) -> None:
-    """Compute the statistics of the batch norms in `model` anew: the means over `batches`.
+    """Recompute the batch-norm statistics in `model` as means over `batches`.
 
-    For weights that were not trained with the present statistics, such as averaged ones. All else
-    in the model behaves as in use, and its weights stay as they are.
+    Use it for weights that were not trained with the current statistics, such as averaged ones.
+    The rest of the model runs in evaluation mode, and its weights do not change.
 
     Parameters
     ----------
     model : Module
         Called with each batch.
     batches : iterable of Tensor
-        Inputs, alike in size.
+        Inputs, all of the same size.
     """
     norms = [module for _, module in model.named_modules() if isinstance(module, BatchNorm)]
     modes = [(module, module.training) for _, module in model.named_modules()]
@@ -193,14 +193,14 @@ def refresh_statistics(model: Module, batches: Iterable[Tensor]) -> None:
 
 
 class Dropout(Module):
-    """In training, sets elements to 0 at random; see `cupybnn.ops.dropout`.
+    """In training, set random elements to 0; see `cupybnn.ops.dropout`.
 
     Parameters
     ----------
     keep_prob : float
-        Probability of an element to be kept, in (0, 1].
+        Probability of keeping an element, in (0, 1].
     rng : numpy.random.Generator or int, optional
-        For the seed of the counter-based random numbers, or its seed.
+        Generator, or its seed, that draws the seed of the counter-based random numbers.
     """
 
     _drop = staticmethod(ops.dropout)

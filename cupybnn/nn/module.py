@@ -12,8 +12,8 @@ from cupybnn.autograd import Tensor
 from cupybnn.autograd.debug import scope
 from cupybnn.autograd.state import state as engine
 from cupybnn.backends.devices import CPU, Device, resolve, to_device
-from cupybnn.nn.attributes import held_in, stray_error
-from cupybnn.nn.state import Expected, check_state, copy_into, misfits
+from cupybnn.nn.attributes import find_held, stray_error
+from cupybnn.nn.state import Expected, check_state, copy_into, mismatches
 from cupybnn.nn.summary import Row, Summary, inference_nbytes
 
 __all__ = ["Module", "Parameter"]
@@ -27,9 +27,9 @@ class Parameter(Tensor):
     Parameters
     ----------
     data : array_like
-        First values; floating.
+        Initial values; floating.
     bits : int
-        Bits that inference needs for each element: 1 where only the sign is used.
+        Bits per element in inference: 1 if only the sign is used.
     limit : float, optional
         Optimisers keep the elements within [-limit, limit].
     """
@@ -46,24 +46,24 @@ class Module:
     """Base class of layers and models.
 
     A subclass assigns parameters and other modules to attributes, and defines `forward`. Names come
-    from the attributes: ``model.hidden.weight`` is "hidden.weight". Several modules in one
-    attribute go into a `ModuleList` or `ModuleDict`.
+    from the attributes: ``model.hidden.weight`` is "hidden.weight". To keep several modules in one
+    attribute, use a `ModuleList` or `ModuleDict`.
 
     Attributes
     ----------
     training : bool
-        Whether the module behaves as in training (batch norm, dropout, stochastic signs).
+        Whether the module is in training mode (affects batch norm, dropout, stochastic signs).
     buffers : tuple of str
-        Names of a class's attributes that hold arrays which are state, but not learned.
+        Names of a class's attributes that hold state arrays which are not learned.
 
     Raises
     ------
     TypeError
-        If a module or parameter is put where it would not be found: into a plain list, tuple, set
-        or dict, into an object that is no module, or into the class itself. A list that merely
-        repeats modules which also have attributes of their own is allowed. What is appended to a
-        list later is noticed when parameters are next listed. To refer to a module
-        without making it a part of this one, keep a function that returns it.
+        If a module or parameter is put where it would not be found: in a plain list, tuple, set or
+        dict, in an object that is not a module, or in the class itself. A list of modules that are
+        also attributes themselves is allowed. Later additions to a list are noticed when
+        parameters are next listed. To refer to a module without making it a submodule, keep a
+        function that returns it.
     """
 
     training = True
@@ -72,7 +72,7 @@ class Module:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name, value in list(vars(cls).items()):
-            if _is_part(value) or any(held_in(value, _is_part)):
+            if _is_part(value) or any(find_held(value, _is_part)):
                 raise TypeError(
                     f"The class attribute {name!r} of {cls.__name__} must not hold modules or "
                     f"parameters, which all its instances would share; got a "
@@ -94,12 +94,12 @@ class Module:
                 )
             if type(value) not in _PLAIN and not isinstance(value, Module):
                 self._refuse_strays(
-                    [(self, name, value, *each) for each in held_in(value, _is_part)]
+                    [(self, name, value, *each) for each in find_held(value, _is_part)]
                 )
         super().__setattr__(name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the module's result, from a tensor for most."""
+        """Compute the module's result, in most modules from a tensor."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward().")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -109,19 +109,19 @@ class Module:
             return self.forward(*args, **kwargs)
 
     def path_of(self, inner: Module) -> str:
-        """Return the name of a module within this one, or its class if it is elsewhere."""
+        """Return the name of a submodule, or its class name if it is not one."""
         names = (name for name, module in self.named_modules() if module is inner)
         return next(names, type(inner).__name__)
 
     def named_modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
-        """Yield (name, module) for this module, whose name is "", and all within it.
+        """Yield (name, module) for this module, whose name is "", and all its submodules.
 
-        A module that is used in several places is listed once, by its first name.
+        A module used in several places is listed once, under its first name.
 
         Parameters
         ----------
         prefix : str
-            What the names begin with.
+            Prefix of the names.
         """
         for name, module in self._modules():
             yield ".".join(part for part in (prefix, name) if part), module
@@ -141,16 +141,16 @@ class Module:
         return found
 
     def _check_parts(self) -> None:
-        """Raise TypeError if something lies where it is not found; see the class."""
+        """Raise TypeError if a part is where it would not be found; see the class."""
         held = []
         for _, module in self._modules():
             for name, value in list(vars(module).items()):
                 if type(value) not in _PLAIN and not isinstance(value, Module):
-                    held += [(module, name, value, *each) for each in held_in(value, _is_part)]
+                    held += [(module, name, value, *each) for each in find_held(value, _is_part)]
         self._refuse_strays(held)
 
     def _refuse_strays(self, held: list[tuple[Any, ...]]) -> None:
-        """Raise TypeError if anything of `held` is not among this module's own parts as well.
+        """Raise TypeError if an item of `held` is not also a registered part of this module.
 
         Parameters
         ----------
@@ -166,12 +166,12 @@ class Module:
                 raise stray_error(*stray)
 
     def named_parameters(self, recurse: bool = True) -> Iterator[tuple[str, Parameter]]:
-        """Yield (name, parameter) in the order of definition, a shared one once.
+        """Yield (name, parameter) in order of definition; a shared one once.
 
         Parameters
         ----------
         recurse : bool
-            Whether to go into the modules within this one.
+            Whether to include submodules.
         """
         if recurse:
             self._check_parts()
@@ -183,11 +183,11 @@ class Module:
                     yield f"{prefix}.{name}" if prefix else name, value
 
     def parameters(self) -> Iterator[Parameter]:
-        """Yield the parameters, in the order of definition."""
+        """Yield the parameters in order of definition."""
         return (parameter for _, parameter in self.named_parameters())
 
     def named_buffers(self) -> Iterator[tuple[str, Any]]:
-        """Yield (name, array) for the arrays that are state, but not learned."""
+        """Yield (name, array) for the state arrays that are not learned."""
         for prefix, module in self.named_modules():
             for name in module.buffers:
                 yield f"{prefix}.{name}" if prefix else name, getattr(module, name)
@@ -197,7 +197,7 @@ class Module:
         return None
 
     def _state(self) -> dict[str, Any]:
-        """Everything that `state_dict` saves, as the live arrays."""
+        """Return everything that `state_dict` saves, as the live arrays."""
         arrays = {name: parameter._data for name, parameter in self.named_parameters()}
         arrays |= self.named_buffers()
         for prefix, module in self.named_modules():
@@ -206,7 +206,7 @@ class Module:
         return arrays
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Return parameters, buffers and random states by name: NumPy copies."""
+        """Return parameters, buffers and random states by name, as NumPy copies."""
         return {name: np.array(to_device(a, CPU)) for name, a in self._state().items()}
 
     def load_state_dict(self, state: Mapping[str, np.ndarray], strict: bool = True) -> None:
@@ -217,28 +217,28 @@ class Module:
         state : mapping of str to array
             Arrays by name.
         strict : bool
-            Whether the names must be exactly this module's. If not, missing ones are left as
-            they are and unknown ones ignored.
+            Whether the names must match exactly. If not, missing arrays keep their values and
+            unknown ones are ignored.
 
         Raises
         ------
         TypeError
-            If `state` is no mapping, or a value in it that is wanted is no array.
+            If `state` is not a mapping, or a required value in it is not an array.
         ValueError
-            If names (when strict), shapes or kinds of dtype do not fit, or values do not fit the
-            dtype. All misfits are listed, and nothing has been changed.
+            If names (when strict), shapes or kinds of dtype do not match, or values do not fit the
+            dtype. All mismatches are listed, and nothing has been changed.
 
         Notes
         -----
-        Values may be NaN or infinite: they are those of the model that was saved.
+        Values may be NaN or infinite, as in the model that was saved.
         """
         own = self._state()
         check_state(state, own, self)
         expected = {name: Expected.like(array) for name, array in own.items()}
-        if faults := misfits(state, expected, strict):
+        if faults := mismatches(state, expected, strict):
             raise ValueError(
-                f"The state does not fit this {type(self).__name__}; is it of a model with other "
-                f"options?\n  " + "\n  ".join(faults)
+                f"The state does not match this {type(self).__name__}; is it from a model with "
+                f"other options?\n  " + "\n  ".join(faults)
             )
         parameters = dict(self.named_parameters())
         for name in own:
@@ -247,17 +247,17 @@ class Module:
                 copy_into(target, state[name])
 
     def train(self: _M, training: bool = True) -> _M:
-        """Make this module and all within it behave as in training; returns the module."""
+        """Put this module and its submodules in training mode; return the module."""
         for _, module in self.named_modules():
             module.training = training
         return self
 
     def eval(self: _M) -> _M:
-        """Make this module and all within it behave as in use; returns the module."""
+        """Put this module and its submodules in evaluation mode; return the module."""
         return self.train(False)
 
     def to(self: _M, device: str | Device) -> _M:
-        """Move parameters and buffers to "cpu", "cuda", "cuda:1", ...; returns the module."""
+        """Move parameters and buffers to "cpu", "cuda", "cuda:1", ...; return the module."""
         target = resolve(device)
         self._check_parts()
         for _, module in self.named_modules():
@@ -270,16 +270,16 @@ class Module:
 
     @property
     def device(self) -> Device:
-        """Where the first parameter is; the CPU if there is none."""
+        """Device of the first parameter; the CPU if there is none."""
         return next((p.device for p in self.parameters()), CPU)
 
     def zero_grad(self) -> None:
-        """Forget the gradients of all parameters."""
+        """Set the gradients of all parameters to None."""
         for parameter in self.parameters():
             parameter.zero_grad()
 
     def multiply_adds(self) -> tuple[int, int]:
-        """Return how many products an example takes here: of two signs, and of numbers."""
+        """Return the products per example in this module: of two signs, and of numbers."""
         return 0, 0
 
     def summary(self) -> Summary:
@@ -289,7 +289,7 @@ class Module:
         return Summary(tuple(row for row in rows if row is not None))
 
     def _row(self, name: str) -> Row | None:
-        """Return this module's own line of a summary, or None if it has no parameters."""
+        """Return this module's row of a summary, or None if it has no parameters."""
         parameters = [p for _, p in self.named_parameters(recurse=False)]
         if not parameters:
             return None
@@ -320,7 +320,7 @@ class Module:
         return "\n  ".join([f"{type(self).__name__}(", *lines]) + "\n)"
 
     def _settings(self) -> str:
-        """What `repr` shows before the modules within this one."""
+        """Return what `repr` shows before the submodules."""
         return ""
 
 
@@ -328,5 +328,5 @@ def _is_part(value: Any) -> bool:
     return isinstance(value, (Module, Parameter))
 
 
-# Types of values that have no parts in them, by far the most: those are not looked into.
+# Types that cannot hold parts, by far the most common ones: not searched.
 _PLAIN = frozenset({Parameter, Tensor, np.ndarray, str, int, float, bool, type(None)})

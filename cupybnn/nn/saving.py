@@ -14,7 +14,7 @@ from cupybnn.errors import CheckpointError
 from cupybnn.files import atomic_write
 from cupybnn.nn.module import Module
 from cupybnn.npz import NpzFile, open_npz
-from cupybnn.paths import checked_path
+from cupybnn.paths import user_path
 
 __all__ = ["load", "read_state", "save"]
 
@@ -35,18 +35,19 @@ def save(model: Module, path: str | os.PathLike[str]) -> None:
     model : Module
         On any device.
     path : path-like
-        The .npz file to write, under exactly this name. A reader finds the old file or the new one.
+        The .npz file to write, under exactly this name; a leading ``~`` is the home folder. A
+        reader finds the old file or the new one.
 
     Raises
     ------
     TypeError
-        If `model` is no `Module`, or a buffer is of a dtype that .npz files do not know.
+        If `model` is not a `Module`, or a buffer has a dtype that .npz files do not support.
     CheckpointError
-        If the file cannot be written; what was there before is untouched.
+        If the file cannot be written; an existing file is left untouched.
 
     Notes
     -----
-    The file holds arrays and names, no code and no pickle: make the same model to load it into.
+    The file holds arrays and names, no code and no pickle: build the same model to load it into.
 
     Examples
     --------
@@ -60,7 +61,7 @@ def save(model: Module, path: str | os.PathLike[str]) -> None:
     True
     """
     _check_model("save", model)
-    path = checked_path(path)
+    path = user_path(path)
     state = model.state_dict()
     for name, array in state.items():
         if array.dtype.kind not in "biuf":
@@ -90,7 +91,7 @@ def load(model: _M, path: str | os.PathLike[str], strict: bool = True) -> _M:
     Parameters
     ----------
     model : Module
-        Made as the one that was saved; on any device, where it stays.
+        Built like the saved one; it stays on its device.
     path : path-like
     strict : bool
         As in `Module.load_state_dict`.
@@ -103,10 +104,10 @@ def load(model: _M, path: str | os.PathLike[str], strict: bool = True) -> _M:
     Raises
     ------
     TypeError
-        If `model` is no `Module`.
+        If `model` is not a `Module`.
     CheckpointError
-        If the file cannot be read, is damaged or no model file, or does not fit the model; all
-        misfits are listed by name, and the model is as it was.
+        If the file cannot be read, is damaged or not a model file, or does not match the model;
+        all mismatches are listed by name, and the model is left unchanged.
     """
     _check_model("load", model)
     own = model._state()
@@ -119,12 +120,12 @@ def load(model: _M, path: str | os.PathLike[str], strict: bool = True) -> _M:
 
 
 def read_state(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """Return the state in a file that `save` wrote, as `Module.state_dict` gave it.
+    """Return the state in a file that `save` wrote, as `Module.state_dict` returned it.
 
     Raises
     ------
     CheckpointError
-        If the file cannot be read, is damaged or no model file.
+        If the file cannot be read, is damaged or not a model file.
     """
     return _read(path, lambda name, shape: True)
 
@@ -132,8 +133,8 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 def _read(
     path: str | os.PathLike[str], wanted: Callable[[str, tuple[int, ...]], bool]
 ) -> dict[str, np.ndarray]:
-    """Read arrays by name; for those not wanted, arrays of zeros that take no memory."""
-    path = checked_path(path)
+    """Read arrays by name; unwanted ones become zeros that take no memory."""
+    path = user_path(path)
     try:
         with open_npz(path) as file:
             state = {}
@@ -168,7 +169,7 @@ def _check_model(function: str, model: Any) -> None:
 
 
 def _declared_arrays(path: Path, file: NpzFile) -> dict[str, Any]:
-    """Return the dtype and shape of each array, from a checked header."""
+    """Return the dtype and shape of each array, from the validated header."""
     if _HEADER in file.names:
         text = str(file.read(_HEADER, _LONGEST_HEADER))
     else:
@@ -180,11 +181,11 @@ def _declared_arrays(path: Path, file: NpzFile) -> dict[str, Any]:
         ours = False
     if not ours:
         raise CheckpointError(
-            f"{path} is no model file of cupybnn. nn.save(model, path) writes one."
+            f"{path} is not a cupybnn model file. nn.save(model, path) writes one."
         )
     version, arrays = header.get("version"), header.get("arrays")
     if type(version) is not int or version < 1:
-        raise ValueError(f"its version must be a whole number from 1 on, is {version!r}")
+        raise ValueError(f"its version must be an integer of at least 1, is {version!r}")
     if version > _VERSION:
         raise CheckpointError(
             f"{path} is a model file of version {version}; this cupybnn reads versions up to "

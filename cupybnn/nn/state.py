@@ -1,4 +1,4 @@
-"""The arrays that are state: their dtypes, and checking those given to ``load_state_dict``."""
+"""State arrays: their dtypes, and the checks of ``load_state_dict``."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import numpy as np
 from cupybnn.backends.devices import array_module, device_of, is_cupy, to_device
 from cupybnn.backends.interop import type_name
 
-__all__ = ["Expected", "check_state", "copy_into", "misfits", "statistics_dtype"]
+__all__ = ["Expected", "check_state", "copy_into", "mismatches", "statistics_dtype"]
 
 
 def statistics_dtype(dtype: Any) -> np.dtype:
-    """Return the dtype in which statistics of arrays of `dtype` are kept: at least float32.
+    """Return the dtype for statistics of arrays of `dtype`: at least float32.
 
-    Sums, squares and small differences of float16 numbers need not fit in float16.
+    Sums, squares and small differences of float16 numbers may not fit in float16.
     """
     return np.promote_types(dtype, np.float32)
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What an array of a state must be.
+    """Requirements of a state array.
 
     Attributes
     ----------
     shape : tuple of int
     dtype : numpy.dtype
-        A float or integer may have another width, as long as its values fit.
+        A float or integer array may have another width if its values fit.
     finite : bool
         Whether NaN and infinities are refused.
     least : float, optional
@@ -44,16 +44,16 @@ class Expected:
 
     @classmethod
     def like(cls, array: Any, finite: bool = False, least: float | None = None) -> Expected:
-        """Return what an array must be to replace `array`."""
+        """Return the requirements for replacing `array`."""
         return cls(tuple(array.shape), array.dtype, finite, least)
 
     @classmethod
     def count(cls) -> Expected:
-        """Return what a number of steps must be: a whole number, 0 or more."""
+        """Return the requirements of a step count: an integer, 0 or more."""
         return cls((), np.dtype(np.int64), least=0)
 
-    def misfit(self, array: Any) -> str | None:
-        """Return in words what is wrong with `array`, or None."""
+    def mismatch(self, array: Any) -> str | None:
+        """Describe what is wrong with `array`; None if nothing is."""
         shape, dtype = tuple(array.shape), array.dtype
         if shape != self.shape or not _same_kind(dtype, self.dtype):
             return f"must be {self.shape} {self.dtype}, is {shape} {dtype}"
@@ -81,7 +81,7 @@ class Expected:
 
 
 def _same_kind(given: np.dtype, wanted: np.dtype) -> bool:
-    # bfloat16 and its kin, which are no dtypes of NumPy's own, all have the kind "V".
+    # Extension dtypes such as bfloat16 all have the kind "V".
     if given == wanted:
         return True
     whole = given.kind in "iu" and wanted.kind in "iu"
@@ -96,9 +96,9 @@ def check_state(state: Any, names: Iterable[str], owner: Any) -> None:
     state
         The argument of ``owner.load_state_dict``.
     names : iterable of str
-        Those that are looked at; they may be missing.
+        Names to check; they may be missing.
     owner : object
-        Its class is named in the error.
+        Names its class in the error.
     """
     what = f"The 'state' of {type(owner).__name__}.load_state_dict must"
     if not isinstance(state, Mapping):
@@ -113,30 +113,30 @@ def check_state(state: Any, names: Iterable[str], owner: Any) -> None:
         raise TypeError(f"{what} hold NumPy or CuPy arrays; got {', '.join(wrong)}.")
 
 
-def misfits(
+def mismatches(
     state: Mapping[str, Any], expected: Mapping[str, Expected], strict: bool = True
 ) -> list[str]:
-    """Return a line for every array of `state` that is missing, unknown or not as expected.
+    """Describe every array of `state` that is missing, unknown or not as expected, one per line.
 
     Parameters
     ----------
     state : mapping of str to array
     expected : mapping of str to Expected
     strict : bool
-        Whether missing and unknown names count.
+        Whether to report missing and unknown names.
     """
     faults = []
     if strict:
         faults += [f"missing: {name}" for name in expected if name not in state]
         faults += [f"unknown: {name}" for name in state if name not in expected]
     for name, rule in expected.items():
-        if name in state and (fault := rule.misfit(state[name])) is not None:
+        if name in state and (fault := rule.mismatch(state[name])) is not None:
             faults.append(f"{name}: {fault}")
     return faults
 
 
 def copy_into(target: Any, array: Any) -> None:
-    """Copy `array`, from whichever device, into `target`, in the dtype of `target`."""
+    """Copy `array` from any device into `target`, cast to the dtype of `target`."""
     device = device_of(target)
     with device.scope():
         target[...] = to_device(array, device)

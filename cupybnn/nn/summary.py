@@ -13,7 +13,7 @@ __all__ = ["Row", "Summary", "inference_nbytes"]
 
 @dataclass(frozen=True)
 class Row:
-    """A layer that has parameters.
+    """A layer with parameters.
 
     Attributes
     ----------
@@ -26,13 +26,13 @@ class Row:
     bits : int
         Bits that inference needs for each element of the weight.
     one_bit, full : int
-        Numbers of parameters of one bit, and of full precision.
+        Numbers of one-bit and full-precision parameters.
     nbytes : int
-        Bytes for inference, one-bit weights packed along the input (whole 64-bit words).
+        Bytes for inference, with one-bit weights packed along the input into 64-bit words.
     training_nbytes : int
-        Bytes of the arrays as they are in training.
+        Bytes of the arrays in training.
     binary_products, full_products : int
-        Products an example takes, of two signs and of other numbers.
+        Products per example: of two signs, and of other numbers.
     """
 
     name: str
@@ -49,17 +49,17 @@ class Row:
 
 @dataclass(frozen=True, repr=False)
 class Summary:
-    """Layers of a model and their totals; shown as a table."""
+    """The layers of a model and their totals, shown as a table."""
 
     rows: tuple[Row, ...]
 
     def total(self, column: str) -> int:
-        """Return the sum of a column of numbers, named as in `Row`."""
+        """Return the sum of a numeric column, named as in `Row`."""
         return sum(getattr(row, column) for row in self.rows)
 
     @property
     def binary_share(self) -> float:
-        """Share of the products that are of two signs, from 0 to 1."""
+        """Share of products that are of two signs, from 0 to 1."""
         products = self.total("binary_products") + self.total("full_products")
         return self.total("binary_products") / products if products else 0.0
 
@@ -87,7 +87,7 @@ class Summary:
 
 
 def inference_nbytes(array: Any) -> int:
-    """Return the bytes of an array in inference, one-bit columns packed into 64-bit words."""
+    """Return the bytes of an array in inference, with one-bit columns packed into 64-bit words."""
     if getattr(array, "bits", 32) != 1:
         return array.size * array.dtype.itemsize
     return array.shape[-1] * 8 * math.ceil(array.shape[0] / 64)

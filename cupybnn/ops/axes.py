@@ -1,4 +1,4 @@
-"""Axes as users give them: Python's integers or NumPy's, one or several."""
+"""Validation of axes: Python or NumPy integers, one or several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Another dtype, and back again for the gradient."""
+"""Casts to another dtype; the gradient is cast back."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["astype"]
 
 
 class Astype(Function):
-    """The same numbers in another dtype."""
+    """Cast to another dtype."""
 
     @staticmethod
     def forward(ctx: Context, x: Any, dtype: np.dtype) -> Any:
@@ -24,25 +24,25 @@ class Astype(Function):
 
 
 def astype(x: Tensor, dtype: Any) -> Tensor:
-    """Return `x` in another dtype; `x` itself if it has that dtype already.
+    """Return `x` in another dtype; `x` itself if it already has it.
 
     Parameters
     ----------
     x : Tensor
         Any shape.
     dtype : dtype
-        Floating, integer or bool. A tensor of integers or bool has no gradient and belongs to no
+        Floating, integer or bool. An integer or bool tensor has no gradient and belongs to no
         graph.
 
     Returns
     -------
     Tensor
-        Its gradient arrives at `x` in the dtype of `x`.
+        Its gradient is cast back to the dtype of `x`.
 
     Raises
     ------
     TypeError
-        If `dtype` is none of real numbers.
+        If `dtype` is not a real dtype.
 
     Examples
     --------
@@ -55,7 +55,7 @@ def astype(x: Tensor, dtype: Any) -> Tensor:
     """
     target = np.dtype(dtype).newbyteorder("=")
     if target.kind not in "biuf":
-        raise TypeError(f"The 'dtype' of astype must be one of real numbers; got {target}.")
+        raise TypeError(f"The 'dtype' of astype must be a real dtype; got {target}.")
     if target == x.dtype:
         return x
     if target.kind == "f":

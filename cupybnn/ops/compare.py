@@ -1,4 +1,4 @@
-"""Comparisons and the places of extremes: plain arrays of bool and integers, without gradients."""
+"""Comparisons, argmax and argmin: plain bool and integer arrays, without gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
 
 
 class _Comparison(Function):
-    """A comparison by the array module's function of the same name."""
+    """A comparison, computed by the array module's function of the same name."""
 
     @classmethod
     def forward(cls, ctx: Context, a: Any, b: Any) -> Any:
@@ -28,7 +28,7 @@ class _Comparison(Function):
 
     @classmethod
     def of(cls, a: Any, b: Any) -> Any:
-        """Return the result's array, outside of any graph."""
+        """Return the result's array, outside any graph."""
         with no_grad():
             return cls.apply(a, b)._data
 
@@ -57,8 +57,8 @@ class GreaterEqual(_Comparison):
     """a >= b."""
 
 
-class _Place(Function):
-    """The place of an extreme, by the array module's function of the same name."""
+class _ArgExtreme(Function):
+    """Argmax or argmin, computed by the array module's function of the same name."""
 
     @classmethod
     def forward(cls, ctx: Context, x: Any, axis: int | None) -> Any:
@@ -66,17 +66,17 @@ class _Place(Function):
 
     @classmethod
     def of(cls, x: Any, axis: int | None) -> Any:
-        """Return the result's array, outside of any graph."""
+        """Return the result's array, outside any graph."""
         with no_grad():
             return cls.apply(x, axis=None if axis is None else as_axis(axis, cls.name))._data
 
 
-class Argmax(_Place):
-    """Index of the greatest element."""
+class Argmax(_ArgExtreme):
+    """Index of the largest element."""
 
 
-class Argmin(_Place):
-    """Index of the least element."""
+class Argmin(_ArgExtreme):
+    """Index of the smallest element."""
 
 
 def equal(a: Any, b: Any) -> Any:
@@ -127,7 +127,7 @@ def greater_equal(a: Any, b: Any) -> Any:
 
 
 def argmax(x: Tensor, axis: int | None = None) -> Any:
-    """Return the index of the greatest element along `axis`, the first of equal ones.
+    """Return the index of the largest element along `axis`; the first one in a tie.
 
     Parameters
     ----------
@@ -153,5 +153,5 @@ def argmax(x: Tensor, axis: int | None = None) -> Any:
 
 
 def argmin(x: Tensor, axis: int | None = None) -> Any:
-    """Return the index of the least element along `axis`, the first of equal ones; see `argmax`."""
+    """Return the index of the smallest element along `axis`, the first in a tie; see `argmax`."""
     return Argmin.of(x, axis)

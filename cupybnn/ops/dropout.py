@@ -1,4 +1,4 @@
-"""Dropout, of numbers and of signs."""
+"""Dropout of numbers and of signs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn.autograd import Context, Function, Tensor
-from cupybnn.backends.random import chosen, random_words
+from cupybnn.backends.random import bernoulli, random_words
 
 __all__ = ["dropout", "sign_dropout"]
 
@@ -18,7 +18,7 @@ class Dropout(Function):
     @staticmethod
     def forward(ctx: Context, x: Any, keep_prob: float, seed: int, counter: Any) -> Any:
         words = random_words(x.shape, seed, counter, ctx.xp)
-        factors = chosen(words, keep_prob).astype(x.dtype)
+        factors = bernoulli(words, keep_prob).astype(x.dtype)
         factors *= 1 / keep_prob
         ctx.save(factors)
         return x * factors
@@ -30,12 +30,12 @@ class Dropout(Function):
 
 
 class SignDropout(Function):
-    """Signs, of which a random part is replaced by coin tosses; the others pass the gradient."""
+    """Replace random signs by coin tosses; the kept ones pass the gradient."""
 
     @staticmethod
     def forward(ctx: Context, x: Any, keep_prob: float, seed: int, counter: Any) -> Any:
         words = random_words(x.shape, seed, counter, ctx.xp)
-        kept = chosen(words, keep_prob)
+        kept = bernoulli(words, keep_prob)
         ctx.save(kept)
         coins = (words & np.uint32(1)).astype(x.dtype)
         coins += coins
@@ -54,7 +54,7 @@ def _checked(keep_prob: float, op: str) -> None:
 
 
 def dropout(x: Tensor, keep_prob: float, *, seed: int, counter: Any) -> Tensor:
-    """Set elements to 0 at random, and divide the others by `keep_prob`.
+    """Set random elements to 0 and divide the others by `keep_prob`.
 
     The result is no longer two-valued. Before a sign, a 0 becomes +1; to drop signs, see
     `sign_dropout`.
@@ -64,9 +64,9 @@ def dropout(x: Tensor, keep_prob: float, *, seed: int, counter: Any) -> Tensor:
     x : Tensor
         Any shape.
     keep_prob : float
-        Probability of an element to be kept, in (0, 1].
+        Probability of keeping an element, in (0, 1].
     seed, counter : int
-        Decide which: the same pair always drops the same elements, on NumPy and CuPy.
+        Select the elements: the same pair drops the same ones, on NumPy and CuPy.
 
     Notes
     -----
@@ -77,20 +77,20 @@ def dropout(x: Tensor, keep_prob: float, *, seed: int, counter: Any) -> Tensor:
 
 
 def sign_dropout(x: Tensor, keep_prob: float, *, seed: int, counter: Any) -> Tensor:
-    """Replace signs by coin tosses at random: dropout that keeps the values +1 and -1.
+    """Replace random signs by coin tosses: dropout that keeps the values +1 and -1.
 
-    A replaced sign tells the next layer nothing and gets no gradient, as a dropped one; the sums
-    that it enters stay sums of signs, which a 0 would end. The mean of a result is ``keep_prob``
-    times the sign: a batch norm behind the next product takes that up.
+    Like a dropped element, a replaced sign carries no information and gets no gradient; but sums
+    over it remain sums of signs, which they would not with a 0. The mean of the result is
+    ``keep_prob`` times the sign: a batch norm after the next product absorbs that factor.
 
     Parameters
     ----------
     x : Tensor
         Signs.
     keep_prob : float
-        Probability of a sign to be kept, in (0, 1].
+        Probability of keeping a sign, in (0, 1].
     seed, counter : int
-        Decide which: the same pair gives the same result, on NumPy and CuPy.
+        Select the signs: the same pair gives the same result, on NumPy and CuPy.
     """
     _checked(keep_prob, "sign_dropout")
     if not x.two_valued:

@@ -1,4 +1,4 @@
-"""Operations on each element by itself, with broadcasting."""
+"""Elementwise operations, with broadcasting."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ class Relu(Function):
 
 
 class Clip(Function):
-    """x limited to [low, high]; the gradient passes inside, the limits included."""
+    """x limited to [low, high]; the gradient passes inside, limits included."""
 
     @staticmethod
     def forward(ctx: Context, x: Any, low: float, high: float) -> Any:
@@ -243,12 +243,12 @@ def divide(a: Any, b: Any) -> Tensor:
 
 
 def power(x: Tensor, exponent: float) -> Tensor:
-    """Return x to a constant power: a real number, Python's or NumPy's."""
+    """Return x to a constant power, a Python or NumPy real number."""
     constant = as_number(exponent)
     if constant is None:
         raise TypeError(
-            f"The 'exponent' of power must be a number; got {type(exponent).__name__}. For an "
-            f"exponent that varies: ops.exp(exponent * ops.log(x))."
+            f"The 'exponent' of power must be a number; got {type(exponent).__name__}. For a "
+            f"variable exponent, use ops.exp(exponent * ops.log(x))."
         )
     return Power.apply(x, exponent=constant)
 

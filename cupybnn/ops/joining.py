@@ -1,4 +1,4 @@
-"""Joining tensors along an axis."""
+"""Join tensors along an existing or a new axis."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["concatenate", "stack"]
 
 
 class Concatenate(Function):
-    """Arrays one after the other along an axis."""
+    """Join arrays along an existing axis."""
 
     @staticmethod
     def forward(ctx: Context, *arrays: Any, axis: int) -> Any:
@@ -32,7 +32,7 @@ class Concatenate(Function):
 
 
 class Stack(Function):
-    """Arrays of one shape, one after the other along a new axis."""
+    """Join arrays of one shape along a new axis."""
 
     @staticmethod
     def forward(ctx: Context, *arrays: Any, axis: int) -> Any:
@@ -66,15 +66,14 @@ def concatenate(tensors: Iterable[Any], axis: int = 0) -> Tensor:
     Parameters
     ----------
     tensors : iterable of Tensor or array
-        At least one, with at least one axis each; alike in shape but for `axis`.
+        At least one, each with at least one axis; their shapes may differ only along `axis`.
     axis : int
         The axis to join along.
 
     Returns
     -------
     Tensor
-        Marked as two-valued if all of `tensors` are. The gradient of each is its part of the
-        result's.
+        Marked as two-valued if all of `tensors` are. Each gets its part of the gradient.
 
     Examples
     --------
@@ -91,15 +90,14 @@ def stack(tensors: Iterable[Any], axis: int = 0) -> Tensor:
     Parameters
     ----------
     tensors : iterable of Tensor or array
-        At least one, alike in shape.
+        At least one, all of the same shape.
     axis : int
-        Where the new axis is in the result.
+        Position of the new axis in the result.
 
     Returns
     -------
     Tensor
-        Marked as two-valued if all of `tensors` are. The gradient of each is its part of the
-        result's.
+        Marked as two-valued if all of `tensors` are. Each gets its part of the gradient.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Losses and penalties, each with its gradient summed up by hand."""
+"""Losses and penalties, each with a hand-derived gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["bipolar_penalty", "l1", "mse", "softmax_cross_entropy", "squared_hin
 
 
 def _targets(labels: Any, like: Any, xp: Any) -> Any:
-    """Return class probabilities, shape (n, classes): one-hot if `labels` are class numbers."""
+    """Return class probabilities, shape (n, classes); one-hot if `labels` are class numbers."""
     if labels.ndim == 2:
         return labels.astype(like.dtype, copy=False)
     return (labels[:, None] == xp.arange(like.shape[1])).astype(like.dtype)
@@ -20,7 +20,7 @@ def _targets(labels: Any, like: Any, xp: Any) -> Any:
 class SoftmaxCrossEntropy(Function):
     """Mean over the batch of -sum(targets * log softmax(logits)).
 
-    With the weight of an example, w = sum(targets), its gradient is w * softmax - targets.
+    An example of weight w = sum(targets) has the gradient w * softmax - targets.
     """
 
     @staticmethod
@@ -30,13 +30,13 @@ class SoftmaxCrossEntropy(Function):
         weights = targets.sum(axis=1, keepdims=True)
         if smoothing:
             targets = targets * (1 - smoothing) + smoothing / logits.shape[1]
-            weights += smoothing * (1 - weights)  # exactly 1 if they were
+            weights += smoothing * (1 - weights)  # exactly 1 if they were 1 before
         shifted = wide - wide.max(axis=1, keepdims=True)
         difference = xp.exp(shifted)
         totals = difference.sum(axis=1, keepdims=True)
         losses = xp.log(totals) - shifted
         losses *= targets
-        # A class without weight adds nothing, even if it is infinitely improbable.
+        # A class of weight 0 adds nothing, even if its log-probability is -inf.
         loss = xp.where(targets == 0, losses.dtype.type(0), losses).sum() / len(logits)
         difference /= totals
         difference *= weights
@@ -132,14 +132,14 @@ def _checked_labels(outputs: Tensor, labels: Any, op: str, name: str) -> Tensor:
     if outputs.shape[0] == 0:
         raise ValueError(f"{op} has no mean over an empty batch; got {name} {outputs.shape}.")
     if labels.requires_grad:
-        raise ValueError(f"{op} has no gradient for its labels: give labels.detach().")
-    # Looking at the values would make the host wait for the GPU.
+        raise ValueError(f"{op} has no gradient for its labels: pass labels.detach().")
+    # On a GPU, checking the values would make the host wait.
     if classes and labels.device.kind == "cpu":
-        least, greatest = labels._data.min(), labels._data.max()
-        if least < 0 or greatest >= outputs.shape[1]:
+        lowest, highest = labels._data.min(), labels._data.max()
+        if lowest < 0 or highest >= outputs.shape[1]:
             raise ValueError(
                 f"The labels of {op} must be class numbers from 0 to {outputs.shape[1] - 1}; got "
-                f"{least if least < 0 else greatest}."
+                f"{lowest if lowest < 0 else highest}."
             )
     return labels
 
@@ -152,12 +152,12 @@ def softmax_cross_entropy(logits: Tensor, labels: Any, smoothing: float = 0.0) -
     logits : Tensor, shape (n, classes)
         Unnormalised log-probabilities.
     labels : Tensor or array, shape (n,) or (n, classes)
-        Class numbers, or class probabilities (soft labels, a teacher's outputs). Those of an
-        example need not sum to 1: their sum is its weight, and 0 leaves it out.
-        On a GPU, class numbers out of range are not noticed: such an example has no label, and
+        Class numbers, or class probabilities (soft labels, a teacher's outputs). An example's
+        probabilities need not sum to 1: their sum is its weight, and 0 leaves it out.
+        On a GPU, class numbers are not checked: an example out of range has no label and
         weight 0.
     smoothing : float
-        This much of each example's probability is spread evenly over all classes (label
+        Share of each example's probability that is spread evenly over all classes (label
         smoothing: Szegedy et al., CVPR 2016).
 
     Returns
@@ -166,8 +166,8 @@ def softmax_cross_entropy(logits: Tensor, labels: Any, smoothing: float = 0.0) -
 
     Notes
     -----
-    A logit of -inf excludes a class. The loss is infinite if such a class has a label, and not
-    otherwise; it is NaN for an example with a logit of inf or NaN, or with none that is finite.
+    A logit of -inf excludes a class. The loss is infinite only if an excluded class has a label. It
+    is NaN for an example with a logit of inf or NaN, or without any finite logit.
     """
     if not 0 <= smoothing < 1:
         raise ValueError(
@@ -206,7 +206,7 @@ def mse(outputs: Tensor, targets: Any) -> Tensor:
     outputs : Tensor, any shape
         Floating.
     targets : Tensor or array, shape of `outputs`
-        May have a gradient, too.
+        May require a gradient, too.
 
     Returns
     -------
@@ -216,7 +216,7 @@ def mse(outputs: Tensor, targets: Any) -> Tensor:
     Raises
     ------
     ValueError
-        If the shapes differ (they are not broadcast, since that is a mistake here), or are empty.
+        If the shapes differ (broadcasting here would be a mistake), or are empty.
 
     Examples
     --------
@@ -242,9 +242,9 @@ def l1(x: Tensor) -> Tensor:
 
 
 def bipolar_penalty(x: Tensor) -> Tensor:
-    """Return ``sum(1 - x**2)``, shape (), which draws latent weights in [-1, 1] to -1 and +1.
+    """Return ``sum(1 - x**2)``, shape (), which pulls latent weights in [-1, 1] to -1 and +1.
 
-    Beyond that interval it falls without limit: clip the latent weights to it.
+    Outside that interval it decreases without bound: clip the latent weights to it.
 
     Notes
     -----

@@ -11,9 +11,9 @@ __all__ = ["binary_matmul", "matmul"]
 
 
 def _gradients(ctx: Context, grad: Any) -> tuple[Any, Any]:
-    """Return the gradients of both factors: dense products, for either kind of forward pass."""
+    """Return the gradients of both factors: dense products, whatever the forward pass used."""
     a, b = ctx.saved
-    # A factor with one axis is a matrix of one row, or of one column.
+    # A 1-D factor is a matrix of one row or one column.
     if b.ndim == 1:
         grad, b = grad[..., None], b[:, None]
     if a.ndim == 1:
@@ -28,7 +28,7 @@ def _gradients(ctx: Context, grad: Any) -> tuple[Any, Any]:
 
 
 class Matmul(Function):
-    """a @ b, by the rules of `numpy.matmul`."""
+    """a @ b, as `numpy.matmul`."""
 
     @staticmethod
     def forward(ctx: Context, a: Any, b: Any) -> Any:
@@ -48,7 +48,7 @@ class BinaryMatmul(Function):
         ctx.save(a, b)
         if not xnor:
             return ctx.xp.matmul(a, b)
-        # By itself xnor_gemm would return no less than float32.
+        # Without `dtype`, xnor_gemm returns at least float32.
         return xnor_gemm(a, b, dtype=a.dtype if a.dtype.itemsize < 4 else None)
 
     @staticmethod
@@ -57,7 +57,7 @@ class BinaryMatmul(Function):
 
 
 def matmul(a: Any, b: Any) -> Tensor:
-    """Return the matrix product a @ b, by the rules of `numpy.matmul`."""
+    """Return the matrix product a @ b, following `numpy.matmul`."""
     return Matmul.apply(a, b)
 
 
@@ -67,12 +67,12 @@ def binary_matmul(a: Tensor, b: Tensor, xnor: bool = True) -> Tensor:
     Parameters
     ----------
     a : Tensor, shape (..., M, K)
-        +1 and -1, known to be so (``two_valued``): a result of `sign`.
+        +1 and -1, marked as such (``two_valued``): a result of `sign`.
     b : Tensor, shape (..., K, N)
         Likewise.
     xnor : bool
-        Compute the product by `cupybnn.xnor_gemm`, else by a dense product. Both are exact while
-        the dtype holds every integer up to K (float32: 2**24), and then equal.
+        Use `cupybnn.xnor_gemm`; otherwise a dense product. Both are exact, and so equal, while
+        the dtype holds every integer up to K (float32: 2**24).
 
     Returns
     -------
@@ -82,7 +82,7 @@ def binary_matmul(a: Tensor, b: Tensor, xnor: bool = True) -> Tensor:
     Raises
     ------
     ValueError
-        If a factor may have other values than +1 and -1.
+        If a factor may hold values other than +1 and -1.
     """
     a, b = as_operand(a, "binary_matmul"), as_operand(b, "binary_matmul")
     for name, factor in (("a", a), ("b", b)):

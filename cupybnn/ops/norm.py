@@ -16,8 +16,8 @@ def _row_sums(x: Any, out: Any = None) -> Any:
     return x.reshape(-1, x.shape[-1]).sum(axis=0, out=out)
 
 
-def _of_operands(ctx: Context, *grads: Any) -> tuple[Any, ...]:
-    """Give gradients their operands' dtypes, and leave out those that are not wanted."""
+def _fit_to_operands(ctx: Context, *grads: Any) -> tuple[Any, ...]:
+    """Cast gradients to their operands' dtypes; None for those not needed."""
     return tuple(
         ctx.fit(grad, i) if needed else None
         for i, (grad, needed) in enumerate(zip(grads, ctx.needs, strict=True))
@@ -25,7 +25,7 @@ def _of_operands(ctx: Context, *grads: Any) -> tuple[Any, ...]:
 
 
 class BatchNormTrain(Function):
-    """Normalisation by the batch's own mean and variance."""
+    """Normalisation with the batch's own mean and variance."""
 
     @staticmethod
     def forward(
@@ -37,32 +37,32 @@ class BatchNormTrain(Function):
         decay: float,
         eps: float,
     ) -> Any:
-        given, x = x, widened(x)
+        original, x = x, widened(x)
         xp, n = ctx.xp, x.size // x.shape[-1]
         normal, out = xp.empty_like(x), xp.empty_like(x)
         ctx.deviation_inverse = xp.empty_like(x, shape=x.shape[-1:])
 
-        def some_features(part: Any) -> None:
+        def normalize_part(part: Any) -> None:
             here, work = normal[part], out[part]
             mean = _row_sums(x[part]) / n
             xp.subtract(x[part], mean, out=here)
             xp.multiply(here, here, out=work)
             variance = _row_sums(work) / n
-            for average, now in zip(running, (mean, variance), strict=True):
-                kept = average[part]
-                moving = widened(kept)
-                moving *= decay
-                moving += (1 - decay) * now
-                if moving is not kept:
-                    kept[...] = moving
+            for average, current in zip(running, (mean, variance), strict=True):
+                stored = average[part]
+                updated = widened(stored)
+                updated *= decay
+                updated += (1 - decay) * current
+                if updated is not stored:
+                    stored[...] = updated
             inverse = xp.divide(1, xp.sqrt(variance + eps), out=ctx.deviation_inverse[part])
             here *= inverse
             xp.multiply(here, gamma[part], out=work)
             work += beta[part]
 
-        backends.get(x).parallel_parts(x, -1, some_features)
+        backends.get(x).parallel_parts(x, -1, normalize_part)
         ctx.save(normal, gamma)
-        return narrowed(out, given)
+        return narrowed(out, original)
 
     @staticmethod
     def backward(ctx: Context, grad: Any) -> Any:
@@ -75,7 +75,7 @@ class BatchNormTrain(Function):
         grad_x = xp.empty_like(grad)
         grad_gamma, grad_beta = xp.empty_like(gamma), xp.empty_like(gamma)
 
-        def some_features(part: Any) -> None:
+        def normalize_part(part: Any) -> None:
             here, x, out = grad[part], normal[part], grad_x[part]
             xp.multiply(here, x, out=out)
             for_gamma = _row_sums(out, out=grad_gamma[part])
@@ -85,12 +85,12 @@ class BatchNormTrain(Function):
             out += here
             out *= gamma[part] * ctx.deviation_inverse[part]
 
-        backends.get(grad).parallel_parts(grad, -1, some_features)
-        return _of_operands(ctx, grad_x, grad_gamma, grad_beta)
+        backends.get(grad).parallel_parts(grad, -1, normalize_part)
+        return _fit_to_operands(ctx, grad_x, grad_gamma, grad_beta)
 
 
 class BatchNormEval(Function):
-    """Normalisation by given statistics: an affine map of each feature."""
+    """Normalisation with running statistics: an affine map of each feature."""
 
     @staticmethod
     def forward(
@@ -110,7 +110,7 @@ class BatchNormEval(Function):
         x, gamma = ctx.saved
         normal = (widened(x) - ctx.mean) * ctx.deviation_inverse
         grad = widened(grad)
-        return _of_operands(
+        return _fit_to_operands(
             ctx, grad * (gamma * ctx.deviation_inverse), _row_sums(grad * normal), _row_sums(grad)
         )
 
@@ -135,8 +135,8 @@ def batch_norm(
     gamma, beta : Tensor, shape (features,)
         Scale and shift.
     running_mean, running_variance : ndarray, shape (features,)
-        Exponential moving averages of the batches' statistics; the variance is the biased one
-        (divided by the size of the batch). Updated in place when training, used otherwise.
+        Exponential moving averages of the batch statistics, with the biased variance (divided by
+        the batch size). Updated in place when training, used otherwise.
     training : bool
         Whether the batch's own statistics are used.
     decay : float
@@ -151,7 +151,7 @@ def batch_norm(
 
     Notes
     -----
-    Ioffe, Szegedy: Batch normalization, ICML 2015. The backward pass is that paper's, summed up.
+    Ioffe, Szegedy: Batch normalization, ICML 2015. The backward pass is that paper's, simplified.
     """
     features = (x.shape[-1],) if x.ndim else ()
     if x.ndim < 2 or any(

@@ -1,4 +1,4 @@
-"""What a quantizer is, and the table of their names."""
+"""Base class of quantizers, and their registry."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from cupybnn.packed import sign
 
 __all__ = ["Quantizer", "get_quantizer", "quantizer_names", "register_quantizer"]
 
-_TABLE: dict[str, Callable[[], Quantizer]] = {}
+_REGISTRY: dict[str, Callable[[], Quantizer]] = {}
 
 
 class Quantizer:
     """Base class: ``forward(x) = sign(x)``, and a pseudo-gradient that a subclass defines.
 
-    A quantizer of your own is a subclass, made known by `register_quantizer`.
+    To add a quantizer, subclass this and register it with `register_quantizer`.
 
     Attributes
     ----------
     window : float or None
-        The pseudo-gradient is 0 where ``|x| > window``: a latent weight out there has stopped
-        learning. None if it is 0 nowhere.
+        The pseudo-gradient is 0 where ``|x| > window``: a latent weight outside has stopped
+        learning. None if it is nowhere 0.
     progress : float
-        How much of training is done, from 0 to 1, for quantizers that change meanwhile; set by
+        Training progress, from 0 to 1, for quantizers that change during training. Set by
         `cupybnn.nn.set_progress`.
     """
 
@@ -35,11 +35,11 @@ class Quantizer:
         return sign(x)
 
     def pseudo_gradient(self, x: Any, grad: Any) -> Any:
-        """Return the gradient for `x` from `grad`, the gradient for its sign; a new array."""
+        """Return the gradient of `x` from `grad`, the gradient of its sign, as a new array."""
         raise NotImplementedError
 
     def scale(self, x: Any) -> Any | None:
-        """Return factors for the signs, one for each element of the last axis, or None for 1."""
+        """Return a factor for each element of the last axis, or None for factors of 1."""
         return None
 
     def __repr__(self) -> str:
@@ -71,7 +71,7 @@ class Quantizer:
 
 
 def register_quantizer(*names: str) -> Callable[[Any], Any]:
-    """Class decorator that makes a quantizer known by one or more names.
+    """Class decorator that registers a quantizer under one or more names.
 
     Examples
     --------
@@ -86,9 +86,9 @@ def register_quantizer(*names: str) -> Callable[[Any], Any]:
 
     def register(factory: Any) -> Any:
         for name in names:
-            if name in _TABLE:
-                raise ValueError(f"A quantizer named {name!r} is registered already.")
-            _TABLE[name] = factory
+            if name in _REGISTRY:
+                raise ValueError(f"A quantizer named {name!r} is already registered.")
+            _REGISTRY[name] = factory
         return factory
 
     return register
@@ -96,16 +96,16 @@ def register_quantizer(*names: str) -> Callable[[Any], Any]:
 
 def quantizer_names() -> list[str]:
     """Return the names that `get_quantizer` knows."""
-    return sorted(_TABLE)
+    return sorted(_REGISTRY)
 
 
 def get_quantizer(quantizer: str | Quantizer) -> Quantizer:
-    """Return a new quantizer of the given name; a quantizer itself is returned as it is."""
+    """Return a new quantizer of the given name; a `Quantizer` is returned unchanged."""
     if isinstance(quantizer, Quantizer):
         return quantizer
-    if quantizer not in _TABLE:
+    if quantizer not in _REGISTRY:
         raise ValueError(
             f"A quantizer must be one of {', '.join(quantizer_names())} or a Quantizer; got "
             f"{quantizer!r}."
         )
-    return _TABLE[quantizer]()
+    return _REGISTRY[quantizer]()

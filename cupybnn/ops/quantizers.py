@@ -1,8 +1,8 @@
-"""Quantizers: the sign, each with another pseudo-gradient in the place of its derivative.
+"""Quantizers: the sign, with different pseudo-gradients instead of its derivative.
 
 The derivative of the sign is 0 almost everywhere and would stop all learning. A straight-through
-estimator (STE) uses another function of x in its place. The sketches below show that function, the
-pseudo-gradient, for a gradient of 1, from x = -2 to 2.
+estimator (STE) replaces it with another function of x. The sketches below show that function, the
+pseudo-gradient, for an incoming gradient of 1, from x = -2 to 2.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ class SteSign(Quantizer):
         xp = module_of(x)
         out = xp.empty_like(x)
 
-        def some(part: Any) -> None:
+        def mask_part(part: Any) -> None:
             magnitudes = xp.abs(x[part], out=out[part])
             xp.multiply(grad[part], magnitudes <= self.window, out=magnitudes)
 
-        backends.get(x).parallel_parts(x, 0, some)
+        backends.get(x).parallel_parts(x, 0, mask_part)
         return out
 
 
 @register_quantizer("clipped_grad")
 class ClippedGrad(Quantizer):
-    """Straight-through everywhere, the gradient clipped.
+    """Straight-through everywhere, with a clipped gradient.
 
     Forward: ``sign(x)``. Pseudo-gradient: ``grad`` limited to [-limit, limit], whatever x is::
 
@@ -80,13 +80,13 @@ class ClippedGrad(Quantizer):
     Parameters
     ----------
     limit : float
-        Greatest magnitude of a gradient.
+        Largest magnitude of a gradient.
 
     Notes
     -----
     Bengio, Léonard, Courville: Estimating or propagating gradients through stochastic neurons for
-    conditional computation, 2013, for the estimator without its limit. With it, the TensorFlow
-    program did so that this package follows.
+    conditional computation, 2013, without the limit. The limit comes from the TensorFlow program
+    that this package follows.
     """
 
     def __init__(self, limit: float = 1.0) -> None:
@@ -164,7 +164,7 @@ class SwishSign(Quantizer):
     Parameters
     ----------
     beta : float
-        b: the greater, the steeper.
+        b: the larger, the steeper.
 
     Notes
     -----
@@ -184,17 +184,17 @@ class SwishSign(Quantizer):
 
 @register_quantizer("magnitude_aware_sign")
 class MagnitudeAwareSign(SteSign):
-    """Signs times their column's mean magnitude.
+    """Signs scaled by the mean magnitude of their column.
 
     Forward: ``m * sign(x)`` with ``m = mean(|x|)`` over all axes but the last. Pseudo-gradient:
-    that of `SteSign` times m, which counts as a constant::
+    that of `SteSign` times m, which is treated as a constant::
 
         m        ┌─────────┬─────────┐
                  │         │         │
         0  ──────┘         │         └──────
                 -1         0         1
 
-    The signs and `scale` are applied apart, so that a product of signs stays one.
+    `scale` is applied separately from the signs, so that a product of signs remains one.
 
     Notes
     -----
@@ -208,7 +208,7 @@ class MagnitudeAwareSign(SteSign):
 
 @register_quantizer("stochastic_sign")
 class StochasticSign(SteSign):
-    """A random sign, +1 with a probability that rises linearly; the sign itself in evaluation.
+    """A random sign, +1 with a probability linear in x; the plain sign in evaluation.
 
     Forward: +1 with probability ``clip((x + 1) / 2, 0, 1)``, else -1. Pseudo-gradient: that of
     `SteSign`::
@@ -223,7 +223,7 @@ class StochasticSign(SteSign):
     window : float
         As in `SteSign`.
     seed : int
-        Of the random numbers.
+        Seed of the random numbers.
 
     Notes
     -----
@@ -238,17 +238,17 @@ class StochasticSign(SteSign):
         if not training:
             return sign(x)
         draws = uniform(x.shape, *self.random.next(), module_of(x))
-        # Not >=: a draw of 0 would make x = -1 uncertain.
+        # Not >=: with a draw of 0, x = -1 could give +1.
         return 2 * (x + 1 > 2 * draws).astype(x.dtype) - 1
 
 
 @register_quantizer("ede_sign")
 class EdeSign(Quantizer):
-    """The derivative of a tanh that sharpens over training: error decay estimation.
+    """The derivative of a tanh that sharpens during training: error decay estimation.
 
     Forward: ``sign(x)``. Pseudo-gradient: ``grad * k t (1 - tanh(t x)**2)`` with
-    ``t = 0.1 * 100**progress`` and ``k = max(1 / t, 1)``: nearly the identity at first, nearly the
-    sign's own derivative in the end::
+    ``t = 0.1 * 100**progress`` and ``k = max(1 / t, 1)``: close to the identity at first, close to
+    the sign's own derivative at the end::
 
         10                 │                  progress = 1: the spike
                            │

@@ -1,4 +1,4 @@
-"""Sums, means and extremes over axes."""
+"""Sums, means, maxima and minima over axes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cupybnn.ops.axes import Axis, as_axes
 __all__ = ["max", "mean", "min", "sum"]
 
 
-def _kept(shape: tuple[int, ...], axis: Axis) -> tuple[int, ...]:
+def _keepdims_shape(shape: tuple[int, ...], axis: Axis) -> tuple[int, ...]:
     """Return `shape` with the reduced axes at length 1."""
     axes = range(len(shape)) if axis is None else (axis,) if isinstance(axis, int) else axis
     reduced = {a % len(shape) for a in axes} if shape else set()
@@ -26,7 +26,7 @@ class Sum(Function):
 
     @staticmethod
     def forward(ctx: Context, x: Any, axis: Axis, keepdims: bool) -> Any:
-        ctx.kept = _kept(x.shape, axis)
+        ctx.kept = _keepdims_shape(x.shape, axis)
         return narrowed(wide_sum(x, axis, keepdims), x)
 
     @staticmethod
@@ -39,8 +39,8 @@ class Mean(Function):
 
     @staticmethod
     def forward(ctx: Context, x: Any, axis: Axis, keepdims: bool) -> Any:
-        ctx.kept = _kept(x.shape, axis)
-        if x.size == 0:  # NaN, as by `numpy.mean`, which also warns
+        ctx.kept = _keepdims_shape(x.shape, axis)
+        if x.size == 0:  # NaN, as from `numpy.mean`, but without its warning
             ctx.count = 0
             return x.sum(axis=axis, keepdims=keepdims) * np.nan
         ctx.count = x.size // math.prod(ctx.kept)
@@ -52,15 +52,15 @@ class Mean(Function):
         return ctx.xp.broadcast_to(shares, ctx.edges[0].shape)
 
 
-def _keep_extreme(ctx: Context, x: Any, out: Any, axis: Axis) -> Any:
-    """Keep for the backward pass what an extreme is of, and return the extreme."""
-    ctx.axis, ctx.kept = axis, _kept(x.shape, axis)
+def _save_extreme(ctx: Context, x: Any, out: Any, axis: Axis) -> Any:
+    """Save operand and result for the backward pass, and return the result."""
+    ctx.axis, ctx.kept = axis, _keepdims_shape(x.shape, axis)
     ctx.save(x, out)
     return out
 
 
 def _extreme_gradient(ctx: Context, grad: Any) -> Any:
-    """Share `grad` among the elements that equal the extreme."""
+    """Split `grad` evenly among the elements that equal the extreme."""
     x, out = ctx.saved
     chosen = x == out.reshape(ctx.kept)
     shares = chosen / chosen.sum(axis=ctx.axis, keepdims=True)
@@ -68,11 +68,11 @@ def _extreme_gradient(ctx: Context, grad: Any) -> Any:
 
 
 class Max(Function):
-    """Greatest element over axes; equal ones share the gradient."""
+    """Largest element over axes; ties share the gradient."""
 
     @staticmethod
     def forward(ctx: Context, x: Any, axis: Axis, keepdims: bool) -> Any:
-        return _keep_extreme(ctx, x, x.max(axis=axis, keepdims=keepdims), axis)
+        return _save_extreme(ctx, x, x.max(axis=axis, keepdims=keepdims), axis)
 
     @staticmethod
     def backward(ctx: Context, grad: Any) -> Any:
@@ -80,11 +80,11 @@ class Max(Function):
 
 
 class Min(Function):
-    """Least element over axes; equal ones share the gradient."""
+    """Smallest element over axes; ties share the gradient."""
 
     @staticmethod
     def forward(ctx: Context, x: Any, axis: Axis, keepdims: bool) -> Any:
-        return _keep_extreme(ctx, x, x.min(axis=axis, keepdims=keepdims), axis)
+        return _save_extreme(ctx, x, x.min(axis=axis, keepdims=keepdims), axis)
 
     @staticmethod
     def backward(ctx: Context, grad: Any) -> Any:
@@ -102,10 +102,10 @@ def mean(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
 
 
 def max(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
-    """Return the greatest element over `axis`; equal ones share the gradient equally."""
+    """Return the largest element over `axis`; ties share the gradient equally."""
     return Max.apply(x, axis=as_axes(axis, "max"), keepdims=keepdims)
 
 
 def min(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
-    """Return the least element over `axis`; equal ones share the gradient equally."""
+    """Return the smallest element over `axis`; ties share the gradient equally."""
     return Min.apply(x, axis=as_axes(axis, "min"), keepdims=keepdims)

@@ -1,4 +1,4 @@
-"""Operations that choose between two operands, element by element, with broadcasting."""
+"""Elementwise choice between two operands, with broadcasting."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Where(Function):
     @staticmethod
     def backward(ctx: Context, grad: Any) -> Any:
         (condition,) = ctx.saved
-        # Not a product with the condition: what was not chosen gets 0, even of NaN and inf.
+        # Not a product with the condition: 0 times NaN or inf would be NaN.
         zero = grad.dtype.type(0)
         return (
             None,
@@ -30,14 +30,14 @@ class Where(Function):
         )
 
 
-def _keep_chosen(ctx: Context, a: Any, b: Any, out: Any) -> Any:
-    """Keep for the backward pass what an extreme of two is of, and return the extreme."""
+def _save_extreme(ctx: Context, a: Any, b: Any, out: Any) -> Any:
+    """Save operands and result for the backward pass, and return the result."""
     ctx.save(a, b, out)
     return out
 
 
-def _gradient_of_chosen(ctx: Context, grad: Any) -> tuple[Any, Any]:
-    """Hand `grad` to the operand that the result equals, half of it to each if both do."""
+def _extreme_gradient(ctx: Context, grad: Any) -> tuple[Any, Any]:
+    """Pass `grad` to the operand that equals the result, half to each in a tie."""
     a, b, out = ctx.saved
     zero, half = grad.dtype.type(0), grad.dtype.type(0.5)
     shared = ctx.xp.where(a == b, grad * half, grad)
@@ -48,31 +48,31 @@ def _gradient_of_chosen(ctx: Context, grad: Any) -> tuple[Any, Any]:
 
 
 class Maximum(Function):
-    """The greater of a and b; equal ones share the gradient."""
+    """The larger of a and b; a tie splits the gradient."""
 
     @staticmethod
     def forward(ctx: Context, a: Any, b: Any) -> Any:
-        return _keep_chosen(ctx, a, b, ctx.xp.maximum(a, b))
+        return _save_extreme(ctx, a, b, ctx.xp.maximum(a, b))
 
     @staticmethod
     def backward(ctx: Context, grad: Any) -> Any:
-        return _gradient_of_chosen(ctx, grad)
+        return _extreme_gradient(ctx, grad)
 
 
 class Minimum(Function):
-    """The lesser of a and b; equal ones share the gradient."""
+    """The smaller of a and b; a tie splits the gradient."""
 
     @staticmethod
     def forward(ctx: Context, a: Any, b: Any) -> Any:
-        return _keep_chosen(ctx, a, b, ctx.xp.minimum(a, b))
+        return _save_extreme(ctx, a, b, ctx.xp.minimum(a, b))
 
     @staticmethod
     def backward(ctx: Context, grad: Any) -> Any:
-        return _gradient_of_chosen(ctx, grad)
+        return _extreme_gradient(ctx, grad)
 
 
-def _with_a_tensor(a: Any, b: Any, op: str, device: Device = CPU) -> tuple[Any, Any]:
-    """Return two operands, the first as a tensor on `device` if both are numbers."""
+def _as_operands(a: Any, b: Any, op: str, device: Device = CPU) -> tuple[Any, Any]:
+    """Convert two operands; if both are numbers, make the first a tensor on `device`."""
     a, b = as_operand(a, op), as_operand(b, op)
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return a, b
@@ -85,7 +85,7 @@ def where(condition: Any, a: Any, b: Any) -> Tensor:
     Parameters
     ----------
     condition : Tensor or array of bool
-        On the device of `a` and `b`; a comparison of tensors gives one. It has no gradient.
+        On the device of `a` and `b`, e.g. a comparison of tensors. It has no gradient.
     a, b : Tensor, array or number
         The gradient reaches each only where it was chosen.
 
@@ -96,7 +96,7 @@ def where(condition: Any, a: Any, b: Any) -> Tensor:
     Raises
     ------
     TypeError
-        If the condition is not of bool.
+        If the condition is not bool.
 
     Examples
     --------
@@ -112,14 +112,14 @@ def where(condition: Any, a: Any, b: Any) -> Tensor:
     chosen = condition if isinstance(condition, Tensor) else Tensor(condition)
     if chosen.dtype != bool:
         raise TypeError(
-            f"The 'condition' of where must be of bool; got dtype {chosen.dtype}. Compare first: "
+            f"The 'condition' of where must be bool; got dtype {chosen.dtype}. Compare first: "
             f"where(x != 0, a, b)."
         )
-    return Where.apply(chosen, *_with_a_tensor(a, b, "where", chosen.device))
+    return Where.apply(chosen, *_as_operands(a, b, "where", chosen.device))
 
 
 def maximum(a: Any, b: Any) -> Tensor:
-    """Return the greater of `a` and `b`, element by element; NaN if one is NaN.
+    """Return the elementwise maximum of `a` and `b`; NaN if one is NaN.
 
     Parameters
     ----------
@@ -132,9 +132,9 @@ def maximum(a: Any, b: Any) -> Tensor:
 
     Notes
     -----
-    The gradient goes to the greater operand; where both are equal, half of it to each, as in
-    `max`. (`relu` differs from ``maximum(x, 0)`` there: its gradient at 0 is 0.) Where one is NaN,
-    neither gets any.
+    The gradient goes to the larger operand, and half of it to each in a tie, as in `max`. (`relu`
+    differs from ``maximum(x, 0)`` there: its gradient at 0 is 0.) Where one is NaN, neither gets a
+    gradient.
 
     Examples
     --------
@@ -142,11 +142,11 @@ def maximum(a: Any, b: Any) -> Tensor:
     >>> ops.maximum(Tensor([1.0, 5.0]), 2.0).data
     array([2., 5.], dtype=float32)
     """
-    return Maximum.apply(*_with_a_tensor(a, b, "maximum"))
+    return Maximum.apply(*_as_operands(a, b, "maximum"))
 
 
 def minimum(a: Any, b: Any) -> Tensor:
-    """Return the lesser of `a` and `b`, element by element; NaN if one is NaN.
+    """Return the elementwise minimum of `a` and `b`; NaN if one is NaN.
 
     Parameters
     ----------
@@ -159,8 +159,8 @@ def minimum(a: Any, b: Any) -> Tensor:
 
     Notes
     -----
-    The gradient goes to the lesser operand; where both are equal, half of it to each, as in `min`.
-    Where one is NaN, neither gets any.
+    The gradient goes to the smaller operand, and half of it to each in a tie, as in `min`. Where
+    one is NaN, neither gets a gradient.
 
     Examples
     --------
@@ -168,4 +168,4 @@ def minimum(a: Any, b: Any) -> Tensor:
     >>> ops.minimum(Tensor([1.0, 5.0]), 2.0).data
     array([1., 2.], dtype=float32)
     """
-    return Minimum.apply(*_with_a_tensor(a, b, "minimum"))
+    return Minimum.apply(*_as_operands(a, b, "minimum"))

@@ -1,4 +1,4 @@
-"""Operations that move elements without computing: views where NumPy gives views."""
+"""Operations that only rearrange or move elements; they return views where NumPy does."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["index", "reshape", "to", "transpose"]
 
 
 class Reshape(Function):
-    """The same elements in another shape."""
+    """Change the shape."""
 
     @staticmethod
     def forward(ctx: Context, x: Any, shape: tuple[int, ...]) -> Any:
@@ -28,7 +28,7 @@ class Reshape(Function):
 
 
 class Transpose(Function):
-    """The axes in another order."""
+    """Permute the axes."""
 
     @staticmethod
     def forward(ctx: Context, x: Any, axes: tuple[int, ...] | None) -> Any:
@@ -56,13 +56,13 @@ class Index(Function):
             out[ctx.key] = grad
         else:
             out = widened(out)
-            # An element may have been taken more than once, and float16 counts to 2048 only.
+            # An element may have been taken more than once, and float16 counts only to 2048.
             ctx.xp.add.at(out, ctx.key, widened(grad))
         return narrowed(out, grad)
 
 
 class Move(Function):
-    """A copy on another device; the gradient travels back."""
+    """Copy to another device; the gradient is copied back."""
 
     @staticmethod
     def forward(ctx: Context, x: Any, device: Device) -> Any:
@@ -86,7 +86,7 @@ def _is_basic(key: Any) -> bool:
 
 
 def _copied(key: Any, xp: Any) -> Any:
-    """Return `key` with copies of the arrays in it."""
+    """Return `key` with its arrays copied."""
     if isinstance(key, tuple):
         return tuple(_copied(part, xp) for part in key)
     return key.copy() if isinstance(key, xp.ndarray) else key
@@ -99,7 +99,7 @@ def reshape(x: Tensor, *shape: int | tuple[int, ...]) -> Tensor:
 
 
 def transpose(x: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
-    """Return `x` with its axes in the order `axes`, by default reversed."""
+    """Return `x` with its axes in the order `axes`, reversed by default."""
     order = as_axes(axes, "transpose")
     order = (order,) if isinstance(order, int) else order
     return _still_signs(Transpose.apply(x, axes=order), x)
@@ -111,12 +111,12 @@ def index(x: Tensor, key: Any) -> Tensor:
 
 
 def to(x: Tensor, device: str | Device) -> Tensor:
-    """Return `x` on `device` ("cpu", "cuda", "cuda:1"); `x` itself if it is there already."""
+    """Return `x` on `device` ("cpu", "cuda", "cuda:1"); `x` itself if already there."""
     target = resolve(device)
     return x if target == x.device else _still_signs(Move.apply(x, device=target), x)
 
 
 def _still_signs(result: Tensor, x: Tensor) -> Tensor:
-    """Mark `result` as two-valued if `x`, whose elements it has, is."""
+    """Mark `result` as two-valued if `x`, whose elements it holds, is."""
     result.two_valued = x.two_valued
     return result

@@ -13,7 +13,7 @@ __all__ = ["quantize", "sign"]
 
 
 class Sign(Function):
-    """A quantizer's signs; backward, its pseudo-gradient."""
+    """A quantizer's signs; its pseudo-gradient in the backward pass."""
 
     @staticmethod
     def forward(ctx: Context, x: Any, quantizer: Quantizer, training: bool) -> Any:
@@ -33,13 +33,13 @@ def sign(x: Tensor, ste: str | Quantizer = "ste_sign", training: bool = True) ->
     Parameters
     ----------
     x : Tensor
-        Any shape. A tensor that is two-valued already is returned as it is.
+        Any shape. A tensor that is already two-valued is returned unchanged.
     ste : str or Quantizer
-        What takes the place of the derivative, which is 0: a name of
-        `cupybnn.ops.quantizer_names`, or a quantizer. "ste_sign" (or "hard_tanh"), the gradient
-        where ``|x| <= 1``; "clipped_grad"; "identity"; ...
+        The pseudo-gradient, used instead of the derivative, which is 0: a quantizer, or a name
+        from `cupybnn.ops.quantizer_names`. "ste_sign" (or "hard_tanh"), the gradient where
+        ``|x| <= 1``; "clipped_grad"; "identity"; ...
     training : bool
-        Whether a stochastic quantizer draws.
+        Whether a stochastic quantizer draws random signs.
 
     Returns
     -------
@@ -59,6 +59,6 @@ def quantize(x: Tensor, quantizer: str | Quantizer = "ste_sign", training: bool 
     x = as_operand(x, "quantize")
     quantizer = get_quantizer(quantizer)
     signs = sign(x, quantizer, training)
-    with np.errstate(all="ignore"):  # as within an operation
+    with np.errstate(all="ignore"):  # as inside an operation
         scale = quantizer.scale(x._data)
     return signs if scale is None else signs * scale

@@ -1,4 +1,4 @@
-"""Softmax, its logarithm, and its case of two classes, the sigmoid."""
+"""Softmax, log-softmax and sigmoid."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Sigmoid(Function):
 
     @staticmethod
     def forward(ctx: Context, x: Any) -> Any:
-        # By exp(-|x|), which cannot overflow; 1 / (1 + e) is the sigmoid of |x|.
+        # exp(-|x|) cannot overflow; `upper` is the sigmoid of |x|.
         small = ctx.xp.exp(-abs(x))
         upper = 1 / (1 + small)
         ctx.save(small, upper)
@@ -73,10 +73,10 @@ def softmax(x: Tensor, axis: int = -1) -> Tensor:
     Parameters
     ----------
     x : Tensor, at least one axis
-        Floating. An element of -inf gets probability 0; where all along `axis` are -inf, the
+        Floating. An element of -inf gets probability 0; if all along `axis` are -inf, the
         result is NaN.
     axis : int
-        The classes.
+        Axis of the classes.
 
     Returns
     -------
@@ -100,7 +100,7 @@ def log_softmax(x: Tensor, axis: int = -1) -> Tensor:
     x : Tensor, at least one axis
         Floating.
     axis : int
-        The classes.
+        Axis of the classes.
 
     Returns
     -------

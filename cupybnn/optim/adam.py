@@ -12,7 +12,7 @@ __all__ = ["Adam", "AdamW"]
 
 
 class Adam(Optimizer):
-    """Adam: steps scaled by running means of the gradient and of its square.
+    """Adam: steps scaled by running means of the gradient and its square.
 
     Parameters
     ----------
@@ -23,7 +23,7 @@ class Adam(Optimizer):
     betas : (float, float)
         Decay of the two means, each in [0, 1).
     eps : float
-        Added to the root of the mean square; at least 0.
+        Added to the root mean square; at least 0.
 
     Notes
     -----
@@ -65,7 +65,7 @@ class Adam(Optimizer):
         a -= square
         a *= 1 - b2
         square += a
-        # The corrections of both means, taken together: two passes over the memory less.
+        # Both bias corrections combined, which saves two passes over memory.
         root = (1 - b2**self.steps) ** 0.5
         xp.sqrt(square, out=a)
         a += block.options["eps"] * root

@@ -1,4 +1,4 @@
-"""Averages of the weights over training."""
+"""Averages of weights over training."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ import numpy as np
 
 from cupybnn.backends.devices import CPU, device_of, to_device
 from cupybnn.nn import Parameter
-from cupybnn.nn.state import Expected, check_state, copy_into, misfits, statistics_dtype
+from cupybnn.nn.state import Expected, check_state, copy_into, mismatches, statistics_dtype
 from cupybnn.optim.options import as_parameters, count_elements
 
 __all__ = ["WeightAverage"]
 
 
 class WeightAverage:
-    """A running average of parameters: exponential, or of equal weights.
+    """A running average of parameters: exponential, or equally weighted.
 
-    Of binary weights the latent ones are averaged. The statistics of batch norm do not belong to
-    the averaged weights: see `cupybnn.nn.refresh_statistics`. Averages of float16
-    parameters are kept in float32.
+    Binary weights are averaged by their latent weights. Batch-norm statistics do not match the
+    averaged weights: see `cupybnn.nn.refresh_statistics`. Averages of float16 parameters are kept
+    in float32.
 
     Parameters
     ----------
     parameters : iterable of Parameter
         The parameters, at least one.
     decay : float, optional
-        How much each update counts in comparison with the next: the mean of all updates, the
-        newest with weight 1, the one before with ``decay``, then ``decay**2`` and so on. None: all
-        count the same (SWA).
+        Weight of each update relative to the next: the newest has weight 1, the one before it
+        ``decay``, then ``decay**2`` and so on. None: all have equal weight (SWA).
 
     Examples
     --------
@@ -46,9 +45,9 @@ class WeightAverage:
     -----
     Polyak, Juditsky: Acceleration of stochastic approximation by averaging, 1992; Izmailov et al.:
     Averaging weights leads to wider optima and better generalization (SWA), UAI 2018. The weights
-    of the exponential mean sum to 1 from the first update on, as Adam's do by its correction;
-    ``average = decay * average + (1 - decay) * weight`` alone would leave ``decay**updates`` to the
-    weights it began with, which is a third after 1000 updates of 0.999.
+    of the exponential mean sum to 1 from the first update on, as with Adam's bias correction;
+    ``average = decay * average + (1 - decay) * weight`` alone would give the initial weights a
+    share of ``decay**updates``, which is still a third after 1000 updates at 0.999.
     """
 
     def __init__(self, parameters: Iterable[Parameter], decay: float | None = None) -> None:
@@ -60,37 +59,37 @@ class WeightAverage:
         self.decay = decay
         self.updates = 0
         self.averages = [p._data.astype(statistics_dtype(p.dtype)) for p in self.parameters]
-        # The weights that training goes on with, while the parameters have their averages.
+        # The training weights, while the parameters hold their averages.
         self._kept: list[Any] | None = None
 
     @property
     def is_applied(self) -> bool:
-        """Whether the parameters have their averaged values now: within `applied`."""
+        """Whether the parameters currently hold their averages, within `applied`."""
         return self._kept is not None
 
     def update(self) -> None:
-        """Add the weights to the average; the first ones are the whole of it.
+        """Add the current weights to the average; the first update sets it.
 
-        Within `applied` these are the weights that were there before, and the parameters keep the
-        average they have.
+        Within `applied`, this adds the training weights, and the parameters keep the average that
+        they hold.
         """
         self.updates += 1
         if self.decay is None:
             part = 1 / self.updates
         else:
             part = (1 - self.decay) / (1 - self.decay**self.updates)
-        present = [p._data for p in self.parameters] if self._kept is None else self._kept
-        for i, weight in enumerate(present):
+        weights = [p._data for p in self.parameters] if self._kept is None else self._kept
+        for i, weight in enumerate(weights):
             average = self.averages[i] = to_device(self.averages[i], device_of(weight))
             with device_of(average).scope():
                 average += part * (weight - average)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Context within which the parameters have their averaged values.
+        """Context in which the parameters hold their averages.
 
-        It may be entered again within itself, which changes nothing. However it ends, the
-        parameters get back the values they had before; what was written to them within is lost.
+        Nesting it changes nothing. On exit, normal or not, the parameters get their previous values
+        back; anything written to them meanwhile is lost.
         """
         if self._kept is not None:
             yield
@@ -106,9 +105,9 @@ class WeightAverage:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Context within `applied` in which the parameters have their own values for a while.
+        """Context within `applied` that temporarily restores the parameters' own values.
 
-        To save the state of a training run, for example. Outside of `applied` it changes nothing.
+        Used to save the state of a training run, for example. Outside `applied` it does nothing.
         """
         kept = self._kept
         if kept is None:
@@ -128,7 +127,7 @@ class WeightAverage:
             copy_into(parameter.write(), value)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Return the number of updates and the averages: NumPy copies."""
+        """Return the number of updates and the averages, as NumPy copies."""
         state = {str(i): np.array(to_device(a, CPU)) for i, a in enumerate(self.averages)}
         return {"updates": np.array(self.updates), **state}
 
@@ -138,15 +137,17 @@ class WeightAverage:
         Raises
         ------
         TypeError
-            If `state` is no mapping of names to arrays.
+            If `state` is not a mapping of names to arrays.
         ValueError
-            If names, shapes or dtypes do not fit, or the number of updates is no whole number
-            >= 0. All misfits are listed, and nothing has been changed.
+            If names, shapes or dtypes do not match, or the number of updates is not an integer
+            >= 0. All mismatches are listed, and nothing has been changed.
         """
         check_state(state, state, self)
         expected = {str(i): Expected.like(a) for i, a in enumerate(self.averages)}
-        if faults := misfits(state, {"updates": Expected.count(), **expected}):
-            raise ValueError("The state does not fit this WeightAverage:\n  " + "\n  ".join(faults))
+        if faults := mismatches(state, {"updates": Expected.count(), **expected}):
+            raise ValueError(
+                "The state does not match this WeightAverage:\n  " + "\n  ".join(faults)
+            )
         self.updates = int(state["updates"])
         for i, average in enumerate(self.averages):
             copy_into(average, state[str(i)])

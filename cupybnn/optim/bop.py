@@ -14,21 +14,21 @@ __all__ = ["Bop"]
 
 
 class Bop(Optimizer):
-    """Flips binary weights, without latent ones behind them.
+    """Flip binary weights directly, without latent weights.
 
-    The weights are set to their signs at the start and stay +1 and -1. One flips when the running
-    mean of its gradient has its own sign (so that a flip lowers the loss) and is large enough. Give
-    parameters of full precision, such as those of batch norm, to another optimiser.
+    The weights are set to their signs at the start and stay +1 and -1. A weight flips when the
+    running mean of its gradient has the same sign (so that a flip lowers the loss) and is large
+    enough. Use another optimiser for full-precision parameters, such as those of batch norm.
 
     Parameters
     ----------
     parameters, **common
         As in `Optimizer`.
     lr : float
-        The adaptivity rate, gamma in the paper: the part of the newest gradient in the mean, in
-        [0, 1]. A schedule lowers it over training.
+        The adaptivity rate, gamma in the paper: the share of the newest gradient in the mean, in
+        [0, 1]. Lower it with a schedule.
     threshold : float
-        How large the mean must be; at least 0.
+        Minimum magnitude of the mean; at least 0.
 
     Notes
     -----

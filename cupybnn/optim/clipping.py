@@ -1,4 +1,4 @@
-"""Limiting the norm of gradients."""
+"""Gradient clipping by norm."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from cupybnn.optim.options import as_parameters
 
 __all__ = ["clip_grad_norm"]
 
-# Elements squared at a time on the host, so that the copy in float64 stays in the cache.
+# Elements squared at a time on the host, so that the float64 copy stays in cache.
 _HOST_BLOCK = 1 << 15
 
 
 def clip_grad_norm(parameters: Iterable[Parameter] | Parameter, max_norm: float) -> Any:
-    """Scale gradients down in place so that their common norm is at most `max_norm`.
+    """Scale gradients down in place so that their total norm is at most `max_norm`.
 
     Call it between ``loss.backward()`` and ``optimizer.step()``.
 
     Parameters
     ----------
     parameters : iterable of Parameter, or Parameter
-        Those without a gradient are left out.
+        Those without a gradient are skipped.
     max_norm : float
-        Above 0; infinity measures the norm and changes nothing.
+        Positive; infinity computes the norm and changes nothing.
 
     Returns
     -------
     float or 0-d cupy.ndarray of float64
-        The norm before, the root of the sum of the squares of all elements. On a GPU it stays
-        there: the host does not wait for it.
+        The norm before clipping: the root of the sum of the squares of all elements. On a GPU it
+        stays there, and the host does not wait for it.
 
     Raises
     ------
     ValueError
-        If `max_norm` is not above 0.
+        If `max_norm` is not positive.
     TypeError
-        If something is no Parameter.
+        If an item is not a Parameter.
 
     Notes
     -----
     Squares are summed in float64, so that float16 and large float32 gradients do not overflow. If
-    an element is NaN or infinite, so is the norm, and the gradients are left as they are: a factor
-    of 0 or NaN would hide which of them it was.
+    an element is NaN or infinite, so is the norm, and the gradients are left unchanged: a factor of
+    0 or NaN would hide which of them it was.
 
     Pascanu, Mikolov, Bengio: On the difficulty of training recurrent neural networks, ICML 2013.
 
@@ -68,7 +68,7 @@ def clip_grad_norm(parameters: Iterable[Parameter] | Parameter, max_norm: float)
     except (TypeError, ValueError):
         valid = False
     if not valid:
-        raise ValueError(f"The 'max_norm' must be a number above 0; got {max_norm!r}.")
+        raise ValueError(f"The 'max_norm' must be a positive number; got {max_norm!r}.")
     max_norm = float(max_norm)
     grads = {id(p.grad): p.grad for p in as_parameters(parameters) if p.grad is not None}
     arrays = [grad for grad in grads.values() if grad.size]
@@ -94,12 +94,12 @@ def clip_grad_norm(parameters: Iterable[Parameter] | Parameter, max_norm: float)
 def _scale(grad: Any, factor: Any) -> None:
     device = device_of(grad)
     with device.scope():
-        # In float64 and then rounded once: the factor may be below what float16 can hold.
+        # In float64, rounded once: the factor may be too small for float16.
         device.xp.multiply(grad, to_device(factor, device), out=grad, casting="unsafe")
 
 
 def _sum_of_squares(grad: Any) -> Any:
-    """Return the sum in float64: a number, or an array without dimensions on the device."""
+    """Return the sum in float64: a number, or a 0-d array on the device."""
     with device_of(grad).scope():
         if isinstance(grad, np.ndarray):
             flat = grad.reshape(-1)

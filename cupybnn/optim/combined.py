@@ -1,4 +1,4 @@
-"""Several optimisers as one."""
+"""Several optimisers combined into one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ __all__ = ["Combined"]
 
 
 class Combined(Optimizer):
-    """Optimisers that make their steps together, each for parameters of its own.
+    """Optimisers that step together, each with its own parameters.
 
-    Such as `Bop` for binary weights and `Adam` for all others.
+    For example `Bop` for binary weights and `Adam` for all others.
 
     Parameters
     ----------
     *optimizers : Optimizer
-        With learning rates and schedules of their own.
+        Each keeps its own learning rates and schedule.
 
     Attributes
     ----------
@@ -33,7 +33,7 @@ class Combined(Optimizer):
     ValueError
         If there is no optimiser, or a parameter is in two of them.
     TypeError
-        If one is no optimiser.
+        If one is not an optimiser.
 
     Examples
     --------
@@ -45,14 +45,14 @@ class Combined(Optimizer):
 
     def __init__(self, *optimizers: Optimizer) -> None:
         if not optimizers:
-            raise ValueError("A Combined must be made of at least one optimiser; got none.")
+            raise ValueError("A Combined needs at least one optimiser; got none.")
         for each in optimizers:
             if not isinstance(each, Optimizer):
                 raise TypeError(f"A Combined takes optimisers; got {type(each).__name__}.")
         groups = [group for each in optimizers for group in each.groups]
         super().__init__(({"params": group["params"]} for group in groups), lr=0.0)
         self.optimizers = optimizers
-        self.groups = groups  # their own dicts: options changed here are changed there
+        self.groups = groups  # the same dicts: a change here is a change there
 
     def step(self) -> None:
         for each in self.optimizers:
@@ -60,7 +60,7 @@ class Combined(Optimizer):
         self.steps += 1
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Return the states of all; a name is "number/" and the name in that optimiser."""
+        """Return all states; names are "number/" and the name in that optimiser."""
         state = {"steps": np.array(self.steps)}
         for number, each in enumerate(self.optimizers):
             state |= {f"{number}/{name}": array for name, array in each.state_dict().items()}

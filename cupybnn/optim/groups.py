@@ -1,4 +1,4 @@
-"""Choosing parameters for groups with options of their own."""
+"""Divide parameters into groups with their own options."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Predicate = Callable[[str, Parameter], bool]
 def parameter_groups(
     model: Module, *rules: tuple[Predicate, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Sort the parameters of a model into groups for an optimiser.
+    """Divide the parameters of a model into groups for an optimiser.
 
     Parameters
     ----------
     model : Module
-        Whose parameters.
+        The model.
     *rules : (predicate, options)
-        A parameter belongs to the first rule for which ``predicate(name, parameter)`` is true, and
-        to a last group, without options, if there is none.
+        A parameter goes to the first rule for which ``predicate(name, parameter)`` is true; if
+        there is none, to a last group without options.
 
     Returns
     -------
     list of dict
-        Groups with "params" and their options; those without parameters are left out.
+        Groups with "params" and their options; empty groups are left out.
 
     Examples
     --------
@@ -55,10 +55,10 @@ def is_binary(name: str, parameter: Parameter) -> bool:
 
 
 def binarynet_scale(parameter: Parameter) -> float:
-    """Return BinaryNet's factor of the learning rate, ``sqrt((inputs + outputs) / 1.5)``.
+    """Return BinaryNet's learning-rate factor, ``sqrt((inputs + outputs) / 1.5)``.
 
-    To be used as an optimiser's `lr_scale`. It holds for latent weights, whose first values are
-    the smaller the larger the layer (Glorot's rule); for other parameters it is 1.
+    Pass it as an optimiser's `lr_scale`. It applies to latent weights, whose initial values shrink
+    with the size of the layer (Glorot's rule); for other parameters it is 1.
 
     Notes
     -----

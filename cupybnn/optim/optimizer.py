@@ -1,4 +1,4 @@
-"""What optimisers share: parameter groups, learning rates, clipping, state."""
+"""Base class of optimisers: parameter groups, learning rates, clipping, state."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from cupybnn import backends
 from cupybnn.autograd.storage import module_of
 from cupybnn.backends.devices import CPU, device_of, to_device
 from cupybnn.nn import Module, Parameter
-from cupybnn.nn.state import Expected, check_state, copy_into, misfits, statistics_dtype
+from cupybnn.nn.state import Expected, check_state, copy_into, mismatches, statistics_dtype
 from cupybnn.optim.options import Group, Rules, check_keywords, count_elements
 
 __all__ = ["Block", "Optimizer", "Rules"]
 
-# Elements updated at a time on the host: the arrays of an update then stay in the cache between its
-# steps. Smaller blocks lose more than that to the calls, and to threads that wait for the
-# interpreter's lock between them.
+# Elements updated at a time on the host, so that the arrays of an update stay in cache between its
+# steps. Smaller blocks lose more than that to call overhead and to threads waiting for the
+# interpreter lock.
 _HOST_BLOCK = 1 << 17
-# How many passes over an array an update is worth, roughly, when threads are shared out.
+# Rough cost of an update, in passes over an array, for choosing the number of threads.
 _PASSES = 8
 
 
 @dataclass(slots=True)
 class Block:
-    """Part of a parameter, flat, with what is needed to update it.
+    """A flat part of a parameter, with everything needed to update it.
 
     Attributes
     ----------
@@ -37,16 +37,16 @@ class Block:
     options : dict
         The parameter's group.
     lr : float
-        The learning rate, with schedule and scale.
+        The learning rate, including schedule and scale.
     weight : ndarray, shape (n,)
-        To be changed in place. As all arrays here, of at least float32: of a float16 parameter a
-        copy, which is rounded after the update.
+        Update it in place. Like all arrays here it is at least float32: for a float16 parameter, a
+        copy that is rounded after the update.
     grad : ndarray, shape (n,)
-        The gradient, not to be changed.
+        The gradient; read-only.
     slots : list of ndarray, shape (n,)
-        What `Optimizer.slots` names, to be changed in place.
+        The arrays named in `Optimizer.slots`; update them in place.
     work : ndarray, shape (2, n)
-        Memory for in-between results.
+        Scratch memory.
     """
 
     xp: Any
@@ -65,47 +65,47 @@ class Optimizer:
     ----------
     parameters : iterable of Parameter, or of dict
         The parameters, at least one; or groups of them, each a dict with "params" and the options
-        that are to differ from the optimiser's: "lr", "lr_scale" and those of the subclass.
+        that differ from the optimiser's: "lr", "lr_scale" and those of the subclass.
     lr : float
         Learning rate.
     schedule : callable, optional
-        Called with the number of steps done; returns the factor for the learning rates of the
-        next one. See `cupybnn.optim.schedules`.
+        Called with the number of steps done; returns the learning-rate factor for the next step.
+        See `cupybnn.optim.schedules`.
     lr_scale : float or callable
-        Further factor of a group's learning rate; a callable is given each parameter.
+        Additional factor of a group's learning rate; a callable receives each parameter.
     **options
         Options of the subclass.
 
     Raises
     ------
     ValueError
-        If an option is not what it must be, a group has an unknown one, a parameter is given
-        twice, or there is none.
+        If an option is invalid, a group has an unknown option, a parameter appears twice, or there
+        are no parameters.
     TypeError
-        If a keyword is no option of this optimiser, or what is to be updated is no Parameter.
+        If a keyword is not an option of this optimiser, or an item is not a Parameter.
 
     Attributes
     ----------
     groups : list of dict
         The groups, with all their options. Options may be changed between steps, and are checked
-        then, too.
+        again.
     steps : int
         Number of steps done.
 
     Notes
     -----
-    A parameter that has a ``limit`` is clipped to it here, after its update. Arrays kept for a
-    float16 parameter are float32, and its update is computed in float32.
+    A parameter with a ``limit`` is clipped to it after its update. The slots of a float16 parameter
+    are float32, and its update is computed in float32.
 
-    A subclass defines `update`, names the arrays that it keeps in `slots` and what its options must
-    be in `rules`.
+    A subclass defines `update`, lists the arrays that it keeps in `slots` and the rules for its
+    options in `rules`.
     """
 
-    # Names of the arrays that an optimiser keeps for each parameter, at first 0.
+    # Names of the arrays that an optimiser keeps for each parameter, initially 0.
     slots: ClassVar[tuple[str, ...]] = ()
-    # Those of them that are never negative.
+    # Those that are never negative.
     nonnegative: ClassVar[tuple[str, ...]] = ()
-    # What the options must be; a subclass adds its own.
+    # Rules for the options; a subclass adds its own.
     rules: ClassVar[Rules] = {
         "lr": ("a finite number >= 0", lambda lr: 0 <= lr < math.inf),
         "lr_scale": (
@@ -130,7 +130,7 @@ class Optimizer:
                 f"steps; got {schedule!r}. See cupybnn.optim.schedules."
             )
         defaults = {"lr": lr, "lr_scale": lr_scale, **options}
-        self.groups = [Group(kind, {**defaults, **group}) for group in _grouped(parameters)]
+        self.groups = [Group(kind, {**defaults, **group}) for group in _as_groups(parameters)]
         self.schedule = schedule
         self.steps = 0
         everything = [p for group in self.groups for p in group["params"]]
@@ -141,13 +141,13 @@ class Optimizer:
                 f"are not attributes has no parameters."
             )
         if len({id(p) for p in everything}) < len(everything):
-            raise ValueError("A parameter must not be in two groups of an optimiser, nor twice.")
+            raise ValueError("A parameter must appear only once in the groups of an optimiser.")
         self._slots: dict[Parameter, tuple[Any, ...]] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.rules:
             raise AttributeError(
-                f"An option of an optimiser is set in its groups: for group in optimizer.groups: "
+                f"Set an option of an optimiser in its groups: for group in optimizer.groups: "
                 f"group[{name!r}] = {value!r}."
             )
         super().__setattr__(name, value)
@@ -162,7 +162,7 @@ class Optimizer:
         Raises
         ------
         ValueError
-            If a gradient has another shape than its parameter; nothing has been changed.
+            If a gradient's shape differs from its parameter's; nothing has been changed.
         """
         for group in self.groups:
             for parameter in group["params"]:
@@ -207,7 +207,7 @@ class Optimizer:
             backends.get(weight).parallel_for(weight.size, weight.size * _PASSES, update)
 
     def _slots_of(self, parameter: Parameter) -> tuple[Any, ...]:
-        """Return the arrays kept for a parameter, on its device; zeros at first."""
+        """Return the arrays kept for a parameter, on its device; initially zeros."""
         array = parameter._data
         device = device_of(array)
         kept = self._slots.get(parameter)
@@ -221,7 +221,7 @@ class Optimizer:
         return kept
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Set all gradients to None."""
         for group in self.groups:
             for parameter in group["params"]:
                 parameter.grad = None
@@ -232,17 +232,17 @@ class Optimizer:
             group["lr"] = lr
 
     def _named_slots(self) -> Iterator[tuple[str, Parameter, int]]:
-        """Yield ("group.parameter.slot", parameter, number of the slot)."""
+        """Yield ("group.parameter.slot", parameter, slot number)."""
         for i, group in enumerate(self.groups):
             for j, parameter in enumerate(group["params"]):
                 for k, slot in enumerate(self.slots):
                     yield f"{i}.{j}.{slot}", parameter, k
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Return the number of steps and the arrays kept for each parameter: NumPy copies.
+        """Return the number of steps and the arrays kept for each parameter, as NumPy copies.
 
-        An array's name is "group.parameter.slot", the first two being numbers. Options such as the
-        learning rate are not included.
+        An array is named "group.parameter.slot", where group and parameter are numbers. Options
+        such as the learning rate are not included.
         """
         state = {"steps": np.array(self.steps)}
         for name, parameter, k in self._named_slots():
@@ -255,21 +255,21 @@ class Optimizer:
         Raises
         ------
         TypeError
-            If `state` is no mapping of names to arrays.
+            If `state` is not a mapping of names to arrays.
         ValueError
-            If names, shapes or dtypes do not fit, the number of steps is no whole number >= 0, or
-            an array holds what training cannot go on from: NaN, an infinity, a negative mean
-            square. All misfits are listed, and nothing has been changed.
+            If names, shapes or dtypes do not match, the number of steps is not an integer >= 0, or
+            an array holds values that training cannot continue from: NaN, an infinity, a negative
+            mean square. All mismatches are listed, and nothing has been changed.
         """
         check_state(state, state, self)
-        if faults := misfits(state, self._expected()):
+        if faults := mismatches(state, self._expected()):
             raise ValueError(
-                f"The state does not fit this {type(self).__name__}:\n  " + "\n  ".join(faults)
+                f"The state does not match this {type(self).__name__}:\n  " + "\n  ".join(faults)
             )
         self._load(state)
 
     def _expected(self) -> dict[str, Expected]:
-        """Return what the arrays of a state must be."""
+        """Return the requirements of the state arrays."""
         expected = {"steps": Expected.count()}
         for name, parameter, k in self._named_slots():
             least = 0 if self.slots[k] in self.nonnegative else None
@@ -278,23 +278,23 @@ class Optimizer:
         return expected
 
     def _load(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over a state that has been checked."""
+        """Load a state that has been checked."""
         self.steps = int(state["steps"])
         for name, parameter, k in self._named_slots():
             copy_into(self._slots_of(parameter)[k], state[name])
 
     def __repr__(self) -> str:
         schedule = "" if self.schedule is None else f"schedule={self.schedule!r}, "
-        described = [_described(group) for group in self.groups]
+        descriptions = [_describe(group) for group in self.groups]
         name = type(self).__name__
-        if len(described) == 1:
-            return f"{name}({schedule}{described[0]})"
-        lines = [f"({i}): {text}" for i, text in enumerate(described)]
+        if len(descriptions) == 1:
+            return f"{name}({schedule}{descriptions[0]})"
+        lines = [f"({i}): {text}" for i, text in enumerate(descriptions)]
         return "\n  ".join([f"{name}({schedule}".rstrip(", "), *lines]) + "\n)"
 
 
-def _grouped(parameters: Any) -> list[Mapping[str, Any]]:
-    """Return what an optimiser was given as groups."""
+def _as_groups(parameters: Any) -> list[Mapping[str, Any]]:
+    """Convert the parameters of an optimiser to groups."""
     if isinstance(parameters, (Module, Parameter, Mapping)):
         return [parameters if isinstance(parameters, Mapping) else {"params": parameters}]
     given = list(parameters)
@@ -309,8 +309,8 @@ def _grouped(parameters: Any) -> list[Mapping[str, Any]]:
     return given
 
 
-def _described(group: Group) -> str:
-    """Return a group's name, options and size, for `repr`."""
+def _describe(group: Group) -> str:
+    """Describe a group's name, options and size, for `repr`."""
     names = ["name"] if "name" in group else []
     names += [name for name in group if name not in ("params", "name", "lr_scale")]
     options = [f"{name}={group[name]!r}" for name in names]

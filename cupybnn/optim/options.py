@@ -1,4 +1,4 @@
-"""Options of optimisers: what they must be, and groups of parameters that have them."""
+"""Options of optimisers: their rules, and the parameter groups that hold them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from cupybnn.nn import Module, Parameter
 
 __all__ = ["Group", "Rules", "as_parameters", "check_keywords", "count_elements", "option_names"]
 
-# For each option what it must be, in words and as a test; the test may fail by TypeError.
+# For each option, its rule in words and as a predicate, which may raise TypeError.
 Rules = dict[str, tuple[str, Callable[[Any], Any]]]
 
 
 @cache
 def option_names(optimizer: Any) -> tuple[str, ...]:
-    """Return the options of a class of optimisers that a group may set.
+    """Return the options of an optimiser class that a group may set.
 
-    They are those with a rule, and what a subclass names in the signature of its ``__init__``.
+    They are the options with a rule and the arguments of a subclass's ``__init__``.
     """
     names = dict.fromkeys(optimizer.rules)
     for base in optimizer.__mro__:
-        # Without self and the parameters to be updated, whatever they are called.
+        # Skip self and the parameters to update, whatever they are called.
         for name, argument in list(inspect.signature(base.__init__).parameters.items())[2:]:
             if argument.kind in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY):
                 names[name] = None
@@ -32,7 +32,7 @@ def option_names(optimizer: Any) -> tuple[str, ...]:
 
 
 def check_keywords(optimizer: Any, given: Iterable[str]) -> None:
-    """Raise TypeError if a keyword is no option of a class of optimisers."""
+    """Raise TypeError if a keyword is not an option of an optimiser class."""
     unknown = [name for name in given if name not in option_names(optimizer)]
     if unknown:
         raise TypeError(
@@ -46,12 +46,12 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 def _hints(optimizer: Any, unknown: list[str]) -> str:
-    """Return sentences about the options that were probably meant."""
+    """Suggest the options that were probably meant."""
     hints = []
     for name in unknown:
         others = [
             other
-            for other in _relatives(optimizer)
+            for other in _related_optimizers(optimizer)
             if name in option_names(other) and other is not optimizer
         ]
         near = difflib.get_close_matches(name, option_names(optimizer), 1)
@@ -62,32 +62,32 @@ def _hints(optimizer: Any, unknown: list[str]) -> str:
     return "".join(hints)
 
 
-def _relatives(optimizer: Any) -> list[Any]:
-    """Return all optimisers, those first that extend `optimizer`."""
+def _related_optimizers(optimizer: Any) -> list[Any]:
+    """Return all optimiser classes, subclasses of `optimizer` first."""
 
-    def below(kind: Any) -> list[Any]:
-        return [each for sub in kind.__subclasses__() for each in (sub, *below(sub))]
+    def subclasses(kind: Any) -> list[Any]:
+        return [each for sub in kind.__subclasses__() for each in (sub, *subclasses(sub))]
 
     base = [kind for kind in optimizer.__mro__ if hasattr(kind, "rules")][-1]
-    return below(optimizer) + below(base)
+    return subclasses(optimizer) + subclasses(base)
 
 
 class Group(dict):
-    """Parameters with options: a dict that checks what is changed in it.
+    """Parameters with options: a dict that validates changes.
 
     Parameters
     ----------
     optimizer : type
-        The class of optimisers whose options these are.
+        The optimiser class that defines the options.
     options : mapping
-        "params", an iterable of `Parameter`, all options, and perhaps a "name".
+        "params", an iterable of `Parameter`, all options, and optionally a "name".
 
     Raises
     ------
     ValueError
-        If an option is unknown or not what it must be, at once or when it is changed later.
+        If an option is unknown or invalid, at once or when it is changed later.
     TypeError
-        If something in "params" is no `Parameter`.
+        If an item of "params" is not a `Parameter`.
     """
 
     def __init__(self, optimizer: Any, options: Mapping[str, Any]) -> None:
@@ -112,10 +112,10 @@ class Group(dict):
             )
         rule, holds = kind.rules.get(name, ("", lambda value: True))
         try:
-            right = not isinstance(value, bool) and bool(holds(value))
-        except (TypeError, ValueError):  # no number at all, or an array of several
-            right = not rule
-        if rule and not right:
+            valid = not isinstance(value, bool) and bool(holds(value))
+        except (TypeError, ValueError):  # not a number, or an array of several
+            valid = not rule
+        if rule and not valid:
             raise ValueError(f"The {name!r} of {kind.__name__} must be {rule}; got {value!r}.")
 
     def update(self, *others: Any, **options: Any) -> None:
@@ -128,7 +128,7 @@ class Group(dict):
         super().update(checked)
 
     def setdefault(self, name: str, default: Any = None) -> Any:
-        """Return an option, set before if it was not there."""
+        """Return an option, after setting it to `default` if it is missing."""
         if name not in self:
             self[name] = default
         return self[name]
@@ -150,10 +150,10 @@ class Group(dict):
 
 
 def as_parameters(given: Any) -> list[Parameter]:
-    """Return parameters as a list, if that is what they are."""
+    """Return parameters as a list, after checking their types."""
     if isinstance(given, Module):
         raise TypeError(
-            f"An optimiser takes Parameters; got a {type(given).__name__}. Give its parameters()."
+            f"An optimiser takes Parameters; got a {type(given).__name__}. Pass its parameters()."
         )
     given = [given] if isinstance(given, Parameter) else list(given)
     for each in given:
@@ -166,6 +166,6 @@ def as_parameters(given: Any) -> list[Parameter]:
 
 
 def count_elements(parameters: list[Parameter]) -> str:
-    """Return how many parameters and elements there are, in words."""
+    """Describe the number of parameters and elements."""
     plural = "" if len(parameters) == 1 else "s"
     return f"{len(parameters)} parameter{plural} of {sum(p.size for p in parameters):,} elements"

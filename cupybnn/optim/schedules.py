@@ -1,7 +1,7 @@
-"""Learning-rate schedules: functions of the number of steps done, for an optimiser.
+"""Learning-rate schedules for optimisers.
 
-Each function here returns a schedule: called with a step's number, counted from 0, it returns the
-factor for the learning rates.
+Each function here returns a schedule. Called with a step number, counted from 0, it returns the
+learning-rate factor.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ Schedule = Callable[[int], float]
 
 
 def constant(factor: float = 1.0) -> Schedule:
-    """Return a schedule that is always `factor`."""
-    return _Made(_constant, factor)
+    """Return a schedule with the constant `factor`."""
+    return _BoundSchedule(_constant, factor)
 
 
 def _constant(number: int, factor: float) -> float:
@@ -26,7 +26,7 @@ def _constant(number: int, factor: float) -> float:
 
 def step(boundaries: Sequence[int], factor: float = 0.1) -> Schedule:
     """Return a schedule that starts at 1 and is multiplied by `factor` at each of `boundaries`."""
-    return _Made(_step, tuple(boundaries), factor)
+    return _BoundSchedule(_step, tuple(boundaries), factor)
 
 
 def _step(number: int, boundaries: tuple[int, ...], factor: float) -> float:
@@ -34,12 +34,12 @@ def _step(number: int, boundaries: tuple[int, ...], factor: float) -> float:
 
 
 def exponential(steps: int, final: float) -> Schedule:
-    """Return a schedule that falls from 1, by the same factor each step, to `final` at `steps`."""
+    """Return a schedule that decays exponentially from 1 to `final` at `steps`."""
     if steps < 1 or not final > 0:
         raise ValueError(
             f"An exponential schedule needs steps >= 1 and final > 0; got {steps!r} and {final!r}."
         )
-    return _Made(_exponential, steps, final)
+    return _BoundSchedule(_exponential, steps, final)
 
 
 def _exponential(number: int, steps: int, final: float) -> float:
@@ -55,7 +55,7 @@ def cosine(steps: int, final: float = 0.0) -> Schedule:
     """
     if steps < 1:
         raise ValueError(f"A cosine schedule needs steps >= 1; got {steps!r}.")
-    return _Made(_cosine, steps, final)
+    return _BoundSchedule(_cosine, steps, final)
 
 
 def _cosine(number: int, steps: int, final: float) -> float:
@@ -63,21 +63,21 @@ def _cosine(number: int, steps: int, final: float) -> float:
 
 
 def warm_up(steps: int, then: Schedule | None = None) -> Schedule:
-    """Return a schedule that rises linearly over `steps` and goes on with `then` from its start.
+    """Return a schedule that rises linearly over `steps` and then follows `then` from its start.
 
     The first step has the factor ``1 / (steps + 1)`` times that of ``then(0)``.
     """
-    return _Made(_warm_up, steps, constant() if then is None else then)
+    return _BoundSchedule(_warm_up, steps, constant() if then is None else then)
 
 
 def _warm_up(number: int, steps: int, then: Schedule) -> float:
     if number < steps:
-        return then(0) * ((number + 1) / (steps + 1))  # of whole numbers of any size
+        return then(0) * ((number + 1) / (steps + 1))  # exact for integers of any size
     return then(number - steps)
 
 
-class _Made:
-    """A schedule made of a function and its arguments: it can be pickled, and shows them."""
+class _BoundSchedule:
+    """A function bound to its arguments, which can be pickled and printed."""
 
     def __init__(self, function: Callable[..., float], *arguments: Any) -> None:
         self._function, self._arguments = function, arguments

@@ -1,48 +1,49 @@
-"""The file of a packed matrix: an .npz of 64-bit words in the canonical layout, without pickle.
+"""File format of packed matrices: an .npz of 64-bit words in the canonical layout, without pickle.
 
 Its entries are ``format``, ``version``, ``shape``, ``axis``, ``words`` and ``checksum``, the CRC-32
-of the other three that matter; files from before there was a checksum lack it. A file that is read
-may come from anywhere: of each entry the size is checked before memory is asked for, other entries
-are not read, and whatever is wrong ends in one ValueError.
+of axis, shape and words; older files have no checksum. Files are untrusted: the size of each entry
+is checked before memory is allocated, other entries are not read, and every fault raises one
+ValueError.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import stat
-import zipfile
 import zlib
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from cupybnn.files import atomic_write
+from cupybnn.npz import NpzFile, open_npz
 
 __all__ = ["canonical_shape", "read", "write"]
 
 FORMAT = "cupybnn.PackedMatrix"
 VERSION = 1
-ENTRIES = ("format", "version", "shape", "axis", "words")  # and, in newer files, the checksum
-SMALL = 4096  # bytes; no entry but the words has more
-CHUNK = 1 << 20  # bytes read at a time
+SMALL = 4096  # bytes; the limit for all entries except the words
 MOST_AXES = 64  # of a NumPy array
-# Lines without elements take no room in a file, but their popcounts do in memory.
+# Empty lines take no space in a file, but their popcounts take memory.
 MOST_EMPTY_LINES = 1 << 24
 
-_HEADERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
+#: Dtype kinds and numbers of axes of all entries except the words; older files have no checksum.
+_SMALL_ENTRIES = {
+    "format": ("U", 0),
+    "version": ("iu", 0),
+    "shape": ("i", 1),
+    "axis": ("i", 0),
+    "checksum": ("iu", 0),
 }
 
 
 class _RefusedError(ValueError):
-    """What is wrong with a file, as the end of a sentence."""
+    """A fault of a file, as the end of a sentence."""
 
 
 def canonical_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    """Shape of the words, (..., lines, words a line), of a matrix packed along `axis`."""
+    """Return the shape (..., lines, words per line) of a matrix packed along `axis`."""
     if len(shape) == 1:
         shape = (1, *shape)
     return (*shape[:-2], shape[-3 - axis], -(-shape[axis] // 64))
@@ -56,7 +57,7 @@ def _checksum(words: np.ndarray, shape: tuple[int, ...], axis: int) -> int:
 def write(
     path: str | os.PathLike[str], words: np.ndarray, shape: tuple[int, ...], axis: int
 ) -> None:
-    """Write the canonical `words` of a matrix; `path` then holds all of it or what it held."""
+    """Write the canonical `words` of a matrix to `path`, atomically."""
     _check_path(path, "save")
     with atomic_write(path) as file:
         np.savez(
@@ -71,7 +72,7 @@ def write(
 
 
 def read(path: str | os.PathLike[str]) -> tuple[np.ndarray, tuple[int, ...], int]:
-    """Read a file that `write` made and check that it does not contradict itself.
+    """Read a file written by `write` and check that it is consistent.
 
     Returns
     -------
@@ -84,15 +85,14 @@ def read(path: str | os.PathLike[str]) -> tuple[np.ndarray, tuple[int, ...], int
     OSError
         If the file cannot be opened.
     ValueError
-        If it is truncated, of another format or version, compressed, or contradicts itself.
+        If it is truncated, of another format or version, compressed, or inconsistent.
     """
     _check_path(path, "load")
     mode = os.stat(path).st_mode
     try:
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # open() refuses a folder
-            raise _RefusedError("it is no regular file")
-        with open(path, "rb") as file:
-            return _read(file)
+            raise _RefusedError("it is not a regular file")
+        return _read(os.fsdecode(path))
     except _RefusedError as error:
         raise ValueError(
             f"{os.fspath(path)!r} cannot be read as a PackedMatrix: {error}."
@@ -112,47 +112,25 @@ def _check_path(path: Any, function: str) -> None:
         )
 
 
-def _read(file: IO[bytes]) -> tuple[np.ndarray, tuple[int, ...], int]:
+def _read(path: str) -> tuple[np.ndarray, tuple[int, ...], int]:
     try:
-        magic = file.read(4)
-        if magic[:2] != b"PK":
-            raise ValueError(f"not an .npz file, it begins with {magic!r}")
-        with zipfile.ZipFile(file) as archive:
-            return _read_entries(archive, os.fstat(file.fileno()).st_size)
+        with open_npz(path, compressed=False) as file:
+            return _checked(file)
     except _RefusedError:
         raise
-    except Exception as error:  # a wrong bit makes zipfile, zlib and NumPy raise a dozen kinds
-        why = str(error) or type(error).__name__
-        raise _RefusedError(f"it is truncated, damaged or of another kind ({why})") from error
+    except ValueError as error:
+        raise _RefusedError(f"it is truncated, damaged or of another kind ({error})") from error
 
 
-def _read_entries(archive: zipfile.ZipFile, size: int) -> tuple[np.ndarray, tuple[int, ...], int]:
-    found: dict[str, zipfile.ZipInfo] = {}
-    for info in archive.infolist():
-        name = info.filename.removesuffix(".npy")
-        if name == info.filename or name not in (*ENTRIES, "checksum"):
-            continue
-        if name in found:
-            raise _RefusedError(f"it has two entries {name!r}")
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise _RefusedError(f"its entry {name!r} is compressed, which save never does")
-        claimed = max(info.file_size, info.compress_size)  # equal where nothing is damaged
-        if claimed > (size if name == "words" else SMALL):
-            raise _RefusedError(f"its entry {name!r} claims {claimed} bytes")
-        found[name] = info
-    if missing := [name for name in ENTRIES if name not in found]:
+def _checked(file: NpzFile) -> tuple[np.ndarray, tuple[int, ...], int]:
+    needed = [name for name in (*_SMALL_ENTRIES, "words") if name != "checksum"]
+    if missing := [name for name in needed if name not in file.names]:
         raise _RefusedError(f"it has no entry {missing[0]!r}")
-
-    entry = {name: _small(archive, found[name]) for name in found if name != "words"}
-    for name, kinds, ndim in (
-        ("format", "U", 0),
-        ("version", "iu", 0),
-        ("shape", "i", 1),
-        ("axis", "i", 0),
-        ("checksum", "iu", 0),
-    ):
-        if name in entry and (entry[name].dtype.kind not in kinds or entry[name].ndim != ndim):
-            raise _RefusedError(f"its entry {name!r} is {entry[name]!r:.80}")
+    entry = {name: file.read(name, SMALL) for name in _SMALL_ENTRIES if name in file.names}
+    for name, array in entry.items():
+        kinds, ndim = _SMALL_ENTRIES[name]
+        if array.dtype.kind not in kinds or array.ndim != ndim:
+            raise _RefusedError(f"its entry {name!r} is {array!r:.80}")
     if entry["format"].item() != FORMAT:
         raise _RefusedError(f"its format is {entry['format'].item()!r:.80}, not {FORMAT!r}")
     if entry["version"].item() != VERSION:
@@ -167,58 +145,16 @@ def _read_entries(archive: zipfile.ZipFile, size: int) -> tuple[np.ndarray, tupl
     if shape[axis] == 0 and math.prod(expected[:-1]) > MOST_EMPTY_LINES:
         raise _RefusedError(f"its shape {shape} has no elements, but too many lines")
 
-    words = _words(archive, found["words"], shape, axis, expected)
+    found, dtype = file.header("words")
+    if dtype != np.dtype("<u8") or found != expected:
+        raise _RefusedError(
+            f"shape {shape} packed along axis {axis} needs uint64 words of shape {expected}, "
+            f"but it holds {dtype} of shape {found}"
+        )
+    words = np.ascontiguousarray(file.read("words"))
     tail = shape[axis] % 64
     if tail and (words[..., -1] >> np.uint64(tail)).any():
-        raise _RefusedError("there are bits beyond the end of a line, where only zeros may be")
+        raise _RefusedError("bits past the end of a line are not zero")
     if "checksum" in entry and entry["checksum"].item() != _checksum(words, shape, axis):
-        raise _RefusedError("its words do not agree with its checksum: bits of it were changed")
+        raise _RefusedError("its words do not match its checksum: some bits were changed")
     return words, shape, axis
-
-
-def _header(stream: IO[bytes], info: zipfile.ZipInfo) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Return shape, order and dtype of the array in an entry, which fills the rest of it."""
-    version = np.lib.format.read_magic(stream)
-    if version not in _HEADERS:
-        raise _RefusedError(f"its entry {info.filename!r} is of .npy version {version}")
-    shape, fortran_order, dtype = _HEADERS[version](stream)
-    if dtype.hasobject:
-        raise _RefusedError(f"its entry {info.filename!r} holds Python objects, not numbers")
-    rest = info.file_size - stream.tell()
-    if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != rest:
-        raise _RefusedError(
-            f"its entry {info.filename!r} has {rest} bytes for {dtype} of shape {shape}"
-        )
-    return shape, fortran_order, dtype
-
-
-def _small(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-    stream = io.BytesIO(archive.read(info))
-    shape, fortran_order, dtype = _header(stream, info)
-    flat = np.frombuffer(stream.read(), dtype)
-    return flat.reshape(shape, order="F" if fortran_order else "C")
-
-
-def _words(
-    archive: zipfile.ZipFile,
-    info: zipfile.ZipInfo,
-    shape: tuple[int, ...],
-    axis: int,
-    expected: tuple[int, ...],
-) -> np.ndarray:
-    with archive.open(info) as stream:
-        found, fortran_order, dtype = _header(stream, info)
-        if dtype != np.dtype("<u8") or found != expected:
-            raise _RefusedError(
-                f"shape {shape} packed along axis {axis} needs uint64 words of shape {expected}, "
-                f"but it holds {dtype} of shape {found}"
-            )
-        flat = np.empty(math.prod(expected), "<u8")
-        octets = flat.view(np.uint8)
-        for start in range(0, len(octets), CHUNK):
-            part = stream.read(min(CHUNK, len(octets) - start))
-            octets[start : start + len(part)] = np.frombuffer(part, np.uint8)
-            if len(part) < min(CHUNK, len(octets) - start):
-                raise _RefusedError(f"it is truncated, damaged: {info.filename!r} ends early")
-        stream.read()  # to the end, where zipfile compares the entry's own CRC
-    return np.ascontiguousarray(flat.reshape(expected, order="F" if fortran_order else "C"))

@@ -1,7 +1,7 @@
-"""Parts of packed matrices, and packed matrices joined and compared: what is done to whole lines.
+"""Operations on whole lines of packed matrices: indexing, joining, comparing.
 
-The lines of a matrix are an array of their own, of the shape of the matrix without its packed axis.
-To index the matrix is to index that array; the packed axis stays whole, for its bits share words.
+The lines of a matrix form an array with the shape of the matrix without its packed axis. Indexing
+the matrix means indexing that array; the packed axis stays whole, because its bits share words.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EVERY = slice(None)
 
 
 def lines_of(p: PackedMatrix, key: tuple[Any, ...] | None = None) -> Any:
-    """Return lines of `p`, all or those that `key` selects, in the canonical layout on its device.
+    """Return lines of `p`, all or those selected by `key`, in the canonical layout on its device.
 
     Returns
     -------
@@ -42,12 +42,12 @@ def index(p: PackedMatrix, key: Any) -> PackedMatrix:
     items = _items(p, key)
     packed = p.ndim + p.axis
     selection: list[Any] = [0] if p.ndim == 1 else []
-    before = after = 0  # axes of the result before the packed one and after it
+    before = after = 0  # axes of the result before and after the packed one
     axis = 0
     for item in items:
         if item is not None and axis == packed:
             _check_whole(p, item, axis)
-            before, after = after, 0  # what was counted so far comes before
+            before, after = after, 0  # those counted so far come before it
             axis += 1
             continue
         if item is None:
@@ -89,7 +89,7 @@ def _items(p: PackedMatrix, key: Any) -> list[Any]:
     given = [_item(item) for item in (key if isinstance(key, tuple) else (key,))]
     ellipses = [i for i, item in enumerate(given) if item is ...]
     if len(ellipses) > 1:
-        raise IndexError("An index of a PackedMatrix can have one ellipsis ('...') only.")
+        raise IndexError("An index of a PackedMatrix can have only one ellipsis ('...').")
     used = sum(item is not None and item is not ... for item in given)
     if used > p.ndim:
         raise IndexError(
@@ -101,8 +101,8 @@ def _items(p: PackedMatrix, key: Any) -> list[Any]:
     arrays = sum(not isinstance(item, (int, slice, type(None))) for item in given)
     if arrays and (arrays > 1 or any(isinstance(item, int) for item in given)):
         raise IndexError(
-            "An index of a PackedMatrix can have one array, beside slices: not several, nor "
-            "integers beside it. Index one axis after the other: p[i][j]."
+            "An index of a PackedMatrix can combine one array with slices, but not with further "
+            "arrays or integers. Index one axis at a time: p[i][j]."
         )
     return given
 
@@ -122,7 +122,7 @@ def _item(item: Any) -> Any:
         except TypeError:
             pass
     shown = f"an array of {item.dtype}" if is_array else f"{item!r:.60}"
-    hint = " Make numbers of a mask: numpy.flatnonzero(mask)." if is_mask else ""
+    hint = " Convert a mask to indices: numpy.flatnonzero(mask)." if is_mask else ""
     raise IndexError(
         f"An index of a PackedMatrix must be an integer, a slice, '...', None or an array of "
         f"integers; got {shown}.{hint}"
@@ -130,7 +130,7 @@ def _item(item: Any) -> Any:
 
 
 def _here(p: PackedMatrix, numbers: Any) -> Any:
-    """Return an array of indices on the device of `p`; only from the host it is moved there."""
+    """Return an index array on the device of `p`, copied there if it is on the host."""
     if is_cupy(numbers) and p.device == CPU:
         raise IndexError("A PackedMatrix on cpu cannot be indexed by a cupy.ndarray. Pass x.get().")
     with p.device.scope():
@@ -147,7 +147,7 @@ def _check_whole(p: PackedMatrix, item: Any, axis: int) -> None:
 
 
 def iterate(p: PackedMatrix) -> Iterator[PackedMatrix]:
-    """Return what ``for part in p`` goes through; TypeError where the first axis is packed."""
+    """Return the iterator of ``for part in p``; TypeError if the first axis is packed."""
     if p.ndim + p.axis == 0:
         raise TypeError(
             f"A PackedMatrix of shape {p.shape} that is packed along its first axis cannot be "
@@ -176,10 +176,10 @@ def concatenate(matrices: Iterable[PackedMatrix], axis: int = 0) -> PackedMatrix
     Parameters
     ----------
     matrices : iterable of PackedMatrix
-        Of the same shape but for `axis`, packed along the same axis, on one device.
+        Of the same shape except along `axis`, packed along the same axis, on one device.
     axis : int
-        Any axis. Along the packed one lines are joined word by word where all but the last are
-        multiples of 64 long; else they are unpacked on the way, to one byte an element.
+        Any axis. Along the packed one, lines are joined word by word if the lengths of all but the
+        last are multiples of 64; otherwise they are unpacked first, to one byte per element.
 
     Returns
     -------
@@ -191,7 +191,7 @@ def concatenate(matrices: Iterable[PackedMatrix], axis: int = 0) -> PackedMatrix
     TypeError
         If `matrices` are not all packed, or some are on the host and some on a GPU.
     ValueError
-        If there are none, or their shapes, packed axes or devices do not fit.
+        If there are none, or their shapes, packed axes or devices do not match.
 
     Examples
     --------
@@ -213,11 +213,11 @@ def concatenate(matrices: Iterable[PackedMatrix], axis: int = 0) -> PackedMatrix
     for part in parts:
         if not isinstance(part, PackedMatrix):
             raise TypeError(
-                f"The 'matrices' of concatenate must be PackedMatrix, every one; got "
+                f"The 'matrices' of concatenate must all be PackedMatrix; got "
                 f"{type(part).__name__}. Pack it first: cupybnn.pack(x, axis={parts[0].axis})."
                 if isinstance(parts[0], PackedMatrix)
-                else f"The 'matrices' of concatenate must be PackedMatrix, every one; got "
-                f"{type(part).__name__}. For arrays there is numpy.concatenate."
+                else f"The 'matrices' of concatenate must all be PackedMatrix; got "
+                f"{type(part).__name__}. For arrays, use numpy.concatenate."
             )
     first = parts[0]
     axis = _axis_to_join(first, axis)
@@ -239,8 +239,8 @@ def concatenate(matrices: Iterable[PackedMatrix], axis: int = 0) -> PackedMatrix
             if i != axis
         ):
             raise ValueError(
-                f"The 'matrices' of concatenate must have the same shape but for axis {axis}; got "
-                f"{first.shape} and {part.shape}."
+                f"The 'matrices' of concatenate must have the same shape except along axis {axis}; "
+                f"got {first.shape} and {part.shape}."
             )
     with first.device.scope():
         return _join(parts, axis)

@@ -1,4 +1,4 @@
-"""A matrix of signs stored one bit an element."""
+"""A matrix of signs, stored with one bit per element."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["PackedMatrix", "as_matrix", "from_canonical"]
 
 
 class PackedMatrix:
-    """A matrix of +1 and -1, or a batch of them, stored one bit an element.
+    """A matrix of +1 and -1, or a batch of them, stored with one bit per element.
 
     Made by `pack`, `from_packbits`, `load` or `cupybnn.xnor_gemm_packed`, never by calling the
-    class. Not to be changed afterwards. How the words lie in memory is the device's affair: use
-    `unpack`, `to_packbits` or `save` to read them.
+    class. Immutable. The memory layout of the words depends on the device: use `unpack`,
+    `to_packbits` or `save` to read them.
 
     ``p @ q`` is ``xnor_gemm(p, q)``, and either side may be an array. ``p[index]`` takes integers,
     slices and an array of integers along all axes but the packed one. ``p == q`` is one bool:
-    whether both have the same shape and elements, however and wherever they are packed; it waits
-    for a GPU. As arrays, and as they compare by content, packed matrices have no hash.
+    whether both have the same shape and elements, whatever their packed axes and devices; it waits
+    for the GPU. Because they compare by content, packed matrices are not hashable, like arrays.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class PackedMatrix:
 
     __slots__ = ("axis", "device", "ndim", "popcounts", "shape", "words")
 
-    # NumPy and CuPy then leave the arithmetic of an array and a packed matrix to the latter.
+    # Makes NumPy and CuPy arrays defer to the packed matrix in arithmetic.
     __array_ufunc__ = None
     __hash__ = None  # type: ignore[assignment]
 
@@ -65,7 +65,7 @@ class PackedMatrix:
     def _of(
         cls, words: Any, popcounts: Any, shape: tuple[int, ...], axis: int, device: Device
     ) -> PackedMatrix:
-        """Make one of parts that fit together: on the way of every product, so without a check."""
+        """Make one from consistent parts; unchecked, because every packed product passes here."""
         self = object.__new__(cls)
         self.words = words
         self.popcounts = popcounts
@@ -77,7 +77,7 @@ class PackedMatrix:
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of an element when unpacked: int8, unless `unpack` is asked for another."""
+        """The dtype of an element when unpacked: int8, unless `unpack` gets another one."""
         return np.dtype(np.int8)
 
     @property
@@ -97,7 +97,7 @@ class PackedMatrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of `words`, padding included."""
+        """Bytes of `words`, including padding."""
         return int(self.words.nbytes)
 
     @property
@@ -116,18 +116,19 @@ class PackedMatrix:
 
     @staticmethod
     def from_packbits(octets: Any, k: int, axis: int = -1, bitorder: str = "big") -> PackedMatrix:
-        """Make a packed matrix of the bytes that `numpy.packbits` makes of bits.
+        """Make a packed matrix from the bytes that `numpy.packbits` returns.
 
         Parameters
         ----------
         octets : array_like of uint8, shape (B,), (M, B) or (..., M, B) with B = ceil(k / 8)
             Eight elements in each byte: 1 for +1 and 0 for -1. NumPy or CuPy.
         k : int
-            Number of elements along the packed axis; further bits of the last byte are ignored.
+            Number of elements along the packed axis; the remaining bits of the last byte are
+            ignored.
         axis : int
             The packed axis: one of the last two.
         bitorder : {"big", "little"}
-            Whether the first of eight elements is the highest bit, as it is by default in
+            Whether the first of eight elements is the highest bit, the default of
             `numpy.packbits`, or the lowest.
 
         Returns
@@ -139,10 +140,10 @@ class PackedMatrix:
         Raises
         ------
         TypeError
-            If `octets` is not of dtype uint8 or `k` no integer.
+            If `octets` is not of dtype uint8 or `k` is not an integer.
         ValueError
-            If `octets` has another length than ceil(k / 8) along `axis`, `axis` is none of the last
-            two, or `bitorder` is neither of the two.
+            If the length of `octets` along `axis` is not ceil(k / 8), `axis` is not one of the last
+            two, or `bitorder` is invalid.
 
         Examples
         --------
@@ -168,7 +169,7 @@ class PackedMatrix:
         Returns
         -------
         ndarray of uint8, of the shape of the matrix but ceil(k / 8) long along the packed axis
-            Further bits of the last byte are 0. On the device of the matrix.
+            The remaining bits of the last byte are 0. On the device of the matrix.
 
         Examples
         --------
@@ -182,18 +183,18 @@ class PackedMatrix:
         return bytewise.to_packbits(self, bitorder)
 
     def copy(self) -> PackedMatrix:
-        """Return a matrix of the same content that shares no memory with this one."""
+        """Return a copy that shares no memory with this matrix."""
         with self.device.scope():
             return PackedMatrix._of(
                 self.words.copy(), self.popcounts.copy(), self.shape, self.axis, self.device
             )
 
     def to_numpy(self) -> PackedMatrix:
-        """Return this matrix in the host's memory; itself if it is there already."""
+        """Return this matrix in host memory; itself if already there."""
         return self if self.device.kind == "cpu" else self._moved(CPU)
 
     def to_cupy(self) -> PackedMatrix:
-        """Return this matrix on the current CUDA device; itself if it is there already."""
+        """Return this matrix on the current CUDA device; itself if already there."""
         device = resolve("cuda")
         return self if self.device == device else self._moved(device)
 
@@ -212,7 +213,7 @@ class PackedMatrix:
         Parameters
         ----------
         path : path-like
-            Used as given: no ending is added.
+            Used as is: no extension is added.
         """
         from cupybnn.packed import file
 
@@ -220,7 +221,7 @@ class PackedMatrix:
 
     @staticmethod
     def load(path: str | os.PathLike[str], device: str | Device = "cpu") -> PackedMatrix:
-        """Read a matrix that `save` wrote.
+        """Read a matrix written by `save`.
 
         Parameters
         ----------
@@ -231,7 +232,7 @@ class PackedMatrix:
         Raises
         ------
         ValueError
-            If the file is truncated, of another format or version, or contradicts itself.
+            If the file is truncated, of another format or version, or inconsistent.
         FileNotFoundError
             If there is no such file.
         """
@@ -243,7 +244,7 @@ class PackedMatrix:
 
     def __repr__(self) -> str:
         return (
-            f"PackedMatrix(shape={self.shape}, axis={self.axis}, 1 bit an element, "
+            f"PackedMatrix(shape={self.shape}, axis={self.axis}, 1 bit per element, "
             f"{self.nbytes:,} bytes on {self.device})"
         )
 
@@ -261,7 +262,7 @@ class PackedMatrix:
         return lines.iterate(self)
 
     def __contains__(self, x: object) -> bool:
-        raise TypeError(f"'in' says nothing of a PackedMatrix. {_UNPACK}")
+        raise TypeError(f"'in' is not defined for a PackedMatrix. {_UNPACK}")
 
     def __eq__(self, other: object) -> bool:
         from cupybnn.packed import lines
@@ -270,7 +271,7 @@ class PackedMatrix:
             return lines.equal(self, other)
         if hasattr(other, "__array__") or hasattr(other, "__dlpack__"):
             raise TypeError(
-                f"A PackedMatrix can be compared with a PackedMatrix only; got {type_name(other)}. "
+                f"A PackedMatrix can only be compared with a PackedMatrix; got {type_name(other)}. "
                 f"{_UNPACK}"
             )
         return NotImplemented
@@ -292,14 +293,14 @@ class PackedMatrix:
         return self.copy()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # As CuPy's arrays, one from a GPU comes back on the GPU that is current then.
+        # Like a CuPy array, one from a GPU is restored on the current GPU.
         return _unpickled, (self._canonical(), self.shape, self.axis, self.device.kind)
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        raise TypeError(f"A PackedMatrix is not an array: one bit stands for an element. {_UNPACK}")
+        raise TypeError(f"A PackedMatrix is not an array: it stores one bit per element. {_UNPACK}")
 
     def __array_function__(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        # numpy.array_equal, for one, would take the error of __array__ for "not equal".
+        # numpy.array_equal, for example, would turn the error of __array__ into "not equal".
         from cupybnn.packed import lines
 
         if func is np.array_equal:
@@ -335,7 +336,7 @@ def _unpickled(canonical: np.ndarray, shape: tuple[int, ...], axis: int, kind: s
 def from_canonical(
     canonical: np.ndarray, shape: tuple[int, ...], axis: int, device: Device
 ) -> PackedMatrix:
-    """Make a packed matrix on `device` of words in the canonical layout, on the host."""
+    """Make a packed matrix on `device` from canonical words on the host."""
     popcounts = np.bitwise_count(canonical).sum(axis=-1, dtype=np.int32)
     with device.scope():
         words = backends.get(device).from_canonical(canonical, as_matrix(shape), axis)
@@ -343,5 +344,5 @@ def from_canonical(
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape that a backend sees: a vector is the one line of a matrix."""
+    """Return the shape that a backend sees: a vector becomes a matrix of one line."""
     return shape if len(shape) > 1 else (1, *shape)

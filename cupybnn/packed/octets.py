@@ -1,4 +1,4 @@
-"""Packed matrices from and to the bytes of `numpy.packbits`."""
+"""Conversion between packed matrices and the bytes of `numpy.packbits`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from cupybnn.packed.signs import packed_axis
 
 __all__ = ["from_packbits", "to_packbits"]
 
-# Each byte with its bits in the other order.
+# Each byte with its bits reversed.
 REVERSED = np.packbits(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)[:, ::-1], 1)
 REVERSED = REVERSED[:, 0]
 
 
 def from_packbits(octets: Any, k: Any, axis: Any, bitorder: str) -> PackedMatrix:
-    """Do what `PackedMatrix.from_packbits` says."""
+    """Implement `PackedMatrix.from_packbits`."""
     function = "from_packbits"
     octets = as_native(octets, f"'octets' of {function}")
     if octets.dtype != np.uint8:
         raise TypeError(
-            f"The 'octets' of {function} must be of dtype uint8, as numpy.packbits makes them; got "
+            f"The 'octets' of {function} must be of dtype uint8, as from numpy.packbits; got "
             f"{octets.dtype}."
         )
     axis = packed_axis(octets, axis, "octets", function)
@@ -51,7 +51,7 @@ def from_packbits(octets: Any, k: Any, axis: Any, bitorder: str) -> PackedMatrix
         along = along.reshape(as_matrix(along.shape))
         padded = xp.zeros((*along.shape[:-1], -(-k // 64) * 8), np.uint8)
         padded[..., : along.shape[-1]] = _reordered(xp, along, bitorder)
-        if k % 8:  # numpy.packbits writes zeros there, others may not
+        if k % 8:  # numpy.packbits pads with zeros, others may not
             padded[..., k // 8] &= np.uint8((1 << k % 8) - 1)
         lines = padded.view("<u8") if k else xp.zeros(padded.shape, "<u8")
         popcounts = xp.bitwise_count(lines).sum(axis=-1, dtype=np.int32)
@@ -60,7 +60,7 @@ def from_packbits(octets: Any, k: Any, axis: Any, bitorder: str) -> PackedMatrix
 
 
 def to_packbits(p: PackedMatrix, bitorder: str) -> Any:
-    """Do what `PackedMatrix.to_packbits` says."""
+    """Implement `PackedMatrix.to_packbits`."""
     _check_bitorder(bitorder, "to_packbits")
     xp = p.device.xp
     with p.device.scope():

@@ -1,4 +1,4 @@
-"""Signs of arrays, and the way from signs to bits and back."""
+"""Signs of arrays, and packing them to bits and back."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ __all__ = ["pack", "packed_axis", "sign", "unpack"]
 def sign(x: Any) -> Any:
     """Return +1 where x >= 0 and -1 elsewhere.
 
-    Zero of either sign gives +1 and NaN gives -1, so that a sign is never 0: this is the one
-    definition of every product and layer here, and differs from `numpy.sign`.
+    Both zeros give +1 and NaN gives -1, so that a sign is never 0. Every product and layer here
+    uses this definition, which differs from `numpy.sign`.
 
     Parameters
     ----------
@@ -48,10 +48,10 @@ def sign(x: Any) -> Any:
 
 
 def pack(x: Any, axis: int = -1) -> PackedMatrix:
-    """Store the signs of a matrix one bit an element.
+    """Store the signs of a matrix with one bit per element.
 
-    A left operand (..., M, K) of `cupybnn.xnor_gemm` is to be packed along its last axis, a right
-    operand (..., K, N) along the last but one: ``pack(a)`` and ``pack(b, axis=-2)``.
+    Pack a left operand (..., M, K) of `cupybnn.xnor_gemm` along its last axis, a right operand
+    (..., K, N) along the last but one: ``pack(a)`` and ``pack(b, axis=-2)``.
 
     Parameters
     ----------
@@ -70,13 +70,13 @@ def pack(x: Any, axis: int = -1) -> PackedMatrix:
     TypeError
         If the elements of `x` have no sign.
     ValueError
-        If `x` is a scalar, or `axis` is none of its last two.
+        If `x` is a scalar, or `axis` is not one of its last two.
 
     Warns
     -----
     UserWarning
-        If `x` is a NumPy array of numbers that are all 0 and 1, whose signs are all +1. CuPy arrays
-        are not looked at, since that would wait for the GPU.
+        If `x` is a NumPy array that holds only 0 and 1, whose signs are all +1. CuPy arrays are not
+        checked, because that would wait for the GPU.
 
     Examples
     --------
@@ -98,7 +98,7 @@ def pack(x: Any, axis: int = -1) -> PackedMatrix:
 
 
 def unpack(p: PackedMatrix, dtype: Any = None) -> Any:
-    """Return the array of +1 and -1 that a `PackedMatrix` stands for.
+    """Return the +1 and -1 of a `PackedMatrix` as an array.
 
     Parameters
     ----------
@@ -114,7 +114,7 @@ def unpack(p: PackedMatrix, dtype: Any = None) -> Any:
     Raises
     ------
     TypeError
-        If `p` is no PackedMatrix, or +1 and -1 are not both values of `dtype`.
+        If `p` is not a PackedMatrix, or `dtype` cannot hold both +1 and -1.
     """
     if not isinstance(p, PackedMatrix):
         raise TypeError(f"The 'p' of unpack must be a PackedMatrix; got {type(p).__name__}.")
@@ -131,7 +131,7 @@ def unpack(p: PackedMatrix, dtype: Any = None) -> Any:
 
 
 def packed_axis(x: Any, axis: Any, name: str, function: str) -> int:
-    """Return `axis` as -1 or -2, or say why an array `x`, so called, has no such packed axis."""
+    """Return `axis` as -1 or -2; ValueError if the array `x` cannot be packed along it."""
     ndim = x.ndim
     if ndim == 0:
         raise ValueError(f"The {name!r} of {function} must have at least one axis; got a scalar.")

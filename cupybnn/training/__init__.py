@@ -7,8 +7,9 @@ if TYPE_CHECKING:
     from cupybnn.training.config import TrainConfig
     from cupybnn.training.records import Callback, Evaluation, TrainResult
     from cupybnn.training.restore import restored_config
+    from cupybnn.training.run import train
     from cupybnn.training.saved import DataDescription, load_model
-    from cupybnn.training.trainer import Trainer, train
+    from cupybnn.training.trainer import Trainer
 
 __all__ = [
     "Callback",
@@ -27,12 +28,13 @@ _MODULES = {
     "records": ("Callback", "Evaluation", "TrainResult"),
     "restore": ("restored_config",),
     "saved": ("DataDescription", "load_model"),
-    "trainer": ("Trainer", "train"),
+    "run": ("train",),
+    "trainer": ("Trainer",),
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is first asked for: the command line reads the settings and no more."""
+    """Import a name on first use, since the command line often needs only the settings."""
     for module, names in _MODULES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{module}"), name)

@@ -1,60 +1,68 @@
-"""Which checkpoint is a run's best, also where the run was killed and restored.
+"""A run's best checkpoint, also after the run was killed and restored.
 
-Best is the greatest test accuracy of all evaluations in the history, and of the one after the last
-step of a complete run; of equal ones the first. Where a run is stopped early it is evaluated too,
-but that does not count: so a run that is stopped and restored ends with the same ``best.npz`` as
-one that was never interrupted.
+The best checkpoint has the highest test accuracy among the evaluations in the history and the one
+after the last step of a complete run; ties go to the earliest. The evaluation of a run that is
+stopped early does not count, so a run that is stopped and restored ends with the same ``best.npz``
+as one that was never interrupted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from cupybnn.errors import CheckpointError
 from cupybnn.training import checkpoint as checkpoints
-from cupybnn.training.checkpoint import BEST, Checkpoint
+from cupybnn.training.checkpoint import BEST, NEWEST, Checkpoint
 from cupybnn.training.records import Evaluation
 
 __all__ = ["Best", "best_before", "with_final"]
 
-#: Entry of a checkpoint's `info`: the evaluation after the last step, which is in no history.
+#: Entry of a checkpoint's `info`: the evaluation after the last step, which no history includes.
 _FINAL = "final"
 
 
 class Best(NamedTuple):
-    """The best checkpoint of the runs that a run continues.
+    """The best checkpoint of the earlier runs that a run continues.
 
     Attributes
     ----------
     accuracy : float
-        Its test accuracy; -1 where nothing was evaluated yet.
+        Its test accuracy; -1 if nothing has been evaluated yet.
     checkpoint : Checkpoint or None
-        None where nothing was evaluated yet, or where it cannot be found.
+        None if nothing has been evaluated yet, or if it cannot be found.
     """
 
     accuracy: float
     checkpoint: Checkpoint | None
 
+    def save(self, folder: Path, start: Checkpoint) -> None:
+        """Write the first checkpoints of a run that continues from `start` into its folder."""
+        checkpoints.save(folder / NEWEST, start)
+        if self.checkpoint is not None:
+            checkpoints.save(folder / BEST, self.checkpoint)
+
 
 def with_final(checkpoint: Checkpoint, final: Evaluation) -> Checkpoint:
-    """Return the last checkpoint of a complete run with its test accuracy in it."""
+    """Return the last checkpoint of a complete run with its test accuracy added."""
     entry = {"step": final.step, "test_accuracy": final.test_accuracy}
     return Checkpoint(checkpoint.step, checkpoint.arrays, {**checkpoint.info, _FINAL: entry})
 
 
 def best_before(start: Checkpoint, restored: str | None) -> Best:
-    """Find the best checkpoint of the runs that a run continues.
+    """Find the best checkpoint of the earlier runs that a run continues.
 
-    It is ``best.npz`` in the folder of the restored checkpoint. But a process may have been killed
-    between its newest checkpoint and making that the best: then it is the restored one.
+    Normally this is ``best.npz`` in the folder of the restored checkpoint. If the process was
+    killed after it wrote its newest checkpoint and before it copied that to ``best.npz``, it is the
+    restored checkpoint itself.
 
     Parameters
     ----------
     start : Checkpoint
-        The state from which the run goes on.
+        The state from which the run continues.
     restored : str or None
-        The run folder or checkpoint file that it comes from.
+        The run folder or checkpoint file that `start` was read from.
     """
     evaluations = _accuracies(start.info)
     best = max(evaluations.values(), default=-1.0)

@@ -1,4 +1,4 @@
-"""Checkpoints: .npz files without pickle, replaced in one move, the newest and the best kept."""
+"""Checkpoints: .npz files without pickle, written atomically; a run keeps its newest and best."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ _FORMAT = "cupybnn-checkpoint"
 _VERSION = 1
 _HEADER = "header"  # member with the JSON text; arrays are in members named "array/<name>"
 _PREFIX = "array/"
-_MOST_FOLDERS = 1000  # that are searched for a hint
+_MOST_FOLDERS = 1000  # searched for a hint
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a run needs to go on.
+    """Everything a run needs to continue.
 
     Attributes
     ----------
@@ -64,7 +64,7 @@ class Checkpoint:
     arrays : mapping of str to ndarray
         Weights, running statistics and optimiser state, on the host.
     info : mapping of str to JSON values
-        The configuration, random states that are not arrays, the evaluations so far.
+        The configuration, random states that are not arrays, and the evaluations so far.
     """
 
     step: int
@@ -73,12 +73,12 @@ class Checkpoint:
 
 
 def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
-    """Write `checkpoint` to `path`, in one move: a reader finds the old file or the new.
+    """Write `checkpoint` to `path` atomically: a reader sees either the old file or the new one.
 
     Raises
     ------
     CheckpointError
-        If the file cannot be written (a full disk, say); what was there before is untouched.
+        If the file cannot be written (a full disk, say); an existing file is left untouched.
     """
     header = {
         "format": _FORMAT,
@@ -98,7 +98,7 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
 
 
 def find(path: str | os.PathLike[str]) -> Path:
-    """Return the checkpoint file that `path` means: a file itself, or a run folder's newest.
+    """Return the checkpoint file at `path`: the file itself, or the newest of a run folder.
 
     Raises
     ------
@@ -122,17 +122,17 @@ def find(path: str | os.PathLike[str]) -> Path:
             f"The checkpoint to restore, {path}, cannot be read: {error.strerror or error}."
         ) from error
     below = _run_below(path)
-    hint = "" if below is None else f" There are some below it; one is {below}."
+    hint = "" if below is None else f" Did you mean {below}?"
     raise CheckpointError(
-        f"The folder {path} holds no checkpoint: expected {NEWEST} or {BEST} in it.{hint}"
+        f"The folder {path} contains no checkpoint; expected {NEWEST} or {BEST}.{hint}"
     )
 
 
 def _run_below(folder: Path) -> Path | None:
     """Return the last run folder among the first thousand folders below `folder`, if any."""
-    # Not in hidden folders: those are runs that are being made, or were left half made.
+    # Hidden folders are skipped: they are unfinished runs.
     runs, folders = [], [str(folder)]
-    for where in folders:  # which grows meanwhile
+    for where in folders:  # grows during the loop
         with contextlib.suppress(OSError), os.scandir(where) as entries:
             for entry in entries:
                 if entry.name == NEWEST:
@@ -150,13 +150,14 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     Parameters
     ----------
     path : path-like
-        A checkpoint file, or a run folder (its newest checkpoint is taken).
+        A checkpoint file, or a run folder, whose newest checkpoint is read.
 
     Raises
     ------
     CheckpointError
-        If there is none, or it is damaged, or not a checkpoint of cupybnn, or of a newer version,
-        or holds what no run can have written: the message names the first fault.
+        If there is no checkpoint, or the file is damaged, is not a cupybnn checkpoint, comes from a
+        newer version, or contains values that no run can have written. The message names the first
+        fault.
     """
     path = find(path)
     with _opened(path) as file:
@@ -168,26 +169,26 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def load_run(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a checkpoint as `load` does, and check that all is there that a run goes on with."""
+    """Read a checkpoint as `load` does, and check that a run can continue from it."""
     stored = load(path)
     try:
         _RUN(stored.info, "info")
     except SchemaError as error:
         raise CheckpointError(
-            f"The checkpoint {path} is damaged: {error}. A run cannot go on from it."
+            f"The checkpoint {path} is damaged: {error}. A run cannot continue from it."
         ) from error
     return stored
 
 
 def load_info(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """Read a checkpoint's `info` alone; arguments and errors as for `load`."""
+    """Read only a checkpoint's `info`; arguments and errors are those of `load`."""
     path = find(path)
     with _opened(path) as file:
         info: Mapping[str, Any] = _header(path, file)["info"]
         return info
 
 
-# --- what a file must hold
+# --- what a file must contain
 
 _FIGURES = {
     "step": integer(),
@@ -228,7 +229,7 @@ _MOST_HEADER_BYTES = 1 << 28
 
 def _check_array(name: str, array: np.ndarray) -> None:
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"the array {name!r} must hold real numbers; got {array.dtype}")
+        raise ValueError(f"the array {name!r} must contain real numbers; got {array.dtype}")
     kind, _, rest = name.partition("/")
     if name in ("optimizer/steps", "average/updates"):
         if array.dtype.kind not in "iu" or array.shape != () or not 0 <= array <= 2**53:
@@ -239,8 +240,8 @@ def _check_array(name: str, array: np.ndarray) -> None:
     elif kind == "optimizer":
         if not np.isfinite(array).all():
             raise ValueError(
-                f"the array {name!r} holds NaN or infinite values: the run had diverged. An "
-                f"earlier checkpoint, such as {BEST}, may be sound"
+                f"the array {name!r} contains NaN or infinite values: the run had diverged. An "
+                f"earlier checkpoint, such as {BEST}, may be usable"
             )
         if rest.endswith(".square") and (array < 0).any():
             raise ValueError(f"the array {name!r} must be a mean of squares; got negative values")
@@ -248,7 +249,7 @@ def _check_array(name: str, array: np.ndarray) -> None:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[NpzFile]:
-    """Open a checkpoint; what is wrong with it within the block is told as one kind of error."""
+    """Open a checkpoint; within the block, whatever is wrong with it raises CheckpointError."""
     try:
         with open_npz(path) as file:
             yield file
@@ -261,7 +262,7 @@ def _opened(path: Path) -> Iterator[NpzFile]:
 
 
 def _header(path: Path, file: NpzFile) -> dict[str, Any]:
-    foreign = CheckpointError(f"{path} is not a checkpoint of cupybnn.")
+    foreign = CheckpointError(f"{path} is not a cupybnn checkpoint.")
     if _HEADER not in file.names:
         raise foreign
     content = file.read(_HEADER, _MOST_HEADER_BYTES)
@@ -273,7 +274,7 @@ def _header(path: Path, file: NpzFile) -> dict[str, Any]:
     version = header.get("version")
     if isinstance(version, int) and version > _VERSION:
         raise CheckpointError(
-            f"{path} is a checkpoint of version {version}; this cupybnn reads versions up to "
+            f"{path} is a version {version} checkpoint; this cupybnn reads versions up to "
             f"{_VERSION}. Update cupybnn."
         )
     _HEADER_RULE(header, "")
@@ -286,9 +287,9 @@ class CheckpointFolder:
     Parameters
     ----------
     folder : path-like
-        The run folder. It belongs to one running process.
+        The run folder; only one running process may use it.
     best : float, optional
-        Test accuracy of the best checkpoint that is already there.
+        Test accuracy of the best checkpoint that is already in the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str], best: float = -1.0) -> None:
@@ -297,14 +298,14 @@ class CheckpointFolder:
         remove_leftovers(self.folder)
 
     def save(self, checkpoint: Checkpoint, accuracy: float | None = None) -> None:
-        """Replace the newest checkpoint, and the best if `accuracy` is greater than its."""
+        """Replace the newest checkpoint, and the best one if `accuracy` is higher."""
         save(self.folder / NEWEST, checkpoint)
         if accuracy is not None and accuracy > self.best:
             self.best = accuracy
             self._newest_is_best()
 
     def _newest_is_best(self) -> None:
-        # A copy, not a second name for the same file: what damages one must not damage both.
+        # A copy, not a hard link: damage to one file must not damage both.
         best = self.folder / BEST
         try:
             with open(self.folder / NEWEST, "rb") as newest, atomic_write(best) as file:

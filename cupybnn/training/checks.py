@@ -1,4 +1,4 @@
-"""Rules for settings: what a value must be, how it is converted, how it is read from text."""
+"""Rules for settings: which values are valid, how they are converted and parsed from text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from cupybnn.errors import SettingError
 from cupybnn.paths import checked_path
 
-__all__ = ["Choice", "Device", "Number", "PathName", "Rule", "Switch", "Whole", "Wholes"]
+__all__ = ["Choice", "Device", "Number", "PathName", "Rule", "Switch", "Whole", "Wholes", "Widths"]
 
 
 class _Wrong(Exception):
@@ -32,7 +32,7 @@ class Rule:
     kind : str
         The type as a docstring names it.
     metavar : str
-        What stands for a value in a help text.
+        Placeholder for a value in a help text.
     """
 
     must: str
@@ -50,7 +50,7 @@ class Rule:
         Raises
         ------
         SettingError
-            If it breaks the rule: the name, the rule and the value are in the message.
+            If it breaks the rule; the message states the name, the rule and the value.
         """
         try:
             return self.convert(value.item() if isinstance(value, np.generic) else value)
@@ -62,12 +62,12 @@ class Rule:
         raise NotImplementedError
 
     def parse(self, text: str) -> Any:
-        """Return the value that a command line's word means; `check` is still to follow.
+        """Convert a command-line argument; the result has yet to pass `check`.
 
         Raises
         ------
         ValueError
-            If it means none.
+            If `text` cannot be converted.
         """
         return text
 
@@ -80,7 +80,7 @@ class Rule:
 class PathName(Rule):
     """A path or None."""
 
-    must = "a path that this system can have, or None"
+    must = "a path or None"
     kind = "path or None"
     metavar = "DIR"
 
@@ -126,7 +126,7 @@ class Whole(Rule):
 
 @dataclass(frozen=True)
 class Wholes(Rule):
-    """Rising whole numbers, the first at least `least`; with commas between them in text."""
+    """Increasing whole numbers, the first at least `least`; comma-separated in text."""
 
     least: int
     metavar = "N,..."
@@ -134,11 +134,11 @@ class Wholes(Rule):
 
     @property
     def must(self) -> str:  # type: ignore[override]
-        return f"rising whole numbers, at least {self.least}"
+        return f"increasing whole numbers, at least {self.least}"
 
     @property
     def typed(self) -> str:
-        return "whole numbers with commas between them"
+        return "comma-separated whole numbers"
 
     def convert(self, value: Any) -> tuple[int, ...]:
         if not isinstance(value, (tuple, list, np.ndarray)):
@@ -157,8 +157,35 @@ class Wholes(Rule):
 
 
 @dataclass(frozen=True)
+class Widths(Rule):
+    """A whole number from 1 on for all layers, or one for each; with commas between in text."""
+
+    metavar = "H"
+    kind = "int or tuple of int"
+    must = "a whole number, at least 1, or one for each layer"
+
+    @property
+    def typed(self) -> str:
+        return "a whole number, or one for each layer with commas between them"
+
+    def convert(self, value: Any) -> int | tuple[int, ...]:
+        one = Whole(1)
+        if not isinstance(value, (tuple, list, np.ndarray)):
+            return one.convert(value)
+        if len(value) == 0:
+            raise _Wrong
+        return tuple(one.convert(each) for each in value)
+
+    def parse(self, text: str) -> int | tuple[int, ...]:
+        return tuple(int(number) for number in text.split(",")) if "," in text else int(text)
+
+    def show(self, value: Any) -> str:
+        return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+@dataclass(frozen=True)
 class Number(Rule):
-    """A finite number for which `holds`, in words `rule`."""
+    """A finite number for which `holds` is true; `rule` says the same in words."""
 
     rule: str
     holds: Callable[[float], bool]
@@ -206,15 +233,15 @@ class Switch(Rule):
 
 @dataclass(frozen=True)
 class Choice(Rule):
-    """One of the names that `find` returns; called late, so that they need no early import."""
+    """One of the names that `find` returns; `find` is called late to avoid an early import."""
 
     find: Callable[[], tuple[str, ...]]
-    listed: bool = True  # in the type that a docstring names
+    listed: bool = True  # whether a docstring's type lists the names
     metavar = "NAME"
 
     @classmethod
     def of(cls, *names: str) -> Choice:
-        """Return the rule that a value is one of `names`."""
+        """Return the rule that a value must be one of `names`."""
         return cls(lambda: names)
 
     @property
@@ -233,7 +260,7 @@ class Choice(Rule):
 
 @dataclass(frozen=True)
 class Device(Rule):
-    """The name of a device, or an object whose text is one."""
+    """The name of a device, or an object whose `str` is one."""
 
     must = "the name of a device"
     kind = "str"

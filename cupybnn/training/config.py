@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cupybnn.errors import SettingError
+from cupybnn.paths import user_path
+from cupybnn.spelling import nearest
 from cupybnn.training.checks import PathName
-from cupybnn.training.declaration import declared, nearest, with_attributes
+from cupybnn.training.declaration import declared, with_attributes
 from cupybnn.training.options import DTYPES, Options
 
 __all__ = ["DTYPES", "TrainConfig"]
@@ -21,8 +23,8 @@ __all__ = ["DTYPES", "TrainConfig"]
 class TrainConfig(Options):
     """Settings of a run; the defaults are those of ``cupybnn train``.
 
-    Where a default depends on `binary`, None stands for it, and the configuration holds the value
-    that it came to.
+    None stands for a default that depends on `binary`; the configuration holds the resulting
+    value.
 
     Raises
     ------
@@ -33,7 +35,8 @@ class TrainConfig(Options):
     @property
     def hidden_sizes(self) -> tuple[int, ...]:
         """Units of each hidden layer."""
-        return (self.n_hidden,) * self.hidden_layers
+        widths = self.n_hidden
+        return widths if isinstance(widths, tuple) else (widths,) * self.hidden_layers
 
     @property
     def storage_dtype(self) -> str:
@@ -46,10 +49,11 @@ class TrainConfig(Options):
             if value is None and each.by_binary is not None:
                 value = each.by_binary[self.binary is True]
             object.__setattr__(self, name, each.rule.check(name, value))
+        self._count_hidden_layers()
         if self.dataset == "digits" and self.data_dir is not None:
             raise SettingError(
-                f"The dataset 'digits' reads no data directory; got the data directory "
-                f"{self.data_dir!r}. Leave out one of the two."
+                f"The 'data_dir' must be None with the dataset 'digits', which is bundled; got "
+                f"{self.data_dir!r}. Omit one of the two."
             )
         if self.schedule == "exponential" and self.final_lr == 0:
             raise SettingError(
@@ -57,23 +61,35 @@ class TrainConfig(Options):
             )
         if self.schedule == "step" and not self.milestones:
             raise SettingError(
-                "The 'milestones' must be given for the schedule 'step': the steps at which the "
-                "learning rate falls; got none."
+                "The 'milestones', the steps at which the learning rate drops, must be given for "
+                "the schedule 'step'; got none."
             )
         layers = self.first + self.last + self.hidden_layers - 1 if self.binary else 0
         if self.optimizer == "bop" and layers == 0:
             raise SettingError(
-                f"The 'optimizer' 'bop' must have binary weights to flip; got a network without "
-                f"any (binary={self.binary}, hidden_layers={self.hidden_layers})."
+                f"The 'optimizer' 'bop' needs binary weights to flip; got a network without any "
+                f"(binary={self.binary}, hidden_layers={self.hidden_layers})."
             )
+
+    def _count_hidden_layers(self) -> None:
+        """Set `hidden_layers` where `n_hidden` names the width of each of them."""
+        if not isinstance(self.n_hidden, tuple):
+            return
+        layers = len(self.n_hidden)
+        if self.hidden_layers not in (layers, declared(type(self))["hidden_layers"].default):
+            raise SettingError(
+                f"The 'hidden_layers' must be left out or agree where 'n_hidden' has one width for "
+                f"each layer; got {self.hidden_layers} layers and {layers} widths."
+            )
+        object.__setattr__(self, "hidden_layers", layers)
 
     def with_absolute_paths(self) -> TrainConfig:
         """Return the same settings with paths that mean the same from any folder."""
-        paths = {}
+        paths: dict[str, Any] = {}
         for name, each in declared(type(self)).items():
             value = getattr(self, name)
             if isinstance(each.rule, PathName) and value is not None:
-                paths[name] = os.path.abspath(os.path.expanduser(value))
+                paths[name] = os.path.abspath(user_path(value))
         return replace(self, **paths)
 
     def to_json(self) -> str:
@@ -87,7 +103,7 @@ class TrainConfig(Options):
         Raises
         ------
         SettingError
-            If a name is unknown (`source` and the name are in the message) or a value is bad.
+            If a name is unknown (the message states it and `source`) or a value is invalid.
         """
         known = declared(cls)
         unknown = sorted(set(settings) - set(known))
@@ -108,7 +124,7 @@ class TrainConfig(Options):
         Raises
         ------
         SettingError
-            If `text` is not a JSON object of known settings with good values.
+            If `text` is not a JSON object of known settings with valid values.
         """
         try:
             settings = json.loads(text)

@@ -1,16 +1,15 @@
-"""How a setting of a run is declared: once, for all that needs to know something about it."""
+"""How a setting of a run is declared: once, for everything that reads it."""
 
 from __future__ import annotations
 
-import difflib
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 from cupybnn.training.checks import Rule
 
-__all__ = ["Setting", "declared", "nearest", "setting", "with_attributes", "without_effect"]
+__all__ = ["Setting", "declared", "setting", "with_attributes", "without_effect"]
 
 C = TypeVar("C", bound=type)
 
@@ -26,21 +25,22 @@ class Setting:
     default : object
         None in a setting with `by_binary`.
     help : str
-        What it means: in ``cupybnn train --help``, in the README's table and in the docstring.
+        Its meaning, for ``cupybnn train --help``, the README's table and the docstring.
     group : str
-        The heading it stands under.
+        The heading under which it is listed.
     by_binary : tuple or None
         Defaults of a full-precision and of a binary network, where they differ.
     needs : tuple of str
-        The setting without which it has no effect, and the values that will do: ``("optimizer",
-        "sgd")``. A switch needs to be on.
+        The setting without which it has no effect, and the values of that setting that enable it:
+        ``("optimizer", "sgd")``. A switch must be on.
     restore : {"same", "reported", "free"} or callable
-        Whether a restored run may change it: no; yes, and the user hears of it, since the run then
-        goes another way; or yes. A function gets the new configuration and returns one of these.
+        Whether a restored run may change it: "same": no; "reported": yes, with a notice, because
+        the run then diverges from an uninterrupted one; "free": yes. A function gets the new
+        configuration and returns one of these.
     fused : bool
-        Whether the fused step follows it, or need not know it.
+        Whether the fused step supports it or does not depend on it.
     synonyms : tuple of str
-        What other programs call it; an unknown name is answered with it.
+        Names that other programs use; an unknown setting with such a name gets this one suggested.
     """
 
     rule: Rule
@@ -54,19 +54,19 @@ class Setting:
     synonyms: tuple[str, ...] = ()
 
     def may_change(self, config: Any) -> str:
-        """Return "same", "reported" or "free" for a run that goes on with `config`."""
+        """Return "same", "reported" or "free" for a run that continues with `config`."""
         return self.restore if isinstance(self.restore, str) else self.restore(config)
 
     @property
     def text(self) -> str:
-        """The help text, and what the setting needs; of a choice one value alone may need it."""
+        """The help text and what the setting needs (for a choice, only some values may need it)."""
         if not self.needs or self.rule.kind.startswith("{"):
             return self.help
         return f"with --{_either(self.needs)}: {self.help}"
 
     @property
     def default_text(self) -> str:
-        """The default as a help text shows it; empty where there is none to speak of."""
+        """The default as a help text shows it; empty if it is None."""
         if self.by_binary is not None:
             real, binary = map(self.rule.show, self.by_binary)
             return f"{real}; {binary} with --binary"
@@ -80,12 +80,12 @@ def setting(group: str, default: Any, rule: Rule, help: str, **more: Any) -> Any
 
 
 def declared(cls: Any) -> dict[str, Setting]:
-    """Return the declarations of a configuration's fields, by name, in their order."""
+    """Return the declarations of a configuration's fields by name, in order."""
     return {each.name: each.metadata["setting"] for each in fields(cls)}
 
 
 def with_attributes(cls: C) -> C:
-    """Append to a configuration's docstring what its fields declare."""
+    """Append the declared fields to a configuration's docstring."""
     if cls.__doc__ is None:  # python -OO
         return cls
     lines = ["", "Attributes", "----------"]
@@ -101,7 +101,7 @@ def with_attributes(cls: C) -> C:
 
 
 def without_effect(config: Any) -> list[str]:
-    """Return a sentence for each setting that was changed and that another one makes idle."""
+    """Return a sentence for each changed setting that has no effect because of another one."""
     sentences = []
     for name, each in declared(type(config)).items():
         value = getattr(config, name)
@@ -119,34 +119,3 @@ def without_effect(config: Any) -> list[str]:
 def _either(needs: tuple[str, ...]) -> str:
     name, *values = needs
     return f"{name} {' or '.join(values)}".strip()
-
-
-def nearest(name: str, names: Mapping[str, Iterable[str]], most: int = 3) -> list[str]:
-    """Return the names that someone who wrote `name` may have meant, the likeliest first.
-
-    Parameters
-    ----------
-    name : str
-    names : mapping of str to iterable of str
-        Each name and its synonyms.
-    most : int
-        Return no more than this.
-    """
-    given = name.lower().replace("-", "_")
-    words = set(given.split("_"))
-
-    def likeness(candidate: str) -> float:
-        if given == candidate:
-            return 1.0
-        ratio = difflib.SequenceMatcher(None, given, candidate).ratio()
-        parts = candidate.split("_")
-        shared = len(words & set(parts)) / len(words | set(parts))
-        return max(ratio, 0.6 + 0.4 * shared if shared else 0.0)
-
-    scores = {
-        known: max([likeness(known), *(0.99 * likeness(other) for other in synonyms)])
-        for known, synonyms in names.items()
-    }
-    best = sorted(names, key=lambda known: -scores[known])[:most]
-    least = max(0.65, 0.8 * scores[best[0]]) if best else 0.0
-    return [known for known in best if scores[known] >= least]

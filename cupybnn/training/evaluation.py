@@ -1,4 +1,4 @@
-"""Loss and accuracy over the test set, of the current weights or of their averages."""
+"""Loss and accuracy over the test set, for the current or the averaged weights."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from cupybnn.training.step import Objective
 
 __all__ = ["Averaging", "evaluate"]
 
-#: Batches of training examples, and examples in each, for batch norm's statistics of averages.
+#: Batches, and training examples per batch, for the batch norm statistics of averaged weights.
 _BATCHES, _IMAGES = 10, 1000
-#: The inputs of one batch of an evaluation take at most so much.
+#: Limit on the inputs of one evaluation batch, in bytes.
 _BATCH_BYTES = 1 << 28
 
 
 def evaluate(model: nn.Module, objective: Objective, data: DeviceData) -> tuple[float, float]:
     """Return loss (with the penalty) and accuracy over the whole test set."""
-    # On the CPU a batch's activations should fit into the cache, on a GPU launches count. Inputs
-    # of many features must fit into memory.
+    # On the CPU a batch's activations should fit into the cache; on a GPU, fewer launches matter.
+    # Inputs with many features must still fit into memory.
     size = 10_000 if data.device.kind == "cuda" else 1_000
     size = min(size, max(1, _BATCH_BYTES // (data.features * data.dtype.itemsize)))
     loss: Any = 0.0
@@ -44,13 +44,13 @@ def evaluate(model: nn.Module, objective: Objective, data: DeviceData) -> tuple[
 
 
 class Averaging:
-    """The average of a model's weights over training, if its configuration wants one.
+    """The average of a model's weights over training, if the configuration asks for one.
 
     Parameters
     ----------
     model : Module
     data : DeviceData
-        Batch norm's statistics are those of its first training images, as they are.
+        Batch norm's statistics are computed from its first training images, undeformed.
     config : TrainConfig
         Its fields `average`, `average_decay` and `average_from`.
     """
@@ -59,28 +59,28 @@ class Averaging:
         self._model, self._data = model, data
         self._from = config.average_from
         self._average: optim.WeightAverage | None = None
-        self._before: list[Any] = []  # batch norm's own statistics, within `applied`
-        # Those of the averaged weights, and after how many updates of the average.
-        self._found: tuple[int, list[Any]] = (0, [])
+        self._before: list[Any] = []  # within `applied`: the statistics that training left
+        # Number of updates of the average, and the statistics computed after them.
+        self._cached: tuple[int, list[Any]] = (0, [])
         if config.average != "none":
             decay = config.average_decay if config.average == "ema" else None
             self._average = optim.WeightAverage(model.parameters(), decay)
 
     @property
     def exists(self) -> bool:
-        """Whether there is an average that `applied` would put into the model."""
+        """Whether there is an average for `applied` to put into the model."""
         return self._average is not None and self._average.updates > 0
 
     def statistics(self) -> dict[str, np.ndarray]:
-        """Return batch norm's statistics of the averaged weights by name; none without average."""
+        """Return batch norm's statistics for the averaged weights by name; {} if no average."""
         if self._average is None or self._average.updates == 0:
             return {}
-        updates, found = self._found
+        updates, cached = self._cached
         if updates != self._average.updates:
             with self.suspended(), self.applied():
-                _, found = self._found
+                _, cached = self._cached
         names = [name for name, _ in self._model.named_buffers()]
-        return {n: np.array(to_device(a, CPU)) for n, a in zip(names, found, strict=True)}
+        return {n: np.array(to_device(a, CPU)) for n, a in zip(names, cached, strict=True)}
 
     def update(self, step: int) -> None:
         """Add the weights after step number `step` to the average."""
@@ -89,15 +89,15 @@ class Averaging:
 
     @property
     def is_applied(self) -> bool:
-        """Whether the model has averaged weights now: within `applied`."""
+        """Whether the model currently has averaged weights, that is, within `applied`."""
         return self._average is not None and self._average.is_applied
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Context within which the model has averaged weights and batch norm statistics to match.
+        """Context in which the model has averaged weights and matching batch norm statistics.
 
-        Where there is no average, or none yet, the model is as it is; so it is where the context
-        is entered again within itself. However it ends, weights and statistics are put back.
+        Does nothing if there is no average yet, or if nested. Weights and statistics are restored
+        at the end, also after an error.
         """
         if self._average is None or self._average.updates == 0 or self._average.is_applied:
             yield
@@ -107,14 +107,14 @@ class Averaging:
             try:
                 self._before = before
                 nn.refresh_statistics(self._model, self._batches())
-                self._found = (self._average.updates, self._statistics())
+                self._cached = (self._average.updates, self._statistics())
                 yield
             finally:
                 self._set_statistics(before)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Context within `applied` in which the model is for a while as training left it."""
+        """Context within `applied` in which the model temporarily is as training left it."""
         if self._average is None or not self._average.is_applied:
             yield
             return
@@ -140,11 +140,11 @@ class Averaging:
             yield Tensor(self._data.scale(images[start : start + size]))
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Return the average's state; nothing where there is none."""
+        """Return the average's state; empty if there is none."""
         return {} if self._average is None else self._average.state_dict()
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
         """Continue from what `state_dict` returned; ValueError if it does not fit."""
         if self._average is not None:
             self._average.load_state_dict(state)
-            self._found = (0, [])
+            self._cached = (0, [])

@@ -1,4 +1,4 @@
-"""The file that TensorBoard reads."""
+"""Writing TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ __all__ = ["EventFile"]
 
 
 class EventFile:
-    """Scalars and histograms, in a new file of a folder.
+    """Scalars and histograms, in a new event file in a folder.
 
-    The records are TensorBoard's own (package ``tensorboard``), written at once and by this thread:
-    a record costs less than a thread that waits for it would. Its ready-made writers of summaries
-    import TensorFlow, or PyTorch, where these are installed, which takes seconds.
+    The records are TensorBoard's own (package ``tensorboard``), written immediately and by the
+    calling thread: a record costs less than handing it to another thread. The ready-made summary
+    writers import TensorFlow or PyTorch if installed, which takes seconds.
 
     Parameters
     ----------
@@ -49,12 +49,12 @@ class EventFile:
         scalars: Iterable[tuple[str, float]],
         histograms: Iterable[tuple[str, Histogram]],
     ) -> None:
-        """Write what was measured at a step, so that a TensorBoard that is open shows it.
+        """Write the values measured at a step, and flush, so that a running TensorBoard shows them.
 
         Raises
         ------
         OSError
-            With the file's name, if it cannot be written; the file is closed then.
+            If the file cannot be written; the message names it. The file is then closed.
         """
         event = self._event(wall_time=time.time(), step=step)
         for tag, value in scalars:
@@ -72,20 +72,19 @@ class EventFile:
             self._records.write(event.SerializeToString())  # type: ignore[attr-defined]
             self._records.flush()
         except OSError as error:
-            # Now, since closing writes what is in the buffer: later it would fail once more, and
-            # hide this error.
+            # Close now: closing writes what is buffered, and a later failure would hide this error.
             with contextlib.suppress(OSError):
                 self._records.close()
             raise OSError(
-                f"The records for TensorBoard cannot be written to {self._path}: {error.strerror}."
+                f"TensorBoard records cannot be written to {self._path}: {error.strerror}."
             ) from error
 
 
 def _new_file(folder: Path) -> IO[bytes]:
-    """Open a file that was not there, under a name that TensorBoard looks for."""
+    """Create a file with a name that TensorBoard recognizes."""
     # TensorBoard reads a folder's files in the order of their names.
     name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}"
     for number in itertools.count():
-        with contextlib.suppress(FileExistsError):  # of a run in this process, or in a container
+        with contextlib.suppress(FileExistsError):  # a run in this process, or in a container
             return open(folder / f"{name}.{number}", "xb")
     raise AssertionError("unreachable")

@@ -1,4 +1,4 @@
-"""Histograms computed where the array is, in a form that TensorBoard takes."""
+"""Histograms in TensorBoard's form, computed on the array's own device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Histogram:
     Attributes
     ----------
     minimum, maximum, total, squares : float
-        Least and greatest value, sum, and sum of squares.
+        Minimum, maximum, sum, and sum of squares.
     count : int
         Number of finite values.
     limits : list of float
@@ -40,7 +40,7 @@ class Histogram:
 
     @classmethod
     def of_all(cls, arrays: Iterable[tuple[str, Any, bool]]) -> Iterator[tuple[str, Histogram]]:
-        """Yield (tag, histogram) for each (tag, array, whether its signs are meant).
+        """Yield (tag, histogram) for each (tag, array, whether to count signs).
 
         Arrays without a finite value are left out.
         """
@@ -62,15 +62,15 @@ class Histogram:
             count=plus + minus,
             total=float(plus - minus),
             squares=float(plus + minus),
-            # Two narrow bins, so that TensorBoard draws two peaks and not a plateau.
+            # Two narrow bins, so that TensorBoard draws two peaks rather than a plateau.
             limits=[-1.0, -0.96875, 0.96875, 1.0],
             counts=[0, minus, 0, plus],
         )
 
     @classmethod
-    @np.errstate(over="ignore", invalid="ignore")  # what overflows is seen, and handled, below
+    @np.errstate(over="ignore", invalid="ignore")  # overflow is detected and handled below
     def of_values(cls, array: Any) -> Histogram | None:
-        """Count the values of `array` in bins of equal width from the least to the greatest."""
+        """Count the values of `array` in bins of equal width from its minimum to its maximum."""
         xp = array_module(array)
         values = array.ravel()
         total = float(values.sum(dtype=np.float64))
@@ -87,7 +87,7 @@ class Histogram:
         scale = values.dtype.type(_BINS) / span if span > 0 else span
         if not (scale > 0 and np.isfinite(scale)):
             return cls(low, high, int(values.size), total, squares, [high], [int(values.size)])
-        # One pass to bin numbers: np.histogram compares with edges, several times slower.
+        # One pass computes bin numbers; np.histogram compares with edges, several times slower.
         numbers = ((values - values.dtype.type(low)) * scale).astype(np.int32)
         counts = xp.bincount(xp.minimum(numbers, _BINS - 1), minlength=_BINS)
         limits = np.linspace(low, high, _BINS + 1)[1:]

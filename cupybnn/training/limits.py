@@ -1,4 +1,4 @@
-"""Runs that no machine of this size can do are refused before anything is allocated."""
+"""Refusing runs that cannot fit into memory, before anything is allocated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cupybnn.training.config import TrainConfig
 
 __all__ = ["check_memory", "needed_bytes"]
 
-# What the objects of a layer take on the host at the least, however few units it has.
+# Minimum host memory of a layer's objects, however few units it has.
 _LAYER_BYTES = 4096
 _MILLION_GIB = 10**6 << 30
 
@@ -17,12 +17,11 @@ _MILLION_GIB = 10**6 << 30
 def needed_bytes(
     config: TrainConfig, features: int, classes: int, device: Device
 ) -> tuple[int, int]:
-    """Return a lower bound of the memory that a run needs.
+    """Return a lower bound on the memory that a run needs.
 
-    Counted is what is surely there at the same time: the weights with what their optimiser
-    remembers, and of a batch the input, the logits and one hidden layer's activations. A run that
-    surely makes its steps operation by operation also keeps all gradients, and, where activations
-    are not bits, those of all layers.
+    It counts what certainly exists at the same time: the weights and their optimiser state, and a
+    batch's input, logits and activations of one hidden layer. A run that is certain not to use the
+    fused step also keeps all gradients and, if activations are not binary, those of all layers.
 
     Parameters
     ----------
@@ -36,43 +35,56 @@ def needed_bytes(
     weights, batch : int
         Bytes.
     """
-    hidden, layers = config.n_hidden, config.hidden_layers
+    # Each width and how many layers have it: `hidden_sizes` may itself be more than fits.
+    widths = config.n_hidden
+    runs = (
+        [(n, 1) for n in widths] if isinstance(widths, tuple) else [(widths, config.hidden_layers)]
+    )
     plain = device.kind == "cpu" or not config.fused
     item = 8 if config.dtype == "float64" else 4
     copies = (3 if config.optimizer in ("adam", "adamw") else 1) + plain
-    count = features * hidden + (layers - 1) * hidden * hidden + hidden * classes
-    kept = layers if plain and not config.binary else 1
+    count, inputs = 0, features
+    for units, layers in runs:
+        count += inputs * units + (layers - 1) * units * units
+        inputs = units
+    count += inputs * classes
+    if plain and not config.binary:
+        kept = sum(units * layers for units, layers in runs)
+    else:
+        kept = max(units for units, _ in runs)
     rounded = 2 if config.dtype == "bfloat16" else item
-    batch = config.batch_size * (features + kept * hidden + classes) * rounded
-    return count * item * copies + layers * _LAYER_BYTES, batch
+    batch = config.batch_size * (features + kept + classes) * rounded
+    return count * item * copies + config.hidden_layers * _LAYER_BYTES, batch
 
 
 def check_memory(config: TrainConfig, features: int, classes: int, device: Device) -> None:
     """Refuse a run that cannot fit into the memory of `device`.
 
-    Without this, a size that is far off would not fail at once: the system hands out memory that
-    it does not have, until it has to kill the process.
+    Without this check, a size that is far too large would not fail immediately: the system
+    overcommits memory until it has to kill the process.
 
     Raises
     ------
     SettingError
-        If `needed_bytes` is more than there is; the message says what takes how much.
+        If `needed_bytes` exceeds the memory; the message gives the sizes.
     """
     there = machine.memory_bytes(device)
     weights, batch = needed_bytes(config, features, classes, device)
     if weights + batch <= there:
         return
+    sizes = config.n_hidden if isinstance(config.n_hidden, tuple) else (config.n_hidden,)
+    widths = ",".join(map(_number, sizes))
     smaller = "'n_hidden' or 'hidden_layers'" if weights > batch else "'batch_size' or 'n_hidden'"
     raise SettingError(
         f"A run must fit into the memory of its device: {device} has {_size(there)}, the weights "
-        f"(n_hidden = {_number(config.n_hidden)}, hidden_layers = {_number(config.hidden_layers)}) "
+        f"(n_hidden = {widths}, hidden_layers = {_number(config.hidden_layers)}) "
         f"need at least {_size(weights)} and a batch (batch_size = {_number(config.batch_size)}) "
         f"{_size(batch)}. Choose a smaller {smaller}."
     )
 
 
 def _size(count: int) -> str:
-    if count >= _MILLION_GIB:  # which may be beyond what a float holds
+    if count >= _MILLION_GIB:  # may exceed the range of a float
         return "more than a million GiB"
     return f"{count / 2**30:,.1f} GiB" if count >= 1 << 30 else f"{count / 2**20:,.1f} MiB"
 

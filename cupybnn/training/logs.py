@@ -1,4 +1,4 @@
-"""What a run writes into its folder: checkpoints and TensorBoard records."""
+"""Callbacks that write into the run folder: checkpoints and TensorBoard records."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ __all__ = ["CheckpointWriter", "TensorBoardWriter"]
 
 
 class CheckpointWriter(Callback):
-    """Keeps the newest and the best checkpoint; see `cupybnn.training.best` for which that is.
+    """Keeps the newest and the best checkpoint; `cupybnn.training.best` defines the best.
 
-    The first, before any step, is put into the folder when that is made, as is the best one of the
-    runs that this one continues.
+    The initial checkpoint, and the best one of the runs that this run continues, are written when
+    the folder is made.
 
     Parameters
     ----------
     folder : Path
     best : float
-        Best test accuracy of the runs that this one continues.
+        Best test accuracy of the runs that this run continues.
     """
 
     def __init__(self, folder: Path, best: float) -> None:
         self._checkpoints = CheckpointFolder(folder, best)
 
     def on_evaluate(self, trainer: TrainingRun, evaluation: Evaluation) -> None:
-        """Save, and keep as the best where it is."""
+        """Save the state, and keep it as the best if it is."""
         self._checkpoints.save(trainer.state(), evaluation.test_accuracy)
 
     def on_end(self, trainer: TrainingRun, result: TrainResult) -> None:
-        """Save the state after the last step, and keep as the best where it is and counts."""
+        """Save the state after the last step; it can be the best only if the run is complete."""
         if result.stopped:
             self._checkpoints.save(trainer.state())
         else:
@@ -61,67 +61,68 @@ class CheckpointWriter(Callback):
 class TensorBoardWriter(Callback):
     """Scalars and histograms for TensorBoard, at each evaluation and at the end.
 
-    Scalars, where they are finite: ``loss/train``, ``loss/test``, ``accuracy/train``,
-    ``accuracy/test`` and ``examples_per_second``. Histograms, for each layer such as ``fc2``:
-    ``fc2/weight`` (the latent weights where they are binary), ``fc2/weight_sign``,
-    ``fc2/weight_gradient`` (of the last step), ``fc2/product`` and ``fc2/activation`` (before and
-    after batch norm and non-linearity, on the first images of the test set), and ``logits``.
+    Scalars, if finite: ``loss/train``, ``loss/test``, ``accuracy/train``, ``accuracy/test`` and
+    ``examples_per_second``. Histograms, for each layer, for example ``fc2``: ``fc2/weight`` (the
+    latent weights of a binary layer), ``fc2/weight_sign``, ``fc2/weight_gradient`` (from the last
+    step), ``fc2/product`` and ``fc2/activation`` (before and after batch norm and non-linearity, on
+    the first test images), and ``logits``.
 
-    For binary layers also, as shares from 0 to 1: ``flips_at_step/fc2``, ``flips/fc2`` and
-    ``flips_since_start/fc2`` (binary weights with another sign than before this step, than at the
-    record before, and than when this process started), ``outside_window/fc2`` (latent weights that
-    get no gradient any more), and in bits ``sign_entropy/fc1`` (of the activations' signs, a
-    unit's mean). The first is not known of the step at which a run is stopped early.
+    Binary layers also have, as fractions from 0 to 1, ``flips_at_step/fc2``, ``flips/fc2`` and
+    ``flips_since_start/fc2`` (binary weights whose sign differs from before this step, from the
+    previous record, and from the start of this process) and ``outside_window/fc2`` (latent weights
+    that no longer get a gradient); and, in bits, ``sign_entropy/fc1`` (of the activations' signs,
+    averaged over units). ``flips_at_step`` is missing for the step at which a run is stopped early.
 
     Parameters
     ----------
     folder : Path
     """
 
-    _PROBE = 256  # images whose activations are counted
+    _PROBE = 256  # images whose activations are recorded
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._file: EventFile | None = None
         self._flips: FlipCounter | None = None
-        # Signs before a step that will be recorded; flips of a step that was; numbers of both.
-        self._before: tuple[int, dict[str, Any]] = (-1, {})
-        self._at_step: tuple[int, dict[str, float]] = (-1, {})
+        # Both with the number of a step that is recorded: the signs before it, and its flips.
+        self._signs_before: tuple[int, dict[str, Any]] = (-1, {})
+        self._flips_at: tuple[int, dict[str, float]] = (-1, {})
         self._last = -1
 
     def on_start(self, trainer: TrainingRun) -> None:
-        """Open the event file, or say once what to install."""
+        """Open the event file, or report once what to install."""
         try:
             self._file = EventFile(self._folder)
         except ImportError:
             trainer.notice(
-                "No TensorBoard records are written, since tensorboard is not installed: "
-                'pip install "cupybnn[tensorboard]". Checkpoints are written all the same.'
+                "TensorBoard records are not written because tensorboard is not installed; to "
+                'install it: pip install "cupybnn[tensorboard]". Checkpoints are still written.'
             )
             return
         self._flips = FlipCounter(trainer.model)
-        self._look_before(trainer, trainer.step)
+        self._keep_signs(trainer, trainer.step)
 
     def on_step(self, trainer: TrainingRun, step: int, output: StepOutput) -> None:
-        """Count the flips of a step that is to be recorded, and look before the next such."""
+        """Count the flips of a step that is recorded."""
         if self._file is None:
             return
-        number, before = self._before
+        number, before = self._signs_before
         if number == step:
-            self._at_step = (step, flipped(trainer.model, before))
-        self._look_before(trainer, step + 1)
+            self._flips_at = (step, flipped(trainer.model, before))
+        self._keep_signs(trainer, step + 1)
 
-    def _look_before(self, trainer: TrainingRun, step: int) -> None:
+    def _keep_signs(self, trainer: TrainingRun, step: int) -> None:
+        """Keep the current signs if `step`, the next one, will be recorded."""
         config = trainer.config
         if step % config.eval_every_n == 0 or step == config.max_steps - 1:
-            self._before = (step, weight_signs(trainer.model))
+            self._signs_before = (step, weight_signs(trainer.model))
 
     def on_evaluate(self, trainer: TrainingRun, evaluation: Evaluation) -> None:
         """Write everything for the step of `evaluation`."""
         if self._file is None:
             return
         step = self._last = evaluation.step
-        activations = self._of_activations(trainer)
+        activations = self._activations(trainer)
         scalars = [
             ("loss/train", evaluation.train_loss),
             ("loss/test", evaluation.test_loss),
@@ -130,13 +131,13 @@ class TensorBoardWriter(Callback):
             ("examples_per_second", evaluation.examples_per_second),
             *self._measures(trainer.model, activations, step),
         ]
-        # A run without a step has no training loss.
+        # A run without any steps has no training loss.
         finite = [(tag, value) for tag, value in scalars if math.isfinite(value)]
-        histograms = Histogram.of_all([*_of_weights(trainer.model), *activations])
+        histograms = Histogram.of_all([*_weights_and_gradients(trainer.model), *activations])
         self._file.add(step, finite, histograms)
 
     def on_end(self, trainer: TrainingRun, result: TrainResult) -> None:
-        """Write the state after the last step, unless that was just done."""
+        """Write the state after the last step, unless it has just been written."""
         if result.final.step > self._last:
             self.on_evaluate(trainer, result.final)
 
@@ -149,9 +150,9 @@ class TensorBoardWriter(Callback):
     def _measures(
         self, model: nn.Module, activations: list[tuple[str, Any, bool]], step: int
     ) -> Iterator[tuple[str, float]]:
-        """Yield (tag, value) of what happens to the signs."""
+        """Yield (tag, value) for the measures of signs."""
         assert self._flips is not None
-        number, shares = self._at_step
+        number, shares = self._flips_at
         for name, share in shares.items() if number == step else ():
             yield f"flips_at_step/{name.removesuffix('.weight')}", share
         for name, flips in self._flips.update().items():
@@ -164,13 +165,13 @@ class TensorBoardWriter(Callback):
             if two_valued:
                 yield f"sign_entropy/{tag.removesuffix('/activation')}", sign_entropy(array)
 
-    def _of_activations(self, trainer: TrainingRun) -> list[tuple[str, Any, bool]]:
+    def _activations(self, trainer: TrainingRun) -> list[tuple[str, Any, bool]]:
         stages = stages_of(trainer, self._PROBE)
         return [(tag, value.data, value.two_valued) for tag, value in stages]
 
 
-def _of_weights(model: nn.Module) -> Iterator[tuple[str, Any, bool]]:
-    """Yield (tag, array, whether its signs are meant) for each layer's weights and gradients."""
+def _weights_and_gradients(model: nn.Module) -> Iterator[tuple[str, Any, bool]]:
+    """Yield (tag, array, whether to count signs) for each layer's weights and gradients."""
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Linear, nn.BinaryLinear)):
             continue

@@ -1,4 +1,4 @@
-"""What happens to the signs in training: flips, weights that no longer learn, entropy."""
+"""Measures of the signs during training: flips, weights that no longer learn, entropy."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class Flips(NamedTuple):
-    """Shares of a layer's binary weights, from 0 to 1, that have another sign than before."""
+    """Fractions of a layer's binary weights whose sign has changed, from 0 to 1."""
 
     since_last: float
     since_start: float
@@ -39,19 +39,19 @@ def _binary_weights(model: nn.Module) -> Iterator[tuple[str, nn.BinaryLinear, An
     """Yield (name of the weight, layer, latent weights' array) for each binary layer."""
     for name, module in model.named_modules():
         if isinstance(module, nn.BinaryLinear):
-            # Read here and now: an array on loan would be watched for edits.
+            # Only read here; `weight.data` would be watched for edits.
             yield f"{name}.weight" if name else "weight", module, module.weight._data
 
 
 def weight_signs(model: nn.Module) -> dict[str, Any]:
-    """Return, for each binary layer's weight by name, where it is +1: arrays of bool."""
+    """Return, by name of a binary layer's weight, a bool array that is True where it is +1."""
     return {name: array >= 0 for name, _, array in _binary_weights(model)}
 
 
 def flipped(model: nn.Module, before: dict[str, Any]) -> dict[str, float]:
-    """Return, by name, the share of binary weights with another sign than in `weight_signs`.
+    """Return, by name, the fraction of binary weights whose sign differs from `before`.
 
-    Reads the counts from the device, and so waits for it.
+    `before` is an earlier result of `weight_signs`. Reading the counts waits for the device.
     """
     return {name: _share(signs != before[name]) for name, signs in weight_signs(model).items()}
 
@@ -62,7 +62,7 @@ class FlipCounter:
     Parameters
     ----------
     model : Module
-        Its current weights are the start.
+        Flips are counted from its current weights.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -71,9 +71,9 @@ class FlipCounter:
         self._last = dict(self._start)
 
     def update(self) -> dict[str, Flips]:
-        """Return, for each binary layer's weight by name, the flips since the last call.
+        """Return, by name of a binary layer's weight, the flips since the last call.
 
-        Reads the counts from the device, and so waits for it.
+        Reading the counts waits for the device.
         """
         flips = {}
         for name, signs in weight_signs(self._model).items():
@@ -84,9 +84,9 @@ class FlipCounter:
 
 
 def outside_window(model: nn.Module) -> dict[str, float]:
-    """Return, for each binary layer's weight by name, the share that gets no gradient any more.
+    """Return, by name of a binary layer's weight, the fraction that no longer gets a gradient.
 
-    These are the latent weights beyond the quantizer's window; 0 for a quantizer without one.
+    These are the latent weights outside the quantizer's window; 0 for a quantizer without one.
     """
     return {
         name: 0.0 if layer.quantizer.window is None else _share(abs(array) > layer.quantizer.window)
@@ -100,13 +100,14 @@ def sign_entropy(activations: Tensor | Any) -> float:
     Parameters
     ----------
     activations : Tensor or ndarray, shape (..., units)
-        Signs, or what they are taken of.
+        Signs, or the values whose signs to take.
 
     Returns
     -------
     float
-        ``mean(-p log2(p) - (1 - p) log2(1 - p))`` over the units, p being a unit's share of +1:
-        1 if every unit is +1 for half of the batch, 0 if every unit is always the same.
+        ``mean(-p log2(p) - (1 - p) log2(1 - p))`` over the units, where p is the fraction of the
+        batch for which a unit is +1: 1 if each unit is +1 for half of the batch, 0 if no unit ever
+        changes.
     """
     array = activations.data if isinstance(activations, Tensor) else activations
     if array.ndim < 1 or array.size == 0:
@@ -123,21 +124,21 @@ def sign_entropy(activations: Tensor | Any) -> float:
 
 
 def _share(mask: Any) -> float:
-    """Return the share of True in `mask`; 0 if it is empty."""
+    """Return the fraction of `mask` that is True; 0 if it is empty."""
     return float(mask.mean()) if mask.size else 0.0
 
 
 class FlipRecord(Callback):
-    """Keeps the flips of each step and the share outside the window, by layer.
+    """Records each step's flips and the fraction of weights outside the window, by layer.
 
     Attributes
     ----------
     steps : list of int
-        Numbers of the steps.
+        Step numbers.
     flips : dict of str to list of Flips
         By the weight's name, one for each step.
     outside : dict of str to list of float
-        Likewise, the share of latent weights outside the quantizer's window.
+        Likewise, the fraction of latent weights outside the quantizer's window.
     """
 
     def __init__(self) -> None:
@@ -147,11 +148,11 @@ class FlipRecord(Callback):
         self._counter: FlipCounter | None = None
 
     def on_start(self, trainer: TrainingRun) -> None:
-        """Take the weights before the first step as the start."""
+        """Count from the weights before the first step."""
         self._counter = FlipCounter(trainer.model)
 
     def on_step(self, trainer: TrainingRun, step: int, output: StepOutput) -> None:
-        """Count."""
+        """Record the flips."""
         assert self._counter is not None
         self.steps.append(step)
         for name, flips in self._counter.update().items():
@@ -161,7 +162,7 @@ class FlipRecord(Callback):
 
 
 def stages_of(trainer: TrainingRun, images: int) -> list[tuple[str, Tensor]]:
-    """Return (tag, value) of all that the model computes of the first test images."""
+    """Return (tag, value) for everything that the model computes from the first test images."""
     inputs = trainer.data.scale(trainer.data.test_images[:images])
     trainer.model.eval()
     with no_grad():
@@ -169,20 +170,20 @@ def stages_of(trainer: TrainingRun, images: int) -> list[tuple[str, Tensor]]:
 
 
 class EntropyRecord(Callback):
-    """Keeps the entropy of the activations' signs at each evaluation and at the end, by layer.
+    """Records the entropy of the activations' signs at each evaluation and at the end, by layer.
 
     Parameters
     ----------
     images : int
-        It is taken over this number of the first test images.
+        Number of test images, from the first on, to compute it over.
 
     Attributes
     ----------
     steps : list of int
-        Numbers of the steps.
+        Step numbers.
     entropy : dict of str to list of float
-        By the name of the layer that the activations come from, such as "fc1": `sign_entropy`, in
-        bits, one for each of `steps`. Layers whose activations are no signs are not in it.
+        `sign_entropy` in bits, one for each of `steps`, by the name of the layer that the
+        activations come from, such as "fc1". Layers whose activations are not signs are left out.
     """
 
     def __init__(self, images: int = 256) -> None:
@@ -191,7 +192,7 @@ class EntropyRecord(Callback):
         self._images = images
 
     def on_evaluate(self, trainer: TrainingRun, evaluation: Evaluation) -> None:
-        """Measure."""
+        """Record the entropy."""
         self.steps.append(evaluation.step)
         for tag, value in stages_of(trainer, self._images):
             if value.two_valued:
@@ -199,6 +200,6 @@ class EntropyRecord(Callback):
                 self.entropy.setdefault(layer, []).append(sign_entropy(value))
 
     def on_end(self, trainer: TrainingRun, result: TrainResult) -> None:
-        """Measure after the last step, unless that was just done."""
+        """Record the entropy after the last step, unless that has just been done."""
         if result.final.step not in self.steps[-1:]:
             self.on_evaluate(trainer, result.final)

@@ -10,7 +10,7 @@ from cupybnn.training.config import TrainConfig
 
 __all__ = ["NETWORK_SETTINGS", "build_network"]
 
-#: The settings that `build_network` reads, seed and dtype aside.
+#: The settings that `build_network` reads, except seed and dtype.
 NETWORK_SETTINGS = (
     "n_hidden",
     "hidden_layers",
@@ -27,25 +27,25 @@ NETWORK_SETTINGS = (
 
 _BATCH_NORM_EPS = 1e-4
 _BATCH_NORM_DECAY = 0.9
-#: Where the trained factors of a layer with binary weights begin; products of signs are about
-#: sqrt(inputs) large, far outside the window in which the sign has a pseudo-gradient.
-_FIRST_SCALE = 0.05
+#: Initial value of the trained factors of a layer with binary weights. Products of signs have a
+#: magnitude of about sqrt(inputs), far outside the window in which sign has a pseudo-gradient.
+_INITIAL_SCALE = 0.05
 
 
 def build_network(config: TrainConfig, features: int, classes: int) -> nn.Sequential:
-    """Return the network of a configuration, initialised by its seed, on the CPU.
+    """Return the network that `config` describes, initialised from its seed, on the CPU.
 
-    ``fc1``, ``fc2``, ... and ``fcout``, and what stands between them.
+    Its layers are ``fc1``, ``fc2``, ... and ``fcout``, with others between them.
 
     Full precision: each hidden layer is product, batch norm, ReLU, dropout.
 
     Binary: product, dropout, batch norm, sign, dropout of signs. The first dropout comes before the
-    sign, and the second makes signs of signs, so that what enters the next product is two-valued.
-    Weights of the first and the last layer and the input of the last are real, and nothing but
-    batch norm stands between the last hidden product and it. With `first` the first layer's weights
-    are binary too, and where there is no batch norm, a trained factor brings its products into the
-    window of the sign; with `last` input and weights of the last layer are binary, and batch norm,
-    or without it a trained factor, makes logits of its products.
+    sign, and the second maps signs to signs, so that the next product's input stays two-valued.
+    The first layer's weights and the last layer's weights and input are real; only batch norm comes
+    between the last hidden product and the last layer. With `first`, the first layer's weights are
+    binary too, and without batch norm a trained factor scales its products into the window of the
+    sign. With `last`, the last layer's input and weights are binary, and batch norm or, without it,
+    a trained factor turns its products into logits.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def build_network(config: TrainConfig, features: int, classes: int) -> nn.Sequen
             layers[f"dropout{number}"] = make.dropout(config.keep_prob)
             layers[f"bn{number}"] = make.batch_norm(units)
             if first and config.first and not config.batch_norm:
-                layers[f"scale{number}"] = nn.Scale(_FIRST_SCALE, config.storage_dtype)
+                layers[f"scale{number}"] = nn.Scale(_INITIAL_SCALE, config.storage_dtype)
             if not last or config.last:
                 layers[f"sign{number}"] = nn.Sign(make.quantizer())
                 if config.sign_keep_prob < 1:
@@ -82,22 +82,22 @@ def build_network(config: TrainConfig, features: int, classes: int) -> nn.Sequen
     if binary and config.batch_norm:
         layers["bnout"] = make.batch_norm(classes)
     elif binary:
-        layers["scaleout"] = nn.Scale(_FIRST_SCALE, config.storage_dtype)
+        layers["scaleout"] = nn.Scale(_INITIAL_SCALE, config.storage_dtype)
     return nn.Sequential(**{name: layer for name, layer in layers.items() if layer is not None})
 
 
 class _Layers:
-    """Makes the layers of a configuration; None where it has no such layer."""
+    """Makes a configuration's layers; returns None for a layer that it does not have."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
-        # Two generators, so that dropout and stochastic signs leave the first weights alone.
+        # Two generators, so that dropout and stochastic signs do not affect the initial weights.
         self._weights = np.random.default_rng([config.seed, 0x1417])
         self.noise = np.random.default_rng([config.seed, 0x2015E])
 
     def quantizer(self) -> ops.Quantizer:
         quantizer = ops.get_quantizer(self._config.ste)
-        if hasattr(quantizer, "random"):  # each layer throws coins of its own
+        if hasattr(quantizer, "random"):  # each layer has its own stream
             quantizer.random = Stream(int(self.noise.integers(2**63)))
         return quantizer
 
@@ -112,7 +112,7 @@ class _Layers:
             binary_input=binary_input,
             xnor=config.xnor,
             ste=quantizer,
-            # As in the original program, unless weights could leave the window for good.
+            # As in the original program, if there is a window that weights could leave for good.
             clip=quantizer.window is not None,
             rng=rng,
             dtype=config.storage_dtype,

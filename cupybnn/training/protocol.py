@@ -16,7 +16,7 @@ __all__ = ["TrainingRun"]
 
 
 class TrainingRun(Protocol):
-    """A run as its callbacks see it: `Trainer` is one. Its docstring says what each member is."""
+    """A run as its callbacks see it; implemented by `Trainer`, which documents each member."""
 
     step: int
     run_folder: Path | None

@@ -1,7 +1,9 @@
-"""What a run reports: an evaluation, the result, and the interface of those who listen."""
+"""What a run reports, evaluations and a result, and the callbacks that it reports to."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
     from cupybnn.training.protocol import TrainingRun
     from cupybnn.training.step import StepOutput
 
-__all__ = ["Callback", "Evaluation", "TrainResult"]
+__all__ = ["Callback", "Evaluation", "TrainResult", "closing"]
 
 
 @dataclass(frozen=True)
@@ -24,15 +26,15 @@ class Evaluation:
     step : int
         The step, counted from 0.
     train_loss : float
-        Loss and penalty of the step's own batch, before its update.
+        Loss plus penalty on the step's own batch, before its update.
     train_accuracy : float
-        Share of that batch that was classified rightly, before the update.
+        Accuracy on that batch, before the update.
     test_loss : float
-        Mean loss over the whole test set, and the penalty, after the update.
+        Mean loss over the whole test set plus penalty, after the update.
     test_accuracy : float
-        Share of the whole test set that is classified rightly, after the update.
+        Accuracy on the whole test set, after the update.
     examples_per_second : float
-        Training examples a second since the evaluation before, evaluation not counted.
+        Training examples a second since the previous evaluation, evaluation excluded.
     """
 
     step: int
@@ -49,7 +51,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to.
+    """The result of a run.
 
     Attributes
     ----------
@@ -57,23 +59,23 @@ class TrainResult:
     dataset : str
         Name of the data set that was trained on.
     fallback_reason : str or None
-        Why the digits were taken where "auto" could not have MNIST.
+        Why "auto" used the digits instead of MNIST.
     steps : int
-        Updates made since the very first, earlier runs that were restored included.
+        Updates made, including those of earlier runs that were restored.
     history : tuple of Evaluation
         One for each step that is a multiple of `eval_every_n`.
     final : Evaluation
         After the last step.
     average_examples_per_second, median_examples_per_second : float
-        Of this process's steps but the first, evaluation not counted.
+        Over this process's steps except the first, evaluation excluded.
     run_folder : Path or None
     stopped : bool
         Whether the run was asked to stop before ``max_steps``.
     notices : tuple of str
-        What the run had to say beside its figures.
+        The notices of the run.
     model : Module
-        The trained model, in evaluation mode, with averaged weights if the configuration wants
-        them: the one that `final` is of.
+        The trained model, in evaluation mode, with averaged weights if the configuration asks for
+        them: the model that `final` evaluates.
     """
 
     config: TrainConfig
@@ -96,13 +98,13 @@ class TrainResult:
 
 
 class Callback:
-    """Base of those who listen to a run; each method does nothing unless overridden.
+    """Base class for training callbacks; each method does nothing unless overridden.
 
-    What a method raises ends the run.
+    An exception raised by a method ends the run.
     """
 
     def on_notice(self, trainer: TrainingRun, sentence: str) -> None:
-        """Something a user should know beside the figures."""
+        """On something that the user should know, other than figures."""
 
     def on_start(self, trainer: TrainingRun) -> None:
         """Before the first step; the model is ready."""
@@ -111,10 +113,30 @@ class Callback:
         """After each step; `output` is on the device, and reading it waits for the device."""
 
     def on_evaluate(self, trainer: TrainingRun, evaluation: Evaluation) -> None:
-        """After each evaluation but the final one; gradients are those of the last step."""
+        """After each evaluation except the final one; gradients are those of the last step."""
 
     def on_end(self, trainer: TrainingRun, result: TrainResult) -> None:
-        """After the final evaluation, also when the run was stopped early."""
+        """After the final evaluation, also if the run was stopped early."""
 
     def close(self) -> None:
-        """Release what is held; called whether the run ended well or not."""
+        """Release resources; called at the end of every run, also after an error."""
+
+
+@contextlib.contextmanager
+def closing(callbacks: Sequence[Callback]) -> Iterator[None]:
+    """Close every callback at the end; if several errors occur, raise the first.
+
+    Callbacks that are added to `callbacks` within the context are closed too.
+    """
+    error: BaseException | None = None
+    try:
+        yield
+    except BaseException as raised:
+        error = raised
+    for callback in callbacks:
+        try:
+            callback.close()
+        except BaseException as raised:
+            error = raised if error is None else error
+    if error is not None:
+        raise error

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits the settings and the images that a run was started with."""
+"""Whether the settings of a run fit the checkpoint that it restores."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ __all__ = ["check_settings", "restored_config", "stored_config"]
 
 
 def restored_config(path: str, **changes: Any) -> TrainConfig:
-    """Return the settings with which the run of a checkpoint goes on.
+    """Return the settings with which a checkpoint's run continues.
 
     Parameters
     ----------
     path : str
-        A run folder or checkpoint file. If the run has a log directory, the run that goes on is
-        numbered beside it, wherever the folder was moved to, unless `changes` name another.
+        A run folder or checkpoint file. If the run has a log directory, the new run folder is
+        numbered next to the old one, wherever that was moved, unless `changes` name another
+        log directory.
     **changes
-        Settings to have other values than in that run, such as ``max_steps``.
+        Settings to change, such as ``max_steps``.
 
     Raises
     ------
     CheckpointError
         If there is no checkpoint, or its settings cannot be read.
     ValueError
-        If a changed setting is bad.
+        If a changed setting is invalid.
     """
     before = stored_config(load_info(path))
     settings = {**asdict(before), **changes, "restore": path}
@@ -54,12 +55,12 @@ def check_settings(config: TrainConfig, stored: Checkpoint) -> list[str]:
     Returns
     -------
     list of str
-        What the user should know: settings that differ and may.
+        Notices about settings that differ and may.
 
     Raises
     ------
     CheckpointError
-        If settings differ that must not; all of them are named with both values.
+        If settings differ that must not; the message names all of them with both values.
     """
     old, new = asdict(stored_config(stored.info)), asdict(config)
     rules = {name: each.may_change(config) for name, each in declared(TrainConfig).items()}
@@ -68,11 +69,11 @@ def check_settings(config: TrainConfig, stored: Checkpoint) -> list[str]:
     if wrong:
         listing = "; ".join(f"{n}: checkpoint {old[n]!r}, this run {new[n]!r}" for n in wrong)
         raise CheckpointError(
-            f"The checkpoint {config.restore} was made with other settings ({listing}). Restore it "
-            f"with the same options, or leave those out."
+            f"The checkpoint {config.restore} was made with different settings ({listing}). Use "
+            f"the same options as for that run, or omit them."
         )
     return [
-        f"From step {stored.step} on, {name} is {new[name]!r} instead of {old[name]!r}: the run no "
-        f"longer equals one that was never interrupted."
+        f"From step {stored.step} on, {name} is {new[name]!r} instead of {old[name]!r}: the "
+        f"results will differ from those of an uninterrupted run."
         for name in differing
     ]

@@ -1,4 +1,4 @@
-"""Run folders: one numbered folder a run, never shared."""
+"""Run folders: one numbered folder per run, never shared."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ CONFIG_NAME = "config.json"
 
 
 def settings_folder(config: TrainConfig) -> Path:
-    """Return the folder in which all runs with the settings of `config` are numbered.
+    """Return the folder that contains all runs with the settings of `config`, numbered.
 
     ``LOG_DIR/bin/xnor/hid_512/batch_norm/bs_128/reg_0.0`` or
     ``LOG_DIR/fp/hid_1024/bs_1024/reg_0.0001``: binary or full precision ("bin_first", "bin_last"
-    and "bin_all" with a binary first layer, last layer, or both), which product, hidden units,
-    batch size and the factor of the penalty as Python prints it. A run that goes on in the same
-    log directory with the same settings is numbered beside the one that it restores, also where
-    that has the name of earlier versions, ``0.0001`` alone, or was moved (see `log_dir_beside`).
+    and "bin_all" with a binary first layer, last layer, or both), which product, hidden units
+    (``hid_1024-512-256`` where each layer has a width of its own), batch size and the factor of the
+    penalty as Python prints it. A run that goes on in the same log directory with the same settings
+    is numbered beside the one that it restores, also where that has the name of earlier versions,
+    ``0.0001`` alone, or was moved (see `log_dir_beside`).
     """
     if config.log_dir is None:
         raise ValueError("A run folder needs a configuration with a 'log_dir'; got None.")
@@ -43,15 +44,15 @@ def settings_folder(config: TrainConfig) -> Path:
 
 
 def log_dir_beside(run: Path, config: TrainConfig) -> str | None:
-    """Return the log directory with which a run that goes on from the folder `run` is beside it.
+    """Return the log directory that puts a continued run next to the folder `run`.
 
     Parameters
     ----------
     run : Path
     config : TrainConfig
-        The settings that `run` was made with.
+        The settings of `run`.
     """
-    if not (run / CONFIG_NAME).is_file():  # a checkpoint that lies somewhere else
+    if not (run / CONFIG_NAME).is_file():  # a checkpoint outside of a run folder
         return config.log_dir
     parent = Path(os.path.abspath(run)).parent
     for name in _names(config):
@@ -62,13 +63,14 @@ def log_dir_beside(run: Path, config: TrainConfig) -> str | None:
 
 
 def _names(config: TrainConfig) -> tuple[Path, Path]:
-    """Return the folder of some settings below a log directory, now and in earlier versions."""
+    """Return the settings' folder below a log directory: its current and its former name."""
     folder = Path("fp")
     if config.binary:
         which = {(False, False): "bin", (True, False): "bin_first", (False, True): "bin_last"}
         folder = Path(which.get((config.first, config.last), "bin_all"))
         folder /= "xnor" if config.xnor else "matmul"
-    folder /= f"hid_{config.n_hidden}"
+    widths = config.n_hidden if isinstance(config.n_hidden, tuple) else (config.n_hidden,)
+    folder /= f"hid_{'-'.join(map(str, widths))}"
     if config.batch_norm:
         folder /= "batch_norm"
     folder /= f"bs_{config.batch_size}"
@@ -78,18 +80,17 @@ def _names(config: TrainConfig) -> tuple[Path, Path]:
 def new_run_folder(config: TrainConfig, fill: Callable[[Path], None] | None = None) -> Path:
     """Make the next numbered folder in `settings_folder`, with ``config.json`` in it.
 
-    Numbers count up from 1, one more than the highest there is. The folder is made under a hidden
-    name and gets its number in one move when all that belongs in it is there: a process killed on
-    the way leaves no run that lacks something. Two runs that start at the same moment get
-    different folders, because a folder cannot be moved onto another that holds something. What
-    killed processes left is removed: such hidden folders, and temporary files in the runs beside
-    the new one.
+    Numbers begin at 1; the next is one more than the highest. The folder is made under a hidden
+    name and renamed to its number when its files are complete, so that a killed process leaves no
+    incomplete run. Two runs that start at the same moment get different folders, because a folder
+    cannot be renamed to one that is not empty. Hidden folders and temporary files that killed
+    processes left in the same place are removed.
 
     Parameters
     ----------
     config : TrainConfig
     fill : callable, optional
-        Called with the hidden folder, to put the first files into it.
+        Called with the hidden folder, to add the first files.
 
     Raises
     ------
@@ -102,7 +103,7 @@ def new_run_folder(config: TrainConfig, fill: Callable[[Path], None] | None = No
     except OSError as error:
         raise OSError(
             f"The 'log_dir' must be a folder in which run folders can be made; {parent} cannot be "
-            f"made or written: {error.strerror or error}. Give another with --log_dir."
+            f"created or written: {error.strerror or error}. Choose another with --log_dir."
         ) from error
 
 
@@ -120,7 +121,7 @@ def _new_folder(parent: Path, config: TrainConfig, fill: Callable[[Path], None] 
 
 
 def _give_number(hidden: Path) -> Path:
-    """Move a folder to the first free number after all that are taken."""
+    """Rename a folder to the first number after all existing ones."""
     taken = [int(p.name) for p in hidden.parent.iterdir() if p.name.isdecimal()]
     number = max(taken, default=0) + 1
     while True:
@@ -129,6 +130,6 @@ def _give_number(hidden: Path) -> Path:
             os.rename(hidden, folder)
             return folder
         except OSError:
-            if not os.path.lexists(folder):  # else another run has just taken the number
+            if not os.path.lexists(folder):  # otherwise another run has just taken the number
                 raise
         number += 1

@@ -1,4 +1,4 @@
-"""Trained models in run folders: opened without their data, whose description they carry."""
+"""Loading trained models from run folders, without their data set."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from cupybnn.paths import user_path
 from cupybnn.training import checkpoint as checkpoints
 from cupybnn.training.network import build_network
 from cupybnn.training.restore import stored_config
+from cupybnn.training.state import part
 
 __all__ = ["DataDescription", "load_model"]
 
@@ -27,7 +28,7 @@ _WHICH = {"newest": checkpoints.NEWEST, "best": checkpoints.BEST}
 
 @dataclass(frozen=True)
 class DataDescription:
-    """What a checkpoint says of the images that its model was trained on.
+    """A checkpoint's description of the images that its model was trained on.
 
     Attributes
     ----------
@@ -36,11 +37,11 @@ class DataDescription:
     image_shape : tuple of int or None
         (height, width).
     pixel_max : float or None
-        The network was fed ``pixel / pixel_max``.
+        The network's inputs are ``pixel / pixel_max``.
     train_images, test_images : int or None
-        How many there were.
+        Number of images.
     sha256 : str or None
-        Of all images and labels.
+        Hash of all images and labels.
     """
 
     name: str
@@ -56,9 +57,9 @@ class DataDescription:
     def of(cls, dataset: Dataset) -> DataDescription:
         """Describe a data set; reads all of it."""
         digest = hashlib.sha256()
-        for part in ("train", "test"):
+        for split in ("train", "test"):
             for kind in ("images", "labels"):
-                array = np.ascontiguousarray(getattr(dataset, f"{part}_{kind}"))
+                array = np.ascontiguousarray(getattr(dataset, f"{split}_{kind}"))
                 digest.update(array.data)
         shape = getattr(dataset, "image_shape", None)
         return cls(
@@ -74,12 +75,12 @@ class DataDescription:
 
     @classmethod
     def stored(cls, checkpoint: checkpoints.Checkpoint) -> DataDescription:
-        """Read the description in a checkpoint; what an old one lacks comes from its arrays.
+        """Read a checkpoint's description; for an old checkpoint, infer it from the arrays.
 
         Raises
         ------
         CheckpointError
-            If it has neither.
+            If neither is possible.
         """
         found = checkpoint.info.get("data")
         try:
@@ -103,26 +104,26 @@ class DataDescription:
         return asdict(self)
 
     def difference(self, now: DataDescription) -> str | None:
-        """Return a sentence if a run goes on with other images; None if not, or if unknown."""
+        """Return a sentence if a run continues with different images; None if not, or unknown."""
         if self.sha256 is None or self.sha256 == now.sha256:
             return None
-        what = "the same number of images, but others"
+        what = "as many images, but different ones"
         before = (self.train_images, self.test_images)
         if before != (now.train_images, now.test_images):
             what = f"{now.train_images:,} training and {now.test_images:,} test images"
         return (
-            f"These are not the images of the checkpoint, which was trained on "
-            f"{self.train_images:,} and tested on {self.test_images:,} images of {self.name}: this "
-            f"run has {what}, and no longer equals one that was never interrupted."
+            f"The images differ from the checkpoint's {self.train_images:,} training and "
+            f"{self.test_images:,} test images of {self.name}: this run has {what}. Its results "
+            f"will differ from those of an uninterrupted run."
         )
 
     def scale(self, images: Any) -> np.ndarray:
-        """Return pixels as a network is fed with them: float32, shape (images, features).
+        """Return pixels as network inputs: float32, shape (images, features).
 
         Parameters
         ----------
         images : array_like, shape (images, ...)
-            As the files have them: numbers from 0 to `pixel_max`.
+            Raw pixels, from 0 to `pixel_max`.
 
         Raises
         ------
@@ -133,16 +134,20 @@ class DataDescription:
         if pixels.ndim < 2 or np.prod(pixels.shape[1:], dtype=int) != self.features:
             raise ValueError(
                 f"The 'images' must be an array of images with {self.features} pixels each; got "
-                f"one of shape {pixels.shape}."
+                f"shape {pixels.shape}."
             )
         flat = pixels.reshape(len(pixels), self.features).astype(np.float32)
         return flat if self.pixel_max is None else flat / np.float32(self.pixel_max)
 
 
 def load_model(
-    run: str | os.PathLike[str], *, which: str = "newest", device: str = "auto"
+    run: str | os.PathLike[str],
+    *,
+    which: str = "newest",
+    device: str = "auto",
+    model: nn.Module | None = None,
 ) -> nn.Module:
-    """Open a trained model; the data it was trained on are not loaded.
+    """Load a trained model, without the data that it was trained on.
 
     Parameters
     ----------
@@ -153,19 +158,26 @@ def load_model(
         validation images; on the test images in a run without ``validation``.
     device : str
         "auto", "cpu", "cuda" or "cuda:N".
+    model : Module, optional
+        The weights are loaded into it: for a run whose model was given to ``Trainer(model=...)``,
+        one made in the same way. By default the network that the run's settings describe is built.
 
     Returns
     -------
     Module
-        In evaluation mode, with averaged weights if the run averaged. Its attribute `trained_on`
-        is a `DataDescription`, which scales images as the model wants them.
+        `model`, where it is given. In evaluation mode, with averaged weights if the run averaged.
+        Its attribute `trained_on` is a `DataDescription`, which scales images as the model wants
+        them.
 
     Raises
     ------
     CheckpointError
-        If there is no such checkpoint, or it cannot be read.
+        If there is no such checkpoint, it cannot be read or does not fit the model, or the run
+        trained a model of its own and `model` is not given.
     DeviceError
         If the device cannot be used.
+    TypeError
+        If `model` is no Module.
 
     Examples
     --------
@@ -180,16 +192,26 @@ def load_model(
     >>> model(Tensor(images)).shape
     (2, 10)
     """
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"The 'model' must be an nn.Module; got {type(model).__name__}.")
     target = resolve(device)
     stored = checkpoints.load(_file(run, which))
     config = stored_config(stored.info)
     description = DataDescription.stored(stored)
-    model = build_network(config, description.features, description.classes)
+    fits = "the given model" if model is not None else "its network"
+    if model is None:
+        if stored.info.get("given_model"):
+            raise CheckpointError(
+                f"The run {run} trained a model that was given to Trainer(model=...), which its "
+                f"checkpoint cannot build. Make the same model and pass it: "
+                f"load_model(run, model=my_model)."
+            )
+        model = build_network(config, description.features, description.classes)
     try:
-        model.load_state_dict(_part(stored.arrays, "model/"))
+        model.load_state_dict(part(stored.arrays, "model/"))
         _take_averages(model, stored.arrays)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"The checkpoint {run} does not fit its network: {error}") from error
+        raise CheckpointError(f"The checkpoint {run} does not fit {fits}: {error}") from error
     model.to(target)
     model.eval()
     object.__setattr__(model, "trained_on", description)
@@ -205,17 +227,13 @@ def _file(run: str | os.PathLike[str], which: str) -> Path:
     return checkpoints.find(path)
 
 
-def _part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-
-
 def _take_averages(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
-    """Put averaged weights and their statistics into a model, if there are any.
+    """Load averaged weights and their statistics into a model, if there are any.
 
-    Checkpoints of earlier versions have averages without statistics; where there is batch norm,
-    the model then stays as training left it.
+    Checkpoints of earlier versions have averages without statistics; a model with batch norm then
+    keeps its training weights.
     """
-    average, statistics = _part(arrays, "average/"), _part(arrays, "averaged/")
+    average, statistics = part(arrays, "average/"), part(arrays, "averaged/")
     buffers = dict(model.named_buffers())
     if int(average.get("updates", 0)) == 0 or buffers.keys() != statistics.keys():
         return

@@ -1,4 +1,4 @@
-"""One training step: what is minimised, and the plain way to make it smaller."""
+"""One training step: the objective, and the reference implementation of an update."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class StepOutput:
     Attributes
     ----------
     loss : array of one element
-        Loss and penalty of the batch, before the update.
+        Loss plus penalty on the batch, before the update.
     logits : array, shape (batch, classes)
         Before the update.
     labels : array of int64, shape (batch,)
@@ -44,25 +44,25 @@ class StepOutput:
 
 
 class Step(Protocol):
-    """Something that makes training step number `step` of a run."""
+    """A callable that performs training step number `step` of a run."""
 
     def __call__(self, step: int) -> StepOutput: ...
 
     def stale(self) -> bool:
-        """Whether something that the step was built on has been replaced: build a new one."""
+        """Whether something that the step was built on was replaced, so that it must be rebuilt."""
         ...
 
 
 class Objective:
-    """What training minimises: the mean loss of a batch and ``reg`` times a penalty.
+    """What training minimises: the mean loss of a batch plus ``reg`` times a penalty.
 
     Parameters
     ----------
     model : Module
-        Whose weights (latent ones where they are binary) the penalty is of.
+        The penalty applies to its weights (the latent ones of binary layers).
     config : TrainConfig
-        Its fields `loss`, `label_smoothing`, `reg`, `penalty` and `optimizer`. At ``reg = 0`` no
-        penalty is computed, and with "bop" none of binary weights.
+        Its fields `loss`, `label_smoothing`, `reg`, `penalty` and `optimizer`. With ``reg = 0``
+        there is no penalty, and with "bop" none on binary weights.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
@@ -75,21 +75,21 @@ class Objective:
 
     @property
     def penalty_kind(self) -> str:
-        """Which penalty there is: "none", "l1" or "bipolar"."""
+        """The kind of penalty: "none", "l1" or "bipolar"."""
         return "none" if self.config.reg == 0 else self.config.penalty
 
     def penalty_factor(self, parameter: nn.Parameter) -> float:
-        """What the penalty of a parameter is multiplied with; 0 where it has none."""
+        """Return the factor of a parameter's penalty; 0 if it has none."""
         return self.config.reg if any(parameter is weight for weight in self._weights) else 0.0
 
     def loss(self, logits: Tensor, labels: Any) -> Tensor:
-        """Mean loss of a batch, without the penalty."""
+        """Return the mean loss of a batch, without the penalty."""
         if self.config.loss == "squared_hinge":
             return ops.squared_hinge(logits, labels)
         return ops.softmax_cross_entropy(logits, labels, self.config.label_smoothing)
 
     def penalty(self) -> Tensor | None:
-        """``reg`` times the penalty, or None where there is none."""
+        """Return ``reg`` times the penalty, or None if there is none."""
         if self.config.reg == 0 or not self._weights:
             return None
         total = self._penalty(self._weights[0])
@@ -98,7 +98,7 @@ class Objective:
         return total * self.config.reg
 
     def __call__(self, logits: Tensor, labels: Any) -> Tensor:
-        """Loss and penalty."""
+        """Return loss plus penalty."""
         loss, penalty = self.loss(logits, labels), self.penalty()
         return loss if penalty is None else loss + penalty
 
@@ -129,7 +129,7 @@ def _schedule(config: TrainConfig) -> optim.schedules.Schedule:
     elif config.schedule == "exponential":
         schedule = optim.schedules.exponential(falling, config.final_lr)
     elif config.schedule == "step":
-        # What follows a warm-up counts from its end; milestones count from the very first step.
+        # A schedule after a warm-up counts from its end; milestones count from the first step.
         boundaries = [milestone - config.warm_up for milestone in config.milestones]
         schedule = optim.schedules.step(boundaries, config.milestone_factor)
     if config.warm_up:
@@ -154,14 +154,14 @@ def augmentation(config: TrainConfig) -> Augmentation:
 
 
 def augmentation_seed(config: TrainConfig) -> int:
-    """Return the seed of deformations; with the step it decides each, so no checkpoint has it."""
+    """Return the seed that, with the step, determines each deformation; no checkpoint stores it."""
     return int(np.random.default_rng([config.seed, 0xA6]).integers(2**63))
 
 
 class PlainStep:
-    """The step as the autograd engine does it, operation by operation.
+    """The step as the autograd engine computes it, operation by operation.
 
-    Every faster step must give what this one gives.
+    It defines the result that every faster step must reproduce.
 
     Parameters
     ----------
@@ -194,7 +194,7 @@ class PlainStep:
         self._adversarial = config.adversarial
 
     def __call__(self, step: int) -> StepOutput:
-        """Make step number `step`: gather its batch, deform, attack, forward, backward, update."""
+        """Perform step number `step`: batch, deformation, attack, forward, backward, update."""
         inputs, labels = self._data.batch(self._order.indices(step))
         inputs = self._augment(inputs, self._data.image_shape, self._seed, step)
         self._model.train()
@@ -213,10 +213,10 @@ class PlainStep:
         return False
 
     def _attacked(self, inputs: Any, labels: Any) -> Any:
-        """Move each input by `adversarial` in the direction in which the loss of its batch rises.
+        """Move each input by `adversarial` in the direction that increases the loss.
 
-        The fast gradient sign method of Goodfellow et al. (see `TrainConfig`); what the loss does
-        not depend on stays where it is. Batch norm's running statistics take in both batches.
+        The fast gradient sign method of Goodfellow et al. (see `TrainConfig`). Inputs with zero
+        gradient do not move. Batch norm's running statistics include both batches.
         """
         x = Tensor(inputs, requires_grad=True)
         with _repeated_draws(self._model):
@@ -227,7 +227,7 @@ class PlainStep:
 
 @contextlib.contextmanager
 def _repeated_draws(model: nn.Module) -> Iterator[None]:
-    """Let what follows draw the random numbers again that were drawn within the context.
+    """At the end of the context, rewind the random states to its beginning.
 
     So the network that is attacked is the one that learns: the same units are dropped.
     """

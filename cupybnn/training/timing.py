@@ -1,4 +1,4 @@
-"""Time of each training step, taken on the device."""
+"""Time of each training step, measured on the device."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["StepTimer"]
 
 
 class StepTimer:
-    """Stopwatch for steps: CUDA events on a GPU, the process's clock on the CPU.
+    """Stopwatch for steps: CUDA events on a GPU, `time.perf_counter` on the CPU.
 
-    Reading a CUDA event waits for it, so events are read late: when many have gathered, or when
-    a figure is asked for.
+    Reading a CUDA event waits for it, so events are read late: when many are pending, or when a
+    result is requested.
 
     Parameters
     ----------
@@ -63,24 +63,24 @@ class StepTimer:
         del self._pending[:count]
 
     def interval(self) -> float:
-        """Examples a second over the steps since the last call (NaN if there were none)."""
+        """Return examples a second over the steps since the last call (NaN if there were none)."""
         self._read(len(self._pending))
         seconds = self._seconds[self._mark :]
         self._mark = len(self._seconds)
         return self._rate(sum(seconds) / len(seconds)) if seconds else float("nan")
 
     def _counted(self) -> list[float]:
-        """Seconds of each step; the first of a process compiles and warms up: left out."""
+        """Seconds of each step, without the first, which compiles and warms up."""
         self._read(len(self._pending))
         return self._seconds[1:] or self._seconds
 
     def average(self) -> float:
-        """Examples a second over all steps but the first (NaN before any step)."""
+        """Return examples a second over all steps except the first (NaN before any step)."""
         seconds = self._counted()
         return self._rate(statistics.fmean(seconds)) if seconds else float("nan")
 
     def median(self) -> float:
-        """Examples a second in the median step (NaN before any step)."""
+        """Return examples a second in the median step (NaN before any step)."""
         seconds = self._counted()
         return self._rate(statistics.median(seconds)) if seconds else float("nan")
 

@@ -1,84 +1,42 @@
-"""The training loop. It prints nothing: callbacks hear what happens."""
+"""The training loop. It prints nothing; callbacks report its progress."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cupybnn import nn, optim
+from cupybnn import nn
 from cupybnn.autograd import debug
 from cupybnn.backends.devices import resolve
-from cupybnn.data import BatchOrder, Dataset, DeviceData, load
+from cupybnn.data import BatchOrder, Dataset, DeviceData
 from cupybnn.errors import CheckpointError, NonFiniteError
 from cupybnn.files import remove_leftovers
 from cupybnn.training import checkpoint as checkpoints
+from cupybnn.training import state
 from cupybnn.training.best import best_before
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.evaluation import Averaging, evaluate
 from cupybnn.training.limits import check_memory
-from cupybnn.training.network import NETWORK_SETTINGS, build_network
-from cupybnn.training.records import Callback, Evaluation, TrainResult
+from cupybnn.training.network import build_network
+from cupybnn.training.records import Callback, Evaluation, TrainResult, closing
 from cupybnn.training.restore import check_settings
 from cupybnn.training.runs import new_run_folder
 from cupybnn.training.saved import DataDescription
-from cupybnn.training.step import (
-    Objective,
-    PlainStep,
-    Step,
-    StepOutput,
-    augmentation,
-    make_optimizer,
-)
+from cupybnn.training.setup import check_model, choose_step, find_dataset
+from cupybnn.training.step import Objective, Step, StepOutput, augmentation, make_optimizer
 from cupybnn.training.timing import StepTimer
 
-__all__ = ["Trainer", "train"]
+__all__ = ["Trainer"]
 
-#: A chance or a gradient that is too small to be told from 0 is 0, also for a caller who has NumPy
-#: raise at underflow.
+#: Tiny probabilities and gradients become 0, even if the caller makes NumPy raise on underflow.
 _UNDERFLOW_IS_ZERO: dict[str, Any] = {"under": "ignore"}
-
-
-def train(config: TrainConfig | None = None, /, **settings: Any) -> TrainResult:
-    """Train a network; prints nothing.
-
-    Parameters
-    ----------
-    config : TrainConfig, optional
-    **settings
-        Fields of `TrainConfig`, instead of `config`.
-
-    Returns
-    -------
-    TrainResult
-
-    Raises
-    ------
-    ValueError
-        If a setting is bad.
-    DataError, DeviceError, CheckpointError
-        If the data, the device or the checkpoint to restore cannot be had.
-    NonFiniteError
-        With ``debug=True``, at the first NaN or infinity.
-
-    Examples
-    --------
-    >>> import cupybnn
-    >>> result = cupybnn.train(dataset="digits", batch_norm=True, max_steps=100, device="cpu")
-    >>> result.final_accuracy > 0.9
-    True
-    """
-    if config is not None and settings:
-        raise ValueError("train() takes a TrainConfig or single settings, not both.")
-    if config is None:
-        config = TrainConfig.from_mapping(settings)
-    return Trainer(config).run()
 
 
 class Trainer:
@@ -87,30 +45,25 @@ class Trainer:
     Parameters
     ----------
     config : TrainConfig, optional
-        By default, with a `model`, one without a penalty: ``TrainConfig(reg=0)``.
+        By default ``TrainConfig()``; with a `model`, ``TrainConfig(reg=0)``.
     callbacks : iterable of Callback, optional
-        Called at every step and evaluation, in this order; what a log directory needs is added.
+        Called in this order; a run with a log directory adds its own.
     model : Module, optional
-        Trained in place of the network that the configuration describes; it is moved to the
-        device. Any module that makes logits, shape (batch, classes), of inputs of shape (batch,
-        features). A chain of layers (`cupybnn.nn.Sequential`) that the fused kernels know is
-        trained by them on a GPU; any other operation by operation, and a notice says why.
+        Trained instead of the network that `config` describes, and moved to the device. Any module
+        that maps inputs of shape (batch, features) to logits of shape (batch, classes). On a GPU
+        the fused kernels train a chain of layers (`cupybnn.nn.Sequential`) that they support; other
+        models are trained operation by operation, and a notice gives the reason.
     data : Dataset, optional
-        In place of the one that the configuration names; of any arrays by `Dataset.from_arrays`.
+        Instead of the one that `config` names; `Dataset.from_arrays` makes one from any arrays.
 
     Examples
     --------
     >>> from cupybnn import TrainConfig, Trainer, nn
     >>> from cupybnn.data import load
     >>> model = nn.Sequential(
-    ...     nn.Linear(64, 128, rng=0),
-    ...     nn.BatchNorm(128),
-    ...     nn.Sign(),
-    ...     nn.BinaryLinear(128, 64, rng=1),
-    ...     nn.BatchNorm(64),
-    ...     nn.Sign(),
-    ...     nn.BinaryLinear(64, 10, rng=2),
-    ...     nn.BatchNorm(10),
+    ...     nn.Linear(64, 128, rng=0), nn.BatchNorm(128), nn.Sign(),
+    ...     nn.BinaryLinear(128, 64, rng=1), nn.BatchNorm(64), nn.Sign(),
+    ...     nn.BinaryLinear(64, 10, rng=2), nn.BatchNorm(10),
     ... )
     >>> config = TrainConfig(max_steps=200, reg=0, device="cpu")
     >>> trainer = Trainer(config, model=model, data=load("digits"))
@@ -127,9 +80,9 @@ class Trainer:
     objective : Objective
     data : DeviceData
     step : int
-        Updates made, earlier runs that were restored included.
+        Updates made, including those of earlier runs that were restored.
     run_folder : Path or None
-        Made when `run` starts, if the configuration has a log directory and a step is left to make.
+        Made when `run` starts, if there is a log directory and a step left to run.
     history : list of Evaluation
     timer : StepTimer
 
@@ -138,7 +91,7 @@ class Trainer:
     DataError, DeviceError, CheckpointError
         As for `train`.
     ValueError
-        If the data set has no test part, or images are to be deformed that are none.
+        If the data set has no test part, or is to be augmented but has no images.
     """
 
     def __init__(
@@ -153,12 +106,13 @@ class Trainer:
             config = TrainConfig() if model is None else TrainConfig(reg=0.0)
         if not isinstance(config, TrainConfig):
             raise TypeError(
-                f"The 'config' must be a TrainConfig; got {type(config).__name__}. A dict of "
-                f"settings becomes one by TrainConfig.from_mapping."
+                f"The 'config' must be a TrainConfig; got {type(config).__name__}. Convert a dict "
+                f"of settings with TrainConfig.from_mapping."
             )
         if model is not None:
-            _check_model(model, config)
+            check_model(model, config)
         self.config = config
+        self._given_model = model is not None
         self.callbacks = list(callbacks)
         self.notices: list[str] = []
         self.run_folder: Path | None = None
@@ -171,28 +125,7 @@ class Trainer:
             remove_leftovers(checkpoints.find(config.restore).parent)
             for sentence in check_settings(config, stored):
                 self.notice(sentence)
-        dataset = data
-        if dataset is None:
-            name, reason = config.dataset, None
-            if stored is not None and name == "auto" and config.data_dir is None:
-                name = stored.info["dataset"]  # what "auto" came to when the run began
-                if name == "digits":
-                    reason = f"The run in {config.restore} fell back on them."
-            dataset = load(name, config.data_dir, notify=self.notice)
-            if reason is not None:
-                dataset = replace(dataset, fallback_reason=reason)
-        if not isinstance(dataset, Dataset):
-            raise TypeError(
-                f"The 'data' must be a Dataset; got {type(dataset).__name__}. Arrays become one "
-                f"by Dataset.from_arrays."
-            )
-        if config.validation:
-            dataset = dataset.with_validation(config.validation)
-        if len(dataset.test_labels) == 0:
-            raise ValueError(
-                f"The dataset {dataset.name!r} must have a test part to evaluate on; got none. "
-                f"Give it test_x and test_y, or hold training examples out with validation=N."
-            )
+        dataset = find_dataset(config, data, stored, self.notice)
         augmentation(config).check(dataset.image_shape)
         self.dataset = dataset
         with self.device.scope():
@@ -215,26 +148,22 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, config)
         self._averaging = Averaging(self.model, self.data, config)
         self.timer = StepTimer(self.device, config.batch_size)
-        # Chosen when the first step is made: it takes up weights that were restored.
-        self._step: Step | None = None
+        self._step: Step | None = None  # chosen at the first step, after weights are restored
 
     # State -------------------------------------------------------------------------------------
 
     def state(self) -> checkpoints.Checkpoint:
-        """Return all that a later run needs to go on exactly from here.
-
-        Within `averaged` too these are the weights that training goes on with.
-        """
+        """Return everything needed to continue from here: training weights, also in `averaged`."""
         with self.device.scope(), self._averaging.suspended():
-            arrays = {f"model/{k}": v for k, v in self.model.state_dict().items()}
-            arrays |= {f"optimizer/{k}": v for k, v in self.optimizer.state_dict().items()}
-            arrays |= {f"average/{k}": v for k, v in self._averaging.state_dict().items()}
-            # What `load_model` would need the images for.
-            arrays |= {f"averaged/{k}": v for k, v in self._averaging.statistics().items()}
+            arrays = state.gather(self.model, self.optimizer, self._averaging)
+        if self._averaging.exists:  # `load_model` has no images to compute these from
+            with self.averaged():
+                arrays |= state.averaged_statistics(self.model)
         info = {
             "config": asdict(self.config.with_absolute_paths()),
             "dataset": self.dataset.name,
             "data": self._description.to_dict(),
+            "given_model": self._given_model,
             "history": [evaluation.to_dict() for evaluation in self.history],
         }
         return checkpoints.Checkpoint(self.step, arrays, info)
@@ -244,7 +173,7 @@ class Trainer:
         return DataDescription.of(self.dataset)
 
     def _evaluated_model(self) -> nn.Module:
-        """Return the model that is evaluated, in a copy if training goes on with other weights."""
+        """Return the model that is evaluated; a copy if its weights are averages."""
         model = self.model
         if self._averaging.exists:
             with self.averaged():
@@ -257,23 +186,18 @@ class Trainer:
     def _restore(self, stored: checkpoints.Checkpoint) -> None:
         if stored.info["dataset"] != self.dataset.name:
             raise CheckpointError(
-                f"The checkpoint was trained on {stored.info['dataset']}; this run would go on "
-                f"with {self.dataset.name}."
+                f"The data set must be the checkpoint's, {stored.info['dataset']}; got "
+                f"{self.dataset.name}."
             )
-
-        def part(prefix: str) -> dict[str, np.ndarray]:
-            return {
-                k.removeprefix(prefix): v for k, v in stored.arrays.items() if k.startswith(prefix)
-            }
-
         try:
-            self.model.load_state_dict(part("model/"))
-            self.optimizer.load_state_dict(part("optimizer/"))
-            self._averaging.load_state_dict(part("average/"))
+            state.load(stored.arrays, self.model, self.optimizer, self._averaging)
             self.history = [Evaluation(**fields) for fields in stored.info["history"]]
         except (KeyError, TypeError, ValueError) as error:
+            hint = ""
+            if stored.info.get("given_model") and not self._given_model:
+                hint = " Its run trained a model of its own: give Trainer the same one as 'model'."
             raise CheckpointError(
-                f"The checkpoint {self.config.restore} does not fit the network: {error}"
+                f"The checkpoint {self.config.restore} does not fit the network: {error}{hint}"
             ) from error
         self.step = stored.step
         if sentence := DataDescription.stored(stored).difference(self._description):
@@ -282,11 +206,11 @@ class Trainer:
     # The loop ----------------------------------------------------------------------------------
 
     def request_stop(self) -> None:
-        """Ask the run to end after the step it is in; safe to call from a signal handler."""
+        """Ask the run to stop after the current step; safe to call from a signal handler."""
         self._stop = True
 
     def notice(self, sentence: str) -> None:
-        """Tell the callbacks, and keep for the result, something beside the figures."""
+        """Report `sentence` to the callbacks, and keep it for the result."""
         self.notices.append(sentence)
         for callback in self.callbacks:
             callback.on_notice(self, sentence)
@@ -294,60 +218,33 @@ class Trainer:
     def run(self) -> TrainResult:
         """Train to ``max_steps`` or until asked to stop, and evaluate.
 
-        Where no step is left to make, no run folder is made.
-
         Raises
         ------
         NonFiniteError
             With ``debug=True``; its attribute `step` is the step.
         """
         if self._started:
-            raise RuntimeError("A Trainer runs once; restore its checkpoint in a new one to go on.")
+            raise RuntimeError("A Trainer runs once; restore its checkpoint in a new one instead.")
         self._started = True
-        with (
-            self.device.scope(),
-            np.errstate(**_UNDERFLOW_IS_ZERO),
-            self._closing_callbacks(),
-        ):
+        with self.device.scope(), np.errstate(**_UNDERFLOW_IS_ZERO), closing(self.callbacks):
             if self.config.log_dir is not None and self.step < self.config.max_steps:
                 self._open_log()
             return self._run()
 
-    @contextlib.contextmanager
-    def _closing_callbacks(self) -> Iterator[None]:
-        """Close every callback at the end; of several errors, the first is raised."""
-        error: BaseException | None = None
-        try:
-            yield
-        except BaseException as raised:
-            error = raised
-        for callback in self.callbacks:
-            try:
-                callback.close()
-            except BaseException as raised:
-                error = raised if error is None else error
-        if error is not None:
-            raise error
-
     def _open_log(self) -> None:
+        """Make the run folder, and add the callbacks that write into it."""
         from cupybnn.training.logs import CheckpointWriter, TensorBoardWriter
 
         start = self.state()
         best = best_before(start, self.config.restore)
-
-        def save_start(folder: Path) -> None:
-            checkpoints.save(folder / checkpoints.NEWEST, start)
-            if best.checkpoint is not None:
-                checkpoints.save(folder / checkpoints.BEST, best.checkpoint)
-
-        self.run_folder = new_run_folder(self.config, save_start)
+        self.run_folder = new_run_folder(self.config, lambda folder: best.save(folder, start))
         if best.checkpoint is None and self.history:
             self.notice(
-                f"The best checkpoint so far, of test accuracy {best.accuracy:.4f}, is not in the "
-                f"folder of {self.config.restore}: {self.run_folder} gets a {checkpoints.BEST} "
-                f"only from a better one."
+                f"The best checkpoint so far (test accuracy {best.accuracy:.4f}) is not in the "
+                f"folder of {self.config.restore}; {checkpoints.BEST} will be written to "
+                f"{self.run_folder} only if this run exceeds it."
             )
-        # Checkpoints first: what goes wrong in a log must not cost one.
+        # Checkpoints first: an error in a log must not cost one.
         self.callbacks[:0] = [CheckpointWriter(self.run_folder, best.accuracy)]
         self.callbacks.append(TensorBoardWriter(self.run_folder))
 
@@ -388,62 +285,31 @@ class Trainer:
         return result
 
     def make_step(self, step: int) -> StepOutput:
-        """Make step number `step`: by fused kernels where these can, else by operations.
+        """Perform training step number `step`, with the fused kernels if they support it.
 
         Raises
         ------
         RuntimeError
-            Within `averaged`: the step would change weights that are about to be put back.
+            Within `averaged`, because the training weights will be restored at its end.
         """
         if self._averaging.is_applied:
             raise RuntimeError(
-                "A training step must be made outside of Trainer.averaged(): within, the model has "
-                "averaged weights, and those that training goes on with are put back at its end. "
-                "Leave that context first."
+                "A training step must be outside of Trainer.averaged(): at its end the averaged "
+                "weights are discarded and the training weights restored. Leave that context first."
             )
         with self.device.scope():
             if self._step is None or self._step.stale():
-                self._step = self._fused_step() or PlainStep(
-                    self.model, self.objective, self.optimizer, self.data, self.order, self.config
-                )
-            return self._step(step)
-
-    def _fused_step(self) -> Step | None:
-        """Return the fused step, or None, and say why, where there is none."""
-        config = self.config
-        rounded = config.dtype in ("tf32", "bfloat16")
-        reason = "there is no GPU" if self.device.kind == "cpu" else None
-        expected = reason is None and config.fused
-        if reason is None:
-            reason = None if config.fused else "fused is False"
-        if reason is None:
-            from cupybnn.backends.cuda.compiler import architecture
-            from cupybnn.training.fast import FusedStep, unsupported_reason
-
-            capability = architecture(self.device.index)
-            reason = unsupported_reason(config, self.model, self.optimizer, capability)
-            if self.data.pixel_scale is None:
-                reason = f"the features are {self.data.dtype}, not pixels of 8 bits"
-            if reason is None:
-                assert isinstance(self.optimizer, optim.Adam)
-                return FusedStep(
-                    self.model, self.objective, self.optimizer, self.data, self.order, config,
+                self._step = choose_step(
+                    self.model, self.objective, self.optimizer, self.data, self.order, self.config,
                     self.notice,
                 )  # fmt: skip
-        if rounded:
-            self.notice(f"Dense products are in float32, not {config.dtype}: {reason}.")
-        elif expected and not config.debug:
-            self.notice(
-                f"Steps are made operation by operation, because the fused kernels cannot: "
-                f"{reason}."
-            )
-        return None
+            return self._step(step)
 
     def _checked_step(self, step: int) -> StepOutput:
         if not self.config.debug:
             return self.make_step(step)
         try:
-            # What NumPy would warn of is what the check tells, and where.
+            # NumPy would only warn; the check also reports where.
             with debug.check_finite(), np.errstate(all="ignore"):
                 return self.make_step(step)
         except NonFiniteError as error:
@@ -466,36 +332,16 @@ class Trainer:
         )
 
     def evaluate(self) -> tuple[float, float]:
-        """Return loss (with the penalty) and accuracy over the whole test set.
-
-        They are those of the averaged weights, if the configuration wants an average.
-        """
+        """Return loss (with penalty) and accuracy on the test set, with averaged weights if any."""
         with self.averaged(), np.errstate(**_UNDERFLOW_IS_ZERO):
             return evaluate(self.model, self.objective, self.data)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Context within which `model` is the one that is evaluated: with averaged weights, if any.
+        """Context in which `model` has the averaged weights, if any: to fold or save it, say.
 
-        To fold or save it, for example. Outside, it has the weights that training goes on with:
-        however the context ends, they are put back, and what was written to the model within is
-        lost. Entering it again within itself changes nothing; `evaluate` and `state` may be called
-        within, a training step may not.
+        At its end the training weights are restored, and changes to the model are lost. It may be
+        nested; `evaluate` and `state` may be called within, `make_step` may not.
         """
         with self.device.scope(), self._averaging.applied():
             yield
-
-
-def _check_model(model: Any, config: TrainConfig) -> None:
-    """Raise unless `model` can be trained in place of the network of `config`."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"The 'model' must be an nn.Module; got {type(model).__name__}.")
-    if next(model.parameters(), None) is None:
-        raise ValueError(f"The 'model' must have parameters to learn; got {model!r}.")
-    default = TrainConfig()
-    idle = [n for n in NETWORK_SETTINGS if getattr(config, n) != getattr(default, n)]
-    if idle:
-        raise ValueError(
-            f"The 'config' of a Trainer with a 'model' must leave the settings of the network at "
-            f"their defaults; got {', '.join(idle)}. The model itself says what it is."
-        )

@@ -1,8 +1,8 @@
 // One step of Adam or AdamW for an element, with the penalty and its gradient, the pseudo-gradient of a
-// latent weight and its clipping; and what is known of a parameter.
+// latent weight and its clipping; and the description of a parameter.
 //
-// The translation unit sets, in addition to what elements.cuh wants, PENALTY, one of PENALTY_*; and
-// WRITE_GRADIENT, 1 to leave gradients in float with the penalty's part in them.
+// The translation unit sets, in addition to the macros of elements.cuh, PENALTY, one of PENALTY_*; and
+// WRITE_GRADIENT, 1 to write gradients in float, including the penalty.
 #pragma once
 
 #include "block.cuh"
@@ -14,9 +14,9 @@
 
 constexpr i64 BINARY = 1;   // the copy holds signs
 constexpr i64 CLIPPED = 2;  // pseudo-gradient: limited to [-1, 1]
-constexpr i64 WINDOW = 4;   // pseudo-gradient: 0 where the weight is beyond [-1, 1]
-constexpr i64 ALIGNED = 8;  // four neighbours can be moved together
-constexpr i64 ROUNDED = 16; // the gradient is a dense product's: real_t, else float
+constexpr i64 WINDOW = 4;   // pseudo-gradient: 0 where the weight is outside [-1, 1]
+constexpr i64 ALIGNED = 8;  // four neighbours can be loaded and stored together
+constexpr i64 ROUNDED = 16; // the gradient comes from a dense product, in real_t; otherwise float
 
 // Filled by cupybnn/backends/cuda/fused_parameter.py, field by field in this order.
 struct Parameter {
@@ -27,21 +27,21 @@ struct Parameter {
   real_t* copy;     // or null
   u32* words;  // or null
   int* pops;
-  float* kept_grad;  // gets the gradient; may be where it comes from
+  float* kept_grad;  // receives the gradient; may alias grad
   i64 rows, cols, count, first_block, flags;
   double limit;  // 0: none
   double lr_scale, penalty, weight_decay;
 };
 
-// Of one step, from the host.
+// Rates of one step, from the host.
 struct Rates {
   float lr, factor, eps, unused;  // lr; lr * root / (1 - b1**t) and eps * root, root = sqrt(1 - b2**t)
 };
 
-// What is the same for all elements of a parameter. No element branches: several are worked on at once.
+// Values common to all elements of a parameter. No element branches: several are processed at once.
 struct Adam {
   bool windowed;
-  float bound, limit;  // of the gradient, of the weight; infinite where there is none
+  float bound, limit;  // of the gradient and of the weight; infinite for none
   float penalty, factor, shrink, eps, gain_mean, gain_square;
 
   __device__ __forceinline__ Adam(const Parameter& p, const Rates& rate, float gain_mean,
@@ -56,7 +56,7 @@ struct Adam {
         gain_mean(gain_mean),
         gain_square(gain_square) {}
 
-  // A NaN stays one.
+  // NaN stays NaN.
   static __device__ __forceinline__ float within(float x, float most) {
 #if __CUDA_ARCH__ >= 800
     float y;
@@ -67,8 +67,8 @@ struct Adam {
     return x > most ? most : x < -most ? -most : x;
 #endif
   }
-  // Move weight v with the gradient d and the means m and s of it and of its square; the penalty of one
-  // that exists is added to `sum`.
+  // Update weight v with the gradient d and its means m and s (of the square); if the weight exists, add
+  // its penalty to `sum`.
   __device__ __forceinline__ void operator()(float& v, float& d, float& m, float& s, bool exists,
                                              float& sum) const {
     d = within(d, bound);
@@ -82,7 +82,7 @@ struct Adam {
 #endif
     m += (d - m) * gain_mean;
     s += (d * d - s) * gain_square;
-    // Within a few units in the last place of the step; exact roots and quotients take 30 instructions.
+    // Accurate to a few ulp of the step; exact roots and quotients take 30 instructions.
     float root, inverse;
     asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(s));
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(root + eps));
@@ -90,13 +90,13 @@ struct Adam {
   }
 };
 
-// Where the packed matrix has a column's signs of 32 rows: `word` counts such groups of rows.
+// Address of a column's signs of 32 rows in the packed matrix: `word` counts such groups of rows.
 __device__ __forceinline__ u32* packed_signs(const Parameter& p, i64 col, i64 word) {
   const i64 chunks = (p.rows + CHUNK_BITS - 1) / CHUNK_BITS, position = position_of((u32)col);
   return p.words + line_chunk(0, chunks, word / CHUNK_WORDS, p.cols, position) +
          swizzled_word(position, (int)(word % CHUNK_WORDS));
 }
-// Put signs there, in place of what they were before.
+// Replace the signs there.
 __device__ __forceinline__ void pack_signs(const Parameter& p, i64 col, u32* to, u32 after, u32 before) {
   if (after == before) return;
   *to = after;

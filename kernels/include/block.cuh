@@ -1,6 +1,6 @@
-// What the warps of a block share: their number, sums over a warp, and sums of what blocks left.
+// Block-wide helpers: the number of warps, sums over a warp, and sums of other blocks' results.
 //
-// The translation unit may set BLOCK_WARPS, warps of a block: 8 unless it is set.
+// The translation unit may set BLOCK_WARPS, the warps of a block: 8 by default.
 #pragma once
 
 #include "layout.cuh"
@@ -19,8 +19,8 @@ __device__ __forceinline__ float sum_of_warp(float v) {
   return v;
 }
 
-// Whether this block is the last of `blocks` to arrive; where `sees` it then sees what the others
-// wrote before. The ticket is 0 again afterwards.
+// Whether this block is the last of `blocks` to arrive; with `sees`, it then sees the others' earlier
+// writes. Resets the ticket to 0.
 __device__ __forceinline__ bool is_last_block(u32* ticket, u32 blocks, bool sees = true) {
   __shared__ bool last;
   if (sees) __threadfence();
@@ -31,7 +31,7 @@ __device__ __forceinline__ bool is_last_block(u32* ticket, u32 blocks, bool sees
   return last;
 }
 
-// The sum of `count` numbers that other blocks wrote, in an order that does not change; in thread 0.
+// The sum of `count` numbers written by other blocks, in a fixed order; in thread 0.
 __device__ __forceinline__ double sum_of_partials(const float* partials, i64 count) {
   __shared__ double sums[THREADS];
   double sum = 0;

@@ -1,7 +1,6 @@
-// Element types of a training step, neighbours loaded and stored together, masks of a bit an element.
+// Element types of a training step, vector loads and stores, and masks with one bit per element.
 //
-// The translation unit sets REAL, what dense products read and gradients are kept in: float or
-// bfloat16_bits.
+// The translation unit sets REAL, the type of dense operands and gradients: float or bfloat16_bits.
 #pragma once
 
 #include "layout.cuh"
@@ -25,7 +24,7 @@ __device__ __forceinline__ void from_float(float v, bfloat16_bits& to) {
 #if __CUDA_ARCH__ >= 800
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(v));
 #else
-  const u32 bits = __float_as_uint(v);  // to nearest even; a NaN stays one
+  const u32 bits = __float_as_uint(v);  // to nearest even; NaN stays NaN
   to.bits = (bits & 0x7fffffffu) > 0x7f800000u
                 ? (unsigned short)((bits >> 16) | 0x40u)
                 : (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
@@ -46,14 +45,14 @@ template <int V, typename E> __device__ __forceinline__ void store(E* to, const 
   *(Vector<E, V>*)to = x;
 }
 
-// Masks of one bit an element: row by row, a row being whole words.
+// Masks with one bit per element, row-major; a row is a whole number of words.
 __device__ __forceinline__ i64 mask_words(i64 cols) { return (cols + 31) >> 5; }
-// The bits of a lane's columns, from the lowest on.
+// The bits of a lane's columns, from the lowest bit on.
 __device__ __forceinline__ u32 mask_bits(const u32* mask, i64 row, i64 col, i64 cols) {
   return mask[row * mask_words(cols) + (col >> 5)] >> (col & 31);
 }
 
-// The word that the V bits of each lane make up, 32 columns of 32 / V lanes, in each of these lanes.
+// Combine the V bits of each of 32 / V lanes into a word of 32 columns, returned in all these lanes.
 template <int V> __device__ __forceinline__ u32 join_bits(u32 bits, int lane) {
   if constexpr (V == 1) return __ballot_sync(0xffffffffu, bits);
   bits <<= lane % (32 / V) * V;

@@ -1,6 +1,6 @@
 // Instructions of sm_90a under readable names: barriers in shared memory, asynchronous copies, clusters,
-// registers by role, and what stands around a warpgroup's matrix products (wgmma.cuh): their order, their
-// operands' descriptors, storing their results (PTX ISA: mbarrier, cp.async, cp.async.bulk,
+// registers by role, and the helpers of a warpgroup's matrix products (wgmma.cuh): their order, operand
+// descriptors, and storing their results (PTX ISA: mbarrier, cp.async, cp.async.bulk,
 // barrier.cluster, setmaxnreg, wgmma, stmatrix).
 #pragma once
 
@@ -23,8 +23,8 @@ __device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
 __device__ __forceinline__ void barrier_arrive(u32 bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
-// Arrive on the same barrier of another block of the cluster. Not with release at cluster scope, which
-// would wait for all results that were stored before.
+// Arrive on the same barrier of another block of the cluster. Without release at cluster scope, which
+// would wait for all earlier stores of results.
 __device__ __forceinline__ void barrier_arrive_at(u32 bar, int block) {
   asm volatile(
       "{ .reg .b32 remote;\n"
@@ -32,8 +32,8 @@ __device__ __forceinline__ void barrier_arrive_at(u32 bar, int block) {
       "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(bar), "r"(block)
       : "memory");
 }
-// Not with acquire at cluster scope, which would empty the L1 cache at every wait: what other blocks
-// have to say through a barrier is that they have finished reading, and no data comes with it.
+// Without acquire at cluster scope, which would invalidate the L1 cache at every wait: through these
+// barriers other blocks only signal that they have finished reading; they pass no data.
 __device__ __forceinline__ void barrier_wait(u32 bar, int parity) {
   asm volatile(
       "{ .reg .pred done;\n"
@@ -50,14 +50,14 @@ template <int SLOTS> struct Ring {
   }
 };
 
-// Copy bytes (a multiple of 16) from device memory; `bar` counts them in.
+// Copy bytes (a multiple of 16) from device memory; `bar` counts their arrival.
 __device__ __forceinline__ void bulk_load(u32 to, const void* from, u32 bytes, u32 bar) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(to), "l"(from), "r"(bytes), "r"(bar)
       : "memory");
 }
-// The same, to the same place in each block of the cluster that `blocks` has a bit for.
+// The same, to the same offset in each block of the cluster whose bit is set in `blocks`.
 __device__ __forceinline__ void bulk_load_multicast(u32 to, const void* from, u32 bytes, u32 bar,
                                                     unsigned short blocks) {
   asm volatile(
@@ -66,15 +66,15 @@ __device__ __forceinline__ void bulk_load_multicast(u32 to, const void* from, u3
       : "memory");
 }
 
-// Copy a box of a matrix that a tensor map describes, from column x and row y on; what is beyond the
-// matrix is filled with zeros, and `bar` counts them in, too.
+// Copy a box of a matrix described by a tensor map, starting at column x and row y; elements outside
+// the matrix are zeros, which `bar` counts too.
 __device__ __forceinline__ void tensor_load(u32 to, const void* map, int x, int y, u32 bar) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%2, %3}], [%4];" ::"r"(to), "l"(map), "r"(x), "r"(y), "r"(bar)
       : "memory");
 }
-// Copy a word by this thread, or write zeros in place of what does not exist; ...
+// Copy a word from this thread, or write zeros for data that does not exist; ...
 __device__ __forceinline__ void copy_or_zero(u32 to, const u32* from, bool exists) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
                "r"(exists ? 4 : 0)
@@ -93,7 +93,7 @@ __device__ __forceinline__ int cluster_rank() {
 __device__ __forceinline__ void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
-// Where nothing that was written is to be seen by the others: they only wait until it is reached.
+// Without making writes visible to the others: they only wait for each other to arrive.
 __device__ __forceinline__ void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
@@ -129,8 +129,8 @@ template <int PENDING> __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Four 8 x 8 blocks of 16-bit elements from the registers in which tensor cores leave results, a row or,
-// TRANSPOSED, a column of each to the address that one lane gives.
+// Store four 8 x 8 blocks of 16-bit elements from tensor-core result registers: each lane gives the
+// address of one row or, if TRANSPOSED, one column.
 template <bool TRANSPOSED> __device__ __forceinline__ void store_blocks(u32 to, const u32 (&v)[4]) {
   if constexpr (TRANSPOSED)
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
@@ -141,7 +141,7 @@ template <bool TRANSPOSED> __device__ __forceinline__ void store_blocks(u32 to, 
 }
 
 // Descriptor of a K-major operand whose lines are 128 bytes long, swizzled: leading offset 16 bytes,
-// stride offset 1024 bytes (eight lines), 128-byte swizzle. 256 bits along K are 32 bytes further,
+// stride offset 1024 bytes (eight lines), 128-byte swizzle. Advancing 256 bits along K adds 32 bytes,
 // 2 in the address field.
 __device__ __forceinline__ u64 operand_descriptor(u32 address) {
   return (u64)((address & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);

@@ -1,10 +1,10 @@
-// A hidden layer's product, dropout and batch norm: what its activation is made of.
+// A hidden layer's product, dropout and batch norm: the inputs of its activation.
 //
 // The translation unit sets REAL (elements.cuh), and
-//     PRODUCT  what a hidden product is: float; float16_bits or short where these hold its integers;
+//     PRODUCT  type of a hidden product: float; float16_bits or short if these hold its integers;
 //              bfloat16_bits, rounded
-//     NORM     1: there is batch norm
-//     DROP     DROP_*: where dropout stands, if there is any
+//     NORM     1: with batch norm
+//     DROP     DROP_*: position of dropout, if any
 #pragma once
 
 #include "elements.cuh"
@@ -18,14 +18,14 @@ typedef PRODUCT product_t;
 // Filled by cupybnn/backends/cuda/fused_layers.py, field by field in this order.
 struct Layer {
   const product_t* z;
-  const u32* kept;  // DROP: mask of what is not dropped
+  const u32* kept;  // DROP: mask of the elements that are kept
   const float* mean;
   const float* inverse;  // 1 / standard deviation
   const float* gamma;
   const float* beta;
   i64 rows, cols;
   double keep_scale;  // 1 / keep_prob
-  double share;       // 1 / rows: divisions call for a stack
+  double share;       // 1 / rows: a division would need a stack
 };
 
 #if NORM
@@ -34,7 +34,7 @@ constexpr bool HAS_NORM = true;
 constexpr bool HAS_NORM = false;
 #endif
 
-// The product of V neighbouring columns, after dropout where that comes first.
+// The product of V neighbouring columns, after dropout if that comes first.
 template <int V>
 __device__ __forceinline__ void load_product(const Layer& p, i64 row, i64 col, float (&z)[V]) {
   load<V>(p.z + row * p.cols + col, z);
@@ -46,12 +46,12 @@ __device__ __forceinline__ void load_product(const Layer& p, i64 row, i64 col, f
 }
 
 // Mean, deviation and so on of V neighbouring columns. Each step is rounded as in the plain engine:
-// where a normalised product is 0, the last bit decides its sign.
+// if a normalised product is near 0, the last bit decides its sign.
 template <int V> struct Normal {
   float mean[V], inverse[V], gamma[V], beta[V];
   __device__ __forceinline__ Normal(const Layer& p, i64 col)
       : Normal(p.mean + col, p.inverse + col, p.gamma + col, p.beta + col) {}
-  // Of columns whose numbers stand at these places.
+  // Load the values of the columns at these addresses.
   __device__ __forceinline__ Normal(const float* means, const float* inverses, const float* gammas,
                                     const float* betas) {
     if constexpr (HAS_NORM) {
@@ -64,7 +64,7 @@ template <int V> struct Normal {
   __device__ __forceinline__ float normal(int i, float z) const {
     return __fmul_rn(__fadd_rn(z, -mean[i]), inverse[i]);
   }
-  // What enters sign or ReLU.
+  // The input of sign or ReLU.
   __device__ __forceinline__ float operator()(int i, float z) const {
     if constexpr (HAS_NORM) return __fadd_rn(__fmul_rn(normal(i, z), gamma[i]), beta[i]);
     return z;

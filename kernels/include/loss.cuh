@@ -6,7 +6,7 @@
 #define LOSS_CROSS_ENTROPY 0
 #define LOSS_SQUARED_HINGE 1
 
-// Rows of the logits' gradient are padded, to be read 16 bytes at a time.
+// Rows of the logits' gradient are padded, so that they can be read 16 bytes at a time.
 constexpr int GRAD_STRIDE = (CLASSES + 3) / 4 * 4;
 
 // The loss, and the gradient of the mean loss for the logits; `share` is 1 / examples. As in
@@ -27,7 +27,7 @@ __device__ __forceinline__ float loss_of(const float (&logit)[CLASSES], int labe
 #pragma unroll
   for (int c = 0; c < CLASSES; c++) {
     const float target = (c == label ? 1.0f - smoothing : 0.0f) + smoothing / CLASSES;
-    // Rounded as written: the loss must not depend on what the compiler makes of the type of products.
+    // Rounded as written: the loss must not depend on how the compiler treats different product types.
     if (target > 0)
       loss = __fmaf_rn(target, __fadd_rn(log_total, -__fadd_rn(logit[c], -greatest)), loss);
     grad[c] = __fmul_rn(__fmaf_rn(grad[c], per_total, -target), share);

@@ -1,5 +1,5 @@
 // Philox-4x32-10, as cupybnn/backends/random.py defines it: the seed is the key, the high half of the
-// counter numbers the draw, and the low half the block of four words within it.
+// counter is the index of the draw, and the low half that of the block of four words within it.
 #pragma once
 
 #include "layout.cuh"
@@ -20,7 +20,7 @@ __device__ __forceinline__ uint4 philox(u64 seed, u64 draw, u64 block) {
   return make_uint4(c0, c1, c2, c3);
 }
 
-// One dropout: the element at a position is kept where its word is at most `last`.
+// One dropout: the element at a position is kept if its word is at most `last`.
 struct Draw {
   u64 seed, number;
   u32 last;

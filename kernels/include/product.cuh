@@ -1,9 +1,9 @@
-// What every product kernel is given, and what it adds to its integers on their way out.
+// Arguments of every product kernel, and its epilogue from integers to results.
 //
 // A kernel computes acc[row][col] = popcount(a_row & b_col), from which the product of the signs is
 //     K - 2 popcount(a_row) - 2 popcount(b_col) + 4 acc.
-// Arithmetic is modulo 2**32, so that the result is right whenever it fits an int32, as it does
-// for every K below 2**31, even where 4 acc does not.
+// Arithmetic is modulo 2**32, so the result is right whenever it fits an int32, as it does for every K
+// below 2**31, even if 4 acc does not.
 //
 // The translation unit sets
 //     OUTPUT   one of OUTPUT_*: the type of the result, or its signs, packed
@@ -19,7 +19,7 @@
 #define OUTPUT_FLOAT16 2
 #define OUTPUT_BFLOAT16 3
 #define OUTPUT_PACKED 4
-#define OUTPUT_INT16 5     // the integer modulo 2**16: itself for K below 2**15
+#define OUTPUT_INT16 5     // the integer modulo 2**16: exact for K below 2**15
 
 #ifndef OUTPUT
 #define OUTPUT OUTPUT_INT32
@@ -41,17 +41,17 @@ struct Product {
   int* out_pop;               // OUTPUT_PACKED: popcount of each row; zeros when the kernel starts
   const float* row_scale;
   const float* col_scale;
-  const float* bias;          // a column, or a row where `swapped`
-  const int* threshold;       // OUTPUT_PACKED: a column; bit = (product >= threshold) ^ flip
+  const float* bias;          // per column, or per row if `swapped`
+  const int* threshold;       // OUTPUT_PACKED: per column; bit = (product >= threshold) ^ flip
   const unsigned char* flip;
   i64 m, n, k;
   i64 chunks;                 // of a line of a and of b
   i64 batch;
-  i64 a_step, b_step;         // 1, or 0 where the operand is the same for the whole batch
+  i64 a_step, b_step;         // 1, or 0 if the operand is the same for the whole batch
   i64 out_row, out_col, out_batch;  // strides of the result, in elements
-  i64 row_scale_batch, col_scale_batch, bias_batch;  // likewise, 0 where the same for all
-  i64 swapped;                // a and b have changed places: rows here are the caller's columns
-  i64 group;                  // tiles of m that are walked together, to keep the L2 cache warm
+  i64 row_scale_batch, col_scale_batch, bias_batch;  // likewise, 0 if the same for all
+  i64 swapped;                // a and b are swapped: rows here are the caller's columns
+  i64 group;                  // tiles of m that are visited together, to keep the L2 cache warm
 };
 
 #if OUTPUT == OUTPUT_FLOAT32
@@ -96,7 +96,7 @@ template <int HEIGHT, int WIDTH> struct Terms {
 #if OUTPUT == OUTPUT_PACKED
   u32 flip[(WIDTH + 31) / 32];
 #elif SCALED
-  // What is left out is 1 to multiply with and -0 to add: both change nothing.
+  // Missing scales are 1 and a missing bias is -0: neither changes anything.
   float row_scale[HEIGHT], col_scale[WIDTH], row_bias[HEIGHT], col_bias[WIDTH];
 #endif
 
@@ -112,8 +112,8 @@ template <int HEIGHT, int WIDTH> struct Terms {
       const bool exists = i < cols_left;
       int term = !XOR_ACC && exists ? -2 * __ldg(pop_b + i) : 0;
 #if OUTPUT == OUTPUT_PACKED
-      // No product exceeds K: with the threshold held to [-K, K + 1] their difference fits an int32
-      // for every K below 2**30.
+      // No product exceeds K: with the threshold clamped to [-K, K + 1] their difference fits an
+      // int32 for every K below 2**30.
       if (p.threshold && exists)
         term -= max(-(int)p.k, min((int)p.k + 1, __ldg(p.threshold + n + i)));
       const u32 flips = __ballot_sync(0xffffffffu, p.flip && exists && __ldg(p.flip + n + i));
@@ -137,7 +137,7 @@ template <int HEIGHT, int WIDTH> struct Terms {
   }
 };
 
-// The tile of the result that is `index`-th in an order that walks `group` tiles of m together.
+// The `index`-th tile of the result, in an order that visits `group` tiles of m together.
 struct Tile {
   int item, m, n;
   __device__ __forceinline__ Tile(u32 index, u32 tiles_m, u32 tiles_n, u32 group) {
@@ -151,8 +151,8 @@ struct Tile {
   }
 };
 
-// What a block that computes one tile of HEIGHT x WIDTH results starts from: which of the batch and
-// its first row and column, and the operands' words and number of lines, padding included.
+// Start of a block that computes one tile of HEIGHT x WIDTH results: its batch item, first row and
+// column, and the operands' words and numbers of lines, including padding.
 template <int HEIGHT, int WIDTH> struct BlockTile {
   i64 item, m, n, a_lines, b_lines;
   const uint4 *a, *b;

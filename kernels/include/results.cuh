@@ -1,11 +1,11 @@
-// The way of a tile's integers from accumulators to the caller's memory, as product.cuh says what
-// becomes of them.
+// Storing a tile's results: from accumulators, through the epilogue of product.cuh, to the caller's
+// memory.
 #pragma once
 
 #include "product.cuh"
 
-// Loads and stores of an epilogue keep their order (asm volatile): a compiler that is free to move
-// them loads the terms of a whole tile first, and spills accumulators to make room for them.
+// Loads and stores of an epilogue keep their order (asm volatile): a compiler free to move them loads
+// the terms of a whole tile first, and spills accumulators to make room for them.
 __device__ __forceinline__ int4 load_in_turn(const int* from) {
   int4 v;
   asm volatile("ld.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
@@ -13,7 +13,7 @@ __device__ __forceinline__ int4 load_in_turn(const int* from) {
                : "r"((u32)__cvta_generic_to_shared(from)) : "memory");
   return v;
 }
-// The same, not kept in registers for when it is asked for again.
+// The same, but always loaded again rather than kept in registers.
 __device__ __forceinline__ int4 load_again(const int* from) {
   int4 v;
   asm volatile("ld.volatile.shared.v4.s32 {%0, %1, %2, %3}, [%4];"
@@ -32,7 +32,7 @@ __device__ __forceinline__ int load_again_one(const int* from) {
 template <int HEIGHT, int WIDTH> struct Results {
   const Product& p;
   const Terms<HEIGHT, WIDTH>& terms;
-  const i64 item, m, n;  // of the batch, and the tile's first row and column
+  const i64 item, m, n;  // batch item, and the tile's first row and column
   out_t* const out;      // the tile's first result
 
   __device__ __forceinline__ Results(const Product& product, const Terms<HEIGHT, WIDTH>& tile_terms,
@@ -51,8 +51,8 @@ template <int HEIGHT, int WIDTH> struct Results {
   }
 
 #if OUTPUT != OUTPUT_PACKED
-  // The result of a product; rows and columns count from the tile's first. AGAIN: terms are read
-  // each time, so that they take up no registers meanwhile.
+  // The result of a product; rows and columns are relative to the tile. AGAIN: terms are read each
+  // time, so that they take no registers in between.
   template <bool AGAIN = false>
   __device__ __forceinline__ out_t value(int row, int col, int product) const {
 #if OUTPUT == OUTPUT_INT32 || OUTPUT == OUTPUT_INT16
@@ -60,7 +60,7 @@ template <int HEIGHT, int WIDTH> struct Results {
 #else
     float v = __int2float_rn(product);
 #if SCALED
-    // The caller's rows come first, whichever side they are on here: rounding depends on order.
+    // The caller's rows come first, on whichever side they are here: rounding depends on the order.
     auto term = [](const float& x) { return AGAIN ? *(const volatile float*)&x : x; };
     const float r = term(terms.row_scale[row]), c = term(terms.col_scale[col]);
     v = __fmul_rn(__fmul_rn(v, p.swapped ? c : r), p.swapped ? r : c);
@@ -85,8 +85,8 @@ template <int HEIGHT, int WIDTH> struct Results {
 #endif
   }
 
-  // Four neighbours of one row in one store. Results are written once and not read here: they
-  // should not push the operands out of the L2 cache.
+  // Store four neighbours of one row at once. Results are written once and not read here, so they
+  // should not evict the operands from the L2 cache.
   static __device__ __forceinline__ void store_four(out_t* to, const u32 (&v)[4]) {
     if constexpr (sizeof(out_t) == 4)
       asm volatile("st.global.cs.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v[0]), "r"(v[1]),
@@ -122,7 +122,7 @@ template <int HEIGHT, int WIDTH> struct Results {
 #endif
 
 #if OUTPUT != OUTPUT_PACKED
-  // What a lane holds of one row in two fragments from fragment j on: four neighbours.
+  // A lane's results of one row in fragments j and j + 1: four neighbours.
   template <typename Acc>
   __device__ __forceinline__ void four_results(int block, int below, int row, int col, int j,
                                                int row_term, const Acc& acc, u32 (&v)[4]) const {
@@ -136,15 +136,15 @@ template <int HEIGHT, int WIDTH> struct Results {
     }
   }
 
-  // store_fragments for rows that begin anywhere, and for tiles that are not whole.
+  // store_fragments for unaligned rows and partial tiles.
   //
-  // The L2 cache keeps sectors of 32 bytes, and a part of one takes it as long as a whole one, or
-  // longer. So lanes pass results on, until each has four neighbours that are aligned and a row's
-  // four lanes have whole sectors: of a row whose first result stands `shift` after the beginning
-  // of a sector, lane `quad` gets what begins at column 4 quad - shift. Results move up by shift % 4
-  // within a lane's four, then by shift / 4 lanes, or by one more where the first move took them
-  // past the four; past the last lane they go to the first lanes' share of the next two fragments.
-  // What is left at either end of a row, less than four, is stored by a lane each.
+  // The L2 cache has sectors of 32 bytes, and writing part of one takes as long as a whole one, or
+  // longer. So lanes exchange results until each has four aligned neighbours and a row's four lanes
+  // have whole sectors: if a row's first result is `shift` after the start of a sector, lane `quad`
+  // gets the results from column 4 quad - shift on. Results move up by shift % 4 within a lane's
+  // four, then by shift / 4 lanes, or by one more if the first move took them past the four; past the
+  // last lane they go to the first lanes' part of the next two fragments. The remaining results at
+  // either end of a row, fewer than four, are stored one by each lane.
   template <int FIRST, int COUNT, int TOTAL, int BLOCKS, typename Acc>
   __device__ __forceinline__ void store_ragged(int row, int block_rows, int rows, int col, int cols,
                                                int lane, const Acc& acc) const {
@@ -157,14 +157,14 @@ template <int HEIGHT, int WIDTH> struct Results {
 #pragma unroll(SCALED ? 1 : 2)
       for (int below = 0; below < 2; below++) {
         int r = row + line_at(lane >> 2) + block * block_rows + below * 2;
-        asm volatile("" : "+r"(r));  // or all rows' addresses are worked out ahead, and spilled
+        asm volatile("" : "+r"(r));  // or all rows' addresses are computed in advance and spilled
         const int term = load_again_one(terms.row + r), end = r < rows ? exist : 0;
         out_t* to = out + r * p.out_row + col;
         const int shift = (int)((u64)to / sizeof(out_t)) & (SECTOR - 1), within = shift & 3;
         const int c = 4 * quad - shift;  // this lane's first column, and its address
         to += c;
-        asm volatile("" : "+l"(to));  // or it is kept as an index, for each store to make one of
-        u32 before[4] = {}, now[4];  // of the last two fragments and of these, moved by shift % 4
+        asm volatile("" : "+l"(to));  // or the compiler keeps an index and computes the address at each store
+        u32 before[4] = {}, now[4];  // of the last two fragments and of these, shifted by shift % 4
         auto take = [&](int j) {
           u32 v[4];
           four_results(block, below, r, col + 4 * quad, j, term, acc, v);
@@ -182,7 +182,7 @@ template <int HEIGHT, int WIDTH> struct Results {
 #pragma unroll
         for (int j = FIRST; j < STOP; j += 2) {
           if (j < TOTAL) take(j);
-          // Number i comes from ceil((shift - i) / 4) lanes below, modulo four.
+          // Result i comes from ceil((shift - i) / 4) lanes below, modulo four.
           u32 mine[4];
 #pragma unroll
           for (int i = 0; i < 4; i++) {
@@ -199,7 +199,7 @@ template <int HEIGHT, int WIDTH> struct Results {
             for (int i = 0; i < 4; i++)
               if (begun && first + i < end) store_one(to + 8 * j + i, mine[i]);
           }
-          // The beginning, or the end of a whole tile's row: one lane has it, each stores one.
+          // The start, or the end of a whole tile's row: one lane has it, each stores one result.
           if (j == 0 || j == TOTAL) {
             const int from = (j == 0 ? shift : end + shift) / 4 & 3;
             const int away = 4 * (from - quad) + quad;
@@ -216,7 +216,7 @@ template <int HEIGHT, int WIDTH> struct Results {
       }
   }
 
-  // store_fragments where neighbours in a row are not neighbours in memory.
+  // store_fragments if neighbours in a row are not adjacent in memory.
   template <int FIRST, int COUNT, int BLOCKS, typename Acc>
   __device__ __forceinline__ void store_scattered(int row, int block_rows, int rows, int col,
                                                   int cols, int lane, const Acc& acc) const {
@@ -226,7 +226,7 @@ template <int HEIGHT, int WIDTH> struct Results {
 #pragma unroll 1
       for (int below = 0; below < 2; below++) {
         int r = row + line_at(lane >> 2) + block * block_rows + below * 2;
-        asm volatile("" : "+r"(r));  // or all rows' addresses are worked out ahead, and spilled
+        asm volatile("" : "+r"(r));  // or all rows' addresses are computed in advance and spilled
         const int term = load_again_one(terms.row + r), left = (r < rows ? cols : 0) - c;
         out_t* to = out + r * p.out_row + (c + 8 * FIRST) * p.out_col;
 #pragma unroll
@@ -243,11 +243,11 @@ template <int HEIGHT, int WIDTH> struct Results {
   }
 #endif
 
-  // Store COUNT of a warp's TOTAL fragments from the FIRST, of the tensor cores' fragments side by
-  // side, for BLOCKS times 16 positions that lie `block_rows` apart. Of 16 positions of rows a lane
-  // holds lane / 4 and lane / 4 + 8, and of eight of columns 2 (lane % 4) and the next (PTX ISA,
-  // matrix fragments of mma.m16n8k256): rows two apart, and of two fragments four neighbouring
-  // columns (layout.cuh). acc(block, i) is accumulator i of a lane, four to a fragment.
+  // Store COUNT of a warp's TOTAL adjacent tensor-core fragments, starting at FIRST, for BLOCKS times
+  // 16 positions that are `block_rows` apart. Of 16 row positions a lane holds lane / 4 and
+  // lane / 4 + 8, and of eight column positions 2 (lane % 4) and the next (PTX ISA, matrix fragments
+  // of mma.m16n8k256): rows two apart, and in two fragments four neighbouring columns (layout.cuh).
+  // acc(block, i) is accumulator i of a lane, four per fragment.
   // OUTPUT_PACKED: `ones` counts the bits of the lane's rows, for count_fragments.
   template <int FIRST, int COUNT, int TOTAL, int BLOCKS, typename Acc>
   __device__ __forceinline__ void store_fragments(int row, int block_rows, int col, const Acc& acc,
@@ -255,14 +255,14 @@ template <int HEIGHT, int WIDTH> struct Results {
     constexpr int ROWS = 2 * BLOCKS;
     static_assert(FIRST % 2 == 0 && COUNT % 2 == 0, "two fragments make four neighbours");
     int lane;
-    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));  // anew: what follows from it is not kept
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));  // read again, to keep no derived values
     const int quad = lane & 3;
     const int r0 = row + line_at(lane >> 2), c0 = col + 4 * quad;
 #if OUTPUT != OUTPUT_PACKED
-    // What exists of the tile.
+    // The part of the tile that exists.
     const int rows = (int)min(p.m - m, (i64)HEIGHT), cols = (int)min(p.n - n, (i64)WIDTH);
-    // Whether these results lie in the matrix, and neighbours can be stored together. All lanes
-    // agree; that the compiler knows it saves a second copy of every exchange, for diverged lanes.
+    // Whether these results are inside the matrix, and neighbours can be stored together. All lanes
+    // agree; telling the compiler saves a second copy of every exchange, for diverged lanes.
     out_t* to = out + r0 * p.out_row + (c0 + 8 * FIRST) * p.out_col;
     const bool whole = __all_sync(
         0xffffffffu, row + (BLOCKS - 1) * block_rows + 16 <= rows &&
@@ -331,7 +331,7 @@ template <int HEIGHT, int WIDTH> struct Results {
 #endif
   }
 
-  // Add what store_fragments has counted to the popcounts of the result's rows.
+  // Add the counts of store_fragments to the popcounts of the result's rows.
   template <int BLOCKS>
   __device__ __forceinline__ void count_fragments(int row, int block_rows,
                                                   const int (&ones)[BLOCKS]) const {

@@ -1,9 +1,9 @@
-// The way a layer is walked by columns, with sums over its rows.
+// Traversal of a layer by strips of columns, with sums over its rows.
 //
-// The translation unit sets what layer.cuh wants, and
+// The translation unit sets the macros of layer.cuh, and
 //     VECTOR   neighbouring columns of a lane: 1, 2 or 4; it divides the number of columns
 //     COLS, CLUSTER  columns of a strip and blocks of its cluster (see below)
-//     HELD     rows of a thread that stay in shared memory from one pass to the next, or 0 (see below)
+//     HELD     rows of a thread that stay in shared memory between passes, or 0 (see below)
 //     BLOCK_WARPS  warps of a block (block.cuh): 16 for strips of many rows
 #pragma once
 
@@ -11,7 +11,7 @@
 #include "hopper.cuh"
 #include "layer.cuh"
 
-// A strip: COLS neighbouring columns, whose rows the blocks of one blockIdx.x share. For what needs
+// A strip: COLS neighbouring columns, whose rows are shared by the blocks of one blockIdx.x. Used for
 // sums over rows. A thread has VECTOR neighbouring columns, LANES threads have a row.
 constexpr int LANES = COLS / VECTOR, ROWS_AT_ONCE = THREADS / LANES;
 static_assert(COLS % 32 == 0 && LANES <= 32, "a strip's rows are whole words of masks");
@@ -25,30 +25,30 @@ struct Strip {
   int rows, cols;
   __device__ __forceinline__ explicit Strip(const Layer& p) : rows((int)p.rows), cols((int)p.cols) {}
   __device__ __forceinline__ bool has_cols() const { return col < cols; }
-  // Columns that exist, in place of those beyond the last.
+  // Existing columns, in place of those beyond the last.
   __device__ __forceinline__ int safe_col() const { return has_cols() ? col : 0; }
-  // A thread's row number `turn`, and whether some thread of the block has one.
+  // Row `turn` of a thread, and whether any thread of the block has one.
   __device__ __forceinline__ int row(int turn) const { return first_row + turn * step + skip; }
   __device__ __forceinline__ bool begins(int turn) const { return first_row + turn * step < rows; }
   __device__ __forceinline__ bool has(int row) const { return row < rows && has_cols(); }
-  // Where a thread's elements of a row stand; of the last row, in place of one beyond it.
+  // Offset of a thread's elements of a row; of the last row, in place of one beyond it.
   __device__ __forceinline__ int offset(int row) const {
     return min(row, rows - 1) * cols + safe_col();
   }
-  // Where the word of a mask stands that holds a thread's columns of a row, and their first bit in it.
+  // Offset of the mask word with a thread's columns of a row, and their first bit in it.
   __device__ __forceinline__ int word(int row) const {
     return min(row, rows - 1) * ((cols + 31) >> 5) + (safe_col() >> 5);
   }
   __device__ __forceinline__ int bit() const { return safe_col() & 31; }
 };
 
-// Held: where shared memory has room for a block's rows of a strip, they are copied there once, all
-// copies under way together, and every pass reads them there. The memory of the device is then read
-// once, and a block waits for it once. A thread copies its own elements; masks, and what else all
-// columns of a row need, are copied by some of the row's lanes, which are of one warp.
+// Held: if shared memory has room for a block's rows of a strip, they are copied there once, with all
+// copies in flight together, and every pass reads them there. Device memory is then read only once,
+// and a block waits for it once. A thread copies its own elements; masks, and other data that all
+// columns of a row need, are copied by some of the row's lanes, which are in one warp.
 //
-// Dynamic shared memory has for each row of the block: COLS products, COLS elements of another array
-// where a kernel holds one (`OTHER`), masks' words, and what a kernel adds at the end.
+// Dynamic shared memory holds for each row of the block: COLS products, COLS elements of another array
+// if a kernel holds one (`OTHER`), mask words, and data that a kernel adds at the end.
 #if HELD
 static_assert(CLUSTER > 1 && COLS == 32, "of use where there is a second pass; a word a row");
 extern __shared__ __align__(16) unsigned char held[];
@@ -63,7 +63,7 @@ template <int BYTES> __device__ __forceinline__ void copy_aside(void* to, const 
                  : "memory");
 }
 __device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Wait for this warp's groups of copies but the last `later`.
+// Wait for all groups of this warp's copies except the last `later`.
 __device__ __forceinline__ void wait_for_groups(int later) {
   switch (later) {
     case 0: asm volatile("cp.async.wait_group 0;" ::: "memory"); break;
@@ -74,7 +74,7 @@ __device__ __forceinline__ void wait_for_groups(int later) {
   __syncwarp();
 }
 
-// A thread's V elements of each of its rows, of an array whose elements are E.
+// A thread's V elements in each of its rows, for an array of element type E.
 template <typename E> struct HeldElements {
   typedef Vector<E, VECTOR> Elements;
   Elements* own;
@@ -86,7 +86,7 @@ template <typename E> struct HeldElements {
   __device__ __forceinline__ Elements operator()(int turn) const { return own[turn * THREADS]; }
 };
 
-// N times 4 bytes for each row, the same for all its lanes.
+// N times 4 bytes per row, the same for all its lanes.
 template <typename E> struct HeldByRow {
   static constexpr int PIECES = sizeof(E) < 16 ? 1 : sizeof(E) / 16, PIECE = sizeof(E) / PIECES;
   static_assert(PIECES <= LANES, "a lane copies a piece");
@@ -105,14 +105,14 @@ template <typename E> struct HeldByRow {
 
 constexpr int HELD_PRODUCTS = HELD_ROWS * COLS * sizeof(product_t);
 constexpr int HELD_KEPT = DROP != DROP_NONE ? HELD_ROWS * 4 : 0;
-constexpr int HELD_MORE = HELD_PRODUCTS + HELD_KEPT;  // where a kernel's own begin
+constexpr int HELD_MORE = HELD_PRODUCTS + HELD_KEPT;  // where a kernel's own data begin
 __device__ __forceinline__ HeldElements<product_t> held_products() {
   return HeldElements<product_t>(held);
 }
 __device__ __forceinline__ HeldByRow<u32> held_kept() { return HeldByRow<u32>(held + HELD_PRODUCTS); }
 
-// Start all copies, BATCH rows to a group: products, dropout masks, and what `copy_more` copies of a
-// thread's row number `turn`.
+// Start all copies, BATCH rows per group: products, dropout masks, and the copies of `copy_more` for
+// row `turn` of a thread.
 template <int BATCH, typename More>
 __device__ __forceinline__ void hold(const Layer& p, const Strip& at, const More& copy_more) {
   static_assert(HELD % BATCH == 0, "whole groups");
@@ -131,8 +131,8 @@ __device__ __forceinline__ void hold(const Layer& p, const Strip& at, const More
 }
 #endif
 
-// A thread's products of ROWS rows from number `turn` on, and what dropout keeps of them. All are loaded
-// before the first is looked at, whether the row exists or not: no load waits for another.
+// A thread's products of ROWS rows from row `turn` on, and their dropout masks. All are loaded before
+// the first is used, whether the row exists or not: no load waits for another.
 template <int ROWS_> struct Products {
   Vector<product_t, VECTOR> raw[ROWS_];
   u32 keeps[ROWS_];
@@ -161,23 +161,23 @@ template <int ROWS_> struct Products {
   }
 };
 
-// Where sums over rows go on to a second pass that needs them, the blocks of a strip are a cluster, and
-// all of them get the sums (CLUSTER of them; Hopper and later). Elsewhere (CLUSTER 1) the last block
-// to arrive does, and the second pass is a launch of its own.
+// If a second pass needs the sums over rows, the blocks of a strip form a cluster, and all of them get
+// the sums (CLUSTER blocks; Hopper and later). Otherwise (CLUSTER 1) the last block to arrive gets
+// them, and the second pass is a separate launch.
 #if CLUSTER > 1
 #define IN_CLUSTERS __cluster_dims__(1, CLUSTER, 1)
 #else
 #define IN_CLUSTERS
 #endif
-// Two blocks to a multiprocessor are enough. Left to itself the compiler spares registers for more, and
-// makes loads wait for each other that should be under way together.
+// Two blocks per multiprocessor are enough. By default the compiler saves registers for more, and
+// serialises loads that should be in flight together.
 #define BY_STRIPS __launch_bounds__(THREADS, 2)
 
-// Whether this block, of those that got the sums, is the one to write what comes of them.
+// Whether this block, among those that got the sums, writes the results.
 __device__ __forceinline__ bool writes_sums() { return CLUSTER == 1 || blockIdx.y == 0; }
 
-// Sums over all rows of N numbers for each column. True where `total` holds them; the order of
-// summation does not depend on which block comes last. To be followed by `leave_sums`.
+// Sums over all rows of N numbers per column. True where `total` holds them; the order of summation
+// does not depend on which block comes last. Must be followed by `leave_sums`.
 template <int N>
 __device__ __forceinline__ bool sum_over_rows(const float (&mine)[N][VECTOR], float* partials,
                                               u32* tickets, i64 cols, double (&total)[N][COLS]) {

@@ -1,17 +1,17 @@
-// The update of weights by a tile of their gradient that lies in shared memory, rounded to bfloat16; for
-// several warps of a block.
+// The update of weights with a tile of their gradient in shared memory, rounded to bfloat16; for several
+// warps of a block.
 //
-// The translation unit sets what adam.cuh wants.
+// The translation unit sets the macros of adam.cuh.
 #pragma once
 
 #include "adam.cuh"
 
 constexpr int TOGETHER = 2;  // rows of a group, which a warp updates at a time
 
-// Four columns a lane of some rows of weights and of the optimiser's means.
+// Four columns per lane, in some rows of the weights and of the optimiser's means.
 struct Rows {
   float weight[TOGETHER][4], mean[TOGETHER][4], square[TOGETHER][4];
-  // Of rows beyond the last, the last.
+  // The last row, in place of rows beyond it.
   __device__ __forceinline__ void load_from(const Parameter& p, int row, int col) {
     if (col >= (int)p.cols) return;
 #pragma unroll
@@ -24,9 +24,9 @@ struct Rows {
   }
 };
 
-// Update weights from row m and column n on; return what this warp's add to the penalty. For WARPS warps,
-// of which this is number `warp`. Each takes a group of rows, 128 columns, at a time, while the next AHEAD of
-// them are on their way. `signs_after` is room for the signs, a byte for a group's in a column.
+// Update weights from row m and column n on; return this warp's part of the penalty. For WARPS warps, of
+// which this is `warp`. Each takes a group of rows, 128 columns, at a time, while the next AHEAD groups are
+// in flight. `signs_after` is scratch space for the signs, one byte per group and column.
 template <int WARPS, int TILE_M, int PITCH, int GROUPS, int TILE_N>
 __device__ __forceinline__ float update_tile(const Parameter& p, const Adam& move,
                                              const bfloat16_bits (&gradients)[TILE_M][PITCH],
@@ -60,8 +60,8 @@ __device__ __forceinline__ float update_tile(const Parameter& p, const Adam& mov
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           move(now.weight[r][e], gradient[e], now.mean[r][e], now.square[r][e], exists, sum);
-          // A result of arithmetic that flushes to zero: of what `nonnegative` looks at only a NaN is
-          // left.
+          // The result of arithmetic that flushes to zero: of the special cases of `nonnegative`, only
+          // NaN remains.
           signs[e] |= now.weight[r][e] >= 0 & exists ? 1u << r : 0;
         }
         if (exists) {

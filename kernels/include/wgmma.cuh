@@ -1,10 +1,10 @@
-// The matrix products of a warpgroup: one function for each shape in use, since the registers of an
-// instruction are part of its text.
+// The matrix products of a warpgroup: one function per shape, because the registers of an instruction
+// are part of its text.
 #pragma once
 
 #include "hopper.cuh"
 
-// A thread's N / 2 accumulators by name, as the text of the instruction has them, ...
+// A thread's N / 2 accumulators by name, as in the text of the instruction, ...
 #define NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define NAMES_16 NAMES_8 \
   ", %8, %9, %10, %11, %12, %13, %14, %15"
@@ -29,7 +29,7 @@
 #define OPERANDS_128(c, i) OPERANDS_64(c, i), OPERANDS_64(c, (i) + 64)
 
 // On bits, acc (+)= popcount(a & b), for 64 lines of a and N lines of b. `accumulate` 0 overwrites the
-// accumulators. A, B and KEEP are the numbers of the operands that follow the COUNT accumulators.
+// accumulators. A, B and KEEP are the indices of the operands that follow the COUNT accumulators.
 template <int N> struct WgmmaB1;
 #define WGMMA_B1(N, COUNT, A, B, KEEP)                                                     \
   template <> struct WgmmaB1<N> {                                                          \
@@ -49,8 +49,8 @@ WGMMA_B1(192, 96, 96, 97, 98)
 WGMMA_B1(256, 128, 128, 129, 130)
 
 // On bfloat16, acc (+)= a b, for 64 rows of a, which are in registers (PTX ISA, wgmma: each thread has
-// of its rows g and g + 8 the elements 2t, 2t + 1, then 2t + 8, 2t + 9), and 256 columns of b. B_ALONG_N: b's
-// rows, not its columns, are contiguous.
+// the elements 2t, 2t + 1, then 2t + 8, 2t + 9 of its rows g and g + 8), and 256 columns of b. B_ALONG_N:
+// the rows of b, not its columns, are contiguous.
 template <int B_ALONG_N>
 __device__ __forceinline__ void wgmma_bf16_256(float (&d)[128], const u32 (&a)[4], u64 b, int accumulate) {
   asm volatile(

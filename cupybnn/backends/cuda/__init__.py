@@ -1,4 +1,4 @@
-"""The CUDA backend: kernels of ``kernels/*.cu``, compiled at run time by CuPy."""
+"""The CUDA backend: the kernels in ``kernels/*.cu``, compiled at run time by CuPy."""
 
 from collections.abc import Callable
 from typing import Any

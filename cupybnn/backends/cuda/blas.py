@@ -1,7 +1,7 @@
-"""Dense products: the one way to cuBLAS, inside a CUDA graph that is being captured or outside.
+"""Dense products: the only access to cuBLAS, inside and outside of CUDA graph capture.
 
-NVIDIA's bindings (the package nvmath-python) can be captured; CuPy's own refuse. Where the former
-are not installed CuPy's serve, and a training step is launched kernel by kernel.
+NVIDIA's bindings (the package nvmath-python) can be captured; CuPy's refuse. Without nvmath-python,
+CuPy's are used, and a training step is launched kernel by kernel.
 """
 
 from __future__ import annotations
@@ -14,26 +14,25 @@ import numpy as np
 
 __all__ = ["PRECISIONS", "Blas", "capturable", "failures", "operand_dtype"]
 
-#: How dense products are computed, with the least compute capability for it; results are summed in
-#: float32 in each case.
+#: Precisions of dense products, with their minimum compute capability. All accumulate in float32.
 PRECISIONS = {"float32": 0, "tf32": 80, "bfloat16": 80}
 
-_WORKSPACE = 32 << 20  # bytes; what cuBLAS recommends for Hopper
-# cudaDataType and cublasComputeType_t. Bit patterns of bfloat16 are kept as uint16: NumPy has no
-# such type of its own.
+_WORKSPACE = 32 << 20  # bytes, as cuBLAS recommends for Hopper
+# cudaDataType and cublasComputeType_t. bfloat16 bit patterns are kept as uint16, because NumPy has
+# no bfloat16.
 _TYPES = {"float32": 0, "uint16": 14}
 _COMPUTE = {"float32": 68, "tf32": 77, "bfloat16": 68}
 _DEFAULT_ALGORITHM = -1
 
 
 def operand_dtype(precision: str) -> np.dtype:
-    """Return the dtype of operands: float32, or uint16 that holds bit patterns of bfloat16."""
+    """Return the dtype of operands: float32, or uint16 for bfloat16 bit patterns."""
     return np.dtype(np.uint16 if precision == "bfloat16" else np.float32)
 
 
 @cache
 def _nvmath() -> Any:
-    """Return NVIDIA's bindings of cuBLAS, or None."""
+    """Return NVIDIA's cuBLAS bindings, or None."""
     try:
         from nvmath.bindings import cublas
     except (ImportError, RuntimeError):
@@ -43,32 +42,32 @@ def _nvmath() -> Any:
 
 @cache
 def capturable() -> bool:
-    """Whether products can be captured: nvmath-python and its cuBLAS are here."""
+    """Whether products can be captured: nvmath-python and its cuBLAS are installed."""
     cublas = _nvmath()
     if cublas is None:
         return False
     try:
         cublas.destroy(cublas.create())
-    except Exception:  # a library that is missing or too old is told in several ways
+    except Exception:  # a missing or outdated library raises various errors
         return False
     return True
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """Return what NVIDIA's bindings raise when cuBLAS refuses."""
+    """Return the exceptions that NVIDIA's bindings raise for cuBLAS errors."""
     cublas = _nvmath()
     return () if cublas is None else (cublas.cuBLASError,)
 
 
 class Blas:
-    """Dense products of one precision, in the order of one stream.
+    """Dense products of one precision, in stream order.
 
-    Products that may run at the same time need a `Blas` each: a workspace serves one at a time.
+    Products that may run concurrently need separate instances, because they share a workspace.
 
     Parameters
     ----------
     precision : {"float32", "tf32", "bfloat16"}
-        The type of operands, and how the tensor cores may round them.
+        Operand type, and the rounding that tensor cores may apply.
     """
 
     def __init__(self, precision: str) -> None:
@@ -85,7 +84,7 @@ class Blas:
 
     def __del__(self) -> None:
         if getattr(self, "_handle", 0):
-            with contextlib.suppress(Exception):  # the process, or the driver, may be ending
+            with contextlib.suppress(Exception):  # the process or the driver may be shutting down
                 self._nvmath.destroy(self._handle)
 
     def multiply(
@@ -102,9 +101,9 @@ class Blas:
 
         Parameters
         ----------
-        a : cupy.ndarray, shape (M, K), or (K, M) where `transpose_a`
+        a : cupy.ndarray, shape (M, K), or (K, M) with `transpose_a`
             C-contiguous, of `operand_dtype`.
-        b : cupy.ndarray, shape (K, N), or (N, K) where `transpose_b`
+        b : cupy.ndarray, shape (K, N), or (N, K) with `transpose_b`
             Likewise.
         out : cupy.ndarray, shape (M, N)
             C-contiguous; float32, or the operands' dtype.
@@ -113,7 +112,7 @@ class Blas:
         """
         m, n = out.shape
         k = a.shape[0] if transpose_a else a.shape[1]
-        # cuBLAS counts columns first, and so sees the transposes of all three.
+        # cuBLAS is column-major, and so sees the transposes of all three.
         factors = np.array([scale, 0.0], np.float32)
         arguments = (
             int(transpose_b), int(transpose_a), n, m, k, factors.ctypes.data,
@@ -136,6 +135,6 @@ class Blas:
         stream = cupy.cuda.get_current_stream().ptr
         if stream != self._stream:
             self._nvmath.set_stream(self._handle, stream)
-            # A change of the stream brings back the library's own workspace.
+            # Setting the stream resets the workspace to the library's own.
             self._nvmath.set_workspace(self._handle, self._workspace.data.ptr, _WORKSPACE)
             self._stream = stream

@@ -1,4 +1,4 @@
-"""Compiling kernels at run time through CuPy, and properties of the device."""
+"""Run-time compilation of kernels through CuPy, and device properties."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ __all__ = ["architecture", "load_kernel", "multiprocessors", "shared_memory_limi
 
 Defines = Sequence[tuple[str, int | str]]
 
-# Every GPU with clusters allows this many blocks in one; a kernel must ask for more
+# Every GPU with clusters allows this many blocks per cluster; a kernel must opt in to more
 # (CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED).
 _PORTABLE_CLUSTER, _LARGE_CLUSTERS = 8, 14
-_PLENTY = 48 * 1024  # bytes of shared memory that every launch may have
+_DEFAULT_SHARED = 48 * 1024  # bytes of shared memory that every launch may use
 
 _lock = threading.Lock()
-# By source, function, defines and device: the kernel, and the most dynamic shared memory that its
-# launches may ask for so far. An entry is replaced as a whole, so that it is read without the lock.
+# By source, function, defines and device: the kernel, and the dynamic shared memory allowed for its
+# launches so far. Entries are replaced as a whole, so reading needs no lock.
 _kernels: dict[tuple[Any, ...], tuple[Any, int]] = {}
 
 
 @cache
 def architecture(device: int) -> int:
-    """Compute capability of CUDA device number `device`, as major * 10 + minor: 90 for 9.0."""
+    """Return the compute capability of a CUDA device as major * 10 + minor: 90 for 9.0."""
     import cupy
 
     return int(cupy.cuda.Device(device).compute_capability)
@@ -35,7 +35,7 @@ def architecture(device: int) -> int:
 
 @cache
 def multiprocessors(device: int) -> int:
-    """Multiprocessors of CUDA device number `device`."""
+    """Return the number of multiprocessors of a CUDA device."""
     import cupy
 
     return int(cupy.cuda.Device(device).attributes["MultiProcessorCount"])
@@ -43,7 +43,7 @@ def multiprocessors(device: int) -> int:
 
 @cache
 def shared_memory_limit(device: int) -> int:
-    """Bytes of shared memory that a block may have on CUDA device number `device`."""
+    """Return the maximum bytes of shared memory per block on a CUDA device."""
     import cupy
 
     return int(cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"])
@@ -52,25 +52,24 @@ def shared_memory_limit(device: int) -> int:
 def load_kernel(source: str, function: str, defines: Defines, device: int, shared: int = 0) -> Any:
     """Return a compiled kernel, ready to launch on `device`.
 
-    Compiled once a process and device, and once a machine: CuPy keeps the binary on disk, keyed by
-    the whole text of the translation unit. Any thread may call this.
+    Compiled once per process and device, and once per machine: CuPy caches the binary on disk,
+    keyed by the full text of the translation unit. Thread-safe.
 
     Parameters
     ----------
     source, function : str
         Name of the file in ``kernels/`` and of the kernel in it.
     defines : tuple of (name, value)
-        What the translation unit defines.
+        Macros of the translation unit.
     device : int
-        Number of the CUDA device, which must be the current one.
+        Index of the CUDA device, which must be the current one.
     shared : int
-        Bytes of dynamic shared memory that the next launch asks for. They may differ from one
-        launch to the next.
+        Bytes of dynamic shared memory of the next launch. They may differ between launches.
 
     Raises
     ------
     ValueError
-        If the device has less shared memory for a block.
+        If the device has less shared memory per block.
     """
     key = (source, function, tuple(defines), device)
     kernel, allowed = _kernels.get(key, (None, -1))
@@ -107,15 +106,15 @@ def _compile(source: str, function: str, defines: dict[str, int | str]) -> Any:
 
 
 def _allow_shared_memory(kernel: Any, function: str, shared: int, device: int) -> None:
-    """Let launches of a kernel ask for `shared` bytes. The limit is a state of the kernel."""
+    """Allow launches of a kernel to use `shared` bytes. The limit is a state of the kernel."""
     if shared == 0:
         return
     if shared > shared_memory_limit(device):
         raise ValueError(
-            f"The kernel {function} needs {shared} bytes of shared memory for each block, and this "
+            f"The kernel {function} needs {shared} bytes of shared memory per block, but this "
             f"device has {shared_memory_limit(device)}. Use smaller images or layers."
         )
-    # For small amounts, too: with what the kernel declares itself they may exceed the default.
+    # For small amounts too: with the kernel's static memory they may exceed the default.
     kernel.max_dynamic_shared_size_bytes = shared
-    if shared > _PLENTY:  # as many blocks on a multiprocessor as it allows
+    if shared > _DEFAULT_SHARED:  # as many blocks per multiprocessor as possible
         kernel.preferred_shared_memory_carveout = 100

@@ -1,4 +1,4 @@
-"""A product to be launched, and one way to compile and launch its kernel."""
+"""A product to launch, and a configuration of its kernel."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Problem:
 
     @property
     def chunks(self) -> int:
-        """Chunks of 1024 bits in a line."""
+        """Number of 1024-bit chunks in a line."""
         return -(-self.k // 1024)
 
     def tiles(self, tile_m: int, tile_n: int) -> int:
-        """Tiles of that size in the whole batch."""
+        """Return the number of tiles of that size in the whole batch."""
         return -(-self.m // tile_m) * -(-self.n // tile_n) * self.batch
 
     @property
@@ -41,22 +41,22 @@ class Problem:
 
 @dataclass(frozen=True)
 class Config:
-    """One way to compile and launch a product kernel, ``kernels/<kernel>_xnor_gemm.cu``."""
+    """How to compile and launch a product kernel, ``kernels/<kernel>_xnor_gemm.cu``."""
 
     kernel: str  # a key of architectures.KERNELS
-    defines: tuple[tuple[str, int], ...]  # in addition to the kind of output
-    tile_m: int  # results of a block
+    defines: tuple[tuple[str, int], ...]  # in addition to the output type
+    tile_m: int  # results per block
     tile_n: int
-    threads: int  # of a block
-    shared: int = 0  # dynamic shared memory of a block in bytes, ...
-    shared_scaled: int = 0  # ... and where the result is scaled
-    stages: int = 0  # slots of shared memory for operands
+    threads: int  # per block
+    shared: int = 0  # dynamic shared memory per block in bytes, ...
+    shared_scaled: int = 0  # ... and for a scaled result
+    stages: int = 0  # slots for operands in shared memory
     cluster_m: int = 1  # blocks that share the tiles they load
     cluster_n: int = 1
     split_k: int = 1  # blocks that share a tile's K
-    persistent: bool = False  # a block goes on to further tiles: the GPU is filled only once
-    swap: bool = False  # the operands change places: a narrow result becomes a flat one
-    group: int = 8  # tiles of m that are walked together
+    persistent: bool = False  # blocks loop over tiles: the GPU is filled only once
+    swap: bool = False  # swap the operands: a narrow result becomes a flat one
+    group: int = 8  # tiles of m that are visited together
 
     def __str__(self) -> str:
         cluster = self.cluster_m * self.cluster_n
@@ -76,11 +76,11 @@ class Config:
         return ("DEFERRED", 1) in self.defines
 
     def shared_bytes(self, scaled: bool) -> int:
-        """Bytes of dynamic shared memory that a block asks for."""
+        """Return the bytes of dynamic shared memory per block."""
         return self.shared_scaled if scaled else self.shared
 
     def blocks(self, m: int, n: int, batch: int, multiprocessors: int) -> int:
-        """Blocks to launch for `batch` products of m x n results (after any swap)."""
+        """Return the number of blocks for `batch` products of m x n results (after any swap)."""
         cluster = self.cluster_m * self.cluster_n
         tiles_m = -(-m // (self.tile_m * self.cluster_m))
         tiles = tiles_m * -(-n // (self.tile_n * self.cluster_n)) * batch

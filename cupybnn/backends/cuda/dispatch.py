@@ -1,4 +1,4 @@
-"""Which configuration multiplies a shape: what is forced, measured, or built in."""
+"""Choice of the configuration for a product: forced, tuned, or built in."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ __all__ = ["builtin_config", "candidates", "choose", "force_kernel", "forced", "
 
 
 def problem_on(device: int, m: int, n: int, k: int, **kind: Any) -> Problem:
-    """Return the problem of a product on CUDA device number `device`; see `Problem`."""
+    """Return the problem of a product on a CUDA device; see `Problem`."""
     capability, count = architecture(device), multiprocessors(device)
     return Problem(m=m, n=n, k=k, **kind, capability=capability, multiprocessors=count)
 
 
 def builtin_config(kernel: str, problem: Problem) -> Config:
-    """Return the configuration of a kernel that cupybnn has for a problem."""
+    """Return a kernel's built-in configuration for a problem."""
     config: Config = KERNELS[kernel].choose(problem)
     return config
 
 
 def candidates(kernel: str, problem: Problem) -> list[Config]:
-    """Return the configurations of a kernel worth measuring for a problem."""
+    """Return a kernel's configurations worth measuring for a problem."""
     found: list[Config] = KERNELS[kernel].candidates(problem)
     return found
 
@@ -40,9 +40,9 @@ _local = threading.local()
 
 @contextlib.contextmanager
 def force_kernel(name: str | Config | None) -> Iterator[None]:
-    """Use one kernel, or one configuration, for all products of this thread inside the context.
+    """Use one kernel or configuration for all products of this thread inside the context.
 
-    For tests, measurements and `cupybnn verify`; ``CUPYBNN_KERNEL`` does it for a whole process.
+    For tests, measurements and `cupybnn verify`; ``CUPYBNN_KERNEL`` applies to a whole process.
 
     Raises
     ------
@@ -69,15 +69,15 @@ _from_environment = settings.kernel_override()
 
 
 def forced() -> str | Config | None:
-    """Return what `force_kernel` or the environment asks for, or None."""
+    """Return the kernel or configuration forced by `force_kernel` or the environment, or None."""
     return getattr(_local, "forced", _from_environment)
 
 
 def choose(problem: Problem, tuned: dict[str, Config]) -> Config:
     """Return the configuration for a problem.
 
-    What is forced comes first, then what `cupybnn bench --tune` has measured on this GPU, then what
-    is built in. A compute capability that nobody planned for gets the portable kernel.
+    A forced configuration comes first, then one measured by `cupybnn bench --tune` on this GPU,
+    then the built-in one. An unknown compute capability gets the portable kernel.
 
     Parameters
     ----------
@@ -90,24 +90,24 @@ def choose(problem: Problem, tuned: dict[str, Config]) -> Config:
     ValueError
         If the forced kernel does not run on the device.
     """
-    asked = forced()
-    if isinstance(asked, Config):
-        config = asked
+    requested = forced()
+    if isinstance(requested, Config):
+        config = requested
     else:
         capability = problem.capability
         applicable = kernels_for(capability)
-        kernel = _check(asked) if asked else default_kernel(capability)
+        kernel = _check(requested) if requested else default_kernel(capability)
         if kernel not in applicable:
             raise SettingError(
                 f"The kernel {kernel!r} does not run on compute capability "
-                f"{capability // 10}.{capability % 10}; here run {', '.join(applicable)}."
+                f"{capability // 10}.{capability % 10}; use one of {', '.join(applicable)}."
             )
         config = builtin_config(kernel, problem)
         measured = tuned.get(problem.key)
-        # A file may say anything: only a configuration that could have been measured is launched.
+        # The file is untrusted: launch only a configuration that could have been measured.
         if (
             measured is not None
-            and not (asked or problem.scaled)
+            and not (requested or problem.scaled)
             and measured in candidates(kernel, problem)
         ):
             config = measured

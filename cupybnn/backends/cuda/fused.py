@@ -1,7 +1,7 @@
-"""What the fused kernels of a training step share on one device: scratch memory, and the launch.
+"""Launcher of the fused training kernels on one device, with their scratch memory.
 
-What is launched is a value with named fields, which knows its kernels: the batch (fused_batch.py),
-a layer's activation and its gradient (fused_layers.py), the head (fused_head.py), the update
+Each launch is a value with named fields that knows its kernels: the batch (fused_batch.py), a
+layer's activation and its gradient (fused_layers.py), the head (fused_head.py), the update
 (fused_update.py). For example, ``ActivationGradient(layer=..., ...).launch(launcher)``.
 """
 
@@ -18,7 +18,7 @@ from cupybnn.backends.cuda.structs import Kernel
 
 __all__ = ["THREADS", "WARPS", "Launcher"]
 
-#: Threads and warps of a block, unless a kernel sets its own.
+#: Threads and warps per block, unless a kernel sets its own.
 THREADS, WARPS = 256, 8
 
 _REAL = {"float32": "float", "uint16": "bfloat16_bits"}
@@ -30,20 +30,20 @@ class Launcher:
     Parameters
     ----------
     device : int
-        Number of the CUDA device, which must be the current one.
+        Index of the CUDA device, which must be the current one.
     real : dtype
         Dtype of dense operands: float32, or uint16 for bfloat16.
     shapes : sequence of (rows, columns)
-        Hidden layers, which may differ: they decide the size of the scratch memory. None are needed
-        where nothing is summed over rows.
+        Shapes of the hidden layers: they determine the size of the scratch memory. Not needed if
+        nothing is summed over rows.
     classes : int
         Columns of the logits.
 
     Notes
     -----
-    Scratch memory serves one launch after the other. So within a step, from one `begin_step` to the
-    next, all launches that use it must be on one stream; this is asserted. Others, like the update
-    and `UnpackRows`, may run on a second stream at the same time.
+    Launches reuse the scratch memory one after another. So within a step, from one `begin_step` to
+    the next, all launches that use it must be on one stream; this is asserted. Others, like the
+    update and `UnpackRows`, may run concurrently on a second stream.
     """
 
     def __init__(
@@ -65,25 +65,29 @@ class Launcher:
         self._stream: int | None = None
 
     def begin_step(self) -> None:
-        """Let the launches that follow be on another stream than those before."""
+        """Allow the following launches to be on a different stream."""
         self._stream = None
 
     def sums_over_rows(self, strips: Strips, sums: int) -> dict[str, Any]:
-        """Return the scratch arguments of a kernel that adds up `sums` numbers a column."""
+        """Return the scratch arguments of a kernel that computes `sums` sums per column."""
         self._assert_one_stream()
-        assert strips.grid[0] <= self._tickets.size, "the launcher knows no layer as wide as this"
+        assert strips.grid[0] <= self._tickets.size, (
+            "the layer is wider than any known to the launcher"
+        )
         assert strips.partials(sums) <= self._partials.size, (
-            "the launcher knows no layer with as many sums"
+            "the layer has more sums than any known to the launcher"
         )
         return {"partials": self._partials, "tickets": self._tickets}
 
     def losses(self, blocks: int) -> Any:
-        """Return scratch memory for a loss and a factor's gradient of each block of `logits`.
+        """Return scratch memory for the loss and the factor's gradient of each block of `logits`.
 
-        It is read by the head's gradient. Nothing else uses it, whatever is launched in between.
+        The head's gradient reads it. No other launch in between uses it.
         """
         self._assert_one_stream()
-        assert 2 * blocks <= self._losses.size, "the launcher knows no layer of as many rows"
+        assert 2 * blocks <= self._losses.size, (
+            "the layer has more rows than any known to the launcher"
+        )
         return self._losses
 
     def _assert_one_stream(self) -> None:
@@ -94,7 +98,7 @@ class Launcher:
         self._stream = stream
 
     def flat_grid(self, count: int, rounds: int = 16) -> tuple[int]:
-        """Return a grid with a thread for each of `count`, but at most `rounds` blocks an SM."""
+        """Return a grid with one thread per item, but at most `rounds` blocks per SM."""
         return (max(1, min(-(-count // THREADS), rounds * self.multiprocessors)),)
 
     def launch(

@@ -1,4 +1,4 @@
-"""Launching the start of a training step: its batch, and what dropout keeps (smxx_batch.cu)."""
+"""Launches at the start of a training step: its batch, and dropout masks (smxx_batch.cu)."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ DROPOUT_MASK = Kernel(
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """Random numbers of one dropout."""
+    """Random numbers of one dropout layer."""
 
     seed: int
-    offset: int  # the counter of a draw is the number of the step plus this
+    offset: int  # the counter of a draw is the step number plus this
     keep_prob: float
 
     def fields(self) -> dict[str, int]:
-        """Return what kernels take: seed, offset, and the greatest word that is kept."""
-        # As cupybnn.backends.random.chosen has it.
+        """Return the kernels' fields: seed, offset, and the largest word that is kept."""
+        # As in cupybnn.backends.random.bernoulli.
         last = max(round(self.keep_prob * 2**32), 1) - 1
         return {"seed": self.seed, "draw": self.offset, "last": last}
 
@@ -49,10 +49,10 @@ _ALL_KEPT = Draw(seed=0, offset=0, keep_prob=1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Deformation:
-    """How images are deformed; see `cupybnn.data.Augmentation`."""
+    """Amounts of image deformation; see `cupybnn.data.Augmentation`."""
 
     shape: tuple[int, int]  # height and width
-    seed: int  # each step deforms differently, by its number
+    seed: int  # combined with the step number, so that each step differs
     shift: float
     rotation: float
     scale: float
@@ -69,11 +69,11 @@ class Deformation:
 
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
-    """What both ways to write a batch have."""
+    """Common fields of `Gather` and `Attack`."""
 
-    step: Any  # int64, (1,): the number of the step, on the device
-    x: Any  # (batch, pixels): gets the pixels
-    drop: Draw | None = None  # dropout of pixels; those that are kept are not scaled
+    step: Any  # int64, (1,): the step number, on the device
+    x: Any  # (batch, pixels): receives the pixels
+    drop: Draw | None = None  # dropout of pixels; kept ones are not scaled
     pops: Any = None  # int32: set to 0
 
     def _pack(self, **arrays: Any) -> bytes:
@@ -95,12 +95,12 @@ class _Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Gather(_Batch):
-    """Copy the batch of a step: whole numbers, unless they are deformed."""
+    """Copy the batch of a step: integers, unless they are deformed."""
 
     images: Any  # uint8, (images, pixels)
     all_labels: Any  # int64, (images,)
-    order: Any  # int32, (ring, batch): numbers of the images of step s in row s % ring
-    labels: Any  # int64, (batch,): gets the labels
+    order: Any  # int32, (ring, batch): indices of the images of step s in row s % ring
+    labels: Any  # int64, (batch,): receives the labels
     deformation: Deformation | None = None
 
     def launch(self, launcher: Launcher) -> None:
@@ -115,7 +115,7 @@ class Gather(_Batch):
             launcher.launch(GATHER_DEFORMED, arguments, grid=(rows,), defines=defines, shared=cols)
             return
         vector = self._vector(16, 4, 1)
-        # No more blocks than run at a time: the latency of a second round costs more than its work.
+        # No more blocks than run at once: the latency of a second round costs more than its work.
         grid = launcher.flat_grid(rows * cols // vector, 8)
         launcher.launch(GATHER, {"p": batch}, grid=grid, defines=self._defines(vector))
 
@@ -128,7 +128,7 @@ class Attack(_Batch):
     amount: float
 
     def launch(self, launcher: Launcher) -> None:
-        """Launch on the current stream. With the `drop` of `Gather` dropped pixels stay 0."""
+        """Launch on the current stream. With the same `drop` as `Gather`, dropped pixels stay 0."""
         vector = self._vector(4, 1)
         batch = self._pack(images=None, all_labels=None, order=None, labels=None)
         arguments = {"p": batch, "gradient": self.gradient, "amount": self.amount}
@@ -143,7 +143,7 @@ class DropoutMask:
     step: Any  # int64, (1,)
     draw: Draw
     shape: tuple[int, int]  # (batch, units)
-    out: Any  # uint32, fused_layers.mask_shape: gets one bit an element
+    out: Any  # uint32, fused_layers.mask_shape: receives one bit per element
 
     def launch(self, launcher: Launcher) -> None:
         """Launch on the current stream."""

@@ -1,4 +1,4 @@
-"""Launching the end of the network: last layer, loss, and back to the last hidden product."""
+"""Launches of the head: last layer, loss, and the gradient of the last hidden product."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cupybnn.backends.cuda.structs import Kernel, Struct
 
 __all__ = ["LOSSES", "READS", "Head"]
 
-# As loss.cuh and smxx_head.cu name them.
+# As in loss.cuh and smxx_head.cu.
 LOSSES = {"cross_entropy": 0, "squared_hinge": 1}
 READS = {"none": 0, "relu": 1, "sign": 2}
 
@@ -44,34 +44,35 @@ HEAD_GRADIENT = Kernel(
 )
 NORMALISE_OUTPUT = Kernel("smxx_output_norm", "output_norm", "OutputNorm p", OUTPUT_NORM)
 
-_ROUNDS = 2  # a warp takes more rows at a time if there are still this many blocks an SM
+_ROUNDS = 2  # a warp takes more rows at a time if this many blocks per SM remain
 
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
     """Logits and loss of a batch, and the gradients of the last weights and hidden product.
 
-    Arrays are float32 unless they say otherwise.
+    Arrays are float32 unless noted otherwise.
     """
 
-    layer: Layer  # the last hidden one; its batch norm gets gradients
-    reads: str  # a key of READS; "sign": signs, by the signs of the (latent) weights
+    layer: Layer  # the last hidden layer; its batch norm receives gradients
+    reads: str  # a key of READS; "sign": signs, multiplied by the signs of the (latent) weights
     weight: Any  # (units, classes)
     grad_weight: Any  # (units, classes)
     labels: Any  # int64, (batch,)
     loss: str  # a key of LOSSES
     smoothing: float  # of the labels
     logits: Any  # (batch, classes)
-    # (batch, classes up to a multiple of 4): gets that for the last product, before factor or norm.
+    # (batch, classes rounded up to a multiple of 4): receives the gradient of the last product,
+    # before factor or norm.
     grad_logits: Any
     mean_loss: Any  # (1,)
-    factor: Any = None  # (1,): of the logits; for "sign" there is a factor or a norm
+    factor: Any = None  # (1,): scales the logits; for "sign" there is a factor or a norm
     grad_factor: Any = None  # (1,)
     norm: BatchNorm | None = None  # of the logits
-    gate: str  # for "sign" a key of GATES, where "mask" stands for the window
+    gate: str  # for "sign" a key of GATES, where "mask" means the window
     window: float
-    # (batch, units), as dense operands: gets the gradient of the layer's product, whose memory it
-    # may be where elements are as large.
+    # (batch, units), a dense operand: receives the gradient of the layer's product. It may share
+    # the product's memory if elements have the same size.
     out: Any
 
     def __post_init__(self) -> None:
@@ -92,18 +93,18 @@ class Head:
         )
 
     def _rows_of_warp(self, launcher: Launcher) -> int:
-        """Rows of logits that a warp computes at a time."""
+        """Return the rows of logits that a warp computes at a time."""
         rows, cols = self.layer.shape
         most = 4 if cols % 4 == 0 else 1
         enough = _ROUNDS * WARPS * launcher.multiprocessors
         return next(n for n in (4, 2, 1) if n == 1 or (n <= most and rows >= enough * (n // 2)))
 
     def _loss_blocks(self, launcher: Launcher) -> int:
-        """Blocks of `logits`, each of which leaves a part of the loss."""
+        """Return the number of blocks of `logits`, each of which writes a part of the loss."""
         return -(-self.layer.shape[0] // (WARPS * self._rows_of_warp(launcher)))
 
     def launch_logits(self, launcher: Launcher) -> None:
-        """Compute logits, and the loss's gradient for the last product, on the current stream."""
+        """Compute the logits and the gradient of the last product, on the current stream."""
         layer, blocks = self.layer, self._loss_blocks(launcher)
         vector = 4 if layer.shape[1] % 4 == 0 else 1
         arguments = {
@@ -118,7 +119,7 @@ class Head:
             self._launch_norm(launcher, self.norm)
 
     def _launch_norm(self, launcher: Launcher, norm: BatchNorm) -> None:
-        """Normalise the logits over the batch, compute the loss, and go back through both."""
+        """Normalise the logits over the batch, compute the loss and both gradients."""
         rows = self.logits.shape[0]
         packed = OUTPUT_NORM.pack(
             logits=self.logits, grad=self.grad_logits, labels=self.labels, gamma=norm.gamma,
@@ -130,9 +131,9 @@ class Head:
         launcher.launch(NORMALISE_OUTPUT, {"p": packed}, grid=(1,), defines=defines)
 
     def launch_gradient(self, launcher: Launcher) -> None:
-        """Go on to the gradients; add up the loss, unless `norm` has. After `launch_logits`."""
+        """Compute the gradients and, without `norm`, sum the loss. Call after `launch_logits`."""
         layer, walk, blocks = self.layer, launcher.walk, self._loss_blocks(launcher)
-        widest = 2 if self._classes <= 12 else 1  # more would need too many registers
+        widest = 2 if self._classes <= 12 else 1  # wider would need too many registers
         back = BACK.pack(
             weight=self.weight, grad=self.grad_logits, out=self.out, window=self.window,
             partials=launcher.losses(blocks), mean_loss=self.mean_loss,
@@ -146,7 +147,7 @@ class Head:
         scratch = launcher.sums_over_rows(strips, sums.count)
         launcher.launch(
             HEAD_SUMS, {**arguments, **scratch, "grad_weight": self.grad_weight},
-            grid=(strips.grid[0] + 1, strips.grid[1]),  # one more strip, for the loss
+            grid=(strips.grid[0] + 1, strips.grid[1]),  # one extra strip, for the loss
             defines=(*strips.defines, *self._defines(), gate),
             threads=strips.threads, shared=strips.shared,
         )  # fmt: skip

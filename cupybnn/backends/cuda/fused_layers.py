@@ -1,4 +1,4 @@
-"""Launching a hidden layer's way from product to activation and back, and unpacking of signs."""
+"""Launches of a hidden layer: product to activation, its gradient, and unpacking of signs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
     "mask_shape",
 ]
 
-# As layer.cuh and the kernels name them.
+# As in layer.cuh and the kernels.
 DROP_NONE, DROP_PRODUCT, DROP_ACTIVATION = range(3)
 GATES = {"none": 0, "mask": 1, "clip": 2}
 OUTPUTS = {"packed_sign": 0, "sign": 1, "relu": 2, "none": 3, "both_signs": 4}
@@ -67,39 +67,39 @@ UNPACK_COLUMNS = Kernel("smxx_unpack_signs", "unpack_columns", "ptr words; i64 r
 
 
 def mask_shape(rows: int, cols: int) -> tuple[int, int]:
-    """Shape of the uint32 words of a mask of one bit an element."""
+    """Return the shape of the uint32 words of a mask with one bit per element."""
     return rows, -(-cols // 32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchNorm:
-    """Batch norm: float32 arrays with an element a column."""
+    """Batch norm: float32 arrays with one element per column."""
 
     gamma: Any
     beta: Any
-    grad_gamma: Any  # get the parameters' gradients
+    grad_gamma: Any  # receive the parameters' gradients
     grad_beta: Any
     running_mean: Any  # updated by each forward pass
     running_variance: Any
-    mean: Any = None  # get the batch's statistics, for a hidden layer
+    mean: Any = None  # receive the batch statistics, for a hidden layer
     inverse: Any = None  # 1 / standard deviation
     decay: float
     eps: float
 
     def gradients(self) -> dict[str, Any]:
-        """Return what gets the parameters' gradients, as kernels name it."""
+        """Return the arrays for the parameters' gradients, by the kernels' names."""
         return {"grad_gamma": self.grad_gamma, "grad_beta": self.grad_beta}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layer:
-    """A hidden layer's product, and what stands between it and the activation."""
+    """A hidden layer's product, and the operations between it and the activation."""
 
-    # (batch, units): float32; float16 or int16 that hold its integers; uint16 for bfloat16.
+    # (batch, units): float32; float16 or int16 that holds its integers; uint16 for bfloat16.
     product: Any
-    kept: Any = None  # uint32, mask_shape: what dropout keeps
+    kept: Any = None  # uint32, mask_shape: elements kept by dropout
     norm: BatchNorm | None = None
-    drop: int = DROP_NONE  # DROP_*: where dropout stands
+    drop: int = DROP_NONE  # DROP_*: position of dropout
     keep_prob: float = 1.0
 
     @property
@@ -109,7 +109,7 @@ class Layer:
         return rows, cols
 
     def defines(self) -> Defines:
-        """Return what a translation unit defines for it."""
+        """Return the macros of a translation unit for this layer."""
         return (
             ("DROP", self.drop),
             ("NORM", int(self.norm is not None)),
@@ -117,7 +117,7 @@ class Layer:
         )
 
     def gradients(self) -> dict[str, Any]:
-        """Return what gets the gradients of batch norm's parameters, if there is batch norm."""
+        """Return the arrays for the gradients of the batch norm, None without one."""
         return self.norm.gradients() if self.norm else {"grad_gamma": None, "grad_beta": None}
 
     def pack(self) -> bytes:
@@ -132,16 +132,16 @@ class Layer:
 
 @dataclass(frozen=True, kw_only=True)
 class Activations:
-    """Where a layer's activations go."""
+    """Outputs of a layer's activation."""
 
-    output: str = "none"  # a key of OUTPUTS; "none": only batch norm's statistics are computed
-    dense: Any = None  # gets the activations, unless they are only packed
-    packed: Any = None  # PackedMatrix along the last axis: gets the signs; its popcounts must be 0
-    gate: Any = None  # uint32, mask_shape: gets where the gradient passes
+    output: str = "none"  # a key of OUTPUTS; "none": compute only the batch-norm statistics
+    dense: Any = None  # receives the activations, unless they are only packed
+    packed: Any = None  # PackedMatrix along the last axis: receives signs; popcounts must be 0
+    gate: Any = None  # uint32, mask_shape: receives a mask of where the gradient passes
     window: float = 0.0  # half the width of the window in which sign has a pseudo-gradient
 
     def defines(self) -> Defines:
-        """Return what the translation unit defines for them."""
+        """Return the macros of the translation unit for these outputs."""
         return (("GATE", int(self.gate is not None)), ("OUTPUT", OUTPUTS[self.output]))
 
     def pack(self) -> bytes:
@@ -177,7 +177,7 @@ class Activation:
                 defines=(*strips.defines, *to.defines()), threads=strips.threads,
                 shared=strips.shared,
             )  # fmt: skip
-            if strips.clustered:  # which goes on to the activations
+            if strips.clustered:  # that kernel also computes the activations
                 return
         if to.output != "none":
             strips = launcher.walk.strips(layer)
@@ -187,13 +187,15 @@ class Activation:
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationGradient:
-    """Turn the gradient of a layer's activations into that of its product."""
+    """Compute the gradient of a layer's product from that of its activations."""
 
-    layer: Layer  # its batch norm gets gradients, too
+    layer: Layer  # its batch norm receives gradients, too
     gate: str  # a key of GATES
     mask: Any  # Activations.gate, for the gate "mask"
     grad: Any  # (batch, units)
-    out: Any  # (batch, units): may be `grad`, or the product's memory if its elements are as large
+    out: (
+        Any  # (batch, units): may be `grad`, or the product's memory if elements have the same size
+    )
 
     def launch(self, launcher: Launcher) -> None:
         """Launch on the current stream."""
@@ -209,7 +211,7 @@ class ActivationGradient:
                 grid=strips.grid, defines=(*strips.defines, gate), threads=strips.threads,
                 shared=strips.shared,
             )  # fmt: skip
-            if strips.clustered:  # which goes on to the gradient
+            if strips.clustered:  # that kernel also computes the gradient
                 return
         strips = walk.strips(layer)
         launcher.launch(GRADIENT, arguments, grid=strips.grid, defines=(*strips.defines, gate))
@@ -217,7 +219,7 @@ class ActivationGradient:
 
 @dataclass(frozen=True, kw_only=True)
 class UnpackRows:
-    """Write signs that are packed along the last axis as +1 and -1."""
+    """Unpack signs that are packed along the last axis to +1 and -1."""
 
     packed: Any  # PackedMatrix
     out: Any  # of its shape
@@ -235,7 +237,7 @@ class UnpackRows:
 
 @dataclass(frozen=True, kw_only=True)
 class UnpackColumns:
-    """Write signs that are packed along the first axis as +1 and -1."""
+    """Unpack signs that are packed along the first axis to +1 and -1."""
 
     packed: Any  # PackedMatrix
     out: Any  # of its shape
@@ -243,7 +245,7 @@ class UnpackColumns:
     def launch(self, launcher: Launcher) -> None:
         """Launch on the current stream."""
         rows, cols = self.out.shape
-        vector = 16 // self.out.itemsize  # as much as a lane can store at once
+        vector = 16 // self.out.itemsize  # the most that a lane can store at once
         while cols % vector:
             vector //= 2
         launcher.launch(

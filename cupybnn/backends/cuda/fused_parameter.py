@@ -1,4 +1,4 @@
-"""A parameter that the fused update moves, and the struct that kernels take (adam.cuh)."""
+"""A parameter of the fused update, and the kernels' struct for it (adam.cuh)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARAMETER = Struct(
     "ptr weight, grad, mean, square, copy, words, pops, kept_grad;"
     "i64 rows, cols, count, first_block, flags; double limit, lr_scale, penalty, weight_decay",
 )
-#: A row of the table of rates.
+#: A row of the rate table.
 RATES = Struct("Rates", "float lr, factor, eps, unused")
 
 _BINARY, _CLIPPED, _WINDOW, _ALIGNED, _ROUNDED = 1, 2, 4, 8, 16
@@ -25,36 +25,36 @@ _TILE_ROWS, _TILE_COLS = 32, 128
 
 @dataclass(frozen=True, kw_only=True)
 class ParameterUpdate:
-    """A parameter that `Update` moves. Arrays are float32 and of one shape, but for `grad`."""
+    """A parameter for `Update`. Arrays are float32 and of one shape, except for `grad`."""
 
     weight: Any
-    grad: Any  # maybe in the operands' dtype; None: the product that has it updates the parameter
-    mean: Any  # of the gradient and of its square, the optimiser's
+    grad: Any  # may have the operands' dtype; None: the product that computes it also updates
+    mean: Any  # the optimiser's means of the gradient and its square
     square: Any
-    kept_grad: Any = None  # gets the gradient, with the penalty's part, where gradients are kept
-    copy: Any = None  # what products read instead: the weight in their dtype, or its sign
+    kept_grad: Any = None  # receives the gradient, including the penalty, if gradients are kept
+    copy: Any = None  # the copy that products read: the weight in their dtype, or its sign
     packed: Any = None  # PackedMatrix of the signs, along the first axis
     binary: bool = False  # whether `copy` and `packed` hold signs
     gate: str = "none"  # pseudo-gradient of a latent weight: "none", "window" or "clip"
-    limit: float | None = None  # magnitude that the weight is clipped to
+    limit: float | None = None  # the weight is clipped to [-limit, limit]
     lr_scale: float = 1.0
     penalty: float = 0.0
     weight_decay: float = 0.0
 
     def geometry(self) -> tuple[int, int]:
-        """Return rows and columns as the kernel walks them."""
-        if self.binary:  # packed or not, so that the penalty is added up in the same order
+        """Return the rows and columns that the kernel iterates over."""
+        if self.binary:  # packed or not, so that the penalty is summed in the same order
             rows, cols = self.weight.shape
             return rows, cols
         return -(-self.weight.size // _TILE_COLS), _TILE_COLS
 
     def blocks(self) -> int:
-        """Blocks that take this parameter."""
+        """Return the number of blocks for this parameter."""
         rows, cols = self.geometry()
         return -(-rows // _TILE_ROWS) * -(-cols // _TILE_COLS)
 
     def pack(self, first_block: int) -> bytes:
-        """Return struct Parameter, for a launch whose block number `first_block` is its first."""
+        """Return struct Parameter; `first_block` is the index of its first block in the launch."""
         names = ("weight", "grad", "mean", "square", "copy", "kept_grad")
         arrays = {name: address(getattr(self, name)) for name in names}
         rows, cols = self.geometry()

@@ -1,4 +1,4 @@
-"""Launching the update of parameters."""
+"""Launches of the parameter update."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from cupybnn.backends.cuda.structs import Kernel, Struct
 
 __all__ = ["PENALTIES", "ParameterUpdate", "Update"]
 
-PENALTIES = {"none": 0, "l1": 1, "bipolar": 2}  # as adam.cuh names them
+PENALTIES = {"none": 0, "l1": 1, "bipolar": 2}  # as in adam.cuh
 
-_MOST = 8  # parameters of a launch
+_MOST = 8  # parameters per launch
 PARAMETERS = Struct("Parameters", f"Parameter at[{_MOST}]; i64 count", PARAMETER)
 ADAM = Kernel(
     "smxx_adam",
@@ -28,9 +28,9 @@ ADAM = Kernel(
 
 
 class _Group:
-    """What is updated together: by the product that has the gradient, if any, then by launches.
+    """Parameters updated together: first by the product that has the gradient, then by launches.
 
-    Each block leaves its part of the penalty, from number `earlier` on.
+    Each block writes its part of the penalty, from index `earlier` on.
     """
 
     def __init__(self, parameters: Sequence[ParameterUpdate], earlier: int) -> None:
@@ -38,10 +38,10 @@ class _Group:
         self.earlier = self.end = earlier
         by_product = [p for p in parameters if p.grad is None]
         if by_product:
-            assert len(by_product) == 1, "a group has one product that updates"
+            assert len(by_product) == 1, "a group has at most one product that updates"
             self.fused = by_product[0].pack(0)
             self.end += sign_gemm.tiles(*by_product[0].weight.shape) * sign_gemm.WRITERS
-        self.launches: list[tuple[bytes, int, int]] = []  # table, blocks, parts before it
+        self.launches: list[tuple[bytes, int, int]] = []  # table, blocks, earlier parts
         others = [p for p in parameters if p.grad is not None]
         for first in range(0, len(others), _MOST):
             self._add(others[first : first + _MOST])
@@ -57,31 +57,31 @@ class _Group:
 
 
 class Update:
-    """The update of all parameters, a group at a time.
+    """The update of all parameters, one group at a time.
 
     Parameters
     ----------
     launcher : Launcher
     groups : sequence of sequences of ParameterUpdate
-        In the order in which they are updated. One of each, whose gradient is None, may be left to
-        `launch_fused_update`; in the last group, not all.
+        In update order. One parameter per group may have no gradient: `launch_fused_update` then
+        updates it. The last group must also have others.
     betas : (float, float)
         Decay of the optimiser's means.
     penalty : str
         A key of `PENALTIES`.
     keep_gradients : bool
-        Whether each parameter's `kept_grad` gets its gradient, with the penalty's part in it.
+        Whether each parameter's `kept_grad` receives its gradient, including the penalty.
     rates : cupy.ndarray of float32, shape (ring, 4)
         `RATES` of step s in row ``s % ring``.
     step : cupy.ndarray of int64, shape (1,)
-        Raised by one by the last group.
+        Incremented by the last group.
     mean_loss, loss : cupy.ndarray of float32, shape (1,)
-        Without and with the penalty, which the last group adds.
+        Loss without and with the penalty, which the last group adds.
 
     Notes
     -----
     Groups may be launched on different streams: each writes its own part of the scratch memory. The
-    last one reads all of it, so its launch must come after all others of the step have ended.
+    last one reads all of it, so it must run after all other groups of the step have finished.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Update:
         for parameters in groups:
             self._groups.append(_Group(parameters, end))
             end = self._groups[-1].end
-        assert self._groups[-1].launches, "the last group counts the step"
+        assert self._groups[-1].launches, "the last group increments the step"
         self._losses = {"mean_loss": mean_loss, "loss": loss}
         self._common = {
             "rates": rates, "ring": rates.shape[0], "step": step, "gain_mean": 1 - betas[0],
@@ -107,12 +107,12 @@ class Update:
         self._ticket = cupy.zeros(1, np.uint32)
 
     def launch_fused_update(self, group: int, *, signs: Any, matrix: Any) -> None:
-        """Compute the gradient of a group's weights and update them with it.
+        """Compute the gradient of a group's weights and apply it.
 
         Parameters
         ----------
         group : int
-            From 0. `launch` must follow.
+            Index of the group. `launch` must follow.
         signs, matrix
             The factors; see `sign_gemm.weight_update`.
         """
@@ -122,7 +122,7 @@ class Update:
         sign_gemm.weight_update(signs, matrix, update, defines=self._defines, device=device)
 
     def launch(self, group: int) -> None:
-        """Update a group; the last one also computes the loss and counts the step."""
+        """Update a group; the last one also computes the loss and increments the step."""
         last = group == len(self._groups) - 1
         launches = self._groups[group].launches
         for number, (table, blocks, earlier) in enumerate(launches, 1):

@@ -1,4 +1,4 @@
-"""How fused kernels walk a layer by strips (strips.cuh): grids, and what to define."""
+"""How fused kernels traverse a layer in strips (strips.cuh): grids and macros."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ if TYPE_CHECKING:
 __all__ = ["Strips", "Sums", "Walk"]
 
 _WARPS, _COLS = 8, 32
-# Where blocks are few and a thread would have many rows, more threads share them.
-_FEW_BLOCKS, _MANY_ROWS = 1, 8  # blocks a multiprocessor, rows a thread
+# With few blocks and many rows per thread, use more threads.
+_FEW_BLOCKS, _MANY_ROWS = 1, 8  # blocks per multiprocessor, rows per thread
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What a kernel adds up over the rows of a layer, and keeps from one pass to the next."""
+    """The sums over rows of a kernel, and what it holds in shared memory between its passes."""
 
-    count: int  # sums of a column
-    itemsize: int = 0  # of the array that is held in addition to the products; 0 for none
-    row_bytes: int = 0  # what else is held for each row
-    most_warps: int = _WARPS  # 16 if a thread's registers allow two such blocks a multiprocessor
+    count: int  # sums per column
+    itemsize: int = 0  # of the array held in addition to the products; 0 for none
+    row_bytes: int = 0  # other bytes held per row
+    most_warps: int = _WARPS  # 16 if registers allow two such blocks per multiprocessor
 
 
 @dataclass(frozen=True)
 class Strips:
-    """A layer walked by strips of columns."""
+    """The traversal of a layer in strips of columns."""
 
     defines: Defines
     grid: tuple[int, int]
     clustered: bool  # whether the blocks of a strip are a cluster
-    threads: int  # of a block
+    threads: int  # per block
     cols: int  # of the layer
     shared: int = 0  # bytes of dynamic shared memory
 
     def partials(self, sums: int) -> int:
-        """Numbers that the blocks leave in memory for `sums` sums a column."""
+        """Return how many partial results the blocks write for `sums` sums per column."""
         return 0 if self.clustered else self.grid[1] * sums * self.cols
 
 
 class Walk:
-    """How the kernels of CUDA device number `device` walk layers."""
+    """The choice of strips for layers on a CUDA device."""
 
     def __init__(self, device: int) -> None:
         self._multiprocessors = multiprocessors(device)
@@ -59,9 +59,9 @@ class Walk:
         self._has_large_clusters = architecture(device) == 90
 
     def strips(self, layer: Layer, sums: Sums | None = None, vector: int = 4) -> Strips:
-        """Return how to walk a layer; clusters are of use only where there are sums.
+        """Return the strips for a layer; clusters help only if there are sums.
 
-        A thread has `vector` columns, or the most below that divide the layer's.
+        A thread has `vector` columns, halved until they divide the layer's.
         """
         rows, cols = layer.shape
         while cols % vector:
@@ -93,13 +93,13 @@ class Walk:
     def _held(
         self, layer: Layer, sums: Sums, vector: int, warps: int, blocks: int
     ) -> tuple[int, int]:
-        """Return how many of a thread's rows are held, all or none, and the bytes they take."""
+        """Return how many of a thread's rows are held, all or none, and their bytes."""
         at_once = _rows_at_once(warps, vector)
         turns = -(-layer.shape[0] // (blocks * at_once))
         itemsize = layer.product.dtype.itemsize
         if vector * min(itemsize, sums.itemsize or itemsize) < 4:
-            return 0, 0  # less than what can be copied asynchronously
-        # The kernels' loops take 8 rows at a time, or a divisor of 8.
+            return 0, 0  # too small for an asynchronous copy
+        # The kernels' loops process 8 rows at a time, or a divisor of 8.
         held = -(-turns // 8) * 8 if turns > 4 else 1 << (turns - 1).bit_length()
         row_bytes, own = self._bytes(layer, sums, itemsize, warps)
         shared = held * at_once * row_bytes
@@ -107,16 +107,16 @@ class Walk:
 
     @staticmethod
     def _bytes(layer: Layer, sums: Sums, itemsize: int, warps: int = _WARPS) -> tuple[int, int]:
-        """Return the bytes that are held of a strip's row, and what a block needs in addition."""
+        """Return the bytes held per row of a strip, and those a block needs in addition."""
         row = _COLS * (itemsize + sums.itemsize) + sums.row_bytes + 4 * (layer.drop != 0)
-        # Sums of warps (float) and of the cluster (double), and some bytes more.
+        # Sums of warps (float) and of the cluster (double), plus a margin.
         return row, sums.count * _COLS * (4 * warps + 8) + 4096
 
     def _most_blocks(self, layer: Layer, sums: Sums, at_once: int) -> int:
-        """Return the most blocks of a cluster: 16 where two of 8 do not fit a multiprocessor.
+        """Return the maximum blocks per cluster: 8, or 16 if two blocks would not fit an SM.
 
-        One block then computes while the other waits for its rows. The number is the same for every
-        type of product, because the order of summation depends on it.
+        With two, one block computes while the other waits for its rows. The number is the same for
+        every product type, because the order of summation depends on it.
         """
         row_bytes, own = self._bytes(layer, sums, 4)
         turns = -(-layer.shape[0] // (8 * at_once))
@@ -124,11 +124,11 @@ class Walk:
         return 16 if self._has_large_clusters and not fits else 8
 
     def most_partials(self, rows: int, cols: int, sums: int) -> int:
-        """Return the most numbers that `Strips.partials` may be for a layer of this shape."""
+        """Return the maximum of `Strips.partials` for a layer of this shape."""
         return max(self.row_blocks(rows, cols, vector) for vector in (1, 2, 4)) * sums * cols
 
     def row_blocks(self, rows: int, cols: int, vector: int) -> int:
-        """Return how many blocks share the rows of a strip, without clusters."""
+        """Return the number of blocks that share the rows of a strip, without clusters."""
         fill = -(-8 * self._multiprocessors // -(-cols // _COLS))
         return max(1, min(rows // (16 * vector), fill))
 

@@ -1,4 +1,4 @@
-"""Capturing launches as a CUDA graph."""
+"""Capture of launches as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ __all__ = ["Fork", "capture"]
 
 
 def capture(stream: Any, launch: Callable[[], None], pool: Any = None) -> Any:
-    """Return the CUDA graph of what `launch` does.
+    """Capture the launches of `launch` as a CUDA graph.
 
     Parameters
     ----------
     stream : cupy.cuda.Stream
-        Not the default one; it is the current one while `launch` runs, which does not execute
-        anything.
+        Not the default stream. It is the current stream while `launch` runs; nothing executes.
     launch : callable
-        May use further streams (see `Fork`). Without a `pool` it must not allocate device memory: a
-        graph would go on using what the pool has given to others since.
+        May use further streams (see `Fork`). Without a `pool` it must not allocate device memory:
+        the graph would keep using memory that the pool has since given to others.
     pool : cupy.cuda.MemoryPool, optional
-        Where `launch` allocates; of this graph alone, and kept as long as the graph.
+        Where `launch` allocates. It must be used by this graph alone and live as long as the graph.
 
     Returns
     -------
@@ -33,7 +32,7 @@ def capture(stream: Any, launch: Callable[[], None], pool: Any = None) -> Any:
     Raises
     ------
     RuntimeError
-        If something cannot be captured. Nothing has been executed.
+        If a launch cannot be captured. Nothing has been executed.
     """
     import cupy
 
@@ -44,7 +43,7 @@ def capture(stream: Any, launch: Callable[[], None], pool: Any = None) -> Any:
             try:
                 launch()
             except BaseException:
-                # The capture must end, whatever is left of it.
+                # End the capture, even if it is invalid.
                 with contextlib.suppress(Exception):
                     stream.end_capture()
                 raise
@@ -60,9 +59,9 @@ def capture(stream: Any, launch: Callable[[], None], pool: Any = None) -> Any:
 
 @contextlib.contextmanager
 def _without_collection() -> Iterator[None]:
-    """Keep Python's garbage collector out: what it finds may wait for the device when it goes.
+    """Disable Python's garbage collector: a finalizer may wait for the device.
 
-    A handle of cuBLAS does, say one of an earlier network, and that breaks a capture off.
+    A cuBLAS handle, for example of an earlier network, does, and that invalidates the capture.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -74,16 +73,16 @@ def _without_collection() -> Iterator[None]:
 
 
 def _refuse(size: int) -> Any:
-    raise RuntimeError(f"a CUDA graph cannot be captured: {size} bytes were to be allocated")
+    raise RuntimeError(f"a CUDA graph cannot be captured: it would allocate {size} bytes")
 
 
 class Fork:
-    """A second stream beside the current one, or none.
+    """A second stream alongside the current one, or none.
 
     Parameters
     ----------
     stream : cupy.cuda.Stream or None
-        None: what would go to it goes to the current stream, in order.
+        None: its launches go to the current stream, in order.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -92,7 +91,7 @@ class Fork:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """Context in which launches go to the second stream, after all before it on the first."""
+        """Context in which launches go to the second stream, after those before on the first."""
         if self._stream is None:
             yield
             return
@@ -102,21 +101,21 @@ class Fork:
             yield
 
     def mark(self) -> Any:
-        """Return an event after all that the second stream has so far; None if that is nothing."""
+        """Return an event after all current work of the second stream; None if there is none."""
         if not self._used:
             return None
         with self._stream:
             return self._mark()
 
     def wait(self, event: Any) -> None:
-        """Let the current stream wait for an event that `mark` returned."""
+        """Make the current stream wait for an event returned by `mark`."""
         if event is not None:
             import cupy
 
             cupy.cuda.get_current_stream().wait_event(event)
 
     def join(self) -> None:
-        """Let the current stream wait for all that the second has."""
+        """Make the current stream wait for all work of the second."""
         self.wait(self.mark())
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""Between words as the kernels lay them out and lines of 64-bit words, on the device or the host.
+"""Conversion between the kernels' word layout and lines of 64-bit words, on device or host.
 
-The layout is that of ``kernels/include/layout.cuh``. Everything here is indexing that NumPy and
-CuPy do alike, so it works on arrays of either.
+The layout is defined in ``kernels/include/layout.cuh``. Everything here is indexing that works the
+same in NumPy and CuPy.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PIECES = 8  # of 16 bytes, in the 128 bytes of a chunk
 
 
 def _slots(xp: Any, positions: Any) -> Any:
-    """Where the pieces of the lines at `positions` stand: shape (*positions.shape, 8).
+    """Return the slots of the pieces of the lines at `positions`, shape (*positions.shape, 8).
 
     The permutation is its own inverse.
     """
@@ -24,15 +24,15 @@ def _slots(xp: Any, positions: Any) -> Any:
 
 
 def take(xp: Any, words: Any, numbers: Any, lines: int, k: int) -> Any:
-    """Return lines, in the canonical layout, of words as the kernels have them.
+    """Return lines, in the canonical layout, from words in the kernels' layout.
 
     Parameters
     ----------
     xp : module
-        numpy or cupy, that of both arrays.
+        numpy or cupy, the module of both arrays.
     words : ndarray of uint32, shape (batch, chunks, padded lines, 32)
     numbers : ndarray of int64, any shape
-        Which lines: those of the first matrix of the batch, then those of the second, ...
+        Indices of lines, counted through the first matrix of the batch, then the second, ...
     lines : int
         Number of lines in a matrix.
     k : int
@@ -61,12 +61,12 @@ def take(xp: Any, words: Any, numbers: Any, lines: int, k: int) -> Any:
 
 
 def place(xp: Any, lines: Any, batch: int, count: int, k: int, shape: tuple[int, ...]) -> Any:
-    """Return words as the kernels want them, of lines in the canonical layout.
+    """Return words in the kernels' layout from lines in the canonical layout.
 
     Parameters
     ----------
     xp : module
-        numpy or cupy, that of `lines`.
+        numpy or cupy, the module of `lines`.
     lines : ndarray of uint64, shape (..., count, ceil(k / 64))
     batch, count, k : int
         Number of matrices, lines in a matrix, length of a line.

@@ -1,4 +1,4 @@
-"""Packing strided CuPy arrays, and the way between their words and the portable ones."""
+"""Packing of strided CuPy arrays, and conversion to and from the canonical layout."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 CHUNK_BITS = 1024
 CHUNK_WORDS = CHUNK_BITS // 32
-_WARPS = 8  # of a block of smxx_pack.cu
+_WARPS = 8  # per block of smxx_pack.cu
 
 OPERAND = Struct(
     "Operand",
@@ -42,7 +42,7 @@ _ADDRESSES = OPERAND.section("x", "pops")
 _NUMBERS = OPERAND.section("lines", "blocks")
 _THREADS = (32 * _WARPS,)
 
-# Element types as smxx_pack.cu names them, by dtype name: bfloat16 is not NumPy's own.
+# Element types of smxx_pack.cu by dtype name, because bfloat16 is not a NumPy type.
 _C_TYPES = {
     "float32": "float",
     "float64": "double",
@@ -57,12 +57,12 @@ _C_TYPES = {
 
 
 def chunk_count(k: int) -> int:
-    """Chunks of a line of `k` bits; an empty line has one, of zeros."""
+    """Return the number of chunks in a line of `k` bits; an empty line has one chunk of zeros."""
     return -(-k // CHUNK_BITS) or 1
 
 
 def words_shape(batch: int, lines: int, k: int) -> tuple[int, int, int, int]:
-    """Shape of the uint32 words of `batch` times `lines` lines of `k` bits (layout.cuh)."""
+    """Return the shape of the uint32 words of `batch` x `lines` lines of `k` bits (layout.cuh)."""
     return batch, chunk_count(k), (lines + 15) & ~15, CHUNK_WORDS
 
 
@@ -87,16 +87,16 @@ def pack(x: Any, axis: int) -> tuple[Any, Any]:
 
 
 class PackLaunch:
-    """A launch that packs one array, or both of a product's, of a given kind.
+    """A launch that packs one array, or both operands of a product, of a given kind.
 
     Parameters
     ----------
     operands : list of (x, axis)
-        A CuPy array of shape (rows, columns) or (batch, rows, columns), none of them 0 except along
-        `axis`, and -1 or -2. The launch serves all arrays of the same shape, strides, dtype and
-        alignment to 16 bytes.
+        A CuPy array of shape (rows, columns) or (batch, rows, columns), non-empty except along
+        `axis`, which is -1 or -2. The launch works for all arrays of the same shape, strides, dtype
+        and alignment to 16 bytes.
     device : int
-        The current device.
+        Index of the current device.
 
     Raises
     ------
@@ -108,7 +108,7 @@ class PackLaunch:
 
     def __init__(self, operands: list[tuple[Any, int]], device: int) -> None:
         numbers: list[bytes] = []
-        self._zeros: list[tuple[int, int]] = []  # which operand, and bytes of popcounts to clear
+        self._zeros: list[tuple[int, int]] = []  # operand, and bytes of its popcounts to clear
         blocks = 0
         for i, (x, axis) in enumerate(operands):
             fields = _operand(x, axis, multiprocessors(device))
@@ -131,7 +131,7 @@ class PackLaunch:
         self._blocks = (blocks,)
 
     def __call__(self, addresses: list[tuple[int, int, int]]) -> None:
-        """Pack operands at the given addresses: of the array, the words and the popcounts."""
+        """Pack operands, given the addresses of array, words and popcounts."""
         for i, size in self._zeros:
             _zero(addresses[i][2], size)
         first, second = _ADDRESSES.pack(*addresses[0]), _ADDRESSES.pack(*addresses[-1])
@@ -140,7 +140,7 @@ class PackLaunch:
 
 
 def _operand(x: Any, axis: int, multiprocessors: int) -> dict[str, int]:
-    """Return the fields of struct Operand in smxx_pack.cu, in order, without the addresses."""
+    """Return the fields of struct Operand in smxx_pack.cu, in order, except the addresses."""
     shape, strides = x.shape, x.strides
     batch, batch_stride = (1, 0) if len(shape) == 2 else (shape[0], strides[0])
     if axis == -1:
@@ -151,18 +151,18 @@ def _operand(x: Any, axis: int, multiprocessors: int) -> dict[str, int]:
     itemsize = x.itemsize
     across = line_stride == itemsize and k_stride != itemsize and lines > 1
     if across:
-        neighbours = 4 if itemsize == 1 else 2  # lines of a lane, as in smxx_pack.cu
+        neighbours = 4 if itemsize == 1 else 2  # lines per lane, as in smxx_pack.cu
         aligned = itemsize * neighbours - 1
         wide = not ((x.data.ptr | batch_stride | k_stride) & aligned or lines % neighbours)
-        # Wide loads make few blocks: not where that would leave most of the GPU idle.
+        # Wide loads give fewer blocks: avoid them if most of the GPU would be idle.
         wide = wide and batch * lines * chunks >= multiprocessors * 32 * neighbours
         groups = batch * -(-lines // (32 * (neighbours if wide else 1)))
-        # Two blocks or more for each multiprocessor, with an equal number of chunks if possible.
+        # At least two blocks per multiprocessor, with equal numbers of chunks if possible.
         parts = -(-chunks // max(1, min(chunks, chunks * groups // (2 * multiprocessors))))
         blocks = groups * parts
     else:
         wide = k_stride == itemsize and not (x.data.ptr | batch_stride | line_stride) & 15
-        # A warp takes four chunks of bytes at a time, two of two bytes, one of more.
+        # A warp takes four chunks at a time of 1-byte elements, two of 2-byte, one of larger.
         units = max(1, 4 // itemsize)
         parts = 1
         while parts < 8 and parts * units < chunks:
@@ -183,7 +183,7 @@ def _zero(address: int, size: int) -> None:
 
 def _plus_and_minus_one(dtype: np.dtype) -> tuple[str, int, int]:
     """Return the C type of a dtype, and +1 and -1 in it."""
-    # Half precision by its bits; of bool, -1 is false, to which a cast would not take it.
+    # Half precision by bit pattern; for bool, -1 is false, which a cast would not give.
     special = {"float16": ("unsigned short", 0x3C00, 0xBC00),
                "bfloat16": ("unsigned short", 0x3F80, 0xBF80),
                "bool": ("bool", 1, 0)}  # fmt: skip
@@ -210,7 +210,7 @@ def sign(x: Any, dtype: np.dtype) -> Any:
 
 
 def unpack(words: Any, shape: tuple[int, ...], axis: int, dtype: Any) -> Any:
-    """Return the array of +1 and -1 of the given logical shape that `words` hold."""
+    """Unpack `words` into an array of +1 and -1 of the given logical shape."""
     import cupy
 
     dtype = np.dtype(dtype)
@@ -233,14 +233,14 @@ def geometry(shape: tuple[int, ...], axis: int) -> tuple[int, int, int]:
 
 
 def to_canonical(words: Any, shape: tuple[int, ...], axis: int) -> np.ndarray:
-    """Return the words as '<u8' on the host, (*batch, lines, ceil(k / 64)), zero padded."""
+    """Return the words as '<u8' on the host, (*batch, lines, ceil(k / 64)), zero-padded."""
     batch, lines, k = geometry(shape, axis)
     numbers = np.arange(batch * lines).reshape(*shape[:-2], lines)
     return take(np, words.get(), numbers, lines, k)
 
 
 def from_canonical(canonical: np.ndarray, shape: tuple[int, ...], axis: int) -> Any:
-    """Return canonical words on the current device, in the layout of the kernels."""
+    """Return canonical words on the current device, in the kernels' layout."""
     import cupy
 
     batch, lines, k = geometry(shape, axis)
@@ -257,7 +257,7 @@ def select(words: Any, shape: tuple[int, ...], axis: int, key: tuple[Any, ...]) 
 
 
 def from_lines(lines: Any, shape: tuple[int, ...], axis: int) -> Any:
-    """Return lines in the canonical layout, which are on the device, as the kernels want them."""
+    """Return canonical lines on the device in the kernels' layout."""
     import cupy
 
     batch, count, k = geometry(shape, axis)

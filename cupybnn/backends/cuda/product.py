@@ -1,7 +1,7 @@
-"""Launching a product: operands packed where they are not, one kernel, whatever its result.
+"""Launch of a product: packs operands that are not packed, then runs one kernel for any result.
 
-Beyond addresses, what a call needs depends only on shapes, strides and dtypes. It is prepared once,
-at the first call of its kind, because host time dominates a small product.
+Apart from addresses, a launch depends only on shapes, strides and dtypes. It is prepared once, at
+the first call of its kind, because host time dominates a small product.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cupybnn.backends.epilogue import Epilogue
 
 __all__ = ["PRODUCT", "forget_launches", "gemm", "gemm_packed"]
 
-# OUTPUT_* of product.cuh, by the dtype's character, which is quicker to ask for than its name.
+# OUTPUT_* of product.cuh, by the dtype's character, which is faster to look up than its name.
 _OUTPUTS = {np.dtype(np.int32).char: 0, "f": 1, "e": 2, "E": 3, "h": 5}
 _PACKED = 4
 
@@ -39,7 +39,7 @@ _NO_STRIDES = (0,) * 3
 
 
 class ProductLaunch:
-    """All of a product's launches that shapes, strides and dtypes decide."""
+    """Everything in a product's launches that depends on shapes, strides and dtypes."""
 
     __slots__ = (
         "_arrays",
@@ -77,7 +77,7 @@ class ProductLaunch:
         if blocks >= 2**31 or max(m, n) >= 2**31:
             raise ValueError(
                 f"A product of {batch} times ({m}, {k}) by ({k}, {n}) has more tiles than a launch "
-                f"can have blocks; multiply it in parts."
+                f"can have blocks. Multiply in parts."
             )
         self._grid, self._block = (blocks,), (config.threads,)
         self._sizes = _SIZES.pack(m, n, k, chunk_count(k), batch, *steps, row, col, item)
@@ -85,7 +85,7 @@ class ProductLaunch:
         self._prepare_packing(a, b, device)
 
     def _prepare_packing(self, a: Any, b: Any, device: int) -> None:
-        # Words, then popcounts of each operand that is an array, from offsets in one allocation.
+        # Words, then popcounts of each unpacked operand, at offsets in one allocation.
         self._arrays: list[tuple[int, int, int]] = []
         self._bytes = 0
         operands = []
@@ -96,7 +96,7 @@ class ProductLaunch:
             batch, lines, k = geometry(x.shape, axis)
             words = 4 * math.prod(words_shape(batch, lines, k))
             self._arrays.append((i, self._bytes, self._bytes + words))
-            # The next operand starts at a multiple of 256 bytes, as memory from a pool does.
+            # Align the next operand to 256 bytes, like memory from a pool.
             self._bytes += (words + 4 * batch * lines + 255) & ~255
         self._pack = PackLaunch(operands, device) if operands else None
 
@@ -110,15 +110,15 @@ class ProductLaunch:
         ----------
         a, b : cupy.ndarray or packed matrix
         out : (int, int)
-            Addresses of the result, and of its popcounts if it is packed.
+            Addresses of the result, and of its popcounts if packed.
         columns : tuple of int
             Addresses of row scale, column scale, bias, threshold and flip, or 0.
         strides : tuple of int
-            Batch strides of the first three.
+            Batch strides of row scale, column scale and bias.
         """
         sides: list[Any] = [a, b]
         if self._pack is not None:
-            # Freed on return, for work that the stream does after this.
+            # Freed on return, for reuse by later work on the stream.
             workspace = _alloc(self._bytes)
             base = workspace.ptr
             addresses = []
@@ -144,16 +144,16 @@ def _alloc(size: int) -> Any:
 
 
 _launches: dict[tuple[Any, ...], ProductLaunch] = {}
-_MOST_LAUNCHES = 10_000  # a program whose shapes never repeat should not grow for ever
+_MOST_LAUNCHES = 10_000  # bounds memory in a program whose shapes never repeat
 
 
 def forget_launches() -> None:
-    """Forget what was chosen, because the tuned table has changed."""
+    """Clear the cached launches, because the tuned table has changed."""
     _launches.clear()
 
 
 def _kind(x: Any) -> Any:
-    """Return what a launch depends on in an operand."""
+    """Return the properties of an operand that a launch depends on."""
     if is_cupy(x):
         return x.shape, x.strides, x.dtype, x.data.ptr & 15
     return x.shape
@@ -184,7 +184,7 @@ def gemm(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> None:
         (*batch_a, M, K) and (*batch_b, K, N), on the current device; a PackedMatrix is packed along
         K. The batch shapes broadcast to that of `out`.
     out : cupy.ndarray, shape (*batch, M, N)
-        With any strides, and any dtype that a result may have.
+        With any strides and any valid result dtype.
     epilogue : Epilogue or None
         Scale and bias, or None for the integers.
     """
@@ -193,7 +193,7 @@ def gemm(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> None:
     shape = out.shape
     output = _OUTPUTS.get(out.dtype.char)
     if output is None or (len(shape) > 3 and not out.flags.c_contiguous):
-        _by_way_of_a_copy(a, b, out, epilogue)
+        _gemm_through_copy(a, b, out, epilogue)
         return
     strides, itemsize = out.strides, out.itemsize
     batch_shape = shape[:-2]
@@ -206,7 +206,7 @@ def gemm(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> None:
     if epilogue is None:
         launch(a, b, out=(out.data.ptr, 0))
     else:
-        # Referenced until the launch.
+        # Keep references until the launch.
         rows = _scale(epilogue.row_scale, shape[:-2], shape[-2])
         cols = _scale(epilogue.col_scale, shape[:-2], shape[-1])
         bias = _scale(epilogue.bias, shape[:-2], shape[-1])
@@ -218,7 +218,7 @@ def gemm(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> None:
 
 
 class _Batch:
-    """A packed operand with its batch axes made one."""
+    """A packed operand with its batch axes merged."""
 
     __slots__ = ("popcounts", "shape", "words")
 
@@ -227,9 +227,9 @@ class _Batch:
 
 
 def _batched(x: Any, axis: int, batch_shape: tuple[int, ...]) -> Any:
-    """Return an operand with one batch axis, or with none if one matrix serves the whole batch.
+    """Return an operand with one batch axis, or none if one matrix serves the whole batch.
 
-    An operand that is repeated along some of several batch axes is spelled out.
+    An operand that is broadcast along only some of several batch axes is copied out.
     """
     own = x.shape[:-2]
     matrix = x.shape[-2:]
@@ -258,7 +258,7 @@ def _batched(x: Any, axis: int, batch_shape: tuple[int, ...]) -> Any:
 
 
 def _scale(x: Any, batch_shape: tuple[int, ...], length: int) -> tuple[Any, int, int]:
-    """Return a scale or bias as `length` float32 a product, with its address and batch stride."""
+    """Return a scale or bias as `length` float32 per product, with its address and batch stride."""
     if x is None:
         return None, 0, 0
     import cupy
@@ -272,15 +272,15 @@ def _scale(x: Any, batch_shape: tuple[int, ...], length: int) -> tuple[Any, int,
     return x, x.data.ptr, length if varies else 0
 
 
-def _by_way_of_a_copy(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> None:
-    """Multiply into memory that the kernels can write, and convert from there."""
+def _gemm_through_copy(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> None:
+    """Multiply into an array that the kernels can write, then convert."""
     import cupy
 
     native = out.dtype.char in _OUTPUTS
     result = cupy.empty(out.shape, out.dtype if native else np.int32)
     gemm(a, b, result, epilogue if native else None)
     if epilogue is not None and not native:
-        # Wider than float32: the same steps, in that precision.
+        # Wider than float32: the same steps in that precision.
         result = result.astype(np.result_type(out.dtype, np.float32))
         for scale in (epilogue.row_scale, epilogue.col_scale):
             if scale is not None:
@@ -291,7 +291,7 @@ def _by_way_of_a_copy(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> No
 
 
 def gemm_packed(a: Any, b: Any, threshold: Any, flip: Any) -> tuple[Any, Any]:
-    """Multiply and keep the signs of the results against a threshold a column, packed.
+    """Multiply, compare with a threshold per column, and return the packed signs.
 
     Parameters
     ----------
@@ -317,10 +317,10 @@ def gemm_packed(a: Any, b: Any, threshold: Any, flip: Any) -> tuple[Any, Any]:
     batch_shape = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     if k >= 2**30:
         raise ValueError(
-            f"A product with a packed result must have K below 2**30, for its distance from the "
-            f"threshold must fit an int32; got K = {k}. Use xnor_gemm and pack its signs."
+            f"A product with a packed result must have K below 2**30, because its distance from "
+            f"the threshold must fit an int32; got K = {k}. Use xnor_gemm and pack its signs."
         )
-    # Words that no tile covers, and lines that make up the last 16, are zeros.
+    # Words outside all tiles, and padding lines, must be zeros.
     covered = n % 1024 == 0 and m % 16 == 0 and n
     words = (cupy.empty if covered else cupy.zeros)(
         words_shape(math.prod(batch_shape), m, n), np.uint32

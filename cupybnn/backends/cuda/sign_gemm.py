@@ -27,7 +27,7 @@ __all__ = [
 _TILE_M, _TILE_N, _DEPTH, _STAGES = 128, 256, 64, 4
 _THREADS = 384
 _TRANSPOSED, _UPDATE = 0, 1
-#: Warps that write a tile, each of which leaves its part of the penalty.
+#: Warps that write a tile; each writes its part of the penalty.
 WRITERS = 3
 
 SIGN_PRODUCT = Struct("SignProduct", "ptr words, out; i64 m, n, k")
@@ -46,26 +46,26 @@ UPDATE = Kernel(
 
 
 def unsupported_reason(device: int, precision: str, inputs: int, units: int) -> str | None:
-    """Return why the kernel cannot do a layer's backward pass, or None if it can.
+    """Return why the kernel cannot run a layer's backward pass, or None if it can.
 
-    The reason ends a sentence.
+    The reason is the end of a sentence.
     """
     if architecture(device) != 90:
-        return "the device has no compute capability 9.0"
+        return "the device does not have compute capability 9.0"
     if precision != "bfloat16":
         return f"dense products are in {precision}"
-    if inputs % 8 or units % 8:  # rows that are fetched or stored must be whole pieces of 16 bytes
+    if inputs % 8 or units % 8:  # rows must be multiples of 16 bytes
         return "the number of units is not a multiple of 8"
     return None if _can_map() else "the package cuda-bindings is missing"
 
 
 def pays(device: int, batch: int, inputs: int, units: int) -> bool:
-    """Whether both products have a tile for each multiprocessor: with fewer, cuBLAS is faster."""
+    """Whether both products have a tile per multiprocessor; with fewer, cuBLAS is faster."""
     return min(tiles(inputs, batch), tiles(inputs, units)) >= multiprocessors(device)
 
 
 def tiles(m: int, n: int) -> int:
-    """Tiles of an M x N product."""
+    """Return the number of tiles of an M x N product."""
     return -(-m // _TILE_M) * -(-n // _TILE_N)
 
 
@@ -81,7 +81,7 @@ def transposed_product(signs: Any, matrix: Any, out: Any, device: int) -> None:
     out : cupy.ndarray of uint16, shape (batch, inputs)
         Likewise, rounded to nearest even.
     device : int
-        Number of the current CUDA device.
+        Index of the current CUDA device.
     """
     (batch, units), inputs = matrix.shape, out.shape[1]
     product = SIGN_PRODUCT.pack(words=signs.words, out=out, m=inputs, n=batch, k=units)
@@ -93,24 +93,24 @@ def transposed_product(signs: Any, matrix: Any, out: Any, device: int) -> None:
 def weight_update(
     signs: Any, matrix: Any, update: dict[str, Any], *, defines: Defines, device: int
 ) -> None:
-    """Update weights by their gradient, ``signs.T @ matrix``, rounded to bfloat16.
+    """Update weights with their gradient, ``signs.T @ matrix``, rounded to bfloat16.
 
     Parameters
     ----------
     signs : PackedMatrix, shape (batch, inputs), packed along the inputs
-        What entered the layer.
+        The layer's inputs.
     matrix : cupy.ndarray of uint16, shape (batch, units)
         Bit patterns of bfloat16: the gradient of the layer's products.
     update : dict
-        The kernel's further arguments by name, `ParameterUpdate.pack`'s first.
+        The kernel's other arguments by name, including `ParameterUpdate.pack`'s.
     defines : tuple of (name, value)
         PENALTY and WRITE_GRADIENT.
     device : int
-        Number of the current CUDA device.
+        Index of the current CUDA device.
     """
     (batch, units), inputs = matrix.shape, signs.shape[-1]
     product = SIGN_PRODUCT.pack(words=signs.words, out=None, m=inputs, n=units, k=batch)
-    # Rows of the matrix are those of K here; above, columns of the product.
+    # Here the matrix's rows run along K; above, they are columns of the product.
     arguments = {"p": product, "map": _tensor_map(matrix.data.ptr, matrix.shape, _DEPTH)}
     defines = (("RESULT", _UPDATE), *defines)
     _launch(UPDATE, {**arguments, **update}, defines, tiles(inputs, units), device)
@@ -126,7 +126,7 @@ def _launch(
 
 
 def _shared_bytes(result: int) -> int:
-    """Bytes of struct Shared."""
+    """Return the size of struct Shared in bytes."""
     slot = _TILE_N * _DEPTH * 2 + _DEPTH * _TILE_M // 8
     rows, cols, signs = _TILE_N, _TILE_M, 0
     if result == _UPDATE:
@@ -136,7 +136,7 @@ def _shared_bytes(result: int) -> int:
 
 @cache
 def _can_map() -> bool:
-    """Whether tensor maps can be made: CuPy has no function for it."""
+    """Whether tensor maps can be encoded, which CuPy has no function for."""
     try:
         from cuda.bindings import driver  # type: ignore[import-untyped]
     except ImportError:
@@ -146,12 +146,12 @@ def _can_map() -> bool:
 
 @lru_cache(maxsize=256)
 def _tensor_map(address: int, shape: tuple[int, int], box_rows: int) -> Any:
-    """Describe a row-major matrix of 16-bit elements, for boxes of 64 columns, swizzled.
+    """Return the tensor map of a row-major matrix of 16-bit elements: swizzled boxes of 64 columns.
 
     Raises
     ------
     RuntimeError
-        If the driver refuses.
+        If the driver returns an error.
     """
     from cuda.bindings import driver
 

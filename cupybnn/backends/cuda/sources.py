@@ -1,4 +1,4 @@
-"""The CUDA sources: where they are, and how one becomes a self-contained translation unit."""
+"""The CUDA sources: finding them, and assembling self-contained translation units."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _INCLUDE = re.compile(r'\s*#include "([^"]+)"')
 
 @lru_cache(maxsize=1)
 def kernels_dir() -> Path:
-    """Folder of the CUDA sources.
+    """Return the folder of the CUDA sources.
 
-    It is inside an installed package, and next to the package in a source tree or an editable
+    It is inside an installed package, or next to the package in a source tree or an editable
     install.
 
     Raises
@@ -32,12 +32,12 @@ def kernels_dir() -> Path:
             return folder
     raise FileNotFoundError(
         f"The CUDA sources should be in {package / 'kernels'} or {package.parent / 'kernels'}; "
-        f"neither holds them. Install cupybnn again."
+        f"neither has them. Reinstall cupybnn."
     )
 
 
 def kernel_names() -> list[str]:
-    """Names of the source files, without their ending: "smxx_pack", ..."""
+    """Return the names of the source files, without extension: "smxx_pack", ..."""
     return sorted(path.stem for path in kernels_dir().glob("*.cu"))
 
 
@@ -47,10 +47,10 @@ def _file(path: Path) -> str:
 
 
 def translation_unit(name: str, defines: Mapping[str, int | str] | None = None) -> str:
-    """Return the source of kernel file `name` with its headers in place and `defines` on top.
+    """Return the source of kernel file `name` with headers inlined and `defines` on top.
 
-    A unit includes nothing, so its text alone decides what is compiled: a cache that is keyed by
-    the text, as CuPy's is, cannot be stale.
+    A unit includes nothing, so its text alone determines what is compiled: a cache keyed by the
+    text, like CuPy's, cannot be stale.
     """
     placed: set[str] = set()
 

@@ -1,10 +1,10 @@
-"""C structs and kernels' parameter lists, mirrored with the names and types of their fields.
+"""Python mirrors of C structs and kernel parameter lists, with field names and types.
 
-A declaration is written as in C, with ``ptr`` for every pointer and the types of ``layout.cuh``::
+Declarations are written as in C, with ``ptr`` for every pointer and the types of ``layout.cuh``::
 
     LAYER = Struct("Layer", "ptr z, kept; i64 rows, cols; double share")
 
-The tests compare each with the text of the kernels.
+The tests compare each one with the kernel sources.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 __all__ = ["Field", "Kernel", "Struct", "address"]
 
-# C types, as module `struct` and NumPy name them.
+# C types, in the module `struct` and in NumPy.
 _SCALARS: dict[str, tuple[str, Any]] = {
     "ptr": ("Q", np.uint64),
     "i64": ("q", np.int64),
@@ -40,7 +40,7 @@ class Field:
 
 
 def address(x: Any) -> int:
-    """Return where an array lies on the device; 0 for None, and an address itself."""
+    """Return the device address of an array; 0 for None; an address unchanged."""
     if x is None or isinstance(x, int):
         return x or 0
     return int(x.data.ptr)
@@ -58,7 +58,7 @@ def _parse(declaration: str) -> tuple[Field, ...]:
 
 
 def _in_order(what: str, fields: tuple[Field, ...], values: dict[str, Any]) -> list[Any]:
-    """Return values in the order of the fields; each must have one, and no other may be there."""
+    """Return values in field order; TypeError unless they match the fields exactly."""
     names = [field.name for field in fields]
     if values.keys() != set(names):
         missing, unknown = set(names) - values.keys(), values.keys() - set(names)
@@ -79,11 +79,11 @@ class Struct:
     Parameters
     ----------
     name : str
-        As the kernels have it.
+        As in the kernels.
     declaration : str
         The fields in order; see the module.
     *nested : Struct
-        Structs that are fields' types.
+        Structs used as field types.
     """
 
     def __init__(self, name: str, declaration: str, *nested: Struct) -> None:
@@ -112,12 +112,12 @@ class Struct:
         """Return the struct's bytes.
 
         A value is an array, an address or None for a pointer, bytes for a struct or an array of
-        them (zeros follow if they are fewer), else a number.
+        structs (padded with zeros), and a number otherwise.
 
         Raises
         ------
         TypeError
-            If a field has no value or there is no such field.
+            If a field has no value or does not exist.
         """
         ordered = _in_order(f"struct {self.name}", self.fields, values)
         return self._struct.pack(
@@ -128,12 +128,12 @@ class Struct:
         )
 
     def argument(self, data: bytes) -> np.ndarray:
-        """Return packed bytes as a launch takes them."""
-        # Much quicker than setting an array's elements.
+        """Return packed bytes as a launch argument."""
+        # Much faster than setting an array's elements.
         return np.frombuffer(data, self.dtype)
 
     def section(self, first: str, last: str) -> struct.Struct:
-        """Return the packing of neighbouring 8-byte fields, for launches that must be quick."""
+        """Return a `struct.Struct` of adjacent 8-byte fields, for launches that must be fast."""
         names = list(self._codes)
         codes = [self._codes[n] for n in names[names.index(first) : names.index(last) + 1]]
         assert codes
@@ -142,7 +142,7 @@ class Struct:
 
 
 class Kernel:
-    """A kernel of a file in ``kernels/`` and its parameters.
+    """A kernel in ``kernels/`` and its parameters.
 
     Parameters
     ----------
@@ -150,7 +150,7 @@ class Kernel:
     declaration : str
         The parameters in order; see the module.
     *structs : Struct
-        Those that are parameters' types.
+        Structs used as parameter types.
     """
 
     def __init__(self, source: str, function: str, declaration: str, *structs: Struct) -> None:
@@ -159,12 +159,12 @@ class Kernel:
         self._structs = {s.name: s for s in structs}
 
     def arguments(self, **values: Any) -> tuple[Any, ...]:
-        """Return what a launch takes, from a value for each parameter: `Struct.pack`'s, or bytes.
+        """Return launch arguments from a value for each parameter, as for `Struct.pack`, or bytes.
 
         Raises
         ------
         TypeError
-            If a parameter has no value or there is no such parameter.
+            If a parameter has no value or does not exist.
         """
         arguments = []
         for field, value in zip(

@@ -1,8 +1,7 @@
-"""The configurations that were found fastest on this GPU, kept on disk.
+"""The fastest configurations measured on this GPU, stored on disk.
 
-`cupybnn.benchmark.tuning` finds them. They are a JSON file in the cache folder, one for each model
-of GPU and each state of the kernels' sources: a table that was measured with other kernels is never
-read.
+`cupybnn.benchmark.tuning` finds them. They are a JSON file in the cache folder, one per GPU model
+and version of the kernel sources: a table measured with other kernels is never read.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ __all__ = ["save", "sources_digest", "table_path", "winners"]
 
 @lru_cache(maxsize=1)
 def sources_digest() -> str:
-    """Digest of everything that decides what a configuration compiles to."""
+    """Return a digest of everything that determines what a configuration compiles to."""
     digest = hashlib.sha256()
     modules = sorted(Path(architectures.__file__).parent.glob("*.py"))
     for path in [*sorted(kernels_dir().rglob("*.cu*")), Path(configs.__file__), *modules]:
@@ -48,7 +47,7 @@ def sources_digest() -> str:
 
 
 def table_path(device: int) -> Path:
-    """File of the winners for the model of CUDA device number `device`."""
+    """Return the file of the winners for the model of a CUDA device."""
     import cupy
 
     name = cupy.cuda.runtime.getDeviceProperties(device)["name"].decode()
@@ -58,10 +57,10 @@ def table_path(device: int) -> Path:
 
 @cache
 def winners(device: int) -> dict[str, Config]:
-    """Return the measured winners by `Problem.key`; empty where nothing was tuned.
+    """Return the measured winners by `Problem.key`; empty if nothing was tuned.
 
-    A table that cannot be read, or holds what tuning cannot have written, is warned of once and
-    ignored: the built-in choice serves, and ``cupybnn bench --tune`` writes the file anew.
+    A table that cannot be read, or is not valid, is ignored with one warning: the built-in choice
+    is used instead, and ``cupybnn bench --tune`` rewrites the file.
     """
     path = None
     try:
@@ -78,7 +77,7 @@ def winners(device: int) -> dict[str, Config]:
     except (OSError, ValueError) as error:
         what = "The cache folder" if path is None else f"The tuned table {path}"
         warnings.warn(
-            f"{what} is ignored: {error}. 'cupybnn bench --tune' writes the table anew.",
+            f"{what} is ignored: {error}. 'cupybnn bench --tune' rewrites the table.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -98,12 +97,12 @@ def _defines(value: Any, place: str) -> None:
 
 
 def _field_check(field: dataclasses.Field[Any]) -> Check:
-    """Return the check of a field of `Config`, by its name and type."""
+    """Return the check for a field of `Config`, by its name and type."""
     if field.name in ("kernel", "defines"):
         return text(r"sm(\d\d+|xx)") if field.name == "kernel" else _defines
     if field.type in ("bool", bool):
         return boolean
-    # What counts bytes or slots of shared memory may be none; all else is at least one.
+    # Bytes and slots of shared memory may be 0; all other numbers are at least 1.
     return integer(int(not re.search("slot|stage|shared", field.name)), 2**20)
 
 
@@ -118,7 +117,7 @@ def _config(*, defines: list[list[Any]], **fields: Any) -> Config:
 
 
 def save(device: int, found: dict[str, Config]) -> Path:
-    """Write the winners of CUDA device number `device` in place of what was kept."""
+    """Write the winners for a CUDA device, replacing any earlier table."""
     path = table_path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     entries = {key: dataclasses.asdict(config) for key, config in sorted(found.items())}

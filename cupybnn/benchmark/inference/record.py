@@ -11,8 +11,8 @@ from cupybnn.benchmark.clock import make_clock
 from cupybnn.benchmark.inference import ours
 from cupybnn.benchmark.inference.network import CLASSES, FEATURES, Network, random_inputs
 from cupybnn.benchmark.inference.variants import COMPARED, Variant, measure
-from cupybnn.benchmark.methods import in_short
-from cupybnn.benchmark.record import begun
+from cupybnn.benchmark.methods import summarize_error
+from cupybnn.benchmark.record import new_record
 from cupybnn.benchmark.training.record import TRIALS, disturbed
 from cupybnn.benchmark.training.variants import Size
 
@@ -68,14 +68,14 @@ def variants_for(device: Device, quick: bool) -> tuple[list[Variant], list[str]]
         else:
             found += torch_peer.variants(device, quick)
     except Exception as error:
-        notes.append(f"PyTorch is not measured: {in_short(error)}")
+        notes.append(f"PyTorch is not measured: {summarize_error(error)}")
     if device.kind == "cpu":
         try:
             from cupybnn.benchmark.inference import onnx_peer
 
             found += onnx_peer.variants(device)
         except Exception as error:
-            notes.append(f"onnxruntime is not measured: {in_short(error)}")
+            notes.append(f"onnxruntime is not measured: {summarize_error(error)}")
     return found, notes
 
 
@@ -110,7 +110,7 @@ def run(
     with device.scope():
         began = time.perf_counter()
         variants, notes = variants_for(device, quick)
-        record = begun("infer", device, quick, notes)
+        record = new_record("infer", device, quick, notes)
         record |= {"method": METHOD, "sizes": []}
         report(record, "begun")
         clock = make_clock(device)

@@ -13,9 +13,9 @@ import numpy as np
 from cupybnn.backends.devices import Device
 from cupybnn.benchmark.clock import Clock
 from cupybnn.benchmark.inference.network import Network
-from cupybnn.benchmark.methods import Unsupported, in_short
+from cupybnn.benchmark.methods import Unsupported, summarize_error
 from cupybnn.benchmark.products import release
-from cupybnn.benchmark.training.variants import Others
+from cupybnn.benchmark.training.variants import CpuContention
 
 __all__ = ["Calls", "Variant", "measure"]
 
@@ -117,10 +117,10 @@ def measure(
             def call() -> None:
                 results[0] = calls.call()
 
-            others = Others()
+            contention = CpuContention()
             timing = clock.steady(call, budget)
             queued = clock.throughput([call], budget) if device.kind == "cuda" else None
-            busy = others.processors()
+            busy = contention.processors()
             clock.wait()
             got = calls.host(results[0])[: len(expected)]
         row |= {
@@ -139,6 +139,6 @@ def measure(
     except Unsupported as error:
         row["error"] = str(error)
     except Exception as error:  # one that fails must not lose the other figures
-        row |= {"error": in_short(error), "failed": True}
+        row |= {"error": summarize_error(error), "failed": True}
     release(device)
     return row

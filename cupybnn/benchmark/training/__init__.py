@@ -1,6 +1,5 @@
 """Time training steps against the same network in PyTorch: what ``cupybnn bench train`` runs.
 
-`record.run` measures and returns a plain dict (the JSON file); `tables` writes it on a terminal,
-`chart` draws it. `ours` and `peer` have the steps of the two libraries, `variants` how one is
-measured.
+`record.run` measures and returns a plain dict (the JSON file); `tables` formats it for a terminal,
+`chart` draws it. `ours` and `peer` define the steps of the two libraries, `variants` measures one.
 """

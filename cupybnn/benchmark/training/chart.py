@@ -36,7 +36,7 @@ def _fastest(found: dict[str, Any], library: str, product: str, how: str) -> flo
 
 
 def _unit(found: dict[str, Any]) -> tuple[str, float]:
-    """Return what a size's bars are relative to, and its ex/s."""
+    """Return the name and ex/s of the reference for the bars of a size."""
     for kind, name in (("PyTorch", "the fastest PyTorch"), ("matmul", "dense products")):
         if kind in found["best"]:
             row = found["rows"][found["best"][kind]]
@@ -52,7 +52,7 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
     record : dict
         What `cupybnn.benchmark.training.record.run` returned.
     path : path-like
-        Where to write; the ending is replaced by .svg and .png.
+        Where to write; the suffix is replaced by .svg and .png.
 
     Returns
     -------
@@ -62,12 +62,12 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
     Raises
     ------
     ValueError
-        If nothing was measured that can be compared, or matplotlib is not installed.
+        If the record has nothing to compare, or matplotlib is not installed.
     """
     needs_matplotlib()
     sizes = [found for found in record["sizes"] if _unit(found)[1] and not found.get("disturbed")]
     if not sizes:
-        raise SettingError("The record holds no training steps to draw.")
+        raise SettingError("The record contains no training steps to draw.")
     rates = {kind[0]: [_fastest(found, *kind[1:4]) for found in sizes] for kind in _KINDS}
     kinds = [kind for kind in _KINDS if any(rates[kind[0]])]
     width = max(7.0, 1.25 * len(sizes) + 1.5)
@@ -89,9 +89,7 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
             )  # fmt: skip
     axes.axhline(1, color="black", linewidth=0.6)
     axes.set_xticks(range(len(sizes)), [f"{f['hidden']}\n{f['batch']}" for f in sizes])
-    axes.set_xlabel(
-        "units in each hidden layer, examples in a step; above the bars: examples a second"
-    )
+    axes.set_xlabel("units per hidden layer, examples per step; above the bars: examples a second")
     axes.set_ylabel(f"throughput relative to {_unit(sizes[0])[0]}")
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * 1.1)  # room for the numbers above the bars
@@ -100,7 +98,7 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
 
 
 def _short(rate: float) -> str:
-    """Write ex/s in a few characters: 23.0 M, 412 k."""
+    """Format ex/s in a few characters: 23.0 M, 412 k."""
     for unit, scale in ((" M", 1e6), (" k", 1e3)):
         if rate >= scale:
             return f"{rate / scale:.3g}{unit}"

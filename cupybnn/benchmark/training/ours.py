@@ -16,7 +16,7 @@ PRODUCTS = ("matmul", "xnor")
 
 
 def variants(device: Device, quick: bool) -> list[Variant]:
-    """Return what is measured of this library on a kind of device."""
+    """Return this library's variants for a kind of device."""
     if device.kind == "cpu":
         return [Variant("cupybnn", "plain", p, "float32", _make) for p in PRODUCTS]
     precisions = ("bfloat16",) if quick else ("float32", "tf32", "bfloat16")
@@ -30,7 +30,7 @@ def variants(device: Device, quick: bool) -> list[Variant]:
 
 
 def config_for(variant: Variant, size: Size, device: Device) -> TrainConfig:
-    """Return the settings with which `Trainer` trains as a variant of this library."""
+    """Return the `Trainer` settings for a variant of this library."""
     return TrainConfig(
         n_hidden=size.hidden,
         batch_size=size.batch,
@@ -48,11 +48,11 @@ def config_for(variant: Variant, size: Size, device: Device) -> TrainConfig:
 
 def _make(variant: Variant, size: Size, device: Device, data: Dataset, memory: Memory) -> Running:
     pool = None if device.kind == "cpu" else device.xp.get_default_memory_pool()
-    others = 0 if pool is None else pool.total_bytes()  # the clock's, for one
+    used_before = 0 if pool is None else pool.total_bytes()  # by the clock, for example
     trainer = Trainer(config_for(variant, size, device), data=data)
     numbers = itertools.count()
     outputs = [trainer.make_step(next(numbers))]
-    memory.look()
+    memory.update()
 
     def step() -> None:
         outputs[0] = trainer.make_step(next(numbers))
@@ -60,23 +60,23 @@ def _make(variant: Variant, size: Size, device: Device, data: Dataset, memory: M
     running = Running(step, lambda: float(outputs[0].loss))
     if pool is None:
         return running
-    running.pool = lambda: pool.total_bytes() - others
+    running.pool = lambda: pool.total_bytes() - used_before
     if trainer.config.fused:
         from cupybnn.training.fast import FusedStep
 
         fused = trainer._step
         if not isinstance(fused, FusedStep):
-            raise Unsupported(_why_not_fused(trainer))
+            raise Unsupported(_unfused_reason(trainer))
         if trainer.config.graph:
-            step()  # which captures, or says why not
+            step()  # captures the graph, or adds a notice
             if trainer.notices:
                 raise Unsupported(trainer.notices[-1])
             running.kernels = lambda: fused.spans(next(numbers))
     return running
 
 
-def _why_not_fused(trainer: Trainer) -> str:
-    """Return why a trainer that was to make fused steps does not."""
+def _unfused_reason(trainer: Trainer) -> str:
+    """Return why a trainer does not use the fused step."""
     from cupybnn.backends.cuda.compiler import architecture
     from cupybnn.training.fast import unsupported_reason
 

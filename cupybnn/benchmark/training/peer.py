@@ -1,4 +1,4 @@
-"""The same network in PyTorch, written as one would who wants it fast. Imports torch."""
+"""The same network in PyTorch, written to be fast. Imports torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BATCH_NORM_EPS, _BATCH_NORM_MOMENTUM = 1e-4, 0.1
 
 
 def variants(device: Device, quick: bool) -> list[Variant]:
-    """Return what is measured of PyTorch on a kind of device."""
+    """Return PyTorch's variants for a kind of device."""
     if device.kind == "cpu":
         return [Variant("PyTorch", "eager", "matmul", "float32", _make)]
     return [
@@ -45,7 +45,7 @@ class HardTanhSign(torch.autograd.Function):
 
 
 class ClippedWeightSign(torch.autograd.Function):
-    """The signs of weights that are kept within [-1, 1]: the gradient passes everywhere."""
+    """The signs of weights that are clipped to [-1, 1]: the gradient passes everywhere."""
 
     @staticmethod
     def forward(ctx: Any, x: Any, plus: Any, minus: Any) -> Any:
@@ -58,7 +58,7 @@ class ClippedWeightSign(torch.autograd.Function):
 
 
 class Network(torch.nn.Module):
-    """784-H-H-H-10 as `cupybnn.training.network.Perceptron` with `binary` and `batch_norm`.
+    """784-H-H-H-10, as `cupybnn.training.network.build_network` with `binary` and `batch_norm`.
 
     Parameters
     ----------
@@ -68,7 +68,7 @@ class Network(torch.nn.Module):
         Units in each hidden layer.
     classes : int
     dtype : torch.dtype
-        Of the factors of products; weights and the rest are in `real`.
+        Dtype of the operands of products; weights and everything else are in `real`.
     real : torch.dtype
     """
 
@@ -106,7 +106,7 @@ class Network(torch.nn.Module):
         return [self.weights[1], self.weights[2]]
 
     def forward(self, index: Any) -> Any:
-        """Return the loss of a batch of images by number."""
+        """Return the loss of a batch of images, given by index."""
         x = self.images[index].to(self.dtype) * (1 / 255)
         x = self._normalised(x @ self.weights[0].to(self.dtype), 0)
         for i, latent in enumerate(self.latent, 1):
@@ -143,19 +143,19 @@ class Stepper:
 
     def __init__(self, network: Network, batch: int, compiled: bool = False) -> None:
         self.network, self.batch = network, batch
-        # A captured optimiser counts its steps on the device.
+        # A captured optimiser must count its steps on the device.
         options = {"capturable": True} if network.images.is_cuda else {}
         self.optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True, **options)
         self.loss: Any = None
         self._forward: Callable[[Any], Any] = network
         if compiled:
-            # Compiled for this size alone: shapes known to the compiler make faster code.
+            # Compiled for this size only: static shapes give faster code.
             torch._dynamo.reset()
             self._forward = torch.compile(network, dynamic=False, fullgraph=True)
         self._graph: Any = None
 
     def __call__(self) -> None:
-        """Make a step."""
+        """Run a step."""
         if self._graph is None:
             self._step()
         else:
@@ -174,16 +174,16 @@ class Stepper:
         self.loss = loss.detach()
 
     def capture(self, memory: Memory) -> None:
-        """Make steps one CUDA graph from now on."""
-        # The warm-up that PyTorch asks for: on a stream of its own.
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
+        """Capture a step as a CUDA graph; later steps replay it."""
+        # PyTorch requires a warm-up on a side stream.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
             for _ in range(3):
                 self._step()
-        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        memory.look()  # torch.cuda.graph empties PyTorch's cache of what the warm-up took
+        memory.update()  # now, because torch.cuda.graph empties PyTorch's cache
         self.loss = None
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -193,11 +193,11 @@ class Stepper:
 
 @contextlib.contextmanager
 def _scope(variant: Variant) -> Iterator[None]:
-    """Let float32 products round their factors to TF32, and clean up afterwards."""
+    """Let float32 products use TF32, and clean up afterwards."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
-    # What earlier variants left to cuBLAS would be missing in the count of this one's memory.
-    with contextlib.suppress(AttributeError):  # no public function does it
+    # Otherwise workspaces left by earlier variants would not count as this one's memory.
+    with contextlib.suppress(AttributeError):  # there is no public function
         torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     try:

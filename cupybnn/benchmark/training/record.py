@@ -1,4 +1,4 @@
-"""Measure the training steps of every size and variant and keep what was found as one record."""
+"""Measure the training steps of every size and variant and collect the results in one record."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import numpy as np
 
 from cupybnn.backends.devices import Device
 from cupybnn.benchmark.clock import Clock, make_clock
-from cupybnn.benchmark.methods import in_short
-from cupybnn.benchmark.record import begun
+from cupybnn.benchmark.methods import summarize_error
+from cupybnn.benchmark.record import new_record
 from cupybnn.benchmark.training import ours
 from cupybnn.benchmark.training.variants import Size, Variant, measure
 from cupybnn.data import Dataset
@@ -27,7 +27,7 @@ __all__ = [
     "variants_for",
 ]
 
-#: Of the data, which are of MNIST's shape.
+#: The data have MNIST's shape.
 FEATURES, CLASSES = 784, 10
 #: The original program's table: 512 units in each hidden layer.
 TABLE = tuple(Size(512, batch) for batch in (512, 1024, 2048, 4096, 8192))
@@ -35,37 +35,36 @@ WIDE = (Size(1024, 1024), Size(4096, 4096), Size(8192, 8192))
 QUICK = (Size(512, 1024), Size(4096, 4096))
 CPU = (Size(512, 128), Size(1024, 1024))
 
-#: Processors that other programs may use while a CPU is measured; beyond, nothing is compared.
+#: Processors that other programs may use during a CPU measurement; above, nothing is compared.
 DISTURBED = 0.2
-#: How often a variant is measured anew on a CPU that others disturb.
+#: How often a variant is measured at most, on a CPU that other programs use.
 TRIALS = 3
 
 METHOD = {
     "network": (
         "784-H-H-H-10, weights of layers 2 and 3 and activations of layers 1 and 2 binary "
         "(hard-tanh straight-through gradient), batch norm after each hidden product, softmax "
-        "cross-entropy, Adam, latent weights clipped to [-1, 1]; PyTorch's has the same loss and "
-        "gradients"
+        "cross-entropy, Adam, latent weights clipped to [-1, 1]; same loss and gradients in PyTorch"
     ),
     "data": "random bytes and labels of MNIST's shape, 60000 x 784, on the device",
     "timing": (
-        "groups of at least 20 ms of steps (CPU: one step or more), one after the other, between "
-        "CUDA events (CPU: the clock) after a warm-up; the host never waits for the device, and "
-        "where it lags its time counts; median and average over groups; on a CPU measured up to "
+        "consecutive groups of at least 20 ms of steps (CPU: at least one step) between CUDA "
+        "events (CPU: the clock), after a warm-up; the host never waits for the device, and its "
+        "time counts if it is slower; median and average over groups; on a CPU, measured up to "
         "three times while other programs use more than a fifth of a processor "
-        "(others_processors), and not compared if they still do: they slow down threads that wait "
-        "for each other by far more than their share"
+        "(others_processors), and not compared if they still do, because they slow down threads "
+        "that wait for each other far more than in proportion"
     ),
     "memory": (
-        "what the driver had less free memory than before the variant was made, at the most seen "
-        "after making, warm-up and timing, libraries' pools included and emptied before; "
-        "pool_bytes is what the library says itself: what CuPy's pool grew by, PyTorch's "
+        "decrease in the driver's free memory since before the variant was set up, the maximum "
+        "after setup, warm-up and timing, including libraries' pools, which are emptied first; "
+        "pool_bytes is the library's own figure: the growth of CuPy's pool, PyTorch's "
         "max_memory_allocated"
     ),
     "kernels": (
-        "medians by CUDA events around each launch of a step that is launched kernel by kernel "
-        "behind a backlog, which also empties the L2 cache; nothing runs side by side then, as it "
-        "may in the graph, and an event costs about a microsecond"
+        "medians, by CUDA events around each launch of a step without the graph, behind a backlog "
+        "that also flushes the L2 cache; unlike in the graph, nothing runs concurrently, and an "
+        "event costs about a microsecond"
     ),
 }
 
@@ -78,14 +77,14 @@ def sizes_for(device: Device, quick: bool) -> tuple[Size, ...]:
 
 
 def variants_for(device: Device, quick: bool) -> tuple[list[Variant], list[str]]:
-    """Return what is measured on a kind of device, and a sentence for a peer that is left out."""
+    """Return the variants for a kind of device, and a sentence if the peer is not measured."""
     mine = ours.variants(device, quick)
     try:
         import torch
 
         from cupybnn.benchmark.training import peer
-    except Exception as error:  # an installation that is broken counts as none
-        return mine, [f"PyTorch is not measured: {in_short(error)}"]
+    except Exception as error:  # a broken installation counts as missing
+        return mine, [f"PyTorch is not measured: {summarize_error(error)}"]
     if device.kind == "cuda" and not torch.cuda.is_available():
         return mine, [f"PyTorch {torch.__version__} is not measured: it sees no GPU."]
     return mine + peer.variants(device, quick), []
@@ -117,20 +116,20 @@ def run(
     sizes : sequence of Size, optional
         Instead of those of `sizes_for`.
     starting : callable(name, total), optional
-        Called with each variant's name before it is measured, and with how many there are in all.
+        Called before each variant is measured, with its name and the total number of variants.
     progress : callable(record, done), optional
-        Called when the record was begun ("begun") and when a size was added to it ("size").
+        Called after the record is started ("begun") and after a size is added to it ("size").
 
     Returns
     -------
     dict
-        Plain JSON values; times in seconds.
+        JSON values; times in seconds.
     """
     report = progress or (lambda record, done: None)
     with device.scope():
         began = time.perf_counter()
         variants, notes = variants_for(device, quick)
-        record = begun("train", device, quick, notes)
+        record = new_record("train", device, quick, notes)
         record |= {"method": METHOD, "sizes": []}
         report(record, "begun")
         clock = make_clock(device)
@@ -139,7 +138,7 @@ def run(
             _first_uses(variants, device, data, clock)
         chosen = sizes_for(device, quick) if sizes is None else sizes
         budget = 0.1 if quick else 0.3
-        if device.kind == "cpu":  # other programs disturb more there, and steps are long
+        if device.kind == "cpu":  # noisier, and steps are long
             budget *= 10
         for size in chosen:
             rows = []
@@ -164,7 +163,7 @@ def run(
 
 
 def _first_uses(variants: Sequence[Variant], device: Device, data: Dataset, clock: Clock) -> None:
-    """Let each library load and take what it then keeps: no variant is to be charged for it."""
+    """Let each library load and allocate what it keeps, so that no variant is charged for it."""
     for variant in variants:
         if "graph" not in variant.how:
             measure(variant, Size(64, 64), device, data, clock, 0)
@@ -176,16 +175,15 @@ def disturbed(rows: Sequence[dict[str, Any]]) -> bool:
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the best rows of each kind and what they come to.
+    """Return the fastest row of each kind and their ratios.
 
     Returns
     -------
     dict
-        "best": the number of the fastest row, by the median, of "xnor", "matmul" (both ours) and
-        "PyTorch", where there is one; "xnor_over_matmul": ratio of ex/s by precision, of fused
-        and captured steps if there are any, and of the best rows as "best";
-        "over_pytorch" and "memory_of_pytorch": the fastest row of ours over the fastest of
-        PyTorch's, None without it.
+        "best": the index of the fastest row, by median, of "xnor", "matmul" (both ours) and
+        "PyTorch", if there is one; "xnor_over_matmul": ratio of ex/s by precision, for captured
+        fused steps if there are any, and, as "best", of the fastest rows; "over_pytorch" and
+        "memory_of_pytorch": ratios of our fastest row to PyTorch's fastest, None without one.
     """
     done = [(i, row) for i, row in enumerate(rows) if "error" not in row]
 

@@ -30,7 +30,7 @@ def _memory(nbytes: int | None) -> str:
 
 def size(found: dict[str, Any]) -> Iterator[str]:
     """Yield the table of one size, and that of its kernels."""
-    yield f"784-{'-'.join([str(found['hidden'])] * 3)}-10, {found['batch']} examples a step"
+    yield f"784-{'-'.join([str(found['hidden'])] * 3)}-10, {found['batch']} examples per step"
     rows, errors = [], []
     for row in found["rows"]:
         name = f"  {name_of(row)}"
@@ -55,8 +55,8 @@ def size(found: dict[str, Any]) -> Iterator[str]:
     if found.get("disturbed"):
         busy = max(row.get("others_processors") or 0.0 for row in found["rows"])
         yield (
-            f"  NOT COMPARED: other programs used up to {busy:.1f} processors meanwhile; measure "
-            f"again on an idle machine."
+            f"  NOT COMPARED: other programs used up to {busy:.1f} processors; measure again on an "
+            f"idle machine."
         )
     if any("kernels" in row for row in found["rows"]):
         yield ""
@@ -64,7 +64,7 @@ def size(found: dict[str, Any]) -> Iterator[str]:
 
 
 def kernels(found: dict[str, Any]) -> Iterator[str]:
-    """Yield what one step of a size is made of: each kernel's time and its share of their sum."""
+    """Yield the parts of one step: each kernel's time and its fraction of the sum."""
     rows = [row for row in found["rows"] if "kernels" in row]
     names = list(dict.fromkeys(name for row in rows for name in row["kernels"]))
     sums = [sum(row["kernels"].values()) for row in rows]
@@ -76,10 +76,10 @@ def kernels(found: dict[str, Any]) -> Iterator[str]:
             share = None if seconds is None else seconds / total
             line += ["" if seconds is None else tables.time(seconds), percent(share)]
         cells.append(line)
-    cells.append(["  all of them", *(c for total in sums for c in (tables.time(total), ""))])
+    cells.append(["  sum", *(c for total in sums for c in (tables.time(total), ""))])
     steps = (c for row in rows for c in (tables.time(row["step"]["median"]), ""))
-    cells.append(["  the step as a graph", *steps])
-    yield "  one step by kernel, launched one after the other"
+    cells.append(["  step as a graph", *steps])
+    yield "  kernels of one step, launched one after the other"
     header = [c for row in rows for c in (f"{row['product']} {row['precision']}", "")]
     yield from table(["", *header], cells)
 
@@ -106,7 +106,7 @@ def original(record: dict[str, Any]) -> Iterator[str]:
 
 
 def comparison(record: dict[str, Any]) -> Iterator[str]:
-    """Yield the fastest of each kind, a line a size."""
+    """Yield the fastest of each kind, one line per size."""
     rows = []
     for found in record["sizes"]:
         cells = [str(found["hidden"]), str(found["batch"])]
@@ -120,20 +120,20 @@ def comparison(record: dict[str, Any]) -> Iterator[str]:
         cells += [times(found["xnor_over_matmul"].get("best")), times(found["over_pytorch"])]
         share = found["memory_of_pytorch"]
         rows.append([*cells, "" if share is None else f"{share:.2f} x"])
-    yield "the fastest of each kind, examples a second by medians"
+    yield "fastest of each kind, median examples a second"
     header = ["hidden", "batch", "xnor", "", "matmul", "", "PyTorch", ""]
-    yield from table([*header, "xnor/matmul", "ours/PyTorch", "memory of PyTorch's"], rows)
+    yield from table([*header, "xnor/matmul", "ours/PyTorch", "memory/PyTorch"], rows)
 
 
 def heading(record: dict[str, Any]) -> Iterator[str]:
-    """Yield what was measured, on what, when and how."""
+    """Yield device, versions, date and method."""
     yield from tables.heading(record)
     for what, how in record["method"].items():
         yield from textwrap.wrap(f"{what}: {how}", 100, subsequent_indent="  ")
 
 
 def summary(record: dict[str, Any]) -> Iterator[str]:
-    """Yield the tables over all sizes, and what failed."""
+    """Yield the tables over all sizes, and failures."""
     yield from original(record)
     yield ""
     yield from comparison(record)

@@ -1,4 +1,4 @@
-"""One way to train, and how its steps are measured."""
+"""One variant of training, and how its steps are measured."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any
 
 from cupybnn.backends.devices import Device
 from cupybnn.benchmark.clock import Clock
-from cupybnn.benchmark.methods import Unsupported, in_short
+from cupybnn.benchmark.methods import Unsupported, summarize_error
 from cupybnn.benchmark.products import release
 from cupybnn.data import Dataset
 
-__all__ = ["Memory", "Others", "Running", "Size", "Variant", "measure"]
+__all__ = ["CpuContention", "Memory", "Running", "Size", "Variant", "measure"]
 
-#: Steps whose kernels are timed one by one, and the most seconds that this may take.
+#: Maximum number of steps whose kernels are timed, and of seconds that this takes.
 KERNEL_STEPS, KERNEL_SECONDS = 10, 0.5
 
 
 @dataclass(frozen=True)
 class Size:
-    """Units in each hidden layer, and examples in a step."""
+    """Units per hidden layer, and examples per step."""
 
     hidden: int
     batch: int
@@ -35,15 +35,15 @@ class Size:
 
 
 class Memory:
-    """Device memory that was taken since this was made, at the most seen by `look`.
+    """Peak device memory used since construction, sampled by `update`.
 
-    What the driver counts as free is compared: the measure is the same for every library, and what
-    a library keeps in its pool counts as taken. Nobody else may be using the device.
+    It compares the driver's free memory, which treats every library alike and counts a library's
+    pool as used. No other process may use the device.
 
     Parameters
     ----------
     device : Device
-        Of a CPU nothing is measured.
+        On a CPU, nothing is measured.
     """
 
     def __init__(self, device: Device) -> None:
@@ -53,21 +53,21 @@ class Memory:
     def _free(self) -> int:
         return 0 if self._device.kind == "cpu" else self._device.xp.cuda.runtime.memGetInfo()[0]
 
-    def look(self) -> None:
-        """Note how much is taken now."""
+    def update(self) -> None:
+        """Sample the memory that is currently used."""
         self._least = min(self._least, self._free())
 
     def peak(self) -> int | None:
-        """Return bytes, or None for a CPU."""
-        self.look()
+        """Return the peak in bytes, or None for a CPU."""
+        self.update()
         return None if self._device.kind == "cpu" else int(self._before - self._least)
 
 
-class Others:
-    """How busy other programs keep this process's processors, since this was made (Linux).
+class CpuContention:
+    """Measures other programs' use of this process's processors since construction (Linux).
 
-    A thread that waits at a barrier for another that such a program has displaced waits for the
-    scheduler: steps of a millisecond become steps of half a second, by median as by mean.
+    If another program preempts a thread, those that wait for it at a barrier wait for the scheduler
+    too: steps of a millisecond then take half a second, in the median as in the mean.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ class Others:
 
     @staticmethod
     def _read() -> tuple[float, float, float] | None:
-        """Return seconds of all programs' work, of this one's, and of the clock."""
+        """Return the CPU seconds of all programs and of this one, and the time."""
         try:
             mine = {f"cpu{i}" for i in os.sched_getaffinity(0)}
             lines = [x.split() for x in Path("/proc/stat").read_text("ascii").splitlines()]
@@ -91,7 +91,7 @@ class Others:
         return sum(ticks) / second, time.process_time(), time.perf_counter()
 
     def processors(self) -> float | None:
-        """Return how many processors others used on average; None where it cannot be known."""
+        """Return how many processors other programs used on average; None if unknown."""
         now = self._read()
         if now is None or self._began is None:
             return None
@@ -106,13 +106,13 @@ class Running:
     Attributes
     ----------
     step : callable() -> None
-        Make one step; waits for nothing.
+        Run one step, without waiting for the device.
     loss : callable() -> float
         Loss of the last step.
     pool : callable() -> int or None
-        Peak of the bytes that the library itself counts, where it does.
+        Peak bytes in use according to the library, if it counts them.
     kernels : callable() -> dict of str to float, or None
-        Make one step and return seconds on the device by what was launched.
+        Run one step and return seconds on the device by name of the launches.
     """
 
     step: Callable[[], Any]
@@ -123,7 +123,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train.
+    """One variant of training.
 
     Attributes
     ----------
@@ -133,10 +133,10 @@ class Variant:
     product : {"xnor", "matmul"}
         How binary products are computed.
     precision : {"float32", "tf32", "bfloat16"}
-        Of dense products.
+        Precision of dense products.
     make : callable(Variant, Size, Device, Dataset, Memory) -> Running
     scope : callable(Variant) -> context manager
-        Surrounds making and timing.
+        Context for setup and timing.
     """
 
     library: str
@@ -148,7 +148,7 @@ class Variant:
 
     @property
     def ours(self) -> bool:
-        """Whether it is this library's."""
+        """Whether it belongs to this library."""
         return self.library == "cupybnn"
 
     def __str__(self) -> str:
@@ -175,8 +175,8 @@ def measure(
     Returns
     -------
     dict
-        Plain JSON values. Where the variant fails, its reason is under "error"; "failed" says that
-        it should not have.
+        JSON values. If the variant cannot run, "error" gives the reason; "failed" marks an
+        unexpected error.
     """
     row: dict[str, Any] = {
         "library": variant.library,
@@ -190,8 +190,8 @@ def measure(
             row |= _measured(variant, size, device, data, clock, budget)
     except Unsupported as error:
         row["error"] = str(error)
-    except Exception as error:  # one that fails must not lose the other figures
-        row |= {"error": in_short(error), "failed": True}
+    except Exception as error:  # a failing variant must not lose the other figures
+        row |= {"error": summarize_error(error), "failed": True}
     release(device)
     return row
 
@@ -202,14 +202,14 @@ def _measured(
     memory = Memory(device)
     began = time.perf_counter()
     running = variant.make(variant, size, device, data, memory)
-    for _ in range(2):  # a fused step captures its graph in the second
+    for _ in range(2):  # the second fused step captures the graph
         running.step()
     clock.wait()
-    memory.look()
+    memory.update()
     prepared = time.perf_counter() - began
-    others = Others()
+    contention = CpuContention()
     timing = clock.steady(running.step, budget)
-    busy = others.processors()
+    busy = contention.processors()
     row: dict[str, Any] = {
         "step": timing.as_dict(),
         "examples_per_second": {
@@ -223,7 +223,7 @@ def _measured(
         "loss": running.loss(),
     }
     if not math.isfinite(row["loss"]):
-        raise FloatingPointError(f"the loss is {row['loss']} after the steps that were timed")
+        raise FloatingPointError(f"the loss is {row['loss']} after the timed steps")
     if running.kernels is not None:
         steps = max(3, min(KERNEL_STEPS, int(KERNEL_SECONDS / timing.median)))
         row["kernels"] = _kernels(running.kernels, clock, steps)
@@ -231,10 +231,10 @@ def _measured(
 
 
 def _kernels(kernels: Callable[[], dict[str, float]], clock: Any, steps: int) -> dict[str, float]:
-    """Return the median seconds of each kernel over `steps` steps that ran without gaps."""
+    """Return the median seconds of each kernel over `steps` steps that run without gaps."""
     clock.wait()
     start = time.perf_counter()
-    kernels()  # which waits for its end: longer than the host alone takes
+    kernels()  # waits for the device, so this is an upper bound on the host's time
     issuing = time.perf_counter() - start
     seen: list[dict[str, float]] = []
     for _ in range(steps):

@@ -1,6 +1,6 @@
 """The fast training path: a step of fused kernels, captured as a CUDA graph.
 
-`cupybnn.training.step.PlainStep` defines what a step is; `FusedStep` computes the same, on the
+`cupybnn.training.step.PlainStep` defines a step; `FusedStep` computes the same in place, on the
 parameters' own memory.
 """
 

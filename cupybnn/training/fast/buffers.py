@@ -1,4 +1,4 @@
-"""The memory of a fused step, all of it taken once: a captured graph goes on using it."""
+"""The memory of a fused step, allocated once, because a captured graph keeps using it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Buffers", "HiddenBuffers"]
 
 
 class HiddenBuffers:
-    """What one hidden layer keeps from the forward pass for the backward pass.
+    """What a hidden layer keeps from the forward pass for the backward pass.
 
     Attributes
     ----------
@@ -28,19 +28,19 @@ class HiddenBuffers:
     layer : fused_layers.Layer
         Product, dropout mask, batch norm.
     activations : fused_layers.Activations
-        Where the layer's activations go: to `dense`, `packed` and `mask`.
+        Where the layer's activations are written: `dense`, `packed` and `mask`.
     dense : cupy.ndarray or None
         Activations in the operands' dtype, unless they are only packed.
     packed : PackedMatrix or None
-        Activations that are packed.
+        Packed activations.
     mask : cupy.ndarray or None
-        Where the gradient passes, a bit each.
+        One bit per activation: whether the gradient passes.
     weight : cupy.ndarray or None
-        What dense products read as the weights: themselves, rounded, or their signs. None: the
+        The weights as dense products read them: unchanged, rounded, or as signs. None if the
         signs are only packed.
     packed_weight : PackedMatrix or None
     copied : bool
-        Whether `weight` is other memory than the parameter's.
+        Whether `weight` has memory of its own, separate from the parameter's.
     """
 
     def __init__(self, plan: HiddenPlan, network: NetworkPlan, device: Device, pops: Any) -> None:
@@ -60,7 +60,7 @@ class HiddenBuffers:
         )
         self.dense = self.packed = self.mask = None
         if plan.activation in ("packed_sign", "both_signs"):
-            # Zeros stay where no row and no column is.
+            # The padding beyond the last row and column stays zero.
             words = cupy.zeros(words_shape(1, *shape), np.uint32)
             self.packed = PackedMatrix._of(words, pops, shape, -1, device)
         if plan.activation not in ("packed_sign", "none"):
@@ -87,7 +87,7 @@ class HiddenBuffers:
         self.refresh()
 
     def refresh(self) -> None:
-        """Compute what products read from the latent weights."""
+        """Recompute the copies of the latent weights that products read."""
         import cupy
 
         latent = self.plan.linear.weight._data
@@ -101,7 +101,7 @@ class HiddenBuffers:
         if self.plan.product != "dense":
             value = sign(latent)
         if self.weight.dtype == np.uint16:
-            # To nearest even, on the bit patterns; a NaN stays one.
+            # Round to nearest even, on the bit patterns; a NaN stays a NaN.
             bits = value.view(np.uint32)
             rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16
             quiet = (bits >> 16) | np.uint32(0x40)
@@ -112,13 +112,13 @@ class HiddenBuffers:
 def norm_arguments(
     norm: nn.BatchNorm, mean: Any = None, inverse: Any = None
 ) -> fused_layers.BatchNorm:
-    """Return a batch norm as kernels take it, with new memory for its gradients.
+    """Return a batch norm as a kernel argument, with new memory for its gradients.
 
     Parameters
     ----------
     norm : BatchNorm
     mean, inverse : cupy.ndarray of float32, shape (units,), or None
-        Get the batch's statistics.
+        Memory for the batch's statistics.
     """
     import cupy
 
@@ -137,7 +137,7 @@ def norm_arguments(
 
 
 class Buffers:
-    """Everything that a step writes beside parameters and optimiser state.
+    """Everything that a step writes other than parameters and optimiser state.
 
     Parameters
     ----------
@@ -145,18 +145,18 @@ class Buffers:
     model : Module
     device : Device
     recorded : bool
-        Whether someone looks at each gradient.
+        Whether every gradient is recorded.
 
     Attributes
     ----------
     inputs : cupy.ndarray, shape (batch, features)
         Pixels as whole numbers, in the operands' dtype.
     input_grad : cupy.ndarray or None
-        The loss's gradient for them, up to a factor, where they are moved by it.
+        The loss's gradient with respect to them, up to a factor, for adversarial training.
     labels : cupy.ndarray of int64, shape (batch,)
     logits : cupy.ndarray of float32, shape (batch, classes)
     logits_grad : cupy.ndarray of float32, shape (batch, classes up to a multiple of 4)
-        The loss's gradient for them.
+        The loss's gradient with respect to the logits.
     mean_loss, loss : cupy.ndarray of float32, shape (1,)
         Without and with the penalty.
     pops : cupy.ndarray of int32, shape (layers, batch)
@@ -165,16 +165,17 @@ class Buffers:
     head_norm : fused_layers.BatchNorm or None
         Of the logits.
     gradients : dict of Parameter to cupy.ndarray
-        Those of hidden layers' weights, which dense products write, are in the operands' dtype, and
-        where memory is spared all in `weight_scratch`; those that are never stored are None.
+        Hidden layers' weight gradients, which dense products write, are in the operands' dtype and,
+        without `keep_dense_copies`, share `weight_scratch`. Gradients that are never stored are
+        None.
     kept_grads : dict of Parameter to cupy.ndarray
-        Gradients in float32 that stay as they are until the next step; None for others.
+        Gradients in float32 that are kept until the next step; None for others.
 
     Notes
     -----
-    Memory that several layers share is safe to write again because all who use it follow one
-    another on one stream. Where a second stream computes gradients of weights, no two layers share
-    what it reads, except the gradients of products, which wait for an event; see `FusedStep`.
+    Layers can share memory because all kernels that use it run in order on one stream. If a second
+    stream computes weight gradients, layers share nothing that it reads, except the gradients of
+    products, which are guarded by events; see `Passes`.
     """
 
     def __init__(
@@ -214,27 +215,27 @@ class Buffers:
         self.gradients: dict[nn.Parameter, Any] = {}
         self.kept_grads: dict[nn.Parameter, Any] = {}
         for parameter in model.parameters():
-            stays = True
+            keeps = True
             if parameter in norm_grads:
                 gradient = norm_grads[parameter]
             elif parameter not in products:
                 gradient = cupy.zeros(parameter.shape, np.float32)
             elif products[parameter].backward == "bits":
-                gradient, stays = None, False
+                gradient, keeps = None, False
             elif plan.keep_dense_copies:
                 gradient = cupy.zeros(parameter.shape, real)
             else:
-                gradient, stays = self.weight_scratch(parameter.shape), False
-            kept = gradient if stays and gradient.dtype == np.float32 else None
+                gradient, keeps = self.weight_scratch(parameter.shape), False
+            kept = gradient if keeps and gradient.dtype == np.float32 else None
             if kept is None and recorded:
                 kept = cupy.zeros(parameter.shape, np.float32)
             self.gradients[parameter], self.kept_grads[parameter] = gradient, kept
         rows = plan.batch * max(hidden.units for hidden in plan.hidden)
-        # Where elements are as large, a product's gradient takes its place.
+        # If its elements have the same size, a product's gradient overwrites the product.
         self._in_place = [h.layer.product.dtype.itemsize == real.itemsize for h in self.hidden]
         self._incoming = cupy.empty(rows, real) if any(self._in_place) else None
-        # Elsewhere it has a buffer, which two products read and which is written over when both are
-        # done: two are enough, one for each layer saves waiting.
+        # Otherwise it has a buffer, which two products read and which can be overwritten when both
+        # are done. Two buffers are enough; one for each layer avoids waiting.
         count = self._in_place.count(False)
         count = count if plan.keep_dense_copies else min(count, 2)
         self._gradients = [cupy.empty(rows, real) for _ in range(count)]
@@ -245,29 +246,29 @@ class Buffers:
         ]
         self._signs = None
         if unpacked:
-            # The incoming gradient has been read by then.
+            # By then the incoming gradient has been read.
             free = all(self._in_place[i] for i in unpacked)
             self._signs = self._incoming if free else cupy.empty(rows, real)
 
     def _rows_of(self, memory: Any, number: int) -> Any:
-        """Return memory that layers share as a (batch, units) array of hidden layer `number`."""
+        """View shared memory as a (batch, units) array for hidden layer `number`."""
         shape = (self._batch, self.hidden[number].plan.units)
         return memory[: math.prod(shape)].reshape(shape)
 
     def weight_scratch(self, shape: tuple[int, ...]) -> Any:
-        """Return memory that layers share, for what one needs at a time of the weights' shape."""
+        """Return shared memory of the shape of one layer's weights, used by one layer at a time."""
         assert self._weight_scratch is not None
         return self._weight_scratch[: math.prod(shape)].reshape(shape)
 
     def signs(self, number: int) -> Any:
-        """Return memory for the unpacked signs of hidden layer `number`, from 0, one at a time."""
+        """Return shared memory for the unpacked signs of hidden layer `number`, counted from 0."""
         assert self._signs is not None
         return self._rows_of(self._signs, number)
 
     def product_grad(self, number: int) -> tuple[int | None, Any]:
-        """Return the buffer for the gradient of hidden product `number`, from 0.
+        """Return number and memory of the buffer for the gradient of a hidden layer's product.
 
-        With the buffer's number; None for one that no other layer uses.
+        The number is None for a buffer that no other layer uses. Layers are counted from 0.
         """
         if self._in_place[number]:
             product = self.hidden[number].layer.product

@@ -1,4 +1,4 @@
-"""What each step needs from the host: which images, and how far to go."""
+"""What each step needs from the host: the indices of its images and its learning rates."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from cupybnn.data import BatchOrder
 
 __all__ = ["Feed"]
 
-#: Images and steps whose numbers lie on the device at a time.
+#: Limits on the table of image indices on the device: entries, and rows (steps).
 _IMAGES, _STEPS = 1 << 18, 1024
 
 
 class Feed:
-    """Tables on the device with a row a step, written ahead for many steps at once.
+    """Tables on the device with one row per step, written ahead for many steps at once.
 
-    Row ``s % ring`` is that of step s: a captured graph looks there by the number of the step,
-    which the device counts itself. The host writes when a step begins another round of the ring; it
-    draws the order of images for the round after it meanwhile, in another thread, since that takes
-    milliseconds and the device would wait.
+    Step s reads row ``s % ring``; a captured graph finds it from the step counter, which the device
+    increments itself. The host writes the tables whenever a step begins a new round of the ring.
+    Meanwhile another thread draws the image order for the following round, because that takes
+    milliseconds, for which the device would have to wait.
 
     Parameters
     ----------
@@ -34,12 +34,12 @@ class Feed:
     ring : int
         Rows.
     images : cupy.ndarray of int32, shape (ring, batch)
-        Numbers of the images of each step.
+        Indices of the images of each step.
     rates : cupy.ndarray of float32, shape (ring, 4)
         ``lr``, ``lr * root / (1 - b1**t)`` and ``eps * root``, where ``root = sqrt(1 - b2**t)``, of
         each step's update, with the schedule's factor in ``lr``; see `cupybnn.optim.Adam`.
     step : cupy.ndarray of int64, shape (1,)
-        The step that comes next.
+        The next step.
     """
 
     def __init__(self, order: BatchOrder, optimizer: optim.Adam) -> None:
@@ -51,8 +51,8 @@ class Feed:
         self.images = cupy.empty((self.ring, order.batch_size), np.int32)
         self.rates = cupy.empty((self.ring, 4), np.float32)
         self.step = cupy.zeros(1, np.int64)
-        # Memory that the device reads by itself, so that the host need not wait until it does, for
-        # one round and the next; and what tells that the device has read it.
+        # Pinned memory, so that the host need not wait for the copy, for the current round and the
+        # next; and events that mark the end of each copy.
         self._staging = [
             np.ndarray(
                 self.images.shape,
@@ -62,7 +62,7 @@ class Feed:
             for _ in range(2)
         ]
         self._copied = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
-        # A thread begins on device 0, whichever this is.
+        # A new thread starts on device 0, not on the current device.
         self._thread = _one_thread(cupy.cuda.Device().use)
         self._ahead: dict[int, Future[np.ndarray]] = {}  # by the first step of the round
         self._next: int | None = None
@@ -70,7 +70,7 @@ class Feed:
         self._options: tuple[Any, ...] = ()
 
     def prepare(self, step: int) -> None:
-        """Make sure that the device finds what `step` needs."""
+        """Make sure that the tables on the device cover `step`."""
         optimizer = self._optimizer
         jump = step != self._next
         if jump:
@@ -86,7 +86,7 @@ class Feed:
         self._next, self._updates = step + 1, optimizer.steps + 1
 
     def _write_images(self, first: int) -> None:
-        """Write the numbers of the images of `ring` steps from `first` on."""
+        """Write the image indices of `ring` steps from `first` on."""
         import cupy
 
         stream = cupy.cuda.get_current_stream()
@@ -94,23 +94,23 @@ class Feed:
         self._copied[self._side(first)].record(stream)
 
     def _side(self, first: int) -> int:
-        """Which of the two staging arrays a round from step `first` on has."""
+        """Which of the two staging arrays the round that begins at step `first` uses."""
         return first // self.ring % 2
 
     def _drawn(self, first: int) -> np.ndarray:
-        """Return the numbers for a round from step `first` on, and have the next ones drawn."""
+        """Return the indices for the round from step `first` on; start drawing the next round."""
         images = self._ahead.get(first) or self._begin(first)
         following = first + self.ring
         self._ahead = {following: self._begin(following)}
         return images.result()
 
     def _begin(self, first: int) -> Future[np.ndarray]:
-        """Have the thread draw a round; without one, which no ending interpreter has, draw it."""
+        """Draw a round in the thread, or here if the interpreter is shutting down."""
         try:
             if self._thread is not None:
                 return self._thread.submit(self._draw, first)  # type: ignore[no-any-return]
         except RuntimeError:
-            for begun in self._ahead.values():  # in the same memory
+            for begun in self._ahead.values():  # wait: they use the same memory
                 begun.exception()
         drawn: Future[np.ndarray] = Future()
         drawn.set_result(self._draw(first))
@@ -118,7 +118,7 @@ class Feed:
 
     def _draw(self, first: int) -> np.ndarray:
         side = self._side(first)
-        self._copied[side].synchronize()  # what stands there may still wait to be read
+        self._copied[side].synchronize()  # the previous copy from it may still be pending
         images = self._staging[side]
         flat = images.reshape(-1)
         size = self._order.images
@@ -149,7 +149,7 @@ class Feed:
 
 
 def _one_thread(initializer: Any) -> Any:
-    """Return a pool of one thread, or None where the interpreter is ending."""
+    """Return a pool of one thread, or None if the interpreter is shutting down."""
     try:
         from concurrent.futures import ThreadPoolExecutor
     except RuntimeError:

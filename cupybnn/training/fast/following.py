@@ -1,4 +1,4 @@
-"""Noticing what was changed between fused steps: layers and arrays, and the values of weights."""
+"""Detecting changes between fused steps: replaced layers and arrays, and edited weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Edits", "Wiring"]
 
 
 class Wiring:
-    """The objects and numbers that a step was built on: it works on their memory as it was.
+    """The objects and values that a step was built on, whose memory it uses directly.
 
     Parameters
     ----------
@@ -22,10 +22,10 @@ class Wiring:
     """
 
     def __init__(self, model: nn.Module, optimizer: optim.Optimizer) -> None:
-        # One look at all attributes of an object at a time: this is done before each step.
-        self._looks = [(owner, attrgetter(*names)) for owner, names in _attributes(model)]
+        # One getter reads all attributes of an object, because this is done before each step.
+        self._getters = [(owner, attrgetter(*names)) for owner, names in _attributes(model)]
         self._values = self._now()
-        # A module that was added or removed.
+        # Detects modules that are added or removed.
         chains = [m for _, m in model.named_modules() if isinstance(m, nn.Sequential)]
         self._sizes = [(chain, len(chain)) for chain in chains]
         self._optimizer = optimizer
@@ -35,12 +35,12 @@ class Wiring:
 
     def _now(self) -> list[Any]:
         values: list[Any] = []
-        for owner, look in self._looks:
-            values += look(owner)
+        for owner, get in self._getters:
+            values += get(owner)
         return values
 
     def changed(self) -> bool:
-        """Whether any of it was replaced since."""
+        """Whether any of them has been replaced."""
         kept = self._optimizer._slots
         return (
             not all(map(is_, self._now(), self._values))
@@ -53,9 +53,9 @@ class Wiring:
 
 
 def _attributes(model: nn.Module) -> Iterator[tuple[Any, tuple[str, ...]]]:
-    """Yield (owner, names of at least two attributes) of all that a step is built on."""
+    """Yield (owner, names of at least two attributes) for everything that a step is built on."""
     for _, module in model.named_modules():
-        # The random stream of a dropout is followed by its counter, and modes do not matter.
+        # A dropout's random stream is tracked by its counter, and the mode does not matter.
         names = vars(module).keys() - {"training", "random"}
         yield module, ("__class__", *names, "__class__")
     for parameter in model.parameters():
@@ -63,7 +63,7 @@ def _attributes(model: nn.Module) -> Iterator[tuple[Any, tuple[str, ...]]]:
 
 
 class Edits:
-    """Weights that were edited after the last step, where kernels read a copy of them.
+    """Edits, after the last step, of weights of which kernels read a copy.
 
     Parameters
     ----------
@@ -73,14 +73,14 @@ class Edits:
     def __init__(self, hidden: Sequence[HiddenBuffers]) -> None:
         self._copies = [h for h in hidden if h.copied or h.packed_weight is not None]
         self._versions: list[int] = []
-        self.settle()
+        self.mark_current()
 
-    def settle(self) -> None:
-        """Take the weights as they are now for unedited."""
+    def mark_current(self) -> None:
+        """Record that the copies match the current weights."""
         self._versions = [h.plan.linear.weight._storage.watch() for h in self._copies]
 
-    def take_up(self) -> None:
-        """Refresh the copies of what was edited since."""
+    def refresh_copies(self) -> None:
+        """Refresh the copies of weights that have been edited since."""
         for hidden, version in zip(self._copies, self._versions, strict=True):
             if hidden.plan.linear.weight._storage.version() != version:
                 hidden.refresh()

@@ -1,4 +1,4 @@
-"""What the kernels compute of each layer: read from a block of the model."""
+"""How the kernels compute each layer, derived from a block of the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 
 class Unsupported(Exception):
-    """The fused step cannot train a model; the message ends a sentence that says why."""
+    """The fused step cannot train a model; the message gives the reason, to end a sentence."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class HiddenPlan:
     Attributes
     ----------
     name : str
-        Of the linear layer within the model.
+        Name of the linear layer within the model.
     linear : Linear
     norm : BatchNorm or None
     dropout : Dropout or None
@@ -43,23 +43,24 @@ class HiddenPlan:
         "dense": real weights; "sign": a dense product with the signs of the weights; "xnor": a
         packed product.
     nonlinearity : {"relu", "sign", "none"}
-        "none": the last layer alone, where the head reads the product after batch norm.
+        "none": only in the last hidden layer; the head reads the product after batch norm.
     gate : {"none", "mask", "clip"}
         How the gradient passes the non-linearity.
     window : float
         Half the width of the window of sign.
     product_dtype : dtype
-        Of a packed product the smallest that holds every integer that can occur. Of real numbers
-        that are rounded to bfloat16 the same, as uint16: it adds about as much to the rounding as
-        the factors' does. Else float32.
+        For a packed product, the smallest dtype that holds every possible value. For real operands
+        rounded to bfloat16, bfloat16 too (as uint16): its rounding error is about as large as
+        theirs. Otherwise float32.
     drop : int
-        DROP_*: where dropout stands.
+        DROP_*: where dropout is applied.
     backward : {"dense", "bits"}
-        What the products of the backward pass read: the weights, and the activations of the layer
-        before, as numbers or as their packed signs. By bits, weights are updated at once.
+        Whether the products of the backward pass read the weights, and the previous layer's
+        activations, as dense numbers or as packed signs. With "bits", the product that computes the
+        gradient of the weights also updates them.
     activation : {"packed_sign", "both_signs", "sign", "relu", "none"}
-        What is stored for the next layer and the backward pass; "both_signs": packed for the one,
-        dense for the other. Of the last layer nothing is: the head computes it on the way.
+        What is stored for the next layer and the backward pass; "both_signs": packed for the
+        former, dense for the latter. "none" for the last layer: the head computes its activations.
     """
 
     name: str
@@ -77,12 +78,12 @@ class HiddenPlan:
 
     @property
     def inputs(self) -> int:
-        """Size of an input."""
+        """Number of inputs."""
         return self.linear.weight.shape[0]
 
     @property
     def units(self) -> int:
-        """Size of a product."""
+        """Number of units."""
         return self.linear.weight.shape[1]
 
 
@@ -94,10 +95,10 @@ class HeadPlan:
     ----------
     linear : Linear
     reads : {"relu", "none", "sign"}
-        The non-linearity of the last hidden layer. For "sign" the weights' signs are meant, too.
+        The non-linearity of the last hidden layer. With "sign", the weights are signs too.
     norm : BatchNorm or None
     scale : nn.Scale or None
-        For "sign", one of the two follows the product.
+        With "sign", exactly one of the two follows the product.
     """
 
     linear: nn.Linear
@@ -107,10 +108,10 @@ class HeadPlan:
 
 
 def exact_product_dtype(k: int) -> np.dtype:
-    """Return the smallest dtype that holds each product of `k` signs by `k` signs.
+    """Return the smallest dtype that exactly holds any dot product of `k` signs with `k` signs.
 
-    These are integers between -k and k that are odd or even as k is: float16 holds them up to 2048,
-    and the even ones up to 4096; int16 up to 32767.
+    These are integers from -k to k with the parity of k: float16 holds them up to 2048, and even
+    ones up to 4096; int16 up to 32767.
     """
     if k <= (4096 if k % 2 == 0 else 2048):
         return np.dtype(np.float16)
@@ -118,10 +119,10 @@ def exact_product_dtype(k: int) -> np.dtype:
 
 
 def plan_input(modules: Sequence[nn.Module]) -> nn.Dropout | None:
-    """Return the dropout of the input, the only layer that may stand before the first product."""
-    take = _Taker("the input", modules)
-    dropout = take(nn.Dropout)
-    take.finish()
+    """Return the dropout of the input, the only layer allowed before the first product."""
+    rest = _ModuleQueue("the input", modules)
+    dropout = rest.take(nn.Dropout)
+    rest.finish()
     return dropout
 
 
@@ -131,47 +132,48 @@ def _does_nothing(module: nn.Module) -> bool:
     return type(module) in (nn.Identity, nn.Flatten)  # of a matrix
 
 
-class _Taker:
-    """Takes the modules after a product one by one, in the order that the kernels compute."""
+class _ModuleQueue:
+    """The modules after a product, taken one by one in the order in which kernels compute them."""
 
     def __init__(self, name: str, modules: Sequence[nn.Module]) -> None:
-        self._name, self._left = name, list(modules)
+        self._name, self._modules = name, list(modules)
 
-    def __call__(self, kind: type) -> Any:
-        """Return the next module if it is of a kind, else None; skip those that do nothing."""
-        while self._left and _does_nothing(self._left[0]):
-            del self._left[0]
-        return self._left.pop(0) if self._left and type(self._left[0]) is kind else None
+    def take(self, kind: type) -> Any:
+        """Return the next module if it has type `kind`, else None; skip those that do nothing."""
+        while self._modules and _does_nothing(self._modules[0]):
+            del self._modules[0]
+        found = self._modules and type(self._modules[0]) is kind
+        return self._modules.pop(0) if found else None
 
     def finish(self) -> None:
-        """Raise unless all were taken."""
-        self(object)
-        if self._left:
-            kind = type(self._left[0]).__name__
-            raise Unsupported(f"it does not know the layer {kind} at its place after {self._name}")
+        """Raise unless all have been taken."""
+        self.take(object)
+        if self._modules:
+            kind = type(self._modules[0]).__name__
+            raise Unsupported(f"a {kind} layer is not supported at its place after {self._name}")
 
 
 def plan_hidden(block: nn.Block, precision: str) -> HiddenPlan:
-    """Plan a hidden layer by itself; what depends on its neighbours comes later."""
+    """Plan a hidden layer by itself; what depends on its neighbours is decided later."""
     product = _product(block.linear)
-    take = _Taker(block.name, block.rest)
-    drop, dropout = DROP_PRODUCT, take(nn.Dropout)
-    norm = take(nn.BatchNorm)
+    rest = _ModuleQueue(block.name, block.rest)
+    drop, dropout = DROP_PRODUCT, rest.take(nn.Dropout)
+    norm = rest.take(nn.BatchNorm)
     gate, window, nonlinearity = "none", 0.0, "none"
-    sign = take(nn.Sign)
+    sign = rest.take(nn.Sign)
     if sign is not None:
-        quantizer = _known(sign.quantizer)
+        quantizer = _supported(sign.quantizer)
         nonlinearity, window = "sign", quantizer.window or 0.0
         gate = _gate(quantizer, "mask")
-    elif dropout is None and take(nn.ReLU) is not None:
+    elif dropout is None and rest.take(nn.ReLU) is not None:
         nonlinearity, gate = "relu", "mask"
-        drop, dropout = DROP_ACTIVATION, take(nn.Dropout)
-    take.finish()
-    kept = np.dtype(np.float32)
+        drop, dropout = DROP_ACTIVATION, rest.take(nn.Dropout)
+    rest.finish()
+    product_dtype = np.dtype(np.float32)
     if product == "xnor":
-        kept = exact_product_dtype(block.linear.weight.shape[0])
+        product_dtype = exact_product_dtype(block.linear.weight.shape[0])
     elif product == "dense":
-        kept = operand_dtype(precision)
+        product_dtype = operand_dtype(precision)
     return HiddenPlan(
         name=block.name,
         linear=block.linear,
@@ -181,7 +183,7 @@ def plan_hidden(block: nn.Block, precision: str) -> HiddenPlan:
         nonlinearity=nonlinearity,
         gate=gate,
         window=window,
-        product_dtype=kept,
+        product_dtype=product_dtype,
         drop=DROP_NONE if dropout is None else drop,
     )
 
@@ -189,37 +191,37 @@ def plan_hidden(block: nn.Block, precision: str) -> HiddenPlan:
 def _product(linear: nn.Linear) -> str:
     if not isinstance(linear, nn.BinaryLinear):
         return "dense"
-    _latent(linear)
+    _check_latent(linear)
     return "xnor" if linear.binary_input and linear.xnor else "sign"
 
 
 def plan_head(block: nn.Block, last: HiddenPlan) -> HeadPlan:
-    """Plan the last layer, after the last hidden one."""
-    take = _Taker(block.name, block.rest)
-    norm, scale = take(nn.BatchNorm), take(nn.Scale)
-    take.finish()
+    """Plan the last layer, which follows the hidden layer `last`."""
+    rest = _ModuleQueue(block.name, block.rest)
+    norm, scale = rest.take(nn.BatchNorm), rest.take(nn.Scale)
+    rest.finish()
     if binary := isinstance(block.linear, nn.BinaryLinear):
         _product(block.linear)
     if binary != (last.nonlinearity == "sign"):
-        raise Unsupported("of the last layer's weights and inputs it takes both or none as signs")
+        raise Unsupported("the last layer must have binary weights and inputs, or neither")
     if binary == (norm is None and scale is None) or (norm is not None and scale is not None):
         wanted = "batch norm or a scale must" if binary else "nothing may"
         raise Unsupported(f"{wanted} follow the last layer")
     return HeadPlan(block.linear, last.nonlinearity, norm, scale)
 
 
-def _known(quantizer: ops.Quantizer) -> ops.Quantizer:
+def _supported(quantizer: ops.Quantizer) -> ops.Quantizer:
     known = type(quantizer) in (ops.SteSign, ops.ClippedGrad, ops.IdentitySign)
     if not known or getattr(quantizer, "limit", 1.0) != 1.0:
-        raise Unsupported(f"it does not know the pseudo-gradient {quantizer!r}")
+        raise Unsupported(f"the pseudo-gradient {quantizer!r} is not supported")
     return quantizer
 
 
-def _latent(linear: nn.BinaryLinear) -> None:
-    """Raise unless the kernels know the pseudo-gradient of a layer's latent weights."""
-    if _known(linear.quantizer).window not in (None, 1.0):
+def _check_latent(linear: nn.BinaryLinear) -> None:
+    """Raise unless the kernels support the pseudo-gradient of a layer's latent weights."""
+    if _supported(linear.quantizer).window not in (None, 1.0):
         raise Unsupported(
-            f"of latent weights it knows the window 1 alone, not {linear.quantizer!r}"
+            f"the quantizer of latent weights must have the window 1; got {linear.quantizer!r}"
         )
 
 

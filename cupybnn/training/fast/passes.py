@@ -43,9 +43,9 @@ class Passes:
     Attributes
     ----------
     update : Update
-        Of all parameters; to be set before the first launch.
+        Updates all parameters; must be set before the first launch.
     span : callable
-        Returns a context for each launch or group of launches, given what it does.
+        Gets the name of a launch or group of launches, and returns a context for it.
     """
 
     update: Update
@@ -67,13 +67,13 @@ class Passes:
             shapes=[(plan.batch, layer.units) for layer in plan.hidden],
             classes=plan.classes,
         )
-        # One for each stream that has products: those of both may run at the same time.
-        self._blas = self._blas_aside = blas.Blas(plan.precision)
+        # One for each stream with products, because both may run at the same time.
+        self._blas = self._side_blas = blas.Blas(plan.precision)
         if plan.keep_dense_copies and any(h.backward == "dense" for h in plan.hidden[1:]):
-            self._blas_aside = blas.Blas(plan.precision)
+            self._side_blas = blas.Blas(plan.precision)
         self._deformation = None
         if any(plan.augment):
-            assert data.image_shape is not None, "augmentation was checked to have images"
+            assert data.image_shape is not None, "checked before: only images are augmented"
             shift, rotation, scale, shear = plan.augment
             self._deformation = Deformation(
                 shape=data.image_shape,
@@ -83,25 +83,25 @@ class Passes:
                 scale=scale,
                 shear=shear,
             )
-        self._head = self._planned_head(config)
+        self._head = self._make_head(config)
         keep = 1.0 if plan.input_dropout is None else plan.input_dropout.keep_prob
-        #: Factor that makes pixels of the whole numbers in `Buffers.inputs`.
+        #: Factor that turns the whole numbers in `Buffers.inputs` into pixels.
         self._input_scale = float(data.pixel_scale) / keep
         self.span: Callable[[str], Any] = no_span
 
     def launch(self, fork: Fork, draws: Sequence[Draw]) -> None:
-        """Launch a whole step, with what can wait aside.
+        """Launch a whole step; what nothing waits for goes to the second stream, if any.
 
         Parameters
         ----------
         fork : Fork
         draws : sequence of Draw
-            One for each dropout of the model, in the order of its layers.
+            One for each dropout of the model, in layer order.
         """
         plan, buffers, feed = self._plan, self._buffers, self._feed
         self.launcher.begin_step()
-        left = iter(draws)
-        pixel_draw = None if plan.input_dropout is None else next(left)
+        remaining = iter(draws)
+        pixel_draw = None if plan.input_dropout is None else next(remaining)
         with self.span("gather"):
             Gather(
                 images=self._data.train_images,
@@ -119,7 +119,7 @@ class Passes:
             if layer.kept is not None:
                 with self.span("dropout"):
                     DropoutMask(
-                        step=feed.step, draw=next(left), shape=layer.shape, out=layer.kept
+                        step=feed.step, draw=next(remaining), shape=layer.shape, out=layer.kept
                     ).launch(self.launcher)
         if plan.adversarial:
             self._forward()
@@ -132,7 +132,7 @@ class Passes:
     # Forward -----------------------------------------------------------------------------------
 
     def _forward(self) -> None:
-        """From the batch to the loss, and back to the gradient of the last hidden product."""
+        """Compute the loss, and the gradient of the last hidden product."""
         for i in range(len(self._buffers.hidden)):
             self._multiply(i)
             self._activate(i)
@@ -162,7 +162,7 @@ class Passes:
         with self.span("batch norm, activation"):
             Activation(layer=hidden.layer, to=hidden.activations).launch(self.launcher)
 
-    def _planned_head(self, config: TrainConfig) -> Head:
+    def _make_head(self, config: TrainConfig) -> Head:
         buffers, head, last = self._buffers, self._plan.head, self._buffers.hidden[-1]
         weight = head.linear.weight
         factor = None if head.scale is None else head.scale.factor
@@ -186,7 +186,7 @@ class Passes:
         )
 
     def _launch_head(self) -> None:
-        """From the last hidden product to the loss, and back to that product's gradient."""
+        """Compute the loss from the last hidden product, and that product's gradient."""
         with self.span("logits and loss"):
             self._head.launch_logits(self.launcher)
         with self.span("gradient of the head"):
@@ -195,20 +195,21 @@ class Passes:
     # Backward ----------------------------------------------------------------------------------
 
     def _backward(self, fork: Fork) -> None:
-        """Gradients of the hidden layers' weights, from the last layer to the first.
+        """Compute the gradients of hidden weights, from the last layer to the first.
 
-        What the layer below waits for comes first; alongside, or after it where memory is spared,
-        weights get their gradients and are updated, except those of the first layer.
+        In each layer, the gradient for the layer below comes first. The weight gradient and the
+        update run alongside it, or after it without `keep_dense_copies`. The first layer is updated
+        by `launch`.
         """
         buffers = self._buffers
-        in_use: dict[int, Any] = {}  # events after which a gradient's buffer is free
+        in_use: dict[int, Any] = {}  # events after which a gradient buffer is free
 
         def finish(i: int) -> None:
             own, gradient = buffers.product_grad(i)
             if buffers.hidden[i].plan.backward == "bits":
                 self._update_by_bits(i, gradient)
             else:
-                self._weight_gradient(i, gradient, self._blas_aside)
+                self._weight_gradient(i, gradient, self._side_blas)
             if own is not None:
                 in_use[own] = fork.mark()
             self._update_layer(i)
@@ -227,7 +228,7 @@ class Passes:
         self._weight_gradient(0, buffers.product_grad(0)[1], self._blas)
 
     def _input_gradient(self, i: int) -> None:
-        """Gradient of what enters the product of hidden layer `i` > 0, counted from 0."""
+        """Compute the gradient of the input of hidden layer `i` > 0, counted from 0."""
         hidden, gradient = self._buffers.hidden[i], self._buffers.product_grad(i)[1]
         incoming = self._buffers.incoming_grad(i - 1)
         by_bits = hidden.plan.backward == "bits"
@@ -251,7 +252,7 @@ class Passes:
             ).launch(self.launcher)
 
     def _weight_of(self, i: int) -> Any:
-        """Return hidden layer `i`'s weights for a dense product, unpacked where they must be."""
+        """Return hidden layer `i`'s weights for a dense product, unpacked if necessary."""
         hidden = self._buffers.hidden[i]
         if hidden.weight is not None:
             return hidden.weight
@@ -261,7 +262,7 @@ class Passes:
         return out
 
     def _weight_gradient(self, i: int, gradient: Any, products: blas.Blas) -> None:
-        """Gradient of the weights of hidden layer `i`."""
+        """Compute the gradient of the weights of hidden layer `i`."""
         hidden = self._buffers.hidden[i]
         inputs, scale = self._buffers.inputs, self._input_scale
         if i:
@@ -276,24 +277,24 @@ class Passes:
             products.multiply(inputs, gradient, out, transpose_a=True, scale=scale)
 
     def _update_by_bits(self, i: int, gradient: Any) -> None:
-        """Compute the gradient of hidden layer `i`'s weights and update them with it."""
+        """Compute the gradient of hidden layer `i`'s weights and update them, in one kernel."""
         signs, name = self._buffers.hidden[i - 1].packed, self._plan.hidden[i].name
         with self.span(f"gradient of {name}'s weights and their update"):
             self.update.launch_fused_update(self._group(i), signs=signs, matrix=gradient)
 
     def _group(self, i: int) -> int:
-        """Number of the update of hidden layer `i`: they go from the last layer to the first."""
+        """Return the update group of hidden layer `i`; groups begin with the last layer."""
         return len(self._buffers.hidden) - 1 - i
 
     def _update_layer(self, i: int) -> None:
-        """Update what belongs to hidden layer `i`, and with the last one the head."""
+        """Update the parameters of hidden layer `i`; the head's are updated with the last."""
         with self.span("update"):
             self.update.launch(self._group(i))
 
     # The attack --------------------------------------------------------------------------------
 
     def _attack(self, pixel_draw: Draw | None) -> None:
-        """Move the batch against the network. No gradient of a parameter is used."""
+        """Move the batch in the direction that increases the loss; updates no parameter."""
         buffers = self._buffers
         for i in reversed(range(1, len(buffers.hidden))):
             self._input_gradient(i)
@@ -318,5 +319,5 @@ class Passes:
 
 @contextlib.contextmanager
 def no_span(name: str) -> Iterator[None]:
-    """Do nothing around a launch."""
+    """Do nothing; the default of `Passes.span`."""
     yield

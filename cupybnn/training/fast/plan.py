@@ -1,4 +1,4 @@
-"""What the fused step does for a model: its layers, and what depends on several of them."""
+"""How the fused step computes a model: its layers, and decisions that involve several of them."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ __all__ = ["NetworkPlan"]
 
 _MAX_CLASSES = 32
 _MAX_ELEMENTS = 2**31 - 1
-#: Bytes of a layer's activations up to which a dense copy is kept alongside the packed signs.
+#: Keep a dense copy of a layer's activations alongside the packed signs up to this many bytes.
 _DENSE_COPY_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
 class NetworkPlan:
-    """What the fused step does for a model.
+    """How the fused step computes a model.
 
     Attributes
     ----------
     batch, features, classes : int
     precision : {"float32", "tf32", "bfloat16"}
-        Of dense products.
+        Precision of dense products.
     input_dropout : Dropout or None
     hidden : tuple of HiddenPlan
     head : HeadPlan
     augment : tuple of float
         Greatest shift, rotation, scale and shear of the images.
     adversarial : float
-        How far inputs are moved against the network; 0: they are not.
+        How far each pixel is moved to increase the loss; 0 disables adversarial training.
     keep_dense_copies : bool
-        Whether buffers are small enough not to be shared. Where they are not, a step goes one
-        launch after the other: dense products then fill the GPU, and nothing runs beside them.
+        Whether buffers are small enough that each layer has its own. If not, layers share them and
+        a step runs on one stream: dense products of that size fill the GPU anyway.
     """
 
     batch: int
@@ -70,9 +70,9 @@ class NetworkPlan:
         model : Module
             A chain of layers; see `cupybnn.nn.Chain`.
         config : TrainConfig
-            Its settings of the step; the network is the model's own.
+            Its settings of the step; those of the network are ignored.
         device : int, optional
-            Number of the CUDA device; without one nothing that only some have is used.
+            Index of the CUDA device; without one, only features that every device has are used.
 
         Raises
         ------
@@ -93,14 +93,14 @@ class NetworkPlan:
         widest = max(layer.units for layer in hidden)
         itemsize = operand_dtype(config.dtype).itemsize
         dense_copies = config.batch_size * widest * itemsize <= _DENSE_COPY_BYTES
-        hidden = _backward_ways(hidden, config, device)
+        hidden = _plan_backward(hidden, config, device)
         following = [*hidden[1:], None]
         features, classes = hidden[0].inputs, head.linear.weight.shape[1]
         largest = max(features, widest)
         if classes > _MAX_CLASSES:
-            raise Unsupported(f"it takes up to {_MAX_CLASSES} classes")
+            raise Unsupported(f"more than {_MAX_CLASSES} classes are not supported")
         if max(config.batch_size, widest) * largest > _MAX_ELEMENTS:
-            raise Unsupported("its kernels count elements in 32 bits")
+            raise Unsupported("an array would have more than 2**31 - 1 elements")
         return cls(
             batch=config.batch_size,
             features=features,
@@ -108,7 +108,7 @@ class NetworkPlan:
             precision=config.dtype,
             input_dropout=plan_input(chain.inputs),
             hidden=tuple(
-                replace(layer, activation=_stored(layer, after, dense_copies))
+                replace(layer, activation=_stored_activation(layer, after, dense_copies))
                 for layer, after in zip(hidden, following, strict=True)
             ),
             head=head,
@@ -132,7 +132,7 @@ def _chain(model: nn.Module) -> nn.Chain:
         if parameter.dtype != np.float32:
             raise Unsupported(f"{name} is in {parameter.dtype}, not float32")
         if not parameter.requires_grad:
-            raise Unsupported(f"{name} does not learn")
+            raise Unsupported(f"{name} has requires_grad=False")
     modules = [*chain.inputs, *(m for block in chain.blocks for m in (block.linear, *block.rest))]
     if len({id(module) for module in modules}) < len(modules):
         raise Unsupported("a layer occurs more than once in the model")
@@ -140,40 +140,40 @@ def _chain(model: nn.Module) -> nn.Chain:
         if block.linear.bias is not None:
             raise Unsupported(f"{block.name} has a bias")
         if type(block.linear) not in (nn.Linear, nn.BinaryLinear):
-            raise Unsupported(f"it does not know the layer {type(block.linear).__name__}")
+            raise Unsupported(f"a {type(block.linear).__name__} layer is not supported")
     return chain
 
 
-def _backward_ways(
+def _plan_backward(
     hidden: Sequence[HiddenPlan], config: TrainConfig, device: int | None
 ) -> list[HiddenPlan]:
-    """Decide which products go backward by bits."""
+    """Decide which layers' backward products read packed signs."""
     planned = []
     for layer in hidden:
-        way = "dense"
+        backward = "dense"
         if layer.product == "xnor" and device is not None:
             reason = sign_gemm.unsupported_reason(device, config.dtype, layer.inputs, layer.units)
             if reason is None and not sign_gemm.pays(
                 device, config.batch_size, layer.inputs, layer.units
             ):
                 reason = "its products have fewer tiles than the device has multiprocessors"
-            way = "bits" if reason is None else "dense"
+            backward = "bits" if reason is None else "dense"
             if settings.debug():
-                by = "by bits" if reason is None else f"by dense products, because {reason}"
+                how = "packed signs" if reason is None else f"dense products, because {reason}"
                 print(
                     f"cupybnn: backward pass of {layer.name}, {layer.inputs} × {layer.units}, "
-                    f"{config.batch_size} examples: {by}",
+                    f"{config.batch_size} examples: {how}",
                     file=sys.stderr,
                 )
-        planned.append(replace(layer, backward=way))
+        planned.append(replace(layer, backward=backward))
     return planned
 
 
-def _stored(layer: HiddenPlan, following: HiddenPlan | None, dense_copies: bool) -> str:
-    """Return what is stored of a layer's activations."""
+def _stored_activation(layer: HiddenPlan, following: HiddenPlan | None, dense_copies: bool) -> str:
+    """Return how a layer's activations are stored."""
     if following is None:
         return "none"
     if following.product != "xnor":
         return layer.nonlinearity
-    # The packed signs serve the product, dense ones the gradient of the weights.
+    # The next product reads packed signs, the gradient of its weights dense ones.
     return "both_signs" if dense_copies and following.backward == "dense" else "packed_sign"

@@ -1,4 +1,4 @@
-"""One training step as few launches as the mathematics allows, captured as a CUDA graph."""
+"""One training step of fused kernels, captured as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ __all__ = ["FusedStep"]
 
 
 class FusedStep:
-    """Makes the steps that `PlainStep` defines, in float32 within rounding.
+    """Performs the steps that `PlainStep` defines; in float32, the same up to rounding.
 
-    Parameters, batch norm's running statistics and the optimiser's arrays are worked on where they
-    are, so that evaluation, records and checkpoints see each step. What a callback edits there is
-    noticed before the next step, as are changed options of the optimiser; where layers, arrays or
-    groups of parameters were replaced, `stale` says so, and a new step must be built.
+    Parameters, batch norm's running statistics and the optimiser's arrays are updated in place, so
+    that evaluation, records and checkpoints see each step. Edits that a callback makes to them, and
+    changed options of the optimiser, take effect in the next step. If layers, arrays or groups of
+    parameters are replaced, `stale` returns True, and a new step must be built.
 
     Parameters
     ----------
     model : Module
-        On the current CUDA device; `unsupported_reason` has nothing against it.
+        On the current CUDA device; `unsupported_reason` returns None for it.
     objective : Objective
     optimizer : Adam or AdamW
     data : DeviceData
@@ -45,8 +45,8 @@ class FusedStep:
 
     Notes
     -----
-    What a step returns is overwritten by the next one. So are parameters' gradients; where products
-    round them or update by them at once, and nobody records them, `grad` is None.
+    The next step overwrites what a step returned, and parameters' gradients. `grad` is None if the
+    gradient is rounded or never stored, unless the run has a log directory.
     """
 
     def __init__(
@@ -73,15 +73,15 @@ class FusedStep:
         self._edits = Edits(self.buffers.hidden)
         self._options: UpdateOptions | None = None
         self._stream = cupy.cuda.Stream(non_blocking=True)
-        self._stream_aside = cupy.cuda.Stream(non_blocking=True)
+        self._side_stream = cupy.cuda.Stream(non_blocking=True)
         self._graph: Any = None
         self._warm = False
         self._capture = config.graph
         if config.graph and not blas.capturable():
             self._capture = False
             self._notify(
-                "Steps are launched kernel by kernel, since CuPy's dense products cannot be put in "
-                "a CUDA graph: pip install nvmath-python."
+                "Training steps run without a CUDA graph, because CuPy's dense products cannot be "
+                "captured. To use one: pip install nvmath-python."
             )
         layers = [self.plan.input_dropout, *(hidden.dropout for hidden in self.plan.hidden)]
         self._dropouts = [layer for layer in layers if layer is not None]
@@ -92,13 +92,13 @@ class FusedStep:
         return self._wiring.changed()
 
     def __call__(self, step: int) -> StepOutput:
-        """Make step number `step`."""
-        self._edits.take_up()
-        self._follow_options()
+        """Perform step number `step`."""
+        self._edits.refresh_copies()
+        self._update_options()
         self.feed.prepare(step)
-        self._count_draws(step)
+        self._advance_dropout(step)
         if self._capture and self._graph is None and self._warm:
-            self._graph = self._captured()
+            self._graph = self._capture_graph()
         if self._graph is not None:
             self._graph.launch()
         else:
@@ -107,29 +107,29 @@ class FusedStep:
         self._optimizer.steps += 1
         kept_grads = self.buffers.kept_grads
         for parameter in self._parameters:
-            parameter.write()  # notes that it changed
+            parameter.write()  # records that it changed
             parameter.grad = kept_grads[parameter]
-        self._edits.settle()
+        self._edits.mark_current()
         return StepOutput(self.buffers.loss.reshape(()), self.buffers.logits, self.buffers.labels)
 
-    def _captured(self) -> Any:
-        """Return the graph of a step, or None, and say so, where it cannot be had."""
+    def _capture_graph(self) -> Any:
+        """Return the graph of a step, or None, with a notice, if it cannot be captured."""
         try:
-            aside = self._stream_aside if self.plan.keep_dense_copies else None
+            side = self._side_stream if self.plan.keep_dense_copies else None
             draws = self._draws()
-            return capture(self._stream, lambda: self.passes.launch(Fork(aside), draws))
+            return capture(self._stream, lambda: self.passes.launch(Fork(side), draws))
         except RuntimeError as error:
             self._capture = False
-            self._notify(f"Steps are launched kernel by kernel, since {error}.")
+            self._notify(f"Training steps run without a CUDA graph: {error}.")
             return None
 
     def spans(self, step: int) -> dict[str, float]:
-        """Make step number `step`, kernel by kernel.
+        """Perform step number `step` without the graph, and time its parts.
 
         Returns
         -------
         dict of str to float
-            Seconds on the device by what was launched. Small ones are mostly the gap to the next.
+            Seconds on the device, by name of the launches. Short ones are mostly launch gaps.
         """
         import cupy
 
@@ -156,8 +156,8 @@ class FusedStep:
             seconds[name] = seconds.get(name, 0.0) + elapsed
         return seconds
 
-    def _follow_options(self) -> None:
-        """Plan the update anew where options changed that are built into its launches."""
+    def _update_options(self) -> None:
+        """Plan the update again if options that are built into its launches have changed."""
         options = UpdateOptions.of(self._optimizer, self._parameters)
         if options != self._options:
             self._options, self._graph = options, None
@@ -173,8 +173,8 @@ class FusedStep:
                 self._recorded,
             )
 
-    def _count_draws(self, step: int) -> None:
-        """Move the dropout layers' counters on; their draws of this step have `step + offset`."""
+    def _advance_dropout(self, step: int) -> None:
+        """Advance the dropout layers' counters; this step's draws use ``step + offset``."""
         offsets = tuple(layer.random.next()[1] - step for layer in self._dropouts)
         if offsets != self._offsets:
             self._offsets, self._graph = offsets, None

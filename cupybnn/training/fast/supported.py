@@ -1,4 +1,4 @@
-"""Whether the fused step can train a model with the settings of a run."""
+"""Whether the fused step supports a model and the settings of a run."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["unsupported_reason"]
 def unsupported_reason(
     config: TrainConfig, model: nn.Module, optimizer: optim.Optimizer, capability: int
 ) -> str | None:
-    """Return why the fused step cannot train this, as the end of a sentence; None if it can."""
+    """Return why the fused step cannot train `model`, to end a sentence; None if it can."""
     for reason in _unsupported_settings(config, optimizer, capability):
         return reason
     learned = {id(p) for group in optimizer.groups for p in group["params"]}
     if learned != {id(p) for p in model.parameters()}:
-        return "the optimiser must have the parameters of the model, all of them"
+        return "the optimizer must have exactly the parameters of the model"
     try:
         NetworkPlan.of(model, config)
     except Unsupported as reason:
@@ -33,17 +33,17 @@ def unsupported_reason(
 def _unsupported_settings(
     config: TrainConfig, optimizer: optim.Optimizer, capability: int
 ) -> Iterator[str]:
-    """Yield what of a run, the model aside, the fused step cannot do, as the end of a sentence.
+    """Yield reasons against the fused step other than the model, each to end a sentence.
 
     Parameters
     ----------
     config : TrainConfig
     optimizer : Optimizer
     capability : int
-        Compute capability of the device, 90 for 9.0.
+        Compute capability of the device: 90 for 9.0.
     """
     if config.dtype not in PRECISIONS:
-        yield f"it has no {config.dtype}"
+        yield f"{config.dtype} is not supported"
     elif capability < PRECISIONS[config.dtype]:
         least = PRECISIONS[config.dtype]
         yield (
@@ -51,11 +51,11 @@ def _unsupported_settings(
             f"has {capability // 10}.{capability % 10}"
         )
     if type(optimizer) not in (optim.Adam, optim.AdamW):
-        yield f"it does not know the optimiser {type(optimizer).__name__}"
+        yield f"the optimizer {type(optimizer).__name__} is not supported"
     elif len(optimizer.groups) != 1:
-        yield "it takes one group of parameters"
+        yield "the optimizer has more than one group of parameters"
     for name, setting in declared(type(config)).items():
         if not setting.fused and getattr(config, name) != setting.default:
-            yield f"it does not know the setting {name!r}"
+            yield f"the setting {name!r} is not supported"
     if config.debug:
-        yield "--debug looks at every operation"
+        yield "--debug checks every operation"

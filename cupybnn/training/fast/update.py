@@ -1,4 +1,4 @@
-"""The update of a model's parameters, as the kernels make it."""
+"""The update of a model's parameters by the fused kernels."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ __all__ = ["UpdateOptions", "plan_update"]
 class UpdateOptions:
     """Options of an optimiser that are built into the launches of an update.
 
-    Its learning rate, eps and schedule are not: `Feed` writes them for each step.
+    Learning rate, eps and schedule are not: `Feed` writes their values for each step.
 
     Attributes
     ----------
     betas : tuple of float
     weight_decay : float
     lr_scales : tuple of float
-        One for each of the parameters.
+        One for each parameter.
     """
 
     betas: tuple[float, float]
@@ -38,7 +38,7 @@ class UpdateOptions:
 
     @classmethod
     def of(cls, optimizer: optim.Adam, parameters: Sequence[nn.Parameter]) -> UpdateOptions:
-        """Return the options as they are now."""
+        """Return the current options."""
         group = optimizer.groups[0]
         scale = group["lr_scale"]
         scales = [scale(p) for p in parameters] if callable(scale) else [scale] * len(parameters)
@@ -56,9 +56,9 @@ def plan_update(
     launcher: Launcher,
     recorded: bool,
 ) -> Update:
-    """Return the update, in groups in the order in which layers get their gradients.
+    """Return the update, with one group per hidden layer in the order of the backward pass.
 
-    The last hidden layer comes first, with the head; then one layer after the other.
+    The first group is the last hidden layer's, together with the head's.
 
     Parameters
     ----------
@@ -68,11 +68,11 @@ def plan_update(
         In the order of ``options.lr_scales``.
     options : UpdateOptions
     recorded : bool
-        Whether gradients are kept, with the penalty's part in them.
+        Whether to keep the gradients, including the penalty's part.
     """
     lr_scales = dict(zip(parameters, options.lr_scales, strict=True))
 
-    def updated(parameter: nn.Parameter, gate: str = "none", **copies: Any) -> ParameterUpdate:
+    def update_of(parameter: nn.Parameter, gate: str = "none", **copies: Any) -> ParameterUpdate:
         mean, square = optimizer._slots_of(parameter)
         return ParameterUpdate(
             weight=parameter._data,
@@ -89,19 +89,21 @@ def plan_update(
             **copies,
         )
 
-    def all_of(norm: nn.BatchNorm | None) -> list[ParameterUpdate]:
-        return [] if norm is None else [updated(norm.gamma), updated(norm.beta)]
+    def norm_updates(norm: nn.BatchNorm | None) -> list[ParameterUpdate]:
+        return [] if norm is None else [update_of(norm.gamma), update_of(norm.beta)]
 
     groups = []
     for layer, hidden in reversed(list(zip(plan.hidden, buffers.hidden, strict=True))):
         copy = hidden.weight if hidden.copied else None
         linear = layer.linear
-        weight = updated(linear.weight, latent_gate(linear), copy=copy, packed=hidden.packed_weight)
-        groups.append([weight, *all_of(layer.norm)])
+        copies = {"copy": copy, "packed": hidden.packed_weight}
+        weight = update_of(linear.weight, latent_gate(linear), **copies)
+        groups.append([weight, *norm_updates(layer.norm)])
     head = plan.head
-    groups[0] += [updated(head.linear.weight, latent_gate(head.linear)), *all_of(head.norm)]
+    weight = update_of(head.linear.weight, latent_gate(head.linear))
+    groups[0] += [weight, *norm_updates(head.norm)]
     if head.scale is not None:
-        groups[0].append(updated(head.scale.factor))
+        groups[0].append(update_of(head.scale.factor))
     return Update(
         launcher,
         groups,

@@ -1,6 +1,6 @@
-"""Recipes: small TOML files of settings, beside this module or anywhere else.
+"""Recipes: small TOML files of settings, in this folder or anywhere else.
 
-A recipe has a ``summary`` in one line and a table ``[settings]`` with fields of `TrainConfig`.
+A recipe has a one-line ``summary`` and a table ``[settings]`` with fields of `TrainConfig`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Recipe:
     summary : str
         What it trains, in one line.
     settings : dict
-        Fields of `TrainConfig`; those that are not in it have their defaults.
+        Fields of `TrainConfig`; fields that are missing have their defaults.
     """
 
     name: str
@@ -53,29 +53,29 @@ def load(name: str) -> Recipe:
     Parameters
     ----------
     name : str
-        One of `names`, or the path of a file that ends with ``.toml``.
+        One of `names`, or the path of a ``.toml`` file.
 
     Raises
     ------
     ValueError
-        If there is no such recipe, or the file is not a recipe. Bad settings are noticed when a
-        `TrainConfig` is made of them.
+        If there is no such recipe, or the file is not a recipe. The settings themselves are checked
+        by `TrainConfig`.
     """
-    own = name.endswith(".toml") and user_path(name).is_file()
-    path = user_path(name) if own else _FOLDER / f"{name}.toml"
-    if not own and name not in names():
+    is_file = name.endswith(".toml") and user_path(name).is_file()
+    path = user_path(name) if is_file else _FOLDER / f"{name}.toml"
+    if not is_file and name not in names():
         what = f"there is no file {name!r}" if name.endswith(".toml") else f"got {name!r}"
         raise SettingError(
             f"The 'recipe' must be one of {', '.join(names())}, or a .toml file; {what}."
         )
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a mark
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a BOM
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingError(f"The recipe {path} is not TOML: {error}.") from error
     settings = content.get("settings")
     if not isinstance(settings, dict) or set(content) - {"summary", "settings"}:
         raise SettingError(
-            f"The recipe {path} must hold a 'summary' and a table [settings], nothing else; got "
+            f"The recipe {path} must contain a 'summary' and a table [settings], nothing else; got "
             f"{', '.join(content) or 'nothing'}."
         )
     return Recipe(path.stem, str(content.get("summary", "")), settings)

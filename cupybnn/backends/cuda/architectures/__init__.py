@@ -1,12 +1,13 @@
-"""The product kernels, a module each: where it runs, and how it multiplies which shapes.
+"""The product kernels, one module each: where a kernel runs, and its configurations.
 
-A module is named like its kernel, ``kernels/<name>_xnor_gemm.cu``, and found by that name. It has
+A module is named after its kernel, ``kernels/<name>_xnor_gemm.cu``, and discovered by that name. It
+defines
 
-- ``CAPABILITIES``: range of the compute capabilities that it runs on, 90 for 9.0;
-- ``TARGET``: what to compile ``kernels/<name>_*.cu`` for, or None for the device's architecture;
-- ``config(...)``: a configuration, with the shared memory that it takes;
+- ``CAPABILITIES``: the range of compute capabilities that it runs on, 90 for 9.0;
+- ``TARGET``: the target of ``kernels/<name>_*.cu``, or None for the device's architecture;
+- ``config(...)``: a configuration, including its shared memory;
 - ``choose(problem)``: the configuration for a problem;
-- ``candidates(problem)``: configurations that are worth measuring for it.
+- ``candidates(problem)``: the configurations worth measuring for it.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from typing import Any
 __all__ = ["KERNELS", "compiler_target", "default_kernel", "kernels_for"]
 
 
-def _found() -> dict[str, Any]:
+def _discover() -> dict[str, Any]:
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     modules = {name: importlib.import_module(f"{__name__}.{name}") for name in names}
-    # A kernel that needs a newer GPU is the faster one where several run.
+    # Where several kernels run, the one that needs the newest GPU is fastest.
     newest_first = sorted(modules, key=lambda name: modules[name].CAPABILITIES.start, reverse=True)
     return {name: modules[name] for name in newest_first}
 
 
-#: Modules by the kernel's name, fastest first.
-KERNELS = _found()
+#: Modules by kernel name, fastest first.
+KERNELS = _discover()
 
 
 def kernels_for(capability: int) -> list[str]:
@@ -36,11 +37,11 @@ def kernels_for(capability: int) -> list[str]:
 
 
 def default_kernel(capability: int) -> str:
-    """Return the kernel that products use on a compute capability unless another is forced."""
+    """Return the kernel used on a compute capability unless another is forced."""
     return kernels_for(capability)[0]
 
 
 def compiler_target(source: str) -> str | None:
-    """Return what to compile a source file for: its architecture's `TARGET`."""
+    """Return the compiler target of a source file: its architecture's `TARGET`."""
     module = KERNELS.get(source.split("_")[0])
     return None if module is None else module.TARGET

@@ -1,4 +1,4 @@
-"""Tensor cores by XOR, from Turing on. Hopper and later emulate it, slower than counting bits."""
+"""XOR on tensor cores, from Turing on. Hopper and later emulate it, slower than popcounts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensor cores by mma.sync, from Ampere on."""
+"""Tensor cores through mma.sync, from Ampere on."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def config(
 
 
 def _shared_memory(problem: Problem) -> int:
-    """Bytes of shared memory that a block may have: of 8.0, 8.7, 9.0 and 10.x at least these."""
+    """Return a lower bound of the shared memory per block, in bytes."""
     large = problem.capability in (80, 87, 90) or 100 <= problem.capability < 120
     return (163 if large else 99) * 1024
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from cupybnn.backends.cuda.configs import Config, Problem
 
 CAPABILITIES = range(90, 100)
-TARGET = "sm_90a"  # wgmma and setmaxnreg exist only in code that runs on Hopper alone
+TARGET = "sm_90a"  # wgmma and setmaxnreg need code specific to Hopper
 
 _SPLITS = (1, 2, 4, 8)
 
@@ -66,15 +66,15 @@ def choose(problem: Problem) -> Config:
         return config(1, tile_n, 8, split_k=_split(tiles, problem), swap=swap)
     tiles = problem.tiles(128, 128)
     if tiles * 2 <= multiprocessors and chunks == 1:
-        # One slot is loaded, multiplied and written out: the less of it a block has, the sooner.
+        # One slot is loaded, multiplied and written out: smaller blocks finish sooner.
         return config(1, 64, 8, consumers=1 if tiles * 4 <= multiprocessors else 2)
     if tiles * 2 <= multiprocessors:
         return config(1, 128, 6, split_k=_split(tiles, problem))
     if tiles <= multiprocessors or (tiles <= 2 * multiprocessors and not problem.packed):
         return config(1, 128, 6)
     # Measured at 4096, 8192 and 16384 cubed (bench/NOTES.md). With a long K the tensor cores take
-    # most of the time, and the tile with the least traffic wins; with a short one writing out does,
-    # which deferring hides. Deferred, an accumulator must fit 16 bits and four products follow.
+    # most of the time, and the tile with the least traffic wins; with a short K writing out does,
+    # which deferring hides. It needs accumulators that fit 16 bits and at least four products.
     if problem.k >= 12288 or chunks < 4:
         return config(2, 128 if problem.scaled else 192, 4)
     if problem.packed and problem.k < 6144:
@@ -83,7 +83,7 @@ def choose(problem: Problem) -> Config:
 
 
 def _split(tiles: int, problem: Problem) -> int:
-    """Parts of K that fill the GPU: a power of two, no more than there are chunks."""
+    """Return how many parts of K fill the GPU: a power of two, at most the number of chunks."""
     split = 1
     while (
         split < 8 and 2 * split <= problem.chunks and 2 * split * tiles <= problem.multiprocessors

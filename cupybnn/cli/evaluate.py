@@ -1,0 +1,132 @@
+"""``cupybnn evaluate``: a trained network's accuracy, and what it confuses."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cupybnn.cli import models
+from cupybnn.errors import DataError, SettingError
+from cupybnn.files import is_stream
+from cupybnn.paths import user_path
+
+if TYPE_CHECKING:
+    from cupybnn.data import Dataset
+    from cupybnn.deploy import PackedNetwork
+
+__all__ = ["add_parser", "run"]
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Add the parser of ``cupybnn evaluate``."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="measure a trained network on labelled images",
+        description=(
+            "Predict the test images of a data set and print accuracy, loss (mean cross-entropy), "
+            "precision and recall of each class, and the confusion matrix."
+        ),
+    )
+    parser.add_argument(
+        "model", metavar="MODEL", help="a run folder, a checkpoint, or a packed network (.npz)"
+    )
+    parser.add_argument(
+        "data",
+        metavar="DATA",
+        nargs="?",
+        help="mnist, digits, or a folder with MNIST's four IDX files; default: the data of the "
+        "run, and mnist where it is not known",
+    )
+    parser.add_argument(
+        "--chart",
+        metavar="FILE",
+        type=user_path,
+        help="draw FILE.svg and FILE.png: the confusion matrix and the worst mistakes (needs "
+        "matplotlib)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    models.add_options(parser, "auto")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate and print."""
+    if args.chart is not None:
+        from cupybnn.benchmark.chart import needs_matplotlib
+
+        if is_stream(args.chart):
+            raise SettingError(
+                f"The '--chart' must be a name of files to be made; got '{args.chart}', a device "
+                f"or a pipe."
+            )
+        needs_matplotlib()
+    network = models.opened(args)
+    data = _data(args, network)
+    images = data.test_images
+    if network.inputs.pixel_max is None and data.pixel_max is not None:
+        images = np.multiply(images, np.float32(1 / data.pixel_max), dtype=np.float32)
+    report = network.evaluate(images, network.classes[data.test_labels])
+    if args.json:
+        about = {"model": args.model, "data": data.name, "device": str(network.device)}
+        print(json.dumps({**about, **report.to_dict()}, indent=1))
+    else:
+        print(f"Data: {data.name}, {len(data.test_labels):,} test images; {network!r}")
+        print(report)
+    if args.chart is not None:
+        from cupybnn.cli import evaluation_chart
+
+        for file in evaluation_chart.draw(report, data, args.chart):
+            print(f"wrote {file}", file=sys.stderr)
+    return 0
+
+
+def _data(args: argparse.Namespace, network: PackedNetwork) -> Dataset:
+    from cupybnn import data
+
+    name, folder = _named(args) if args.data is None else _chosen(args.data)
+    if name == "auto" and network.inputs.image_shape == (8, 8):
+        name = "digits"
+    found = data.load("mnist" if name == "auto" else name, folder, notify=_say)
+    shape = network.inputs.image_shape or (network.inputs.features,)
+    if network.inputs.features != found.features or len(network.classes) != found.classes:
+        raise DataError(
+            f"The network takes images of {'×'.join(map(str, shape))} pixels in "
+            f"{len(network.classes)} classes; those of {found.name} have "
+            f"{'×'.join(map(str, found.image_shape or (found.features,)))} in {found.classes}. "
+            f"Name its data: cupybnn evaluate {args.model} DATA."
+        )
+    return found
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
+
+
+def _chosen(data: str) -> tuple[str, Any]:
+    """Return name and folder of the data that the command line names."""
+    from cupybnn.data import DATASETS
+
+    return (data, None) if data in DATASETS else ("mnist", data)
+
+
+def _named(args: argparse.Namespace) -> tuple[str, Any]:
+    """Return name and folder of the data that the run names; "auto" where there is no run."""
+    from cupybnn.data import DATASETS
+    from cupybnn.deploy.opening import is_packed_file
+    from cupybnn.training import checkpoint
+    from cupybnn.training.restore import stored_config
+
+    if is_packed_file(args.model):
+        return "auto", None
+    info = checkpoint.load_info(args.model)
+    folder, name = stored_config(info).data_dir, info.get("dataset")
+    if folder is None and name not in DATASETS:
+        raise SettingError(
+            f"The run must have been trained on mnist, digits or a folder for its data to be "
+            f"loaded; got {name!r}. Name the data: cupybnn evaluate {args.model} DATA, or call "
+            f"PackedNetwork.evaluate from Python."
+        )
+    return ("mnist", folder) if folder is not None else (str(name), None)

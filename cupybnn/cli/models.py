@@ -1,0 +1,33 @@
+"""Options of the commands that open a trained network."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cupybnn.deploy import PackedNetwork
+
+__all__ = ["add_options", "opened"]
+
+
+def add_options(parser: argparse.ArgumentParser, device: str) -> None:
+    """Add ``--which`` and ``--device``, whose default is `device`."""
+    parser.add_argument(
+        "--which",
+        choices=("newest", "best"),
+        help="checkpoint of a run folder (default newest)",
+    )
+    parser.add_argument(
+        "--device",
+        metavar="D",
+        default=device,
+        help=f"auto, cpu, cuda or cuda:N (default {device})",
+    )
+
+
+def opened(args: argparse.Namespace) -> PackedNetwork:
+    """Open the network that the options name."""
+    from cupybnn.deploy import open_network
+
+    return open_network(args.model, which=args.which, device=args.device)

@@ -1,0 +1,121 @@
+"""Preparing a run: its data, its model, and the kind of step that trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from cupybnn import nn, optim
+from cupybnn.data import Augmentation, BatchOrder, Dataset, DeviceData, load
+from cupybnn.training.checkpoint import Checkpoint
+from cupybnn.training.config import TrainConfig
+from cupybnn.training.network import NETWORK_SETTINGS
+from cupybnn.training.step import Objective, PlainStep, Step, augmentation
+
+__all__ = ["check_model", "choose_step", "find_dataset"]
+
+
+def find_dataset(
+    config: TrainConfig,
+    given: Dataset | None,
+    stored: Checkpoint | None,
+    notify: Callable[[str], None],
+) -> Dataset:
+    """Return the data of a run, with the validation images that `config` asks for held out.
+
+    Parameters
+    ----------
+    config : TrainConfig
+    given : Dataset or None
+        Used instead of the data set that `config` names.
+    stored : Checkpoint or None
+        The run to continue: if it fell back to the digits, this one does too.
+    notify : callable
+        Called with a sentence before a long operation.
+    """
+    dataset = given
+    if dataset is None:
+        name, reason = config.dataset, None
+        if stored is not None and name == "auto" and config.data_dir is None:
+            name = stored.info["dataset"]  # what "auto" chose when the run began
+            if name == "digits":
+                reason = f"The run in {config.restore} fell back to them."
+        dataset = load(name, config.data_dir, notify=notify)
+        if reason is not None:
+            dataset = replace(dataset, fallback_reason=reason)
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"The 'data' must be a Dataset; got {type(dataset).__name__}. Convert arrays with "
+            f"Dataset.from_arrays."
+        )
+    if config.validation:
+        dataset = dataset.with_validation(config.validation)
+    if len(dataset.test_labels) == 0:
+        raise ValueError(
+            f"The dataset {dataset.name!r} must have a test part to evaluate on; got none. "
+            f"Pass test_x and test_y to it, or hold out training examples with validation=N."
+        )
+    return dataset
+
+
+def check_model(model: Any, config: TrainConfig) -> None:
+    """Raise unless `model` can be trained in place of the network of `config`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"The 'model' must be an nn.Module; got {type(model).__name__}.")
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"The 'model' must have trainable parameters; got {model!r}.")
+    default = TrainConfig()
+    idle = [n for n in NETWORK_SETTINGS if getattr(config, n) != getattr(default, n)]
+    if idle:
+        raise ValueError(
+            f"The 'config' of a Trainer with a 'model' must leave the network settings at their "
+            f"defaults; got {', '.join(idle)}. They have no effect on a given model."
+        )
+
+
+def choose_step(
+    model: nn.Module,
+    objective: Objective,
+    optimizer: optim.Optimizer,
+    data: DeviceData,
+    order: BatchOrder,
+    config: TrainConfig,
+    notify: Callable[[str], None],
+) -> Step:
+    """Return the fused step if the kernels support it, else the plain one.
+
+    `notify` is called with the reason if there is a GPU whose kernels are not used.
+    """
+    reason = _unfused_reason(model, optimizer, data, config)
+    if reason is None:
+        from cupybnn.training.fast import FusedStep
+
+        assert isinstance(optimizer, optim.Adam)
+        return FusedStep(model, objective, optimizer, data, order, config, notify)
+    if config.dtype in ("tf32", "bfloat16"):
+        notify(f"Dense products are in float32, not {config.dtype}: {reason}.")
+    elif data.device.kind == "cuda" and config.fused and not config.debug:
+        notify(f"Training runs operation by operation, without the fused kernels: {reason}.")
+    return PlainStep(model, objective, optimizer, data, order, config)
+
+
+def _unfused_reason(
+    model: nn.Module, optimizer: optim.Optimizer, data: DeviceData, config: TrainConfig
+) -> str | None:
+    """Return why the fused step cannot be used, to end a sentence; None if it can."""
+    if data.device.kind == "cpu":
+        return "there is no GPU"
+    if not config.fused:
+        return "fused is False"
+    if data.pixel_scale is None:
+        return f"the features are {data.dtype}, not 8-bit pixels"
+    from cupybnn.backends.cuda.compiler import architecture, shared_memory_limit
+    from cupybnn.training.fast import unsupported_reason
+
+    index = data.device.index
+    reason = unsupported_reason(config, model, optimizer, architecture(index))
+    deforms = augmentation(config) != Augmentation()
+    if reason is None and deforms and data.features + 1024 > shared_memory_limit(index):
+        reason = "the images are too large to be deformed in shared memory"
+    return reason
