@@ -75,6 +75,14 @@ def test_onnx(run, net, pixels, tmp_path, capsys):
     np.testing.assert_array_equal(logits, net(pixels))
 
 
+def test_qonnx(run, net, tmp_path, capsys):
+    onnx = pytest.importorskip("onnx")
+    path = tmp_path / "net.onnx"
+    assert ": QONNX, " in export(capsys, run, "-o", path, "--format", "qonnx")
+    nodes = [node.op_type for node in onnx.load(path).graph.node]
+    assert nodes.count("BipolarQuant") == 4 + 3
+
+
 def test_a_c_header_from_each_kind_of_file(run, tmp_path, capsys):
     header = tmp_path / "digits.h"
     line = export(capsys, run, "-o", header, "--name", "digits")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
+from edits import edit
 from exported import EXACT, NAMES, exact_logits, images, mnist_networks, network
 
 from cupybnn import PackedNetwork, nn
-from cupybnn.deploy import onnx_file
+from cupybnn.deploy import c_header, onnx_file
 from cupybnn.errors import SettingError
 
 onnx = pytest.importorskip("onnx")
@@ -231,3 +233,38 @@ class TestErrors:
         monkeypatch.setitem(sys.modules, "onnx", None)
         with pytest.raises(SettingError, match=r'pip install "cupybnn\[onnx\]"'):
             self.net.to_onnx(tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("name", ["real ends", "all binary"])
+def test_damaged_networks_that_can_be_read_are_written_or_refused(tmp_path, name):
+    network(name).save(tmp_path / "net.npz")
+    with np.load(tmp_path / "net.npz") as loaded:
+        entries = {name: loaded[name] for name in loaded.files}
+    rng = np.random.default_rng(0)
+    written = 0
+    for number in range(100):
+        damaged = dict(entries)
+        if number % 2:
+            header = json.loads(entries["header"].tobytes())
+            edit(header, rng)
+            text = json.dumps(header).encode("utf-8", "surrogatepass")
+            damaged["header"] = np.frombuffer(text, np.uint8)
+        else:
+            key = list(entries)[1 + rng.integers(len(entries) - 1)]
+            damaged[key] = entries[key].copy()
+            octets = damaged[key].view(np.uint8).reshape(-1)
+            octets[rng.integers(octets.size, size=5)] = rng.choice([0, 127, 128, 255], 5)
+        np.savez(tmp_path / "net.npz", **damaged)
+        try:
+            net = PackedNetwork.load(tmp_path / "net.npz")
+            header = c_header.header(net)[0]
+            assert not re.search("nan|inf", header.partition("#endif")[2])
+            for target in onnx_file.TARGETS:
+                onnx.checker.check_model(onnx_file.model(net, target=target))
+        except SettingError:
+            continue
+        except ValueError as error:
+            assert "cannot be read as a PackedNetwork" in str(error)  # noqa: PT017
+            continue
+        written += 1
+    assert written > 25

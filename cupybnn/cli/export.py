@@ -20,19 +20,22 @@ if TYPE_CHECKING:
     from cupybnn.data import Dataset
     from cupybnn.deploy import PackedNetwork
 
-__all__ = ["ENDINGS", "Export", "add_parser", "open_network", "packed", "run"]
+__all__ = ["ENDINGS", "FORMATS", "Export", "add_parser", "open_network", "packed", "run"]
 
-#: Formats, and how the names of their files end.
-ENDINGS = {"npz": ".npz", "onnx": ".onnx", "c": ".h"}
+#: Formats that the name of a file decides, by its ending.
+ENDINGS = {".npz": "npz", ".onnx": "onnx", ".h": "c"}
+FORMATS = (*ENDINGS.values(), "qonnx")
 _LONGEST_CLASS = 200  # characters
 
 _DESCRIPTION = """\
-Write a trained network to a file in which a binary weight takes one bit.
+Write a trained network to a file; in all formats but the last a binary weight
+takes one bit.
 
   npz   for cupybnn.PackedNetwork.load
   onnx  for onnxruntime and other programs that read ONNX (needs the package
         onnx: pip install "cupybnn[onnx]")
-  c     a C99 header that needs no library"""
+  c     a C99 header that needs no library
+  qonnx for FINN and hls4ml, with weights as numbers; needs onnx, too"""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -47,7 +50,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="the file to write")
     parser.add_argument(
         "--format",
-        choices=tuple(ENDINGS),
+        choices=FORMATS,
         help="format of the file (by its name: .npz, .onnx or .h)",
     )
     parser.add_argument(
@@ -107,7 +110,7 @@ class Export:
     ----------
     path : Path
     format : str
-        A key of `ENDINGS`.
+        One of `FORMATS`.
     options : dict
         Arguments of the format's method of `PackedNetwork`.
     """
@@ -124,7 +127,7 @@ class Export:
         ----------
         file : str
         form : str, optional
-            A key of `ENDINGS`; by default, what the name ends with decides.
+            One of `FORMATS`; by default, what the name ends with decides.
         **given
             Options of `_OF_FORMAT`; None stands for one that was not given.
 
@@ -137,11 +140,10 @@ class Export:
         """
         path = user_path(file)
         if form is None:
-            by_ending = {ending: known for known, ending in ENDINGS.items()}
-            form = by_ending.get(path.suffix.lower())
+            form = ENDINGS.get(path.suffix.lower())
         if form is None:
             raise SettingError(
-                f"The name of an exported file must end with {', '.join(ENDINGS.values())}, which "
+                f"The name of an exported file must end with {', '.join(ENDINGS)}, which "
                 f"decides its format, unless --format does; got {str(path)!r}."
             )
         options = {}
@@ -155,7 +157,7 @@ class Export:
             options[argument] = value
         if not path.parent.is_dir():
             raise FileNotFoundError(f"The folder of the file to export, {path}, does not exist.")
-        if form == "onnx":
+        if form in ("onnx", "qonnx"):
             from cupybnn.deploy.onnx_graph import onnx_module
 
             onnx_module()
@@ -171,7 +173,7 @@ class Export:
         OSError
             If the file cannot be written.
         """
-        from cupybnn.deploy import c_header, onnx_file
+        from cupybnn.deploy import c_header, onnx_file, qonnx_file
 
         summary = net.summary()
         weights = sum(layer.inputs * layer.units for layer in net.layers)
@@ -179,6 +181,9 @@ class Export:
         if self.format == "onnx":
             onnx_file.write(self.path, net, **self.options)
             what = f"ONNX for {self.options.get('target', 'cpu')}"
+        elif self.format == "qonnx":
+            qonnx_file.write(self.path, net)
+            what = "QONNX"
         elif self.format == "c":
             size = c_header.write(self.path, net, **self.options)
             what = "C header"

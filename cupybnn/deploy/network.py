@@ -10,7 +10,7 @@ import numpy as np
 
 from cupybnn import nn
 from cupybnn.backends.devices import CPU, Device, array_module, resolve
-from cupybnn.deploy import c_header, file, onnx_file
+from cupybnn.deploy import c_header, file, onnx_file, qonnx_file
 from cupybnn.deploy.conversion import packed_layers
 from cupybnn.deploy.evaluation import ClassificationReport, evaluate
 from cupybnn.deploy.inputs import InputSpec, like
@@ -227,6 +227,26 @@ class PackedNetwork:
         """
         onnx_file.write(path, self, inputs=inputs, target=target, opset=opset)
 
+    def to_qonnx(self, path: str | os.PathLike[str]) -> None:
+        """Write the network as QONNX, for FINN, hls4ml and the package qonnx; needs onnx.
+
+        Weights and activations are signs by BipolarQuant nodes of the domain
+        ``qonnx.custom_op.general``, on float32 (https://github.com/fastmachinelearning/qonnx).
+        Batch norm and flips are folded into thresholds and weights. The input "numbers" is one row
+        of numbers scaled as in training, shape (1, features); the output is "logits".
+
+        Parameters
+        ----------
+        path : path-like
+            Holds all of the network afterwards, or what it held before.
+
+        Raises
+        ------
+        SettingError
+            If the package onnx is not installed.
+        """
+        qonnx_file.write(path, self)
+
     def to_c(self, path: str | os.PathLike[str], *, name: str = "net") -> None:
         """Write the network as a C99 header that needs no library and no memory but the stack.
 
@@ -248,6 +268,15 @@ class PackedNetwork:
         ------
         SettingError
             If the network does not take pixels of a byte, or `name` is none that C allows.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> import cupybnn
+        >>> result = cupybnn.train(dataset="digits", binary=True, max_steps=10, device="cpu")
+        >>> net = cupybnn.PackedNetwork.from_model(result.model, pixel_max=16)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     net.to_c(f"{folder}/digits.h", name="digits")
         """
         c_header.write(path, self, name=name)
 

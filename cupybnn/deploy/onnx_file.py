@@ -151,56 +151,52 @@ class _Emitter:
         graph, x = self.graph, self._name
         if len(self._shape) > 1:
             x = graph.row_node("Flatten", [x], "pixel_rows", np.uint8, self._features)
+        integer = self._of_bytes if self._bytes else self._of_floats
         for layer in self._layers:
-            if layer.integer:
-                x = self._integer(layer, x)
-            else:
-                x = self._real(layer, x)
+            x = integer(layer, x) if layer.integer else self._real(layer, x)
         graph.node("Identity", [x], "logits")
         graph.node("Softmax", [x], "probabilities", axis=1)
         graph.node("ArgMax", [x], "class_index", axis=1, keepdims=0)
 
-    def _integer(self, layer: Planned, x: str) -> str:
-        """Add a product of integers and what follows it."""
+    def _of_bytes(self, layer: Planned, x: str) -> str:
+        """Add a product of integers, in bytes, and what follows it."""
+        graph, name, units, threshold = self.graph, layer.name, layer.units, layer.threshold
+        assert layer.plus is not None
+        signs = layer.source == "signs"
+        # a·w of signs a is 2·b·w - Σw of bits b.
+        sums = 2 * layer.plus.sum(axis=0) - layer.inputs
+        if signs:
+            x = graph.cast(x, f"{name}/input_bits", np.uint8, layer.inputs)
+        inputs = [x, graph.unpacked(name, layer.plus, np.int8)]
+        x = graph.row_node("MatMulInteger", inputs, f"{name}/product", np.int32, units)
+        if threshold is not None:
+            if signs:
+                threshold = -((-threshold - sums) // 2)
+            return self._compared(layer, x, threshold.astype(np.int32))
+        if signs:
+            x = graph.row_node("Add", [x, x], f"{name}/doubled", np.int32, units)
+            inputs = [x, graph.constant(f"{name}/weight_sums", sums.astype(np.int32))]
+            x = graph.row_node("Sub", inputs, f"{name}/signs_product", np.int32, units)
+        return graph.steps(
+            name, layer.steps, graph.cast(x, f"{name}/numbers", np.float32, units), units
+        )
+
+    def _of_floats(self, layer: Planned, x: str) -> str:
+        """Add a product of integers, in floating numbers that are exact, and what follows it."""
         graph, name, units = self.graph, layer.name, layer.units
         assert layer.plus is not None
-        threshold, sums = layer.threshold, None
-        if self._bytes:
-            if layer.source == "signs":
-                # a·w of signs a is 2·b·w - Σw of bits b.
-                x = graph.cast(x, f"{name}/input_bits", np.uint8, layer.inputs)
-                sums = 2 * layer.plus.sum(axis=0) - layer.inputs
-            weight = graph.unpacked(name, layer.plus, np.int8)
-            product = graph.row_node(
-                "MatMulInteger", [x, weight], f"{name}/product", np.int32, units
-            )
-            if threshold is not None:
-                if sums is not None:
-                    threshold = -((-threshold - sums) // 2)
-                return self._compared(layer, product, threshold.astype(np.int32))
-            if sums is not None:
-                twice = graph.row_node(
-                    "Add", [product, product], f"{name}/doubled", np.int32, units
-                )
-                offset = graph.constant(f"{name}/weight_sums", sums.astype(np.int32))
-                product = graph.row_node(
-                    "Sub", [twice, offset], f"{name}/signs_product", np.int32, units
-                )
-            y = graph.cast(product, f"{name}/numbers", np.float32, units)
-            return self._steps(layer, y)
         half = layer.source == "signs" and layer.inputs <= _HALF
         dtype = np.float16 if half else np.float32
-        x = self._floating(layer, x, dtype)
-        weight = graph.unpacked(name, layer.plus, dtype)
-        product = graph.row_node("MatMul", [x, weight], f"{name}/product", dtype, units)
-        if threshold is not None:
-            return self._compared(layer, product, _reachable(layer).astype(dtype))
+        inputs = [self._floating(layer, x, dtype), graph.unpacked(name, layer.plus, dtype)]
+        x = graph.row_node("MatMul", inputs, f"{name}/product", dtype, units)
+        if layer.threshold is not None:
+            return self._compared(layer, x, _reachable(layer).astype(dtype))
         if half:
-            product = graph.cast(product, f"{name}/numbers", np.float32, units)
-        return self._steps(layer, product)
+            x = graph.cast(x, f"{name}/numbers", np.float32, units)
+        return graph.steps(name, layer.steps, x, units)
 
     def _real(self, layer: Planned, x: str) -> str:
-        """Add a product of real numbers and what follows it."""
+        """Add a product of numbers and what follows it."""
         graph, name = self.graph, layer.name
         x = self._floating(layer, x, np.float32)
         if layer.source == "pixels":
@@ -213,7 +209,7 @@ class _Emitter:
         product = graph.row_node("MatMul", [x, weight], f"{name}/product", np.float32, layer.units)
         if layer.threshold is not None:
             return self._compared(layer, product, layer.threshold)
-        return self._steps(layer, product)
+        return graph.steps(name, layer.steps, product, layer.units)
 
     def _floating(self, layer: Planned, x: str, dtype: Any) -> str:
         """Return what comes in, signs or pixels or numbers, as floating numbers."""
@@ -236,17 +232,6 @@ class _Emitter:
         if layer.flip.any():
             flip = graph.constant(f"{name}/flip", layer.flip)
             x = graph.row_node("Xor", [x, flip], f"{name}/is_plus", np.bool_, units)
-        return x
-
-    def _steps(self, layer: Planned, x: str) -> str:
-        graph = self.graph
-        for number, step in enumerate(layer.steps, 1):
-            inputs = [x]
-            if step.by is not None:
-                inputs.append(graph.constant(f"{layer.name}/step{number}_by", step.by))
-            kind = {"multiply": "Mul", "add": "Add", "relu": "Relu"}[step.kind]
-            output = f"{layer.name}/step{number}"
-            x = graph.row_node(kind, inputs, output, np.float32, layer.units)
         return x
 
 

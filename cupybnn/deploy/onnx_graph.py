@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from cupybnn.deploy.layers import Step
 from cupybnn.errors import SettingError
 
 __all__ = ["Graph", "onnx_module"]
@@ -37,11 +39,11 @@ class Graph:
 
     Parameters
     ----------
-    batch : str
-        Name of the dynamic dimension.
+    batch : str or int
+        The name of a dynamic dimension, or how many rows there are.
     """
 
-    def __init__(self, batch: str) -> None:
+    def __init__(self, batch: str | int) -> None:
         self.onnx = onnx_module()
         self._batch = batch
         self.nodes: list[Any] = []
@@ -78,6 +80,16 @@ class Graph:
         """Add a Cast of rows."""
         to = self.onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
         return self.row_node("Cast", [name], output, dtype, columns, to=to)
+
+    def steps(self, layer: str, steps: Sequence[Step], x: str, columns: int) -> str:
+        """Add what follows a product, and return its result."""
+        for number, step in enumerate(steps, 1):
+            inputs = [x]
+            if step.by is not None:
+                inputs.append(self.constant(f"{layer}/step{number}_by", step.by))
+            kind = {"multiply": "Mul", "add": "Add", "relu": "Relu"}[step.kind]
+            x = self.row_node(kind, inputs, f"{layer}/step{number}", np.float32, columns)
+        return x
 
     def signs(self, name: str, condition: str, dtype: Any) -> str:
         """Add a Where that makes +1 and -1 of a condition."""

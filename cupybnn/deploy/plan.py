@@ -165,8 +165,9 @@ def _whole(threshold: Any, factor: np.float32, least: int) -> np.ndarray:
     All that can be reached, from `least` to ``-least``, is above a result of `least`, and nothing
     above one of ``-least + 1``.
     """
-    by, wanted = np.float64(factor), threshold.astype(np.float64)
-    with np.errstate(over="ignore"):
+    by = np.float64(factor)
+    with np.errstate(over="ignore", invalid="ignore"):  # of a damaged file, NaN that signals
+        wanted = threshold.astype(np.float64)
         found = np.ceil(np.clip(wanted / by, least, 1 - least))
     # A quotient is rounded. Products are not: 24 bits times 24 fit in a float64.
     found = np.where((found - 1) * by >= wanted, found - 1, found)
