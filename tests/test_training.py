@@ -357,13 +357,13 @@ class TestRestore:
         trainer, result, _ = run(restore=first.run_folder, lr=1e-5, xnor=True)
         assert trainer.optimizer.groups[0]["lr"] == 1e-5
         assert result.notices == (
-            "From step 10 on, lr is 1e-05 instead of 0.001: the results will differ from those of an "
-            "uninterrupted run.",
+            "From step 10 on, lr is 1e-05 instead of 0.001: the results will differ from those of "
+            "an uninterrupted run.",
         )
 
     def test_other_data(self, tmp_path, mnist_dir):
         _, first, _ = run(log_dir=tmp_path, max_steps=1)
-        with pytest.raises(CheckpointError, match=r"must be the checkpoint.s, digits; got mnist"):
+        with pytest.raises(CheckpointError, match="must be the checkpoint's, digits; got mnist"):
             run(restore=first.run_folder, dataset="mnist", data_dir=mnist_dir)
 
     def test_auto_continues_with_its_earlier_choice(self, tmp_path, monkeypatch):
