@@ -108,7 +108,7 @@ def test_the_tables_can_be_shown_again_from_the_record(quick, tmp_path, capsys):
     [
         (["train", "--only", "square"], "'--only' must be given to 'bench product' only"),
         (["train", "--tune"], "'--tune' must be given to 'bench product' only"),
-        (["--sizes", "8x8"], "'--sizes' must be given to 'bench train' only"),
+        (["--sizes", "8x8"], "'--sizes' must be given to 'bench train or infer' only"),
         (["train", "--json", "nowhere/x.json"], "'--json' must be in an existing folder"),
         (["train", "--chart", "nowhere/x"], "'--chart' must be in an existing folder"),
         (["train", "--from", __file__, "--sizes", "8x8"], "'--sizes' must not be given with"),

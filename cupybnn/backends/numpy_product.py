@@ -46,6 +46,8 @@ SHORT_K = 192
 # floats: for an operand whose lines are adjacent, contiguous or packed. Summing the counts of a
 # short row takes as long as for K = 256.
 FEW_FOR_ADJACENT, FEW_FOR_ROWS, FEW_FOR_PACKED = 4, 24, 32
+# And in a small product, of a packed operand of so many elements or more.
+FEW_FOR_SMALL, SMALL_PACKED = 4, 1 << 17
 K_FOR_EACH = 256
 
 WHOLE = slice(None)
@@ -111,17 +113,22 @@ def _part(
 
 
 def _matrix_product(a: Lines, b: Lines, out: np.ndarray, epilogue: Epilogue | None) -> None:
-    if a.count * b.count * a.k <= SMALL_PRODUCT:
-        _small_product(a, b, out, epilogue)
-    elif a.count <= b.count and a.count <= _few_for(b):
+    small = a.count * b.count * a.k <= SMALL_PRODUCT
+    if a.count <= b.count and a.count <= _few_for(b, small):
         epilogues.apply(_count_product(a, b), epilogue, out)
-    elif b.count < a.count and b.count <= _few_for(a):
+    elif b.count < a.count and b.count <= _few_for(a, small):
         epilogues.apply(_count_product(b, a).T, epilogue, out)
+    elif small:
+        _small_product(a, b, out, epilogue)
     else:
         _panel_product(a, b, out, epilogue)
 
 
-def _few_for(many: Lines) -> int:
+def _few_for(many: Lines, small: bool) -> int:
+    """Return with how many lines in the other operand bits are counted."""
+    if small:
+        worth = many.packed and many.k >= K_FOR_EACH and many.size >= SMALL_PACKED
+        return FEW_FOR_SMALL if worth else 0
     if many.packed:
         return FEW_FOR_PACKED
     return FEW_FOR_ADJACENT if many.adjacent else min(FEW_FOR_ROWS, many.k // K_FOR_EACH)

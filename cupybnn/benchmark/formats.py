@@ -1,4 +1,4 @@
-"""The formats of the records of ``cupybnn bench`` and ``bench train``."""
+"""The formats of the records of ``cupybnn bench``, ``bench train`` and ``bench infer``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class RecordError(SettingError):
 
 
 def kind_of(record: dict[str, Any]) -> str:
-    """Return the kind of a record: "product" or "train"."""
+    """Return the kind of a record: "product", "train" or "infer"."""
     return str(record.get("kind", "product"))  # missing in the first records
 
 
@@ -159,7 +159,33 @@ _training_size = record(
     also=_best_are_rows,
 )
 
-# --- both
+# --- inference
+
+_median = _figures(median=_seconds, min=_seconds, p90=_seconds)
+_calls = _row(
+    {"library": one_of("cupybnn", "PyTorch", "onnxruntime"), "how": _name, "precision": _name},
+    {
+        "call": _median,
+        "examples_per_second": _rate,
+        "equal": boolean,
+        "same_classes": number(0, 1),
+    },
+    {"device": _median, "others_processors": nullable(number(0, 1e6)), "failed": boolean},
+)
+
+
+_inference_size = record(
+    {
+        "hidden": _size,
+        "batch": _size,
+        "rows": list_of(_calls),
+        "disturbed": boolean,
+        "over": mapping_of(_ratio),
+    },
+    others=True,
+)
+
+# --- all
 
 _version = nullable(_name)
 _COMMON = {
@@ -207,6 +233,16 @@ RULES = {
             "kind": one_of("train"),
             "method": mapping_of(text()),
             "sizes": list_of(_training_size),
+        },
+        others=True,
+    ),
+    "infer": record(
+        {
+            **_COMMON,
+            "format": one_of(FORMAT),
+            "kind": one_of("infer"),
+            "method": mapping_of(text()),
+            "sizes": list_of(_inference_size),
         },
         others=True,
     ),

@@ -29,7 +29,7 @@ SECTIONS = ("original", *GROUPS, "packing", "host", "first-call")
 
 
 def new_record(kind: str, device: Device, quick: bool, notes: list[str]) -> dict[str, Any]:
-    """Return a record of `kind` ("product" or "train") with date, machine and device."""
+    """Return a record of a kind ("product", "train", "infer") with date, machine and device."""
     if device.kind == "cpu" and not cuda_status().available:
         notes = [
             f"NumPy is measured, because there is no usable GPU: {cuda_status().reason}",
@@ -166,7 +166,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"got {type(record).__name__} without that format."
         )
     try:
-        RULES["train" if record.get("kind") == "train" else "product"](record, "")
+        kind = record.get("kind")
+        RULES[kind if isinstance(kind, str) and kind in RULES else "product"](record, "")
     except SchemaError as error:
         raise RecordError(
             f"The file '{path}' must be a complete record of cupybnn bench: {error}."

@@ -1,4 +1,4 @@
-"""``cupybnn bench``: time the 1-bit product against dense products, or training against PyTorch."""
+"""``cupybnn bench``: time the 1-bit product, training and predictions against dense peers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,12 @@ cupybnn bench train
   products and with xnor_gemm, against the same network in PyTorch. The exit
   code is 1 if a cupybnn step fails.
 
-PyTorch is included if it is installed."""
+cupybnn bench infer
+  Time predictions of a packed network against the same network in PyTorch
+  and, on a CPU, in onnxruntime. The exit code is 1 if a timed cupybnn result
+  is not exact.
+
+PyTorch and onnxruntime are included if they are installed."""
 _COLUMNS = """
 Columns of the tables:
   median ... p90  time per call on the device, with a full queue
@@ -57,8 +62,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "what",
         nargs="?",
-        choices=("product", "train"),
-        help="what to time: the product (the default) or training steps",
+        choices=("product", "train", "infer"),
+        help="what to time: the product (the default), training steps or predictions",
     )
     parser.add_argument(
         "--device", metavar="D", default="auto", help="auto (the default), cpu, cuda or cuda:N"
@@ -74,8 +79,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--sizes",
         metavar="HxB,...",
         type=_sizes,
-        help="with 'train': units per hidden layer and examples per step, such as "
-        "512x8192,4096x4096",
+        help="with 'train' and 'infer': units per hidden layer and examples per step or call, such "
+        "as 512x8192,4096x4096",
     )
     parser.add_argument("--json", metavar="FILE", type=_file, help="write the record to FILE")
     parser.add_argument(
@@ -136,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
         _print(_module(kind, "tables").lines(record))
     else:
         kind = args.what or "product"
-        record = _measure_training(args) if kind == "train" else _measure(args)
+        record = _measure(args) if kind == "product" else _measure_sizes(args, kind)
         print(f"took {record['seconds']:.0f} s", file=sys.stderr)
         if args.json is not None:
             records.save(record, args.json)
@@ -144,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
     if args.chart is not None:
         for file in _module(kind, "chart").draw(record, args.chart):
             print(f"wrote {file}")
-    if kind == "train":
+    if kind != "product":
         rows = [row for found in record["sizes"] for row in found["rows"]]
         return int(any(row.get("failed") and row["library"] == "cupybnn" for row in rows))
     rows = [row for result in record["products"] for row in result["rows"] if row["ours"]]
@@ -155,13 +160,13 @@ def _check(args: argparse.Namespace) -> None:
     """Check the options before measuring, which takes minutes."""
     from cupybnn.benchmark.record import SECTIONS
 
-    excluded = {"train": ("only", "tune"), "product": ("sizes",)}
-    for option in excluded[args.what or "product"]:
-        if getattr(args, option) not in (None, False):
-            other = "product" if args.what == "train" else "train"
+    what = args.what or "product"
+    homes = {"only": ("product",), "tune": ("product",), "sizes": ("train", "infer")}
+    for option, kinds in homes.items():
+        if getattr(args, option) not in (None, False) and what not in kinds:
             raise SettingError(
-                f"The '--{option}' must be given to 'bench {other}' only; got it with "
-                f"'bench {args.what or 'product'}'."
+                f"The '--{option}' must be given to 'bench {' or '.join(kinds)}' only; got it with "
+                f"'bench {what}'."
             )
     if args.source is not None:
         for option in ("only", "tune", "sizes", "json"):
@@ -196,18 +201,18 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _module(kind: str, name: str) -> Any:
-    """Return the module "tables" or "chart" for a kind of record."""
-    folder = "cupybnn.benchmark.training" if kind == "train" else "cupybnn.benchmark"
-    return importlib.import_module(f"{folder}.{name}")
+    """Return the module "record", "tables" or "chart" for a kind of record."""
+    folder = {"product": "", "train": ".training", "infer": ".inference"}[kind]
+    return importlib.import_module(f"cupybnn.benchmark{folder}.{name}")
 
 
-def _measure_training(args: argparse.Namespace) -> dict[str, Any]:
-    from cupybnn.benchmark.training import record as training
-    from cupybnn.benchmark.training import tables
+def _measure_sizes(args: argparse.Namespace, kind: str) -> dict[str, Any]:
+    """Measure training steps or predictions, size by size."""
     from cupybnn.benchmark.training.variants import Size
     from cupybnn.training import TrainConfig
     from cupybnn.training.limits import check_memory
 
+    measured, tables = _module(kind, "record"), _module(kind, "tables")
     bar: Any = None
 
     def starting(name: str, total: int) -> None:
@@ -231,11 +236,11 @@ def _measure_training(args: argparse.Namespace) -> dict[str, Any]:
 
     sizes = [Size(*size) for size in args.sizes] if args.sizes else None
     device = resolve(args.device)
-    for size in sizes or ():
+    for size in (sizes or ()) if kind == "train" else ():
         config = TrainConfig(n_hidden=size.hidden, batch_size=size.batch, binary=True)
-        check_memory(config, training.FEATURES, training.CLASSES, device)
+        check_memory(config, measured.FEATURES, measured.CLASSES, device)
     try:
-        record = training.run(
+        record = measured.run(
             device,
             quick=args.quick,
             sizes=sizes,

@@ -35,6 +35,19 @@ class InputSpec:
     def read(self, x: Any, device: Device) -> tuple[Any, bool]:
         """Return inputs as the first layer takes them, and whether there was only one.
 
+        See `rows` for the parameters and what is raised.
+
+        Returns
+        -------
+        inputs : array of float32, shape (batch, features)
+        single : bool
+        """
+        rows, single = self.rows(x, device)
+        return self.numbers(rows), single
+
+    def rows(self, x: Any, device: Device) -> tuple[Any, bool]:
+        """Return inputs as a matrix of pixels or numbers, and whether there was only one.
+
         Parameters
         ----------
         x : array_like, shape (batch, features) or (features,); or with `image_shape` at the end
@@ -43,7 +56,7 @@ class InputSpec:
 
         Returns
         -------
-        inputs : array of float32, shape (batch, features)
+        rows : array, shape (batch, features)
         single : bool
 
         Raises
@@ -70,24 +83,27 @@ class InputSpec:
                 f"network was trained on them (floating); got dtype {array.dtype}."
             )
         rows, single = self._rows(array)
-        xp = array_module(rows)
-        if pixels:
-            if self.pixel_max is None:
-                raise TypeError(
-                    f"The 'x' of this PackedNetwork must be of floating dtype, because it was "
-                    f"trained on numbers, not on pixels; got {rows.dtype}."
-                )
-            # As `cupybnn.data.DeviceData` scales them.
-            factor = np.float32(1.0 / self.pixel_max)
-            return xp.multiply(rows, factor, dtype=np.float32), single
-        rows = xp.ascontiguousarray(rows, dtype=np.float32)
-        if device.kind == "cpu" and not np.isfinite(rows).all():
-            first = np.argwhere(~np.isfinite(rows))[0]
+        if pixels and self.pixel_max is None:
+            raise TypeError(
+                f"The 'x' of this PackedNetwork must be of floating dtype, because it was "
+                f"trained on numbers, not on pixels; got {rows.dtype}."
+            )
+        if device.kind == "cpu" and not pixels and not _all_finite(rows):
+            first = np.argwhere(~np.isfinite(rows.astype(np.float32)))[0]
             raise ValueError(
                 f"The 'x' of a PackedNetwork must be finite; got {rows[tuple(first)]} in row "
                 f"{first[0]}, feature {first[1]}."
             )
         return rows, single
+
+    def numbers(self, rows: Any) -> Any:
+        """Return rows as contiguous float32: pixels scaled, numbers as they are."""
+        xp = array_module(rows)
+        if rows.dtype.kind in "iu":
+            # As `cupybnn.data.DeviceData` scales them.
+            assert self.pixel_max is not None
+            return xp.multiply(rows, np.float32(1.0 / self.pixel_max), dtype=np.float32)
+        return xp.ascontiguousarray(rows, dtype=np.float32)
 
     def _rows(self, array: Any) -> tuple[Any, bool]:
         """Return the inputs as a matrix, and whether there was only one."""
@@ -106,8 +122,16 @@ class InputSpec:
         )
 
 
+def _all_finite(rows: np.ndarray) -> bool:
+    """Whether all numbers are finite as float32, too."""
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(rows.astype(np.float32, copy=False)).all())
+
+
 def like(result: Any, x: Any) -> Any:
     """Return `result`, a NumPy or CuPy array, as an array of the library that `x` is of."""
+    if type(result) is type(x):
+        return result
     library = sys.modules.get(type(x).__module__.partition(".")[0])
     if array_module(result) is library or not hasattr(type(x), "__dlpack__"):
         return result

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from cupybnn import backends
 from cupybnn.backends.devices import Device, array_module, to_device
-from cupybnn.gemm import xnor_gemm, xnor_gemm_packed
 from cupybnn.packed import PackedMatrix, pack
 
 __all__ = ["PRODUCTS", "STEPS", "PackedLayer", "Step", "apply_steps"]
@@ -120,9 +120,14 @@ class PackedLayer:
         otherwise an array of float32
         """
         if self.product == "bits":
+            # To the backend itself: for a few inputs, checks would take as long as the product.
+            backend, shape = backends.get(x.device), (x.shape[0], self.units)
             if self.threshold is not None:
-                return xnor_gemm_packed(x, self.weight, threshold=self.threshold, flip=self.flip)
-            return apply_steps(self.steps, xnor_gemm(x, self.weight, dtype=np.float32))
+                words, ones = backend.gemm_packed(x, self.weight, self.threshold, self.flip)
+                return PackedMatrix._of(words, ones, shape, -1, x.device)
+            y = x.device.xp.empty(shape, np.float32)
+            backend.gemm(x, self.weight, y, None)
+            return apply_steps(self.steps, y)
         if isinstance(x, PackedMatrix):
             x = x.unpack(np.float32)
         y = x @ (self.weight if self.signs is None else self.signs)

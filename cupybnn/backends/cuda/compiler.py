@@ -91,9 +91,12 @@ def _compile(source: str, function: str, defines: dict[str, int | str]) -> Any:
     flag = architectures.compiler_target(source)
     if flag is not None:
         options.append(f"-arch={flag}")
+    # A cooperative launch is refused unless all its blocks can run at a time.
+    cooperative = {"enable_cooperative_groups": True} if defines.get("COOPERATIVE") else {}
     module = cupy.RawModule(
-        code=translation_unit(source, defines), options=tuple(options), backend="nvrtc"
-    )
+        code=translation_unit(source, defines), options=tuple(options), backend="nvrtc",
+        **cooperative,
+    )  # fmt: skip
     kernel = module.get_function(function)
     if int(defines.get("CLUSTER", 1)) > _PORTABLE_CLUSTER:
         from cupy_backends.cuda.api import driver  # type: ignore[import-untyped]

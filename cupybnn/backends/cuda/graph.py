@@ -12,7 +12,7 @@ from cupybnn.backends.cuda import blas
 __all__ = ["Fork", "capture"]
 
 
-def capture(stream: Any, launch: Callable[[], None]) -> Any:
+def capture(stream: Any, launch: Callable[[], None], pool: Any = None) -> Any:
     """Capture the launches of `launch` as a CUDA graph.
 
     Parameters
@@ -20,8 +20,10 @@ def capture(stream: Any, launch: Callable[[], None]) -> Any:
     stream : cupy.cuda.Stream
         Not the default stream. It is the current stream while `launch` runs; nothing executes.
     launch : callable
-        May use further streams (see `Fork`). It must not allocate device memory: the graph would
-        keep using memory that the pool has since given to others.
+        May use further streams (see `Fork`). Without a `pool` it must not allocate device memory:
+        the graph would keep using memory that the pool has since given to others.
+    pool : cupy.cuda.MemoryPool, optional
+        Where `launch` allocates. It must be used by this graph alone and live as long as the graph.
 
     Returns
     -------
@@ -35,7 +37,8 @@ def capture(stream: Any, launch: Callable[[], None]) -> Any:
     import cupy
 
     try:
-        with stream, cupy.cuda.using_allocator(_refuse), _without_collection():
+        allocator = _refuse if pool is None else pool.malloc
+        with stream, cupy.cuda.using_allocator(allocator), _without_collection():
             stream.begin_capture()
             try:
                 launch()

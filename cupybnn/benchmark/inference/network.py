@@ -1,0 +1,96 @@
+"""The network whose predictions are timed, in numbers that every order of summation gets right."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from cupybnn import nn
+
+__all__ = ["CLASSES", "FEATURES", "Network", "random_inputs"]
+
+FEATURES, CLASSES = 784, 10
+_STEPS = 64  # real weights are multiples of 1 / 64 from -1/2 to 1/2
+_PIXELS = 256  # and inputs of 1 / 256, so that 784 products add up to less than 2**24 such units
+_EPS = 1e-4
+
+
+@dataclass(frozen=True)
+class Network:
+    """784-H-H-H-10 with random parameters: real ends, binary hidden layers, batch norm and sign.
+
+    Attributes
+    ----------
+    weights : list of ndarray of float32
+        Of the two ends; and -1 or +1 of the layers between.
+    gamma, beta, mean, variance : list of ndarray of float32
+        Of the batch norm after each hidden product.
+    """
+
+    weights: list[np.ndarray]
+    gamma: list[np.ndarray]
+    beta: list[np.ndarray]
+    mean: list[np.ndarray]
+    variance: list[np.ndarray]
+    eps: float = _EPS
+
+    @classmethod
+    def random(cls, hidden: int, seed: int = 0) -> Network:
+        """Return a network with `hidden` units in each hidden layer."""
+        rng = np.random.default_rng(seed)
+
+        def real(inputs: int, units: int) -> np.ndarray:
+            return (rng.integers(-32, 33, (inputs, units)) / _STEPS).astype(np.float32)
+
+        def signs() -> np.ndarray:
+            return (rng.integers(0, 2, (hidden, hidden), np.int8) * 2 - 1).astype(np.float32)
+
+        def norm(scale: float) -> np.ndarray:
+            return (scale * rng.normal(size=hidden)).astype(np.float32)
+
+        spread = (FEATURES**0.5 * 0.3, hidden**0.5, hidden**0.5)  # of a product, about
+        return cls(
+            [real(FEATURES, hidden), signs(), signs(), real(hidden, CLASSES)],
+            gamma=[norm(1.0) for _ in spread],
+            beta=[norm(0.1) for _ in spread],
+            mean=[norm(0.3 * s) for s in spread],
+            variance=[np.float32(s * s) * rng.uniform(0.5, 2, hidden).astype(np.float32)
+                      for s in spread],
+        )  # fmt: skip
+
+    def model(self) -> nn.Module:
+        """Return the network as a model of this library, for evaluation."""
+        layers: list[nn.Module] = []
+        sizes = [FEATURES, *(len(g) for g in self.gamma), CLASSES]
+        for i, pair in enumerate(itertools.pairwise(sizes)):
+            binary = 0 < i < len(self.gamma)
+            layer = nn.BinaryLinear(*pair, rng=0) if binary else nn.Linear(*pair, rng=0)
+            layer.weight.write()[...] = self.weights[i]
+            layers.append(layer)
+            if i < len(self.gamma):
+                norm = nn.BatchNorm(pair[1], eps=self.eps)
+                norm.gamma.write()[...], norm.beta.write()[...] = self.gamma[i], self.beta[i]
+                norm.mean[...], norm.variance[...] = self.mean[i], self.variance[i]
+                layers += [norm, nn.Sign()]
+        return nn.Sequential(*layers).eval()
+
+    def folded(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return scale and shift that batch norm number `i` is, in float32."""
+        scale = self.gamma[i] * (1 / np.sqrt(self.variance[i] + np.float32(self.eps)))
+        return scale, self.beta[i] - self.mean[i] * scale
+
+    def logits(self, x: np.ndarray) -> np.ndarray:
+        """Return the logits by plain products in float64, whose sums are exact."""
+        for i in range(len(self.gamma)):
+            product = (x.astype(np.float64) @ self.weights[i]).astype(np.float32)
+            scale, shift = self.folded(i)
+            x = np.where(product * scale + shift >= 0, np.float32(1), np.float32(-1))
+        return (x.astype(np.float64) @ self.weights[-1]).astype(np.float32)
+
+
+def random_inputs(batch: int, seed: int = 0) -> np.ndarray:
+    """Return float32 inputs in [0, 1): multiples of 1 / 256."""
+    pixels = np.random.default_rng(seed).integers(0, _PIXELS, (batch, FEATURES), np.uint8)
+    return pixels.astype(np.float32) / np.float32(_PIXELS)

@@ -1,0 +1,294 @@
+"""The forward pass of a packed network on a GPU, in as few launches as a batch allows.
+
+A few rows are one launch (`cupybnn.backends.cuda.packed_network`). More rows are a launch or two
+for each layer, captured as a CUDA graph for each batch size once it has come a second time. Batches
+whose activations are large, and all where nothing can be captured, are launched layer by layer.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends.cuda import blas, packed_network
+from cupybnn.backends.cuda.compiler import architecture
+from cupybnn.backends.cuda.graph import capture
+from cupybnn.backends.cuda.product import gemm, gemm_packed
+from cupybnn.backends.cuda.threshold_pack import threshold_pack
+from cupybnn.backends.devices import Device
+from cupybnn.backends.epilogue import Epilogue
+from cupybnn.deploy.inputs import InputSpec
+from cupybnn.deploy.layers import PackedLayer, Step, apply_steps
+from cupybnn.packed import PackedMatrix
+
+__all__ = ["CudaForward", "Recent"]
+
+#: Graphs that are kept, bytes of activations of one, and of all of them.
+MOST_GRAPHS, MOST_BYTES, MOST_BYTES_IN_ALL = 16, 1 << 28, 1 << 30
+
+Multiply = Callable[[Any, Any], Any]
+
+
+class CudaForward:
+    """Logits of a network whose arrays are on one GPU; any thread and stream may call it.
+
+    Parameters
+    ----------
+    layers : sequence of PackedLayer
+    inputs : InputSpec
+    device : Device
+        Where the layers are; the current device, now and at each call.
+
+    Notes
+    -----
+    A product with real numbers is summed in an order of its own in each of the ways above, so that
+    the last bits of a real layer's results depend on the batch size, as they do with cuBLAS alone.
+    """
+
+    def __init__(self, layers: Sequence[PackedLayer], inputs: InputSpec, device: Device) -> None:
+        self._layers, self._inputs, self._device = tuple(layers), inputs, device
+        self._classes = self._layers[-1].units
+        described = [_described(layer) for layer in self._layers]
+        self.one_launch: packed_network.NetworkLaunch | None = None
+        #: Rows up to which one launch computes the logits; 0 if none can.
+        self.most_rows = 0
+        if not packed_network.unsupported_reason(described, architecture(device.index)):
+            factor = 1.0 if inputs.pixel_max is None else 1.0 / inputs.pixel_max
+            self.one_launch = packed_network.NetworkLaunch(described, factor, device.index)
+            self.most_rows = self.one_launch.most_rows
+        self._lock = threading.Lock()
+        self._graphs = Recent(MOST_GRAPHS, MOST_BYTES_IN_ALL)
+        self._seen: Recent = Recent(64, 64)
+        self._last: tuple[Any, Any] = (
+            None,
+            None,
+        )  # stream of the last graph, and an event after it
+        self._blas: Any = None
+        real = any(layer.product != "bits" for layer in self._layers)
+        self._captures = blas.capturable() or not real
+
+    def __call__(self, rows: Any) -> Any:
+        """Return the logits of inputs that `InputSpec.rows` returned.
+
+        Parameters
+        ----------
+        rows : cupy.ndarray, shape (batch, features)
+
+        Returns
+        -------
+        cupy.ndarray of float32, shape (batch, classes)
+            Not changed by later calls. In the order of the current stream.
+        """
+        import cupy
+
+        if rows.dtype.char not in "fB" or not rows.flags.c_contiguous:
+            rows = self._inputs.numbers(rows)
+        count = len(rows)
+        if 0 < count <= self.most_rows:
+            assert self.one_launch is not None
+            out = cupy.empty((count, self._classes), np.float32)
+            self.one_launch(rows, out)
+            return out
+        if count == 0:
+            return cupy.empty((0, self._classes), np.float32)
+        if self._captures and self._bytes(count) <= MOST_BYTES:
+            logits = self._by_graph(rows)
+            if logits is not None:
+                return logits
+        return self.by_layer(rows)
+
+    # Layer by layer ----------------------------------------------------------------------------
+
+    def by_layer(self, rows: Any, multiply: Multiply | None = None) -> Any:
+        """Return the logits by a launch or two for each layer.
+
+        Parameters
+        ----------
+        rows : cupy.ndarray, shape (batch, features)
+            At least one row.
+        multiply : callable(x, weight), optional
+            Product of float32 matrices; by default CuPy's.
+        """
+        x = self._inputs.numbers(rows)
+        for layer in self._layers:
+            x = self._layer(layer, x, multiply or (lambda a, b: a @ b))
+        return x
+
+    def _layer(self, layer: PackedLayer, x: Any, multiply: Multiply) -> Any:
+        import cupy
+
+        shape = (x.shape[0], layer.units)
+        if layer.product == "bits":
+            if layer.threshold is not None:
+                packed = gemm_packed(x, layer.weight, layer.threshold, layer.flip)
+                return PackedMatrix._of(*packed, shape, -1, self._device)
+            epilogue, rest = split_steps(layer.steps)
+            y = cupy.empty(shape, np.float32)
+            gemm(x, layer.weight, y, epilogue)
+            return apply_steps(rest, y)
+        if isinstance(x, PackedMatrix):
+            x = x.unpack(np.float32)
+        y = multiply(x, layer.weight if layer.signs is None else layer.signs)
+        if layer.threshold is not None:
+            packed = threshold_pack(y, layer.threshold, layer.flip)
+            return PackedMatrix._of(*packed, shape, -1, self._device)
+        return apply_steps(layer.steps, y)
+
+    def _bytes(self, rows: int) -> int:
+        """Return about how many bytes the activations of a batch take."""
+        widths = [self._layers[0].inputs, *(layer.units for layer in self._layers)]
+        return 4 * rows * max(a + b for a, b in itertools.pairwise(widths))
+
+    # As a graph --------------------------------------------------------------------------------
+
+    def _by_graph(self, rows: Any) -> Any:
+        """Return the logits by a graph for this batch size, or None where there is none."""
+        import cupy
+
+        stream = cupy.cuda.get_current_stream()
+        if stream.is_capturing():  # whoever captures gets the launches themselves
+            return None
+        key = len(rows), rows.dtype.char
+        with self._lock:
+            graph = self._graphs.get(key)
+            if graph is None:
+                if self._seen.get(key) is None:
+                    self._seen.put(key, True, 1)
+                    return None
+                graph = self._captured(rows)
+                if graph is None:
+                    return None
+                self._graphs.put(key, graph, self._bytes(len(rows)))
+            # Graphs share cuBLAS's workspace, and each has one input and one result: one at a time.
+            here = stream.ptr, threading.get_ident()
+            before, event = self._last
+            if event is None:
+                event = cupy.cuda.Event(disable_timing=True)
+            elif before != here:
+                stream.wait_event(event)
+            logits = graph(rows)
+            event.record(stream)
+            self._last = here, event
+            return logits
+
+    def _captured(self, rows: Any) -> _Graph | None:
+        if self._blas is None and any(layer.product != "bits" for layer in self._layers):
+            self._blas = blas.Blas("float32")
+
+        def multiply(a: Any, b: Any) -> Any:
+            import cupy
+
+            y = cupy.empty((a.shape[0], b.shape[1]), np.float32)
+            self._blas.multiply(a, b, y)
+            return y
+
+        try:
+            return _Graph(lambda x: self.by_layer(x, multiply), rows)
+        except RuntimeError:
+            self._captures = False
+            return None
+
+
+class _Graph:
+    """The graph of a forward pass for arrays of one shape and dtype.
+
+    Parameters
+    ----------
+    forward : callable(x) -> cupy.ndarray
+    example : cupy.ndarray
+        What it is warmed up with.
+
+    Raises
+    ------
+    RuntimeError
+        If it cannot be captured.
+    """
+
+    def __init__(self, forward: Callable[[Any], Any], example: Any) -> None:
+        import cupy
+
+        # All that is allocated on the way is of this graph alone, also where it is free again.
+        self._pool = cupy.cuda.MemoryPool()
+        stream = cupy.cuda.Stream(non_blocking=True)
+        stream.wait_event(cupy.cuda.get_current_stream().record())
+        with stream, cupy.cuda.using_allocator(self._pool.malloc):
+            self._x = example.copy()
+            del_later = forward(self._x)  # compiles, and takes the memory that the graph will use
+        stream.synchronize()
+        del del_later
+        results: list[Any] = []
+        self._graph = capture(stream, lambda: results.append(forward(self._x)), self._pool)
+        self._logits = results[0]
+
+    def __call__(self, x: Any) -> Any:
+        """Return what the forward pass makes of `x`, on the current stream, in new memory."""
+        self._x.data.copy_from_device_async(x.data, x.nbytes)
+        self._graph.launch()
+        return self._logits.copy()
+
+
+class Recent:
+    """Values by key, of which the least recently used go.
+
+    Parameters
+    ----------
+    most : int
+        Values that are kept.
+    most_size : int
+        Sum of the sizes of those that are kept.
+    """
+
+    def __init__(self, most: int, most_size: int) -> None:
+        self._most, self._most_size = most, most_size
+        self._values: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def get(self, key: Any) -> Any:
+        """Return a value, or None; it is now the one used last."""
+        found = self._values.get(key)
+        if found is None:
+            return None
+        self._values.move_to_end(key)
+        return found[0]
+
+    def put(self, key: Any, value: Any, size: int) -> None:
+        """Keep a value, the one used last, and let go of others for it."""
+        self._values.pop(key, None)
+        self._values[key] = value, size
+        while len(self) > 1 and (
+            len(self) > self._most or sum(s for _, s in self._values.values()) > self._most_size
+        ):
+            self._values.popitem(last=False)
+
+
+def split_steps(steps: Sequence[Step]) -> tuple[Epilogue | None, Sequence[Step]]:
+    """Return what of the steps a product does on its way out, and the steps after that."""
+    scale = bias = None
+    done = 0
+    if done < len(steps) and steps[done].kind == "multiply":
+        scale, done = steps[done].by, done + 1
+    if done < len(steps) and steps[done].kind == "add":
+        bias, done = steps[done].by, done + 1
+    if done == 0:
+        return None, steps
+    return Epilogue(None, None if scale is None else scale[None, :],
+                    None if bias is None else bias[None, :]), steps[done:]  # fmt: skip
+
+
+def _described(layer: PackedLayer) -> packed_network.Layer:
+    return packed_network.Layer(
+        layer.product,
+        layer.weight if layer.signs is None else layer.signs,
+        layer.inputs,
+        layer.units,
+        layer.threshold,
+        layer.flip,
+        tuple((step.kind, step.by) for step in layer.steps),
+    )
