@@ -1,14 +1,14 @@
-"""Time xnor_gemm on NumPy against numpy.matmul of the same float32 matrices of +1 and -1.
+"""Time xnor_gemm on NumPy against numpy.matmul of the same ±1 matrices in float32.
 
     python bench/numpy_product.py [--json FILE]
     OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python bench/numpy_product.py --cpu-time
 
-The second form counts processor time of one thread: for a machine that is busy with other things.
+The second form measures the processor time of one thread, for a busy machine.
 
-Three products of every shape, timed in turn within one loop so that they share whatever else the
-machine does: matmul of +1 and -1 (converted beforehand), xnor_gemm of random float32 (conversion of
-both operands included), xnor_gemm of packed operands. The table gives medians, and each ratio is
-the median over rounds of xnor_gemm's time over matmul's time in that round.
+Three products of every shape are timed in turn in one loop, so that other load affects them alike:
+matmul of +1 and -1 (converted beforehand), xnor_gemm of random float32 (including the conversion of
+both operands), xnor_gemm of packed operands. The table gives medians; each ratio is the median over
+rounds of xnor_gemm's time divided by matmul's time in that round.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SHAPES = [
 def time_in_turn(
     calls: list[Callable[[], object]], seconds: float, clock: Callable[[], float]
 ) -> np.ndarray:
-    """Seconds of each call, shape (rounds, calls): at least 7 rounds, about `seconds` in all."""
+    """Return seconds per call, shape (rounds, calls): at least 7 rounds, about `seconds` in all."""
     for call in calls:
         call()
     rounds: list[list[float]] = []

@@ -1,11 +1,11 @@
 """Make the README's tables: of results, from records of ``cupybnn bench``, and of options.
 
     python bench/readme_table.py bench/results/h200.json           prints it
-    python bench/readme_table.py bench/results/h200.json --write   puts it into the README
+    python bench/readme_table.py bench/results/h200.json --write   writes it to the README
     python bench/readme_table.py --options --write                 options of cupybnn train
 
-Several records of one kind, of runs of different sizes, make several tables. The chart of the same
-name (.svg) stands above a table if it lies beside the record.
+Several records of one kind, with different sizes, make several tables. If the record's folder has a
+chart of the same name (.svg), it is placed above the table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cupybnn.training.config import TrainConfig
 from cupybnn.training.declaration import declared
 
 ROOT = Path(__file__).resolve().parent.parent
-#: Between which lines of the README the table of each kind of record stands.
+#: The lines of the README that enclose the table of each kind of record.
 MARKERS = {
     "product": ("<!-- results -->", "<!-- /results -->"),
     "train": ("<!-- training-results -->", "<!-- /training-results -->"),
@@ -92,7 +92,7 @@ def product_lines(record: dict[str, Any], link: str) -> list[str]:
 
 
 def precisions(record: dict[str, Any], library: str) -> str:
-    """Return the precisions of a library's variants, in words."""
+    """Return the precisions of a library's variants, as text."""
     rows = [r for size in record["sizes"] for r in size["rows"] if r["library"] == library]
     found = list(dict.fromkeys(r["precision"] for r in rows)) or ["none"]
     return " and ".join(found)
@@ -132,7 +132,7 @@ def training_lines(record: dict[str, Any], link: str) -> list[str]:
 
 
 def options_table() -> str:
-    """Return the table of the options of ``cupybnn train``, from what its settings declare."""
+    """Return the table of the options of ``cupybnn train``, from the declared settings."""
     lines = ["| option | meaning | default |", "| --- | --- | --- |"]
     heading = ""
     for name, each in declared(TrainConfig).items():
@@ -152,7 +152,7 @@ def written(readme: str, text: str, kind: str = "product") -> str:
     before, found, rest = readme.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise ValueError(f"The README must hold the lines {begin} and {end}; one is missing.")
+        raise ValueError(f"The README must have the lines {begin} and {end}; one is missing.")
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 
@@ -160,7 +160,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("records", type=Path, nargs="*", metavar="record")
     parser.add_argument("--options", action="store_true", help="the table of options")
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help="write the table to README.md")
     args = parser.parse_args()
     if args.options == bool(args.records):
         parser.error("give either records or --options")
@@ -172,15 +172,15 @@ def main() -> int:
         parser.error(str(error))
     kinds = {records.kind_of(record) for record in loaded.values()}
     if len(kinds) > 1:
-        parser.error("the records must be of one kind: all of products, or all of training")
+        parser.error("the records must all be of one kind, product or train")
     if not all(record["gpu"] for record in loaded.values()):
-        parser.error("a record is of a run without a GPU")
+        parser.error("the records must be of runs on a GPU")
     text = "\n\n".join(table(record, path) for path, record in loaded.items())
     return put(text, kinds.pop(), args.write)
 
 
 def put(text: str, kind: str, write: bool) -> int:
-    """Print a table, or put it into the README."""
+    """Print a table, or write it to the README."""
     if not write:
         print(text)
         return 0

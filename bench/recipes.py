@@ -3,9 +3,10 @@
     python bench/recipes.py digits
     python bench/recipes.py original tiny --json FILE -- FOLDER --device cuda
 
-What follows ``--`` goes to ``cupybnn train``: MNIST's folder, the device, ``--validation N`` to
-choose settings by. The accuracy is that after the last step; the time is of the whole command,
-start, data and evaluations included. The deviation is the sample standard deviation of the seeds.
+Arguments after ``--`` are passed to ``cupybnn train``: MNIST's folder, the device, ``--validation
+N`` to choose settings. The accuracy is that after the last step; the time is that of the whole
+command, including start-up, data and evaluations. The deviation is the sample standard deviation
+over seeds.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def measure(recipe: str, seed: int, options: list[str]) -> dict[str, Any]:
 
 
 def row(recipe: str, runs: list[dict[str, Any]]) -> str:
-    """Return the recipe's row: mean and deviation of the accuracy, least and greatest time."""
+    """Return the recipe's row: mean and deviation of the accuracy, minimum and maximum time."""
     accuracies = [run["accuracy"] for run in runs]
     seconds = [run["seconds"] for run in runs]
     mean = statistics.fmean(accuracies)
@@ -59,7 +60,7 @@ def row(recipe: str, runs: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure the recipes that are named."""
+    """Measure the given recipes."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("recipe", nargs="+", choices=recipes.names(), metavar="RECIPE")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1 (5)")

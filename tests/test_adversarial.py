@@ -77,7 +77,7 @@ def test_binary_networks_are_attacked_by_their_pseudo_gradient(settings):
     assert attacked.loss(attacked.moved) > attacked.loss(attacked.inputs)
 
 
-def test_the_attack_draws_what_the_step_draws():
+def test_attack_and_step_use_the_same_dropout():
     attacked = Attacked(keep_prob=0.5, input_keep_prob=0.5, batch_norm=True)
     assert [int(state[1]) for state in attacked.states] == [1] * 4  # one step, one draw each
     dropped = attacked.moved == attacked.inputs
@@ -86,7 +86,7 @@ def test_the_attack_draws_what_the_step_draws():
     np.testing.assert_array_equal(again == attacked.inputs, dropped)
 
 
-def test_what_the_loss_does_not_depend_on_stays():
+def test_inputs_without_gradient_do_not_move():
     """With squared hinge, an image far enough on the right side has no gradient."""
     attacked = Attacked(loss="squared_hinge")
     attacked.model.fcout.weight.write()[...] *= 0
@@ -103,7 +103,7 @@ def test_xnor_and_dense_steps_are_the_same():
     assert traces[0] == traces[1]
 
 
-def test_it_makes_a_network_harder_to_fool():
+def test_adversarial_training_improves_robustness():
     common = {**QUICK, "batch_norm": True, "max_steps": 300, "dtype": "float32", "lr": 3e-3}
     losses = []
     for amount in (0.0, 0.1):

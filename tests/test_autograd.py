@@ -73,7 +73,7 @@ class TestTensor:
         with pytest.raises(ValueError, match=r"one element; this one is \(2,\)"):
             Tensor([1.0, 2.0]).item()
 
-    def test_truth_is_that_of_one_element(self, xp):
+    def test_bool_needs_one_element(self, xp):
         assert Tensor(xp.asarray(2.5))
         assert Tensor(xp.asarray([[True]]))
         assert not Tensor(xp.asarray([0.0]))
@@ -83,7 +83,7 @@ class TestTensor:
             ):
                 bool(Tensor(xp.zeros(shape)))
 
-    def test_sets_and_dicts_tell_tensors_apart(self, xp):
+    def test_tensors_are_hashed_by_identity(self, xp):
         x = Tensor(xp.ones(3))
         same = x.detach()
         assert hash(x) != hash(same)
@@ -150,7 +150,7 @@ class TestTensor:
         with pytest.raises(GraphError, match="computed tensor cannot be assigned"):
             (leaf(xp) * 2)[0] = 1
 
-    def test_operand_of_wrong_kind(self):
+    def test_operand_of_wrong_type(self):
         with pytest.raises(
             TypeError, match="operands of add must be tensors, arrays or numbers; got list"
         ):
@@ -456,7 +456,7 @@ class TestRefusals:
 
 
 class TestGradcheck:
-    def test_passes_a_right_backward(self, xp):
+    def test_accepts_a_correct_backward(self, xp):
         assert gradcheck(lambda a, b: (a * b).exp(), leaf(xp), leaf(xp, seed=1))
 
     def test_fails_a_backward_wrong_by_a_factor_of_two(self, xp):

@@ -145,7 +145,7 @@ class TestEditsInPlace:
         with pytest.raises(GraphError, match="edited in place"):
             y.backward()
 
-    def test_reading_is_no_edit(self, xp):
+    def test_reading_is_not_an_edit(self, xp):
         x = leaf(xp)
         held = x.data
         y = (x * x).sum()
@@ -191,7 +191,7 @@ class TestEditsInPlace:
         y.backward()
         assert x._storage._copy is None
 
-    def test_data_is_no_copy(self, xp):
+    def test_data_is_not_a_copy(self, xp):
         x = leaf(xp)
         x.data[1] = 42
         assert float(x.data[1]) == 42
@@ -302,7 +302,7 @@ class TestTwoValued:
         held[0] = 0.25
         assert not x.two_valued
 
-    def test_may_begin_anew(self, xp):
+    def test_may_start_again(self, xp):
         s = signs(xp)
         s.data[0, 0] = 0.25
         again = ops.sign(s)
@@ -310,7 +310,7 @@ class TestTwoValued:
         assert again.two_valued
         np.testing.assert_array_equal(host(again.data), [[1, -1, 1], [-1, 1, -1]])
 
-    def test_reading_is_no_edit(self, xp):
+    def test_reading_is_not_an_edit(self, xp):
         s = signs(xp)
         held = s.data
         assert float(held.sum()) == 0

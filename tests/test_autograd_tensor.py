@@ -38,7 +38,7 @@ class TestAsASequence:
         assert [int(t) for t in reversed(Tensor(xp.arange(3)))] == [2, 1, 0]
 
     @pytest.mark.parametrize("use", [iter, list, sum, tuple, lambda t: [*t], lambda t: max(*t)])
-    def test_one_number_is_no_sequence(self, xp, use):
+    def test_a_scalar_is_not_a_sequence(self, xp, use):
         with pytest.raises(TypeError, match=r"shape \(\) cannot be iterated over"):
             use(Tensor(xp.asarray(3.0)))
 
@@ -89,7 +89,7 @@ class TestComparisons:
         assert loss == 0.25
         assert max(loss, Tensor(xp.asarray(0.5))).item() == 0.5
 
-    def test_with_what_is_no_number(self):
+    def test_comparison_with_other_types(self):
         x = Tensor([1.0, 2.0])
         for other in (None, "a", object(), {}):
             assert (x == other) is False
@@ -137,7 +137,7 @@ class TestAsANumber:
             with pytest.raises(TypeError, match="Only an integer tensor of shape"):
                 operator.index(Tensor(wrong))
 
-    def test_several_elements_are_no_number(self, xp):
+    def test_several_elements_are_not_a_number(self, xp):
         for convert in (int, float, round, lambda t: t.item()):
             with pytest.raises(ValueError, match=r"one element; this one is \(2,\)"):
                 convert(Tensor(xp.ones(2)))
@@ -441,7 +441,7 @@ class TestSilence:
                 y = ops.batch_norm(x, scale, Tensor(shift), *statistics, training=training)
                 (y * y).sum().backward()
 
-    def test_nothing_at_all(self, xp):
+    def test_empty_arrays(self, xp):
         empty = Tensor(xp.ones((0, 3), "float32"), requires_grad=True)
         mean = empty.mean()
         mean.backward()

@@ -43,7 +43,7 @@ def quick(tmp_path_factory):
     return done.stdout, json.loads(path.read_text())
 
 
-def test_the_record_names_machine_versions_and_date(quick):
+def test_record_has_machine_versions_and_date(quick):
     _, found = quick
     assert found["format"] == record.FORMAT
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", found["date"])
@@ -53,7 +53,7 @@ def test_the_record_names_machine_versions_and_date(quick):
     assert found["gpu"] is None
 
 
-def test_every_section_is_in_the_record_without_an_error(quick):
+def test_record_has_every_section_without_errors(quick):
     _, found = quick
     assert {p["group"] for p in found["products"]} == set(shapes.GROUPS)
     rows = [r for p in found["products"] for r in p["rows"]]
@@ -63,7 +63,7 @@ def test_every_section_is_in_the_record_without_an_error(quick):
     assert [r["cache"] for r in found["first_call"]] == ["cold", "warm", "warm"]
 
 
-def test_every_timed_product_of_ours_was_checked(quick):
+def test_all_our_timed_products_are_checked(quick):
     out, found = quick
     ours = [r for p in found["products"] for r in p["rows"] if r["ours"]]
     assert len(ours) == 4 * len(found["products"])
@@ -87,7 +87,7 @@ def test_figures_follow_from_times(quick):
         assert row["speedup_median"] == pytest.approx(ratio)
 
 
-def test_without_a_gpu_it_says_that_numpy_is_measured(quick):
+def test_without_a_gpu_a_note_says_that_numpy_is_measured(quick):
     out, found = quick
     assert out.startswith("NumPy ")
     if found["machine"]["cuda"]["available"]:
@@ -153,12 +153,12 @@ def test_a_section_that_fails_leaves_a_note_and_the_others(monkeypatch):
         (["--from", __file__], "must be JSON"),
     ],
 )
-def test_wrong_arguments_are_told_before_anything_is_measured(arguments, message, capsys, tmp_path):
+def test_wrong_arguments_are_reported_before_measuring(arguments, message, capsys, tmp_path):
     assert main.main(["bench", "--quick", *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_tuning_says_why_there_is_no_gpu_to_tune(monkeypatch, capsys):
+def test_tuning_without_a_gpu_gives_the_reason(monkeypatch, capsys):
     from cupybnn.backends.devices import CudaStatus
     from cupybnn.cli import bench
 
@@ -170,7 +170,7 @@ def test_tuning_says_why_there_is_no_gpu_to_tune(monkeypatch, capsys):
     assert said.endswith("got cpu. The driver is too old.\n")
 
 
-def test_a_run_that_is_interrupted_leaves_a_record_that_can_be_shown(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_leaves_a_readable_record(tmp_path, monkeypatch, capsys):
     def interrupt(*args):
         raise KeyboardInterrupt
 
@@ -213,7 +213,7 @@ def small(path) -> dict:
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
-def test_an_edited_record_is_one_kind_of_error_or_is_shown(path, tmp_path, capsys):
+def test_an_edited_record_is_shown_or_raises_record_error(path, tmp_path, capsys):
     whole, edited = small(path), tmp_path / "edited.json"
     rng = np.random.default_rng(0)
     refused = 0
@@ -260,13 +260,13 @@ def test_the_first_fault_of_a_record_is_named(old, new, message, tmp_path, capsy
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"3", b"null", b'"format"', b"{}"])
-def test_other_files_are_no_records(content, tmp_path):
+def test_other_files_are_not_records(content, tmp_path):
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(record.RecordError, match="record of cupybnn bench"):
         record.load(tmp_path / "x")
 
 
-def test_records_go_where_they_are_sent(tmp_path, capfd):
+def test_records_are_written_to_pipes_and_devices(tmp_path, capfd):
     """To a device, through a link, into a pipe: nothing is replaced by a file."""
     found = small(RESULTS / "h100.json")
     record.save(found, "/dev/null")
@@ -282,7 +282,7 @@ def test_records_go_where_they_are_sent(tmp_path, capfd):
 
 @pytest.mark.parametrize("option", ["--json", "--chart", "--from"])
 @pytest.mark.parametrize("path", ["a\0b", "~nosuchuser/x", ""])
-def test_paths_that_are_none(option, path, capsys):
+def test_invalid_paths(option, path, capsys):
     with pytest.raises(SystemExit, match="2"):
         main.main(["bench", "--quick", option, path])
     assert re.search(f"argument {option}: .*path", capsys.readouterr().err)
@@ -370,7 +370,7 @@ def test_shares_of_the_limits():
 
 
 @pytest.mark.parametrize("method", methods.TORCH, ids=lambda m: m.name)
-def test_torch_peers_multiply_what_they_should(method):
+def test_torch_peers_give_the_right_product(method):
     torch = pytest.importorskip("torch")
     prepared = method.prepare(Shape("square", 32, 48, 64), CPU, 1)
     prepared.calls[0]()
@@ -383,7 +383,7 @@ def test_torch_peers_multiply_what_they_should(method):
 
 
 @pytest.mark.parametrize("method", methods.TORCH[1:], ids=lambda m: m.name)
-def test_torch_peers_say_which_shapes_they_cannot_do(method):
+def test_torch_peers_reject_unsupported_shapes(method):
     pytest.importorskip("torch")
     with pytest.raises(methods.Unsupported, match="multiples of"):
         method.prepare(Shape("ragged", 1000, 1001, 999), CPU, 1)
@@ -426,7 +426,7 @@ def test_the_record_names_the_configuration_that_ran(capfd, monkeypatch):
     assert f"(264, 264) @ (264, 264): {row['configuration']}" in capfd.readouterr().err
 
 
-def test_tuning_is_told_a_line_a_shape(monkeypatch, capsys):
+def test_tuning_prints_one_line_per_shape(monkeypatch, capsys):
     from cupybnn.backends.cuda import tuning as table
     from cupybnn.benchmark import tuning
     from cupybnn.cli import bench
@@ -508,7 +508,7 @@ def test_a_record_is_drawn_the_same_each_time(tmp_path):
     assert [f.read_bytes() for f in first] == [f.read_bytes() for f in second]
 
 
-def test_the_peak_is_said_to_be_that_of_the_gpu_it_was_measured_on(tmp_path):
+def test_peak_names_the_gpu_it_was_measured_on(tmp_path):
     """It was measured on an H200; for other GPUs of its architecture it is worked out."""
     pytest.importorskip("matplotlib")
     (svg, _) = chart.draw(a_gpu_record(), tmp_path / "x")
@@ -530,7 +530,7 @@ def test_the_peak_is_said_to_be_that_of_the_gpu_it_was_measured_on(tmp_path):
         ([0.0, 0.9, 1.6], [-1 / 6, 5 / 6, 11 / 6]),
     ],
 )
-def test_names_beside_lines_stand_apart(places, apart):
+def test_line_names_do_not_overlap(places, apart):
     assert chart._apart(places, 1.0) == pytest.approx(apart)
 
 
@@ -540,7 +540,7 @@ def test_chart_without_square_products_is_an_error(tmp_path):
         chart.draw({**a_gpu_record(), "products": []}, tmp_path / "x")
 
 
-def test_chart_without_matplotlib_is_told_before_measuring(monkeypatch, capsys, tmp_path):
+def test_missing_matplotlib_is_reported_before_measuring(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main.main(["bench", "--quick", "--chart", str(tmp_path / "x")]) == 2
     assert "'--chart' needs matplotlib" in capsys.readouterr().err

@@ -63,7 +63,7 @@ def quick(tmp_path_factory):
 # --- the command
 
 
-def test_the_record_says_what_was_measured_on_what_and_how(quick):
+def test_record_describes_device_and_method(quick):
     _, found = quick
     assert (found["format"], found["kind"]) == (records.FORMAT, "train")
     assert found["machine"]["numpy"] == np.__version__
@@ -116,13 +116,13 @@ def test_the_tables_can_be_shown_again_from_the_record(quick, tmp_path, capsys):
         (["train", "--device", "gpu"], "The 'device' must be"),
     ],
 )
-def test_wrong_arguments_are_told_before_anything_is_measured(arguments, message, capsys):
+def test_wrong_arguments_are_reported_before_measuring(arguments, message, capsys):
     assert main.main(["bench", *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("sizes", ["512", "512x", "0x8", "8x8,", "8*8"])
-def test_sizes_that_are_none_are_refused(sizes, capsys):
+def test_invalid_sizes_are_rejected(sizes, capsys):
     with pytest.raises(SystemExit):
         main.main(["bench", "train", "--sizes", sizes])
     assert "must be HxB" in capsys.readouterr().err
@@ -169,7 +169,7 @@ def test_a_loss_that_is_not_finite_is_a_failure(few):
         "cupybnn", "plain", "xnor", "float32", lambda *_: Running(lambda: None, lambda: np.nan)
     )
     found = measure(variant, SMALL, CPU, few, HostClock(), 0.0)
-    assert found["error"] == "FloatingPointError: the loss is nan after the steps that were timed"
+    assert found["error"] == "FloatingPointError: the loss is nan after the timed steps"
 
 
 @pytest.mark.parametrize(("library", "code"), [("cupybnn", 1), ("PyTorch", 0)])

@@ -231,7 +231,7 @@ class TestEdited:
             load(tmp_path / "x.npz")
 
     @pytest.mark.parametrize("name", ["config", "dataset", "history"])
-    def test_a_run_without_what_it_goes_on_with(self, tmp_path, name):
+    def test_a_run_without_what_it_needs_to_continue(self, tmp_path, name):
         header = run_header()
         del header["info"][name]
         put_header(tmp_path / "x.npz", header, **{"model/x": np.ones(3)})
@@ -267,7 +267,7 @@ class TestEdited:
         put_header(path, run_header(), **{"model/x": np.ones(3), "unknown": np.ones(3)})
         assert list(load(path).arrays) == ["model/x"]
 
-    def test_any_edit_is_one_kind_of_error_or_restores(self, tmp_path):
+    def test_any_edit_restores_or_raises_checkpoint_error(self, tmp_path):
         settings = {"dataset": "digits", "device": "cpu", "n_hidden": 4, "hidden_layers": 1}
         trainer = Trainer(TrainConfig(**settings, max_steps=2, eval_every_n=1))
         trainer.run()
@@ -314,7 +314,7 @@ class TestFolder:
         folder.save(example(2), 0.85)
         assert load(tmp_path / BEST).step == 2
 
-    def test_they_never_share_what_is_stored(self, tmp_path):
+    def test_newest_and_best_share_no_storage(self, tmp_path):
         CheckpointFolder(tmp_path).save(example(3), 0.5)
         with open(tmp_path / NEWEST, "r+b") as file:
             file.truncate(10)
@@ -423,7 +423,7 @@ class TestRunFolder:
         stored = (tmp_path / expected / "1" / CONFIG_NAME).read_text()
         assert TrainConfig.from_json(stored) == config
 
-    def test_goes_on_beside_the_run_that_is_restored(self, tmp_path):
+    def test_continued_run_is_numbered_next_to_the_restored_one(self, tmp_path):
         """Wherever that lies by now, unless a log directory is named or the settings are others."""
         log = tmp_path / "log"
         first = new_run_folder(TrainConfig(log_dir=str(log), seed=1), keep)
@@ -494,7 +494,7 @@ class TestRunFolder:
         assert len(set(folders)) == 100
         assert sorted(int(Path(f).name) for f in folders) == list(range(1, 101))
 
-    def test_appears_with_all_that_belongs_in_it(self, tmp_path):
+    def test_appears_complete(self, tmp_path):
         config = TrainConfig(log_dir=str(tmp_path))
         parent = settings_folder(config)
         seen = []
@@ -516,7 +516,7 @@ class TestRunFolder:
         assert [p.name for p in parent.iterdir()] == ["1"]
 
     @pytest.mark.parametrize("error", [CheckpointError("full"), KeyboardInterrupt()])
-    def test_nothing_is_left_where_it_cannot_be_filled(self, tmp_path, error):
+    def test_nothing_is_left_if_filling_fails(self, tmp_path, error):
         def fail(folder):
             (folder / "half").write_text("of it")
             raise error

@@ -62,14 +62,14 @@ def test_a_wrong_command_line_exits_with_2_and_usage(arguments):
     assert "Traceback" not in done.stderr
 
 
-def test_a_wrong_argument_is_told_in_one_line():
+def test_a_wrong_argument_is_reported_in_one_line():
     done = command("verify", "--device", "gpu")
     assert done.returncode == 2
     assert done.stderr.startswith("cupybnn verify: The 'device' must be")
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_too_little_memory_is_told_in_one_line(monkeypatch, capsys):
+def test_out_of_memory_is_reported_in_one_line(monkeypatch, capsys):
     def too_large():
         raise MemoryError("Unable to allocate 1. TiB")
 
@@ -93,7 +93,7 @@ def test_too_little_memory_is_told_in_one_line(monkeypatch, capsys):
         (["bench", "train", "--sizes", f"64x64,{'9' * 20}x64"], "'n_hidden'"),
     ],
 )
-def test_what_cannot_fit_into_memory_is_refused_before_it_is_tried(arguments, named, capsys):
+def test_a_run_that_cannot_fit_into_memory_is_refused(arguments, named, capsys):
     more = ["--dataset", "digits", "--max_steps", "1"] if arguments[0] == "train" else []
     assert main.main([*arguments, "--device", "cpu", *more]) == 2
     error = capsys.readouterr().err
@@ -106,7 +106,7 @@ def test_what_cannot_fit_into_memory_is_refused_before_it_is_tried(arguments, na
 @pytest.mark.parametrize(
     "sizes", [{"n_hidden": 1500}, {"batch_size": 20000}, {"n_hidden": (1000, 1500)}]
 )
-def test_memory_that_is_said_to_be_needed_is_needed(options, sizes):
+def test_needed_memory_is_a_lower_bound(options, sizes):
     small = {"dataset": "digits", "n_hidden": 100, "max_steps": 1, "device": "cpu"}
     config = TrainConfig(**{**small, **sizes, **options})
     data = Trainer(config).dataset
@@ -123,14 +123,14 @@ def test_memory_of_this_machine():
     assert 2**28 < machine.memory_bytes(CPU) <= 2**46
 
 
-def test_an_error_below_cupybnn_keeps_its_traceback(monkeypatch):
+def test_other_errors_keep_their_traceback(monkeypatch):
     # Only a check of our own may be told in one line: this one would be a bug.
     monkeypatch.setattr(info, "lines", lambda: np.zeros(3).reshape(2))
     with pytest.raises(ValueError, match="reshape"):
         main.main(["info"])
 
 
-def test_checks_of_what_the_command_line_sets_raise_the_class_that_it_tells_in_one_line():
+def test_setting_checks_raise_setting_error():
     folder = Path(cupybnn.__file__).parent
     files = [*(folder / "cli").glob("*.py"), *(folder / "training" / "recipes").glob("*.py")]
     files += [folder / "training" / name for name in ("checks.py", "config.py")]
@@ -138,7 +138,7 @@ def test_checks_of_what_the_command_line_sets_raise_the_class_that_it_tells_in_o
         assert not re.search(r"raise (ValueError|TypeError)\b", file.read_text()), file
 
 
-def test_a_reader_that_goes_away_is_no_traceback():
+def test_a_closed_pipe_causes_no_traceback():
     script = f"{sys.executable} -m cupybnn verify --device cpu | head -n 1"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert len(done.stdout.splitlines()) == 1
@@ -184,7 +184,7 @@ def test_standard_streams_may_be_none(monkeypatch, words):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_output_that_cannot_be_written_is_told_once():
+def test_unwritable_output_is_reported_once():
     script = f"{sys.executable} -m cupybnn info > /dev/full"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -192,7 +192,7 @@ def test_output_that_cannot_be_written_is_told_once():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names of files are bytes elsewhere only")
-def test_names_of_files_that_are_no_text_are_printed_with_escapes(tmp_path, monkeypatch):
+def test_undecodable_file_names_are_printed_with_escapes(tmp_path, monkeypatch):
     folder = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
     printed = io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict")
     monkeypatch.setattr(sys, "stdout", printed)
@@ -213,7 +213,7 @@ def test_commands_run_outside_the_main_thread(capsys):
 
 
 @pytest.mark.parametrize("option", ["--gpu=--", "--seed=--", "--log-dir=--", "--restore=--"])
-def test_two_dashes_are_no_value(option, capsys):
+def test_two_dashes_are_not_a_value(option, capsys):
     command = "verify" if option == "--seed=--" else "train"
     with pytest.raises(SystemExit) as caught:
         main.main([command, option])
@@ -267,7 +267,7 @@ def run_with_fake_site(tmp_path, code="", distributions=()):
     return command("info", env={"PYTHONPATH": path}, cwd=tmp_path)
 
 
-def test_info_tells_of_two_cupy_wheels_in_one_sentence(tmp_path):
+def test_info_reports_two_cupy_wheels_in_one_sentence(tmp_path):
     names = ("cupy-cuda12x", "cupy-cuda13x")
     done = run_with_fake_site(tmp_path, "raise RuntimeError('wrong half')", names)
     assert done.returncode == 0, done.stderr
@@ -279,7 +279,7 @@ def test_info_tells_of_two_cupy_wheels_in_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["cupy.py", "cupy/__init__.py"])
-def test_what_is_named_cupy_but_is_another_module_is_no_cupy(tmp_path, where):
+def test_another_module_named_cupy_is_not_cupy(tmp_path, where):
     (tmp_path / where).parent.mkdir(exist_ok=True)
     (tmp_path / where).write_text("")
     done = run_with_fake_site(tmp_path)
@@ -289,7 +289,7 @@ def test_what_is_named_cupy_but_is_another_module_is_no_cupy(tmp_path, where):
     assert re.search(r"device='auto' +cpu", done.stdout)
 
 
-def test_an_empty_folder_named_cupy_is_no_cupy(tmp_path, monkeypatch, capsys):
+def test_an_empty_folder_named_cupy_is_not_cupy(tmp_path, monkeypatch, capsys):
     """What Python makes of one: a namespace package."""
     (tmp_path / "cupy").mkdir()
     space = importlib.util.module_from_spec(PathFinder.find_spec("cupy", [str(tmp_path)]))
@@ -342,7 +342,7 @@ def test_number_of_threads_from_the_environment(monkeypatch, value, threads):
     assert number == threads if threads else 1 <= number <= 8
 
 
-def test_info_tells_of_a_cupy_that_sees_no_device(tmp_path):
+def test_info_reports_a_cupy_without_devices(tmp_path):
     code = (
         "__version__ = '14.2.0'\n"
         "class cuda:\n"
@@ -366,7 +366,7 @@ def test_info_tells_of_a_cupy_that_sees_no_device(tmp_path):
     assert re.search(r"device='auto' +cpu", done.stdout)
 
 
-def test_info_tells_in_plain_words_what_is_missing_beside_cupy(tmp_path):
+def test_info_reports_missing_cupy_extras(tmp_path):
     code = (
         "__version__ = '14.2.0'\n"
         "class cuda:\n"
@@ -410,7 +410,7 @@ def test_driver_in_words(driver, cuda, expected):
     assert info._driver(driver, cuda) == expected
 
 
-def test_info_tells_of_a_cupy_that_cannot_be_imported(tmp_path):
+def test_info_reports_a_cupy_that_cannot_be_imported(tmp_path):
     done = run_with_fake_site(tmp_path, "raise ImportError('libcublas.so.13 not found')")
     assert done.returncode == 0, done.stderr
     assert "cannot be imported: libcublas.so.13 not found" in done.stdout
@@ -470,7 +470,7 @@ def test_verify_names_the_first_element_that_differs(monkeypatch, capsys):
     assert f"1 of {COMPARISONS} comparisons FAILED" in out
 
 
-def test_verify_tells_a_kernel_that_raises_and_goes_on(monkeypatch, capsys):
+def test_verify_reports_a_kernel_that_raises_and_continues(monkeypatch, capsys):
     product = verify._product
 
     def broken(a, b, *how):
@@ -520,7 +520,7 @@ def test_verify_rejects_a_negative_seed():
     assert "'--seed' must be 0 or more; got -1" in done.stderr
 
 
-def test_verify_rejects_a_kernel_that_is_not_there():
+def test_verify_rejects_an_unknown_kernel():
     done = command("verify", "--device", "cpu", "--kernel", "sm90_xnor_gemm")
     assert done.returncode == 2
     assert (
@@ -529,7 +529,7 @@ def test_verify_rejects_a_kernel_that_is_not_there():
     )
 
 
-def test_verify_layouts_are_what_they_say():
+def test_verify_layouts_have_the_named_strides():
     x = np.arange(6, dtype=np.float32).reshape(2, 3)
     strided = verify._on_device(x, CPU, "strided")
     assert strided.strides == (2 * 9 * 4, 3 * 4)

@@ -98,7 +98,7 @@ def test_forcing_a_kernel_or_a_configuration():
         picked(86, 10, 10, 10)
 
 
-def test_the_choice_is_told(capsys, monkeypatch):
+def test_the_choice_is_printed_in_debug_mode(capsys, monkeypatch):
     monkeypatch.setenv("CUPYBNN_DEBUG", "1")
     picked(90, 8192, 8192, 8192, packed=True)
     told = capsys.readouterr().err
@@ -126,7 +126,7 @@ class TestTunedTable:
         with force_kernel("sm80"):
             assert picked(90, 8192, 8192, 8192, tuned=tuning.winners(0)).kernel == "sm80"
 
-    def test_a_configuration_that_nobody_measured_is_not_launched(self, table):
+    def test_an_unmeasured_configuration_is_not_launched(self, table):
         wanted = problem(90, 8192, 8192, 8192)
         fields = dataclasses.asdict(sm90.config(1, 256, 4))
         fields["tile_m"] = 64  # not what its defines compile to

@@ -39,7 +39,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
-def test_an_edit_is_noticed_and_taken_up_once(edit):
+def test_an_edit_refreshes_the_copies_once(edit):
     layer = nn.BinaryLinear(4, 3, rng=0)
     refreshed: list[int] = []
     hidden = SimpleNamespace(
@@ -83,7 +83,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
-def test_what_is_replaced_makes_a_step_stale(change):
+def test_replacing_a_part_makes_a_step_stale(change):
     model = small()
     optimizer = optim.Adam(model.parameters())
     wiring = Wiring(model, optimizer)
@@ -142,7 +142,7 @@ ON_GPU = {
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("change", ON_GPU.values(), ids=ON_GPU.keys())
-def test_a_change_between_steps_has_the_effect_that_it_has_on_plain_steps(change):
+def test_changes_between_steps_act_as_on_plain_steps(change):
     settings = {"binary": True, "xnor": True, "batch_norm": True, "optimizer": "adamw"}
     settings |= {"max_steps": 6, "eval_every_n": 100}
     plain = trainer([At(2, change)], **settings, fused=False)
@@ -165,7 +165,7 @@ def test_a_change_between_steps_has_the_effect_that_it_has_on_plain_steps(change
 
 
 @pytest.mark.gpu
-def test_chains_of_one_s_own_are_trained_by_the_kernels():
+def test_custom_chains_are_trained_by_the_kernels():
     def mixed() -> nn.Sequential:
         return nn.Sequential(
             nn.Linear(96, 64, rng=0),
@@ -211,7 +211,7 @@ def test_chains_of_one_s_own_are_trained_by_the_kernels():
 
 
 @pytest.mark.gpu
-def test_widths_that_differ_share_memory_as_equal_ones_do(monkeypatch):
+def test_layers_of_different_width_share_memory(monkeypatch):
     def run(spared: bool):
         widths = (160, 96, 264, 40)
         layers: list[nn.Module] = []
@@ -231,7 +231,7 @@ def test_widths_that_differ_share_memory_as_equal_ones_do(monkeypatch):
     assert run(spared=False) == run(spared=True)
 
 
-def test_a_trainer_says_why_it_takes_no_kernels_and_refuses_what_is_no_model():
+def test_trainer_reports_why_it_does_not_fuse_and_rejects_other_models():
     heard: list[str] = []
 
     class Ear(Callback):

@@ -38,7 +38,7 @@ def test_the_products_of_a_plan():
     assert [h.inputs for h in plan().hidden] == [784, 128, 128]
 
 
-def test_which_layers_go_backward_by_bits(monkeypatch, capsys):
+def test_which_layers_have_a_1_bit_backward_pass(monkeypatch, capsys):
     monkeypatch.setattr(sign_gemm, "architecture", lambda device: 90)
     monkeypatch.setattr(sign_gemm, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(sign_gemm, "_can_map", lambda: True)
@@ -124,7 +124,7 @@ def test_what_the_last_layer_reads():
 
 
 @pytest.mark.parametrize("k", [1, 2, 2048, 2049, 4095, 4096, 4098, 8192, 32767, 32768])
-def test_products_are_kept_in_a_type_that_holds_them(k):
+def test_product_dtype_holds_every_value(k):
     possible = np.arange(-k, k + 1, 2).astype(np.float64)
     dtype = exact_product_dtype(k)
     np.testing.assert_array_equal(possible.astype(dtype).astype(np.float64), possible)
@@ -153,13 +153,13 @@ def test_products_are_kept_in_a_type_that_holds_them(k):
         ({"schedule": "step", "milestones": (5,), "average": "ema", "latent_lr": 0.5}, 90, None),
     ],
 )
-def test_what_stands_against_the_fused_step(settings, capability, words):
+def test_unsupported_settings(settings, capability, words):
     made = trainer(**{**settings, "device": "cpu"})
     reason = unsupported_reason(made.config, made.model, made.optimizer, capability)
     assert reason is None if words is None else words in reason
 
 
-def test_another_optimiser_is_not_taken():
+def test_unsupported_optimizers():
     made = trainer(device="cpu")
 
     def reason(optimizer):
@@ -215,13 +215,13 @@ def sign_chain(binary: nn.Module, *after: nn.Module, sign: nn.Module | None = No
         ),
     ],
 )
-def test_which_chains_the_kernels_know(model, words):
+def test_supported_chains(model, words):
     config = TrainConfig(batch_size=8)
     reason = unsupported_reason(config, model, optim.Adam(model.parameters()), 90)
     assert reason is None if words is None else words in reason
 
 
-def test_layers_that_occur_twice_or_do_not_learn_are_not_taken():
+def test_repeated_and_frozen_layers_are_unsupported():
     config = TrainConfig(batch_size=8)
     norm = nn.BatchNorm(64)
     model = chain(norm, nn.ReLU(), nn.Linear(64, 64), norm, nn.ReLU(), head=(nn.Linear(64, 10),))

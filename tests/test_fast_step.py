@@ -85,7 +85,7 @@ class TestAgainstThePlainStep:
         assert a == b
 
     @pytest.mark.parametrize("dtype", ["tf32", "bfloat16"])
-    def test_rounded_products_learn_alike(self, settings, dtype):
+    def test_rounded_products_train_as_well(self, settings, dtype):
         _, exact = run(**settings, max_steps=40)
         _, rounded = run(**settings, max_steps=40, dtype=dtype)
         assert np.isfinite(rounded).all()
@@ -147,7 +147,7 @@ def test_restored_run_equals_an_uninterrupted_one(tmp_path):
         np.testing.assert_array_equal(array, state[name], err_msg=name)
 
 
-def test_a_learning_rate_that_is_set_meanwhile_counts():
+def test_a_learning_rate_set_between_steps_takes_effect():
     made = trainer(binary=True, xnor=True, batch_norm=True)
     for step in range(3):
         made.make_step(step)
@@ -157,7 +157,7 @@ def test_a_learning_rate_that_is_set_meanwhile_counts():
     assert bool((made.model.fc1.weight.data == before).all())
 
 
-def test_steps_that_cannot_be_captured_are_launched_and_it_is_said_once(monkeypatch):
+def test_a_failed_capture_is_reported_once_and_training_continues(monkeypatch):
     from cupybnn.training.fast import step as module
 
     def refuse(stream, launch):
@@ -173,7 +173,7 @@ def test_steps_that_cannot_be_captured_are_launched_and_it_is_said_once(monkeypa
     ]
 
 
-def test_without_nvmath_steps_are_launched_and_it_is_said_once(monkeypatch):
+def test_missing_nvmath_is_reported_once_and_training_continues(monkeypatch):
     from cupybnn.backends.cuda import blas
 
     settings = {"binary": True, "xnor": True, "batch_norm": True, "max_steps": 10}

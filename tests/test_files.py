@@ -144,14 +144,14 @@ class TestWriting:
             with pytest.raises(OSError, match="No space left"):
                 put("/dev/full", b"nothing")
 
-    def test_an_open_file_goes_on_where_it_is(self, tmp_path):
+    def test_an_open_file_is_written_at_its_position(self, tmp_path):
         with open(tmp_path / "out", "wb", buffering=0) as out:
             out.write(b"before, ")
             put(f"/dev/fd/{out.fileno()}", b"content, ")
             out.write(b"after")
         assert (tmp_path / "out").read_bytes() == b"before, content, after"
 
-    def test_what_is_no_file_is_refused(self, tmp_path):
+    def test_only_regular_files_are_replaced(self, tmp_path):
         with pytest.raises(IsADirectoryError):
             put(tmp_path, b"")
         with socket.socket(socket.AF_UNIX) as server:

@@ -38,7 +38,7 @@ def test_dtypes_without_sign(xp, function, name, dtype, hint):
 
 @BOTH
 @pytest.mark.parametrize("name", ["a", "b"])
-def test_what_is_no_array(function, name):
+def test_not_an_array(function, name):
     for x, parts in (
         (np.full((3, 3), None), ("got dtype object", "x.astype('float32')")),
         (np.ma.masked_less(np.ones((3, 3)), 0), ("without a mask", "x.filled(value)")),
@@ -104,7 +104,7 @@ def test_packed_along_the_wrong_axis(xp, function):
 
 
 @pytest.mark.parametrize("dtype", ["u1", "u8", "?", "c8", "O", "U3", "M8[s]"])
-def test_result_dtypes_that_cannot_be(dtype):
+def test_invalid_result_dtypes(dtype):
     a = np.ones((3, 3))
     with raises(
         TypeError, "'dtype' of xnor_gemm", "real floating or signed", f"got {np.dtype(dtype)}"
@@ -222,7 +222,7 @@ def test_wrong_scale_and_bias(xp):
             xnor_gemm(a, b, bias=xp.ones(5), dtype=dtype)
 
 
-def test_lists_that_are_no_array_are_told_with_the_argument(xp):
+def test_invalid_lists_are_reported_with_the_argument(xp):
     a, b = xp.ones((3, 4)), xp.ones((4, 5))
     ragged = [[1, 2], [3]]
     for name in ("scale", "bias"):
@@ -310,7 +310,7 @@ def test_a_foreign_device(function):
 @pytest.mark.parametrize(
     "dtype", ["junk", 3, "f4,,", [1], {"a": 1}, {1}, np.array(1), 4.5, object(), "float8"]
 )
-def test_what_is_no_dtype(dtype):
+def test_not_a_dtype(dtype):
     a = np.ones((2, 2))
     for call, what in (
         (lambda: xnor_gemm(a, a, dtype=dtype), "'dtype' of xnor_gemm"),

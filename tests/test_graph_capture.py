@@ -65,7 +65,7 @@ def test_collection_stays_off_where_it_was(stream):
         gc.enable()
 
 
-def test_what_a_library_refuses_is_told_and_the_capture_ended(stream):
+def test_a_library_error_is_reported_and_ends_the_capture(stream):
     def refuse():
         raise CuBlasError("the function failed to launch on the GPU")
 
@@ -75,7 +75,7 @@ def test_what_a_library_refuses_is_told_and_the_capture_ended(stream):
     assert gc.isenabled()
 
 
-def test_mistakes_of_ours_are_not_taken_for_that(stream):
+def test_our_own_errors_are_not_converted(stream):
     with pytest.raises(ZeroDivisionError):
         capture(stream, lambda: 1 // 0)
     assert stream.ended == 1

@@ -68,7 +68,7 @@ def test_modules_are_found_without_importing_each(tmp_path):
     assert fresh_process(code, tmp_path).split() == ["Linear", "False"]
 
 
-def test_openblas_is_told_to_rest_by_the_command_line_and_on_request_alone(tmp_path):
+def test_openblas_is_tuned_only_by_the_command_line_and_on_request(tmp_path):
     name = "OPENBLAS_THREAD_TIMEOUT"
     look = f"print(os.environ.get({name!r}))\n"
     spy = f"""
@@ -94,7 +94,7 @@ sys.meta_path.insert(0, Spy())
     assert seen(command) == ["16", "None"]
 
 
-def test_freed_memory_is_kept_by_the_command_line_and_on_request_alone(tmp_path):
+def test_freed_memory_is_kept_only_by_the_command_line_and_on_request(tmp_path):
     spy = """
 import sys
 import cupybnn

@@ -93,7 +93,7 @@ def test_mixed_with_native_arrays(torch, device):
     assert (host(bits) == (reference(numbers(a), host(b)) >= [1, 2, 3])).all()
 
 
-def test_gradients_are_not_lost_in_silence(torch, device):
+def test_gradients_are_not_lost_silently(torch, device):
     tensor = torch.ones(3, 3, device=device, requires_grad=True)
     with pytest.raises(TypeError, match=r"'a' of xnor_gemm.*torch\.Tensor.*x\.detach\(\)"):
         xnor_gemm(tensor, tensor)

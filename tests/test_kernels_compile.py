@@ -219,7 +219,7 @@ def test_every_architecture_has_a_kernel_and_hopper_its_own():
     assert [arch for kernel, arch in PRODUCTS if kernel == "sm90"] == ["sm_90a"]
 
 
-def test_a_kernel_that_does_not_compile_is_told_with_the_compilers_words():
+def test_a_compile_error_includes_the_compiler_log():
     require("sm_80")
     with pytest.raises(
         RuntimeError, match=r"sm80_xnor_gemm.cu does not compile for sm_80: .*error"

@@ -137,7 +137,7 @@ def test_flips_at_a_step_are_those_of_that_step(tmp_path, every):
             assert share == pytest.approx(each[step])
 
 
-def test_flips_at_a_step_that_was_not_foreseen_are_left_out(tmp_path):
+def test_flips_at_an_unplanned_record_are_left_out(tmp_path):
     config = TrainConfig(**SETTINGS, binary=True, batch_norm=True, log_dir=str(tmp_path))
     trainer = Trainer(config)
     step = trainer.make_step
@@ -195,7 +195,7 @@ def test_the_run_folder_appears_with_a_checkpoint_in_it(tmp_path, monkeypatch):
     assert found[0] == (0, True)
 
 
-def test_without_tensorboard_it_is_said_once_and_training_goes_on(tmp_path, monkeypatch):
+def test_missing_tensorboard_is_reported_once_and_training_continues(tmp_path, monkeypatch):
     real = builtins.__import__
 
     def missing(name, *args, **kwargs):

@@ -150,7 +150,7 @@ def test_source_tree_without_an_install(fresh, tmp_path):
     assert found["files"] == sources()
 
 
-def test_missing_sources_are_told_with_both_places(monkeypatch, tmp_path):
+def test_missing_sources_are_reported_with_both_places(monkeypatch, tmp_path):
     from cupybnn.backends.cuda import sources as loader
 
     monkeypatch.setattr(cupybnn, "__file__", str(tmp_path / "cupybnn" / "__init__.py"))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cupybnn.benchmark import record
+from cupybnn.cli.main import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -35,7 +36,7 @@ def help_of(command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "verify", "bench"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_described(command):
     options = set(re.findall(r"--[a-z_]+", help_of(command)))
     options -= {"--help", "--no_", "--log"}  # --log-dir stands in the text as a spelling
@@ -46,7 +47,7 @@ def test_every_option_is_described(command):
 def test_every_option_described_is_there():
     text = README.read_text(encoding="utf-8")
     described = set(re.findall(r"`(--[a-z_]+)[` ]", text)) - {"--no_"}
-    there = {o for c in ("train", "verify", "bench") for o in re.findall(r"--[a-z_]+", help_of(c))}
+    there = {o for c in COMMANDS for o in re.findall(r"--[a-z_]+", help_of(c))}
     assert described <= there
 
 

@@ -121,7 +121,7 @@ def test_repr():
     )
 
 
-def test_is_no_array():
+def test_is_not_an_array():
     p = pack(np.ones((2, 3)))
     with pytest.raises(TypeError, match=r"not an array.*p\.unpack\(dtype\)"):
         np.asarray(p)

@@ -101,7 +101,7 @@ def test_wrong_bit_order_of_to_packbits():
         pack(np.ones(3)).to_packbits("middle")
 
 
-def test_unsigned_data_is_told_apart():
+def test_unsigned_data_is_distinguished():
     for function in (pack, sign, lambda x: xnor_gemm(x, x)):
         with pytest.raises(
             TypeError, match=r"0 and 1, pass x\.astype\(bool\).*from_packbits\(x, k"

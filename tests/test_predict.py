@@ -503,6 +503,19 @@ class TestCommand:
                 [c["probability"] for c in record["classes"]], row[best], rtol=1e-5
             )
 
+    @pytest.mark.gpu
+    def test_on_a_gpu(self, packed, files, capsys):
+        said = []
+        for device in ("cpu", "cuda"):
+            arguments = [files.dark, files.npy, "--device", device, "--json", "--top", "10"]
+            assert main(["predict", str(packed), *arguments]) == 0
+            said.append(json.loads(capsys.readouterr().out))
+        for cpu, gpu in zip(*said, strict=True):
+            probabilities = [
+                {c["class"]: c["probability"] for c in record["classes"]} for record in (cpu, gpu)
+            ]
+            assert probabilities[1] == pytest.approx(probabilities[0], rel=1e-3)
+
     def test_names_of_classes(self, files, tmp_path, capsys):
         names = ["nil", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
         model = nn.Sequential(nn.Linear(784, 10, rng=0)).eval()

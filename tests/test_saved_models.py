@@ -61,7 +61,7 @@ def test_training_goes_on_with_weights_that_are_not_the_averages():
     assert (last != averaged).any()
 
 
-def test_what_is_known_of_the_images(tmp_path, digits):
+def test_description_of_the_images(tmp_path, digits):
     result = cupybnn.train(**QUICK, log_dir=str(tmp_path), validation=142)
     described = cupybnn.load_model(result.run_folder, device="cpu").trained_on
     assert described == DataDescription.of(digits.with_validation(142))
@@ -183,10 +183,10 @@ class TestOtherImages:
         config = restored_config(str(folder), max_steps=31)
         return Trainer(config, data=dataset).notices
 
-    def test_the_same_ones(self, folder, digits):
+    def test_same_images(self, folder, digits):
         assert self.go_on(folder, digits) == []
 
-    def test_fewer(self, folder, digits):
+    def test_fewer_images(self, folder, digits):
         fewer = dataclasses.replace(
             digits, train_images=digits.train_images[9:], train_labels=digits.train_labels[9:]
         )

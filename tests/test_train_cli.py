@@ -82,7 +82,7 @@ class TestOutput:
             "must be a whole number, or one for each layer with commas" in capsys.readouterr().err
         )
 
-    def test_a_loss_that_is_no_longer_finite_is_told_once(self):
+    def test_a_loss_that_is_not_finite_is_reported_once(self):
         done = train(*QUICK, "--lr", "1e30")
         assert [line.split()[1] for line in done.stdout.splitlines() if "loss = nan" in line] == [
             "10,",
@@ -114,13 +114,13 @@ class TestOutput:
             (["--recipe", "digits"], None),
         ],
     )
-    def test_what_a_binary_network_gets_is_said(self, options, line, capsys):
+    def test_defaults_of_a_binary_network_are_printed(self, options, line, capsys):
         assert main(["train", *QUICK[:-4], "--max_steps", "1", *options]) == 0
         lines = capsys.readouterr().out.splitlines()
         said = [each for each in lines if each.startswith("Binary network: ")]
         assert said == ([] if line is None else [f"Binary network: {line}"])
 
-    def test_how_the_best_checkpoint_is_chosen_is_said(self, tmp_path, capsys):
+    def test_choice_of_the_best_checkpoint_is_printed(self, tmp_path, capsys):
         for options, line in (
             ([], "best.npz is chosen by test accuracy (hold out images with --validation N)"),
             (["--validation", "100"], "best.npz is chosen by validation accuracy"),
@@ -148,7 +148,7 @@ class TestOutput:
         done = train(mnist_dir, *QUICK[2:])
         assert "Data: mnist, 60,000 training and 10,000 test images" in done.stdout
 
-    def test_auto_falls_back_in_one_loud_line_and_beside_the_figure(self, tmp_path):
+    def test_auto_fallback_is_printed_at_the_start_and_with_the_accuracy(self, tmp_path):
         site = tmp_path / "site"
         site.mkdir()
         # A process of its own without a network: name resolution fails in it.
@@ -176,12 +176,12 @@ class TestOutput:
             f"cupybnn train: The data directory {tmp_path / 'nowhere'} does not exist.\n"
         )
 
-    def test_options_without_effect_are_said(self):
+    def test_options_without_effect_are_reported(self):
         done = train(*QUICK, "--xnor", "--last")
         assert "--xnor has no effect without --binary." in done.stderr
         assert "--last has no effect without --binary." in done.stderr
 
-    def test_settings_of_another_choice_are_said_to_have_no_effect(self):
+    def test_settings_of_another_choice_are_reported_as_without_effect(self):
         idle = ["--label_smoothing", "0.1", "--weight_decay", "0.1", "--milestones", "10"]
         done = train(*QUICK, *idle, "--loss", "squared_hinge", "--penalty", "bipolar")
         assert "--label_smoothing has no effect without --loss cross_entropy." in done.stderr
@@ -320,7 +320,7 @@ ODD += ["\udcff", "\ud800", "2,1", "x" * 5000, "cuda:" + "9" * 5000, "."]
 
 
 @pytest.mark.parametrize("name", ["train", "verify", "bench"])
-def test_odd_values_of_any_option_end_in_a_line_at_the_most(name, monkeypatch, tmp_path, capsys):
+def test_odd_values_of_any_option_give_at_most_one_line(name, monkeypatch, tmp_path, capsys):
     """Each option with odd values, in one process; what would be measured is left out."""
     monkeypatch.chdir(tmp_path)
     nothing = {"products": [], "seconds": 0.0}
@@ -537,7 +537,7 @@ class TestSignals:
             signal.signal(ignored, before)
         assert seen == [signal.SIG_IGN] * 2
 
-    def test_handlers_are_put_back(self):
+    def test_handlers_are_restored(self):
         before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
         assert main(["train", *QUICK[:-4], "--max_steps", "1"]) == 0
         assert main(["train", "--dataset", "nonsense"]) == 2

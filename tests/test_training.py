@@ -232,7 +232,7 @@ class TestRun:
             Trainer(TrainConfig(**QUICK), [Raises(), recorder]).run()
         assert recorder.calls == ["start", "close"]
 
-    def test_all_callbacks_are_closed_though_one_fails_to(self):
+    def test_all_callbacks_are_closed_even_if_one_fails(self):
         class FailsToClose(Recorder):
             def close(self):
                 super().close()
@@ -313,7 +313,7 @@ class TestRestore:
         for name, array in whole.state().arrays.items():
             np.testing.assert_array_equal(array, state[name])
 
-    def test_more_steps_than_at_first(self, tmp_path):
+    def test_more_steps_than_before(self, tmp_path):
         _, first, _ = run(max_steps=15, log_dir=tmp_path)
         _, longer, recorder = run(max_steps=40, restore=first.run_folder)
         _, straight, _ = run(max_steps=40)
@@ -352,21 +352,21 @@ class TestRestore:
         assert "binary: checkpoint False, this run True" in message
         assert str(first.run_folder) in message
 
-    def test_other_learning_rate_is_taken_and_said(self, tmp_path):
+    def test_another_learning_rate_is_used_and_reported(self, tmp_path):
         _, first, _ = run(log_dir=tmp_path, max_steps=10)
         trainer, result, _ = run(restore=first.run_folder, lr=1e-5, xnor=True)
         assert trainer.optimizer.groups[0]["lr"] == 1e-5
         assert result.notices == (
-            "From step 10 on, lr is 1e-05 instead of 0.001: the run no longer equals one that was "
-            "never interrupted.",
+            "From step 10 on, lr is 1e-05 instead of 0.001: the results will differ from those of "
+            "an uninterrupted run.",
         )
 
     def test_other_data(self, tmp_path, mnist_dir):
         _, first, _ = run(log_dir=tmp_path, max_steps=1)
-        with pytest.raises(CheckpointError, match=r"trained on digits; this run .* with mnist"):
+        with pytest.raises(CheckpointError, match="must be the checkpoint's, digits; got mnist"):
             run(restore=first.run_folder, dataset="mnist", data_dir=mnist_dir)
 
-    def test_auto_goes_on_with_what_it_came_to(self, tmp_path, monkeypatch):
+    def test_auto_continues_with_its_earlier_choice(self, tmp_path, monkeypatch):
         from cupybnn.data import mnist
 
         monkeypatch.setenv("CUPYBNN_DATA_DIR", str(tmp_path / "data"))
@@ -389,7 +389,7 @@ class TestRestore:
 
 
 class TestDebug:
-    def test_names_layer_op_shape_and_step(self):
+    def test_error_names_layer_op_shape_and_step(self):
         class Poison(Callback):
             def on_step(self, trainer, step, output):
                 if step == 4:

@@ -46,7 +46,7 @@ class TestByBinary:
         assert (stored["batch_norm"], stored["reg"]) == (batch_norm, reg)
         assert TrainConfig.from_json(config.to_json()) == config
 
-    def test_a_binary_that_is_no_switch_is_what_is_complained_of(self):
+    def test_an_invalid_binary_is_reported_first(self):
         with pytest.raises(ValueError, match="The 'binary' must be True or False; got 'yes'"):
             TrainConfig(binary="yes")
 
@@ -64,7 +64,7 @@ class TestDeclarations:
             assert each.rule.check(name, default) == default
             assert (each.by_binary is None) == (each.default == default)
 
-    def test_what_they_say_of_each_other_is_so(self):
+    def test_needs_name_existing_settings(self):
         for name, each in self.SETTINGS.items():
             if each.needs:
                 other, *values = each.needs
@@ -72,7 +72,7 @@ class TestDeclarations:
                     self.SETTINGS[other].rule.check(other, value)
             assert not set(each.synonyms) & set(self.SETTINGS), name
 
-    def test_headings_hold_together(self):
+    def test_groups_are_contiguous(self):
         headings = [each.group for each in self.SETTINGS.values()]
         assert [h for h, _ in itertools.groupby(headings)] == list(dict.fromkeys(headings))
 

@@ -42,7 +42,7 @@ def test_original_is_the_defaults():
 AUGMENT = tuple(f"augment_{name}" for name in ("shift", "rotation", "scale", "shear", "elastic"))
 
 
-def test_what_the_names_promise():
+def test_recipes_match_their_names():
     configs = {n: TrainConfig.from_mapping(recipes.load(n).settings) for n in recipes.names()}
     for name in ("binarynet", "augmented", "tiny"):
         config = configs[name]
@@ -262,7 +262,7 @@ class TestSettings:
         assert result.final.train_loss < still.final.train_loss
         assert result.final_accuracy > 0.8
 
-    def test_sharpening_pseudo_gradient_hears_how_far_training_is(self):
+    def test_sharpening_pseudo_gradient_gets_the_progress(self):
         trainer = Trainer(TrainConfig(**QUICK, binary=True, ste="ede_sign"))
         heard = []
         step = trainer.make_step
@@ -277,13 +277,13 @@ class TestSettings:
         assert heard == [number / 30 for number in range(30)]
         assert trainer.model.fc2.quantizer.progress == heard[-1]
 
-    def test_other_end_of_a_sharpening_pseudo_gradient_is_said(self, tmp_path):
+    def test_another_end_of_a_sharpening_pseudo_gradient_is_reported(self, tmp_path):
         settings = {**QUICK, "binary": True, "ste": "ede_sign"}
         first = train(**settings, log_dir=str(tmp_path))
         longer = {**settings, "max_steps": 40, "restore": str(first.run_folder)}
         assert "max_steps is 40 instead of 30" in train(**longer).notices[0]
 
-    def test_coin_tosses_keep_activations_two_valued(self):
+    def test_sign_dropout_keeps_activations_two_valued(self):
         config = TrainConfig(
             **QUICK, binary=True, batch_norm=False, last=True, xnor=True, sign_keep_prob=0.5
         )
@@ -300,7 +300,7 @@ class TestSettings:
         changed = kept[True]["fc1/activation"].numpy() != kept[False]["fc1/activation"].numpy()
         assert 0.2 < changed.mean() < 0.3  # half of the coins show what was there
 
-    def test_falling_schedule_and_other_max_steps_is_said(self, tmp_path):
+    def test_changed_max_steps_of_a_schedule_is_reported(self, tmp_path):
         settings = {**QUICK, "schedule": "cosine"}
         first = train(**settings, log_dir=str(tmp_path))
         longer = {**settings, "max_steps": 40, "restore": str(first.run_folder)}
@@ -332,7 +332,7 @@ class TestSettings:
         with pytest.raises(ValueError, match=message):
             TrainConfig(**settings)
 
-    def test_what_is_said_of_them(self, capsys):
+    def test_settings_in_the_output(self, capsys):
         quick = ["train", "--dataset", "digits", "--device", "cpu", "--max_steps", "1"]
         assert main([*quick, "--binary", "--sign_keep_prob", "0.9", "--average", "ema"]) == 0
         out = capsys.readouterr().out
@@ -428,7 +428,7 @@ class TestAverage:
             np.testing.assert_array_equal(after[name], array, err_msg=name)
 
     @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-    def test_what_goes_wrong_within_leaves_the_weights(self, device, monkeypatch):
+    def test_an_error_within_restores_the_weights(self, device, monkeypatch):
         trainer = Trainer(TrainConfig(**{**self.SETTINGS, "average": "ema", "device": device}))
         trainer.run()
         before = trainer.state().arrays
@@ -454,7 +454,7 @@ class TestAverage:
             np.testing.assert_array_equal(array, before[name], err_msg=name)
 
     @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-    def test_callback_that_looks_at_the_average_changes_nothing(self, device):
+    def test_callback_that_uses_the_average_changes_nothing(self, device):
         class Looks(Callback):
             def on_step(self, trainer, step, output):
                 if step % 7 == 0:

@@ -57,7 +57,7 @@ def test_what_was_saved_is_read(table):
         (b'{"1x1x1x1": 1e999}', "must be a mapping"),
     ],
 )
-def test_a_damaged_table_is_told_once(table, content, message):
+def test_a_damaged_table_is_reported_once(table, content, message):
     table.write_bytes(content)
     with pytest.warns(RuntimeWarning, match=rf"tuned\.json is ignored: .*{message}") as seen:
         assert tuning.winners(0) == tuning.winners(0) == {}
@@ -81,13 +81,13 @@ def test_a_damaged_table_is_told_once(table, content, message):
         ("more", 1),
     ],
 )
-def test_an_edited_configuration_is_told(table, name, value):
+def test_an_edited_configuration_is_reported(table, name, value):
     table.write_text(json.dumps({KEY: {**FIELDS, name: value}}))
     with pytest.warns(RuntimeWarning, match="is ignored: "):
         assert tuning.winners(0) == {}
 
 
-def test_any_edit_is_told_or_leaves_configurations(table):
+def test_any_edit_is_reported_or_leaves_configurations(table):
     whole = {f"1x{n}x{n}x{n}": FIELDS for n in range(1, 5)}
     rng = np.random.default_rng(0)
     told = 0

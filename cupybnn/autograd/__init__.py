@@ -5,7 +5,7 @@ from cupybnn.autograd.context import Context
 from cupybnn.autograd.function import Function
 from cupybnn.autograd.gradcheck import gradcheck
 from cupybnn.autograd.state import is_grad_enabled, no_grad
-from cupybnn.autograd.tensor import Tensor, as_operand
+from cupybnn.autograd.tensor import Tensor, tensor_or_number
 from cupybnn.errors import GraphError, NonFiniteError
 
 __all__ = [
@@ -14,9 +14,9 @@ __all__ = [
     "GraphError",
     "NonFiniteError",
     "Tensor",
-    "as_operand",
     "debug",
     "gradcheck",
     "is_grad_enabled",
     "no_grad",
+    "tensor_or_number",
 ]

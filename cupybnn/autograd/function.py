@@ -11,7 +11,7 @@ from cupybnn.autograd.context import Context
 from cupybnn.autograd.debug import place
 from cupybnn.autograd.state import checking, recording
 from cupybnn.autograd.storage import Storage, module_of, same_memory
-from cupybnn.autograd.tensor import Tensor, as_operand
+from cupybnn.autograd.tensor import Tensor, tensor_or_number
 from cupybnn.backends.devices import is_cupy
 
 __all__ = ["Function"]
@@ -84,7 +84,7 @@ class Function:
 
 
 def _apply(function: type[Function], operands: tuple[Any, ...], params: dict[str, Any]) -> Tensor:
-    operands = tuple([as_operand(x, function.name) for x in operands])
+    operands = tuple([tensor_or_number(x, function.name) for x in operands])
     tensors = tuple([x for x in operands if isinstance(x, Tensor)])
     arrays = [x._data if isinstance(x, Tensor) else x for x in operands]
     xp = _common_module(function, tensors)

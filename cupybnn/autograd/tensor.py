@@ -15,7 +15,7 @@ from cupybnn.autograd.storage import Storage, module_of, same_memory
 from cupybnn.backends.devices import Device, device_of, is_cupy, to_device
 from cupybnn.errors import GraphError
 
-__all__ = ["Tensor", "as_operand"]
+__all__ = ["Tensor", "tensor_or_number"]
 
 
 class Tensor(Operators, Protocols):
@@ -310,7 +310,7 @@ def _as_array(data: Any) -> Any:
     return data._data.copy() if isinstance(data, Tensor) else new_array(data)
 
 
-def as_operand(value: Any, op: str) -> Any:
+def tensor_or_number(value: Any, op: str) -> Any:
     """Turn an operand of the operation named `op` into a tensor or a Python number."""
     if isinstance(value, Tensor):
         return value

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 import os
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
-from cupybnn.data.idx import read_idx_stream
+from cupybnn.deploy.decoding import Grey, content, name_of
 from cupybnn.deploy.inputs import InputSpec
 from cupybnn.deploy.pictures import INVERT, Picture, prepare
 from cupybnn.errors import DataError, SettingError
-from cupybnn.paths import user_path
 
 __all__ = ["Images", "read_image", "read_images"]
-
-_PICTURES = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG"}
-_NPY = b"\x93NUMPY"
-_IDX = b"\x00\x00\x08"
-_GZIP = b"\x1f\x8b"
-#: Height and width to which larger pictures are reduced when they are opened: far more than any
-#: network sees of them.
-_LARGEST = 2048
-_MOST_PIPED = 1 << 28  # bytes that are read from a pipe
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +85,7 @@ def read_image(
     found = read_images(file, spec, invert, as_they_are=False)
     if len(found.pictures) != 1:
         raise DataError(
-            f"{_name(file)} must hold one picture; got {len(found.pictures)}. Read all of them "
+            f"{name_of(file)} must hold one picture; got {len(found.pictures)}. Read all of them "
             f"with numpy.load or cupybnn.data."
         )
     return found.pictures[0].pixels
@@ -135,56 +121,10 @@ def read_images(
     """
     if invert not in INVERT:
         raise SettingError(f"The 'invert' must be one of {', '.join(INVERT)}; got {invert!r}.")
-    name = _name(file)
-    with _opened(file, name) as stream:
-        start = stream.read(8)
-        stream.seek(0)
-        kind = next((k for magic, k in _PICTURES.items() if start.startswith(magic)), "")
-        if kind:
-            shape = _image_shape(spec, name)
-            grey, alpha = _decoded(stream, kind, name)
-            return _prepared([(grey, alpha)], shape, spec, invert, name, single=True)
-        if start.startswith(_NPY):
-            array = _read_npy(stream, name)
-        elif start.startswith((_IDX, _GZIP)):
-            array = read_idx_stream(stream, 3, name)
-        else:
-            what = "is empty" if not start else "is none of these"
-            raise DataError(
-                f"{name} must be an image: PNG, JPEG, .npy or IDX; it {what}. Convert a picture of "
-                f"another format to PNG."
-            )
-    return _from_array(array, spec, invert, name, as_they_are)
-
-
-def _name(file: Any) -> str:
-    if isinstance(file, (str, os.PathLike)):
-        return str(user_path(file))
-    return str(getattr(file, "name", "the image"))
-
-
-@contextlib.contextmanager
-def _opened(file: Any, name: str) -> Iterator[Any]:
-    """Open a path, or take an open file; pipes are read to their ends, since they do not seek."""
-    with contextlib.ExitStack() as stack:
-        try:
-            stream = file
-            if isinstance(file, (str, os.PathLike)):
-                stream = stack.enter_context(open(user_path(file), "rb"))
-            if not stream.seekable():
-                content = stream.read(_MOST_PIPED + 1)
-                if len(content) > _MOST_PIPED:
-                    raise DataError(
-                        f"{name} is too large for a pipe, at most {_MOST_PIPED:,} bytes. Give it "
-                        f"as a file."
-                    )
-                stream = io.BytesIO(content)
-            stream.seek(0)
-        except IsADirectoryError as error:
-            raise DataError(f"{name} is a folder, not an image. Name the files in it.") from error
-        except OSError as error:
-            raise DataError(f"{name} cannot be read: {error.strerror or error}.") from error
-        yield stream
+    name, found = name_of(file), content(file)
+    if isinstance(found, tuple):
+        return _prepared([found], _image_shape(spec, name), spec, invert, name, single=True)
+    return _from_array(found, spec, invert, name, as_they_are)
 
 
 def _image_shape(spec: InputSpec, name: str) -> tuple[int, int]:
@@ -204,56 +144,8 @@ def _image_shape(spec: InputSpec, name: str) -> tuple[int, int]:
     return height, width
 
 
-# Pictures ------------------------------------------------------------------------------------
-
-
-def _decoded(stream: Any, kind: str, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read a PNG or JPEG; return grey and alpha, from 0 to 1, alpha None if there is none."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise SettingError(
-            "Reading PNG and JPEG needs Pillow, which is not installed: pip install pillow (or the "
-            "extra cupybnn[images])."
-        ) from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(stream, formats=[kind]) as picture:
-                if max(picture.size) > _LARGEST:
-                    picture.draft("L", (_LARGEST, _LARGEST))  # a JPEG is reduced as it is decoded
-                picture.load()
-                upright = picture
-                with contextlib.suppress(Exception):  # of damaged EXIF data, which do not matter
-                    upright = ImageOps.exif_transpose(picture)
-                return _grey(upright)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{name} has too many pixels: more than {Image.MAX_IMAGE_PIXELS or 0:,}. Make it "
-            f"smaller."
-        ) from error
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file makes Pillow raise a dozen kinds
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"{name} is a damaged {kind}: {reason.rstrip('.')}.") from error
-
-
-def _grey(picture: Any) -> tuple[np.ndarray, np.ndarray | None]:
-    if picture.mode.startswith(("I", "F")):  # 16 bits
-        grey = np.asarray(picture).astype(np.float32) / 65535
-        step = -(-max(grey.shape) // _LARGEST)
-        return grey[::step, ::step], None
-    transparent = "A" in picture.getbands() or "transparency" in picture.info
-    picture = picture.convert("LA" if transparent else "L")
-    picture.thumbnail((_LARGEST, _LARGEST))
-    values = np.asarray(picture).astype(np.float32) / 255
-    return (values[..., 0], values[..., 1]) if transparent else (values, None)
-
-
 def _prepared(
-    decoded: list[tuple[np.ndarray, np.ndarray | None]],
+    decoded: list[Grey],
     shape: tuple[int, int],
     spec: InputSpec,
     invert: str,
@@ -271,41 +163,6 @@ def _prepared(
             which = name if single else f"{name}[{i}]"
             raise DataError(f"{which} cannot be used: {error}.") from error
     return Images(np.stack([picture.pixels for picture in pictures]), pictures, single)
-
-
-# Arrays --------------------------------------------------------------------------------------
-
-
-def _read_npy(stream: Any, name: str) -> np.ndarray:
-    """Read a .npy file: no pickle, and no memory beyond what the file holds."""
-    try:
-        version = np.lib.format.read_magic(stream)
-        if version != (1, 0):
-            raise ValueError(f"format {version} is not read")
-        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-        if dtype.kind not in "biuf":
-            raise ValueError(f"it must hold real numbers; got {str(dtype)[:80]}")
-        start = stream.tell()
-        size = stream.seek(0, os.SEEK_END) - start
-        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != size:
-            raise ValueError(
-                f"{dtype} of shape {str(shape)[:80]} contradicts its size of {size:,} bytes"
-            )
-        stream.seek(start)
-        flat = np.frombuffer(stream.read(size), dtype)
-    except Exception as error:  # as above
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"{name} is not a usable .npy: {reason.rstrip('.')}.") from error
-    array = flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
-    if array.dtype.kind != "f":
-        return array.astype(dtype.newbyteorder("="), copy=False)
-    with np.errstate(over="ignore"):
-        array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise DataError(
-            f"{name} must hold finite numbers; it holds NaN, infinity or beyond float32."
-        )
-    return array
 
 
 def _from_array(
@@ -364,7 +221,7 @@ def _white(batch: np.ndarray, name: str) -> int:
     return white
 
 
-def _planes(image: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+def _planes(image: np.ndarray) -> Grey:
     """Return grey and alpha of an image; the weights of the colours are those of ITU-R BT.601."""
     if image.ndim == 2:
         return image, None

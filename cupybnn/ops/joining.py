@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from cupybnn.autograd import Context, Function, Tensor, as_operand
+from cupybnn.autograd import Context, Function, Tensor, tensor_or_number
 from cupybnn.ops.axes import as_axis
 
 __all__ = ["concatenate", "stack"]
@@ -49,7 +49,7 @@ class Stack(Function):
 
 
 def _join(function: type[Function], tensors: Iterable[Any], axis: Any) -> Tensor:
-    operands = [as_operand(tensor, function.name) for tensor in tensors]
+    operands = [tensor_or_number(tensor, function.name) for tensor in tensors]
     if not operands or not all(isinstance(operand, Tensor) for operand in operands):
         raise ValueError(
             f"The 'tensors' of {function.name} must be one or more tensors or arrays; got "

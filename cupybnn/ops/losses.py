@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cupybnn.autograd import Context, Function, Tensor, as_operand
+from cupybnn.autograd import Context, Function, Tensor, tensor_or_number
 from cupybnn.autograd.precision import narrowed, wide_sum, widened
 
 __all__ = ["bipolar_penalty", "l1", "mse", "softmax_cross_entropy", "squared_hinge"]
@@ -224,7 +224,7 @@ def mse(outputs: Tensor, targets: Any) -> Tensor:
     >>> ops.mse(Tensor([1.0, 4.0]), Tensor([1.0, 2.0])).item()
     2.0
     """
-    outputs, targets = as_operand(outputs, "mse"), as_operand(targets, "mse")
+    outputs, targets = tensor_or_number(outputs, "mse"), tensor_or_number(targets, "mse")
     shapes = [x.shape if isinstance(x, Tensor) else "a number" for x in (outputs, targets)]
     if shapes[0] != shapes[1] or not isinstance(outputs, Tensor) or outputs.size == 0:
         raise ValueError(

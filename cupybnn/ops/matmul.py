@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cupybnn.autograd import Context, Function, Tensor, as_operand
+from cupybnn.autograd import Context, Function, Tensor, tensor_or_number
 from cupybnn.gemm import xnor_gemm
 
 __all__ = ["binary_matmul", "matmul"]
@@ -84,7 +84,7 @@ def binary_matmul(a: Tensor, b: Tensor, xnor: bool = True) -> Tensor:
     ValueError
         If a factor may hold values other than +1 and -1.
     """
-    a, b = as_operand(a, "binary_matmul"), as_operand(b, "binary_matmul")
+    a, b = tensor_or_number(a, "binary_matmul"), tensor_or_number(b, "binary_matmul")
     for name, factor in (("a", a), ("b", b)):
         if not factor.two_valued:
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cupybnn.autograd import Context, Function, Tensor, as_operand
+from cupybnn.autograd import Context, Function, Tensor, tensor_or_number
 from cupybnn.backends.devices import CPU, Device
 
 __all__ = ["maximum", "minimum", "where"]
@@ -73,7 +73,7 @@ class Minimum(Function):
 
 def _as_operands(a: Any, b: Any, op: str, device: Device = CPU) -> tuple[Any, Any]:
     """Convert two operands; if both are numbers, make the first a tensor on `device`."""
-    a, b = as_operand(a, op), as_operand(b, op)
+    a, b = tensor_or_number(a, op), tensor_or_number(b, op)
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return a, b
     return Tensor(a).to(device), b

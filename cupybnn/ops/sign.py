@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn.autograd import Context, Function, Tensor, as_operand
+from cupybnn.autograd import Context, Function, Tensor, tensor_or_number
 from cupybnn.ops.quantizer import Quantizer, get_quantizer
 
 __all__ = ["quantize", "sign"]
@@ -46,7 +46,7 @@ def sign(x: Tensor, ste: str | Quantizer = "ste_sign", training: bool = True) ->
     Tensor
         Of the shape and dtype of `x`, marked as two-valued.
     """
-    x = as_operand(x, "sign")
+    x = tensor_or_number(x, "sign")
     if x.two_valued:
         return x
     result = Sign.apply(x, quantizer=get_quantizer(ste), training=training)
@@ -56,7 +56,7 @@ def sign(x: Tensor, ste: str | Quantizer = "ste_sign", training: bool = True) ->
 
 def quantize(x: Tensor, quantizer: str | Quantizer = "ste_sign", training: bool = True) -> Tensor:
     """Return the signs of `x`, times the quantizer's scale if it has one; see `sign`."""
-    x = as_operand(x, "quantize")
+    x = tensor_or_number(x, "quantize")
     quantizer = get_quantizer(quantizer)
     signs = sign(x, quantizer, training)
     with np.errstate(all="ignore"):  # as inside an operation

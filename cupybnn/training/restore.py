@@ -10,7 +10,7 @@ from cupybnn.errors import CheckpointError
 from cupybnn.training.checkpoint import Checkpoint, find, load_info
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.declaration import declared
-from cupybnn.training.runs import log_dir_beside
+from cupybnn.training.runs import sibling_log_dir
 
 __all__ = ["check_settings", "restored_config", "stored_config"]
 
@@ -37,7 +37,7 @@ def restored_config(path: str, **changes: Any) -> TrainConfig:
     before = stored_config(load_info(path))
     settings = {**asdict(before), **changes, "restore": path}
     if "log_dir" not in changes and before.log_dir is not None:
-        settings["log_dir"] = log_dir_beside(find(path).parent, before)
+        settings["log_dir"] = sibling_log_dir(find(path).parent, before)
     return TrainConfig.from_mapping(settings)
 
 

@@ -12,9 +12,9 @@ from cupybnn.training.config import TrainConfig
 
 __all__ = [
     "CONFIG_NAME",
-    "log_dir_beside",
     "new_run_folder",
     "settings_folder",
+    "sibling_log_dir",
 ]
 
 CONFIG_NAME = "config.json"
@@ -29,7 +29,7 @@ def settings_folder(config: TrainConfig) -> Path:
     (``hid_1024-512-256`` where each layer has a width of its own), batch size and the factor of the
     penalty as Python prints it. A run that goes on in the same log directory with the same settings
     is numbered beside the one that it restores, also where that has the name of earlier versions,
-    ``0.0001`` alone, or was moved (see `log_dir_beside`).
+    ``0.0001`` alone, or was moved (see `sibling_log_dir`).
     """
     if config.log_dir is None:
         raise ValueError("A run folder needs a configuration with a 'log_dir'; got None.")
@@ -43,7 +43,7 @@ def settings_folder(config: TrainConfig) -> Path:
     return root / _names(config)[0]
 
 
-def log_dir_beside(run: Path, config: TrainConfig) -> str | None:
+def sibling_log_dir(run: Path, config: TrainConfig) -> str | None:
     """Return the log directory that puts a continued run next to the folder `run`.
 
     Parameters

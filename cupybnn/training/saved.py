@@ -209,7 +209,7 @@ def load_model(
         model = build_network(config, description.features, description.classes)
     try:
         model.load_state_dict(part(stored.arrays, "model/"))
-        _take_averages(model, stored.arrays)
+        _load_averages(model, stored.arrays)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"The checkpoint {run} does not fit {fits}: {error}") from error
     model.to(target)
@@ -227,7 +227,7 @@ def _file(run: str | os.PathLike[str], which: str) -> Path:
     return checkpoints.find(path)
 
 
-def _take_averages(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
+def _load_averages(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> None:
     """Load averaged weights and their statistics into a model, if there are any.
 
     Checkpoints of earlier versions have averages without statistics; a model with batch norm then
