@@ -28,11 +28,12 @@ def layers(*sizes: int, product: str = "bits") -> list[Layer]:
     ]
 
 
-def test_narrow_networks_go_to_clusters_and_wide_ones_to_the_whole_grid():
+def test_few_rows_of_narrow_networks_go_to_clusters_and_the_rest_to_the_whole_grid():
     narrow, wide = layers(784, 512, 512, 10), layers(784, 4096, 4096, 10)
     large, small = 227 << 10, 99 << 10
     assert packed_network.choose_team(narrow, 1, 90, 132, large) == Team(8, 16, 16)
-    assert packed_network.choose_team(narrow, 64, 90, 132, large) == Team(8, 16, 128)
+    assert packed_network.choose_team(narrow, 16, 90, 132, large) == Team(8, 16, 32)
+    assert packed_network.choose_team(narrow, 64, 90, 132, large) == Team(32, 1, 128)
     assert packed_network.choose_team(narrow, 64, 120, 132, large) == Team(32, 1, 128)
     assert packed_network.choose_team(wide, 1, 90, 132, large) == Team(8, 1, 128)
     assert packed_network.choose_team(wide, 9, 90, 132, large) == Team(16, 1, 132)

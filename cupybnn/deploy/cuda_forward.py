@@ -48,6 +48,10 @@ class CudaForward:
     -----
     A product with real numbers is summed in an order of its own in each of the ways above, so that
     the last bits of a real layer's results depend on the batch size, as they do with cuBLAS alone.
+
+    A caller may capture a call in a graph of their own, after one call outside of it. Such a graph
+    must not run at the same time as other calls of this network for more than `most_rows` inputs:
+    dense products share a workspace.
     """
 
     def __init__(self, layers: Sequence[PackedLayer], inputs: InputSpec, device: Device) -> None:
@@ -64,13 +68,11 @@ class CudaForward:
         self._lock = threading.Lock()
         self._graphs = Recent(MOST_GRAPHS, MOST_BYTES_IN_ALL)
         self._seen: Recent = Recent(64, 64)
-        self._last: tuple[Any, Any] = (
-            None,
-            None,
-        )  # stream of the last graph, and an event after it
+        # Stream of the last graph, and an event after it.
+        self._last: tuple[Any, Any] = (None, None)
+        self._real = any(layer.product != "bits" for layer in self._layers)
+        self._captures = blas.capturable() or not self._real
         self._blas: Any = None
-        real = any(layer.product != "bits" for layer in self._layers)
-        self._captures = blas.capturable() or not real
 
     def __call__(self, rows: Any) -> Any:
         """Return the logits of inputs that `InputSpec.rows` returned.
@@ -96,6 +98,10 @@ class CudaForward:
             return out
         if count == 0:
             return cupy.empty((0, self._classes), np.float32)
+        if cupy.cuda.get_current_stream().is_capturing():  # the caller captures the launches
+            return self.by_layer(rows, None if self._blas is None else self._multiply)
+        if self._blas is None and self._real and self._captures:
+            self._blas = blas.Blas("float32")
         if self._captures and self._bytes(count) <= MOST_BYTES:
             logits = self._by_graph(rows)
             if logits is not None:
@@ -151,8 +157,6 @@ class CudaForward:
         import cupy
 
         stream = cupy.cuda.get_current_stream()
-        if stream.is_capturing():  # whoever captures gets the launches themselves
-            return None
         key = len(rows), rows.dtype.char
         with self._lock:
             graph = self._graphs.get(key)
@@ -177,21 +181,19 @@ class CudaForward:
             return logits
 
     def _captured(self, rows: Any) -> _Graph | None:
-        if self._blas is None and any(layer.product != "bits" for layer in self._layers):
-            self._blas = blas.Blas("float32")
-
-        def multiply(a: Any, b: Any) -> Any:
-            import cupy
-
-            y = cupy.empty((a.shape[0], b.shape[1]), np.float32)
-            self._blas.multiply(a, b, y)
-            return y
-
         try:
-            return _Graph(lambda x: self.by_layer(x, multiply), rows)
+            return _Graph(lambda x: self.by_layer(x, self._multiply), rows)
         except RuntimeError:
             self._captures = False
             return None
+
+    def _multiply(self, a: Any, b: Any) -> Any:
+        """Return a product of float32 matrices by calls that can be captured."""
+        import cupy
+
+        y = cupy.empty((a.shape[0], b.shape[1]), np.float32)
+        self._blas.multiply(a, b, y)
+        return y
 
 
 class _Graph:

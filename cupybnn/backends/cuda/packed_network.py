@@ -143,7 +143,9 @@ def choose_team(
     layers: Sequence[Layer], rows: int, capability: int, multiprocessors: int, shared: int
 ) -> Team:
     """Return how `rows` rows are dealt out on a device with so much shared memory for a block."""
-    if capability in _CLUSTERED and max(layer.units for layer in layers) <= _CLUSTER_UNITS:
+    narrow = max(layer.units for layer in layers) <= _CLUSTER_UNITS
+    # Measured on an H200: with more rows than two clusters take, the whole grid is faster.
+    if capability in _CLUSTERED and narrow and rows <= 16:
         return Team(8, _CLUSTER, _CLUSTER * -(-rows // 8))
     items = max(layer.tiles * -(-rows // 8) for layer in layers)
     size = next((n for n in (8, 16) if n >= rows), 32)
