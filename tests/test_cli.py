@@ -390,8 +390,8 @@ def test_info_reports_missing_cupy_extras(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = dict(re.findall(r"^  (NVRTC|runtime|driver) +(\S.*)$", done.stdout, re.MULTILINE))
     assert rows == {
-        "NVRTC": "cannot be loaded, and without it no kernel can be compiled: install "
-        "cupybnn[cuda13] or cupybnn[cuda12], which bring it along",
+        "NVRTC": "cannot be loaded, but is needed to compile kernels: install "
+        "cupybnn[cuda13] or cupybnn[cuda12], which include it",
         "runtime": "cannot be loaded",
         "driver": "no NVIDIA driver found",
     }
@@ -402,7 +402,7 @@ def test_info_reports_missing_cupy_extras(tmp_path):
     [
         (None, None, "no NVIDIA driver found"),
         ("580.65.06", "13.0", "580.65.06, up to CUDA 13.0"),
-        (None, "13.0", "of unknown version, up to CUDA 13.0"),
+        (None, "13.0", "unknown version, up to CUDA 13.0"),
         ("580.65.06", None, "580.65.06, not usable by CUDA"),
     ],
 )
@@ -517,7 +517,7 @@ def test_verify_finds_a_wrong_shape():
 def test_verify_rejects_a_negative_seed():
     done = command("verify", "--seed", "-1")
     assert done.returncode == 2
-    assert "'--seed' must be 0 or more; got -1" in done.stderr
+    assert "'--seed' must be at least 0; got -1" in done.stderr
 
 
 def test_verify_rejects_an_unknown_kernel():

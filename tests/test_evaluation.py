@@ -150,7 +150,7 @@ class TestOpening:
         for path, words in (
             (tmp_path / "no", "does not exist"),
             (text, "neither a packed network nor a checkpoint: not an .npz file"),
-            (other, "is not a checkpoint of cupybnn"),
+            (other, "is not a cupybnn checkpoint"),
             (broken, "neither a packed network nor a checkpoint"),
             (tmp_path, "holds no checkpoint"),
         ):

@@ -141,7 +141,7 @@ class TestSources:
 
     def test_missing_and_foreign(self, tmp_path, capsys):
         assert "does not exist" in self.refuse(capsys, tmp_path, tmp_path / "none")
-        assert "holds no checkpoint" in self.refuse(capsys, tmp_path, tmp_path)
+        assert "contains no checkpoint" in self.refuse(capsys, tmp_path, tmp_path)
         (tmp_path / "text").write_text("no model")
         assert "text" in self.refuse(capsys, tmp_path, tmp_path / "text")
 
@@ -185,7 +185,7 @@ class TestTrain:
         path = tmp_path / "net.npz"
         assert main(["train", "--restore", str(run), "--device", "cpu", "--export", str(path)]) == 0
         said = capsys.readouterr()
-        assert "Nothing is left to train" in said.err
+        assert "Nothing left to train" in said.err
         assert said.out.startswith(f"Wrote {path}")
         np.testing.assert_array_equal(PackedNetwork.load(path)(pixels), net(pixels))
 

@@ -273,7 +273,7 @@ def test_a_failed_record_does_not_fail_again_at_the_end(tmp_path):
     writer._file = file = EventFile(tmp_path)
     file._records.close()
     file._records._writer = io.BufferedWriter(Full())
-    with pytest.raises(OSError, match="records for TensorBoard cannot be written to"):
+    with pytest.raises(OSError, match="TensorBoard records cannot be written to"):
         file.add(0, [("a", 1.0)], [])
     writer.close()
     assert file._records.closed
@@ -285,8 +285,8 @@ def test_unwritable_log_directory(tmp_path):
         Trainer(TrainConfig(**SETTINGS, log_dir=str(tmp_path / "file"))).run()
     folder = tmp_path / "file" / "fp" / "hid_32" / "bs_128" / "reg_0.0001"
     assert str(caught.value) == (
-        f"The 'log_dir' must be a folder in which run folders can be made; {folder} cannot be made "
-        f"or written: Not a directory. Give another with --log_dir."
+        f"The 'log_dir' must be a folder in which run folders can be made; {folder} cannot be "
+        f"created or written: Not a directory. Choose another with --log_dir."
     )
 
 

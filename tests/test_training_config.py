@@ -138,7 +138,7 @@ class TestWidths:
 
     def test_a_single_layer(self):
         assert TrainConfig(n_hidden=(30,)).hidden_sizes == (30,)
-        with pytest.raises(SettingError, match="'bop' must have binary weights"):
+        with pytest.raises(SettingError, match="'bop' needs binary weights"):
             TrainConfig(n_hidden=(30,), binary=True, optimizer="bop")
 
     def test_a_number_of_layers_that_does_not_agree(self):
