@@ -152,7 +152,7 @@ class TestOpening:
             (text, "neither a packed network nor a checkpoint: not an .npz file"),
             (other, "is not a cupybnn checkpoint"),
             (broken, "neither a packed network nor a checkpoint"),
-            (tmp_path, "holds no checkpoint"),
+            (tmp_path, "contains no checkpoint"),
         ):
             with pytest.raises(cupybnn.errors.CheckpointError, match=words):
                 open_network(path)
