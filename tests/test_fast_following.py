@@ -11,6 +11,7 @@ from fast_networks import SMALL, arrays, dataset, trainer
 from cupybnn import nn, optim
 from cupybnn.training import Callback, TrainConfig, Trainer
 from cupybnn.training.fast.following import Edits, Wiring
+from cupybnn.training.fast.step import FusedStep
 from cupybnn.training.step import PlainStep
 
 
@@ -96,6 +97,36 @@ def test_replacing_a_part_makes_a_step_stale(change):
     assert not wiring.changed()
     change(model, optimizer)
     assert wiring.changed()
+
+
+def test_a_timed_step_does_not_bring_back_a_graph_of_old_options(monkeypatch):
+    """Without a GPU: what a step launches is a stand-in."""
+    launched: list[str] = []
+    step = object.__new__(FusedStep)
+    nothing = SimpleNamespace(
+        refresh_copies=lambda: None, mark_current=lambda: None, prepare=lambda number: None
+    )
+    step._edits = step.feed = nothing
+    step._dropouts, step._offsets, step._parameters = [], (), []
+    step._optimizer = SimpleNamespace(steps=0)
+    step.passes = SimpleNamespace(launch=lambda fork, draws: launched.append("kernels"))
+    step.buffers = SimpleNamespace(kept_grads={}, loss=np.zeros(1), logits=None, labels=None)
+    step._warm = step._capture = True
+    step._bypass_graph = False
+
+    def graph(name):
+        return SimpleNamespace(launch=lambda: launched.append(name))
+
+    step._graph = graph("old graph")
+    monkeypatch.setattr(step, "_update_options", lambda: None)
+    monkeypatch.setattr(step, "_capture_graph", lambda: graph("new graph"))
+    step(0)
+    monkeypatch.setattr(step, "_update_options", lambda: setattr(step, "_graph", None))
+    pytest.importorskip("cupy")
+    assert step.spans(1) == {}
+    monkeypatch.setattr(step, "_update_options", lambda: None)
+    step(2)
+    assert launched == ["old graph", "kernels", "new graph"]
 
 
 # On a GPU ----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 
 from cupybnn.benchmark import tables
 from cupybnn.benchmark.tables import percent, times
-from cupybnn.benchmark.training.tables import heading
+from cupybnn.benchmark.training.tables import failures, heading
 from cupybnn.text_table import table
 
 __all__ = ["heading", "lines", "size", "summary"]
@@ -61,15 +61,7 @@ def summary(record: dict[str, Any]) -> Iterator[str]:
         rows.append([*cells, *(times(found["over"].get(name)) for name in others)])
     yield "a call by medians, and how many times as fast as the fastest way of each other library"
     yield from table(["hidden", "batch", "cupybnn", *(f"over {name}" for name in others)], rows)
-    wrong = [
-        f"  {found['hidden']}x{found['batch']} {name_of(row)}: {row['error']}"
-        for found in record["sizes"]
-        for row in found["rows"]
-        if row.get("failed") and row["library"] == "cupybnn"
-    ]
-    if wrong:
-        yield f"{len(wrong)} FAILED:"
-        yield from wrong
+    yield from failures(record, name_of)
 
 
 def lines(record: dict[str, Any]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from cupybnn.benchmark import tables
@@ -137,11 +137,16 @@ def summary(record: dict[str, Any]) -> Iterator[str]:
     yield from original(record)
     yield ""
     yield from comparison(record)
+    yield from failures(record, name_of)
+
+
+def failures(record: dict[str, Any], name: Callable[[dict[str, Any]], str]) -> Iterator[str]:
+    """Yield the cupybnn rows that failed, by their names; nothing if there are none."""
     wrong = [
-        f"  {found['hidden']}x{found['batch']} {name_of(row)}, {row['precision']}: {row['error']}"
+        f"  {found['hidden']}x{found['batch']} {name(row)}, {row['precision']}: {row['error']}"
         for found in record["sizes"]
         for row in found["rows"]
-        if row.get("failed") and row["library"] != "PyTorch"
+        if row.get("failed") and row["library"] == "cupybnn"
     ]
     if wrong:
         yield f"{len(wrong)} FAILED:"

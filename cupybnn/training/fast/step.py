@@ -75,6 +75,7 @@ class FusedStep:
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._side_stream = cupy.cuda.Stream(non_blocking=True)
         self._graph: Any = None
+        self._bypass_graph = False
         self._warm = False
         self._capture = config.graph
         if config.graph and not blas.capturable():
@@ -97,9 +98,10 @@ class FusedStep:
         self._update_options()
         self.feed.prepare(step)
         self._advance_dropout(step)
-        if self._capture and self._graph is None and self._warm:
+        by_graph = self._capture and not self._bypass_graph
+        if by_graph and self._graph is None and self._warm:
             self._graph = self._capture_graph()
-        if self._graph is not None:
+        if by_graph and self._graph is not None:
             self._graph.launch()
         else:
             self.passes.launch(Fork(None), self._draws())
@@ -143,12 +145,11 @@ class FusedStep:
             end.record()
             events.append((name, begin, end))
 
-        graph, self._graph, capturing, self._capture = self._graph, None, self._capture, False
-        self.passes.span = span
+        self._bypass_graph, self.passes.span = True, span
         try:
             self(step)
         finally:
-            self._graph, self._capture, self.passes.span = graph, capturing, no_span
+            self._bypass_graph, self.passes.span = False, no_span
         seconds: dict[str, float] = {}
         for name, begin, end in events:
             end.synchronize()
