@@ -14,6 +14,7 @@ from cupybnn.errors import SettingError
 from cupybnn.paths import home, user_path
 
 __all__ = [
+    "VARIABLES",
     "cache_dir",
     "cpu_threads",
     "data_dir",
@@ -23,6 +24,21 @@ __all__ = [
     "scikit_learn_data",
     "variables_set",
 ]
+
+#: Every environment variable that is read, and its meaning: the table in the pages.
+VARIABLES = {
+    "CUPYBNN_CACHE_DIR": "folder of tuned kernel tables and, below it, data; default: `cupybnn` in "
+    "the system's cache folder (`XDG_CACHE_HOME`, `~/.cache`, `~/Library/Caches`, `LOCALAPPDATA`)",
+    "CUPYBNN_DATA_DIR": "folder of downloaded data sets; default: `data` in the cache folder",
+    "CUPYBNN_DEBUG": "`1`: on a GPU, print once for each shape which kernel and tile was chosen, "
+    "and for each training how its backward pass works",
+    "CUPYBNN_KERNEL": "use this kernel for every product on a GPU; `cupybnn info` lists them",
+    "CUPYBNN_TEST_DATA": "for the tests: folder with `mnist/` (the IDX files) and `openml_home/`",
+    "SCIKIT_LEARN_DATA": "scikit-learn's own data folder, which is searched for MNIST, too",
+    "OMP_NUM_THREADS": "number of threads of NumPy's products and of elementwise work",
+    "OPENBLAS_THREAD_TIMEOUT": "OpenBLAS's own: its threads spin after a product, 2 to the power "
+    "of this many clock ticks. The command line imports NumPy with 16, unless the variable is set",
+}
 
 #: More cores than any machine has; each thread takes memory.
 _MOST_THREADS = 1024

@@ -259,7 +259,7 @@ def negative(x: Tensor) -> Tensor:
 
 
 def absolute(x: Tensor) -> Tensor:
-    """Return |x|. The gradient at 0 is 0."""
+    """Return the magnitude ``|x|``. The gradient at 0 is 0."""
     return Absolute.apply(x)
 
 

@@ -93,7 +93,7 @@ def with_attributes(cls: C) -> C:
         default = f"default {each.default!r}"
         if each.by_binary is not None:
             default = "default {!r}, with `binary` {!r}".format(*each.by_binary)
-        text = f"{each.text[0].upper()}{each.text[1:]}."
+        text = f"{each.text[0].upper()}{each.text[1:]}.".replace("|x|", "``|x|``")
         lines.append(f"{name} : {each.rule.kind}, {default}")
         lines += textwrap.wrap(text, 92, initial_indent="    ", subsequent_indent="    ")
     cls.__doc__ = f"{cls.__doc__.rstrip()}\n{textwrap.indent(chr(10).join(lines), '    ')}\n    "

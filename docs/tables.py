@@ -1,0 +1,136 @@
+"""Tables of the pages: options of ``cupybnn train``, and results from the records in ``bench``."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from cupybnn.benchmark import record as records
+from cupybnn.training.config import TrainConfig
+from cupybnn.training.declaration import declared
+
+#: The columns of the products' table, by the names of the methods in a record.
+METHODS = (
+    "packed -> packed",
+    "packed -> int32",
+    "float32 -> float32",
+    "CuPy float32",
+    "CuPy TF32",
+    "torch bfloat16",
+    "torch int8",
+    "torch fp8",
+)
+#: PyTorch's variants in the table of training.
+TORCH = ("eager", "graph", "compiled + graph")
+
+
+def options() -> str:
+    """Return the table of the options of ``cupybnn train``, from the declared settings."""
+    lines, heading = [], ""
+    for name, each in declared(TrainConfig).items():
+        if each.group != heading:
+            heading = each.group
+            lines += ["", f"### {heading.capitalize()}", ""]
+            lines += ["| option | meaning | default |", "| --- | --- | --- |"]
+        option = f"`--{name} {each.rule.metavar}".strip() + "`"
+        if name == "data_dir":
+            option = "`DATA_DIR`"
+        lines.append(f"| {option} | {each.text} | {each.default_text} |".replace("|x|", r"\|x\|"))
+    return "\n".join(lines)
+
+
+def results(folder: Path) -> str:
+    """Return a section for each record in `folder`: chart, table, and what was measured how."""
+    sections = []
+    for path in sorted(folder.glob("*.json")):
+        record = records.load(path)
+        make = {"train": _training, "product": _product}.get(records.kind_of(record))
+        if make is not None and record["gpu"]:
+            sections.append("\n".join(_heading(path, record) + make(record)))
+    return "\n\n".join(sections)
+
+
+def _heading(path: Path, record: dict[str, Any]) -> list[str]:
+    training = records.kind_of(record) == "train"
+    what = "Training" if training else "Matrix products"
+    lines = [f"## {what} on one {record['gpu']['name']}", ""]
+    chart = path.with_suffix(".svg")
+    if chart.exists():
+        parts = Path(__file__).parent / "_generated" / "parts"
+        shutil.copy(chart, parts)
+        lines += [f"```{{image}} /_generated/parts/{chart.name}\n:alt: {what}\n```", ""]
+    return lines
+
+
+def _when(record: dict[str, Any]) -> str:
+    versions = record["machine"]
+    return (
+        f"{record['date'][:10]}, driver {versions['cuda']['driver']}, CuPy "
+        f"{versions['cuda']['cupy']}, PyTorch {versions['torch'] or 'not installed'}"
+    )
+
+
+def _number(tops: float) -> str:
+    return f"{tops:,.0f}" if tops >= 9.95 else f"{tops:.1f}"
+
+
+def _product(record: dict[str, Any]) -> list[str]:
+    present = [
+        name
+        for name in METHODS
+        if any(r["method"] == name and "tops" in r for p in record["products"] for r in p["rows"])
+    ]
+    lines = [
+        f"Rates in TOPS (2·M·N·K / seconds / 10¹²): medians of one run with all peers, operands "
+        f"rotated out of the L2 cache ({_when(record)}). *packed* means operands or results as "
+        f"bits; *float32* means arrays, packing included.",
+        "",
+        "| M × N × K | " + " | ".join(present) + " |",
+        "| --- |" + " ---: |" * len(present),
+    ]
+    for product in record["products"]:
+        tops = {r["method"]: r["tops"] for r in product["rows"] if "tops" in r}
+        cells = [_number(tops[name]) if name in tops else "–" for name in present]
+        lines.append(
+            f"| {product['m']} × {product['n']} × {product['k']} | " + " | ".join(cells) + " |"
+        )
+    return lines
+
+
+def _precisions(record: dict[str, Any], library: str) -> str:
+    rows = [r for size in record["sizes"] for r in size["rows"] if r["library"] == library]
+    found = list(dict.fromkeys(r["precision"] for r in rows)) or ["none"]
+    return " and ".join(found)
+
+
+def _training(record: dict[str, Any]) -> list[str]:
+    lines = [
+        f"Million examples a second: medians of one run ({_when(record)}). Each figure is the "
+        f"fastest of its precisions: {_precisions(record, 'cupybnn')} for cupybnn, "
+        f"{_precisions(record, 'PyTorch')} for PyTorch. *memory* compares the device memory of "
+        f"our fastest variant with PyTorch's fastest.",
+        "",
+        "| hidden, batch | xnor | dense | xnor / dense | "
+        + " | ".join(f"PyTorch {how}" for how in TORCH)
+        + " | ours / PyTorch | memory |",
+        "| --- |" + " ---: |" * (5 + len(TORCH)),
+    ]
+    for size in record["sizes"]:
+        done = [r for r in size["rows"] if "error" not in r]
+        kinds = [("cupybnn", product, None) for product in ("xnor", "matmul")]
+        kinds += [("PyTorch", "matmul", how) for how in TORCH]
+        rates = []
+        for library, product, how in kinds:
+            found = [
+                r["examples_per_second"]["median"] / 1e6
+                for r in done
+                if (r["library"], r["product"]) == (library, product) and how in (None, r["how"])
+            ]
+            rates.append(f"{max(found):#.3g}".rstrip(".") if found else "–")
+        ratios = [size["xnor_over_matmul"].get("best"), size["over_pytorch"]]
+        ratios.append(size["memory_of_pytorch"])
+        shares = ["–" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        cells = [*rates[:2], shares[0], *rates[2:], *shares[1:]]
+        lines.append(f"| {size['hidden']}, {size['batch']} | " + " | ".join(cells) + " |")
+    return lines
