@@ -27,7 +27,13 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
 ]
-exclude_patterns = ["_build", "jupyter_execute", "_templates", "_generated/parts", "**.ipynb_checkpoints"]
+exclude_patterns = [
+    "_build",
+    "jupyter_execute",
+    "_templates",
+    "_generated/parts",
+    "**.ipynb_checkpoints",
+]
 templates_path = ["_templates"]
 
 # The notebooks show the outputs that they were committed with: the build needs no GPU, no data.

@@ -114,9 +114,10 @@ def quantizer_sections(folder: Path) -> str:
 
 
 def quantizer_classes() -> list[type]:
-    """Return the classes of all registered quantizers, the default first."""
-    found = dict.fromkeys(_class_of(name) for name in ("hard_tanh", *registry.quantizer_names()))
-    return list(found)
+    """Return the classes of the quantizers that come with cupybnn, the default first."""
+    names = ("hard_tanh", *registry.quantizer_names())
+    found = dict.fromkeys(_class_of(name) for name in names)
+    return [kind for kind in found if kind.__module__.startswith("cupybnn.")]
 
 
 def _class_of(name: str) -> type:
@@ -141,7 +142,7 @@ def _quantizer_section(kind: type, names: list[str]) -> str:
         formula.strip().rstrip(":").replace("``", "`").rstrip(",") + ".",
         "",
         f"```{{image}} /_generated/parts/{names[0]}.svg\n:alt: {kind.__name__} and its "
-        f"pseudo-gradient\n:width: 520px\n:class: only-light-background\n```",
+        f"pseudo-gradient\n:width: 520px\n```",
         "",
         f"**When to use it.** {WHEN[kind.__name__]}",
         "",

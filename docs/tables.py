@@ -45,7 +45,7 @@ def results(folder: Path) -> str:
     sections = []
     for path in sorted(folder.glob("*.json")):
         record = records.load(path)
-        make = {"train": _training, "product": _product}.get(records.kind_of(record))
+        make = {"train": training, "product": products}.get(records.kind_of(record))
         if make is not None and record["gpu"]:
             sections.append("\n".join(_heading(path, record) + make(record)))
     return "\n\n".join(sections)
@@ -75,7 +75,8 @@ def _number(tops: float) -> str:
     return f"{tops:,.0f}" if tops >= 9.95 else f"{tops:.1f}"
 
 
-def _product(record: dict[str, Any]) -> list[str]:
+def products(record: dict[str, Any]) -> list[str]:
+    """Return the lines of a table of products, with what was measured how above it."""
     present = [
         name
         for name in METHODS
@@ -104,7 +105,8 @@ def _precisions(record: dict[str, Any], library: str) -> str:
     return " and ".join(found)
 
 
-def _training(record: dict[str, Any]) -> list[str]:
+def training(record: dict[str, Any]) -> list[str]:
+    """Return the lines of a table of training steps, with what was measured how above it."""
     lines = [
         f"Million examples a second: medians of one run ({_when(record)}). Each figure is the "
         f"fastest of its precisions: {_precisions(record, 'cupybnn')} for cupybnn, "
