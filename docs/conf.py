@@ -23,6 +23,7 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.viewcode",
     "numpydoc",
+    "jupyterlite_sphinx",
     "myst_nb",
     "sphinx_copybutton",
     "sphinx_design",
@@ -38,6 +39,11 @@ templates_path = ["_templates"]
 
 # The notebooks show the outputs that they were committed with: the build needs no GPU, no data.
 nb_execution_mode = "off"
+
+# The same notebooks in the browser, by Pyodide, with a wheel of this checkout (see generate.py).
+jupyterlite_dir = str(HERE / "_generated" / "lite")
+jupyterlite_contents = str(HERE.parent / "notebooks" / "*.ipynb")
+jupyterlite_silence = True
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
+import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +59,22 @@ def write_all(folder: Path) -> None:
         text = (ROOT / f"{name}.md").read_text(encoding="utf-8")
         (parts / f"{name.lower()}.md").write_text(text, encoding="utf-8")
     reference(folder / "reference")
+    browser(folder / "lite")
     shutil.copytree(
         ROOT / "notebooks", folder / "notebooks", ignore=shutil.ignore_patterns(".ipynb_*")
     )
+
+
+def browser(folder: Path) -> None:
+    """Write JupyterLite's settings, with a wheel of this checkout: notebooks import that one."""
+    folder.mkdir()
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"The wheel for the browser cannot be built: {done.stderr}")
+    (wheel,) = folder.glob("*.whl")
+    settings = {"PipliteAddon": {"piplite_urls": [str(wheel)]}}
+    (folder / "jupyter_lite_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 def environment() -> str:
