@@ -92,8 +92,8 @@ class PackedNetwork:
         Parameters
         ----------
         model : Module
-            A chain of our layers (`cupybnn.nn.Sequential`), with parameters in float32. A model that
-            `cupybnn.train` or `cupybnn.load_model` returned knows the next two itself.
+            A chain of our layers (`cupybnn.nn.Sequential`), with parameters in float32. A model
+            that `cupybnn.train` or `cupybnn.load_model` returned knows the next two itself.
         pixel_max : float, optional
             Greatest pixel, 255 for MNIST, where the network is to take pixels of whole numbers; it
             was trained on ``pixels / pixel_max`` then. Floating inputs are taken as they are.
