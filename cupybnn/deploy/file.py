@@ -38,11 +38,19 @@ VERSION = 2  # 1, which is still read, had an entry for each array and int32 thr
 def write(
     path: str | os.PathLike[str], layers: Sequence[PackedLayer], inputs: InputSpec, classes: Any
 ) -> None:
-    """Write a network whose arrays are on the CPU; `path` then holds all of it or what it held.
+    """Write a network whose arrays are on the CPU; `path` then holds all of it or what it held."""
+    with atomic_write(path) as out:
+        np.savez(out, **to_arrays(layers, inputs, classes))  # type: ignore[arg-type]
 
-    The file has two entries. "header" is JSON. "data" has the bytes of all arrays, layer after
-    layer, in the order of `_parts`, little-endian. Signs and flips take one bit each, row by row,
-    1 for +1, the first in the highest bit of a byte, as `numpy.packbits` has it.
+
+def to_arrays(
+    layers: Sequence[PackedLayer], inputs: InputSpec, classes: Any
+) -> dict[str, np.ndarray]:
+    """Return the entries of the file of a network whose arrays are on the CPU.
+
+    "header" is JSON. "data" has the bytes of all arrays, layer after layer, in the order of
+    `_parts`, little-endian. Signs and flips take one bit each, row by row, 1 for +1, the first in
+    the highest bit of a byte, as `numpy.packbits` has it.
     """
     described, data = [], []
     for layer in layers:
@@ -73,8 +81,7 @@ def write(
         "layers": described,
     }
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    with atomic_write(path) as out:
-        np.savez(out, header=np.frombuffer(encoded, np.uint8), data=np.concatenate(data))
+    return {"header": np.frombuffer(encoded, np.uint8), "data": np.concatenate(data)}
 
 
 def _smallest(layer: PackedLayer) -> np.ndarray:
@@ -191,20 +198,24 @@ def read(path: str | os.PathLike[str]) -> tuple[list[PackedLayer], InputSpec, li
     """
     try:
         with open_npz(path) as archive:
-            header = parse(archive.read("header", 1 << 20).tobytes())
-            old = isinstance(header, dict) and header.get("version") == 1
-            (_OLD_HEADER if old else _HEADER)(header, "")
-            described = header["layers"]
-            if old:
-                for fields in described:
-                    kind = "int32" if fields["product"] == "bits" else "float32"
-                    fields["threshold"] = kind if fields["threshold"] else None
-            arrays = (_by_name if old else _in_order)(archive, described)
-            layers = [_layer(f"{i}.", described[i], each) for i, each in enumerate(arrays)]
+            return _decoded(archive)
     except ValueError as error:
         raise ValueError(
             f"{os.fspath(path)!r} cannot be read as a PackedNetwork: {error}."
         ) from error
+
+
+def _decoded(archive: NpzFile) -> tuple[list[PackedLayer], InputSpec, list[Any]]:
+    header = parse(archive.read("header", 1 << 20).tobytes())
+    old = isinstance(header, dict) and header.get("version") == 1
+    (_OLD_HEADER if old else _HEADER)(header, "")
+    described = header["layers"]
+    if old:
+        for fields in described:
+            kind = "int32" if fields["product"] == "bits" else "float32"
+            fields["threshold"] = kind if fields["threshold"] else None
+    parts = (_by_name if old else _in_order)(archive, described)
+    layers = [_layer(f"{i}.", described[i], each) for i, each in enumerate(parts)]
     shape = header["image_shape"]
     inputs = InputSpec(
         header["features"], None if shape is None else tuple(shape), header["pixel_max"]
@@ -212,10 +223,10 @@ def read(path: str | os.PathLike[str]) -> tuple[list[PackedLayer], InputSpec, li
     return layers, inputs, header["classes"]
 
 
-_Arrays = dict[str, np.ndarray]
+_Layer = dict[str, np.ndarray]  # arrays of a layer by name
 
 
-def _in_order(archive: NpzFile, layers: list[dict[str, Any]]) -> Iterator[_Arrays]:
+def _in_order(archive: NpzFile, layers: list[dict[str, Any]]) -> Iterator[_Layer]:
     """Yield the arrays of each layer, which the entry "data" has one after the other."""
     parts = [list(_parts(fields)) for fields in layers]
     total = sum(math.prod(shape) * dtype.itemsize for each in parts for _, dtype, shape in each)
@@ -229,7 +240,7 @@ def _in_order(archive: NpzFile, layers: list[dict[str, Any]]) -> Iterator[_Array
         yield arrays
 
 
-def _by_name(archive: NpzFile, layers: list[dict[str, Any]]) -> Iterator[_Arrays]:
+def _by_name(archive: NpzFile, layers: list[dict[str, Any]]) -> Iterator[_Layer]:
     """Yield the arrays of each layer, which have an entry each, as in version 1."""
     for i, fields in enumerate(layers):
         parts = _parts(fields)
@@ -246,7 +257,7 @@ def _entry(archive: NpzFile, name: str, dtype: np.dtype[Any], shape: tuple[int, 
     return archive.read(name)
 
 
-def _layer(place: str, fields: dict[str, Any], arrays: _Arrays) -> PackedLayer:
+def _layer(place: str, fields: dict[str, Any], arrays: _Layer) -> PackedLayer:
     inputs, units, product = fields["inputs"], fields["units"], fields["product"]
 
     def bits(name: str, *shape: int) -> np.ndarray:
