@@ -150,7 +150,7 @@ class TestSources:
         whole = (tmp_path / "net.npz").read_bytes()
         for name, content in (("cut", whole[: len(whole) // 2]), ("bit", bytearray(whole))):
             if name == "bit":
-                content[len(whole) // 3] ^= 4
+                content[whole.index(b"NUMPY", whole.index(b"data.npy")) + 140] ^= 4
             (tmp_path / "damaged.npz").write_bytes(content)
             self.refuse(capsys, tmp_path, tmp_path / "damaged.npz")
 
