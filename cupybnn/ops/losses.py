@@ -260,7 +260,14 @@ def mse(outputs: Tensor, targets: Any) -> Tensor:
 
 
 def l1(x: Tensor) -> Tensor:
-    """Return ``sum(|x|)``, shape (). The gradient at 0 is 0."""
+    """Return ``sum(|x|)``, shape (). The gradient at 0 is 0.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> ops.l1(Tensor([-1.0, 2.0])).item()
+    3.0
+    """
     return L1.apply(x)
 
 
@@ -272,5 +279,11 @@ def bipolar_penalty(x: Tensor) -> Tensor:
     Notes
     -----
     Tang, Hua, Wang: How to train a compact binary neural network with high accuracy? AAAI 2017.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> ops.bipolar_penalty(Tensor([1.0, 0.5])).item()
+    0.75
     """
     return BipolarPenalty.apply(x)
