@@ -13,6 +13,7 @@ def covering(
     variants: Sequence[Variant],
     *,
     together: Sequence[str] = (),
+    unpaired: Sequence[str] = (),
     pairs: bool = True,
     covered: Iterable[Variant] = (),
 ) -> list[Variant]:
@@ -28,6 +29,8 @@ def covering(
         Value of each parameter; not every variant needs every parameter.
     together : sequence of str
         Parameters whose values must also all appear as they come together.
+    unpaired : sequence of str
+        Parameters of which only each value counts.
     pairs : bool
         False asks only for each value and for what is `together`.
     covered : iterable of mapping
@@ -43,7 +46,8 @@ def covering(
         values = sorted(variant.items())
         parts: set[Hashable] = {(value,) for value in values}
         parts.add(("together", *((name, variant.get(name)) for name in together)))
-        return parts | (set(combinations(values, 2)) if pairs else set())
+        paired = [value for value in values if pairs and value[0] not in unpaired]
+        return parts | set(combinations(paired, 2))
 
     parts = [shown(variant) for variant in variants]
     missing = set().union(*parts) - set().union(*map(shown, covered))

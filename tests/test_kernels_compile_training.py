@@ -12,6 +12,8 @@ from covering import covering
 from kernel_compiler import compile_cubin, compile_ptx
 from test_kernels_compile import ARCHITECTURES, capability, require
 
+pytestmark = pytest.mark.slow
+
 REALS = ("float", "bfloat16_bits")
 #: For choices that leave a kernel without an element of that type: compiled once.
 NO_REAL = {"REAL": "bfloat16_bits"}
