@@ -45,6 +45,16 @@ def fold_batch_norm(
     ------
     ValueError
         If the arguments are not vectors of one length.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupybnn
+    >>> mean, variance = np.array([0.5, -3.0]), np.array([1.0, 4.0])
+    >>> gamma, beta = np.array([1.0, -1.0]), np.array([0.0, 0.0])
+    >>> threshold, flip = cupybnn.fold_batch_norm(mean, variance, gamma, beta, 0.0)
+    >>> print(threshold, flip)
+    [ 1 -2] [False  True]
     """
     xp = array_module(mean, var, gamma, beta)
     # Overflow gives infinity, a variance of 0 without eps divides by 0, and NaN is -1. As on a GPU,

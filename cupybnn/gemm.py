@@ -150,6 +150,20 @@ def xnor_gemm_packed(a: Any, b: Any, *, threshold: Any = None, flip: Any = None)
     TypeError, ValueError
         As `xnor_gemm`; and if `threshold` is not integer, `flip` is not bool, or the shape of
         either is not (N,).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupybnn
+    >>> a = cupybnn.pack(np.array([[1, 1, -1], [-1, -1, -1]]))
+    >>> b = cupybnn.pack(np.array([[1, -1], [1, 1], [1, -1]]), axis=-2)
+    >>> cupybnn.xnor_gemm(a, b)
+    array([[ 1,  1],
+           [-3,  1]], dtype=int32)
+    >>> signs = cupybnn.xnor_gemm_packed(a, b, threshold=np.array([0, 2], np.int32))
+    >>> signs.unpack("int8")
+    array([[ 1, -1],
+           [-1, -1]], dtype=int8)
     """
     home = _fast_path_home(a, b)
     if home is None or threshold is not None or flip is not None:

@@ -24,7 +24,11 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip the tests marked ``gpu``, with the reason, where CUDA is not usable."""
+    """Begin with slow tests; skip the tests marked ``gpu``, with the reason, without CUDA.
+
+    A slow test that begins last would leave all other processes idle.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # else in their order
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from cupybnn.benchmark.inference import chart, ours, record, tables
 from cupybnn.benchmark.inference.network import Network, random_inputs
 from cupybnn.benchmark.inference.variants import Calls, Variant, measure
 from cupybnn.benchmark.methods import Unsupported
+from cupybnn.benchmark.training.variants import Size
 from cupybnn.cli import main
 
 NETWORK = Network.random(24)
@@ -188,7 +188,7 @@ def test_a_disturbed_cpu_is_measured_anew_and_never_compared(busy, trials, monke
 
     monkeypatch.setattr(record, "measure", fake)
     monkeypatch.setattr(record, "variants_for", lambda *_: (ours.variants(CPU), []))
-    (size,) = record.run(CPU, quick=True, sizes=[SimpleNamespace(hidden=16, batch=2)])["sizes"]
+    (size,) = record.run(CPU, quick=True, sizes=[Size(16, 2)])["sizes"]
     assert next(values, None) is None
     assert size["rows"][0]["others_processors"] == min(busy)
     assert size["disturbed"] == (min(busy) > 0.2)

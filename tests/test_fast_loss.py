@@ -35,36 +35,61 @@ LOGITS = np.array(
         [0.0, 0.0, -np.inf],
         [5.0, 5.0, 5.0],
         [0.0, np.nan, 0.0],
+        [0.0, np.inf, 0.0],
+        [-np.inf, -np.inf, -np.inf],
     ],
     "float32",
 )
-LABELS = np.array([2, 0, 0, 2, 7, 0])
+LABELS = np.array([2, 0, 0, 2, 7, 0, 7, 7])
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("smoothing", [0.0, 0.125])
-def test_cross_entropy(smoothing):
+def losses(kind, logits, labels, smoothing=0.0):
+    """Return the losses and their gradients as the kernels have them."""
     import cupy
 
     module = cupy.RawModule(
         code=SOURCE,
-        options=(f"-I{KERNELS}", "-std=c++17", "-DCLASSES=3", "-DLOSS=0"),
+        options=(f"-I{KERNELS}", "-std=c++17", "-DCLASSES=3", f"-DLOSS={kind}"),
     )
-    n = len(LABELS)
+    n = len(labels)
     out, grads = cupy.empty(n, "float32"), cupy.empty((n, 3), "float32")
     arguments = (
-        cupy.asarray(LOGITS),
-        cupy.asarray(LABELS),
+        cupy.asarray(logits),
+        cupy.asarray(labels),
         np.float32(smoothing),
         np.int32(n),
         out,
         grads,
     )
     module.get_function("losses")((1,), (32,), arguments)
+    return out.get(), grads.get()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("smoothing", [0.0, 0.125])
+def test_cross_entropy(smoothing):
+    n = len(LABELS)
+    out, grads = losses(0, LOGITS, LABELS, smoothing)
     one_hot = (LABELS[:, None] == np.arange(3)).astype("float32")  # none for the label 7
     for row in range(n):
         logits = Tensor(LOGITS[row : row + 1], requires_grad=True)
-        loss = ops.softmax_cross_entropy(logits, one_hot[row : row + 1], smoothing)
+        with np.errstate(invalid="ignore"):
+            loss = ops.softmax_cross_entropy(logits, one_hot[row : row + 1], smoothing)
         loss.backward()
-        np.testing.assert_allclose(out[row].get(), loss.item(), rtol=1e-5)
-        np.testing.assert_allclose(grads[row].get(), logits.grad[0] / n, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(out[row], loss.item(), rtol=1e-5)
+        np.testing.assert_allclose(grads[row], logits.grad[0] / n, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.gpu
+def test_squared_hinge():
+    """Infinite outputs of either sign among them."""
+    values = np.array([[0.5, -2, 3], [np.inf, 0, 0], [-np.inf, 0, 0], [0, np.nan, 0]], "float32")
+    rows = np.concatenate([values, values])
+    labels = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    out, grads = losses(1, rows, labels)
+    for row in range(len(rows)):
+        outputs = Tensor(rows[row : row + 1], requires_grad=True)
+        loss = ops.squared_hinge(outputs, labels[row : row + 1])
+        loss.backward()
+        np.testing.assert_allclose(out[row], loss.item(), rtol=1e-5)
+        np.testing.assert_allclose(grads[row], outputs.grad[0] / len(rows), rtol=1e-5)

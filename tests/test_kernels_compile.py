@@ -4,16 +4,21 @@ NVRTC, which comes with CuPy's wheels, needs no GPU for this.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
+from covering import covering
 from kernel_compiler import compile_cubin
 
 from cupybnn.backends.cuda import architectures, dispatch, packing
 from cupybnn.backends.cuda.architectures import sm80
 from cupybnn.backends.cuda.configs import Problem
-from cupybnn.backends.cuda.sources import kernel_names
+from cupybnn.backends.cuda.sources import kernel_names, kernels_dir
 from cupybnn.benchmark import tuning
+
+pytestmark = pytest.mark.slow
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 
@@ -28,10 +33,12 @@ SHAPES = [
 ]
 INT32, FLOAT32, FLOAT16, BFLOAT16, PACKED, INT16 = range(6)  # OUTPUT_* of product.cuh
 NAMES = ("int32", "float32", "float16", "bfloat16", "packed", "int16")
+#: Results that are written alike, but for the conversion of a number.
+KINDS = ("int32", "float32", "16 bits", "16 bits", "packed", "int16")
 #: (OUTPUT, SCALED)
 EVERY_RESULT = [(o, s) for o in (INT32, FLOAT32, FLOAT16, BFLOAT16) for s in (0, 1)]
 EVERY_RESULT += [(PACKED, 0), (INT16, 0)]
-SOME_RESULTS = [(INT32, 0), (FLOAT32, 1), (PACKED, 0)]
+SOME_RESULTS = [(FLOAT32, 1), (PACKED, 0)]  # what needs most registers, and another way to write
 
 
 def capability(arch: str) -> int:
@@ -122,15 +129,40 @@ def results_of(kernel: str, arch: str) -> list[tuple[int, int]]:
     return EVERY_RESULT if arch == home_of(kernel) else SOME_RESULTS
 
 
-def chosen_by_table(kernel: str, arch: str, output: int, scaled: int) -> set[tuple]:
+def chosen_by_table(kernel: str, arch: str, output: int, scaled: int) -> dict[tuple, int]:
     """Return what products of every shape define, for one kind of result, and how many bytes of
     shared memory their launches ask for."""
     kind = {"packed": output == PACKED, "scaled": bool(scaled)}
     configs = [dispatch.builtin_config(kernel, problem_of(arch, shape, **kind)) for shape in SHAPES]
-    return {(config.defines, config.shared_bytes(bool(scaled))) for config in configs}
+    return {config.defines: config.shared_bytes(bool(scaled)) for config in configs}
 
 
-# Each result by itself: a test of all would take minutes.
+@cache
+def products_to_compile(kernel: str, arch: str) -> list[dict]:
+    """Return variants for all that the table chooses for a kernel on an architecture.
+
+    Where more is compiled: each configuration, and each pair of a parameter's value with another's
+    or with a kind of result; both floats of 16 bits are one kind, which differs in nothing but the
+    conversion of a number. Elsewhere: each configuration, and each kind of result. The code
+    differs there in nothing but the compiler's target; see
+    `test_code_that_depends_on_the_architecture`.
+    """
+    every = [
+        {**dict(defines), "OUTPUT": output, "SCALED": scaled, "KIND": KINDS[output]}
+        for output, scaled in results_of(kernel, arch)
+        for defines in sorted(chosen_by_table(kernel, arch, output, scaled))
+    ]
+    # What needs most registers first, where it makes no difference for the covering.
+    every.sort(key=lambda v: (v["OUTPUT"] == FLOAT32, v["SCALED"]), reverse=True)
+    parameters = [name for name in every[0] if name not in ("OUTPUT", "SCALED", "KIND")]
+    chosen = covering(
+        every, together=parameters, unpaired=["OUTPUT"], pairs=arch == home_of(kernel)
+    )
+    chosen += covering(every, together=("OUTPUT", "SCALED"), pairs=False, covered=chosen)
+    return [{k: v for k, v in variant.items() if k != "KIND"} for variant in chosen]
+
+
+# Each kind of result by itself, to share the work among processes.
 RESULTS = [(k, a, *result) for k, a in PRODUCTS for result in results_of(k, a)]
 
 
@@ -140,46 +172,94 @@ RESULTS = [(k, a, *result) for k, a in PRODUCTS for result in results_of(k, a)]
     ids=[f"{k}-{a}-{NAMES[o]}{'-scaled' * s}" for k, a, o, s in RESULTS],
 )
 def test_products_that_the_built_in_table_chooses(kernel, arch, output, scaled):
+    """Compile what stands for all of them; see `products_to_compile`."""
     require(arch)
+    kind = {"OUTPUT": output, "SCALED": scaled}
+    variants = [v for v in products_to_compile(kernel, arch) if kind.items() <= v.items()]
     chosen = chosen_by_table(kernel, arch, output, scaled)
-    variants = [{**dict(d), "OUTPUT": output, "SCALED": scaled} for d, _ in chosen]
-    compile_all(f"{kernel}_xnor_gemm", arch, variants, asked=[shared for _, shared in chosen])
+    asked = [chosen[tuple(i for i in v.items() if i[0] not in kind)] for v in variants]
+    compile_all(f"{kernel}_xnor_gemm", arch, variants, asked=asked)
+
+
+@pytest.mark.parametrize(("kernel", "arch"), PRODUCTS)
+def test_what_is_compiled_stands_for_all_that_the_table_chooses(kernel, arch):
+    """Every configuration and every kind of result is among it; at home, every pair of values."""
+    compiled = products_to_compile(kernel, arch)
+    names = ("OUTPUT", "SCALED")
+    found = {tuple(i for i in v.items() if i[0] not in names) for v in compiled}
+    results = {tuple(v[name] for name in names) for v in compiled}
+    assert results == set(results_of(kernel, arch))
+    for output, scaled in results:
+        for defines in chosen_by_table(kernel, arch, output, scaled):
+            assert defines in found
+            if arch == home_of(kernel):
+                for item in defines:
+                    alike = {o for o in range(len(KINDS)) if KINDS[o] == KINDS[output]}
+                    assert any(item in v.items() and v["OUTPUT"] in alike for v in compiled)
 
 
 TUNED = [(kernel, output) for kernel in architectures.KERNELS for output in (INT32, PACKED)]
+
+
+@cache
+def tuned_to_compile(kernel: str, output: int) -> list[dict]:
+    """Return variants that show what tuning may choose and the table does not.
+
+    Each pair of values for int32 results; for packed ones each value, as the rest is alike.
+    """
+    arch = home_of(kernel)
+    every = {
+        config.defines: {**dict(config.defines), "OUTPUT": output, "SCALED": 0}
+        for shape in SHAPES
+        for config in dispatch.candidates(kernel, problem_of(arch, shape, packed=output == PACKED))
+    }
+    assert every
+    by_table = products_to_compile(kernel, arch)
+    if output == INT32:
+        return covering([every[defines] for defines in sorted(every)], covered=by_table)
+    by_table = [v for v in by_table if v["OUTPUT"] == output]
+    return covering([every[defines] for defines in sorted(every)], pairs=False, covered=by_table)
 
 
 @pytest.mark.parametrize(
     ("kernel", "output"), TUNED, ids=[f"{kernel}-{NAMES[output]}" for kernel, output in TUNED]
 )
 def test_products_that_tuning_may_choose(kernel, output):
-    arch = home_of(kernel)
-    require(arch)
-    candidates = {
-        config.defines
-        for shape in SHAPES
-        for config in dispatch.candidates(kernel, problem_of(arch, shape, packed=output == PACKED))
-    }
-    # The test above compiles those that the table chooses, too, and is stricter.
-    more = candidates - {defines for defines, _ in chosen_by_table(kernel, arch, output, 0)}
+    require(home_of(kernel))
     # One that spills is a bad choice, which measuring it will show; but it must compile.
-    variants = [{**dict(defines), "OUTPUT": output, "SCALED": 0} for defines in more]
-    if variants:
-        compile_all(f"{kernel}_xnor_gemm", arch, variants, spills=True)
-    else:
-        assert candidates
+    if variants := tuned_to_compile(kernel, output):
+        compile_all(f"{kernel}_xnor_gemm", home_of(kernel), variants, spills=True)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_pack(arch):
+def test_code_that_depends_on_the_architecture():
+    """Only whether it is 8.0 or newer decides in the sources: so two architectures show both.
+
+    Whoever adds another condition must have the kernels in question compiled in full there, too.
+    """
+    folder = kernels_dir()
+    texts = [path.read_text() for path in (*folder.glob("*.cu"), *folder.glob("include/*.cuh"))]
+    conditions = {line for text in texts for line in text.splitlines() if "_ARCH" in line}
+    assert conditions == {"#if __CUDA_ARCH__ >= 800"}
+
+
+PACKS = [("float", "float")]
+_TYPES = sorted(set(packing._C_TYPES.values()))
+PACKS += zip_longest(_TYPES[::2], _TYPES[1::2], fillvalue=_TYPES[0])
+PACK_CASES = [
+    (arch, pair) for arch in ARCHITECTURES for pair in PACKS if arch == "sm_90a" or pair == PACKS[0]
+]
+
+
+@pytest.mark.parametrize(("arch", "types"), PACK_CASES, ids=str)
+def test_pack(arch, types):
+    """Compile the code of every type on Hopper, two in one unit, and that of one elsewhere.
+
+    Each operand has code of its own for its type, whatever the other's is; and no line of it
+    depends on the architecture.
+    """
     require(arch)
-    types = sorted(set(packing._C_TYPES.values()))
-    pairs = [("float", "float"), ("bool", "float16_bits")]
-    if arch in ("sm_75", "sm_90a"):  # seconds each: every type on one old and one new architecture
-        pairs += [(t, t) for t in types if t != "float"]
-    compile_all(
-        "smxx_pack", arch, [{"SAME_TYPE": int(a == b), "TYPE_A": a, "TYPE_B": b} for a, b in pairs]
-    )
+    a, b = types
+    compile_all("smxx_pack", arch, [{"SAME_TYPE": int(a == b), "TYPE_A": a, "TYPE_B": b}])
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -8,6 +8,8 @@ from test_kernels_compile import ARCHITECTURES, capability, compile_all, most_sh
 
 from cupybnn.backends.cuda.packed_network import Team
 
+pytestmark = pytest.mark.slow
+
 TEAMS = [Team(8, 1, 1), Team(16, 1, 1), Team(32, 1, 1, 1 << 14), Team(32, 1, 1), Team(8, 16, 16)]
 
 

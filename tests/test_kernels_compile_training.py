@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import pytest
 import test_kernels_compile
+from covering import covering
 from kernel_compiler import compile_cubin, compile_ptx
 from test_kernels_compile import ARCHITECTURES, capability, require
+
+pytestmark = pytest.mark.slow
 
 REALS = ("float", "bfloat16_bits")
 #: For choices that leave a kernel without an element of that type: compiled once.
@@ -28,14 +32,6 @@ LAYERS = [
 #: Types of products that are read alike: for these one choice is enough.
 MORE_LAYERS = [{"PRODUCT": p, "NORM": 1, "DROP": 0} for p in ("short", "bfloat16_bits")]
 every_architecture = pytest.mark.parametrize("arch", ARCHITECTURES)
-
-
-def every_layer(layers: list[dict]):
-    """Parametrise a test: all of the layers on Hopper, one at a time, and the first elsewhere."""
-    cases = [(arch, layer) for arch in ARCHITECTURES for layer in layers]
-    cases = [(arch, layer) for arch, layer in cases if arch == "sm_90a" or layer is layers[0]]
-    ids = ["-".join([arch, *map(str, layer.values())]) for arch, layer in cases]
-    return pytest.mark.parametrize(("arch", "layer"), cases, ids=ids)
 
 
 def variants(arch: str, layer: dict, *choices: dict) -> list[dict]:
@@ -99,16 +95,26 @@ def of_layer(arch: str, layer: dict, choices: list[dict]) -> list[dict]:
     return [v for v in variants(arch, layer, *choices) if v["NORM"] or v.get("CLUSTER", 1) == 1]
 
 
+def to_compile(arch: str, every: list[dict]) -> list[dict]:
+    """Choose variants that stand for all.
+
+    Every pair of two parameters' values on the oldest architecture and on Hopper, which has code
+    of its own for clusters; elsewhere, where no other code is compiled, each value. See
+    `test_code_that_depends_on_the_architecture`.
+    """
+    together = ("PRODUCT", "NORM", "DROP", "HEAD", "LOSS")
+    return covering(every, together=together, pairs=arch in ("sm_75", "sm_90a"))
+
+
 @every_architecture
 def test_batch(arch):
     require(arch)
     choices = [{"VECTOR": v, "DROP": d} for v in (1, 4, 16) for d in (0, 1)]
-    compile_all("smxx_batch", arch, variants(arch, {}, *choices))
+    compile_all("smxx_batch", arch, to_compile(arch, variants(arch, {}, *choices)))
 
 
-@every_layer(LAYERS + MORE_LAYERS)
-def test_activation(arch, layer):
-    require(arch)
+def activations(arch: str, layer: dict) -> list[dict]:
+    """Return every variant of smxx_activation for a layer."""
     kinds = [{"OUTPUT": o, "GATE": g} for o, g in ((0, 1), (0, 0), (1, 1), (2, 1), (3, 0), (4, 1))]
     choices = [
         {**k, **s} for k, s in itertools.product(kinds, [*strips(arch, 4), *many_rows(arch)])
@@ -120,24 +126,22 @@ def test_activation(arch, layer):
     wanted = [v for v in of_layer(arch, layer, choices) if v["NORM"] or v["OUTPUT"] != 3]
     # Dropout follows a ReLU, and comes before a sign.
     never = {1: (2,), 2: (0, 1, 4)}.get(layer["DROP"], ())
-    compile_all("smxx_activation", arch, [v for v in wanted if v["OUTPUT"] not in never])
+    return [v for v in wanted if v["OUTPUT"] not in never]
 
 
-@every_layer(LAYERS + MORE_LAYERS)
-def test_activation_gradient(arch, layer):
-    require(arch)
+def gradients(arch: str, layer: dict) -> list[dict]:
+    """Return every variant of smxx_activation_gradient for a layer."""
     gates = (1,) if layer["DROP"] == 2 else (0, 1, 2)  # dropout after a ReLU, which has a mask
     kinds = [{"GATE": gate} for gate in gates]
     choices = [
         {**k, **s} for k, s in itertools.product(kinds, [*strips(arch, 4), *many_rows(arch)])
     ]
     choices += [{"GATE": 1, **s} for s in [*strips(arch, 1), *few_rows(arch)]]
-    compile_all("smxx_activation_gradient", arch, of_layer(arch, layer, choices))
+    return of_layer(arch, layer, choices)
 
 
-@every_layer([LAYERS[0], LAYERS[3], LAYERS[5]])
-def test_head(arch, layer):
-    require(arch)
+def heads(arch: str, layer: dict) -> list[dict]:
+    """Return every variant of smxx_head behind a layer."""
     kinds = [{"HEAD": h, "LOSS": loss, "CLASSES": 10} for h, loss in ((0, 0), (1, 0), (2, 1))]
     logits = [{"VECTOR": v, "ROWS": rows, **NO_REAL} for v, rows in ((4, 4), (4, 1), (1, 1))]
     back = [{"GATE": 1, **s} for s in strips(arch, 2, 1)]
@@ -145,10 +149,46 @@ def test_head(arch, layer):
     choices += [{"HEAD": 2, "LOSS": 0, "CLASSES": 32, "GATE": 2, **s} for s in strips(arch, 1)]
     choices += [{"HEAD": 0, "LOSS": 0, "CLASSES": 20, "GATE": 0, **s} for s in strips(arch, 1)]
     # Dropout follows a ReLU, and comes before anything else.
-    heads = {0: (0, 1, 2), 1: (0, 2), 2: (1,)}[layer["DROP"]]
-    choices = [{"OUTPUT_NORM": 0, **c} for c in choices if c["HEAD"] in heads]
+    after = {0: (0, 1, 2), 1: (0, 2), 2: (1,)}[layer["DROP"]]
+    choices = [{"OUTPUT_NORM": 0, **c} for c in choices if c["HEAD"] in after]
     choices += [{**c, "OUTPUT_NORM": 1} for c in choices if c["HEAD"] == 2]
-    compile_all("smxx_head", arch, of_layer(arch, layer, choices))
+    return of_layer(arch, layer, choices)
+
+
+#: What each kernel of a layer may be compiled as, and the layers.
+OF_LAYERS = {
+    "smxx_activation": (activations, LAYERS + MORE_LAYERS),
+    "smxx_activation_gradient": (gradients, LAYERS + MORE_LAYERS),
+    "smxx_head": (heads, [LAYERS[0], LAYERS[3], LAYERS[5]]),
+}
+#: All of the layers on Hopper, one at a time to share the work, and the first elsewhere.
+LAYER_CASES = [
+    (kernel, arch, layer)
+    for kernel, (_, layers) in OF_LAYERS.items()
+    for arch in ARCHITECTURES
+    for layer in (layers if arch == "sm_90a" else layers[:1])
+]
+
+
+@cache
+def of_all_layers(kernel: str, arch: str) -> list[dict]:
+    """Return variants that stand for those of all layers."""
+    of_one, _ = OF_LAYERS[kernel]
+    layers = [layer for k, a, layer in LAYER_CASES if (k, a) == (kernel, arch)]
+    return to_compile(arch, [v for layer in layers for v in of_one(arch, layer)])
+
+
+@pytest.mark.parametrize(
+    ("kernel", "arch", "layer"),
+    LAYER_CASES,
+    ids=["-".join([k, a, *map(str, layer.values())]) for k, a, layer in LAYER_CASES],
+)
+def test_kernels_of_a_layer(kernel, arch, layer):
+    """Compile what stands for all variants; see `to_compile`."""
+    require(arch)
+    compile_all(
+        kernel, arch, [v for v in of_all_layers(kernel, arch) if layer.items() <= v.items()]
+    )
 
 
 @every_architecture
@@ -157,22 +197,21 @@ def test_output_norm(arch):
     # 32 classes spill, in a kernel that takes microseconds.
     kinds = itertools.product((2, 10, 20), (0, 1))
     choices = [{"CLASSES": c, "LOSS": loss, **NO_REAL} for c, loss in kinds]
-    compile_all("smxx_output_norm", arch, variants(arch, {}, *choices))
+    compile_all("smxx_output_norm", arch, to_compile(arch, variants(arch, {}, *choices)))
 
 
 @every_architecture
 def test_adam(arch):
     require(arch)
     choices = [{"PENALTY": p, "WRITE_GRADIENT": w} for p, w in ((0, 0), (1, 1), (2, 0))]
-    compile_all("smxx_adam", arch, variants(arch, {}, *choices))
+    compile_all("smxx_adam", arch, to_compile(arch, variants(arch, {}, *choices)))
 
 
 @every_architecture
 def test_unpack_signs(arch):
     require(arch)
-    compile_all(
-        "smxx_unpack_signs", arch, variants(arch, {}, *({"VECTOR": v} for v in (8, 4, 2, 1)))
-    )
+    choices = [{"VECTOR": v} for v in (8, 4, 2, 1)]
+    compile_all("smxx_unpack_signs", arch, to_compile(arch, variants(arch, {}, *choices)))
 
 
 def test_sign_gemm():

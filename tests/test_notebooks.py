@@ -74,13 +74,14 @@ def run(tmp_path, monkeypatch):
         if name.endswith("_proxy"):
             monkeypatch.setenv(name.upper(), value)
 
-    def execute(path: Path) -> Any:
+    def execute(path: Path, first: str = "") -> Any:
+        """Execute a notebook, after a cell of the tests' own."""
         notebook = read(path)
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
         watch = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-        watch += "import legends\nlegends.watch()"
+        watch += "import legends\nlegends.watch()\n" + first
         notebook.cells.insert(0, nbformat.v4.new_code_cell(watch))
         client = nbclient.NotebookClient(
             notebook,
@@ -94,6 +95,30 @@ def run(tmp_path, monkeypatch):
         return notebook
 
     return execute
+
+
+#: Measure the products that `cupybnn bench --quick` does, for a few milliseconds each.
+BRIEFLY = """
+from cupybnn.benchmark import record
+measure, shapes = record.measure, record.shapes
+record.measure = lambda *products, budget: measure(*products, budget=0.005)
+record.shapes = lambda gpu, quick: shapes(gpu, True)
+"""
+#: A tenth of MNIST, so that evaluations, which take most of the time, are short.
+FEWER_IMAGES = """
+import dataclasses
+import cupybnn.data
+load = cupybnn.data.load
+
+def fewer(*which):
+    whole = load(*which)
+    assert len(whole.train_labels) == 60_000
+    parts = {"train_images": 6000, "train_labels": 6000, "test_images": 1000, "test_labels": 1000}
+    kept = {name: getattr(whole, name)[:count] for name, count in parts.items()}
+    return dataclasses.replace(whole, **kept)
+
+cupybnn.data.load = fewer
+"""
 
 
 def test_there_are_six():
@@ -115,7 +140,7 @@ def test_committed_outputs_are_of_one_run_from_the_top(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_from_a_clean_kernel(path, run):
-    notebook = run(path)
+    notebook = run(path, BRIEFLY if path.name[:2] == "02" else "")
     committed = read(path)
     assert len(outputs(notebook)) >= len([c for c in committed.cells if "plt.subplots" in c.source])
     if path.name[:2] in ("04", "05", "06"):
@@ -136,7 +161,7 @@ def test_runs_on_mnist(number, run, mnist_dir, tmp_path):
     (tmp_path / "data").mkdir()
     np.savez(tmp_path / "data" / "mnist_784.npz", allow_pickle=False, **arrays)
     (path,) = FOLDER.glob(f"{number}_*.ipynb")
-    assert "mnist on cpu" in "".join(map(text_of, outputs(run(path))))
+    assert "mnist on cpu" in "".join(map(text_of, outputs(run(path, FEWER_IMAGES))))
 
 
 def test_a_legend_on_the_data_is_found():

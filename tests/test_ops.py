@@ -322,6 +322,26 @@ class TestLosses:
         assert loss.item() == pytest.approx(expected, rel=1e-12)
         assert gradcheck(lambda x: ops.squared_hinge(x, xp.asarray(labels)), outputs)
 
+    @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+    @pytest.mark.parametrize("infinite", [np.inf, -np.inf])
+    def test_squared_hinge_of_infinite_outputs(self, xp, infinite, dtype):
+        """A target of 0 has no share in an output; others take its limit."""
+        outputs = Tensor(xp.asarray([[infinite, 1.0, 0.5]], dtype), requires_grad=True)
+        loss = ops.squared_hinge(outputs, xp.asarray([[0.5, 1.0, 0.0]], dtype))
+        loss.backward()
+        assert loss.item() == pytest.approx((1 + 0 + 1.5**2) / 3, rel=1e-3)
+        np.testing.assert_allclose(host(outputs.grad), [[0, 0, 1]], rtol=1e-3)
+        sign = np.sign(infinite)
+        for probability, expected in ((0.75, sign), (0.25, -sign), (1.0, sign), (0.0, -sign)):
+            outputs.zero_grad()
+            loss = ops.squared_hinge(outputs, xp.asarray([[probability, 1.0, 1.0]], dtype))
+            loss.backward()
+            # On the side of its target an output costs nothing.
+            assert loss.item() == (pytest.approx(0.25 / 3, rel=1e-3) if expected > 0 else np.inf)
+            assert host(outputs.grad)[0, 0] == (0 if expected > 0 else infinite)
+        outputs = Tensor(xp.asarray([[np.nan, 1.0]], dtype))
+        assert np.isnan(ops.squared_hinge(outputs, xp.asarray([[0.5, 1.0]], dtype)).item())
+
     @pytest.mark.parametrize("loss", [ops.softmax_cross_entropy, ops.squared_hinge])
     def test_labels_are_checked(self, loss):
         logits = tensor(np, 4, 3)
@@ -404,6 +424,16 @@ class TestCrossEntropyOfWhatIsImprobable:
         assert gradcheck(lambda x: ops.softmax_cross_entropy(x, labels, smoothing), logits)
         if not smoothing:
             np.testing.assert_array_equal(host(logits.grad)[1], [0, 0, 0])
+
+    @pytest.mark.parametrize("row", [[np.inf, 0.0], [-np.inf, -np.inf], [np.nan, 1.0]])
+    def test_an_example_of_weight_0_has_no_gradient(self, xp, row):
+        logits = Tensor(xp.asarray([row, [1.0, 2.0]]), requires_grad=True)
+        with np.errstate(invalid="ignore"):
+            loss = ops.softmax_cross_entropy(logits, xp.asarray([[0.0, 0.0], [1.0, 0.0]]))
+        loss.backward()
+        assert loss.item() == pytest.approx(np.log(1 + np.e) / 2)
+        slope = np.e / (1 + np.e) / 2
+        np.testing.assert_allclose(host(logits.grad), [[0, 0], [-slope, slope]], rtol=1e-12)
 
     @pytest.mark.gpu
     def test_label_out_of_range_has_no_weight(self):

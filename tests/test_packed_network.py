@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import zipfile
 
@@ -13,7 +12,9 @@ from edits import edit
 import cupybnn
 from cupybnn import PackedNetwork, nn
 from cupybnn.autograd import Tensor, no_grad
-from cupybnn.packed import PackedMatrix
+from cupybnn.deploy.inputs import InputSpec
+from cupybnn.deploy.layers import PackedLayer, Step
+from cupybnn.packed import PackedMatrix, pack
 
 
 def settle(model: nn.Module, seed: int = 0, features: int = 20) -> nn.Module:
@@ -123,22 +124,115 @@ def test_a_file_brings_back_the_same_network(tmp_path, name):
     assert str(again.summary()) == str(net.summary())
 
 
-def test_binary_weights_take_a_bit_each(tmp_path):
-    sizes = (784, 1024, 1024, 10)
-    layers = [nn.BinaryLinear(a, b, binary_input=i > 0, rng=i)
-              for i, (a, b) in enumerate(itertools.pairwise(sizes))]  # fmt: skip
-    model = nn.Sequential(
-        layers[0], nn.BatchNorm(1024), nn.Sign(), layers[1], nn.BatchNorm(1024), nn.Sign(),
-        layers[2], nn.BatchNorm(10),
-    )  # fmt: skip
-    net = PackedNetwork.from_model(model.eval())
-    net.save(tmp_path / "net.npz")
-    weights = sum(layer.weight.size for layer in layers)
-    assert (tmp_path / "net.npz").stat().st_size * 8 <= 1.05 * weights
-    summary = net.summary()
-    assert summary.total("one_bit") == weights
-    assert summary.total("binary_products") == weights - 784 * 1024
+def test_the_summary_counts_bits():
+    model = nn.Sequential(*hidden(20, 65, 0, binary_input=False), nn.BinaryLinear(65, 7, rng=2))
+    summary = PackedNetwork.from_model(model.eval()).summary()
+    assert summary.total("one_bit") == 20 * 65 + 65 * 7
+    assert summary.total("binary_products") == 65 * 7
     assert "binary" in str(summary)
+
+
+def layer_of(inputs: int, units: int, product: str, last: bool = False) -> PackedLayer:
+    """Return a layer with random weights and thresholds as batch norm makes them."""
+    rng = np.random.default_rng(units)
+    kept = rng.random((inputs, units), np.float32)
+    threshold = rng.normal(0, inputs**0.5, units)
+    rest = {
+        "threshold": threshold.astype(np.int32 if product == "bits" else np.float32),
+        "flip": rng.random(units) < 0.5,
+    }
+    if last:
+        rest = {"steps": (Step("multiply", kept[0]), Step("add", kept[1]))}
+    if product != "real":
+        kept = pack(kept - 0.5, axis=-2)
+    return PackedLayer(f"layer{units}", product, kept, **rest)
+
+
+@pytest.mark.parametrize("units", [512, 4096])
+def test_a_file_takes_at_most_5_percent_more_than_its_weights(tmp_path, units):
+    """A bit for each binary weight, 32 for each real one."""
+    ends = {p: (layer_of(784, units, p), layer_of(units, 10, q, last=True))
+            for p, q in (("signs", "bits"), ("real", "real"))}  # fmt: skip
+    middle = [layer_of(units, units, "bits")] * 2
+    for product, (first, last) in ends.items():
+        layers = [first, *middle, last]
+        net = PackedNetwork(layers, InputSpec(784, (28, 28), 255))
+        net.save(tmp_path / "net.npz")
+        binary = sum(layer.inputs * layer.units for layer in layers if layer.binary)
+        real = sum(layer.inputs * layer.units for layer in layers if not layer.binary)
+        assert real == (0 if product == "signs" else 794 * units)
+        assert (tmp_path / "net.npz").stat().st_size * 8 <= 1.05 * (binary + 32 * real)
+        again = PackedNetwork.load(tmp_path / "net.npz")
+        for layer, found in zip(layers, again.layers, strict=True):
+            assert found.product == layer.product
+            np.testing.assert_array_equal(found.threshold, layer.threshold)
+            np.testing.assert_array_equal(found.flip, layer.flip)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "threshold", "kind"),
+    [
+        (100, (-100, 0, 101, 1), "int8"),
+        (100, (-(2**31), 2**24, 100, -100), "int8"),  # always and never, of any product
+        (127, (128, 0, 0, 0), "int16"),
+        (300, (5, 100, 7, 8), "int8"),
+        (300, (-129, 0, 0, 0), "int16"),
+        (40_000, (-(2**31), 32_767, -5, 9), "int32"),
+        (40_000, (-32_768, 32_767, -5, 9), "int16"),
+    ],
+)
+def test_thresholds_take_the_smallest_type_that_holds_them(tmp_path, inputs, threshold, kind):
+    rng = np.random.default_rng(0)
+    weight = np.where(rng.random((inputs, 4)) < 0.5, -1, 1).astype(np.int8)
+    weight[:, 0] = 1
+    flip = np.array([False, True, False, True])
+    first = PackedLayer("first", "real", np.eye(2, inputs, dtype=np.float32), (),
+                        np.zeros(inputs, np.float32), np.zeros(inputs, bool))  # fmt: skip
+    layer = PackedLayer("a", "bits", pack(weight, axis=-2), (), np.array(threshold, np.int32), flip)
+    last = PackedLayer("last", "bits", pack(np.ones((4, 1)), axis=-2))
+    net = PackedNetwork([first, layer, last], InputSpec(2))
+    net.save(tmp_path / "net.npz")
+    with np.load(tmp_path / "net.npz") as file:
+        header = json.loads(file["header"].tobytes())
+    assert header["layers"][1]["threshold"] == kind
+    again = PackedNetwork.load(tmp_path / "net.npz")
+    x = np.where(rng.random((20, inputs)) < 0.5, -1, 1).astype(np.int8)
+    x[0], x[1] = 1, -1  # the greatest and the least product
+    expected = ((x.astype(int) @ weight.astype(int)) >= threshold) != flip
+    assert again.layers[1].threshold.dtype == np.int32
+    for each in (net, again):
+        np.testing.assert_array_equal(each.layers[1](pack(x)).unpack(bool), expected)
+
+
+def as_version_1(net: PackedNetwork) -> dict[str, np.ndarray]:
+    """Return the entries of a file of the first version, which had one for each array."""
+    layers, entries = [], {}
+    for i, layer in enumerate(net.layers):
+        layers.append({
+            "name": layer.name, "product": layer.product, "inputs": layer.inputs,
+            "units": layer.units, "steps": [step.kind for step in layer.steps],
+            "threshold": layer.threshold is not None,
+        })  # fmt: skip
+        if layer.binary:
+            entries[f"{i}.bits"] = np.packbits(layer.weight.unpack(bool))
+        for name, array in layer.arrays():
+            entries[f"{i}.{name}"] = np.packbits(array) if name == "flip" else array
+    header = {
+        "format": "cupybnn.PackedNetwork", "version": 1, "features": net.inputs.features,
+        "image_shape": net.inputs.image_shape, "pixel_max": net.inputs.pixel_max,
+        "classes": net.classes.tolist(), "layers": layers,
+    }  # fmt: skip
+    return {"header": np.frombuffer(json.dumps(header).encode(), np.uint8), **entries}
+
+
+def test_files_of_the_first_version_are_still_read(tmp_path, name):
+    net = PackedNetwork.from_model(made(name), classes="abcdefg", image_shape=(4, 5), pixel_max=255)
+    np.savez(tmp_path / "net.npz", **as_version_1(net))
+    again = PackedNetwork.load(tmp_path / "net.npz")
+    np.testing.assert_array_equal(again(inputs()), net(inputs()))
+    assert again.inputs == net.inputs
+    assert list(again.classes) == list("abcdefg")
+    assert repr(again) == repr(net)
 
 
 class TestPredicting:
@@ -231,10 +325,14 @@ def test_what_cannot_be_packed_is_named(model, words):
         PackedNetwork.from_model(model)
 
 
-@pytest.fixture(scope="module")
-def entries(tmp_path_factory) -> dict[str, np.ndarray]:
+@pytest.fixture(scope="module", params=[1, 2])
+def entries(request, tmp_path_factory) -> dict[str, np.ndarray]:
+    """Give the entries of a file of either version."""
     path = tmp_path_factory.mktemp("net") / "net.npz"
-    PackedNetwork.from_model(made("real ends"), pixel_max=255).save(path)
+    net = PackedNetwork.from_model(made("real ends"), pixel_max=255)
+    if request.param == 1:
+        return as_version_1(net)
+    net.save(path)
     with np.load(path) as loaded:
         return {name: loaded[name] for name in loaded.files}
 
@@ -288,17 +386,22 @@ class TestHostileFiles:
             ("0.weight", np.zeros((20, 33)), "must be float32 of shape"),
             ("1.threshold", np.zeros(70, np.int64), "must be int32 of shape"),
             ("0.threshold", np.array([None] * 33), "'0.threshold'"),
+            ("data", np.zeros(3, np.uint8), "must be uint8 of shape"),
+            ("data", np.zeros(3, np.float32), "must be uint8 of shape"),
         ],
     )
     def test_arrays_of_another_kind(self, tmp_path, entries, name, array, words):
+        if name not in entries:
+            pytest.skip("an entry of the other version")
         path = tmp_path / "net.npz"
         np.savez(path, **{**entries, name: array})
         assert words in self.refuse(path)
 
     def test_missing_and_foreign(self, tmp_path, entries):
         path = tmp_path / "net.npz"
-        np.savez(path, **{k: v for k, v in entries.items() if k != "1.bits"})
-        assert "'1.bits': it is missing" in self.refuse(path)
+        gone = "1.bits" if "1.bits" in entries else "data"
+        np.savez(path, **{k: v for k, v in entries.items() if k != gone})
+        assert f"{gone!r}: it is missing" in self.refuse(path)
         cupybnn.pack(np.ones((3, 4))).save(path)
         assert "'header'" in self.refuse(path)
         path.write_text("no such thing")
@@ -308,11 +411,33 @@ class TestHostileFiles:
         self.refuse(path)
 
     def test_bits_beyond_the_end(self, tmp_path, entries):
-        flip = entries["0.flip"].copy()
-        flip[-1] |= 1
         path = tmp_path / "net.npz"
-        np.savez(path, **{**entries, "0.flip": flip})
+        # The flips of layer 0 follow its weights and thresholds: 33 of them end in a byte of one.
+        name, at = ("0.flip", -1) if "0.flip" in entries else ("data", 4 * 20 * 33 + 4 * 33 + 4)
+        flip = entries[name].copy()
+        flip[at] |= 1
+        np.savez(path, **{**entries, name: flip})
         assert "must end with zeros" in self.refuse(path)
+
+    @pytest.mark.parametrize(
+        ("layer", "threshold", "words"),
+        [
+            (0, "int16", "layers[0].threshold must be of float"),
+            (1, "float32", "layers[1].threshold must be of int"),
+            (1, "int64", "layers[1].threshold must be"),
+            (1, True, "layers[1].threshold must be"),
+        ],
+    )
+    def test_thresholds_of_another_kind(self, tmp_path, layer, threshold, words):
+        path = tmp_path / "net.npz"
+        PackedNetwork.from_model(made("real ends")).save(path)
+        with np.load(path) as loaded:
+            entries = dict(loaded)
+        header = json.loads(entries["header"].tobytes())
+        header["layers"][layer]["threshold"] = threshold
+        entries["header"] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        np.savez(path, **entries)
+        assert words in self.refuse(path)
 
 
 def test_a_run_becomes_a_network(tmp_path):

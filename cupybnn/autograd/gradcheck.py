@@ -51,6 +51,14 @@ def gradcheck(
     TypeError
         If no input requires a gradient, if one that does is not a float64 leaf, or if one is not
         a Tensor.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import Tensor
+    >>> from cupybnn.autograd import gradcheck
+    >>> gradcheck(lambda x: (x * x).sum(), Tensor(np.array([1.0, -2.0]), requires_grad=True))
+    True
     """
     for number, x in enumerate(inputs):
         if not isinstance(x, Tensor):

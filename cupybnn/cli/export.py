@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cupybnn.cli import models
 from cupybnn.errors import CheckpointError, SettingError
 from cupybnn.files import is_stream
 from cupybnn.paths import user_path
@@ -53,11 +54,7 @@ def add_parser(subparsers: Any) -> None:
         choices=FORMATS,
         help="format of the file (by its name: .npz, .onnx or .h)",
     )
-    parser.add_argument(
-        "--which",
-        choices=("newest", "best"),
-        help="which checkpoint of a run folder (newest)",
-    )
+    models.add_which(parser)
     parser.add_argument(
         "--classes", metavar="A,B,...", type=_classes, help="names of the classes, in their order"
     )

@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cupybnn.deploy import PackedNetwork
 
-__all__ = ["add_options", "opened"]
+__all__ = ["add_options", "add_which", "opened"]
 
 
-def add_options(parser: argparse.ArgumentParser, device: str) -> None:
-    """Add ``--which`` and ``--device``, whose default is `device`."""
+def add_which(parser: argparse.ArgumentParser) -> None:
+    """Add ``--which``."""
     parser.add_argument(
         "--which",
         choices=("newest", "best"),
         help="checkpoint of a run folder (default newest)",
     )
+
+
+def add_options(parser: argparse.ArgumentParser, device: str) -> None:
+    """Add ``--which`` and ``--device``, whose default is `device`."""
+    add_which(parser)
     parser.add_argument(
         "--device",
         metavar="D",

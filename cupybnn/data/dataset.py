@@ -44,6 +44,14 @@ class Dataset:
     ------
     ValueError
         If arrays, shapes and classes are inconsistent, or a feature is NaN or infinite.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn.data import Dataset
+    >>> images, labels = np.zeros((20, 16), np.uint8), np.arange(20, dtype=np.uint8) % 10
+    >>> Dataset("blank", images[:15], labels[:15], images[15:], labels[15:], (4, 4), 255).features
+    16
     """
 
     name: str

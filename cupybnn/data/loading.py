@@ -45,6 +45,13 @@ def load(
         If the data are not available, or a file is truncated, corrupt or mislabelled.
     ValueError
         If `name` is unknown, or a `data_dir` is given for "digits".
+
+    Examples
+    --------
+    >>> from cupybnn import data
+    >>> digits = data.load("digits")
+    >>> digits.train_images.shape, digits.test_images.shape
+    ((1442, 64), (355, 64))
     """
     if name not in DATASETS:
         raise SettingError(f"The 'dataset' must be one of {', '.join(DATASETS)}; got {name!r}.")

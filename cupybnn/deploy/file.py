@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from cupybnn.files import atomic_write
 from cupybnn.npz import NpzFile, open_npz
 from cupybnn.packed import pack
 from cupybnn.schema import (
+    Check,
     SchemaError,
     boolean,
     integer,
@@ -31,17 +32,45 @@ from cupybnn.schema import (
 __all__ = ["read", "write"]
 
 FORMAT = "cupybnn.PackedNetwork"
-VERSION = 1
+VERSION = 2  # 1, which is still read, had an entry for each array and int32 thresholds
 
 
 def write(
     path: str | os.PathLike[str], layers: Sequence[PackedLayer], inputs: InputSpec, classes: Any
 ) -> None:
-    """Write a network whose arrays are on the CPU; `path` then holds all of it or what it held.
+    """Write a network whose arrays are on the CPU; `path` then holds all of it or what it held."""
+    with atomic_write(path) as out:
+        np.savez(out, **to_arrays(layers, inputs, classes))  # type: ignore[arg-type]
 
-    The signs of a binary layer are the entry "<number>.bits": one bit each, row by row, 1 for +1,
-    the first in the highest bit of a byte, as `numpy.packbits` has it.
+
+def to_arrays(
+    layers: Sequence[PackedLayer], inputs: InputSpec, classes: Any
+) -> dict[str, np.ndarray]:
+    """Return the entries of the file of a network whose arrays are on the CPU.
+
+    "header" is JSON. "data" has the bytes of all arrays, layer after layer, in the order of
+    `_parts`, little-endian. Signs and flips take one bit each, row by row, 1 for +1, the first in
+    the highest bit of a byte, as `numpy.packbits` has it.
     """
+    described, data = [], []
+    for layer in layers:
+        arrays = dict(layer.arrays())
+        if layer.binary:
+            arrays["bits"] = np.packbits(layer.weight.unpack(np.int8) > 0)
+        if layer.threshold is not None:
+            arrays["threshold"] = _smallest(layer)
+            arrays["flip"] = np.packbits(layer.flip)
+        fields = {
+            "name": layer.name,
+            "product": layer.product,
+            "inputs": layer.inputs,
+            "units": layer.units,
+            "steps": [step.kind for step in layer.steps],
+            "threshold": None if layer.threshold is None else arrays["threshold"].dtype.name,
+        }
+        described.append(fields)
+        for name, dtype, _ in _parts(fields):
+            data.append(np.ascontiguousarray(arrays[name], dtype).reshape(-1).view(np.uint8))
     header = {
         "format": FORMAT,
         "version": VERSION,
@@ -49,41 +78,43 @@ def write(
         "image_shape": None if inputs.image_shape is None else list(inputs.image_shape),
         "pixel_max": inputs.pixel_max,
         "classes": classes.tolist(),
-        "layers": [
-            {
-                "name": layer.name,
-                "product": layer.product,
-                "inputs": layer.inputs,
-                "units": layer.units,
-                "steps": [step.kind for step in layer.steps],
-                "threshold": layer.threshold is not None,
-            }
-            for layer in layers
-        ],
+        "layers": described,
     }
-    encoded = json.dumps(header, ensure_ascii=False).encode()
-    arrays: dict[str, np.ndarray] = {"header": np.frombuffer(encoded, np.uint8)}
-    for i, layer in enumerate(layers):
-        if layer.binary:
-            arrays[f"{i}.bits"] = np.packbits(layer.weight.unpack(np.int8) > 0)
-        for name, array in layer.arrays():
-            arrays[f"{i}.{name}"] = np.packbits(array) if name == "flip" else array
-    with atomic_write(path) as out:
-        np.savez(out, **arrays)  # type: ignore[arg-type]
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    return {"header": np.frombuffer(encoded, np.uint8), "data": np.concatenate(data)}
+
+
+def _smallest(layer: PackedLayer) -> np.ndarray:
+    """Return the thresholds in the smallest type that holds them.
+
+    A product of signs lies between -inputs and inputs: thresholds beyond are moved to its ends.
+    """
+    if layer.product != "bits":
+        return np.asarray(layer.threshold)
+    clipped = np.clip(layer.threshold, -layer.inputs, layer.inputs + 1)
+    low, high = int(clipped.min()), int(clipped.max())
+    fits = (t for t in (np.int8, np.int16) if np.iinfo(t).min <= low and high <= np.iinfo(t).max)
+    return clipped.astype(next(fits, np.int32))
+
+
+def _parts(fields: dict[str, Any]) -> Iterator[tuple[str, np.dtype[Any], tuple[int, ...]]]:
+    """Yield name, dtype and shape of each array of a layer in a file, in their order."""
+    inputs, units = fields["inputs"], fields["units"]
+    if fields["product"] == "real":
+        yield "weight", np.dtype("<f4"), (inputs, units)
+    else:
+        yield "bits", np.dtype("u1"), (-(-inputs * units // 8),)
+    if fields["threshold"] is not None:
+        yield "threshold", np.dtype(fields["threshold"]).newbyteorder("<"), (units,)
+        yield "flip", np.dtype("u1"), (-(-units // 8),)
+    for i, kind in enumerate(fields["steps"]):
+        if kind != "relu":
+            yield f"step{i}", np.dtype("<f4"), (units,)
 
 
 _MOST = 1 << 24  # of units and inputs: a float32 counts no further
 _NAME = text(most=200)
-_LAYER = record(
-    {
-        "name": _NAME,
-        "product": one_of(*PRODUCTS),
-        "inputs": integer(1, _MOST),
-        "units": integer(1, _MOST),
-        "steps": list_of(one_of(*STEPS), most=100),
-        "threshold": boolean,
-    }
-)
+_THRESHOLDS = ("int8", "int16", "int32", "float32")
 
 
 def _class(value: Any, place: str) -> None:
@@ -100,7 +131,14 @@ def _fitting(header: Any, place: str) -> None:
             raise SchemaError(f"layers[{i}].product must not be 'bits', because no signs come in")
         if layer["threshold"] and layer["steps"]:
             raise SchemaError(f"layers[{i}] must have steps or a threshold, not both")
-        width, signs = layer["units"], layer["threshold"]
+        if isinstance(layer["threshold"], str):
+            kind = "int" if layer["product"] == "bits" else "float"
+            if not layer["threshold"].startswith(kind):
+                raise SchemaError(
+                    f"layers[{i}].threshold must be of {kind}, because its product is "
+                    f"{layer['product']!r}; got {layer['threshold']!r}"
+                )
+        width, signs = layer["units"], bool(layer["threshold"])
     if signs:
         raise SchemaError("the last layer must have no threshold, because it gives logits")
     if len(header["classes"]) != width:
@@ -112,18 +150,34 @@ def _fitting(header: Any, place: str) -> None:
         raise SchemaError(f"image_shape must have {header['features']} pixels; got {shape}")
 
 
-_HEADER = record(
-    {
-        "format": one_of(FORMAT),
-        "version": one_of(VERSION),
-        "features": integer(1, _MOST),
-        "image_shape": nullable(list_of(integer(1, _MOST), least=1, most=8)),
-        "pixel_max": nullable(number(above=0)),
-        "classes": list_of(_class, least=1),
-        "layers": list_of(_LAYER, least=1, most=1000),
-    },
-    also=_fitting,
-)
+def _header(versions: tuple[int, ...], threshold: Check) -> Check:
+    """Return the check of a header; versions differ in what they say of a threshold."""
+    layer = record(
+        {
+            "name": _NAME,
+            "product": one_of(*PRODUCTS),
+            "inputs": integer(1, _MOST),
+            "units": integer(1, _MOST),
+            "steps": list_of(one_of(*STEPS), most=100),
+            "threshold": threshold,
+        }
+    )
+    return record(
+        {
+            "format": one_of(FORMAT),
+            "version": one_of(*versions),
+            "features": integer(1, _MOST),
+            "image_shape": nullable(list_of(integer(1, _MOST), least=1, most=8)),
+            "pixel_max": nullable(number(above=0)),
+            "classes": list_of(_class, least=1),
+            "layers": list_of(layer, least=1, most=1000),
+        },
+        also=_fitting,
+    )
+
+
+_HEADER = _header((1, VERSION), nullable(one_of(*_THRESHOLDS)))
+_OLD_HEADER = _header((1,), boolean)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[list[PackedLayer], InputSpec, list[Any]]:
@@ -144,13 +198,24 @@ def read(path: str | os.PathLike[str]) -> tuple[list[PackedLayer], InputSpec, li
     """
     try:
         with open_npz(path) as archive:
-            header = parse(archive.read("header", 1 << 20).tobytes())
-            _HEADER(header, "")
-            layers = [_layer(archive, i, fields) for i, fields in enumerate(header["layers"])]
+            return _decoded(archive)
     except ValueError as error:
         raise ValueError(
             f"{os.fspath(path)!r} cannot be read as a PackedNetwork: {error}."
         ) from error
+
+
+def _decoded(archive: NpzFile) -> tuple[list[PackedLayer], InputSpec, list[Any]]:
+    header = parse(archive.read("header", 1 << 20).tobytes())
+    old = isinstance(header, dict) and header.get("version") == 1
+    (_OLD_HEADER if old else _HEADER)(header, "")
+    described = header["layers"]
+    if old:
+        for fields in described:
+            kind = "int32" if fields["product"] == "bits" else "float32"
+            fields["threshold"] = kind if fields["threshold"] else None
+    parts = (_by_name if old else _in_order)(archive, described)
+    layers = [_layer(f"{i}.", described[i], each) for i, each in enumerate(parts)]
     shape = header["image_shape"]
     inputs = InputSpec(
         header["features"], None if shape is None else tuple(shape), header["pixel_max"]
@@ -158,41 +223,68 @@ def read(path: str | os.PathLike[str]) -> tuple[list[PackedLayer], InputSpec, li
     return layers, inputs, header["classes"]
 
 
-def _layer(archive: NpzFile, position: int, fields: dict[str, Any]) -> PackedLayer:
-    inputs, units, product = fields["inputs"], fields["units"], fields["product"]
+_Layer = dict[str, np.ndarray]  # arrays of a layer by name
 
-    def array(name: str, dtype: Any, *shape: int) -> np.ndarray:
-        entry = f"{position}.{name}"
-        found = archive.header(entry)
-        if found != (shape, np.dtype(dtype)):
-            raise SchemaError(
-                f"its entry {entry!r} must be {np.dtype(dtype)} of shape {shape}; got {found[1]} "
-                f"of shape {found[0]}"
-            )
-        return archive.read(entry)
+
+def _in_order(archive: NpzFile, layers: list[dict[str, Any]]) -> Iterator[_Layer]:
+    """Yield the arrays of each layer, which the entry "data" has one after the other."""
+    parts = [list(_parts(fields)) for fields in layers]
+    total = sum(math.prod(shape) * dtype.itemsize for each in parts for _, dtype, shape in each)
+    data, at = _entry(archive, "data", np.dtype("u1"), (total,)), 0
+    for each in parts:
+        arrays = {}
+        for name, dtype, shape in each:
+            end = at + math.prod(shape) * dtype.itemsize
+            arrays[name] = data[at:end].view(dtype).reshape(shape)
+            at = end
+        yield arrays
+
+
+def _by_name(archive: NpzFile, layers: list[dict[str, Any]]) -> Iterator[_Layer]:
+    """Yield the arrays of each layer, which have an entry each, as in version 1."""
+    for i, fields in enumerate(layers):
+        parts = _parts(fields)
+        yield {name: _entry(archive, f"{i}.{name}", dtype, shape) for name, dtype, shape in parts}
+
+
+def _entry(archive: NpzFile, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
+    found = archive.header(name)
+    if found != (shape, dtype):
+        raise SchemaError(
+            f"its entry {name!r} must be {dtype} of shape {shape}; got {found[1]} of shape "
+            f"{found[0]}"
+        )
+    return archive.read(name)
+
+
+def _layer(place: str, fields: dict[str, Any], arrays: _Layer) -> PackedLayer:
+    inputs, units, product = fields["inputs"], fields["units"], fields["product"]
 
     def bits(name: str, *shape: int) -> np.ndarray:
         count = math.prod(shape)
-        octets = array(name, np.uint8, -(-count // 8))
+        octets = arrays[name]
         if count % 8 and octets[-1] & (0xFF >> count % 8):
-            raise SchemaError(f"its entry '{position}.{name}' must end with zeros")
+            raise SchemaError(f"its {place}{name} must end with zeros")
         return np.unpackbits(octets, count=count).astype(bool).reshape(shape)
+
+    def numbers(name: str, dtype: Any) -> np.ndarray:
+        return arrays[name].astype(dtype)  # a copy: aligned, and without the rest of the file
 
     weight: Any = None
     signs = None
     if product == "real":
-        weight = array("weight", np.float32, inputs, units)
+        weight = numbers("weight", np.float32)
     else:
         plus = bits("bits", inputs, units)
         weight = pack(plus, axis=-2)
         if product == "signs":
             signs = np.where(plus, np.float32(1), np.float32(-1))
     threshold = flip = None
-    if fields["threshold"]:
-        kind = np.int32 if product == "bits" else np.float32
-        threshold, flip = array("threshold", kind, units), bits("flip", units)
+    if fields["threshold"] is not None:
+        threshold = numbers("threshold", np.int32 if product == "bits" else np.float32)
+        flip = bits("flip", units)
     steps = tuple(
-        Step(kind, None if kind == "relu" else array(f"step{i}", np.float32, units))
+        Step(kind, None if kind == "relu" else numbers(f"step{i}", np.float32))
         for i, kind in enumerate(fields["steps"])
     )
     return PackedLayer(fields["name"], product, weight, steps, threshold, flip, signs)

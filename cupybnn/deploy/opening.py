@@ -43,6 +43,17 @@ def open_network(
         If there is no network at `path`, it is damaged, or its model cannot be packed.
     SettingError
         If `which` is given for a file.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import cupybnn
+    >>> from cupybnn.deploy import open_network
+    >>> result = cupybnn.train(dataset="digits", binary=True, max_steps=5, device="cpu")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     cupybnn.PackedNetwork.from_model(result.model).save(f"{folder}/net.npz")
+    ...     open_network(f"{folder}/net.npz").inputs.features
+    64
     """
     target = user_path(path)
     if which is not None and not target.is_dir():

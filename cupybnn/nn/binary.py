@@ -52,6 +52,15 @@ class BinaryLinear(Linear):
     UserWarning
         If latent weights can leave the quantizer's window, where they get no gradient and stop
         learning.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import Tensor, nn
+    >>> layer = nn.BinaryLinear(3, 2, rng=0)
+    >>> layer.weight.write()[...] = [[0.5, -0.1], [0.2, 0.3], [-0.7, 0.4]]
+    >>> layer(nn.Sign()(Tensor(np.array([[2.0, -1.0, 3.0]], np.float32)))).data
+    array([[-1., -1.]], dtype=float32)
     """
 
     def __init__(
@@ -110,7 +119,15 @@ class BinaryLinear(Linear):
 
 
 class Sign(Module):
-    """Signs of the input, with a pseudo-gradient; see `cupybnn.ops.sign`."""
+    """Signs of the input, with a pseudo-gradient; see `cupybnn.ops.sign`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import Tensor, nn
+    >>> nn.Sign()(Tensor(np.array([-0.5, 0.0, 2.0], np.float32))).data
+    array([-1.,  1.,  1.], dtype=float32)
+    """
 
     def __init__(self, ste: str | Quantizer = "ste_sign") -> None:
         self.quantizer = get_quantizer(ste)

@@ -25,6 +25,13 @@ class Flatten(Module):
     """Merge all axes but the first: (batch, ...) becomes (batch, features).
 
     A two-valued tensor stays two-valued.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import Tensor, nn
+    >>> nn.Flatten()(Tensor(np.zeros((2, 28, 28), np.float32))).shape
+    (2, 784)
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,14 +41,28 @@ class Flatten(Module):
 
 
 class ReLU(Module):
-    """``max(x, 0)``."""
+    """``max(x, 0)``.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, nn
+    >>> nn.ReLU()(Tensor([-1.0, 2.0])).data.tolist()
+    [0.0, 2.0]
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.relu(x)
 
 
 class HardTanh(Module):
-    """``min(max(x, -1), 1)``; its derivative is the pseudo-gradient of "ste_sign"."""
+    """``min(max(x, -1), 1)``; its derivative is the pseudo-gradient of "ste_sign".
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, nn
+    >>> nn.HardTanh()(Tensor([-3.0, 0.5, 2.0])).data.tolist()
+    [-1.0, 0.5, 1.0]
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.clip(x, -1.0, 1.0)

@@ -68,6 +68,14 @@ class Linear(Module):
     ----------
     weight : Parameter, shape (in_features, out_features)
     bias : Parameter, shape (out_features,), or None
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import Tensor, nn
+    >>> layer = nn.Linear(3, 2, bias=True, rng=0)
+    >>> layer(Tensor(np.ones((5, 3), np.float32))).shape
+    (5, 2)
     """
 
     def __init__(
@@ -125,6 +133,16 @@ class BatchNorm(Module):
     mean, variance : ndarray, shape (features,)
         The moving averages, initially 0 and 1; at least float32, because the variance of float16
         activations may not fit in float16.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import Tensor, nn
+    >>> norm = nn.BatchNorm(1)
+    >>> y = norm(Tensor(np.array([[1.0], [3.0]], np.float32)))
+    >>> y.data.round(3)
+    array([[-1.],
+           [ 1.]], dtype=float32)
     """
 
     buffers = ("mean", "variance")
@@ -201,6 +219,17 @@ class Dropout(Module):
         Probability of keeping an element, in (0, 1].
     rng : numpy.random.Generator or int, optional
         Generator, or its seed, that draws the seed of the counter-based random numbers.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import Tensor, nn
+    >>> layer = nn.Dropout(0.5, rng=0)
+    >>> x = Tensor(np.ones((1, 4), np.float32))
+    >>> sorted(set(layer(x).data.ravel().tolist())) in ([0.0], [2.0], [0.0, 2.0])
+    True
+    >>> layer.eval()(x).data
+    array([[1., 1., 1., 1.]], dtype=float32)
     """
 
     _drop = staticmethod(ops.dropout)

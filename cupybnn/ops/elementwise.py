@@ -284,10 +284,24 @@ def tanh(x: Tensor) -> Tensor:
 
 
 def relu(x: Tensor) -> Tensor:
-    """Return max(x, 0). The gradient at 0 is 0."""
+    """Return max(x, 0). The gradient at 0 is 0.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> ops.relu(Tensor([-1.0, 2.0])).data.tolist()
+    [0.0, 2.0]
+    """
     return Relu.apply(x)
 
 
 def clip(x: Tensor, low: float, high: float) -> Tensor:
-    """Return x limited to [low, high]. The gradient passes where low <= x <= high."""
+    """Return x limited to [low, high]. The gradient passes where low <= x <= high.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> ops.clip(Tensor([-3.0, 0.5, 2.0]), -1, 1).data.tolist()
+    [-1.0, 0.5, 1.0]
+    """
     return Clip.apply(x, low=low, high=high)

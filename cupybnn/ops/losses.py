@@ -39,7 +39,8 @@ class SoftmaxCrossEntropy(Function):
         # A class of weight 0 adds nothing, even if its log-probability is -inf.
         loss = xp.where(targets == 0, losses.dtype.type(0), losses).sum() / len(logits)
         difference /= totals
-        difference *= weights
+        # An example of weight 0 has no gradient, even if its softmax is NaN.
+        difference = xp.where(weights == 0, losses.dtype.type(0), difference * weights)
         difference -= targets
         ctx.save(difference)
         return narrowed(loss, logits)
@@ -55,9 +56,11 @@ class SquaredHinge(Function):
 
     @staticmethod
     def forward(ctx: Context, outputs: Any, labels: Any) -> Any:
-        wide = widened(outputs)
-        targets = 2 * _targets(labels, wide, ctx.xp) - 1
-        margins = ctx.xp.maximum(1 - targets * wide, 0)
+        xp, wide = ctx.xp, widened(outputs)
+        targets = 2 * _targets(labels, wide, xp) - 1
+        if labels.ndim == 2:  # a target of 0 has a margin of 1, even if the output is infinite
+            wide = xp.where((targets == 0) & xp.isinf(wide), wide.dtype.type(0), wide)
+        margins = xp.maximum(1 - targets * wide, 0)
         targets *= margins
         ctx.save(targets)
         return narrowed((margins * margins).mean(), outputs)
@@ -167,7 +170,15 @@ def softmax_cross_entropy(logits: Tensor, labels: Any, smoothing: float = 0.0) -
     Notes
     -----
     A logit of -inf excludes a class. The loss is infinite only if an excluded class has a label. It
-    is NaN for an example with a logit of inf or NaN, or without any finite logit.
+    is NaN for an example with a logit of inf or NaN, or without any finite logit. An example of
+    weight 0 adds nothing to the loss and has a gradient of 0, whatever its logits are.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> logits = Tensor([[0.0, 0.0], [3.0, 0.0]])
+    >>> round(ops.softmax_cross_entropy(logits, [1, 0]).item(), 4)
+    0.3709
     """
     if not 0 <= smoothing < 1:
         raise ValueError(
@@ -193,6 +204,18 @@ def squared_hinge(outputs: Tensor, labels: Any) -> Tensor:
     Returns
     -------
     Tensor, shape ()
+
+    Notes
+    -----
+    An output whose target is 0 (a probability of 0.5) adds a constant and has a gradient of 0, even
+    where it is infinite. An infinite output of the wrong sign makes the loss infinite; one that is
+    NaN makes it NaN.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> ops.squared_hinge(Tensor([[2.0, -0.5]]), [0]).item()
+    0.125
     """
     labels = _checked_labels(outputs, labels, "squared_hinge", "outputs")
     return SquaredHinge.apply(outputs, labels)
@@ -237,7 +260,14 @@ def mse(outputs: Tensor, targets: Any) -> Tensor:
 
 
 def l1(x: Tensor) -> Tensor:
-    """Return ``sum(|x|)``, shape (). The gradient at 0 is 0."""
+    """Return ``sum(|x|)``, shape (). The gradient at 0 is 0.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> ops.l1(Tensor([-1.0, 2.0])).item()
+    3.0
+    """
     return L1.apply(x)
 
 
@@ -249,5 +279,11 @@ def bipolar_penalty(x: Tensor) -> Tensor:
     Notes
     -----
     Tang, Hua, Wang: How to train a compact binary neural network with high accuracy? AAAI 2017.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> ops.bipolar_penalty(Tensor([1.0, 0.5])).item()
+    0.75
     """
     return BipolarPenalty.apply(x)

@@ -57,7 +57,15 @@ class BinaryMatmul(Function):
 
 
 def matmul(a: Any, b: Any) -> Tensor:
-    """Return the matrix product a @ b, following `numpy.matmul`."""
+    """Return the matrix product a @ b, following `numpy.matmul`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import Tensor, ops
+    >>> ops.matmul(Tensor(np.ones((2, 3))), Tensor(np.ones((3, 4)))).shape
+    (2, 4)
+    """
     return Matmul.apply(a, b)
 
 
@@ -83,6 +91,15 @@ def binary_matmul(a: Tensor, b: Tensor, xnor: bool = True) -> Tensor:
     ------
     ValueError
         If a factor may hold values other than +1 and -1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import Tensor, ops
+    >>> x = ops.sign(Tensor(np.array([[1.0, -2.0, 3.0]], np.float32)))
+    >>> w = ops.sign(Tensor(np.array([[1.0], [1.0], [-1.0]], np.float32)))
+    >>> ops.binary_matmul(x, w).data
+    array([[-1.]], dtype=float32)
     """
     a, b = tensor_or_number(a, "binary_matmul"), tensor_or_number(b, "binary_matmul")
     for name, factor in (("a", a), ("b", b)):

@@ -92,17 +92,38 @@ class Min(Function):
 
 
 def sum(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
-    """Return the sum over `axis` (all axes by default), in the dtype of `x`."""
+    """Return the sum over `axis` (all axes by default), in the dtype of `x`.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> ops.sum(Tensor([[1.0, 2.0], [3.0, 4.0]]), axis=0).data.tolist()
+    [4.0, 6.0]
+    """
     return Sum.apply(x, axis=as_axes(axis, "sum"), keepdims=keepdims)
 
 
 def mean(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
-    """Return the mean over `axis` (all axes by default)."""
+    """Return the mean over `axis` (all axes by default).
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> ops.mean(Tensor([[1.0, 2.0], [3.0, 4.0]]), axis=1).data.tolist()
+    [1.5, 3.5]
+    """
     return Mean.apply(x, axis=as_axes(axis, "mean"), keepdims=keepdims)
 
 
 def max(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
-    """Return the largest element over `axis`; ties share the gradient equally."""
+    """Return the largest element over `axis`; ties share the gradient equally.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> ops.max(Tensor([[1.0, 2.0], [3.0, 0.0]]), axis=1).data.tolist()
+    [2.0, 3.0]
+    """
     return Max.apply(x, axis=as_axes(axis, "max"), keepdims=keepdims)
 
 

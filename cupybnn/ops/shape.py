@@ -93,13 +93,27 @@ def _copied(key: Any, xp: Any) -> Any:
 
 
 def reshape(x: Tensor, *shape: int | tuple[int, ...]) -> Tensor:
-    """Return the elements of `x` in another shape; one length may be -1."""
+    """Return the elements of `x` in another shape; one length may be -1.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> ops.reshape(Tensor([[1.0, 2.0], [3.0, 4.0]]), (4,)).data.tolist()
+    [1.0, 2.0, 3.0, 4.0]
+    """
     lengths = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
     return _still_signs(Reshape.apply(x, shape=lengths), x)
 
 
 def transpose(x: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
-    """Return `x` with its axes in the order `axes`, reversed by default."""
+    """Return `x` with its axes in the order `axes`, reversed by default.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> ops.transpose(Tensor([[1.0, 2.0], [3.0, 4.0]])).data.tolist()
+    [[1.0, 3.0], [2.0, 4.0]]
+    """
     order = as_axes(axes, "transpose")
     order = (order,) if isinstance(order, int) else order
     return _still_signs(Transpose.apply(x, axes=order), x)

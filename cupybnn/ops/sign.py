@@ -45,6 +45,17 @@ def sign(x: Tensor, ste: str | Quantizer = "ste_sign", training: bool = True) ->
     -------
     Tensor
         Of the shape and dtype of `x`, marked as two-valued.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> x = Tensor([-2.0, 0.5], requires_grad=True)
+    >>> y = ops.sign(x)
+    >>> y.data.tolist()
+    [-1.0, 1.0]
+    >>> y.sum().backward()
+    >>> x.grad.tolist()
+    [0.0, 1.0]
     """
     x = tensor_or_number(x, "sign")
     if x.two_valued:

@@ -32,6 +32,18 @@ class Adam(Optimizer):
         mean   = b1 * mean   + (1 - b1) * grad
         square = b2 * square + (1 - b2) * grad**2
         weight = weight - lr * (mean / (1 - b1**t)) / (sqrt(square / (1 - b2**t)) + eps)
+
+    Examples
+    --------
+    >>> from cupybnn import nn, optim
+    >>> weight = nn.Parameter([1.0, -2.0])
+    >>> optimizer = optim.Adam([weight], lr=0.1)
+    >>> for _ in range(100):
+    ...     optimizer.zero_grad()
+    ...     (weight * weight).sum().backward()
+    ...     optimizer.step()
+    >>> bool(abs(weight.data).max() < 0.2)
+    True
     """
 
     slots = ("mean", "square")
@@ -87,6 +99,16 @@ class AdamW(Adam):
     Notes
     -----
     Loshchilov, Hutter: Decoupled weight decay regularization, ICLR 2019.
+
+    Examples
+    --------
+    >>> from cupybnn import nn, optim
+    >>> weight = nn.Parameter([1.0])
+    >>> optimizer = optim.AdamW([weight], lr=0.1, weight_decay=0.1)
+    >>> (weight * 0).sum().backward()
+    >>> optimizer.step()
+    >>> round(weight.item(), 6)
+    0.99
     """
 
     rules: ClassVar[Rules] = {

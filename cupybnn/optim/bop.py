@@ -36,6 +36,16 @@ class Bop(Optimizer):
 
         mean   = (1 - lr) * mean + lr * grad
         weight = -weight where mean * weight > threshold
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, nn, optim
+    >>> weight = nn.Parameter([1.0, 1.0])
+    >>> optimizer = optim.Bop([weight], lr=0.5, threshold=0.1)
+    >>> (weight * Tensor([1.0, -1.0])).sum().backward()
+    >>> optimizer.step()
+    >>> weight.data.tolist()
+    [-1.0, 1.0]
     """
 
     slots = ("mean",)

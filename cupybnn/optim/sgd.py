@@ -21,6 +21,16 @@ class SGD(Optimizer):
         Learning rate.
     momentum : float
         In [0, 1).
+
+    Examples
+    --------
+    >>> from cupybnn import nn, optim
+    >>> weight = nn.Parameter([1.0, -2.0])
+    >>> optimizer = optim.SGD([weight], lr=0.5)
+    >>> (weight * weight).sum().backward()
+    >>> optimizer.step()
+    >>> weight.data.tolist()
+    [0.0, 0.0]
     """
 
     slots = ("velocity",)

@@ -40,6 +40,18 @@ class PackedMatrix:
         Number of +1 in each line; shape (1,) for a 1-D vector.
     device : Device
         Where `words` is.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupybnn
+    >>> p = cupybnn.pack(np.array([[1.5, -2.0, 0.0], [-1.0, -1.0, 3.0]]))
+    >>> p.unpack("int8")
+    array([[ 1, -1,  1],
+           [-1, -1,  1]], dtype=int8)
+    >>> p @ np.ones((3, 1))
+    array([[ 1.],
+           [-1.]])
     """
 
     __slots__ = ("axis", "device", "ndim", "popcounts", "shape", "words")

@@ -40,6 +40,13 @@ def sign(x: Any) -> Any:
     ------
     TypeError
         If the elements of `x` have no sign (unsigned integers, complex numbers, objects).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupybnn
+    >>> cupybnn.sign(np.array([-2.0, -0.0, 3.0]))
+    array([-1.,  1.,  1.])
     """
     x = as_operand(x, "'x' of sign")
     dtype = np.dtype(np.int8) if x.dtype.kind == "b" else x.dtype
@@ -115,6 +122,13 @@ def unpack(p: PackedMatrix, dtype: Any = None) -> Any:
     ------
     TypeError
         If `p` is not a PackedMatrix, or `dtype` cannot hold both +1 and -1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import cupybnn
+    >>> cupybnn.unpack(cupybnn.pack(np.array([2.0, -3.0, 0.0])), "int8")
+    array([ 1, -1,  1], dtype=int8)
     """
     if not isinstance(p, PackedMatrix):
         raise TypeError(f"The 'p' of unpack must be a PackedMatrix; got {type(p).__name__}.")

@@ -30,6 +30,13 @@ class TrainConfig(Options):
     ------
     SettingError
         If a setting breaks its rule, or two contradict each other.
+
+    Examples
+    --------
+    >>> import cupybnn
+    >>> config = cupybnn.TrainConfig(dataset="digits", binary=True, n_hidden=64, max_steps=20)
+    >>> config.n_hidden
+    64
     """
 
     @property

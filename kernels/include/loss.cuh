@@ -12,7 +12,8 @@ constexpr int GRAD_STRIDE = (CLASSES + 3) / 4 * 4;
 // The loss, and the gradient of the mean loss for the logits; `share` is 1 / examples. As in
 // `cupybnn.ops.softmax_cross_entropy`, a class without a label adds nothing to the loss, even where
 // its logit is -inf or the difference of two overflows, and the gradient is weight * softmax - target
-// with the sum of the targets as weight: `smoothing` alone if the label is out of range.
+// with the sum of the targets as weight: `smoothing` alone if the label is out of range. An example
+// of weight 0 has a gradient of 0, even where its softmax is NaN.
 __device__ __forceinline__ float loss_of(const float (&logit)[CLASSES], int label, float smoothing,
                                          float share, float (&grad)[CLASSES]) {
   float loss = 0;
@@ -30,7 +31,8 @@ __device__ __forceinline__ float loss_of(const float (&logit)[CLASSES], int labe
     // Rounded as written: the loss must not depend on how the compiler treats different product types.
     if (target > 0)
       loss = __fmaf_rn(target, __fadd_rn(log_total, -__fadd_rn(logit[c], -greatest)), loss);
-    grad[c] = __fmul_rn(__fmaf_rn(grad[c], per_total, -target), share);
+    const float slope = __fmul_rn(__fmaf_rn(grad[c], per_total, -target), share);
+    grad[c] = weight > 0 ? slope : 0.0f;
   }
 #else
 #pragma unroll

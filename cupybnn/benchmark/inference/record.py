@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from cupybnn.backends.devices import Device
@@ -13,7 +14,7 @@ from cupybnn.benchmark.inference.network import CLASSES, FEATURES, Network, rand
 from cupybnn.benchmark.inference.variants import COMPARED, Variant, measure
 from cupybnn.benchmark.methods import summarize_error
 from cupybnn.benchmark.record import new_record
-from cupybnn.benchmark.training.record import TRIALS, disturbed
+from cupybnn.benchmark.sizes import measure_sizes
 from cupybnn.benchmark.training.variants import Size
 
 __all__ = ["CLASSES", "FEATURES", "compare", "run", "sizes_for", "variants_for"]
@@ -118,28 +119,27 @@ def run(
         budget = 0.05 if quick else 0.2
         if device.kind == "cpu":  # other programs disturb more there
             budget *= 5
-        networks: dict[int, Network] = {}
-        for size in chosen:
-            if size.hidden not in networks:
-                networks = {size.hidden: Network.random(size.hidden)}
-            network, x = networks[size.hidden], random_inputs(size.batch)
-            expected = network.logits(x[:COMPARED])
-            rows = []
-            for variant in variants:
-                if starting is not None:
-                    starting(f"{size} {variant}", len(chosen) * len(variants))
-                trials: list[dict[str, Any]] = []
-                while len(trials) < TRIALS:
-                    trials.append(measure(variant, network, x, expected, device, clock, budget))
-                    if device.kind == "cuda" or not disturbed(trials[-1:]):
-                        break
-                rows.append(min(trials, key=lambda row: row.get("others_processors") or 0.0))
-            found = {"hidden": size.hidden, "batch": size.batch, "rows": rows}
-            found["disturbed"] = device.kind == "cpu" and disturbed(rows)
-            found["over"] = {} if found["disturbed"] else compare(rows)
-            record["sizes"].append(found)
-            record["seconds"] = time.perf_counter() - began
-            report(record, "size")
+
+        @lru_cache(maxsize=1)  # sizes of one width follow each other
+        def network_of(hidden: int) -> Network:
+            return Network.random(hidden)
+
+        @lru_cache(maxsize=1)
+        def expected_of(size: Size) -> tuple[Any, Any]:
+            x = random_inputs(size.batch)
+            return x, network_of(size.hidden).logits(x[:COMPARED])
+
+        def one(variant: Variant, size: Size) -> dict[str, Any]:
+            network, (x, expected) = network_of(size.hidden), expected_of(size)
+            return measure(variant, network, x, expected, device, clock, budget)
+
+        def compared(rows: Sequence[dict[str, Any]], is_disturbed: bool) -> dict[str, Any]:
+            return {"over": {} if is_disturbed else compare(rows)}
+
+        measure_sizes(
+            record, device, chosen, variants, one, compared,
+            began=began, starting=starting, report=report,
+        )  # fmt: skip
     return record
 
 

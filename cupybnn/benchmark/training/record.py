@@ -12,6 +12,7 @@ from cupybnn.backends.devices import Device
 from cupybnn.benchmark.clock import Clock, make_clock
 from cupybnn.benchmark.methods import summarize_error
 from cupybnn.benchmark.record import new_record
+from cupybnn.benchmark.sizes import measure_sizes
 from cupybnn.benchmark.training import ours
 from cupybnn.benchmark.training.variants import Size, Variant, measure
 from cupybnn.data import Dataset
@@ -20,7 +21,6 @@ __all__ = [
     "CLASSES",
     "FEATURES",
     "compare",
-    "disturbed",
     "random_images",
     "run",
     "sizes_for",
@@ -34,11 +34,6 @@ TABLE = tuple(Size(512, batch) for batch in (512, 1024, 2048, 4096, 8192))
 WIDE = (Size(1024, 1024), Size(4096, 4096), Size(8192, 8192))
 QUICK = (Size(512, 1024), Size(4096, 4096))
 CPU = (Size(512, 128), Size(1024, 1024))
-
-#: Processors that other programs may use during a CPU measurement; above, nothing is compared.
-DISTURBED = 0.2
-#: How often a variant is measured at most, on a CPU that other programs use.
-TRIALS = 3
 
 METHOD = {
     "network": (
@@ -140,25 +135,20 @@ def run(
         budget = 0.1 if quick else 0.3
         if device.kind == "cpu":  # noisier, and steps are long
             budget *= 10
-        for size in chosen:
-            rows = []
-            for variant in variants:
-                if starting is not None:
-                    starting(f"{size} {variant}", len(chosen) * len(variants))
-                row = measure(variant, size, device, data, clock, budget)
-                for _ in range(TRIALS - 1):
-                    if device.kind == "cuda" or not disturbed([row]):
-                        break
-                    again = measure(variant, size, device, data, clock, budget)
-                    row = min(row, again, key=lambda r: r.get("others_processors") or 0.0)
-                rows.append(row)
-            found = {"hidden": size.hidden, "batch": size.batch, "rows": rows, **compare(rows)}
-            found["disturbed"] = device.kind == "cpu" and disturbed(rows)
-            if found["disturbed"]:
+
+        def one(variant: Variant, size: Size) -> dict[str, Any]:
+            return measure(variant, size, device, data, clock, budget)
+
+        def compared(rows: Sequence[dict[str, Any]], is_disturbed: bool) -> dict[str, Any]:
+            found = compare(rows)
+            if is_disturbed:
                 found |= {"xnor_over_matmul": {}, "over_pytorch": None}
-            record["sizes"].append(found)
-            record["seconds"] = time.perf_counter() - began
-            report(record, "size")
+            return found
+
+        measure_sizes(
+            record, device, chosen, variants, one, compared,
+            began=began, starting=starting, report=report,
+        )  # fmt: skip
     return record
 
 
@@ -167,11 +157,6 @@ def _first_uses(variants: Sequence[Variant], device: Device, data: Dataset, cloc
     for variant in variants:
         if "graph" not in variant.how:
             measure(variant, Size(64, 64), device, data, clock, 0)
-
-
-def disturbed(rows: Sequence[dict[str, Any]]) -> bool:
-    """Whether other programs kept the processors busy while one of the rows was timed."""
-    return any((row.get("others_processors") or 0.0) > DISTURBED for row in rows)
 
 
 def compare(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
