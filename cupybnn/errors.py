@@ -15,23 +15,80 @@ class SettingError(ValueError):
 
     Everything that the command line can set raises this class, and the command then exits with the
     message alone. Any other ValueError there is a bug and keeps its traceback.
+
+    Examples
+    --------
+    >>> import cupybnn
+    >>> from cupybnn.errors import SettingError
+    >>> try:
+    ...     cupybnn.TrainConfig(batch_size=0)
+    ... except SettingError as error:
+    ...     print(str(error).partition(";")[0])
+    The 'batch_size' must be a whole number, at least 1
     """
 
 
 class DeviceError(RuntimeError):
-    """A requested device cannot be used; the message says why."""
+    """A requested device cannot be used; the message says why.
+
+    Examples
+    --------
+    >>> import cupybnn
+    >>> from cupybnn.errors import DeviceError
+    >>> try:
+    ...     cupybnn.TrainConfig(device="cuda:99", dataset="digits")
+    ...     cupybnn.train(device="cuda:99", dataset="digits")
+    ... except DeviceError:
+    ...     print("no such device")
+    no such device
+    """
 
 
 class DataError(RuntimeError):
-    """A data set is missing, truncated, corrupt or mislabelled."""
+    """A data set is missing, truncated, corrupt or mislabelled.
+
+    Examples
+    --------
+    >>> from cupybnn.data import load
+    >>> from cupybnn.errors import DataError
+    >>> try:
+    ...     load("mnist", "no/such/folder")
+    ... except DataError:
+    ...     print("no such folder")
+    no such folder
+    """
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read, or does not match the model or the options."""
+    """A checkpoint cannot be read, or does not match the model or the options.
+
+    Examples
+    --------
+    >>> import cupybnn
+    >>> from cupybnn.errors import CheckpointError
+    >>> try:
+    ...     cupybnn.load_model("no/such/run")
+    ... except CheckpointError:
+    ...     print("no such run")
+    no such run
+    """
 
 
 class GraphError(RuntimeError):
-    """A requested backward pass would give a wrong gradient or none."""
+    """A requested backward pass would give a wrong gradient or none.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> from cupybnn.errors import GraphError
+    >>> try:
+    ...     Tensor(np.ones(())).backward()  # nothing requires a gradient
+    ... except GraphError:
+    ...     print("no graph")
+    no graph
+    """
 
 
 class NonFiniteError(ArithmeticError):
@@ -51,6 +108,20 @@ class NonFiniteError(ArithmeticError):
         Number of values that are NaN or infinite.
     step : int or None
         The training step, if any. Set by the trainer.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> from cupybnn.autograd import debug
+    >>> from cupybnn.errors import NonFiniteError
+    >>> try:
+    ...     with debug.check_finite():
+    ...         ops.log(Tensor(np.array([0.0])))
+    ... except NonFiniteError as error:
+    ...     print(error.op, error.bad)
+    log 1
     """
 
     def __init__(self, op: str, phase: str, place: str, shape: tuple[int, ...], bad: int) -> None:

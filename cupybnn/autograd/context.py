@@ -32,6 +32,24 @@ class Context:
         Shape and dtype of the result.
 
     A function may set further attributes in its forward pass for its backward pass.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn.autograd import Function, Tensor
+    >>> class Scaled(Function):
+    ...     @staticmethod
+    ...     def forward(ctx, x, *, factor):
+    ...         ctx.factor = factor
+    ...         return x * factor
+    ...
+    ...     @staticmethod
+    ...     def backward(ctx, grad):
+    ...         return grad * ctx.factor
+    >>> x = Tensor(np.ones(2), requires_grad=True)
+    >>> Scaled.apply(x, factor=3.0).sum().backward()
+    >>> x.grad
+    array([3., 3.])
     """
 
     _stamps: Any = ()  # in case __init__ did not finish

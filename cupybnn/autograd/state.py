@@ -165,5 +165,13 @@ class no_grad(Setting):
 
 
 def is_grad_enabled() -> bool:
-    """Whether operations on tensors that require gradients are recorded."""
+    """Whether operations on tensors that require gradients are recorded.
+
+    Examples
+    --------
+    >>> from cupybnn.autograd import is_grad_enabled, no_grad
+    >>> with no_grad():
+    ...     print(is_grad_enabled())
+    False
+    """
     return recording.get()

@@ -311,7 +311,17 @@ def _as_array(data: Any) -> Any:
 
 
 def tensor_or_number(value: Any, op: str) -> Any:
-    """Turn an operand of the operation named `op` into a tensor or a Python number."""
+    """Turn an operand of the operation named `op` into a tensor or a Python number.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn.autograd import tensor_or_number
+    >>> tensor_or_number(2.5, "add")
+    2.5
+    >>> tensor_or_number(np.ones(2), "add").shape
+    (2,)
+    """
     if isinstance(value, Tensor):
         return value
     number = as_number(value)

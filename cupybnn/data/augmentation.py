@@ -52,6 +52,12 @@ class Augmentation:
     document analysis, ICDAR 2003. Here the elastic field is a sum of Gaussian bumps on a coarse
     grid, as wide as the grid spacing (4 pixels of 28, the best width in that paper), rather than
     smoothed per-pixel noise: the same fields with a fifth of the random numbers.
+
+    Examples
+    --------
+    >>> from cupybnn.data import Augmentation
+    >>> Augmentation(shift=2.0, rotation=10.0)
+    Augmentation(shift=2.0, rotation=10.0, scale=0.0, shear=0.0, elastic=0.0)
     """
 
     shift: float = 0.0

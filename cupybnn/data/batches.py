@@ -32,6 +32,14 @@ class BatchOrder:
         Not negative.
     device : Device
         Device of the permutations and indices.
+
+    Examples
+    --------
+    >>> from cupybnn.backends.devices import CPU
+    >>> from cupybnn.data import BatchOrder
+    >>> order = BatchOrder(images=6, batch_size=4, seed=0, device=CPU)
+    >>> len(order.indices(0)), sorted(order.permutation(1).tolist())
+    (4, [0, 1, 2, 3, 4, 5])
     """
 
     def __init__(self, images: int, batch_size: int, seed: int, device: Device) -> None:
@@ -106,6 +114,16 @@ class DeviceData:
     ------
     ValueError
         If a feature is too large for `dtype`.
+
+    Examples
+    --------
+    >>> from cupybnn.backends.devices import CPU
+    >>> from cupybnn.data import DeviceData, load
+    >>> data = DeviceData(load("digits"), CPU)
+    >>> data.scale(data.test_images[:2]).max() <= 1
+    np.True_
+    >>> data.image_shape
+    (8, 8)
     """
 
     def __init__(self, dataset: Dataset, device: Device, dtype: Any = np.float32) -> None:

@@ -35,6 +35,17 @@ class ClassificationReport:
         Probability of the predicted class.
     loss : float
         Mean cross-entropy, -log of the true class's probability.
+
+    Examples
+    --------
+    >>> import cupybnn
+    >>> from cupybnn import data
+    >>> result = cupybnn.train(dataset="digits", binary=True, n_hidden=32, max_steps=5)
+    >>> net = cupybnn.PackedNetwork.from_model(result.model)
+    >>> digits = data.load("digits")
+    >>> report = net.evaluate(digits.test_images, digits.test_labels)
+    >>> report.confusion.shape
+    (10, 10)
     """
 
     classes: np.ndarray

@@ -149,7 +149,18 @@ def _random_state_of(quantizer: Quantizer) -> np.ndarray | None:
 
 
 class SignDropout(Dropout):
-    """In training, replace random signs by coin tosses; see `cupybnn.ops.sign_dropout`."""
+    """In training, replace random signs by coin tosses; see `cupybnn.ops.sign_dropout`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import nn
+    >>> from cupybnn.autograd import Tensor
+    >>> layer = nn.SignDropout(0.9, rng=0)
+    >>> signs = nn.Sign()(Tensor(np.ones(1000, np.float32)))
+    >>> sorted(set(layer(signs).numpy().tolist()))
+    [-1.0, 1.0]
+    """
 
     _drop = staticmethod(ops.sign_dropout)
 
@@ -158,6 +169,14 @@ def set_progress(model: Module, progress: float) -> None:
     """Set the training progress, from 0 to 1, of all quantizers in `model`.
 
     Call it before each step if a quantizer changes during training ("ede_sign").
+
+    Examples
+    --------
+    >>> from cupybnn import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.Sign(ste="ede_sign"), nn.BinaryLinear(3, 2))
+    >>> nn.set_progress(model, 0.5)
+    >>> model[1].quantizer.progress
+    0.5
     """
     for _, module in model.named_modules():
         quantizer = getattr(module, "quantizer", None)

@@ -26,6 +26,14 @@ class Block:
         Possibly a `BinaryLinear`.
     rest : tuple of Module
         The modules that follow, in order: batch norm, sign, dropout, ...
+
+    Examples
+    --------
+    >>> from cupybnn import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm(3), nn.Sign(), nn.Linear(3, 2))
+    >>> block = nn.Chain.of(model).blocks[0]
+    >>> block.name, [type(module).__name__ for module in block.rest]
+    ('0', ['BatchNorm', 'Sign'])
     """
 
     name: str
@@ -43,6 +51,13 @@ class Chain:
         The modules before the first linear layer.
     blocks : tuple of Block
         At least one. The last one is the head, which computes the logits.
+
+    Examples
+    --------
+    >>> from cupybnn import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm(3), nn.Sign(), nn.Linear(3, 2))
+    >>> [block.name for block in nn.Chain.of(model).blocks]
+    ['0', '3']
     """
 
     inputs: tuple[Module, ...]
@@ -116,6 +131,16 @@ def stages(model: Module, x: Tensor) -> Iterator[tuple[str, Any]]:
     model : Module
     x : Tensor
         The model's input.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm(3), nn.Sign(), nn.Linear(3, 2))
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.ones((2, 4), np.float32))
+    >>> [(name, value.shape) for name, value in nn.stages(model, x)]
+    [('0/product', (2, 3)), ('0/activation', (2, 3)), ('3/product', (2, 2)), ('logits', (2, 2))]
     """
     if not _is_sequential(model):
         yield "logits", model(x)

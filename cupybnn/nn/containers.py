@@ -181,6 +181,13 @@ class ModuleDict(Module, MutableMapping):
     Parameters
     ----------
     modules : mapping of str to Module, or iterable of pairs
+
+    Examples
+    --------
+    >>> from cupybnn import nn
+    >>> heads = nn.ModuleDict({"a": nn.Linear(4, 2, rng=0), "b": nn.Linear(4, 3, rng=1)})
+    >>> len(list(heads.parameters()))
+    2
     """
 
     __eq__ = object.__eq__

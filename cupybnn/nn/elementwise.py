@@ -15,7 +15,17 @@ __all__ = ["Flatten", "HardTanh", "Identity", "ReLU", "Scale", "Sigmoid", "Tanh"
 
 
 class Identity(Module):
-    """Return the input: a placeholder for another layer."""
+    """Return the input: a placeholder for another layer.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import nn
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([[-2.0, 0.5]], np.float32))
+    >>> nn.Identity()(x).numpy()
+    array([[-2. ,  0.5]], dtype=float32)
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -69,14 +79,34 @@ class HardTanh(Module):
 
 
 class Tanh(Module):
-    """Hyperbolic tangent."""
+    """Hyperbolic tangent.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import nn
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([[-2.0, 0.5]], np.float32))
+    >>> nn.Tanh()(x).numpy()
+    array([[-0.9640276,  0.4621172]], dtype=float32)
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.tanh(x)
 
 
 class Sigmoid(Module):
-    """``1 / (1 + exp(-x))``."""
+    """``1 / (1 + exp(-x))``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import nn
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([[-2.0, 0.5]], np.float32))
+    >>> nn.Sigmoid()(x).numpy()
+    array([[0.11920291, 0.62245935]], dtype=float32)
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.sigmoid(x)
@@ -98,6 +128,14 @@ class Scale(Module):
     Attributes
     ----------
     factor : Parameter, shape (1,)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import nn
+    >>> from cupybnn.autograd import Tensor
+    >>> nn.Scale(0.5)(Tensor(np.array([2.0, -4.0], np.float32))).numpy()
+    array([ 1., -2.], dtype=float32)
     """
 
     def __init__(self, value: float = 1.0, dtype: Any = "float32") -> None:

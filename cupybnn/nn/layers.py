@@ -32,6 +32,15 @@ def glorot_uniform(shape: tuple[int, int], rng: Rng = None, dtype: Any = "float3
     Notes
     -----
     Glorot, Bengio: Understanding the difficulty of training deep feedforward networks, 2010.
+
+    Examples
+    --------
+    >>> from cupybnn import nn
+    >>> weights = nn.glorot_uniform((100, 50), rng=0)
+    >>> weights.shape
+    (100, 50)
+    >>> bool(abs(weights).max() <= 0.2)  # sqrt(6 / 150)
+    True
     """
     limit = math.sqrt(6 / max(sum(shape), 1))
     return np.random.default_rng(rng).uniform(-limit, limit, shape).astype(dtype)
@@ -190,6 +199,17 @@ def refresh_statistics(model: Module, batches: Iterable[Tensor]) -> None:
         Called with each batch.
     batches : iterable of Tensor
         Inputs, all of the same size.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import nn
+    >>> from cupybnn.autograd import Tensor
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm(3), nn.Sign(), nn.Linear(3, 2))
+    >>> batches = [Tensor(np.ones((8, 4), np.float32)) for _ in range(3)]
+    >>> nn.refresh_statistics(model, batches)
+    >>> bool((dict(model.named_buffers())["1.variance"] == 0).all())  # constant inputs do not vary
+    True
     """
     norms = [module for _, module in model.named_modules() if isinstance(module, BatchNorm)]
     modes = [(module, module.training) for _, module in model.named_modules()]

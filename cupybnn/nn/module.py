@@ -32,6 +32,13 @@ class Parameter(Tensor):
         Bits per element in inference: 1 if only the sign is used.
     limit : float, optional
         Optimisers keep the elements within [-limit, limit].
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import nn
+    >>> nn.Parameter(np.zeros(3, np.float32)).requires_grad
+    True
     """
 
     __slots__ = ("bits", "limit")
@@ -64,6 +71,21 @@ class Module:
         also attributes themselves is allowed. Later additions to a list are noticed when
         parameters are next listed. To refer to a module without making it a submodule, keep a
         function that returns it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import nn
+    >>> from cupybnn.autograd import Tensor
+    >>> class Doubled(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.factor = nn.Parameter(np.full((), 2.0, np.float32))
+    ...
+    ...     def forward(self, x):
+    ...         return x * self.factor
+    >>> Doubled()(Tensor(np.ones(2, np.float32))).numpy()
+    array([2., 2.], dtype=float32)
     """
 
     training = True

@@ -108,6 +108,15 @@ def load(model: _M, path: str | os.PathLike[str], strict: bool = True) -> _M:
     CheckpointError
         If the file cannot be read, is damaged or not a model file, or does not match the model;
         all mismatches are listed by name, and the model is left unchanged.
+
+    Examples
+    --------
+    >>> from cupybnn import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm(3), nn.Sign(), nn.Linear(3, 2))
+    >>> nn.save(model, "model.npz")
+    >>> other = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm(3), nn.Sign(), nn.Linear(3, 2))
+    >>> bool((nn.load(other, "model.npz")[0].weight.numpy() == model[0].weight.numpy()).all())
+    True
     """
     _check_model("load", model)
     own = model._state()
@@ -126,6 +135,14 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     ------
     CheckpointError
         If the file cannot be read, is damaged or not a model file.
+
+    Examples
+    --------
+    >>> from cupybnn import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm(3), nn.Sign(), nn.Linear(3, 2))
+    >>> nn.save(model, "model.npz")
+    >>> nn.read_state("model.npz")["0.weight"].shape
+    (4, 3)
     """
     return _read(path, lambda name, shape: True)
 

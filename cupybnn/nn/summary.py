@@ -33,6 +33,14 @@ class Row:
         Bytes of the arrays in training.
     binary_products, full_products : int
         Products per example: of two signs, and of other numbers.
+
+    Examples
+    --------
+    >>> from cupybnn import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm(3), nn.Sign(), nn.Linear(3, 2))
+    >>> row = model.summary().rows[0]
+    >>> row.kind, row.shape, row.bits
+    ('Linear', (4, 3), 32)
     """
 
     name: str
@@ -49,7 +57,15 @@ class Row:
 
 @dataclass(frozen=True, repr=False)
 class Summary:
-    """The layers of a model and their totals, shown as a table."""
+    """The layers of a model and their totals, shown as a table.
+
+    Examples
+    --------
+    >>> from cupybnn import nn
+    >>> model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm(3), nn.Sign(), nn.Linear(3, 2))
+    >>> len(model.summary().rows)
+    3
+    """
 
     rows: tuple[Row, ...]
 

@@ -102,27 +102,77 @@ def equal(a: Any, b: Any) -> Any:
 
 
 def not_equal(a: Any, b: Any) -> Any:
-    """Return ``a != b`` element by element, as an array of bool; see `equal`."""
+    """Return ``a != b`` element by element, as an array of bool; see `equal`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([1.0, 2.0, 4.0]))
+    >>> ops.not_equal(x, 2.0)
+    array([ True, False,  True])
+    """
     return NotEqual.of(a, b)
 
 
 def less(a: Any, b: Any) -> Any:
-    """Return ``a < b`` element by element, as an array of bool; see `equal`."""
+    """Return ``a < b`` element by element, as an array of bool; see `equal`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([1.0, 2.0, 4.0]))
+    >>> ops.less(x, 2.0)
+    array([ True, False, False])
+    """
     return Less.of(a, b)
 
 
 def less_equal(a: Any, b: Any) -> Any:
-    """Return ``a <= b`` element by element, as an array of bool; see `equal`."""
+    """Return ``a <= b`` element by element, as an array of bool; see `equal`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([1.0, 2.0, 4.0]))
+    >>> ops.less_equal(x, 2.0)
+    array([ True,  True, False])
+    """
     return LessEqual.of(a, b)
 
 
 def greater(a: Any, b: Any) -> Any:
-    """Return ``a > b`` element by element, as an array of bool; see `equal`."""
+    """Return ``a > b`` element by element, as an array of bool; see `equal`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([1.0, 2.0, 4.0]))
+    >>> ops.greater(x, 2.0)
+    array([False, False,  True])
+    """
     return Greater.of(a, b)
 
 
 def greater_equal(a: Any, b: Any) -> Any:
-    """Return ``a >= b`` element by element, as an array of bool; see `equal`."""
+    """Return ``a >= b`` element by element, as an array of bool; see `equal`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([1.0, 2.0, 4.0]))
+    >>> ops.greater_equal(x, 2.0)
+    array([False,  True,  True])
+    """
     return GreaterEqual.of(a, b)
 
 
@@ -153,5 +203,14 @@ def argmax(x: Tensor, axis: int | None = None) -> Any:
 
 
 def argmin(x: Tensor, axis: int | None = None) -> Any:
-    """Return the index of the smallest element along `axis`, the first in a tie; see `argmax`."""
+    """Return the index of the smallest element along `axis`, the first in a tie; see `argmax`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> ops.argmin(Tensor(np.array([[3.0, 1.0], [0.0, 2.0]])), axis=1)
+    array([1, 0])
+    """
     return Argmin.of(x, axis)

@@ -71,6 +71,16 @@ def dropout(x: Tensor, keep_prob: float, *, seed: int, counter: Any) -> Tensor:
     Notes
     -----
     Srivastava et al.: Dropout, JMLR 2014, in the form that needs no scaling at test time.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.ones(1000))
+    >>> y = ops.dropout(x, 0.8, seed=0, counter=0).numpy()
+    >>> sorted(set(y.tolist()))
+    [0.0, 1.25]
     """
     _checked(keep_prob, "dropout")
     return Dropout.apply(x, keep_prob=keep_prob, seed=seed, counter=counter)
@@ -91,6 +101,16 @@ def sign_dropout(x: Tensor, keep_prob: float, *, seed: int, counter: Any) -> Ten
         Probability of keeping a sign, in (0, 1].
     seed, counter : int
         Select the signs: the same pair gives the same result, on NumPy and CuPy.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = ops.sign(Tensor(np.ones(1000)))
+    >>> y = ops.sign_dropout(x, 0.8, seed=0, counter=0).numpy()
+    >>> sorted(set(y.tolist()))
+    [-1.0, 1.0]
     """
     _checked(keep_prob, "sign_dropout")
     if not x.two_valued:

@@ -223,27 +223,77 @@ class Clip(Function):
 
 
 def add(a: Any, b: Any) -> Tensor:
-    """Return a + b."""
+    """Return a + b.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([1.0, 2.0, 4.0]))
+    >>> ops.add(x, 2.0).numpy()
+    array([3., 4., 6.])
+    """
     return Add.apply(a, b)
 
 
 def subtract(a: Any, b: Any) -> Tensor:
-    """Return a - b."""
+    """Return a - b.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([1.0, 2.0, 4.0]))
+    >>> ops.subtract(x, 2.0).numpy()
+    array([-1.,  0.,  2.])
+    """
     return Subtract.apply(a, b)
 
 
 def multiply(a: Any, b: Any) -> Tensor:
-    """Return a * b."""
+    """Return a * b.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([1.0, 2.0, 4.0]))
+    >>> ops.multiply(x, 2.0).numpy()
+    array([2., 4., 8.])
+    """
     return Multiply.apply(a, b)
 
 
 def divide(a: Any, b: Any) -> Tensor:
-    """Return a / b."""
+    """Return a / b.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([1.0, 2.0, 4.0]))
+    >>> ops.divide(x, 2.0).numpy()
+    array([0.5, 1. , 2. ])
+    """
     return Divide.apply(a, b)
 
 
 def power(x: Tensor, exponent: float) -> Tensor:
-    """Return x to a constant power, a Python or NumPy real number."""
+    """Return x to a constant power, a Python or NumPy real number.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([1.0, 2.0, 3.0]))
+    >>> ops.power(x, 2).numpy()
+    array([1., 4., 9.])
+    """
     constant = as_number(exponent)
     if constant is None:
         raise TypeError(
@@ -254,32 +304,92 @@ def power(x: Tensor, exponent: float) -> Tensor:
 
 
 def negative(x: Tensor) -> Tensor:
-    """Return -x."""
+    """Return -x.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([-1.0, 0.5, 2.0]))
+    >>> ops.negative(x).numpy()
+    array([ 1. , -0.5, -2. ])
+    """
     return Negative.apply(x)
 
 
 def absolute(x: Tensor) -> Tensor:
-    """Return the magnitude ``|x|``. The gradient at 0 is 0."""
+    """Return the magnitude ``|x|``. The gradient at 0 is 0.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([-1.0, 0.5, 2.0]))
+    >>> ops.absolute(x).numpy()
+    array([1. , 0.5, 2. ])
+    """
     return Absolute.apply(x)
 
 
 def exp(x: Tensor) -> Tensor:
-    """Return e to the power of x."""
+    """Return e to the power of x.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([0.0, 1.0]))
+    >>> ops.exp(x).numpy()
+    array([1.        , 2.71828183])
+    """
     return Exp.apply(x)
 
 
 def log(x: Tensor) -> Tensor:
-    """Return the natural logarithm of x."""
+    """Return the natural logarithm of x.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([1.0, 2.0]))
+    >>> ops.log(x).numpy()
+    array([0.        , 0.69314718])
+    """
     return Log.apply(x)
 
 
 def sqrt(x: Tensor) -> Tensor:
-    """Return the square root of x."""
+    """Return the square root of x.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([4.0, 9.0]))
+    >>> ops.sqrt(x).numpy()
+    array([2., 3.])
+    """
     return Sqrt.apply(x)
 
 
 def tanh(x: Tensor) -> Tensor:
-    """Return the hyperbolic tangent of x."""
+    """Return the hyperbolic tangent of x.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([-1.0, 0.0, 1.0]))
+    >>> ops.tanh(x).numpy()
+    array([-0.76159416,  0.        ,  0.76159416])
+    """
     return Tanh.apply(x)
 
 

@@ -152,6 +152,20 @@ def batch_norm(
     Notes
     -----
     Ioffe, Szegedy: Batch normalization, ICML 2015. The backward pass is that paper's, simplified.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([[1.0], [3.0]]))
+    >>> one, zero = Tensor(np.ones(1)), Tensor(np.zeros(1))
+    >>> mean, variance = np.zeros(1), np.ones(1)
+    >>> ops.batch_norm(x, one, zero, mean, variance, training=True).numpy().round(3)
+    array([[-1.],
+           [ 1.]])
+    >>> mean
+    array([0.2])
     """
     features = (x.shape[-1],) if x.ndim else ()
     if x.ndim < 2 or any(

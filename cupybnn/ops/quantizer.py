@@ -25,6 +25,18 @@ class Quantizer:
     progress : float
         Training progress, from 0 to 1, for quantizers that change during training. Set by
         `cupybnn.nn.set_progress`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn.ops import Quantizer
+    >>> class Triangle(Quantizer):
+    ...     window = 1.0
+    ...
+    ...     def pseudo_gradient(self, x, grad):
+    ...         return grad * (1 - abs(x)).clip(0)
+    >>> Triangle().pseudo_gradient(np.array([0.0, 0.5, 2.0]), np.ones(3))
+    array([1. , 0.5, 0. ])
     """
 
     window: float | None = None
@@ -95,12 +107,26 @@ def register_quantizer(*names: str) -> Callable[[Any], Any]:
 
 
 def quantizer_names() -> list[str]:
-    """Return the names that `get_quantizer` knows."""
+    """Return the names that `get_quantizer` knows.
+
+    Examples
+    --------
+    >>> from cupybnn.ops import quantizer_names
+    >>> "hard_tanh" in quantizer_names()
+    True
+    """
     return sorted(_REGISTRY)
 
 
 def get_quantizer(quantizer: str | Quantizer) -> Quantizer:
-    """Return a new quantizer of the given name; a `Quantizer` is returned unchanged."""
+    """Return a new quantizer of the given name; a `Quantizer` is returned unchanged.
+
+    Examples
+    --------
+    >>> from cupybnn.ops import get_quantizer
+    >>> get_quantizer("hard_tanh")
+    SteSign(window=1.0)
+    """
     if isinstance(quantizer, Quantizer):
         return quantizer
     if quantizer not in _REGISTRY:

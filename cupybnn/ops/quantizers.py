@@ -47,6 +47,14 @@ class SteSign(Quantizer):
     Notes
     -----
     Courbariaux et al.: Binarized neural networks, NeurIPS 2016.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn.ops import SteSign
+    >>> x = np.array([-1.5, -0.5, 0.0, 0.5])
+    >>> SteSign().pseudo_gradient(x, np.full(4, 2.0))
+    array([0., 2., 2., 2.])
     """
 
     def __init__(self, window: float = 1.0) -> None:
@@ -87,6 +95,14 @@ class ClippedGrad(Quantizer):
     Bengio, Léonard, Courville: Estimating or propagating gradients through stochastic neurons for
     conditional computation, 2013, without the limit. The limit comes from the TensorFlow program
     that this package follows.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn.ops import ClippedGrad
+    >>> x = np.array([-1.5, -0.5, 0.0, 0.5])
+    >>> ClippedGrad().pseudo_gradient(x, np.full(4, 2.0))
+    array([1., 1., 1., 1.])
     """
 
     def __init__(self, limit: float = 1.0) -> None:
@@ -111,6 +127,14 @@ class IdentitySign(Quantizer):
     -----
     Bengio, Léonard, Courville: Estimating or propagating gradients through stochastic neurons for
     conditional computation, 2013.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn.ops import IdentitySign
+    >>> x = np.array([-1.5, -0.5, 0.0, 0.5])
+    >>> IdentitySign().pseudo_gradient(x, np.full(4, 2.0))
+    array([2., 2., 2., 2.])
     """
 
     def pseudo_gradient(self, x: Any, grad: Any) -> Any:
@@ -133,6 +157,14 @@ class ApproxSign(Quantizer):
     Notes
     -----
     Liu et al.: Bi-Real Net, ECCV 2018.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn.ops import ApproxSign
+    >>> x = np.array([-1.5, -0.5, 0.0, 0.5])
+    >>> ApproxSign().pseudo_gradient(x, np.full(4, 2.0))
+    array([0., 2., 4., 2.])
     """
 
     window = 1.0
@@ -169,6 +201,14 @@ class SwishSign(Quantizer):
     Notes
     -----
     Darabi et al.: Regularized binary network training, 2018.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn.ops import SwishSign
+    >>> x = np.array([-1.5, -0.5, 0.0, 0.5])
+    >>> SwishSign().pseudo_gradient(x, np.full(4, 2.0)).round(4)
+    array([-0.0607, -0.1692, 10.    , -0.1692])
     """
 
     def __init__(self, beta: float = 5.0) -> None:
@@ -199,6 +239,14 @@ class MagnitudeAwareSign(SteSign):
     Notes
     -----
     Rastegari et al.: XNOR-Net, ECCV 2016.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn.ops import MagnitudeAwareSign
+    >>> x = np.array([[0.5, -1.0], [-0.25, 3.0]])
+    >>> MagnitudeAwareSign().scale(x)  # of each column
+    array([0.375, 2.   ])
     """
 
     def scale(self, x: Any) -> Any:
@@ -228,6 +276,14 @@ class StochasticSign(SteSign):
     Notes
     -----
     Courbariaux, Bengio, David: BinaryConnect, NeurIPS 2015.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn.ops import StochasticSign
+    >>> x = np.array([-1.5, -0.5, 0.0, 0.5])
+    >>> StochasticSign().pseudo_gradient(x, np.full(4, 2.0))
+    array([0., 2., 2., 2.])
     """
 
     def __init__(self, window: float = 1.0, seed: int = 0) -> None:
@@ -260,6 +316,15 @@ class EdeSign(Quantizer):
     -----
     Qin et al.: Forward and backward information retention for accurate binary neural networks
     (IR-Net), CVPR 2020.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn.ops import EdeSign
+    >>> quantizer = EdeSign()
+    >>> quantizer.progress = 1.0
+    >>> quantizer.pseudo_gradient(np.array([0.0, 0.1, 1.0]), np.ones(3)).round(4)
+    array([10.    ,  4.1997,  0.    ])
     """
 
     def pseudo_gradient(self, x: Any, grad: Any) -> Any:

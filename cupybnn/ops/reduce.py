@@ -128,5 +128,15 @@ def max(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
 
 
 def min(x: Tensor, axis: Axis = None, keepdims: bool = False) -> Tensor:
-    """Return the smallest element over `axis`; ties share the gradient equally."""
+    """Return the smallest element over `axis`; ties share the gradient equally.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([[1.0, 2.0], [3.0, 6.0]]))
+    >>> ops.min(x, axis=0).numpy()
+    array([1., 2.])
+    """
     return Min.apply(x, axis=as_axes(axis, "min"), keepdims=keepdims)

@@ -120,12 +120,33 @@ def transpose(x: Tensor, axes: tuple[int, ...] | None = None) -> Tensor:
 
 
 def index(x: Tensor, key: Any) -> Tensor:
-    """Return ``x[key]``: slices, integers, None, ..., index arrays, masks."""
+    """Return ``x[key]``: slices, integers, None, ..., index arrays, masks.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.arange(5.0))
+    >>> ops.index(x, slice(1, 3)).numpy()
+    array([1., 2.])
+    >>> x[1:3].numpy()
+    array([1., 2.])
+    """
     return _still_signs(Index.apply(x, key=index_key(key, x.device.xp)), x)
 
 
 def to(x: Tensor, device: str | Device) -> Tensor:
-    """Return `x` on `device` ("cpu", "cuda", "cuda:1"); `x` itself if already there."""
+    """Return `x` on `device` ("cpu", "cuda", "cuda:1"); `x` itself if already there.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> ops.to(Tensor(np.ones(2)), "cpu").device
+    Device(kind='cpu', index=0)
+    """
     target = resolve(device)
     return x if target == x.device else _still_signs(Move.apply(x, device=target), x)
 

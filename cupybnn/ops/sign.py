@@ -66,7 +66,21 @@ def sign(x: Tensor, ste: str | Quantizer = "ste_sign", training: bool = True) ->
 
 
 def quantize(x: Tensor, quantizer: str | Quantizer = "ste_sign", training: bool = True) -> Tensor:
-    """Return the signs of `x`, times the quantizer's scale if it has one; see `sign`."""
+    """Return the signs of `x`, times the quantizer's scale if it has one; see `sign`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> from cupybnn.autograd import Tensor
+    >>> x = Tensor(np.array([-2.0, -0.5, 0.3]), requires_grad=True)
+    >>> y = ops.quantize(x, "approx_sign")
+    >>> y.numpy()
+    array([-1., -1.,  1.])
+    >>> y.sum().backward()
+    >>> x.grad
+    array([0. , 1. , 1.4])
+    """
     x = tensor_or_number(x, "quantize")
     quantizer = get_quantizer(quantizer)
     signs = sign(x, quantizer, training)

@@ -50,7 +50,15 @@ def parameter_groups(
 
 
 def is_binary(name: str, parameter: Parameter) -> bool:
-    """Predicate for the latent weights of binary layers."""
+    """Predicate for the latent weights of binary layers.
+
+    Examples
+    --------
+    >>> from cupybnn import nn, optim
+    >>> model = nn.Sequential(nn.BinaryLinear(8, 4), nn.BatchNorm(4))
+    >>> [name for name, p in model.named_parameters() if optim.is_binary(name, p)]
+    ['0.weight']
+    """
     return parameter.bits == 1
 
 
@@ -63,5 +71,13 @@ def binarynet_scale(parameter: Parameter) -> float:
     Notes
     -----
     Courbariaux et al.: Binarized neural networks, NeurIPS 2016, and its code.
+
+    Examples
+    --------
+    >>> from cupybnn import nn, optim
+    >>> round(optim.binarynet_scale(nn.BinaryLinear(784, 512).weight), 2)
+    29.39
+    >>> optim.binarynet_scale(nn.Linear(784, 512).weight)
+    1.0
     """
     return math.sqrt(sum(parameter.shape) / 1.5) if parameter.bits == 1 else 1.0

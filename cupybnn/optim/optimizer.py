@@ -47,6 +47,20 @@ class Block:
         The arrays named in `Optimizer.slots`; update them in place.
     work : ndarray, shape (2, n)
         Scratch memory.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import nn, optim
+    >>> class Momentum(optim.Optimizer):
+    ...     slots = ("mean",)  # an array for each parameter, kept in checkpoints
+    ...
+    ...     def update(self, block):
+    ...         (mean,) = block.slots
+    ...         mean *= 0.9
+    ...         mean += block.grad
+    ...         block.weight -= block.lr * mean
+    >>> optimizer = Momentum(nn.Linear(2, 1).parameters(), lr=0.1)
     """
 
     xp: Any
@@ -99,6 +113,16 @@ class Optimizer:
 
     A subclass defines `update`, lists the arrays that it keeps in `slots` and the rules for its
     options in `rules`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import nn, optim
+    >>> class SignSGD(optim.Optimizer):
+    ...     def update(self, block):
+    ...         block.weight -= block.lr * np.sign(block.grad)
+    >>> layer = nn.Linear(2, 1, rng=0)
+    >>> optimizer = SignSGD(layer.parameters(), lr=0.1)
     """
 
     # Names of the arrays that an optimiser keeps for each parameter, initially 0.

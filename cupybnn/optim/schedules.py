@@ -16,7 +16,14 @@ Schedule = Callable[[int], float]
 
 
 def constant(factor: float = 1.0) -> Schedule:
-    """Return a schedule with the constant `factor`."""
+    """Return a schedule with the constant `factor`.
+
+    Examples
+    --------
+    >>> from cupybnn.optim import schedules
+    >>> schedules.constant(0.5)(100)
+    0.5
+    """
     return _BoundSchedule(_constant, factor)
 
 
@@ -25,7 +32,15 @@ def _constant(number: int, factor: float) -> float:
 
 
 def step(boundaries: Sequence[int], factor: float = 0.1) -> Schedule:
-    """Return a schedule that starts at 1 and is multiplied by `factor` at each of `boundaries`."""
+    """Return a schedule that starts at 1 and is multiplied by `factor` at each of `boundaries`.
+
+    Examples
+    --------
+    >>> from cupybnn.optim import schedules
+    >>> rate = schedules.step([10, 20], 0.5)
+    >>> [rate(0), rate(10), rate(25)]
+    [1.0, 0.5, 0.25]
+    """
     return _BoundSchedule(_step, tuple(boundaries), factor)
 
 
@@ -34,7 +49,15 @@ def _step(number: int, boundaries: tuple[int, ...], factor: float) -> float:
 
 
 def exponential(steps: int, final: float) -> Schedule:
-    """Return a schedule that decays exponentially from 1 to `final` at `steps`."""
+    """Return a schedule that decays exponentially from 1 to `final` at `steps`.
+
+    Examples
+    --------
+    >>> from cupybnn.optim import schedules
+    >>> rate = schedules.exponential(100, 0.01)
+    >>> [rate(0), round(rate(50), 4), rate(100)]
+    [1.0, 0.1, 0.01]
+    """
     if steps < 1 or not final > 0:
         raise ValueError(
             f"An exponential schedule needs steps >= 1 and final > 0; got {steps!r} and {final!r}."
@@ -52,6 +75,13 @@ def cosine(steps: int, final: float = 0.0) -> Schedule:
     Notes
     -----
     Loshchilov, Hutter: SGDR, ICLR 2017, without restarts.
+
+    Examples
+    --------
+    >>> from cupybnn.optim import schedules
+    >>> rate = schedules.cosine(100)
+    >>> [rate(0), round(rate(50), 4), rate(100)]
+    [1.0, 0.5, 0.0]
     """
     if steps < 1:
         raise ValueError(f"A cosine schedule needs steps >= 1; got {steps!r}.")
@@ -66,6 +96,13 @@ def warm_up(steps: int, then: Schedule | None = None) -> Schedule:
     """Return a schedule that rises linearly over `steps` and then follows `then` from its start.
 
     The first step has the factor ``1 / (steps + 1)`` times that of ``then(0)``.
+
+    Examples
+    --------
+    >>> from cupybnn.optim import schedules
+    >>> rate = schedules.warm_up(3, schedules.cosine(100))
+    >>> [rate(0), rate(1), rate(2), rate(3)]
+    [0.25, 0.5, 0.75, 1.0]
     """
     return _BoundSchedule(_warm_up, steps, constant() if then is None else then)
 

@@ -29,7 +29,14 @@ __all__ = [
 
 
 class Flips(NamedTuple):
-    """Fractions of a layer's binary weights whose sign has changed, from 0 to 1."""
+    """Fractions of a layer's binary weights whose sign has changed, from 0 to 1.
+
+    Examples
+    --------
+    >>> from cupybnn.training.measures import Flips
+    >>> Flips(since_last=0.0, since_start=0.25).since_start
+    0.25
+    """
 
     since_last: float
     since_start: float
@@ -44,7 +51,18 @@ def _binary_weights(model: nn.Module) -> Iterator[tuple[str, nn.BinaryLinear, An
 
 
 def weight_signs(model: nn.Module) -> dict[str, Any]:
-    """Return, by name of a binary layer's weight, a bool array that is True where it is +1."""
+    """Return, by name of a binary layer's weight, a bool array that is True where it is +1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import nn
+    >>> from cupybnn.training import measures
+    >>> model = nn.Sequential(nn.BinaryLinear(4, 2, binary_input=False, rng=0))
+    >>> signs = measures.weight_signs(model)
+    >>> {name: array.shape for name, array in signs.items()}
+    {'0.weight': (4, 2)}
+    """
     return {name: array >= 0 for name, _, array in _binary_weights(model)}
 
 
@@ -52,6 +70,18 @@ def flipped(model: nn.Module, before: dict[str, Any]) -> dict[str, float]:
     """Return, by name, the fraction of binary weights whose sign differs from `before`.
 
     `before` is an earlier result of `weight_signs`. Reading the counts waits for the device.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import nn
+    >>> from cupybnn.training import measures
+    >>> model = nn.Sequential(nn.BinaryLinear(4, 2, binary_input=False, rng=0))
+    >>> before = measures.weight_signs(model)
+    >>> weight = model[0].weight
+    >>> weight.data[0] *= -1  # one of four rows
+    >>> measures.flipped(model, before)
+    {'0.weight': 0.25}
     """
     return {name: _share(signs != before[name]) for name, signs in weight_signs(model).items()}
 
@@ -63,6 +93,19 @@ class FlipCounter:
     ----------
     model : Module
         Flips are counted from its current weights.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import nn
+    >>> from cupybnn.training import measures
+    >>> model = nn.Sequential(nn.BinaryLinear(4, 2, binary_input=False, rng=0))
+    >>> counter = measures.FlipCounter(model)
+    >>> model[0].weight.data[0] *= -1
+    >>> counter.update()
+    {'0.weight': Flips(since_last=0.25, since_start=0.25)}
+    >>> counter.update()
+    {'0.weight': Flips(since_last=0.0, since_start=0.25)}
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -87,6 +130,16 @@ def outside_window(model: nn.Module) -> dict[str, float]:
     """Return, by name of a binary layer's weight, the fraction that no longer gets a gradient.
 
     These are the latent weights outside the quantizer's window; 0 for a quantizer without one.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import nn
+    >>> from cupybnn.training import measures
+    >>> model = nn.Sequential(nn.BinaryLinear(4, 2, binary_input=False, rng=0))
+    >>> model[0].weight.data[0] = 2.0  # beyond |w| <= 1
+    >>> measures.outside_window(model)
+    {'0.weight': 0.25}
     """
     return {
         name: 0.0 if layer.quantizer.window is None else _share(abs(array) > layer.quantizer.window)
@@ -108,6 +161,13 @@ def sign_entropy(activations: Tensor | Any) -> float:
         ``mean(-p log2(p) - (1 - p) log2(1 - p))`` over the units, where p is the fraction of the
         batch for which a unit is +1: 1 if each unit is +1 for half of the batch, 0 if no unit ever
         changes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn.training.measures import sign_entropy
+    >>> sign_entropy(np.array([[1.0, 1.0], [-1.0, 1.0]]))  # one unit varies, the other does not
+    0.5
     """
     array = activations.data if isinstance(activations, Tensor) else activations
     if array.ndim < 1 or array.size == 0:
@@ -139,6 +199,16 @@ class FlipRecord(Callback):
         By the weight's name, one for each step.
     outside : dict of str to list of float
         Likewise, the fraction of latent weights outside the quantizer's window.
+
+    Examples
+    --------
+    >>> import cupybnn
+    >>> from cupybnn.training.measures import FlipRecord
+    >>> config = cupybnn.TrainConfig(dataset="digits", binary=True, n_hidden=32, max_steps=5)
+    >>> record = FlipRecord()
+    >>> result = cupybnn.Trainer(config, [record]).run()
+    >>> len(record.flips["fc2.weight"])
+    5
     """
 
     def __init__(self) -> None:
@@ -162,7 +232,17 @@ class FlipRecord(Callback):
 
 
 def stages_of(trainer: TrainingRun, images: int) -> list[tuple[str, Tensor]]:
-    """Return (tag, value) for everything that the model computes from the first test images."""
+    """Return (tag, value) for everything that the model computes from the first test images.
+
+    Examples
+    --------
+    >>> import cupybnn
+    >>> from cupybnn.training.measures import stages_of
+    >>> config = cupybnn.TrainConfig(dataset="digits", binary=True, n_hidden=32, max_steps=5)
+    >>> trainer = cupybnn.Trainer(config)
+    >>> [tag for tag, value in stages_of(trainer, 4)][:2]
+    ['fc1/product', 'fc1/activation']
+    """
     inputs = trainer.data.scale(trainer.data.test_images[:images])
     trainer.model.eval()
     with no_grad():
@@ -184,6 +264,16 @@ class EntropyRecord(Callback):
     entropy : dict of str to list of float
         `sign_entropy` in bits, one for each of `steps`, by the name of the layer that the
         activations come from, such as "fc1". Layers whose activations are not signs are left out.
+
+    Examples
+    --------
+    >>> import cupybnn
+    >>> from cupybnn.training.measures import EntropyRecord
+    >>> config = cupybnn.TrainConfig(dataset="digits", binary=True, n_hidden=32, max_steps=5)
+    >>> record = EntropyRecord()
+    >>> result = cupybnn.Trainer(config, [record]).run()
+    >>> sorted(record.entropy)
+    ['fc1', 'fc2']
     """
 
     def __init__(self, images: int = 256) -> None:

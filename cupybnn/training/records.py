@@ -35,6 +35,13 @@ class Evaluation:
         Accuracy on the whole test set, after the update.
     examples_per_second : float
         Training examples a second since the previous evaluation, evaluation excluded.
+
+    Examples
+    --------
+    >>> import cupybnn
+    >>> result = cupybnn.train(dataset="digits", binary=True, n_hidden=32, max_steps=5)
+    >>> result.final.step
+    4
     """
 
     step: int
@@ -76,6 +83,13 @@ class TrainResult:
     model : Module
         The trained model, in evaluation mode, with averaged weights if the configuration asks for
         them: the model that `final` evaluates. Its attribute `trained_on` is a `DataDescription`.
+
+    Examples
+    --------
+    >>> import cupybnn
+    >>> result = cupybnn.train(dataset="digits", binary=True, n_hidden=32, max_steps=5)
+    >>> result.steps, result.dataset, len(result.history)
+    (5, 'digits', 1)
     """
 
     config: TrainConfig
@@ -108,6 +122,21 @@ class Callback:
     """Base class for training callbacks; each method does nothing unless overridden.
 
     An exception raised by a method ends the run.
+
+    Examples
+    --------
+    >>> import cupybnn
+    >>> class Losses(cupybnn.training.Callback):
+    ...     def __init__(self):
+    ...         self.losses = []
+    ...
+    ...     def on_evaluate(self, trainer, evaluation):
+    ...         self.losses.append(evaluation.test_loss)
+    >>> config = cupybnn.TrainConfig(dataset="digits", binary=True, n_hidden=32, max_steps=5)
+    >>> losses = Losses()
+    >>> result = cupybnn.Trainer(config, [losses]).run()
+    >>> len(losses.losses) > 0
+    True
     """
 
     def on_notice(self, trainer: TrainingRun, sentence: str) -> None:

@@ -33,6 +33,15 @@ def restored_config(path: str, **changes: Any) -> TrainConfig:
         If there is no checkpoint, or its settings cannot be read.
     ValueError
         If a changed setting is invalid.
+
+    Examples
+    --------
+    >>> import cupybnn
+    >>> result = cupybnn.train(
+    ...     dataset="digits", binary=True, n_hidden=32, max_steps=5, log_dir="runs"
+    ... )
+    >>> cupybnn.training.restored_config(str(result.run_folder), max_steps=10).max_steps
+    10
     """
     before = stored_config(load_info(path))
     settings = {**asdict(before), **changes, "restore": path}

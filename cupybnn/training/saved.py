@@ -42,6 +42,15 @@ class DataDescription:
         Number of images.
     sha256 : str or None
         Hash of all images and labels.
+
+    Examples
+    --------
+    >>> import cupybnn
+    >>> result = cupybnn.train(
+    ...     dataset="digits", binary=True, n_hidden=32, max_steps=5, log_dir="runs"
+    ... )
+    >>> cupybnn.load_model(result.run_folder).trained_on.classes
+    10
     """
 
     name: str
