@@ -36,7 +36,6 @@ class DeviceError(RuntimeError):
     >>> import cupybnn
     >>> from cupybnn.errors import DeviceError
     >>> try:
-    ...     cupybnn.TrainConfig(device="cuda:99", dataset="digits")
     ...     cupybnn.train(device="cuda:99", dataset="digits")
     ... except DeviceError:
     ...     print("no such device")
