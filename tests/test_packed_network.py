@@ -350,3 +350,13 @@ def test_every_test_image_of_mnist(mnist_dir):
             x = layer(x)
             activation = stages[f"{layer.name}/activation"].data
             np.testing.assert_array_equal(x.unpack(np.float32), activation)
+
+
+def test_the_model_of_a_run_is_packed_with_the_scaling_of_its_pixels():
+    result = cupybnn.train(dataset="digits", binary=True, n_hidden=32, max_steps=5)
+    digits = cupybnn.data.load("digits")
+    net = PackedNetwork.from_model(result.model)
+    scaled = result.model.trained_on.scale(digits.test_images)
+    logits = result.model(cupybnn.Tensor(scaled)).numpy()
+    assert (net.to("cpu").predict(digits.test_images) == logits.argmax(axis=1)).all()
+    assert repr(result).startswith("TrainResult(dataset='digits', steps=5, final_accuracy=0.")

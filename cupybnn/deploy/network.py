@@ -92,7 +92,8 @@ class PackedNetwork:
         Parameters
         ----------
         model : Module
-            A chain of our layers (`cupybnn.nn.Sequential`), with parameters in float32.
+            A chain of our layers (`cupybnn.nn.Sequential`), with parameters in float32. A model that
+            `cupybnn.train` or `cupybnn.load_model` returned knows the next two itself.
         pixel_max : float, optional
             Greatest pixel, 255 for MNIST, where the network is to take pixels of whole numbers; it
             was trained on ``pixels / pixel_max`` then. Floating inputs are taken as they are.
@@ -111,6 +112,11 @@ class PackedNetwork:
         ValueError
             If a layer cannot be packed; the message names it and says why.
         """
+        known: DataDescription | None = vars(model).get("trained_on")
+        if known is not None and pixel_max is None:
+            pixel_max = known.pixel_max
+        if known is not None and image_shape is None:
+            image_shape = known.image_shape
         layers = packed_layers(model)
         inputs = InputSpec(layers[0].inputs, image_shape, pixel_max)
         if image_shape is not None and np.prod(image_shape) != inputs.features:
@@ -151,10 +157,7 @@ class PackedNetwork:
             If a layer cannot be packed.
         """
         model = load_model(run, which=which, device=device)
-        data: DataDescription = vars(model)["trained_on"]
-        return cls.from_model(
-            model, pixel_max=data.pixel_max, image_shape=data.image_shape, classes=classes
-        )
+        return cls.from_model(model, classes=classes)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | Device = "cpu") -> PackedNetwork:

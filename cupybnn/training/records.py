@@ -75,7 +75,7 @@ class TrainResult:
         The notices of the run.
     model : Module
         The trained model, in evaluation mode, with averaged weights if the configuration asks for
-        them: the model that `final` evaluates.
+        them: the model that `final` evaluates. Its attribute `trained_on` is a `DataDescription`.
     """
 
     config: TrainConfig
@@ -90,6 +90,13 @@ class TrainResult:
     stopped: bool
     notices: tuple[str, ...]
     model: nn.Module = field(repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        folder = "" if self.run_folder is None else f", run_folder={str(self.run_folder)!r}"
+        return (
+            f"TrainResult(dataset={self.dataset!r}, steps={self.steps}, "
+            f"final_accuracy={self.final_accuracy:.4f}{folder})"
+        )
 
     @property
     def final_accuracy(self) -> float:

@@ -181,6 +181,9 @@ class Trainer:
             model = copy.deepcopy(model)
             model.load_state_dict(state)
         model.eval()
+        # As `load_model` does: `PackedNetwork.from_model` wants to know how inputs are scaled.
+        description = DataDescription.of(self.dataset, hashed=False)
+        object.__setattr__(model, "trained_on", description)
         return model
 
     def _restore(self, stored: checkpoints.Checkpoint) -> None:
