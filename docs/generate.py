@@ -91,18 +91,48 @@ def command_sections() -> str:
         subparsers = Parser(prog="cupybnn").add_subparsers()
         importlib.import_module(f"cupybnn.cli.{name}").add_parser(subparsers)
         parser = subparsers.choices[name]
-        parser.formatter_class = _WideHelp
-        help_text = re.sub(r"\x1b\[[0-9;]*m", "", parser.format_help())
-        title = f"{summary[0].upper()}{summary[1:]}."
-        sections.append(
-            f"(cupybnn-{name})=\n## cupybnn {name}\n\n{title}\n\n```text\n{help_text.strip()}\n```"
-        )
+        lines = [f"(cupybnn-{name})=", f"## cupybnn {name}", ""]
+        lines += [f"{summary[0].upper()}{summary[1:]}.", ""]
+        if name == "train":
+            lines += [
+                "See [the options by topic](#options-of-cupybnn-train-by-topic). Besides:",
+                "",
+            ]
+        else:
+            lines += [_text(parser.description), ""]
+        options = [action for action in parser._actions if action.dest != "help"]
+        if name == "train":
+            options = [each for each in options if each.dest in ONLY_ON_THE_COMMAND_LINE]
+        if options:
+            lines += ["| option | meaning |", "| --- | --- |", *map(_option_row, options), ""]
+        if name != "train" and parser.epilog:
+            lines += [_text(parser.epilog)]
+        sections.append("\n".join(lines))
     return "\n\n".join(sections)
 
 
-class _WideHelp(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str, **settings: Any) -> None:
-        super().__init__(prog, width=88, max_help_position=28, **settings)
+#: Options of ``cupybnn train`` that are no settings of a run.
+ONLY_ON_THE_COMMAND_LINE = ("recipe", "list_recipes", "gpu", "gpus", "restarts", "export")
+
+
+def _text(description: str) -> str:
+    """Return a parser's text: a paragraph, or as it is if its lines are broken by hand."""
+    text = description.strip()
+    return f"```text\n{text}\n```" if "\n" in text else text
+
+
+def _option_row(action: argparse.Action) -> str:
+    names = action.option_strings or [action.metavar or action.dest.upper()]
+    value = "" if action.nargs == 0 or not action.option_strings else action.metavar or ""
+    if not value and action.choices and action.option_strings:
+        value = "|".join(map(str, action.choices))
+    spelled = ", ".join(f"`{name} {value}".strip() + "`" for name in names)
+    meaning = (action.help or "").replace("%%", "%").replace("%(default)s", str(action.default))
+    return (
+        f"| {spelled} | {meaning} |".replace("|x|", r"\|x\|")
+        if "|" not in value
+        else (f"| {spelled.replace('|', chr(92) + '|')} | {meaning} |")
+    )
 
 
 def recipe_sections() -> str:

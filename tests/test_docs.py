@@ -102,7 +102,7 @@ def generate():
 
 
 def test_every_command_and_option_has_its_place(generate):
-    text = generate.command_sections()
+    text = generate.command_sections() + generate.tables.options()
     assert all(f"## cupybnn {name}\n" in text for name in COMMANDS)
     assert {"--n_hidden", "--restore", "--onnx_target", "--invert", "--tune"} <= set(
         re.findall(r"--[a-z_]+", text)
