@@ -54,7 +54,9 @@ def write_all(folder: Path) -> None:
     (parts / "recipes.md").write_text(recipe_sections(), encoding="utf-8")
     (parts / "commands.md").write_text(command_sections(), encoding="utf-8")
     (parts / "quantizers.md").write_text(quantizer_sections(parts), encoding="utf-8")
-    (parts / "benchmarks.md").write_text(tables.results(ROOT / "bench/results"), encoding="utf-8")
+    (parts / "benchmarks.md").write_text(
+        tables.results(ROOT / "bench/results", parts), encoding="utf-8"
+    )
     for name in ("CHANGELOG", "CONTRIBUTING"):
         text = (ROOT / f"{name}.md").read_text(encoding="utf-8")
         (parts / f"{name.lower()}.md").write_text(text, encoding="utf-8")

@@ -40,24 +40,23 @@ def options() -> str:
     return "\n".join(lines)
 
 
-def results(folder: Path) -> str:
-    """Return a section for each record in `folder`: chart, table, and what was measured how."""
+def results(folder: Path, parts: Path) -> str:
+    """Return a section for each record in `folder`; its chart is copied to `parts`."""
     sections = []
     for path in sorted(folder.glob("*.json")):
         record = records.load(path)
         make = {"train": training, "product": products}.get(records.kind_of(record))
         if make is not None and record["gpu"]:
-            sections.append("\n".join(_heading(path, record) + make(record)))
+            sections.append("\n".join(_heading(path, record, parts) + make(record)))
     return "\n\n".join(sections)
 
 
-def _heading(path: Path, record: dict[str, Any]) -> list[str]:
+def _heading(path: Path, record: dict[str, Any], parts: Path) -> list[str]:
     training = records.kind_of(record) == "train"
     what = "Training" if training else "Matrix products"
     lines = [f"## {what} on one {record['gpu']['name']}", ""]
     chart = path.with_suffix(".svg")
     if chart.exists():
-        parts = Path(__file__).parent / "_generated" / "parts"
         shutil.copy(chart, parts)
         lines += [f"```{{image}} /_generated/parts/{chart.name}\n:alt: {what}\n```", ""]
     return lines
