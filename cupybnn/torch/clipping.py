@@ -48,7 +48,7 @@ def clip_after_step(optimizer: torch.optim.Optimizer, model: torch.nn.Module) ->
     >>> handle = clip_after_step(optimizer, layer)
     >>> layer(torch.ones(2, 8)).sum().backward()
     >>> optimizer.step()
-    >>> float(layer.weight.abs().max())
+    >>> float(layer.weight.detach().abs().max())
     1.0
     """
     return optimizer.register_step_post_hook(lambda *_: clip_weights(model))

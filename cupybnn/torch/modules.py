@@ -36,7 +36,7 @@ class SignSTE(torch.nn.Module):
         super().__init__()
         self._key = quantizers.key_of(ste)
         self.quantizer = get_quantizer(ste)
-        _add_progress(self)
+        _add_progress(self, self.quantizer)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -149,7 +149,7 @@ class XnorLinear(torch.nn.Module):
             self.bias = torch.nn.Parameter(torch.empty(out_features, **where))
         else:
             self.register_parameter("bias", None)
-        _add_progress(self, device)
+        _add_progress(self, self.quantizer, device)
         self._scaled = type(self.quantizer).scale is not Quantizer.scale
         self._random = quantizers.is_random(self._key) or quantizers.is_random(self._input_key)
         self.reset_parameters()
@@ -169,12 +169,13 @@ class XnorLinear(torch.nn.Module):
         """Return the product, shape (..., out_features), of an x of shape (..., in_features)."""
         check_features(x, self.in_features, f"XnorLinear({self.in_features}, {self.out_features})")
         y = self._product(x)
-        if self._scaled:
-            y = y * self.scale().to(y.dtype)
+        scale = self.scale()
+        if scale is not None:
+            y = y * scale.to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def scale(self) -> torch.Tensor | None:
-        """Return the factors of the results by the quantizer of the weights, a constant, or None."""
+        """Return the factors of the results, constants by the quantizer of `ste`, or None."""
         return operators.weight_scale(self.weight.detach(), self._key) if self._scaled else None
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
@@ -207,7 +208,7 @@ class XnorLinear(torch.nn.Module):
             rng=0,
         )
         layer.weight.write()[...] = self.weight.detach().cpu().numpy().T
-        if self.bias is not None:
+        if layer.bias is not None:
             layer.bias.write()[...] = self.bias.detach().cpu().numpy()
         return [nn.Sign(self.input_quantizer), layer] if self.binary_input else [layer]
 
@@ -228,8 +229,8 @@ def set_progress(model: torch.nn.Module, progress: float) -> None:
             module.progress.fill_(progress)
 
 
-def _add_progress(module: Any, device: Any = None) -> None:
-    value = torch.zeros((), dtype=torch.float32, device=device)
+def _add_progress(module: Any, quantizer: Quantizer, device: Any = None) -> None:
+    value = torch.full((), quantizer.progress, dtype=torch.float32, device=device)
     module.register_buffer("progress", value, persistent=False)
 
 

@@ -16,7 +16,7 @@ from cupybnn.backends.devices import CPU
 from cupybnn.packed import PackedMatrix
 from cupybnn.torch import quantizers
 
-__all__ = ["packed_linear", "sign_ste", "weight_scale", "xnor_linear"]
+__all__ = ["as_rows", "packed_linear", "sign_ste", "weight_scale", "xnor_linear"]
 
 _LIBRARY = torch.library.Library("cupybnn", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -79,7 +79,13 @@ def _sign_forward(x: Any, draws: Any, ste: str, progress: Any) -> Any:
 
 
 def _scale_forward(weight: Any, ste: str) -> Any:
-    return quantizers.scale(ste, weight).clone()
+    factors = quantizers.scale(ste, weight)
+    return weight.new_ones(weight.shape[:1]) if factors is None else factors.clone()
+
+
+def as_rows(x: Any) -> Any:
+    """Return a tensor as a matrix of its last axis; that may be empty, which ``-1`` cannot take."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
 def _as_numpy(x: Any) -> Any:
@@ -98,12 +104,9 @@ def _product_on_cpu(x: Any, right: Any, outputs: int, dtype: Any) -> Any:
     dtype : torch.dtype
         bfloat16 is rounded from float32, which holds the integers.
     """
-    y = torch.empty(
-        (*x.shape[:-1], outputs), dtype=dtype if dtype in _NUMPY else torch.float32
-    )
+    y = torch.empty((*x.shape[:-1], outputs), dtype=dtype if dtype in _NUMPY else torch.float32)
     if y.numel():
-        rows = _as_numpy(x.reshape(-1, x.shape[-1]))
-        backends.get(CPU).gemm(rows, right, y.view(-1, outputs).numpy(), None)
+        backends.get(CPU).gemm(_as_numpy(as_rows(x)), right, as_rows(y).numpy(), None)
     return y.to(dtype)
 
 
@@ -189,9 +192,9 @@ def _product_backward(ctx: Any, grad: Any) -> Any:
             signs = _as_signs(weight >= 0, grad.dtype)
             grad_x = quantizers.pseudo_gradient(ctx.input_ste, x, grad @ signs, progress)
         if ctx.needs_input_grad[1]:
-            rows = grad.reshape(-1, grad.shape[-1])
-            signs = _as_signs(x.reshape(-1, x.shape[-1]) >= 0, grad.dtype)
-            grad_weight = quantizers.pseudo_gradient(ctx.ste, weight, rows.T @ signs, progress)
+            signs = _as_signs(as_rows(x) >= 0, grad.dtype)
+            product = as_rows(grad).T @ signs
+            grad_weight = quantizers.pseudo_gradient(ctx.ste, weight, product, progress)
     if grad_x is not None:
         grad_x = _once(grad_x, grad, x, weight)
     if grad_weight is not None:

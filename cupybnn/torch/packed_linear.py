@@ -108,15 +108,20 @@ class PackedLinear(torch.nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         buffers = {k: v for k, v in self._buffers.items() if k not in ("_layout", "_popcounts")}
+        # PyTorch cannot read pickled uint32 back, except from torch.save.
+        buffers["words"] = self.words.view(torch.int32)
         return {**self.__dict__, "_buffers": buffers}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.words = self.words.view(torch.uint32)
         self._prepare()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the product, shape (..., out_features), of an x of shape (..., in_features)."""
-        check_features(x, self.in_features, f"PackedLinear({self.in_features}, {self.out_features})")
+        check_features(
+            x, self.in_features, f"PackedLinear({self.in_features}, {self.out_features})"
+        )
         if x.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 "The input of a PackedLinear must not require gradients, because the layer is for "
@@ -149,8 +154,8 @@ def pack_linear(module: torch.nn.Module) -> torch.nn.Module:
     -------
     torch.nn.Module
         A `PackedLinear` for an `XnorLinear`. For another module a copy, in evaluation mode, in
-        which each `XnorLinear` with binary input is a `PackedLinear`; the rest shares no memory
-        with the original.
+        which each `XnorLinear` with binary input is a `PackedLinear` and no parameter requires
+        gradients; it shares no memory with the original.
 
     Raises
     ------
@@ -176,7 +181,7 @@ def pack_linear(module: torch.nn.Module) -> torch.nn.Module:
         )
     # The memo replaces each layer wherever the module refers to it.
     memo = {id(m): _packed(m) for m in module.modules() if _is_packable(m)}
-    return copy.deepcopy(module, memo).eval()
+    return copy.deepcopy(module, memo).eval().requires_grad_(False)
 
 
 def _is_packable(module: torch.nn.Module) -> bool:
