@@ -53,6 +53,8 @@ class PackedLinear(torch.nn.Module):
     (True, torch.Size([30, 4]))
     """
 
+    words: torch.Tensor
+
     def __init__(
         self,
         in_features: int,
