@@ -144,18 +144,30 @@ def scope(device: int) -> AbstractContextManager[Any]:
         return _on_device(device, stream)
     if cupy.cuda.get_current_stream().ptr == stream:
         return nullcontext()
-    return _stream(stream, device)
+    return _stream(stream)
 
 
 @contextmanager
 def _on_device(device: int, stream: int) -> Iterator[None]:
     import cupy
 
-    with cupy.cuda.Device(device), _stream(stream, device):
+    with cupy.cuda.Device(device), _stream(stream):
         yield
 
 
-def _stream(pointer: int, device: int) -> Any:
+class _External:
+    """A stream of PyTorch, as CuPy takes those of other libraries."""
+
+    def __init__(self, pointer: int) -> None:
+        self.pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
+
+
+def _stream(pointer: int) -> Any:
     import cupy
 
-    return cupy.cuda.ExternalStream(pointer, device) if pointer else cupy.cuda.Stream.null
+    # PyTorch's current stream outlives the call, and so the object that CuPy keeps of it.
+    stream = cupy.cuda.Stream
+    return stream.from_external(_External(pointer)) if pointer else stream.null
