@@ -40,8 +40,17 @@ def torch_layers(device: Device, clock: Clock, *, quick: bool) -> list[dict[str,
         JSON values: a row for each size, layer and way, "eager" calls from Python or replays of a
         CUDA "graph". "call" is the time in a Python loop, where the host's time counts; "device"
         that with a full queue; "over_linear" the ratio to `nn.Linear` called in the same way.
+
+    Raises
+    ------
+    ImportError, Unsupported
+        If PyTorch is not installed, or sees no GPU.
     """
+    import torch
+
     gpu = device.kind == "cuda"
+    if gpu and not torch.cuda.is_available():
+        raise Unsupported(f"PyTorch {torch.__version__} sees no GPU")
     sizes = (GPU_QUICK if quick else GPU) if gpu else (CPU_QUICK if quick else CPU)
     rows = []
     for size in sizes:
@@ -72,8 +81,6 @@ def _measure(
     import torch
 
     where = torch.device("cpu" if device.kind == "cpu" else f"cuda:{device.index}")
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise Unsupported(f"PyTorch {torch.__version__} sees no GPU")
     like = {"device": where, "dtype": torch.float32 if where.type == "cpu" else torch.bfloat16}
     cache, free = memory(device)
     sets = rotation(3 * size * size * like["dtype"].itemsize, cache, free)
