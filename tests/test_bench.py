@@ -15,7 +15,16 @@ from edits import edit
 
 from cupybnn.backends.cuda.architectures import smxx
 from cupybnn.backends.devices import CPU, Device
-from cupybnn.benchmark import chart, methods, overheads, products, record, shapes, tables
+from cupybnn.benchmark import (
+    chart,
+    methods,
+    overheads,
+    products,
+    record,
+    shapes,
+    tables,
+    torch_layers,
+)
 from cupybnn.benchmark.clock import HostClock, make_clock
 from cupybnn.benchmark.products import Limits, measure
 from cupybnn.benchmark.shapes import Shape
@@ -544,3 +553,24 @@ def test_missing_matplotlib_is_reported_before_measuring(monkeypatch, capsys, tm
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main.main(["bench", "--quick", "--chart", str(tmp_path / "x")]) == 2
     assert "'--chart' needs matplotlib" in capsys.readouterr().err
+
+
+# --- layers of PyTorch
+
+
+def test_layers_of_pytorch_are_compared_and_checked(monkeypatch):
+    pytest.importorskip("torch", reason="needs PyTorch: pip install cupybnn[torch]")
+    monkeypatch.setattr(torch_layers, "CPU_QUICK", (48,))
+    rows = torch_layers.torch_layers(CPU, HostClock(), quick=True)
+    assert [r["layer"] for r in rows] == ["nn.Linear", "XnorLinear", "packed XnorLinear"]
+    assert not any("error" in r for r in rows)
+    assert [r.get("checked") for r in rows] == [None, True, True]
+    for row in rows:
+        expected = rows[0]["call"]["median"] / row["call"]["median"]
+        assert row["over_linear"] == pytest.approx(expected)
+    text = "\n".join(tables.torch_layers({"torch": rows}))
+    assert "48" in text
+    assert "packed XnorLinear, eager" in text
+    monkeypatch.setattr(torch_layers, "_is_exact", lambda *_: False)
+    rows = torch_layers.torch_layers(CPU, HostClock(), quick=True)
+    assert [r.get("error", "")[:12] for r in rows] == ["", "wrong result", "wrong result"]

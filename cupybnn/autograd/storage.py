@@ -19,6 +19,7 @@ Training code that does not hold on to ``tensor.data`` across forward and backwa
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import Any
 
@@ -30,9 +31,12 @@ __all__ = ["Storage", "module_of", "same_memory"]
 
 
 def module_of(array: Any) -> Any:
-    """Return the module, numpy or cupy, that `array` belongs to."""
+    """Return the module that `array` belongs to: numpy, cupy, or torch for a tensor of PyTorch."""
     if isinstance(array, np.ndarray):
         return np
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return torch
     import cupy
 
     return cupy

@@ -113,6 +113,11 @@ _packing = _row(
     {"of_copy": _share},
 )
 _host = _row({"call": _name}, {"median": _seconds, "min": _seconds}, {})
+_layer = _row(
+    {"size": _size, "layer": _name, "how": one_of("eager", "graph"), "dtype": _name},
+    {"call": _figures(median=_seconds), "device": _figures(median=_seconds)},
+    {"over_linear": _ratio, "checked": boolean},
+)
 _start = _row({"cache": _name}, {"first_call": _seconds, "second_call": _seconds}, {})
 
 # --- training
@@ -218,6 +223,7 @@ RULES = {
             "original": list_of(_original),
             "packing": list_of(_packing, least=1),
             "host": list_of(_host),
+            "torch": list_of(_layer),
             "first_call": list_of(_start),
             "device": _name,
             "quick": boolean,

@@ -13,7 +13,7 @@ from cupybnn.benchmark.methods import BASELINE, Method, Prepared, Unsupported, r
 from cupybnn.benchmark.shapes import Shape
 from cupybnn.packed import PackedMatrix
 
-__all__ = ["Limits", "measure", "peak_operations", "rotation", "wrong_element"]
+__all__ = ["Limits", "measure", "memory", "peak_operations", "release", "rotation", "wrong_element"]
 
 #: 1-bit operations per second and multiprocessor, for the architectures where it was measured:
 #: `wgmma` b1 on an H200, 15.5e15 with 132 multiprocessors.
@@ -107,7 +107,7 @@ def wrong_element(prepared: Prepared, device: Device, rows: int = 16) -> str:
     )
 
 
-def _memory(device: Device) -> tuple[int, int]:
+def memory(device: Device) -> tuple[int, int]:
     """Return the size of the last-level cache and of free memory, in bytes."""
     if device.kind == "cpu":
         return 32 << 20, 2 << 30
@@ -185,7 +185,7 @@ def measure(
 def _measure_method(
     method: Method, shape: Shape, device: Device, clock: Clock, limits: Limits, budget: float
 ) -> dict[str, Any]:
-    cache, free = _memory(device)
+    cache, free = memory(device)
     nbytes = method.set_bytes(shape)
     # While a set is made, its operands also exist as float32.
     peak = nbytes + 8 * (shape.m + shape.n) * shape.k

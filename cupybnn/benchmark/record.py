@@ -18,6 +18,7 @@ from cupybnn.benchmark.original import original_table
 from cupybnn.benchmark.overheads import copy_bandwidth, first_call, host_time, packing
 from cupybnn.benchmark.products import Limits, measure, peak_operations
 from cupybnn.benchmark.shapes import GROUPS, original_sizes, shapes
+from cupybnn.benchmark.torch_layers import torch_layers
 from cupybnn.files import atomic_write
 from cupybnn.paths import checked_path
 from cupybnn.schema import SchemaError, parse
@@ -25,7 +26,7 @@ from cupybnn.schema import SchemaError, parse
 __all__ = ["FORMAT", "SECTIONS", "RecordError", "kind_of", "load", "new_record", "run", "save"]
 
 _MOST_BYTES = 1 << 28
-SECTIONS = ("original", *GROUPS, "packing", "host", "first-call")
+SECTIONS = ("original", *GROUPS, "packing", "host", "torch", "first-call")
 
 
 def new_record(kind: str, device: Device, quick: bool, notes: list[str]) -> dict[str, Any]:
@@ -119,6 +120,7 @@ def _run(
             lambda: packing(device, clock, limits.bandwidth, size=size, quick=quick),
         ),
         "host": ("host", lambda: host_time(device, clock)),
+        "torch": ("torch", lambda: torch_layers(device, clock, quick=quick)),
         "first-call": ("first_call", lambda: first_call(device)),
     }
     for section, (key, work) in sections.items():

@@ -19,6 +19,7 @@ __all__ = [
     "summary",
     "time",
     "times",
+    "torch_layers",
 ]
 
 
@@ -167,6 +168,22 @@ def host(record: dict[str, Any]) -> Iterator[str]:
     yield from table(["", "median", "min"], rows)
 
 
+def torch_layers(record: dict[str, Any]) -> Iterator[str]:
+    """Yield the times of PyTorch's linear layers and of ours."""
+    yield "torch: N inputs through a layer of N x N weights, packing of inputs included"
+    rows, errors = [], []
+    for row in record["torch"]:
+        name = f"{row['layer']}, {row['how']}"
+        if "error" in row:
+            errors.append(f"  {row['size']} {name}: {row['error']}")
+        if "call" in row:
+            call, device = (time(row[key]["median"]) for key in ("call", "device"))
+            over = times(row.get("over_linear"))
+            rows.append([f"  {row['size']}", name, row["dtype"], call, device, over])
+    yield from table(["N", "", "dtype", "call", "device", "over nn.Linear"], rows)
+    yield from errors
+
+
 def starts(record: dict[str, Any]) -> Iterator[str]:
     """Yield the times of the first call in a new process."""
     yield "first xnor_gemm in a new process (1024 x 1024 float32), including import cupybnn"
@@ -216,7 +233,13 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
     for result in record["products"]:
         yield ""
         yield from product(record, result)
-    for key, section in (("packing", packing), ("host", host), ("first_call", starts)):
+    sections = {
+        "packing": packing,
+        "host": host,
+        "torch": torch_layers,
+        "first_call": starts,
+    }
+    for key, section in sections.items():
         if key in record:
             yield ""
             yield from section(record)

@@ -153,7 +153,8 @@ def run(args: argparse.Namespace) -> int:
         rows = [row for found in record["sizes"] for row in found["rows"]]
         return int(any(row.get("failed") and row["library"] == "cupybnn" for row in rows))
     rows = [row for result in record["products"] for row in result["rows"] if row["ours"]]
-    return int(any("error" in row for row in rows))
+    wrong = any(row.get("checked") is False for row in record.get("torch", ()))
+    return int(wrong or any("error" in row for row in rows))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -293,6 +294,7 @@ def _lines_of(record: dict[str, Any], done: str) -> Iterable[str]:
             "original": tables.original,
             "packing": tables.packing,
             "host": tables.host,
+            "torch": tables.torch_layers,
             "first-call": tables.starts,
         }[done]
         yield from section(record)

@@ -34,7 +34,7 @@ class PackedNetwork:
     weights and all else that acts in training alone is gone. The result is that of the model's
     evaluation.
 
-    Make one by `from_model`, `from_run` or `load`.
+    Make one by `from_model`, `from_torch`, `from_run` or `load`.
 
     Attributes
     ----------
@@ -126,6 +126,59 @@ class PackedNetwork:
             )
         names = None if classes is None else list(classes)
         return cls(layers, inputs, names).to(model.device)
+
+    @classmethod
+    def from_torch(
+        cls,
+        model: Any,
+        *,
+        pixel_max: float | None = None,
+        image_shape: tuple[int, ...] | None = None,
+        classes: Iterable[Any] | None = None,
+    ) -> PackedNetwork:
+        """Pack a trained model of PyTorch; needs PyTorch.
+
+        Parameters
+        ----------
+        model : torch.nn.Sequential
+            A chain, possibly nested, of Linear, BatchNorm1d, ReLU, Flatten, Dropout and Identity,
+            and of `cupybnn.torch.XnorLinear` and `cupybnn.torch.SignSTE`, in float32. The first
+            layer must take numbers: Linear, or XnorLinear with ``binary_input=False``.
+        pixel_max, image_shape, classes
+            As for `from_model`.
+
+        Returns
+        -------
+        PackedNetwork
+            On the device of the model. It predicts as the model does in evaluation mode: products
+            of signs are exact, and sums of real numbers agree within rounding.
+
+        Raises
+        ------
+        TypeError
+            If `model` is not a `torch.nn.Sequential`.
+        ValueError
+            If a layer cannot be packed; the message names it and says why.
+
+        Examples
+        --------
+        >>> import torch
+        >>> import cupybnn
+        >>> from cupybnn.torch import XnorLinear
+        >>> model = torch.nn.Sequential(
+        ...     torch.nn.Linear(64, 32), torch.nn.BatchNorm1d(32), XnorLinear(32, 10)
+        ... ).eval()
+        >>> net = cupybnn.PackedNetwork.from_torch(model)
+        >>> x = torch.randn(5, 64)
+        >>> torch.equal(net.predict(x), model(x).argmax(1))
+        True
+        """
+        from cupybnn.deploy.torch_model import model_from_torch
+
+        chain = model_from_torch(model)
+        net = cls.from_model(chain, pixel_max=pixel_max, image_shape=image_shape, classes=classes)
+        device = next((p.device for p in model.parameters()), None)
+        return net if device is None or device.type == "cpu" else net.to(str(device))
 
     @classmethod
     def from_run(

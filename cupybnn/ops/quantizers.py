@@ -3,6 +3,8 @@
 The derivative of the sign is 0 almost everywhere and would stop all learning. A straight-through
 estimator (STE) replaces it with another function of x. The sketches below show that function, the
 pseudo-gradient, for an incoming gradient of 1, from x = -2 to 2.
+
+Pseudo-gradients and scales take arrays of NumPy and CuPy and tensors of PyTorch alike.
 """
 
 from __future__ import annotations
@@ -138,7 +140,7 @@ class IdentitySign(Quantizer):
     """
 
     def pseudo_gradient(self, x: Any, grad: Any) -> Any:
-        return grad.copy()
+        return +grad
 
 
 @register_quantizer("approx_sign")
@@ -173,7 +175,7 @@ class ApproxSign(Quantizer):
         out = abs(x)
         out *= -2
         out += 2
-        module_of(x).maximum(out, 0, out=out)
+        module_of(x).clip(out, 0, None, out=out)
         out *= grad
         return out
 
@@ -294,8 +296,12 @@ class StochasticSign(SteSign):
         if not training:
             return sign(x)
         draws = uniform(x.shape, *self.random.next(), module_of(x))
+        return 2 * self.is_plus(x, draws).astype(x.dtype) - 1
+
+    def is_plus(self, x: Any, draws: Any) -> Any:
+        """Whether each sign is +1, given random numbers in [0, 1)."""
         # Not >=: with a draw of 0, x = -1 could give +1.
-        return 2 * (x + 1 > 2 * draws).astype(x.dtype) - 1
+        return x + 1 > 2 * draws
 
 
 @register_quantizer("ede_sign")
@@ -329,6 +335,7 @@ class EdeSign(Quantizer):
 
     def pseudo_gradient(self, x: Any, grad: Any) -> Any:
         t = 0.1 * 100.0**self.progress
-        k = max(1 / t, 1.0)
+        # PyTorch keeps the progress on the device, as a tensor.
+        height = max(t, 1.0) if isinstance(t, float) else t.clip(1.0)  # k t
         y = module_of(x).tanh(x * t)
-        return grad * (k * t * (1 - y * y))
+        return grad * (height * (1 - y * y))

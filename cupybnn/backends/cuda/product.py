@@ -18,10 +18,10 @@ from cupybnn.backends.cuda.structs import Struct
 from cupybnn.backends.devices import is_cupy
 from cupybnn.backends.epilogue import Epilogue
 
-__all__ = ["PRODUCT", "forget_launches", "gemm", "gemm_packed"]
+__all__ = ["OUTPUTS", "PRODUCT", "ProductLaunch", "forget_launches", "gemm", "gemm_packed"]
 
 # OUTPUT_* of product.cuh, by the dtype's character, which is faster to look up than its name.
-_OUTPUTS = {np.dtype(np.int32).char: 0, "f": 1, "e": 2, "E": 3, "h": 5}
+OUTPUTS = {np.dtype(np.int32).char: 0, "f": 1, "e": 2, "E": 3, "h": 5}
 _PACKED = 4
 
 PRODUCT = Struct(
@@ -39,12 +39,19 @@ _NO_STRIDES = (0,) * 3
 
 
 class ProductLaunch:
-    """Everything in a product's launches that depends on shapes, strides and dtypes."""
+    """Everything in a product's launches that depends on shapes, strides and dtypes.
+
+    Attributes
+    ----------
+    swap : bool
+        Whether rows and columns of the result are exchanged.
+    workspace_bytes : int
+        Size of the memory that a launch packs into; 0 if both operands are packed.
+    """
 
     __slots__ = (
         "_arrays",
         "_block",
-        "_bytes",
         "_choices",
         "_grid",
         "_kernel",
@@ -52,6 +59,7 @@ class ProductLaunch:
         "_shared",
         "_sizes",
         "swap",
+        "workspace_bytes",
     )
 
     def __init__(
@@ -87,17 +95,18 @@ class ProductLaunch:
     def _prepare_packing(self, a: Any, b: Any, device: int) -> None:
         # Words, then popcounts of each unpacked operand, at offsets in one allocation.
         self._arrays: list[tuple[int, int, int]] = []
-        self._bytes = 0
+        self.workspace_bytes = 0
         operands = []
         for i, (x, axis) in enumerate(((a, -1), (b, -2))):
-            if not is_cupy(x):
+            if hasattr(x, "words"):
                 continue
             operands.append((x, axis))
             batch, lines, k = geometry(x.shape, axis)
             words = 4 * math.prod(words_shape(batch, lines, k))
-            self._arrays.append((i, self._bytes, self._bytes + words))
+            start = self.workspace_bytes
+            self._arrays.append((i, start, start + words))
             # Align the next operand to 256 bytes, like memory from a pool.
-            self._bytes += (words + 4 * batch * lines + 255) & ~255
+            self.workspace_bytes += (words + 4 * batch * lines + 255) & ~255
         self._pack = PackLaunch(operands, device) if operands else None
 
     def __call__(
@@ -116,20 +125,39 @@ class ProductLaunch:
         strides : tuple of int
             Batch strides of row scale, column scale and bias.
         """
-        sides: list[Any] = [a, b]
+        # Freed on return, for reuse by later work on the stream.
+        workspace = None if self._pack is None else _alloc(self.workspace_bytes)
+        sides = [
+            (x.words.data.ptr, x.popcounts.data.ptr) if hasattr(x, "words") else x.data.ptr
+            for x in (a, b)
+        ]
+        self.launch(sides, 0 if workspace is None else workspace.ptr, out, columns, strides)
+
+    def launch(
+        self,
+        sides: list[Any],
+        workspace: int,
+        out: tuple[int, int],
+        columns: tuple[int, ...] = _NO_COLUMNS,
+        strides: tuple[int, ...] = _NO_STRIDES,
+    ) -> None:
+        """Launch for addresses alone, whoever owns the memory.
+
+        Parameters
+        ----------
+        sides : list
+            For each operand its address, or those of its words and popcounts if it is packed.
+        workspace : int
+            Address of `workspace_bytes` bytes, aligned to 256.
+        out, columns, strides
+            As for a call.
+        """
         if self._pack is not None:
-            # Freed on return, for reuse by later work on the stream.
-            workspace = _alloc(self._bytes)
-            base = workspace.ptr
             addresses = []
             for i, words, popcounts in self._arrays:
-                addresses.append((sides[i].data.ptr, base + words, base + popcounts))
-                sides[i] = (base + words, base + popcounts)
+                addresses.append((sides[i], workspace + words, workspace + popcounts))
+                sides[i] = (workspace + words, workspace + popcounts)
             self._pack(addresses)
-        for i in (0, 1):
-            side = sides[i]
-            if type(side) is not tuple:
-                sides[i] = (side.words.data.ptr, side.popcounts.data.ptr)
         left, right = sides[::-1] if self.swap else sides
         pointers = _ADDRESSES.pack(left[0], right[0], left[1], right[1], *out, *columns)
         product = b"".join((pointers, self._sizes, _SCALES.pack(*strides), self._choices))
@@ -191,7 +219,7 @@ def gemm(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> None:
     if out.size == 0:
         return
     shape = out.shape
-    output = _OUTPUTS.get(out.dtype.char)
+    output = OUTPUTS.get(out.dtype.char)
     if output is None or (len(shape) > 3 and not out.flags.c_contiguous):
         _gemm_through_copy(a, b, out, epilogue)
         return
@@ -276,7 +304,7 @@ def _gemm_through_copy(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> N
     """Multiply into an array that the kernels can write, then convert."""
     import cupy
 
-    native = out.dtype.char in _OUTPUTS
+    native = out.dtype.char in OUTPUTS
     result = cupy.empty(out.shape, out.dtype if native else np.int32)
     gemm(a, b, result, epilogue if native else None)
     if epilogue is not None and not native:

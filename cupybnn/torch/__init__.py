@@ -1,0 +1,36 @@
+"""Binary layers for PyTorch: exact 1-bit products, straight-through gradients, packed inference.
+
+`XnorLinear` trains with PyTorch's own optimisers, `pack_linear` stores its weights with one bit per
+element, and `cupybnn.PackedNetwork.from_torch` packs a whole network. The products are operators of
+PyTorch: they work with autocast, `torch.compile` and CUDA graphs, on the current stream.
+
+Needs PyTorch 2.4 or newer, and CuPy for tensors on a GPU: ``pip install cupybnn[torch]``.
+"""
+
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise ModuleNotFoundError(
+        "cupybnn.torch needs PyTorch 2.4 or newer, which is not installed. Install "
+        "cupybnn[torch], or PyTorch as https://pytorch.org/get-started describes.",
+        name="torch",
+    ) from error
+
+from cupybnn.torch.clipping import clip_after_step, clip_weights
+from cupybnn.torch.functional import sign_ste, xnor_linear
+from cupybnn.torch.modules import SignSTE, XnorLinear, set_progress
+from cupybnn.torch.packed_linear import PackedLinear, pack_linear
+
+__all__ = [
+    "PackedLinear",
+    "SignSTE",
+    "XnorLinear",
+    "clip_after_step",
+    "clip_weights",
+    "pack_linear",
+    "set_progress",
+    "sign_ste",
+    "xnor_linear",
+]
