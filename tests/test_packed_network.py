@@ -15,6 +15,8 @@ from cupybnn import PackedNetwork, nn
 from cupybnn.autograd import Tensor, no_grad
 from cupybnn.packed import PackedMatrix
 
+pytestmark = pytest.mark.cpu_kernels
+
 
 def settle(model: nn.Module, seed: int = 0, features: int = 20) -> nn.Module:
     """Give a model statistics, scales of both signs, and shifts, as after a training."""

@@ -1,12 +1,18 @@
-"""Packing and products on the CPU, in pure NumPy. Packed words are in the canonical layout."""
+"""Packing and products on the CPU. Packed words are in the canonical layout.
+
+What is large enough is handed to kernels compiled by Numba where that is installed; see
+`cupybnn.backends.cpu`. All else, and all without it, is pure NumPy, with the same results.
+"""
 
 from __future__ import annotations
 
+import math
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from cupybnn.backends import numpy_product
+from cupybnn.backends import cpu, numpy_product
 from cupybnn.backends.epilogue import Epilogue
 from cupybnn.backends.numpy_bits import write_bits
 from cupybnn.backends.numpy_lines import BLOCK, bits_to_signs, blocks
@@ -30,6 +36,10 @@ __all__ = [
 ]
 
 WORD = np.dtype("<u8")
+
+# Work from which compiled kernels win against the time of calling them: multiplications of a product
+# of packed operands, or of arrays; elements to pack.
+KERNEL_PRODUCTS, KERNEL_PRODUCTS_OF_ARRAYS, KERNEL_ELEMENTS = 1 << 19, 1 << 21, 1 << 15
 
 
 def sign(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -58,6 +68,10 @@ def pack(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     words : ndarray of uint64, shape (..., lines, ceil(k / 64))
     popcounts : ndarray of int32, shape (..., lines)
     """
+    if x.shape[-2] * x.shape[-1] >= KERNEL_ELEMENTS:
+        compiled = cpu.compiled()
+        if compiled is not None and compiled.can_pack(x.dtype):
+            return compiled.pack(x, axis)
     batch, k, lines = x.shape[:-2], x.shape[axis], x.shape[-3 - axis]
     words = np.zeros((*batch, lines, -(-k // 64)), WORD)
     octets = words.view(np.uint8)
@@ -141,7 +155,23 @@ def gemm(a: Any, b: Any, out: np.ndarray, epilogue: Epilogue | None) -> None:
         Its leading axes are those of `a` and `b`, broadcast. It overlaps neither operand.
     epilogue : Epilogue or None
     """
-    numpy_product.product(a, b, out, epilogue)
+    compiled = _compiled_for(a, b)
+    if compiled is None:
+        numpy_product.product(a, b, out, epilogue)
+    elif out.size:
+        compiled.gemm(a, b, out, epilogue)
+
+
+def _compiled_for(a: Any, b: Any) -> ModuleType | None:
+    """Return the compiled kernels for a product, or None if NumPy computes it."""
+    products = a.shape[-2] * a.shape[-1] * b.shape[-1]
+    if b.ndim == 2:
+        products *= math.prod(a.shape[:-2])
+    packed = not (isinstance(a, np.ndarray) or isinstance(b, np.ndarray))
+    if products < (KERNEL_PRODUCTS if packed else KERNEL_PRODUCTS_OF_ARRAYS):
+        return None
+    compiled = cpu.compiled()
+    return compiled if compiled is not None and compiled.takes(a, b) else None
 
 
 def gemm_packed(
@@ -156,6 +186,9 @@ def gemm_packed(
     threshold : ndarray of int32, shape (N,), or None for 0
     flip : ndarray of bool, shape (N,), or None for False
     """
+    compiled = _compiled_for(a, b)
+    if compiled is not None:
+        return compiled.gemm_packed(a, b, threshold, flip)
     batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     acc = np.empty((*batch, a.shape[-2], b.shape[-1]), np.int32)
     numpy_product.product(a, b, acc, None)

@@ -1,7 +1,7 @@
 """Kernels for the CPU, compiled at run time by Numba (the extra ``cpu``).
 
-Nothing is imported before a product is large enough to gain from it. `cupybnn.backends.numpy_backend`
-asks for the kernels and computes in NumPy where there are none: the results are the same.
+Nothing is imported before a product is large enough to gain from it. The NumPy backend asks for the
+kernels, and computes in NumPy where there are none: the results are the same.
 """
 
 from __future__ import annotations

@@ -20,11 +20,11 @@ __all__ = [
     "expand_word",
     "load_f32",
     "load_i32",
-    "load_u64",
     "load_u8",
+    "load_u64",
     "mask",
-    "mask_64",
     "mask_8",
+    "mask_64",
     "popcount",
     "store_f32",
     "store_i32",
@@ -274,7 +274,9 @@ def _lookup_tile(units: int, vectors: int) -> Any:
                     ]
                     for u in range(units):
                         address = builder.add(builder.add(rows[u], word), _number(octet))
-                        entry = builder.shl(builder.zext(_load(builder, address, I8), I64), _number(5))
+                        entry = builder.shl(
+                            builder.zext(_load(builder, address, I8), I64), _number(5)
+                        )
                         entries = _load(builder, builder.add(table, entry), BYTES, 32)
                         for v in range(vectors):
                             total = builder.add(

@@ -51,7 +51,8 @@ LOOKUP, COUNT, FEW = 0, 1, 2
 INT32, FLOAT32, BITS = 0, 1, 2
 
 LANES = intrinsics.LANES
-#: Words of K that are expanded at a time, and that sums of bytes hold.
+#: Words of K that are expanded at a time for 32 lanes (twice as many for 16), and that sums of
+#: bytes hold.
 WORDS, BYTE_WORDS = 14, 7
 #: Units in a block at most; their words should take no more than so many bytes.
 BLOCK, BLOCK_BYTES = 512, 1 << 18
@@ -76,30 +77,35 @@ def block_of(words: int) -> int:
 @_inline
 def _look_up(unit, unit_stride, units, lane, lane_stride, lanes, words, table, scratch):
     sums = scratch + SUMS
-    for first in range(0, words, WORDS):
-        count = min(WORDS, words - first)
+    step = WORDS if lanes > 16 else 2 * WORDS
+    for first in range(0, words, step):
+        count = min(step, words - first)
         for w in range(count):
             source = lane + 8 * (first + w)
             if lanes > 16:
                 _expand_32(source, lane_stride, lanes - 1, scratch + w * 512)
             else:
                 _expand_16(source, lane_stride, lanes - 1, scratch + w * 256)
-        for start in range(0, count, BYTE_WORDS):
-            here = min(BYTE_WORDS, count - start)
-            row = unit + 8 * (first + start)
-            full = units & ~3
-            if lanes > 16:
-                index = scratch + start * 512
-                for u in range(0, full, 4):
-                    _tile_4_32(row + u * unit_stride, unit_stride, index, here, table, sums + u * 128)
-                for u in range(full, units):
-                    _tile_1_32(row + u * unit_stride, unit_stride, index, here, table, sums + u * 128)
-            else:
-                index = scratch + start * 256
-                for u in range(0, full, 4):
-                    _tile_4_16(row + u * unit_stride, unit_stride, index, here, table, sums + u * 64)
-                for u in range(full, units):
-                    _tile_1_16(row + u * unit_stride, unit_stride, index, here, table, sums + u * 64)
+        full = units & ~3
+        for u in range(0, units, 4):
+            for start in range(0, count, BYTE_WORDS):
+                here = min(BYTE_WORDS, count - start)
+                row = unit + u * unit_stride + 8 * (first + start)
+                if u < full:
+                    if lanes > 16:
+                        index = scratch + start * 512
+                        _tile_4_32(row, unit_stride, index, here, table, sums + u * 128)
+                    else:
+                        index = scratch + start * 256
+                        _tile_4_16(row, unit_stride, index, here, table, sums + u * 64)
+                    continue
+                for i in range(units - u):
+                    if lanes > 16:
+                        index, target = scratch + start * 512, sums + (u + i) * 128
+                        _tile_1_32(row + i * unit_stride, unit_stride, index, here, table, target)
+                    else:
+                        index, target = scratch + start * 256, sums + (u + i) * 64
+                        _tile_1_16(row + i * unit_stride, unit_stride, index, here, table, target)
 
 
 @_inline

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from cupybnn.backends.cpu.intrinsics import KINDS, SIZES
 from cupybnn.backends.epilogue import Epilogue
 from cupybnn.backends.numpy_threads import parallel_for
 
-__all__ = ["can_pack", "describe", "gemm", "gemm_packed", "pack"]
+__all__ = ["can_pack", "describe", "gemm", "gemm_packed", "pack", "takes"]
 
 MAX_K = np.iinfo(np.int32).max
 EXACT_FLOAT32 = 1 << 24
@@ -60,9 +61,7 @@ _scratch = _Scratch()
 _cpu, _features = features()
 #: How a product of more than a few lines is computed on this processor.
 METHOD = (
-    kernels.LOOKUP
-    if "avx2" in _features and "avx512vpopcntdq" not in _features
-    else kernels.COUNT
+    kernels.LOOKUP if "avx2" in _features and "avx512vpopcntdq" not in _features else kernels.COUNT
 )
 
 
@@ -81,9 +80,14 @@ def describe() -> dict[str, Any]:
 # Packing ---------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=256)
+def _kind(dtype: np.dtype) -> int | None:
+    return KINDS.get(dtype.name) if dtype.isnative else None
+
+
 def can_pack(dtype: np.dtype) -> bool:
     """Whether arrays of `dtype` can be packed here: in native byte order, at most 64 bits."""
-    return dtype.name in KINDS and dtype.isnative
+    return _kind(dtype) is not None
 
 
 def pack(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +97,8 @@ def pack(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     ones = np.empty((*batch, lines), np.int32)
     if lines == 0 or ones.size == 0:
         return words, ones
-    kind = KINDS[x.dtype.name]
+    kind = _kind(x.dtype)
+    assert kind is not None
     for index in np.ndindex(batch):
         _pack_matrix(x[index], axis, kind, words[index], ones[index])
     return words, ones
@@ -140,6 +145,10 @@ def gemm(a: Any, b: Any, out: np.ndarray, epilogue: Epilogue | None) -> None:
         epilogue = epilogue.broadcast(out.shape)
     if out.ndim == 2:
         _matrix_product(left, right, k, out, epilogue)
+        return
+    if right.ndim == 2 and epilogue is None and out.flags.c_contiguous:  # one tall product
+        rows = np.ascontiguousarray(left).reshape(-1, left.shape[-1])
+        _matrix_product(rows, right, k, out.reshape(-1, out.shape[-1]), None)
         return
     batch = out.shape[:-2]
     left = np.broadcast_to(left, (*batch, *left.shape[-2:]))
