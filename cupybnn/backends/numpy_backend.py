@@ -6,7 +6,9 @@ What is large enough is handed to kernels compiled by Numba where that is instal
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -20,10 +22,12 @@ from cupybnn.backends.numpy_random import random_words, uniform
 from cupybnn.backends.numpy_threads import parallel_for, parallel_parts
 
 __all__ = [
+    "force_kernel",
     "from_canonical",
     "from_lines",
     "gemm",
     "gemm_packed",
+    "kernels",
     "pack",
     "parallel_for",
     "parallel_parts",
@@ -37,9 +41,13 @@ __all__ = [
 
 WORD = np.dtype("<u8")
 
-# Work from which compiled kernels win against the time of calling them: multiplications of a product
-# of packed operands, or of arrays; elements to pack.
-KERNEL_PRODUCTS, KERNEL_PRODUCTS_OF_ARRAYS, KERNEL_ELEMENTS = 1 << 19, 1 << 21, 1 << 15
+# Work from which compiled kernels win against the time of calling them: multiplications of a
+# product of packed operands, or of arrays; elements to pack.
+KERNEL_PRODUCTS, KERNEL_PRODUCTS_OF_ARRAYS, KERNEL_ELEMENTS = 1 << 12, 1 << 21, 1 << 16
+# And from which it is worth importing them, where that has not been done.
+IMPORT_PRODUCTS, IMPORT_ELEMENTS = 1 << 17, 1 << 20
+
+_forced: str | None = None
 
 
 def sign(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -68,10 +76,9 @@ def pack(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     words : ndarray of uint64, shape (..., lines, ceil(k / 64))
     popcounts : ndarray of int32, shape (..., lines)
     """
-    if x.shape[-2] * x.shape[-1] >= KERNEL_ELEMENTS:
-        compiled = cpu.compiled()
-        if compiled is not None and compiled.can_pack(x.dtype):
-            return compiled.pack(x, axis)
+    compiled = _compiled(x.shape[-2] * x.shape[-1], KERNEL_ELEMENTS, IMPORT_ELEMENTS)
+    if compiled is not None and compiled.can_pack(x.dtype):
+        return compiled.pack(x, axis)
     batch, k, lines = x.shape[:-2], x.shape[axis], x.shape[-3 - axis]
     words = np.zeros((*batch, lines, -(-k // 64)), WORD)
     octets = words.view(np.uint8)
@@ -162,15 +169,37 @@ def gemm(a: Any, b: Any, out: np.ndarray, epilogue: Epilogue | None) -> None:
         compiled.gemm(a, b, out, epilogue)
 
 
+def kernels() -> list[str]:
+    """Return the names of what computes products on this CPU: "numpy" and, with Numba, "numba"."""
+    return ["numpy", *([cpu.NAME] if cpu.status().available else [])]
+
+
+@contextlib.contextmanager
+def force_kernel(name: str) -> Iterator[None]:
+    """Context in which this process computes all products on the CPU by one of `kernels`."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _compiled(work: int, least: int, load: int) -> ModuleType | None:
+    """Return the compiled kernels, if there are any and `work` is worth it."""
+    if _forced is not None:
+        return cpu.compiled() if _forced == cpu.NAME else None
+    return cpu.compiled(work >= load) if work >= least else None
+
+
 def _compiled_for(a: Any, b: Any) -> ModuleType | None:
     """Return the compiled kernels for a product, or None if NumPy computes it."""
     products = a.shape[-2] * a.shape[-1] * b.shape[-1]
     if b.ndim == 2:
         products *= math.prod(a.shape[:-2])
     packed = not (isinstance(a, np.ndarray) or isinstance(b, np.ndarray))
-    if products < (KERNEL_PRODUCTS if packed else KERNEL_PRODUCTS_OF_ARRAYS):
-        return None
-    compiled = cpu.compiled()
+    least = KERNEL_PRODUCTS if packed else KERNEL_PRODUCTS_OF_ARRAYS
+    compiled = _compiled(products, least, IMPORT_PRODUCTS)
     return compiled if compiled is not None and compiled.takes(a, b) else None
 
 

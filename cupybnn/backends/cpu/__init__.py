@@ -13,7 +13,7 @@ from types import ModuleType
 
 from cupybnn import settings
 
-__all__ = ["CpuStatus", "compiled", "status"]
+__all__ = ["NAME", "CpuStatus", "compiled", "status"]
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,24 @@ class CpuStatus:
     reason: str
 
 
+#: What the kernels are called where the NumPy backend is "numpy".
+NAME = "numba"
+
 _lock = threading.RLock()
 _found: tuple[CpuStatus, ModuleType | None] | None = None
 
 
-def compiled() -> ModuleType | None:
-    """Return `cupybnn.backends.cpu.product`, imported on the first call, or None without it."""
-    return (_found or _find())[1] if settings.cpu_kernels() else None
+def compiled(load: bool = True) -> ModuleType | None:
+    """Return `cupybnn.backends.cpu.product`, or None without it.
+
+    Parameters
+    ----------
+    load : bool
+        Whether to import it, and with it Numba, if that has not been done yet.
+    """
+    if not settings.cpu_kernels() or (_found is None and not load):
+        return None
+    return (_found or _find())[1]
 
 
 def status() -> CpuStatus:

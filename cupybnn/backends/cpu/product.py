@@ -1,4 +1,4 @@
-"""Packing and products by compiled kernels: arguments for the kernels, and parts for the threads."""
+"""Packing and products by compiled kernels: their arguments, and parts for the threads."""
 
 from __future__ import annotations
 
@@ -247,7 +247,8 @@ def _launch(
         ranges = (0, others, first, last) if by_lanes else (first, last, 0, count)
         kernels.product(
             method, _TABLE, _scratch.address, block, words, k, unit, units.strides[0], *ranges[:2],
-            lane, lanes.strides[0], *ranges[2:], result, *strides, kind, int(swapped), *scales, bias,
+            lane, lanes.strides[0], *ranges[2:], result, *strides, kind, int(swapped), *scales,
+            bias,
         )  # fmt: skip
 
     products = m * n * k // PRODUCTS_AN_ELEMENT
