@@ -7,6 +7,7 @@ kernels, and computes in NumPy where there are none: the results are the same.
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from dataclasses import dataclass
 from types import ModuleType
@@ -60,6 +61,8 @@ def _find() -> tuple[CpuStatus, ModuleType | None]:
 
 
 def _import() -> tuple[CpuStatus, ModuleType | None]:
+    if sys.maxsize < 1 << 32 or sys.byteorder != "little":
+        return CpuStatus(False, "Needs a 64-bit, little-endian processor."), None
     try:
         import numba
     except ModuleNotFoundError as error:

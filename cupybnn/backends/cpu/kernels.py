@@ -180,9 +180,9 @@ def _finish(
         for u in range(units):
             row, word = sums + 4 * u * width, np.int64(0)
             for i in range(lanes):
-                x = np.int32(k - 2 * load_i32(row + 4 * i))
+                value = np.int32(k - 2 * load_i32(row + 4 * i))
                 least = np.int32(0) if bias == 0 else load_i32(bias + 4 * (l0 + i))
-                plus = np.int64(x >= least)
+                plus = np.int64(value >= least)
                 if unit_scale != 0:
                     plus ^= np.int64(load_u8(unit_scale + l0 + i))
                 word |= plus << i
@@ -190,15 +190,15 @@ def _finish(
         return
     for i in range(lanes):
         for first in range(0, units, 64):
-            word = np.uint64(0)
+            bits = np.uint64(0)
             for u in range(first, min(first + 64, units)):
-                x = np.int32(k - 2 * load_i32(sums + 4 * (u * width + i)))
+                value = np.int32(k - 2 * load_i32(sums + 4 * (u * width + i)))
                 least = np.int32(0) if bias == 0 else load_i32(bias + 4 * (u0 + u))
-                plus = np.uint64(x >= least)
+                plus_64 = np.uint64(value >= least)
                 if unit_scale != 0:
-                    plus ^= np.uint64(load_u8(unit_scale + u0 + u))
-                word |= plus << np.uint64(u - first)
-            store_u64(out + (l0 + i) * out_lane + (u0 + first) // 8, word)
+                    plus_64 ^= np.uint64(load_u8(unit_scale + u0 + u))
+                bits |= plus_64 << np.uint64(u - first)
+            store_u64(out + (l0 + i) * out_lane + (u0 + first) // 8, bits)
 
 
 @cached

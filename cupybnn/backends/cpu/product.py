@@ -165,10 +165,8 @@ def _matrix_product(
     if out.dtype == np.int32 and epilogue is None:
         _launch(a, b, k, out, kernels.INT32, (None, None, None))
     elif out.dtype == np.float32:
-        parts = (None, None, None)
-        if epilogue is not None:
-            given = (epilogue.row_scale, epilogue.col_scale, epilogue.bias)
-            parts = tuple(None if x is None else x.astype(np.float32).reshape(-1) for x in given)
+        given = epilogue or Epilogue()
+        parts = (_flat(given.row_scale), _flat(given.col_scale), _flat(given.bias))
         _launch(a, b, k, out, kernels.FLOAT32, parts)
     else:
         step = max(1, SUMS_AT_A_TIME // out.shape[1])
@@ -181,6 +179,10 @@ def _matrix_product(
             exact = sums.astype(np.float32 if k <= EXACT_FLOAT32 else np.float64)
             part = None if epilogue is None else epilogue.part((), rows, every)
             epilogues.apply(exact, part, out[rows])
+
+
+def _flat(x: np.ndarray | None) -> np.ndarray | None:
+    return None if x is None else x.astype(np.float32).reshape(-1)
 
 
 def gemm_packed(
