@@ -138,6 +138,7 @@ def describe() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpus": _usable_cpus(),
         "numpy": version_of("numpy"),
+        "numba": version_of("numba"),
         "scikit-learn": version_of("scikit-learn"),
         "torch": version_of("torch"),
         "cuda": cuda,

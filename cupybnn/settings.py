@@ -16,10 +16,12 @@ from cupybnn.paths import home, user_path
 __all__ = [
     "VARIABLES",
     "cache_dir",
+    "cpu_kernels",
     "cpu_threads",
     "data_dir",
     "debug",
     "kernel_override",
+    "kernel_threads",
     "resting_blas_threads",
     "scikit_learn_data",
     "variables_set",
@@ -79,17 +81,42 @@ def cache_dir() -> Path:
     return base / "cupybnn"
 
 
+def cpu_kernels() -> bool:
+    """Whether kernels compiled by Numba may be used: unless ``CUPYBNN_CPU_KERNELS`` is 0."""
+    given = os.environ.get("CUPYBNN_CPU_KERNELS")
+    return given is None or given.strip().lower() not in _FALSE - {""}
+
+
+def _threads(variable: str) -> int | None:
+    """Return the number of threads that an environment variable gives; None without one."""
+    given = os.environ.get(variable, "").partition(",")[0].strip()
+    if re.fullmatch("0*[1-9][0-9]{0,8}", given):
+        return min(int(given), _MOST_THREADS)
+    return None
+
+
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 @lru_cache(maxsize=1)
 def cpu_threads() -> int:
     """Return the threads for NumPy's elementwise work: ``OMP_NUM_THREADS`` or at most 8 cores.
 
     Most BLAS libraries, and so NumPy's matmul, respect the same variable.
     """
-    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    if re.fullmatch("0*[1-9][0-9]{0,8}", given):
-        return min(int(given), _MOST_THREADS)
-    affinity = getattr(os, "sched_getaffinity", None)
-    return min(8, len(affinity(0)) if affinity else os.cpu_count() or 1)
+    return _threads("OMP_NUM_THREADS") or min(8, _cores())
+
+
+@lru_cache(maxsize=1)
+def kernel_threads() -> int:
+    """Return the threads of compiled kernels: ``OMP_NUM_THREADS``, or a core each.
+
+    ``NUMBA_NUM_THREADS`` lowers either.
+    """
+    threads = _threads("OMP_NUM_THREADS") or _cores()
+    return min(threads, _threads("NUMBA_NUM_THREADS") or threads)
 
 
 def data_dir() -> Path:

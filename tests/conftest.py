@@ -9,6 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Products by compiled kernels are tested where a test asks for them: see `cpu_kernels`.
+os.environ["CUPYBNN_CPU_KERNELS"] = "0"
+
 NO_MNIST = (
     "MNIST for tests was found neither in the folder that CUPYBNN_TEST_DATA names "
     "nor in ../shared/data beside the checkout"
@@ -41,16 +44,48 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
-@pytest.fixture(params=["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each test that takes `xp` on NumPy, on CuPy, and if marked on compiled CPU kernels."""
+    if "xp" in metafunc.fixturenames:
+        compiled = metafunc.definition.get_closest_marker("cpu_kernels")
+        cupy = pytest.param("cupy", marks=pytest.mark.gpu)
+        metafunc.parametrize("xp", ["numpy", *(["numba"] if compiled else []), cupy], indirect=True)
+
+
+@pytest.fixture
 def xp(request: pytest.FixtureRequest):
-    """Give NumPy and then CuPy, so that one test body runs on both backends."""
+    """Give an array module, so that one test body runs on each backend.
+
+    "numpy" computes in NumPy alone; "numba" gives NumPy, too, and all products and packing are
+    computed by compiled kernels, however small.
+    """
     if request.param == "cupy":
         import cupy
 
         return cupy
     import numpy
 
+    if request.param == "numba":
+        request.getfixturevalue("cpu_kernels")
     return numpy
+
+
+@pytest.fixture
+def cpu_kernels(monkeypatch: pytest.MonkeyPatch):
+    """Compute all products and packing on the CPU by compiled kernels; skip where there are none.
+
+    Everywhere else the tests switch them off, so that what NumPy computes is tested.
+    """
+    from cupybnn.backends import cpu, numpy_backend
+
+    monkeypatch.setenv("CUPYBNN_CPU_KERNELS", "1")
+    status = cpu.status()
+    if not status.available:
+        pytest.skip(f"needs Numba: {status.reason}")
+    for name in dir(numpy_backend):
+        if name.startswith(("KERNEL_", "IMPORT_")):
+            monkeypatch.setattr(numpy_backend, name, 0)
+    return cpu.compiled()
 
 
 def _test_data() -> Path:

@@ -20,6 +20,8 @@ from gemm_cases import (
 import cupybnn
 from cupybnn import pack, xnor_gemm
 
+pytestmark = pytest.mark.cpu_kernels
+
 
 @pytest.mark.parametrize("seed", range(25))
 def test_equals_int64_product_on_random_cases(xp, seed):

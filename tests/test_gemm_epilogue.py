@@ -9,6 +9,8 @@ from gemm_cases import BFLOAT16, array, assert_product, host, reference
 from cupybnn import fold_batch_norm, ops, pack, xnor_gemm, xnor_gemm_packed
 from cupybnn.autograd import Tensor, no_grad
 
+pytestmark = pytest.mark.cpu_kernels
+
 SHAPES = [(3, 70, 5), (130, 257, 140), (70, 4097, 300), (300, 100, 70), (1, 3000, 1030)]
 
 

@@ -5,7 +5,17 @@ import subprocess
 import sys
 
 LIMIT = 0.050  # seconds beyond importing numpy
-HEAVY = ("cupy", "sklearn", "scipy", "tqdm", "matplotlib", "tensorboard", "torch", "nvmath")
+HEAVY = (
+    "cupy",
+    "sklearn",
+    "scipy",
+    "tqdm",
+    "matplotlib",
+    "tensorboard",
+    "torch",
+    "nvmath",
+    "numba",
+)
 
 
 def fresh_process(code: str, folder) -> str:

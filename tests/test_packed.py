@@ -9,6 +9,8 @@ from gemm_cases import BFLOAT16, DTYPES, HOST_DTYPES, LAYOUTS, array, host, sign
 import cupybnn
 from cupybnn import PackedMatrix, pack, sign, unpack
 
+pytestmark = pytest.mark.cpu_kernels
+
 KS = (0, 1, 7, 8, 9, 31, 63, 64, 65, 127, 128, 129, 255, 256, 257, 1025)
 
 

@@ -10,6 +10,8 @@ from gemm_cases import host
 
 from cupybnn import PackedMatrix, pack, sign, xnor_gemm, xnor_gemm_packed
 
+pytestmark = pytest.mark.cpu_kernels
+
 
 @pytest.mark.parametrize("bitorder", ["big", "little"])
 @pytest.mark.parametrize("k", [0, 1, 7, 8, 9, 63, 64, 65, 130, 1025])

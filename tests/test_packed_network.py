@@ -16,6 +16,8 @@ from cupybnn.deploy.inputs import InputSpec
 from cupybnn.deploy.layers import PackedLayer, Step
 from cupybnn.packed import PackedMatrix, pack
 
+pytestmark = pytest.mark.cpu_kernels
+
 
 def settle(model: nn.Module, seed: int = 0, features: int = 20) -> nn.Module:
     """Give a model statistics, scales of both signs, and shifts, as after a training."""

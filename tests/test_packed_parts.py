@@ -13,6 +13,8 @@ import cupybnn
 from cupybnn import PackedMatrix, concatenate, pack, xnor_gemm
 from cupybnn.backends.cuda import lines, packing
 
+pytestmark = pytest.mark.cpu_kernels
+
 
 def packed(xp, shape, axis=-1, seed=0):
     """Return a packed matrix and its signs."""

@@ -1,12 +1,20 @@
-"""Packing and products on the CPU, in pure NumPy. Packed words are in the canonical layout."""
+"""Packing and products on the CPU. Packed words are in the canonical layout.
+
+What is large enough is handed to kernels compiled by Numba where that is installed; see
+`cupybnn.backends.cpu`. All else, and all without it, is pure NumPy, with the same results.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from cupybnn.backends import numpy_product
+from cupybnn.backends import cpu, numpy_product
 from cupybnn.backends.epilogue import Epilogue
 from cupybnn.backends.numpy_bits import write_bits
 from cupybnn.backends.numpy_lines import BLOCK, bits_to_signs, blocks
@@ -14,10 +22,12 @@ from cupybnn.backends.numpy_random import random_words, uniform
 from cupybnn.backends.numpy_threads import parallel_for, parallel_parts
 
 __all__ = [
+    "force_kernel",
     "from_canonical",
     "from_lines",
     "gemm",
     "gemm_packed",
+    "kernels",
     "pack",
     "parallel_for",
     "parallel_parts",
@@ -30,6 +40,14 @@ __all__ = [
 ]
 
 WORD = np.dtype("<u8")
+
+# Work from which compiled kernels win against the time of calling them: multiplications of a
+# product of packed operands, or of arrays; elements to pack.
+KERNEL_PRODUCTS, KERNEL_PRODUCTS_OF_ARRAYS, KERNEL_ELEMENTS = 1 << 12, 1 << 21, 1 << 16
+# And from which it is worth importing them, where that has not been done.
+IMPORT_PRODUCTS, IMPORT_ELEMENTS = 1 << 17, 1 << 20
+
+_forced: str | None = None
 
 
 def sign(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -58,6 +76,9 @@ def pack(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     words : ndarray of uint64, shape (..., lines, ceil(k / 64))
     popcounts : ndarray of int32, shape (..., lines)
     """
+    compiled = _compiled(x.shape[-2] * x.shape[-1], KERNEL_ELEMENTS, IMPORT_ELEMENTS)
+    if compiled is not None and compiled.can_pack(x.dtype):
+        return compiled.pack(x, axis)
     batch, k, lines = x.shape[:-2], x.shape[axis], x.shape[-3 - axis]
     words = np.zeros((*batch, lines, -(-k // 64)), WORD)
     octets = words.view(np.uint8)
@@ -141,7 +162,45 @@ def gemm(a: Any, b: Any, out: np.ndarray, epilogue: Epilogue | None) -> None:
         Its leading axes are those of `a` and `b`, broadcast. It overlaps neither operand.
     epilogue : Epilogue or None
     """
-    numpy_product.product(a, b, out, epilogue)
+    compiled = _compiled_for(a, b)
+    if compiled is None:
+        numpy_product.product(a, b, out, epilogue)
+    elif out.size:
+        compiled.gemm(a, b, out, epilogue)
+
+
+def kernels() -> list[str]:
+    """Return the names of what computes products on this CPU: "numpy" and, with Numba, "numba"."""
+    return ["numpy", *([cpu.NAME] if cpu.status().available else [])]
+
+
+@contextlib.contextmanager
+def force_kernel(name: str) -> Iterator[None]:
+    """Context in which this process computes all products on the CPU by one of `kernels`."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def _compiled(work: int, least: int, load: int) -> ModuleType | None:
+    """Return the compiled kernels, if there are any and `work` is worth it."""
+    if _forced is not None:
+        return cpu.compiled() if _forced == cpu.NAME else None
+    return cpu.compiled(work >= load) if work >= least else None
+
+
+def _compiled_for(a: Any, b: Any) -> ModuleType | None:
+    """Return the compiled kernels for a product, or None if NumPy computes it."""
+    products = a.shape[-2] * a.shape[-1] * b.shape[-1]
+    if b.ndim == 2:
+        products *= math.prod(a.shape[:-2])
+    packed = not (isinstance(a, np.ndarray) or isinstance(b, np.ndarray))
+    least = KERNEL_PRODUCTS if packed else KERNEL_PRODUCTS_OF_ARRAYS
+    compiled = _compiled(products, least, IMPORT_PRODUCTS)
+    return compiled if compiled is not None and compiled.takes(a, b) else None
 
 
 def gemm_packed(
@@ -156,6 +215,9 @@ def gemm_packed(
     threshold : ndarray of int32, shape (N,), or None for 0
     flip : ndarray of bool, shape (N,), or None for False
     """
+    compiled = _compiled_for(a, b)
+    if compiled is not None:
+        return compiled.gemm_packed(a, b, threshold, flip)
     batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     acc = np.empty((*batch, a.shape[-2], b.shape[-1]), np.int32)
     numpy_product.product(a, b, acc, None)

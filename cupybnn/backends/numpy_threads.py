@@ -29,7 +29,9 @@ ELEMENTS_A_CALL = 1 << 18
 _pool: Any = None
 
 
-def parallel_for(size: int, elements: int, work: Callable[[int, int], None]) -> None:
+def parallel_for(
+    size: int, elements: int, work: Callable[[int, int], None], most: int | None = None
+) -> None:
     """Call ``work(start, stop)`` for consecutive parts of ``range(size)``, on several threads.
 
     Parameters
@@ -40,8 +42,10 @@ def parallel_for(size: int, elements: int, work: Callable[[int, int], None]) -> 
         Total number of elements; with too few, the caller's thread does all the work.
     work : callable
         Writes the results of its rows; must not call `parallel_for`.
+    most : int, optional
+        Greatest number of threads; default: `settings.cpu_threads`.
     """
-    threads = min(settings.cpu_threads(), size, elements // ELEMENTS_A_THREAD)
+    threads = min(most or settings.cpu_threads(), size, elements // ELEMENTS_A_THREAD)
     if threads < 2:
         work(0, size)
         return
@@ -161,7 +165,7 @@ def _executor() -> Any:
     if _pool is None:
         from concurrent.futures import ThreadPoolExecutor
 
-        threads = max(1, settings.cpu_threads() - 1)
+        threads = max(1, settings.cpu_threads() - 1, settings.kernel_threads() - 1)
         _pool = ThreadPoolExecutor(threads, thread_name_prefix="cupybnn")
     return _pool
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cupybnn import machine, settings
+from cupybnn.backends import cpu as cpu_kernels
+from cupybnn.backends import numpy_backend
 from cupybnn.backends.devices import Device, cuda_status, resolve
 
 __all__ = ["add_parser", "lines", "run"]
@@ -63,13 +65,27 @@ def _driver(version: str | None, newest_cuda: str | None) -> str:
 
 def _kernels(device: Device) -> str:
     if device.kind == "cpu":
-        return "numpy"
+        return ", ".join(numpy_backend.kernels())
     try:
         from cupybnn.backends import cuda
 
         return ", ".join(cuda.kernels_for(device))
     except Exception as error:  # a diagnostic report must not fail itself
         return f"unknown ({error})"
+
+
+def _compiled_kernels() -> str:
+    """Describe the kernels that Numba compiles, or say why there are none."""
+    status, compiled = cpu_kernels.status(), cpu_kernels.compiled()
+    if compiled is None:
+        return status.reason
+    facts = compiled.describe()
+    features = ", ".join(facts["features"]) or "no vector instructions that it knows"
+    return (
+        f"{status.reason.rstrip('.')}, {facts['threads']} threads, {facts['method']} on "
+        f"{facts['cpu']} ({features}), "
+        f"{'kept in ' + facts['cache'] if facts['cache'] else 'compiled by each process'}"
+    )
 
 
 def _device_lines(index: int) -> Iterator[str]:
@@ -109,6 +125,7 @@ def lines() -> Iterator[str]:
     yield _row("CUDA", cuda["reason"])
     yield _row("cpu", f"{facts['cpu']}, {facts['cpus']} processors")
     yield _row("  kernels", _kernels(Device("cpu")))
+    yield _row("  numba", _compiled_kernels())
     for index in range(cuda_status().device_count):
         yield from _device_lines(index)
     yield _row("device='auto'", resolve("auto"))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cupybnn.backends import numpy_backend
 from cupybnn.backends.devices import (
     CPU,
     Device,
@@ -110,7 +111,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--device",
         metavar="D",
         default="all",
-        help="all (the default: NumPy and every CUDA device), cpu, cuda or cuda:N",
+        help="all (the default: the CPU and every CUDA device), cpu, cuda or cuda:N",
     )
     parser.add_argument(
         "--kernel",
@@ -160,7 +161,7 @@ def _devices(name: str) -> list[Device]:
 
 def _kernels(device: Device) -> list[str]:
     if device.kind == "cpu":
-        return ["numpy"]
+        return numpy_backend.kernels()
     from cupybnn.backends import cuda
 
     return list(cuda.kernels_for(device))
@@ -168,7 +169,7 @@ def _kernels(device: Device) -> list[str]:
 
 def _forced(device: Device, kernel: str) -> contextlib.AbstractContextManager[Any]:
     if device.kind == "cpu":
-        return contextlib.nullcontext()
+        return numpy_backend.force_kernel(kernel)
     from cupybnn.backends import cuda
 
     return cuda.force_kernel(kernel)
@@ -183,7 +184,7 @@ def check(
     ----------
     device : Device
     kernel : str
-        A name from the backend's list of kernels; "numpy" on the CPU.
+        A name from the backend's list of kernels; "numpy" or "numba" on the CPU.
     cases : tuple of Case
     seed : int
         Seed of the random ±1 matrices.

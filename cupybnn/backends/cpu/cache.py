@@ -1,0 +1,96 @@
+"""Compiled kernels on disk: compiled once for a processor, and never a reason to fail."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba import njit
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.registry import cpu_target
+
+import cupybnn
+
+__all__ = ["cached", "features", "folder"]
+
+
+def features() -> tuple[str, frozenset[str]]:
+    """Return the processor that Numba compiles for: its name, and what it has."""
+    _, name, given = cpu_target.target_context.codegen().magic_tuple()
+    return name, frozenset(f[1:] for f in given.split(",") if f.startswith("+"))
+
+
+@lru_cache(maxsize=1)
+def _key() -> str:
+    """Return a hash of all that decides a kernel's machine code.
+
+    Numba itself looks at the file of a kernel, not at what the kernel calls.
+    """
+    name, has = features()
+    digest = hashlib.sha256(
+        "\n".join(
+            (cupybnn.__version__, numba.__version__, llvmlite.__version__, name, *sorted(has))
+        ).encode()
+    )
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+class _Cache(FunctionCache):
+    """Numba's cache of a function, in a folder of its own for each `_key`.
+
+    Numba writes a file and renames it, and files of one folder are of equal content: so several
+    processes, also on different machines, may compile at once. What cannot be read or written is
+    compiled instead.
+    """
+
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        self._cache_path = os.path.join(self._impl.locator.get_cache_path(), f"cupybnn-{_key()}")
+        self._cache_file = IndexDataCacheFile(
+            cache_path=self._cache_path,
+            filename_base=self._impl.filename_base,
+            source_stamp=_key(),
+        )
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        # A damaged file may raise anything that unpickling does.
+        with contextlib.suppress(Exception):
+            return super().load_overload(sig, target_context)
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        with contextlib.suppress(Exception):
+            os.makedirs(self._cache_path, exist_ok=True)
+            try:
+                super().save_overload(sig, data)
+            except Exception:  # an index that cannot be read: start anew, once
+                self.flush()
+                super().save_overload(sig, data)
+
+
+def cached(function: Callable[..., Any]) -> Any:
+    """Compile a function without the interpreter lock, and keep it where Numba keeps such files.
+
+    That is ``NUMBA_CACHE_DIR``, or ``__pycache__`` next to this package, or the user's cache folder
+    if that cannot be written to. Where none can, each process compiles for itself.
+    """
+    dispatcher = njit(nogil=True)(function)
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dispatcher._cache = _Cache(dispatcher.py_func)
+    return dispatcher
+
+
+def folder(dispatcher: Any) -> str | None:
+    """Return the folder of a kernel's files, or None if there is none."""
+    return getattr(dispatcher._cache, "cache_path", None)
