@@ -3,6 +3,9 @@
 A few rows are one launch (`cupybnn.backends.cuda.packed_network`). More rows are a launch or two
 for each layer, captured as a CUDA graph for each batch size once it has come a second time. Batches
 whose activations are large, and all where nothing can be captured, are launched layer by layer.
+
+There, real weights are whole numbers where a product allows it (`cupybnn.deploy.digits`): pixels of a
+byte meet digits, on Hopper, and signs meet bit planes.
 """
 
 from __future__ import annotations
@@ -16,20 +19,25 @@ from typing import Any
 import numpy as np
 
 from cupybnn.backends.cuda import blas, packed_network
+from cupybnn.backends.cuda.byte_product import MOST_SIGNS, PixelProduct, PlaneProduct, runs_on
 from cupybnn.backends.cuda.compiler import architecture
 from cupybnn.backends.cuda.graph import capture
 from cupybnn.backends.cuda.product import gemm, gemm_packed
 from cupybnn.backends.cuda.threshold_pack import threshold_pack
 from cupybnn.backends.devices import Device
 from cupybnn.backends.epilogue import Epilogue
+from cupybnn.deploy import digits
 from cupybnn.deploy.inputs import InputSpec
 from cupybnn.deploy.layers import PackedLayer, Step, apply_steps
-from cupybnn.packed import PackedMatrix
+from cupybnn.packed import PackedMatrix, pack
 
 __all__ = ["CudaForward", "Recent"]
 
 #: Graphs that are kept, bytes of activations of one, and of all of them.
 MOST_GRAPHS, MOST_BYTES, MOST_BYTES_IN_ALL = 16, 1 << 28, 1 << 30
+
+#: Units of a layer of real weights up to which signs meet their bit planes.
+MOST_PLANE_UNITS = 64
 
 Multiply = Callable[[Any, Any], Any]
 
@@ -70,7 +78,16 @@ class CudaForward:
         self._seen: Recent = Recent(64, 64)
         # Stream of the last graph, and an event after it.
         self._last: tuple[Any, Any] = (None, None)
-        self._real = any(layer.product != "bits" for layer in self._layers)
+        self._pixels = pixel_product(self._layers[0], inputs, device)
+        signs = (False, *(layer.threshold is not None for layer in self._layers))
+        self._planes = [
+            plane_product(layer) if from_signs else None
+            for layer, from_signs in zip(self._layers, signs, strict=False)
+        ]
+        self._real = any(
+            layer.product != "bits" and planes is None
+            for layer, planes in zip(self._layers, self._planes, strict=True)
+        )
         self._captures = blas.capturable() or not self._real
         self._blas: Any = None
 
@@ -102,7 +119,7 @@ class CudaForward:
             return self.by_layer(rows, None if self._blas is None else self._multiply)
         if self._blas is None and self._real and self._captures:
             self._blas = blas.Blas("float32")
-        if self._captures and self._bytes(count) <= MOST_BYTES:
+        if self._captures and self._bytes(count, self._are_pixels(rows)) <= MOST_BYTES:
             logits = self._by_graph(rows)
             if logits is not None:
                 return logits
@@ -120,12 +137,32 @@ class CudaForward:
         multiply : callable(x, weight), optional
             Product of float32 matrices; by default CuPy's.
         """
-        x = self._inputs.numbers(rows)
-        for layer in self._layers:
-            x = self._layer(layer, x, multiply or (lambda a, b: a @ b))
+        if not self._are_pixels(rows):
+            return self._from(0, self._inputs.numbers(rows), multiply)
+        assert self._pixels is not None
+        words = self._pixels.lines_like(len(rows))
+        self._pixels.arrange(rows, words)
+        return self._from_pixels(words, len(rows), multiply)
+
+    def _are_pixels(self, rows: Any) -> bool:
+        return self._pixels is not None and rows.dtype.char == "B" and rows.flags.c_contiguous
+
+    def _from_pixels(self, words: Any, rows: int, multiply: Multiply | None) -> Any:
+        """Return the logits of pixels that were laid out."""
+        assert self._pixels is not None
+        packed = self._pixels(words, rows)
+        shape = rows, self._pixels.units
+        return self._from(1, PackedMatrix._of(*packed, shape, -1, self._device), multiply)
+
+    def _from(self, first: int, x: Any, multiply: Multiply | None) -> Any:
+        """Return the logits from the input of a layer on."""
+        for layer, planes in list(zip(self._layers, self._planes, strict=True))[first:]:
+            x = self._layer(layer, planes, x, multiply or (lambda a, b: a @ b))
         return x
 
-    def _layer(self, layer: PackedLayer, x: Any, multiply: Multiply) -> Any:
+    def _layer(
+        self, layer: PackedLayer, planes: PlaneProduct | None, x: Any, multiply: Multiply
+    ) -> Any:
         import cupy
 
         shape = (x.shape[0], layer.units)
@@ -137,18 +174,26 @@ class CudaForward:
             y = cupy.empty(shape, np.float32)
             gemm(x, layer.weight, y, epilogue)
             return apply_steps(rest, y)
-        if isinstance(x, PackedMatrix):
-            x = x.unpack(np.float32)
-        y = multiply(x, layer.weight if layer.signs is None else layer.signs)
+        if planes is not None and isinstance(x, PackedMatrix):
+            y = planes(x)
+        else:
+            if isinstance(x, PackedMatrix):
+                x = x.unpack(np.float32)
+            y = multiply(x, layer.weight if layer.signs is None else layer.signs)
         if layer.threshold is not None:
             packed = threshold_pack(y, layer.threshold, layer.flip)
             return PackedMatrix._of(*packed, shape, -1, self._device)
         return apply_steps(layer.steps, y)
 
-    def _bytes(self, rows: int) -> int:
+    def _bytes(self, rows: int, pixels: bool) -> int:
         """Return about how many bytes the activations of a batch take."""
-        widths = [self._layers[0].inputs, *(layer.units for layer in self._layers)]
-        return 4 * rows * max(a + b for a, b in itertools.pairwise(widths))
+        each = [self._layers[0].inputs * (1 if pixels else 4)]
+        for i, (layer, planes) in enumerate(zip(self._layers, self._planes, strict=True)):
+            real = layer.product != "bits" and planes is None and not (i == 0 and pixels)
+            each.append(layer.units // 8 if layer.threshold is not None else 4 * layer.units)
+            each[-1] += 4 * (layer.units + layer.inputs) if real else 0
+            each[-1] += 2 * digits.PLANES * layer.units if planes is not None else 0
+        return rows * max(a + b for a, b in itertools.pairwise(each))
 
     # As a graph --------------------------------------------------------------------------------
 
@@ -167,7 +212,7 @@ class CudaForward:
                 graph = self._captured(rows)
                 if graph is None:
                     return None
-                self._graphs.put(key, graph, self._bytes(len(rows)))
+                self._graphs.put(key, graph, self._bytes(len(rows), self._are_pixels(rows)))
             # Graphs share cuBLAS's workspace, and each has one input and one result: one at a time.
             here = stream.ptr, threading.get_ident()
             before, event = self._last
@@ -181,8 +226,19 @@ class CudaForward:
             return logits
 
     def _captured(self, rows: Any) -> _Graph | None:
+        import cupy
+
+        count = len(rows)
         try:
-            return _Graph(lambda x: self.by_layer(x, self._multiply), rows)
+            if self._are_pixels(rows):
+                assert self._pixels is not None
+                into = self._pixels.lines_like(count)
+                bring = self._pixels.arrange
+                return _Graph(
+                    lambda x: self._from_pixels(x, count, self._multiply), bring, into, rows
+                )
+            into = cupy.empty_like(rows)
+            return _Graph(lambda x: self.by_layer(x, self._multiply), _copy, into, rows)
         except RuntimeError:
             self._captures = False
             return None
@@ -196,14 +252,22 @@ class CudaForward:
         return y
 
 
+def _copy(x: Any, into: Any) -> None:
+    into.data.copy_from_device_async(x.data, x.nbytes)
+
+
 class _Graph:
     """The graph of a forward pass for arrays of one shape and dtype.
 
     Parameters
     ----------
-    forward : callable(x) -> cupy.ndarray
+    forward : callable(array) -> cupy.ndarray
+    bring : callable(x, array)
+        Brings an input to where `forward` reads it, on the current stream.
+    into : cupy.ndarray
+        Where that is; of this graph alone.
     example : cupy.ndarray
-        What it is warmed up with.
+        An input that it is warmed up with.
 
     Raises
     ------
@@ -211,25 +275,29 @@ class _Graph:
         If it cannot be captured.
     """
 
-    def __init__(self, forward: Callable[[Any], Any], example: Any) -> None:
+    def __init__(
+        self, forward: Callable[[Any], Any], bring: Callable[[Any, Any], None], into: Any,
+        example: Any,
+    ) -> None:  # fmt: skip
         import cupy
 
         # All that is allocated on the way is of this graph alone, also where it is free again.
         self._pool = cupy.cuda.MemoryPool()
+        self._into, self._bring = into, bring
         stream = cupy.cuda.Stream(non_blocking=True)
         stream.wait_event(cupy.cuda.get_current_stream().record())
         with stream, cupy.cuda.using_allocator(self._pool.malloc):
-            self._x = example.copy()
-            del_later = forward(self._x)  # compiles, and takes the memory that the graph will use
+            bring(example, into)
+            del_later = forward(into)  # compiles, and takes the memory that the graph will use
         stream.synchronize()
         del del_later
         results: list[Any] = []
-        self._graph = capture(stream, lambda: results.append(forward(self._x)), self._pool)
+        self._graph = capture(stream, lambda: results.append(forward(into)), self._pool)
         self._logits = results[0]
 
     def __call__(self, x: Any) -> Any:
         """Return what the forward pass makes of `x`, on the current stream, in new memory."""
-        self._x.data.copy_from_device_async(x.data, x.nbytes)
+        self._bring(x, self._into)
         self._graph.launch()
         return self._logits.copy()
 
@@ -282,6 +350,46 @@ def split_steps(steps: Sequence[Step]) -> tuple[Epilogue | None, Sequence[Step]]
         return None, steps
     return Epilogue(None, None if scale is None else scale[None, :],
                     None if bias is None else bias[None, :]), steps[done:]  # fmt: skip
+
+
+def pixel_product(layer: PackedLayer, inputs: InputSpec, device: Device) -> PixelProduct | None:
+    """Return the product of a layer with pixels, on the current device; None if there is none."""
+    import cupy
+
+    wanted = inputs.pixel_max is not None and layer.threshold is not None
+    wanted = wanted and layer.product != "bits" and layer.inputs <= digits.MOST_INPUTS
+    if not wanted or not runs_on(architecture(device.index)):
+        return None
+    weight = cupy.asnumpy(layer.weight if layer.signs is None else layer.signs)
+    if not np.isfinite(weight).all():
+        return None
+    if layer.signs is None:
+        (whole, shift), count = digits.fixed_point(weight), 3
+    else:
+        whole, shift, count = weight.astype(np.int64), np.zeros(layer.units, np.int64), 1
+    assert inputs.pixel_max is not None
+    factor = np.float32(1.0 / inputs.pixel_max)
+    parts, least = digits.pixel_digits(whole, shift, layer.threshold.get(), factor, count)
+    return PixelProduct(parts, least, layer.flip, device.index)
+
+
+def plane_product(layer: PackedLayer) -> PlaneProduct | None:
+    """Return the product of a layer with signs, on the current device; None if there is none."""
+    import cupy
+
+    if layer.product != "real" or layer.units > MOST_PLANE_UNITS or layer.inputs > MOST_SIGNS:
+        return None
+    weight = cupy.asnumpy(layer.weight)
+    if not np.isfinite(weight).all():
+        return None
+    whole, shift = digits.fixed_point(weight)
+    if np.abs(shift).max(initial=0) > 126:  # steps that float32 does not have
+        return None
+    signs = digits.sign_planes(whole)
+    # Whole tiles of results are stored faster.
+    padded = np.zeros((layer.inputs, -(-signs.shape[1] // 64) * 64), bool)
+    padded[:, : signs.shape[1]] = signs
+    return PlaneProduct(pack(cupy.asarray(padded), axis=-2), shift)
 
 
 def _described(layer: PackedLayer) -> packed_network.Layer:

@@ -1,0 +1,171 @@
+"""Products of pixels and of signs with real weights, through integers.
+
+Pixels meet digits of weights in the product kernel for bytes, signs meet bit planes in the one for
+bits; see `cupybnn.deploy.digits` for both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends.cuda import dispatch
+from cupybnn.backends.cuda.architectures import sm90
+from cupybnn.backends.cuda.compiler import load_kernel
+from cupybnn.backends.cuda.configs import Config, Problem
+from cupybnn.backends.cuda.lines import place
+from cupybnn.backends.cuda.packing import words_shape
+from cupybnn.backends.cuda.product import PRODUCT, gemm
+from cupybnn.backends.cuda.structs import Kernel
+
+__all__ = ["MOST_SIGNS", "PixelProduct", "PlaneProduct", "pixel_config", "runs_on"]
+
+BYTE_LINES = Kernel("smxx_byte_lines", "byte_lines", "ptr x, words; i64 rows, cols, chunks")
+PLANE_SUM = Kernel("smxx_plane_sum", "plane_sum", "ptr planes, step, out; i64 rows, units, pitch")
+_PLANES = 24  # as smxx_plane_sum.cu has it
+_CONSTANTS = 2  # pixels that smxx_byte_lines.cu appends
+_PACKED = 4  # OUTPUT_* of product.cuh
+#: Inputs whose products with signs fit an int16.
+MOST_SIGNS = 2**15 - 1
+
+
+def runs_on(capability: int) -> bool:
+    """Whether the product kernel for bytes runs on a compute capability."""
+    return capability in sm90.CAPABILITIES
+
+
+def pixel_config(problem: Problem) -> Config:
+    """Return the configuration of the product kernel for bytes."""
+    tiles = problem.tiles(128, 128)
+    if tiles * 2 <= problem.multiprocessors:
+        return sm90.config(1, 64, 8, consumers=1 if tiles * 4 <= problem.multiprocessors else 2)
+    if tiles <= 2 * problem.multiprocessors:
+        return sm90.config(1, 128, 6)
+    return sm90.config(2, 128, 4)
+
+
+class PixelProduct:
+    """Pixels times real weights, compared with thresholds, packed.
+
+    Parameters
+    ----------
+    digits : ndarray of int8, shape (digits, units, inputs + 2)
+    threshold : ndarray of int32, shape (units,)
+        See `cupybnn.deploy.digits.pixel_digits`.
+    flip : cupy.ndarray of bool, shape (units,)
+    device : int
+        Number of the current device, one that `runs_on` allows.
+    """
+
+    def __init__(self, digits: np.ndarray, threshold: np.ndarray, flip: Any, device: int) -> None:
+        import cupy
+
+        count, self.units, width = digits.shape
+        self.inputs, self.digits, self._device = width - _CONSTANTS, count, device
+        # Bytes as lines of bits: eight of these to each.
+        lines = np.zeros((count, self.units, -(-width // 8) * 8), np.int8)
+        lines[..., :width] = digits
+        words = [
+            place(np, each.view("<u8"), 1, self.units, 8 * width, words_shape(1, self.units, 8 * width))
+            for each in lines
+        ]
+        self.chunks = words[0].shape[1]
+        self._words = cupy.asarray(np.concatenate(words, axis=1))
+        self._threshold, self._flip = cupy.asarray(threshold), flip
+
+    def lines_like(self, rows: int) -> Any:
+        """Return memory for the pixels of so many images."""
+        import cupy
+
+        return cupy.empty(words_shape(1, rows, 8 * (self.inputs + _CONSTANTS)), np.uint32)
+
+    def arrange(self, x: Any, words: Any) -> None:
+        """Lay out pixels for the product.
+
+        Parameters
+        ----------
+        x : cupy.ndarray of uint8, shape (rows, inputs), C-contiguous
+            At least one row.
+        words : cupy.ndarray
+            Of `lines_like`.
+        """
+        kernel = load_kernel(BYTE_LINES.source, BYTE_LINES.function, (), self._device)
+        arguments = BYTE_LINES.arguments(
+            x=x, words=words, rows=x.shape[0], cols=self.inputs, chunks=self.chunks
+        )
+        kernel((min(-(-words.size // 1024), 1 << 14),), (256,), arguments)
+
+    def __call__(self, words: Any, rows: int) -> tuple[Any, Any]:
+        """Multiply laid out pixels.
+
+        Returns
+        -------
+        words, popcounts : cupy.ndarray
+            As those of `cupybnn.backends.cuda.product.gemm_packed`.
+        """
+        import cupy
+
+        units, chunks = self.units, self.chunks
+        problem = dispatch.problem_on(self._device, rows, units, 1024 * chunks, packed=True)
+        config = pixel_config(problem)
+        # Words outside all tiles, and padding lines, must be zeros.
+        covered = units % 1024 == 0 and rows % 16 == 0
+        out = (cupy.empty if covered else cupy.zeros)(words_shape(1, rows, units), np.uint32)
+        ones = cupy.zeros(rows, np.int32)
+        defines = (*config.defines, ("OUTPUT", _PACKED), ("SCALED", 0), ("DIGITS", self.digits))
+        kernel = load_kernel("sm90_xnor_gemm", "xnor_gemm", defines, self._device, config.shared)
+        argument = PRODUCT.pack(
+            a=words, b=self._words, pop_a=0, pop_b=0, out=out, out_pop=ones, row_scale=0,
+            col_scale=0, bias=0, threshold=self._threshold, flip=self._flip, m=rows, n=units,
+            k=self.inputs, chunks=chunks, batch=1, a_step=1, b_step=1, out_row=0, out_col=0,
+            out_batch=0, row_scale_batch=0, col_scale_batch=0, bias_batch=0, swapped=0,
+            group=config.group,
+        )  # fmt: skip
+        blocks = config.blocks(rows, units, 1, problem.multiprocessors)
+        kernel((blocks,), (config.threads,), (PRODUCT.argument(argument),), shared_mem=config.shared)
+        return out, ones
+
+
+class PlaneProduct:
+    """Signs times real weights.
+
+    Parameters
+    ----------
+    planes : PackedMatrix, shape (inputs, columns), packed along the inputs
+        Of `cupybnn.deploy.digits.sign_planes`, and any further columns, which are not read:
+        `columns` is a multiple of 8. At most `MOST_SIGNS` inputs.
+    shift : ndarray of int, shape (units,)
+        The weights are whole numbers times ``2.0 ** -shift``; from -126 to 126.
+    """
+
+    def __init__(self, planes: Any, shift: np.ndarray) -> None:
+        import cupy
+
+        self.units, self._planes = len(shift), planes
+        self._step = cupy.asarray(np.ldexp(1.0, -shift).astype(np.float32))
+
+    def __call__(self, x: Any) -> Any:
+        """Multiply signs.
+
+        Parameters
+        ----------
+        x : PackedMatrix, shape (rows, inputs), packed along the inputs
+            At least one row.
+
+        Returns
+        -------
+        cupy.ndarray of float32, shape (rows, units)
+        """
+        import cupy
+
+        rows, pitch = x.shape[0], self._planes.shape[1]
+        planes = cupy.empty((rows, pitch), np.int16)
+        gemm(x, self._planes, planes, None)
+        out = cupy.empty((rows, self.units), np.float32)
+        kernel = load_kernel(PLANE_SUM.source, PLANE_SUM.function, (), out.data.device_id)
+        arguments = PLANE_SUM.arguments(
+            planes=planes, step=self._step, out=out, rows=rows, units=self.units, pitch=pitch
+        )
+        kernel((min(-(-out.size // 256), 1 << 14),), (256,), arguments)
+        return out

@@ -1,0 +1,84 @@
+"""Real weights as digits and bit planes: the arithmetic on the host, against Python's integers."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from cupybnn.deploy.digits import (
+    CONSTANTS,
+    MOST,
+    PLANES,
+    fixed_point,
+    pixel_digits,
+    sign_planes,
+)
+
+
+def weights(seed: int, inputs: int = 37, units: int = 9) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    w = rng.normal(size=(inputs, units)) * 10.0 ** rng.integers(-6, 6, units)
+    w[:, 0], w[:, 1] = 0, 1
+    w[:, 2] = np.where(rng.random(inputs) < 0.5, -1, 1)
+    return w.astype(np.float32)
+
+
+def test_whole_weights_are_the_weights_but_for_their_last_bits():
+    w = weights(0)
+    whole, shift = fixed_point(w)
+    back = np.ldexp(whole.astype(np.float64), -shift)
+    assert np.abs(whole).max() <= MOST
+    assert (np.abs(back - w) <= 2.0**-23 * np.abs(w).max(0)).all()
+    np.testing.assert_array_equal(back[:, :3], w[:, :3])
+    for greatest in (MOST, MOST + 1, 2**23 - 1, 2**22):
+        whole, shift = fixed_point(np.array([[greatest], [2]], np.float32))
+        assert abs(int(whole[0, 0])) <= MOST
+        assert np.ldexp(float(whole[1, 0]), -int(shift[0])) == 2
+
+
+@pytest.mark.parametrize("digits", [1, 3])
+@pytest.mark.parametrize("factor", [np.float32(1 / 255), np.float32(1 / 16)])
+def test_digits_and_thresholds_decide_as_exact_sums_do(digits, factor):
+    rng = np.random.default_rng(digits)
+    w = weights(1) if digits == 3 else np.where(weights(1) >= 0, 1, -1).astype(np.float32)
+    inputs, units = w.shape
+    if digits == 3:
+        whole, shift = fixed_point(w)
+    else:
+        whole, shift = w.astype(np.int64), np.zeros(units, np.int64)
+    pixels = rng.integers(0, 256, (200, inputs))
+    sums = pixels @ whole
+    # Thresholds at a sum that comes, just beside it, and beyond all.
+    scaled = [Fraction(int(sums[i, i])) * Fraction(float(factor)) / Fraction(2) ** int(shift[i])
+              for i in range(units)]  # fmt: skip
+    threshold = np.array([float(s) for s in scaled], np.float32)
+    threshold[3], threshold[4] = np.inf, -np.inf
+    threshold[5] = np.nextafter(threshold[5], np.float32(np.inf))
+    threshold[6] = np.nan
+    parts, least = pixel_digits(whole, shift, threshold, factor, digits)
+    assert parts.shape == (digits, units, inputs + 2)
+    line = np.concatenate([pixels, np.tile(CONSTANTS, (200, 1))], axis=1)
+    total = np.zeros((200, units), np.int64)
+    for i, digit in enumerate(parts):
+        total = (total >> 8 if i else total) + line @ digit.T.astype(np.int64)
+        assert np.abs(total).max() < 2**31
+    for row in range(200):
+        for unit in range(units):
+            exact = Fraction(int(sums[row, unit])) * Fraction(float(factor))
+            exact /= Fraction(2) ** int(shift[unit])
+            t = float(threshold[unit])
+            above = t == -np.inf or (np.isfinite(t) and exact >= Fraction(t))
+            assert (total[row, unit] >= least[unit]) == above
+
+
+def test_planes_add_up_to_the_weights():
+    whole, _ = fixed_point(weights(2))
+    signs = np.where(sign_planes(whole), 1, -1).astype(np.int64)
+    units = whole.shape[1]
+    assert signs.shape == (len(whole), PLANES * units + 1)
+    a = np.where(np.random.default_rng(0).random((50, len(whole))) < 0.5, 1, -1)
+    products = a @ signs
+    each = products[:, :-1].reshape(50, units, PLANES) @ (1 << np.arange(PLANES))
+    np.testing.assert_array_equal((each - products[:, -1:]) // 2, a @ whole)
