@@ -4,8 +4,7 @@ A few rows are one launch (`cupybnn.backends.cuda.packed_network`). More rows ar
 for each layer, captured as a CUDA graph for each batch size once it has come a second time. Batches
 whose activations are large, and all where nothing can be captured, are launched layer by layer.
 
-There, real weights are whole numbers where a product allows it (`cupybnn.deploy.digits`): pixels of a
-byte meet digits, on Hopper, and signs meet bit planes.
+There, real weights are whole numbers where a product allows it (`cupybnn.deploy.cuda_products`).
 """
 
 from __future__ import annotations
@@ -19,25 +18,24 @@ from typing import Any
 import numpy as np
 
 from cupybnn.backends.cuda import blas, packed_network
-from cupybnn.backends.cuda.byte_product import MOST_SIGNS, PixelProduct, PlaneProduct, runs_on
+from cupybnn.backends.cuda.byte_product import PixelProduct, PlaneProduct
 from cupybnn.backends.cuda.compiler import architecture
 from cupybnn.backends.cuda.graph import capture
+from cupybnn.backends.cuda.pixel_network import MOST_ROWS
 from cupybnn.backends.cuda.product import gemm, gemm_packed
 from cupybnn.backends.cuda.threshold_pack import threshold_pack
 from cupybnn.backends.devices import Device
 from cupybnn.backends.epilogue import Epilogue
-from cupybnn.deploy import digits
+from cupybnn.deploy.cuda_products import PixelParts, pixel_launch, plane_product
+from cupybnn.deploy.digits import PLANES
 from cupybnn.deploy.inputs import InputSpec
 from cupybnn.deploy.layers import PackedLayer, Step, apply_steps
-from cupybnn.packed import PackedMatrix, pack
+from cupybnn.packed import PackedMatrix
 
 __all__ = ["CudaForward", "Recent"]
 
 #: Graphs that are kept, bytes of activations of one, and of all of them.
 MOST_GRAPHS, MOST_BYTES, MOST_BYTES_IN_ALL = 16, 1 << 28, 1 << 30
-
-#: Units of a layer of real weights up to which signs meet their bit planes.
-MOST_PLANE_UNITS = 64
 
 Multiply = Callable[[Any, Any], Any]
 
@@ -78,7 +76,13 @@ class CudaForward:
         self._seen: Recent = Recent(64, 64)
         # Stream of the last graph, and an event after it.
         self._last: tuple[Any, Any] = (None, None)
-        self._pixels = pixel_product(self._layers[0], inputs, device)
+        parts = PixelParts.of(self._layers[0], inputs, device)
+        #: The one launch for pixels.
+        self.pixel_launch = None if parts is None else pixel_launch(parts, self._layers, device)
+        self._pixels = (
+            None if parts is None
+            else PixelProduct(parts.digits, parts.least, self._layers[0].flip, device.index)
+        )  # fmt: skip
         signs = (False, *(layer.threshold is not None for layer in self._layers))
         self._planes = [
             plane_product(layer) if from_signs else None
@@ -108,6 +112,10 @@ class CudaForward:
         if rows.dtype.char not in "fB" or not rows.flags.c_contiguous:
             rows = self._inputs.numbers(rows)
         count = len(rows)
+        if self.pixel_launch is not None and 0 < count <= MOST_ROWS and rows.dtype.char == "B":
+            out = cupy.empty((count, self._classes), np.float32)
+            self.pixel_launch(rows, out)
+            return out
         if 0 < count <= self.most_rows:
             assert self.one_launch is not None
             out = cupy.empty((count, self._classes), np.float32)
@@ -192,7 +200,7 @@ class CudaForward:
             real = layer.product != "bits" and planes is None and not (i == 0 and pixels)
             each.append(layer.units // 8 if layer.threshold is not None else 4 * layer.units)
             each[-1] += 4 * (layer.units + layer.inputs) if real else 0
-            each[-1] += 2 * digits.PLANES * layer.units if planes is not None else 0
+            each[-1] += 2 * PLANES * layer.units if planes is not None else 0
         return rows * max(a + b for a, b in itertools.pairwise(each))
 
     # As a graph --------------------------------------------------------------------------------
@@ -350,46 +358,6 @@ def split_steps(steps: Sequence[Step]) -> tuple[Epilogue | None, Sequence[Step]]
         return None, steps
     return Epilogue(None, None if scale is None else scale[None, :],
                     None if bias is None else bias[None, :]), steps[done:]  # fmt: skip
-
-
-def pixel_product(layer: PackedLayer, inputs: InputSpec, device: Device) -> PixelProduct | None:
-    """Return the product of a layer with pixels, on the current device; None if there is none."""
-    import cupy
-
-    wanted = inputs.pixel_max is not None and layer.threshold is not None
-    wanted = wanted and layer.product != "bits" and layer.inputs <= digits.MOST_INPUTS
-    if not wanted or not runs_on(architecture(device.index)):
-        return None
-    weight = cupy.asnumpy(layer.weight if layer.signs is None else layer.signs)
-    if not np.isfinite(weight).all():
-        return None
-    if layer.signs is None:
-        (whole, shift), count = digits.fixed_point(weight), 3
-    else:
-        whole, shift, count = weight.astype(np.int64), np.zeros(layer.units, np.int64), 1
-    assert inputs.pixel_max is not None
-    factor = np.float32(1.0 / inputs.pixel_max)
-    parts, least = digits.pixel_digits(whole, shift, layer.threshold.get(), factor, count)
-    return PixelProduct(parts, least, layer.flip, device.index)
-
-
-def plane_product(layer: PackedLayer) -> PlaneProduct | None:
-    """Return the product of a layer with signs, on the current device; None if there is none."""
-    import cupy
-
-    if layer.product != "real" or layer.units > MOST_PLANE_UNITS or layer.inputs > MOST_SIGNS:
-        return None
-    weight = cupy.asnumpy(layer.weight)
-    if not np.isfinite(weight).all():
-        return None
-    whole, shift = digits.fixed_point(weight)
-    if np.abs(shift).max(initial=0) > 126:  # steps that float32 does not have
-        return None
-    signs = digits.sign_planes(whole)
-    # Whole tiles of results are stored faster.
-    padded = np.zeros((layer.inputs, -(-signs.shape[1] // 64) * 64), bool)
-    padded[:, : signs.shape[1]] = signs
-    return PlaneProduct(pack(cupy.asarray(padded), axis=-2), shift)
 
 
 def _described(layer: PackedLayer) -> packed_network.Layer:

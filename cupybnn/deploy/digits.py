@@ -1,4 +1,4 @@
-"""Real weights as integers: of few digits for products of bytes, as bit planes for products of bits.
+"""Real weights as integers: digits for products of bytes, bit planes for products of bits.
 
 The weights of a unit are whole multiples of one power of two, its step, of at most `MOST` steps:
 the greatest weight keeps 22 or 23 bits. That is as exact as float32 where weights are about as

@@ -67,7 +67,14 @@ class PixelProduct:
         lines = np.zeros((count, self.units, -(-width // 8) * 8), np.int8)
         lines[..., :width] = digits
         words = [
-            place(np, each.view("<u8"), 1, self.units, 8 * width, words_shape(1, self.units, 8 * width))
+            place(
+                np,
+                each.view("<u8"),
+                1,
+                self.units,
+                8 * width,
+                words_shape(1, self.units, 8 * width),
+            )
             for each in lines
         ]
         self.chunks = words[0].shape[1]
@@ -123,7 +130,9 @@ class PixelProduct:
             group=config.group,
         )  # fmt: skip
         blocks = config.blocks(rows, units, 1, problem.multiprocessors)
-        kernel((blocks,), (config.threads,), (PRODUCT.argument(argument),), shared_mem=config.shared)
+        kernel(
+            (blocks,), (config.threads,), (PRODUCT.argument(argument),), shared_mem=config.shared
+        )
         return out, ones
 
 
