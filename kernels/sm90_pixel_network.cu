@@ -31,7 +31,8 @@ constexpr int TOGETHER = ROWS >= 16 ? 2 : 1;   // fragments of 8 rows of a warp
 constexpr int PARTS = ROWS / (8 * TOGETHER);   // of the rows
 constexpr int SPLITS = WARPS / PARTS;          // of K
 constexpr int PITCH = TILE + 4;                // of sums: lanes of a fragment write to different banks
-constexpr int MOST_LAYERS = 16, MOST_STEPS = 4;
+constexpr int MOST_LAYERS = 16;
+constexpr int MOST_STEPS = 4;
 #define STEP_ADD 1
 #define STEP_RELU 2
 
