@@ -21,6 +21,7 @@
 // The translation unit sets ROWS (8, 16, 32 or 64), DIGITS (1 or 3) and CLUSTER.
 
 #include "hopper.cuh"
+#include "steps.cuh"
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr u32 ALL = 0xffffffffu;
@@ -30,11 +31,9 @@ constexpr int FRAGMENT_BYTES = 512;            // of 16 units and a step
 constexpr int TOGETHER = ROWS >= 16 ? 2 : 1;   // fragments of 8 rows of a warp
 constexpr int PARTS = ROWS / (8 * TOGETHER);   // of the rows
 constexpr int SPLITS = WARPS / PARTS;          // of K
+constexpr int EACH = ROWS / WARPS;             // rows of a warp, where each takes whole rows
 constexpr int PITCH = TILE + 4;                // of sums: lanes of a fragment write to different banks
 constexpr int MOST_LAYERS = 16;
-constexpr int MOST_STEPS = 4;
-#define STEP_ADD 1
-#define STEP_RELU 2
 
 // Filled by cupybnn/backends/cuda/pixel_network.py, field by field in this order.
 struct PixelNetwork {
@@ -48,8 +47,7 @@ struct PixelNetwork {
   i64 team;                    // blocks of a group
   i64 inputs, classes;
   i64 inputs_at, sums_at, last_at;  // in shared memory: pixels; sums of warps; sums of the last layer
-  const float* by[MOST_STEPS]; // factors and summands of the steps after the last layer
-  i64 kinds, after;            // STEP_* of each, four bits each from the lowest on; and how many
+  Steps after;                 // the last layer
   const unsigned char* x;      // (rows, inputs)
   float* out;                  // (rows, classes)
   u64* slots;                  // CLUSTER 1: (count, 64, pitch) signs, then (64, classes, pitch) sums
@@ -152,82 +150,97 @@ __device__ __forceinline__ void load_slots(const u64* from, u64 (&v)[2]) {
                : "=l"(v[0]), "=l"(v[1]) : "l"(from) : "memory");
 }
 
-// Fetch the signs of `rows` rows, a word from each block that has a tile, into lines of shared memory.
+// Fetch the signs of `rows` rows, a word from each block that has a tile, into lines of shared memory, and
+// count them. A warp takes EACH rows, all at a time.
 __device__ __forceinline__ void collect(const u64* slots, i64 slot_pitch, int blocks, int rows,
-                                        u32 number, u32* lines, int pitch) {
-  constexpr int AHEAD = 8;
-  const int pairs = (blocks + 1) / 2, all = rows * pairs;
-  for (int first = threadIdx.x; first < all; first += THREADS * AHEAD) {
-    u64 v[AHEAD][2];
+                                        u32 number, u32* lines, int steps, int* ones) {
+  constexpr int AHEAD = 2;  // pairs of words of a lane, of each row
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, pitch = line_pitch(steps);
+  const int pairs = (blocks + 1) / 2, all = steps * STEP_WORDS / 2;
+  int n[EACH] = {};
+  for (int first = lane; first < all; first += 32 * AHEAD) {
+    u64 v[EACH][AHEAD][2];
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-      const int at = first + i * THREADS, row = at / pairs;
-      if (at < all) load_slots(slots + row * slot_pitch + 2 * (at - row * pairs), v[i]);
-    }
+    for (int i = 0; i < EACH; i++)
 #pragma unroll
-    for (int i = 0; i < AHEAD; i++) {
-      const int at = first + i * THREADS, row = at / pairs, word = 2 * (at - row * pairs);
-      if (at >= all) break;
-      const bool both = word + 1 < blocks;
-      while ((u32)(v[i][0] >> 32) != number || (both && (u32)(v[i][1] >> 32) != number))
-        load_slots(slots + row * slot_pitch + word, v[i]);
-      lines[row * pitch + word] = (u32)v[i][0];
-      lines[row * pitch + word + 1] = both ? (u32)v[i][1] : 0;
-    }
+      for (int j = 0; j < AHEAD; j++) {
+        const int row = warp + WARPS * i, pair = first + 32 * j;
+        if (row < rows && pair < pairs) load_slots(slots + row * slot_pitch + 2 * pair, v[i][j]);
+      }
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+#pragma unroll
+      for (int j = 0; j < AHEAD; j++) {
+        const int row = warp + WARPS * i, pair = first + 32 * j;
+        if (row >= rows || pair >= all) continue;
+        uint2 words = make_uint2(0, 0);
+        if (pair < pairs) {
+          const bool both = 2 * pair + 1 < blocks;
+          while ((u32)(v[i][j][0] >> 32) != number || (both && (u32)(v[i][j][1] >> 32) != number))
+            load_slots(slots + row * slot_pitch + 2 * pair, v[i][j]);
+          words = make_uint2((u32)v[i][j][0], both ? (u32)v[i][j][1] : 0);
+        }
+        *(uint2*)(lines + row * pitch + 2 * pair) = words;
+        n[i] += __popc(words.x) + __popc(words.y);
+      }
+  }
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    const int sum = (int)__reduce_add_sync(ALL, (u32)n[i]);
+    if (lane == 0) ones[warp + WARPS * i] = sum;
   }
 }
 
-// The rows' pixels, two constants after them, and zeros.
+// The rows' pixels, two constants after them, and zeros. What is in lines of rows that do not exist is
+// multiplied, too, but not used.
 __device__ __forceinline__ void bring_pixels(const PixelNetwork& p, i64 row0, int rows, u32* lines) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int steps = (int)p.steps[0], pitch = line_pitch(steps), inputs = (int)p.inputs;
-  const unsigned char* x = p.x + row0 * inputs;
-  if ((((u64)x | inputs) & 15) == 0) {
-    const int pieces = inputs / 16, all = rows * pieces;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < all; i += THREADS) {
-      const int row = i / pieces, piece = i - row * pieces;
-      *(uint4*)(lines + row * pitch + 4 * piece) = __ldcg((const uint4*)x + i);
+  const unsigned char* x = p.x + (row0 + warp) * inputs;
+  if ((((u64)p.x | inputs) & 15) == 0) {
+    for (int piece = lane; piece < inputs / 16; piece += 32) {
+      uint4 v[EACH];
+#pragma unroll
+      for (int i = 0; i < EACH; i++)
+        if (warp + WARPS * i < rows) v[i] = __ldcg((const uint4*)(x + WARPS * i * inputs) + piece);
+#pragma unroll
+      for (int i = 0; i < EACH; i++)
+        if (warp + WARPS * i < rows) *(uint4*)(lines + (warp + WARPS * i) * pitch + 4 * piece) = v[i];
     }
   } else {
-    const int words = inputs / 4, all = rows * words;
-    for (int i = threadIdx.x; i < all; i += THREADS) {
-      const int row = i / words, word = i - row * words;
-      const unsigned char* from = x + row * inputs + 4 * word;
-      u32 v = 0;
+    for (int row = warp; row < rows; row += WARPS)
+      for (int word = lane; word < inputs / 4; word += 32) {
+        const unsigned char* from = p.x + (row0 + row) * inputs + 4 * word;
+        u32 v = 0;
 #pragma unroll
-      for (int b = 0; b < 4; b++) v |= (u32)__ldcg(from + b) << 8 * b;
-      lines[row * pitch + word] = v;
-    }
+        for (int b = 0; b < 4; b++) v |= (u32)__ldcg(from + b) << 8 * b;
+        lines[row * pitch + word] = v;
+      }
   }
   // Words with the constants, and those after them.
-  const int whole = inputs / 4, left = steps * STEP_WORDS - whole;
-  for (int i = threadIdx.x; i < ROWS * left; i += THREADS) {
-    const int row = i / left, word = whole + i - row * left;
-    u32 v = 0;
-    if (row < rows)
+  for (int row = warp; row < rows; row += WARPS)
+    for (int word = inputs / 4 + lane; word < steps * STEP_WORDS; word += 32) {
+      u32 v = 0;
 #pragma unroll
       for (int b = 0; b < 4; b++) {
         const int at = 4 * word + b;
-        const u32 pixel = at < inputs ? __ldcg(x + row * inputs + at)
+        const u32 pixel = at < inputs ? __ldcg(p.x + (row0 + row) * inputs + at)
                                       : at < inputs + 2 ? (u32)(inputs + 2 - at) : 0;
         v |= pixel << 8 * b;
       }
-    lines[row * pitch + word] = v;
-  }
-  // Rows that do not exist.
-  for (int i = threadIdx.x; i < (ROWS - rows) * whole; i += THREADS)
-    lines[(rows + i / whole) * pitch + i % whole] = 0;
+      lines[row * pitch + word] = v;
+    }
 }
 
-__device__ __forceinline__ float after_steps(const PixelNetwork& p, int unit, float v) {
-#pragma unroll 1
-  for (int i = 0; i < (int)p.after; i++) {
-    const int kind = (int)(p.kinds >> 4 * i) & 15;
-    if (kind == STEP_RELU) v = v != v ? v : fmaxf(v, 0.0f);
-    else if (kind == STEP_ADD) v = __fadd_rn(v, __ldg(p.by[i] + unit));
-    else v = __fmul_rn(v, __ldg(p.by[i] + unit));
-  }
-  return v;
+// Give the next launch another number, when all blocks have taken that of this one.
+__device__ __forceinline__ void count_launch(const PixelNetwork& p, u32 number) {
+  if (blockIdx.x != 0 || threadIdx.x != THREADS - 1) return;
+  u32 arrivals;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];"
+                  : "=r"(arrivals) : "l"(p.control + 1) : "memory");
+  while (arrivals != gridDim.x);
+  p.control[1] = 0;
+  p.control[0] = number;
 }
 
 #if CLUSTER > 1
@@ -284,7 +297,8 @@ extern "C" __global__ void TEAMS __launch_bounds__(THREADS, ROWS == 8 ? 2 : 1)
   wait_for_work_in_front();
   u32 number = 0;
   if (CLUSTER == 1 && threadIdx.x == 0) {
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(number) : "l"(p.control) : "memory");
+    // Acquire: this block arrives after it has read the number.
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(number) : "l"(p.control) : "memory");
     launch_number = number + 1;
     atomicAdd(p.control + 1, 1);
   }
@@ -297,33 +311,26 @@ extern "C" __global__ void TEAMS __launch_bounds__(THREADS, ROWS == 8 ? 2 : 1)
   u64* const sum_slots = p.slots + p.count * 64 * slot_pitch;
 #pragma unroll 1
   for (int l = 0; l < count; l++) {
-    const int steps = (int)p.steps[l], pitch = line_pitch(steps);
+    const int steps = (int)p.steps[l];
     u32* const lines = lines_of(l);
     if (l > 0) {
       if (CLUSTER > 1) {
         cluster_sync();
+        for (int r = warp; r < rows; r += WARPS) {
+          u32 n = 0;
+          for (int i = lane; i < steps * STEP_WORDS; i += 32) n += __popc(lines[r * line_pitch(steps) + i]);
+          n = __reduce_add_sync(ALL, n);
+          if (lane == 0) ones[r] = (int)n;
+        }
       } else {
         __syncthreads();  // the lines have been read
-        const int blocks = (int)p.blocks[l - 1], words = steps * STEP_WORDS;
-        const u64* slots = p.slots + ((l - 1) * 64 + row0) * slot_pitch;
-        collect(slots, slot_pitch, blocks, rows, number, lines, pitch);
-        const int from = (blocks + 1) & ~1, left = words - from;
-        for (int i = threadIdx.x; i < rows * left; i += THREADS)
-          lines[i / left * pitch + from + i % left] = 0;
-        for (int i = threadIdx.x; i < (ROWS - rows) * words; i += THREADS)
-          lines[(rows + i / words) * pitch + i % words] = 0;
+        if (l == 1) count_launch(p, number);
+        collect(p.slots + ((l - 1) * 64 + row0) * slot_pitch, slot_pitch, (int)p.blocks[l - 1], rows,
+                number, lines, steps, ones);
         __syncthreads();
       }
     }
     if (rank >= (int)p.blocks[l]) continue;  // the whole block
-    if (l > 0)
-      for (int r = warp; r < rows; r += WARPS) {
-        int n = 0;
-        for (int i = lane; i < steps * STEP_WORDS; i += 32) n += __popc(lines[r * pitch + i]);
-#pragma unroll
-        for (int apart = 16; apart; apart >>= 1) n += __shfl_xor_sync(ALL, n, apart);
-        if (lane == 0) ones[r] = n;
-      }
     const unsigned char* tile = shared + p.at[l];
     barrier_wait(shared_address(arrived + l), 0);
     if (l == 0) multiply_tile<DIGITS, true>((const uint4*)tile, lines, steps, sums);
@@ -332,7 +339,10 @@ extern "C" __global__ void TEAMS __launch_bounds__(THREADS, ROWS == 8 ? 2 : 1)
     const int* thresholds = (const int*)(tile + (l ? 1 : DIGITS) * 2 * steps * FRAGMENT_BYTES);
     const int threshold = thresholds[lane];
     const u32 flips = (u32)thresholds[TILE];
-    for (int r = warp; r < rows; r += WARPS) {
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+      const int r = warp + WARPS * i;
+      if (r >= rows) break;
       const int value = l ? 4 * product_of<1>(sums, r, lane) - 2 * ones[r]
                           : product_of<DIGITS>(sums, r, lane);
       const u32 word = __ballot_sync(ALL, value >= threshold) ^ flips;
@@ -356,7 +366,7 @@ extern "C" __global__ void TEAMS __launch_bounds__(THREADS, ROWS == 8 ? 2 : 1)
       const int row = i / classes, unit = i - row * classes;
       const u32 minus = ~signs[row];
       float sum = 0;
-#pragma unroll 8
+#pragma unroll
       for (int k = 0; k < TILE; k++)
         sum += __uint_as_float(__float_as_uint(weights[k * classes + unit]) ^ (minus >> k & 1) << 31);
       if (CLUSTER > 1)
@@ -368,34 +378,41 @@ extern "C" __global__ void TEAMS __launch_bounds__(THREADS, ROWS == 8 ? 2 : 1)
     }
   }
   if (CLUSTER > 1) cluster_sync();
-  // Rows are dealt out to the team, and their classes to warps.
-  for (int row = rank; row < rows; row += team)
+#if CLUSTER > 1
+  // Rows are dealt out to blocks, and their classes to warps.
+  for (int row = rank; row < rows; row += CLUSTER)
     for (int unit = warp; unit < classes; unit += WARPS) {
-      float sum = 0;
-      if (CLUSTER > 1) {
-        if (lane < tiles) sum = last[(row / CLUSTER * classes + unit) * CLUSTER + lane];
-      } else {
-        const u64* slots = sum_slots + ((row0 + row) * classes + unit) * slot_pitch;
-        for (int at = 2 * lane; at < tiles; at += 64) {
-          u64 v[2];
-          const bool both = at + 1 < tiles;
-          do load_slots(slots + at, v);
-          while ((u32)(v[0] >> 32) != number || (both && (u32)(v[1] >> 32) != number));
-          sum += __uint_as_float((u32)v[0]);
-          if (both) sum += __uint_as_float((u32)v[1]);
-        }
-      }
+      float sum = lane < tiles ? last[(row / CLUSTER * classes + unit) * CLUSTER + lane] : 0.0f;
 #pragma unroll
       for (int apart = 16; apart; apart >>= 1) sum += __shfl_xor_sync(ALL, sum, apart);
-      if (lane == 0) p.out[(row0 + row) * classes + unit] = after_steps(p, unit, sum);
+      if (lane == 0) p.out[(row0 + row) * classes + unit] = after_steps(p.after, unit, sum);
     }
-  if (CLUSTER == 1 && blockIdx.x == 0 && threadIdx.x == 0) {
-    // All blocks have taken the number of this launch: the next one has another.
-    u32 arrivals;
-    do asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];"
-                    : "=r"(arrivals) : "l"(p.control + 1) : "memory");
-    while (arrivals != gridDim.x);
-    p.control[1] = 0;
-    p.control[0] = number;
+#else
+  if (count == 1) count_launch(p, number);
+  // Results are dealt out to the warps of all blocks.
+  for (int at = warp * team + rank; at < rows * classes; at += WARPS * team) {
+    const int row = at / classes, unit = at - row * classes;
+    const u64* slots = sum_slots + ((row0 + row) * classes + unit) * slot_pitch;
+    float sum = 0;
+    for (int first = 2 * lane; first < tiles; first += 128) {
+      u64 v[2][2];
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        if (first + 64 * i < tiles) load_slots(slots + first + 64 * i, v[i]);
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int tile = first + 64 * i;
+        if (tile >= tiles) break;
+        const bool both = tile + 1 < tiles;
+        while ((u32)(v[i][0] >> 32) != number || (both && (u32)(v[i][1] >> 32) != number))
+          load_slots(slots + tile, v[i]);
+        sum += __uint_as_float((u32)v[i][0]);
+        if (both) sum += __uint_as_float((u32)v[i][1]);
+      }
+    }
+#pragma unroll
+    for (int apart = 16; apart; apart >>= 1) sum += __shfl_xor_sync(ALL, sum, apart);
+    if (lane == 0) p.out[(row0 + row) * classes + unit] = after_steps(p.after, unit, sum);
   }
+#endif
 }

@@ -9,27 +9,36 @@
 
 constexpr int PIECE = 16;
 
-// x (rows, cols) in C order; words of `chunks` chunks a line, which have room for cols + 2 pixels.
-extern "C" __global__ void __launch_bounds__(256)
-    byte_lines(const unsigned char* x, uint4* words, i64 rows, i64 cols, i64 chunks) {
-  const int pieces = (int)chunks * CHUNK_PIECES, used = (int)((cols + 2 + PIECE - 1) / PIECE);
-  const i64 padded = padded_lines(rows), all = padded * pieces;
-  const bool aligned = (((u64)x | (u64)cols) & (PIECE - 1)) == 0;
-  for (i64 i = (i64)blockIdx.x * blockDim.x + threadIdx.x; i < all;
-       i += (i64)gridDim.x * blockDim.x) {
+// Filled by cupybnn/backends/cuda/byte_product.py, field by field in this order.
+struct ByteLines {
+  uint4* words;     // `chunks` chunks a line, which have room for cols + 2 pixels
+  u32* cleared;     // words that become zeros, for the launches that follow
+  i64 clear;        // how many
+  i64 rows, cols, chunks;
+  const unsigned char* x;  // (rows, cols) in C order
+};
+
+extern "C" __global__ void __launch_bounds__(256) byte_lines(const __grid_constant__ ByteLines p) {
+  const int pieces = (int)p.chunks * CHUNK_PIECES, used = (int)((p.cols + 2 + PIECE - 1) / PIECE);
+  const i64 padded = padded_lines(p.rows), all = padded * pieces;
+  const i64 begin = (i64)blockIdx.x * blockDim.x + threadIdx.x, step = (i64)gridDim.x * blockDim.x;
+  const bool aligned = (((u64)p.x | (u64)p.cols) & (PIECE - 1)) == 0;
+  for (i64 i = begin; i < p.clear; i += step) p.cleared[i] = 0;
+  for (i64 i = begin; i < all; i += step) {
     const i64 row = i / pieces;
     const int piece = (int)(i - row * pieces), first = piece * PIECE;
     uint4 v = make_uint4(0, 0, 0, 0);
-    if (row < rows && piece < used) {
-      const unsigned char* from = x + row * cols + first;
-      if (aligned && first + PIECE <= cols) {
+    if (row < p.rows && piece < used) {
+      const unsigned char* from = p.x + row * p.cols + first;
+      if (aligned && first + PIECE <= p.cols) {
         v = __ldg((const uint4*)from);
       } else {
         u32 w[4] = {};
 #pragma unroll
         for (int b = 0; b < PIECE; b++) {
           const i64 at = first + b;
-          const u32 pixel = at < cols ? __ldg(from + b) : at < cols + 2 ? (u32)(cols + 2 - at) : 0;
+          const u32 pixel = at < p.cols ? __ldg(from + b)
+                                        : at < p.cols + 2 ? (u32)(p.cols + 2 - at) : 0;
           w[b / 4] |= pixel << b % 4 * 8;
         }
         v = make_uint4(w[0], w[1], w[2], w[3]);
@@ -37,6 +46,6 @@ extern "C" __global__ void __launch_bounds__(256)
     }
     const u32 position = position_of((u32)row);
     const i64 line = (piece / CHUNK_PIECES) * padded + position;
-    words[line * CHUNK_PIECES + swizzled_piece(position, piece % CHUNK_PIECES)] = v;
+    p.words[line * CHUNK_PIECES + swizzled_piece(position, piece % CHUNK_PIECES)] = v;
   }
 }

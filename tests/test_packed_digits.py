@@ -63,7 +63,8 @@ def test_digits_and_thresholds_decide_as_exact_sums_do(digits, factor):
     total = np.zeros((200, units), np.int64)
     for i, digit in enumerate(parts):
         total = (total >> 8 if i else total) + line @ digit.T.astype(np.int64)
-        assert np.abs(total).max() < 2**31
+        assert np.abs(total).max() < 2**30
+    assert np.abs(total - least).max() < 2**31
     for row in range(200):
         for unit in range(units):
             exact = Fraction(int(sums[row, unit])) * Fraction(float(factor))
@@ -113,6 +114,7 @@ def test_pixels_by_digits_are_exact(shape, digits):
     sums = (pixels.astype(np.float64) @ whole).astype(np.int64)  # below 2**53
     threshold = np.ldexp(sums[rows // 3].astype(np.float64), -shift).astype(np.float32)
     threshold += rng.normal(size=units).astype(np.float32) * (np.arange(units) % 3)
+    threshold[::7], threshold[1::9] = np.inf, -np.inf
     flip = rng.random(units) < 0.5
     parts, least = pixel_digits(whole, shift, threshold, np.float32(1), digits)
     product = PixelProduct(parts, least, cupy.asarray(flip), 0)
@@ -120,7 +122,9 @@ def test_pixels_by_digits_are_exact(shape, digits):
     lines[...] = 0xFFFFFFFF
     x = cupy.asarray(pixels)
     for there in (x, cupy.concatenate([x[:1], x])[1:]):  # aligned, and maybe not
-        product.arrange(there, lines)
+        cleared = cupy.full(7, 5, np.int32)
+        product.arrangement(lines, rows, cleared)(there, cupy.cuda.get_current_stream().ptr)
+        assert not cleared.any()
         words, ones = product(lines, rows)
         # As numbers, which float64 holds exactly: threshold * 2**shift.
         above = sums >= np.ldexp(threshold.astype(np.float64), shift)

@@ -26,7 +26,14 @@ from cupybnn.backends.cuda.product import gemm, gemm_packed
 from cupybnn.backends.cuda.threshold_pack import threshold_pack
 from cupybnn.backends.devices import Device
 from cupybnn.backends.epilogue import Epilogue
-from cupybnn.deploy.cuda_products import PixelParts, pixel_launch, plane_product
+from cupybnn.deploy.cuda_plan import PixelPlan
+from cupybnn.deploy.cuda_products import (
+    PixelParts,
+    are_signs,
+    end_product,
+    pixel_launch,
+    plane_product,
+)
 from cupybnn.deploy.digits import PLANES
 from cupybnn.deploy.inputs import InputSpec
 from cupybnn.deploy.layers import PackedLayer, Step, apply_steps
@@ -88,6 +95,10 @@ class CudaForward:
             plane_product(layer) if from_signs else None
             for layer, from_signs in zip(self._layers, signs, strict=False)
         ]
+        #: Of prepared launches: bit planes of the last layer, where what is before it is for them.
+        self._end = None
+        if self._pixels is not None and are_signs(self._layers[1:-1]):
+            self._end = end_product(self._layers[-1])
         self._real = any(
             layer.product != "bits" and planes is None
             for layer, planes in zip(self._layers, self._planes, strict=True)
@@ -127,7 +138,8 @@ class CudaForward:
             return self.by_layer(rows, None if self._blas is None else self._multiply)
         if self._blas is None and self._real and self._captures:
             self._blas = blas.Blas("float32")
-        if self._captures and self._bytes(count, self._are_pixels(rows)) <= MOST_BYTES:
+        kept = self._captures or self._planned(rows)
+        if kept and self._bytes(count, self._are_pixels(rows)) <= MOST_BYTES:
             logits = self._by_graph(rows)
             if logits is not None:
                 return logits
@@ -145,22 +157,20 @@ class CudaForward:
         multiply : callable(x, weight), optional
             Product of float32 matrices; by default CuPy's.
         """
+        import cupy
+
         if not self._are_pixels(rows):
             return self._from(0, self._inputs.numbers(rows), multiply)
         assert self._pixels is not None
-        words = self._pixels.lines_like(len(rows))
-        self._pixels.arrange(rows, words)
-        return self._from_pixels(words, len(rows), multiply)
+        count = len(rows)
+        words = self._pixels.lines_like(count)
+        self._pixels.arrangement(words, count)(rows, cupy.cuda.get_current_stream().ptr)
+        packed = self._pixels(words, count)
+        shape = count, self._pixels.units
+        return self._from(1, PackedMatrix._of(*packed, shape, -1, self._device), multiply)
 
     def _are_pixels(self, rows: Any) -> bool:
         return self._pixels is not None and rows.dtype.char == "B" and rows.flags.c_contiguous
-
-    def _from_pixels(self, words: Any, rows: int, multiply: Multiply | None) -> Any:
-        """Return the logits of pixels that were laid out."""
-        assert self._pixels is not None
-        packed = self._pixels(words, rows)
-        shape = rows, self._pixels.units
-        return self._from(1, PackedMatrix._of(*packed, shape, -1, self._device), multiply)
 
     def _from(self, first: int, x: Any, multiply: Multiply | None) -> Any:
         """Return the logits from the input of a layer on."""
@@ -233,20 +243,19 @@ class CudaForward:
             self._last = here, event
             return logits
 
-    def _captured(self, rows: Any) -> _Graph | None:
-        import cupy
+    def _planned(self, rows: Any) -> bool:
+        """Whether there are prepared launches for these inputs."""
+        return self._end is not None and self._are_pixels(rows)
 
-        count = len(rows)
+    def _captured(self, rows: Any) -> _Graph | PixelPlan | None:
+        if self._planned(rows):
+            assert self._pixels is not None
+            assert self._end is not None
+            *hidden, last = self._layers[1:]
+            steps = [(step.kind, step.by) for step in last.steps]
+            return PixelPlan(len(rows), self._pixels, hidden, self._end, steps, self._device)
         try:
-            if self._are_pixels(rows):
-                assert self._pixels is not None
-                into = self._pixels.lines_like(count)
-                bring = self._pixels.arrange
-                return _Graph(
-                    lambda x: self._from_pixels(x, count, self._multiply), bring, into, rows
-                )
-            into = cupy.empty_like(rows)
-            return _Graph(lambda x: self.by_layer(x, self._multiply), _copy, into, rows)
+            return _Graph(lambda x: self.by_layer(x, self._multiply), rows)
         except RuntimeError:
             self._captures = False
             return None
@@ -260,22 +269,14 @@ class CudaForward:
         return y
 
 
-def _copy(x: Any, into: Any) -> None:
-    into.data.copy_from_device_async(x.data, x.nbytes)
-
-
 class _Graph:
     """The graph of a forward pass for arrays of one shape and dtype.
 
     Parameters
     ----------
-    forward : callable(array) -> cupy.ndarray
-    bring : callable(x, array)
-        Brings an input to where `forward` reads it, on the current stream.
-    into : cupy.ndarray
-        Where that is; of this graph alone.
+    forward : callable(x) -> cupy.ndarray
     example : cupy.ndarray
-        An input that it is warmed up with.
+        What it is warmed up with.
 
     Raises
     ------
@@ -283,29 +284,25 @@ class _Graph:
         If it cannot be captured.
     """
 
-    def __init__(
-        self, forward: Callable[[Any], Any], bring: Callable[[Any, Any], None], into: Any,
-        example: Any,
-    ) -> None:  # fmt: skip
+    def __init__(self, forward: Callable[[Any], Any], example: Any) -> None:
         import cupy
 
         # All that is allocated on the way is of this graph alone, also where it is free again.
         self._pool = cupy.cuda.MemoryPool()
-        self._into, self._bring = into, bring
         stream = cupy.cuda.Stream(non_blocking=True)
         stream.wait_event(cupy.cuda.get_current_stream().record())
         with stream, cupy.cuda.using_allocator(self._pool.malloc):
-            bring(example, into)
-            del_later = forward(into)  # compiles, and takes the memory that the graph will use
+            self._x = example.copy()
+            del_later = forward(self._x)  # compiles, and takes the memory that the graph will use
         stream.synchronize()
         del del_later
         results: list[Any] = []
-        self._graph = capture(stream, lambda: results.append(forward(into)), self._pool)
+        self._graph = capture(stream, lambda: results.append(forward(self._x)), self._pool)
         self._logits = results[0]
 
     def __call__(self, x: Any) -> Any:
         """Return what the forward pass makes of `x`, on the current stream, in new memory."""
-        self._bring(x, self._into)
+        self._x.data.copy_from_device_async(x.data, x.nbytes)
         self._graph.launch()
         return self._logits.copy()
 

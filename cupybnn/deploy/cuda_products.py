@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from cupybnn.backends.cuda.pixel_network import (
     PixelNetworkLaunch,
     RealEnd,
 )
+from cupybnn.backends.cuda.steps import MOST_STEPS
 from cupybnn.backends.devices import CPU, Device, to_device
 from cupybnn.deploy import digits
 from cupybnn.deploy.inputs import InputSpec
@@ -64,18 +64,12 @@ def pixel_launch(
 ) -> PixelNetworkLaunch | None:
     """Return the one launch of a network, on the current device; None if there is none."""
     first, *hidden, last = layers
-    known = last.threshold is None and last.product in ("real", "bits")
-    known = known and len(last.steps) <= 4
-    if not known or any(y.product != "bits" or y.threshold is None for y in hidden):
+    if last.threshold is not None or len(last.steps) > MOST_STEPS or not are_signs(hidden):
         return None
     between = [
         BitLayer(_plus(y), to_device(y.threshold, CPU), to_device(y.flip, CPU)) for y in hidden
     ]
-    if last.product == "real":
-        weight = to_device(last.weight, CPU)
-    else:
-        weight = np.where(_plus(last), np.float32(1), np.float32(-1))
-    end = RealEnd(weight, [(step.kind, step.by) for step in last.steps])
+    end = RealEnd(_numbers(last), [(step.kind, step.by) for step in last.steps])
     begin = PixelLayer(parts.digits, parts.least, to_device(first.flip, CPU))
     try:
         return PixelNetworkLaunch([begin, *between, end], device.index)
@@ -89,13 +83,40 @@ def _plus(layer: PackedLayer) -> np.ndarray:
     return plus
 
 
+def _numbers(layer: PackedLayer) -> np.ndarray:
+    """Return the weights of a layer, whose input are signs, as numbers."""
+    if layer.product == "bits":
+        return np.where(_plus(layer), np.float32(1), np.float32(-1))
+    weight: np.ndarray = to_device(layer.weight if layer.signs is None else layer.signs, CPU)
+    return weight
+
+
+def are_signs(layers: Sequence[PackedLayer]) -> bool:
+    """Whether layers are products of signs with a threshold."""
+    return all(layer.product == "bits" and layer.threshold is not None for layer in layers)
+
+
+def end_product(layer: PackedLayer) -> PlaneProduct | None:
+    """Return the product of a last layer with signs for prepared launches; None if there is none.
+
+    Weights that are signs have planes, too: then there is one way for all.
+    """
+    if layer.threshold is not None or len(layer.steps) > MOST_STEPS:
+        return None
+    return _planes(layer)
+
+
 def plane_product(layer: PackedLayer) -> PlaneProduct | None:
-    """Return the product of a layer with signs, on the current device; None if there is none."""
+    """Return the product of a real layer with signs, on the current device; None if there is none."""
+    return _planes(layer) if layer.product == "real" else None
+
+
+def _planes(layer: PackedLayer) -> PlaneProduct | None:
     import cupy
 
-    if layer.product != "real" or layer.units > MOST_PLANE_UNITS or layer.inputs > MOST_SIGNS:
+    if layer.units > MOST_PLANE_UNITS or layer.inputs > MOST_SIGNS:
         return None
-    weight: Any = to_device(layer.weight, CPU)
+    weight = _numbers(layer)
     if not np.isfinite(weight).all():
         return None
     whole, shift = digits.fixed_point(weight)

@@ -100,8 +100,8 @@ def pixel_digits(
         out[i, :, -2], out[i, :, -1] = low >> 1, low & 1
         rest = rest // _BASE
     assert not left.any(), "weights have more digits"
-    limit = np.iinfo(np.int32)
-    return out, np.clip(least, limit.min + 1, limit.max).astype(np.int32)
+    # Beyond all sums; a sum less this still fits an int32.
+    return out, np.clip(least, -(1 << 30), 1 << 30).astype(np.int32)
 
 
 def sign_planes(whole: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ bits; see `cupybnn.deploy.digits` for both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,16 +15,31 @@ from cupybnn.backends.cuda import dispatch
 from cupybnn.backends.cuda.architectures import sm90
 from cupybnn.backends.cuda.compiler import load_kernel
 from cupybnn.backends.cuda.configs import Config, Problem
+from cupybnn.backends.cuda.fast_launch import FastLaunch
 from cupybnn.backends.cuda.lines import place
 from cupybnn.backends.cuda.packing import words_shape
-from cupybnn.backends.cuda.product import PRODUCT, gemm
-from cupybnn.backends.cuda.structs import Kernel
+from cupybnn.backends.cuda.product import PRODUCT, gemm, prepare
+from cupybnn.backends.cuda.steps import STEPS, pack_steps
+from cupybnn.backends.cuda.structs import Kernel, Struct
 
-__all__ = ["MOST_SIGNS", "PixelProduct", "PlaneProduct", "pixel_config", "runs_on"]
+__all__ = [
+    "MOST_SIGNS",
+    "Arrangement",
+    "PixelProduct",
+    "PlaneProduct",
+    "Sum",
+    "pixel_config",
+    "runs_on",
+]
 
-BYTE_LINES = Kernel("smxx_byte_lines", "byte_lines", "ptr x, words; i64 rows, cols, chunks")
-PLANE_SUM = Kernel("smxx_plane_sum", "plane_sum", "ptr planes, step, out; i64 rows, units, pitch")
-_PLANES = 24  # as smxx_plane_sum.cu has it
+BYTE_LINES = Struct("ByteLines", "ptr words, cleared; i64 clear, rows, cols, chunks; ptr x")
+BYTE_LINES_KERNEL = Kernel("smxx_byte_lines", "byte_lines", "ByteLines p", BYTE_LINES)
+_X = BYTE_LINES.section("x", "x")
+PLANE_SUM = Struct(
+    "PlaneSum", "ptr planes, step; Steps after; i64 rows, units, pitch; ptr out", STEPS
+)
+PLANE_SUM_KERNEL = Kernel("smxx_plane_sum", "plane_sum", "PlaneSum p", PLANE_SUM)
+_OUT = PLANE_SUM.section("out", "out")
 _CONSTANTS = 2  # pixels that smxx_byte_lines.cu appends
 _PACKED = 4  # OUTPUT_* of product.cuh
 #: Inputs whose products with signs fit an int16.
@@ -87,21 +103,25 @@ class PixelProduct:
 
         return cupy.empty(words_shape(1, rows, 8 * (self.inputs + _CONSTANTS)), np.uint32)
 
-    def arrange(self, x: Any, words: Any) -> None:
-        """Lay out pixels for the product.
+    def arrangement(self, words: Any, rows: int, cleared: Any = None) -> Arrangement:
+        """Return the launch that lays out pixels for the product.
 
         Parameters
         ----------
-        x : cupy.ndarray of uint8, shape (rows, inputs), C-contiguous
-            At least one row.
         words : cupy.ndarray
-            Of `lines_like`.
+            Of `lines_like`. The caller keeps it.
+        rows : int
+            Images.
+        cleared : cupy.ndarray of int32, optional
+            C-contiguous; becomes zeros. The caller keeps it.
         """
-        kernel = load_kernel(BYTE_LINES.source, BYTE_LINES.function, (), self._device)
-        arguments = BYTE_LINES.arguments(
-            x=x, words=words, rows=x.shape[0], cols=self.inputs, chunks=self.chunks
-        )
-        kernel((min(-(-words.size // 1024), 1 << 14),), (256,), arguments)
+        kernel = load_kernel(BYTE_LINES_KERNEL.source, BYTE_LINES_KERNEL.function, (), self._device)
+        argument = BYTE_LINES.pack(
+            words=words, cleared=cleared, clear=0 if cleared is None else cleared.size, rows=rows,
+            cols=self.inputs, chunks=self.chunks, x=0,
+        )  # fmt: skip
+        blocks = min(-(-words.size // 1024), 1 << 14)
+        return Arrangement(FastLaunch(kernel, blocks, 256, 0, argument))
 
     def __call__(self, words: Any, rows: int) -> tuple[Any, Any]:
         """Multiply laid out pixels.
@@ -113,13 +133,16 @@ class PixelProduct:
         """
         import cupy
 
+        out = cupy.zeros(words_shape(1, rows, self.units), np.uint32)
+        ones = cupy.zeros(rows, np.int32)
+        self.prepared(words, rows, out, ones)(cupy.cuda.get_current_stream().ptr)
+        return out, ones
+
+    def prepared(self, words: Any, rows: int, out: Any, ones: Any) -> FastLaunch:
+        """Return the launch of a call, for results in memory that is zeros before the launch."""
         units, chunks = self.units, self.chunks
         problem = dispatch.problem_on(self._device, rows, units, 1024 * chunks, packed=True)
         config = pixel_config(problem)
-        # Words outside all tiles, and padding lines, must be zeros.
-        covered = units % 1024 == 0 and rows % 16 == 0
-        out = (cupy.empty if covered else cupy.zeros)(words_shape(1, rows, units), np.uint32)
-        ones = cupy.zeros(rows, np.int32)
         defines = (*config.defines, ("OUTPUT", _PACKED), ("SCALED", 0), ("DIGITS", self.digits))
         kernel = load_kernel("sm90_xnor_gemm", "xnor_gemm", defines, self._device, config.shared)
         argument = PRODUCT.pack(
@@ -130,10 +153,29 @@ class PixelProduct:
             group=config.group,
         )  # fmt: skip
         blocks = config.blocks(rows, units, 1, problem.multiprocessors)
-        kernel(
-            (blocks,), (config.threads,), (PRODUCT.argument(argument),), shared_mem=config.shared
-        )
-        return out, ones
+        return FastLaunch(kernel, blocks, config.threads, config.shared, argument)
+
+
+class Arrangement:
+    """A launch that lays out the pixels of so many images; see `PixelProduct.arrangement`."""
+
+    def __init__(self, launch: FastLaunch) -> None:
+        self._launch = launch
+
+    def __call__(self, x: Any, stream: int) -> None:
+        """Lay out pixels: uint8, shape (rows, inputs), C-contiguous; on a stream's address."""
+        self._launch(stream, _X, BYTE_LINES.size - _X.size, x.data.ptr)
+
+
+class Sum:
+    """A launch that puts products with planes together; see `PlaneProduct.prepared`."""
+
+    def __init__(self, launch: FastLaunch) -> None:
+        self._launch = launch
+
+    def __call__(self, out: Any, stream: int) -> None:
+        """Fill `out`: float32, shape (rows, units), C-contiguous; on a stream's address."""
+        self._launch(stream, _OUT, PLANE_SUM.size - _OUT.size, out.data.ptr)
 
 
 class PlaneProduct:
@@ -168,13 +210,41 @@ class PlaneProduct:
         """
         import cupy
 
-        rows, pitch = x.shape[0], self._planes.shape[1]
-        planes = cupy.empty((rows, pitch), np.int16)
+        rows = x.shape[0]
+        planes = self.planes_like(rows)
         gemm(x, self._planes, planes, None)
         out = cupy.empty((rows, self.units), np.float32)
-        kernel = load_kernel(PLANE_SUM.source, PLANE_SUM.function, (), out.data.device_id)
-        arguments = PLANE_SUM.arguments(
-            planes=planes, step=self._step, out=out, rows=rows, units=self.units, pitch=pitch
-        )
-        kernel((min(-(-out.size // 256), 1 << 14),), (256,), arguments)
+        self._sum(planes, rows, ())(out, cupy.cuda.get_current_stream().ptr)
         return out
+
+    def planes_like(self, rows: int) -> Any:
+        """Return memory for the products of so many rows with the planes."""
+        import cupy
+
+        return cupy.empty((rows, self._planes.shape[1]), np.int16)
+
+    def prepared(
+        self, x: Any, planes: Any, steps: Sequence[tuple[str, Any]]
+    ) -> tuple[FastLaunch, Sum]:
+        """Return the two launches of a call, with steps after it; the caller keeps the arrays.
+
+        Parameters
+        ----------
+        x : PackedMatrix, shape (rows, inputs)
+        planes : cupy.ndarray
+            Of `planes_like`.
+        steps : sequence of (kind, array)
+            See `cupybnn.backends.cuda.steps.pack_steps`.
+        """
+        return prepare(x, self._planes, planes), self._sum(planes, x.shape[0], steps)
+
+    def _sum(self, planes: Any, rows: int, steps: Sequence[tuple[str, Any]]) -> Sum:
+        kernel = load_kernel(
+            PLANE_SUM_KERNEL.source, PLANE_SUM_KERNEL.function, (), planes.data.device_id
+        )
+        argument = PLANE_SUM.pack(
+            planes=planes, step=self._step, after=pack_steps(steps), rows=rows, units=self.units,
+            pitch=planes.shape[1], out=0,
+        )  # fmt: skip
+        blocks = min(-(-rows * self.units // 256), 1 << 14)
+        return Sum(FastLaunch(kernel, blocks, 256, 0, argument))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,13 @@ from cupybnn.backends.cuda.compiler import (
     shared_memory_limit,
 )
 from cupybnn.backends.cuda.fast_launch import FastLaunch
+from cupybnn.backends.cuda.steps import MOST_STEPS, STEPS, pack_steps
 from cupybnn.backends.cuda.structs import Kernel, Struct, address
 
 __all__ = ["MOST_ROWS", "BitLayer", "PixelLayer", "PixelNetworkLaunch", "RealEnd", "Team"]
 
 # As sm90_pixel_network.cu has them.
-STEPS = {"multiply": 0, "add": 1, "relu": 2}
-MOST_LAYERS, MOST_STEPS, MOST_ROWS = 15, 4, 64
+MOST_LAYERS, MOST_ROWS = 15, 64
 _CLUSTER, _WARPS, _TILE, _PITCH = 16, 8, 32, 36
 _BYTES_OF_STEP = 32  # of a line
 _FRAGMENT = 512  # bytes of 16 units and a step
@@ -36,14 +36,16 @@ _MOST_LAUNCHES = 1 << 31  # with one scratch memory, which numbers them by 32 bi
 PIXEL_NETWORK = Struct(
     "PixelNetwork",
     "ptr tiles; i64 tile_bytes, count, steps[16], blocks[16], at[16], team, inputs, classes;"
-    "i64 inputs_at, sums_at, last_at; ptr by[4]; i64 kinds, after;"
-    "ptr x, out, slots, control; i64 rows",
+    "i64 inputs_at, sums_at, last_at; Steps after; ptr x, out, slots, control; i64 rows",
+    STEPS,
 )
 PIXEL_NETWORK_KERNEL = Kernel(
     "sm90_pixel_network", "pixel_network", "PixelNetwork p", PIXEL_NETWORK
 )
 _OF_LAUNCH = PIXEL_NETWORK.section("x", "rows")
 _OFFSET = PIXEL_NETWORK.size - _OF_LAUNCH.size
+_ARRAYS = PIXEL_NETWORK.section("x", "out")
+_X_TO_CONTROL = PIXEL_NETWORK.section("x", "control")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class RealEnd:
     ----------
     weight : ndarray of float32, shape (inputs, classes)
     steps : sequence of (kind, cupy.ndarray or None)
-        Kinds are keys of `STEPS`.
+        See `cupybnn.backends.cuda.steps`.
     """
 
     weight: np.ndarray
@@ -247,8 +249,7 @@ class PixelNetworkLaunch:
         self._team_size = team.size
         self._tiles = cupy.asarray(tiles)
         self._pitch = (team.size + 1) & ~1
-        self._by = [array for _, array in end.steps]
-        self._kinds = sum(STEPS[kind] << 4 * i for i, (kind, _) in enumerate(end.steps))
+        self._after = tuple(end.steps)
         self._inputs = hidden[0].digits.shape[2] - 2
         #: Largest shared memory of a way to deal rows out.
         for rows in (1, MOST_ROWS):
@@ -257,6 +258,8 @@ class PixelNetworkLaunch:
             if self._places(chosen)[-1] > shared_memory_limit(device) - 2048:
                 raise ValueError("its layers do not fit in shared memory")
         self._ways: dict[tuple[int, bool], FastLaunch] = {}
+        # By the shape of the input: a launch, and the shape of the result.
+        self._usual: dict[tuple[int, int], tuple[Callable[..., None], tuple[int, int]]] = {}
         self._kept: list[_Scratch] = []
         self._scratch: OrderedDict[tuple[int, int], _Scratch] = OrderedDict()
         self._lock = threading.Lock()
@@ -298,13 +301,58 @@ class PixelNetworkLaunch:
 
         rows = len(x)
         stream = cupy.cuda.get_current_stream()
-        captured = stream.ptr > 1 and stream.is_capturing()  # the default streams never are
+        captured = stream.ptr > 2 and stream.is_capturing()  # the default streams never are
         launch = self._ways.get((rows, captured)) or self._way(rows, captured)
         scratch = self._scratch_memory(stream, captured) if self._widest > _CLUSTER else None
         launch(
             stream.ptr, _OF_LAUNCH, _OFFSET, x.data.ptr, out.data.ptr,
             *((0, 0) if scratch is None else scratch.addresses), rows,
         )  # fmt: skip
+
+    def usual(self) -> Callable[[Any], Any]:
+        """Return a function that takes the usual calls, for the least of the host's time.
+
+        It is given anything, and returns logits, or None where the call is not of the usual kind:
+        a CuPy array of uint8, of shape (rows, inputs) and C-contiguous, on this device, the current
+        one, for so many rows as have been here before, and no capture.
+        """
+        import cupy
+        from cupy_backends.cuda.stream import (  # type: ignore[import-untyped]
+            get_current_stream_ptr,
+        )
+
+        ndarray, device, pixel, number = cupy.ndarray, self._device, np.dtype("u1"), np.dtype("f4")
+        current_device = cupy.cuda.runtime.getDevice
+        is_capturing = cupy.cuda.runtime.streamIsCapturing
+        clustered, ways, scratches = self._widest <= _CLUSTER, self._usual, self._scratch
+        get_ident = threading.get_ident
+
+        def logits(x: Any) -> Any:
+            if type(x) is not ndarray:
+                return None
+            way = ways.get(x.shape)
+            data = x.data
+            if way is None or x.dtype is not pixel or not x._c_contiguous:
+                return None
+            if data.device_id != device or current_device() != device:
+                return None
+            stream = get_current_stream_ptr()
+            if stream > 2 and is_capturing(stream):  # the default streams never are
+                return None
+            go, shape = way
+            if clustered:
+                out = ndarray(shape, number)
+                go(stream, data.ptr, out.data.ptr)
+                return out
+            scratch = scratches.get((stream, get_ident()))
+            if scratch is None or scratch.launches >= _MOST_LAUNCHES:
+                return None
+            scratch.launches += 1
+            out = ndarray(shape, number)
+            go(stream, data.ptr, out.data.ptr, *scratch.addresses)
+            return out
+
+        return logits
 
     def _way(self, rows: int, captured: bool) -> FastLaunch:
         team = choose_team(self._widest, rows, multiprocessors(self._device))
@@ -323,14 +371,17 @@ class PixelNetworkLaunch:
             tiles=self._tiles, tile_bytes=self._at[-1], count=len(self._steps),
             steps=numbers(self._steps), blocks=numbers(self._blocks), at=numbers(self._at[:-1]),
             team=team.size, inputs=self._inputs, classes=self.classes, inputs_at=inputs_at,
-            sums_at=sums_at, last_at=last_at, kinds=self._kinds, after=len(self._by),
-            by=np.array([address(x) for x in self._by], np.uint64).tobytes(), x=0, out=0, slots=0,
-            control=0, rows=0,
+            sums_at=sums_at, last_at=last_at, after=pack_steps(self._after), x=0, out=0, slots=0,
+            control=0, rows=rows,
         )  # fmt: skip
         way = self._ways[rows, captured] = FastLaunch(
             kernel, team.blocks, 32 * _WARPS, shared, argument, cooperative=team.cluster == 1,
             overlapping=not captured,
         )  # fmt: skip
+        if not captured:
+            section = _ARRAYS if team.cluster > 1 else _X_TO_CONTROL
+            go = way.bound(section, _OFFSET)
+            self._usual[rows, self._inputs] = go, (rows, self.classes)
         return way
 
     def _scratch_memory(self, stream: Any, captured: bool) -> _Scratch:
