@@ -46,11 +46,11 @@ def quick(tmp_path_factory):
 
 def test_the_model_gives_the_exact_logits():
     with no_grad():
-        np.testing.assert_array_equal(NETWORK.model()(Tensor(NUMBERS)).data, EXPECTED)
-    net = PackedNetwork.from_model(NETWORK.model(), pixel_max=PIXEL_MAX)
+        np.testing.assert_array_equal(NETWORK.model(Tensor(NUMBERS)).data, EXPECTED)
+    net = PackedNetwork.from_model(NETWORK.model, pixel_max=PIXEL_MAX)
     np.testing.assert_array_equal(net(X), EXPECTED)
     binary = Network.random(24, binary_first=True)
-    net = PackedNetwork.from_model(binary.model(), pixel_max=PIXEL_MAX)
+    net = PackedNetwork.from_model(binary.model, pixel_max=PIXEL_MAX)
     assert [layer.product for layer in net.layers] == ["signs", "bits", "bits", "real"]
     np.testing.assert_array_equal(net(X), binary.logits(X))
 

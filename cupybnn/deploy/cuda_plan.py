@@ -1,7 +1,7 @@
 """A batch of pixels through a packed network by launches that were prepared, one after the other.
 
-A graph of so few launches takes longer to start than they do, and needs its input and its result in
-places of its own; here the first launch reads the caller's pixels and the last one writes new memory.
+A graph takes longer to start than so few launches do, and needs its input and its result in places
+of its own; here the first launch reads the caller's pixels and the last one writes new memory.
 """
 
 from __future__ import annotations

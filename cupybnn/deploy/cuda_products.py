@@ -107,7 +107,7 @@ def end_product(layer: PackedLayer) -> PlaneProduct | None:
 
 
 def plane_product(layer: PackedLayer) -> PlaneProduct | None:
-    """Return the product of a real layer with signs, on the current device; None if there is none."""
+    """Return the product of a real layer with signs, on the current device, or None."""
     return _planes(layer) if layer.product == "real" else None
 
 

@@ -40,9 +40,7 @@ class _Config(ctypes.Structure):
 
 @cache
 def _launch_function() -> Any:
-    library = (
-        ctypes.WinDLL("nvcuda.dll") if sys.platform == "win32" else ctypes.CDLL("libcuda.so.1")
-    )
+    library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     # Its arguments are ctypes objects: with `argtypes` each call would check and convert them.
     return library.cuLaunchKernelEx
 

@@ -317,12 +317,9 @@ class PixelNetworkLaunch:
         one, for so many rows as have been here before, and no capture.
         """
         import cupy
-        from cupy_backends.cuda.stream import (  # type: ignore[import-untyped]
-            get_current_stream_ptr,
-        )
 
         ndarray, device, pixel, number = cupy.ndarray, self._device, np.dtype("u1"), np.dtype("f4")
-        current_device = cupy.cuda.runtime.getDevice
+        current_device, current_stream = cupy.cuda.runtime.getDevice, cupy.cuda.get_current_stream
         is_capturing = cupy.cuda.runtime.streamIsCapturing
         clustered, ways, scratches = self._widest <= _CLUSTER, self._usual, self._scratch
         get_ident = threading.get_ident
@@ -336,7 +333,7 @@ class PixelNetworkLaunch:
                 return None
             if data.device_id != device or current_device() != device:
                 return None
-            stream = get_current_stream_ptr()
+            stream = current_stream().ptr
             if stream > 2 and is_capturing(stream):  # the default streams never are
                 return None
             go, shape = way

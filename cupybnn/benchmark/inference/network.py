@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -65,8 +66,9 @@ class Network:
                       for s in spread],
         )  # fmt: skip
 
+    @cached_property
     def model(self) -> nn.Module:
-        """Return the network as a model of this library, for evaluation."""
+        """The network as a model of this library, for evaluation."""
         layers: list[nn.Module] = []
         sizes = [FEATURES, *(len(g) for g in self.gamma), CLASSES]
         for i, pair in enumerate(itertools.pairwise(sizes)):

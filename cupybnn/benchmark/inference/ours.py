@@ -21,6 +21,6 @@ def variants(device: Device) -> list[Variant]:
 
 
 def _make(variant: Variant, network: Network, x: np.ndarray, device: Device) -> Calls:
-    net = PackedNetwork.from_model(network.model(), pixel_max=PIXEL_MAX).to(device)
+    net = PackedNetwork.from_model(network.model, pixel_max=PIXEL_MAX).to(device)
     there = device.xp.asarray(x)
     return Calls(lambda: net(there), lambda y: y.get() if device.kind == "cuda" else y)

@@ -123,13 +123,16 @@ def run(
         networks: dict[tuple[int, bool], Network] = {}
         for size in chosen:
             x, rows = random_inputs(size.batch), []
+            exact: dict[tuple[int, bool], Any] = {}
             for variant in variants:
                 key = size.hidden, variant.binary_first
                 if key not in networks:
                     networks = {k: v for k, v in networks.items() if k[0] == size.hidden}
                     networks[key] = Network.random(size.hidden, binary_first=variant.binary_first)
                 network = networks[key]
-                expected = network.logits(x[:COMPARED])
+                if key not in exact:
+                    exact[key] = network.logits(x[:COMPARED])
+                expected = exact[key]
                 if starting is not None:
                     starting(f"{size} {variant}", len(chosen) * len(variants))
                 trials: list[dict[str, Any]] = []
