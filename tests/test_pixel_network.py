@@ -8,7 +8,8 @@ from test_packed_network import hidden, settle
 
 from cupybnn import PackedNetwork, nn
 from cupybnn.backends.cuda import pixel_network
-from cupybnn.backends.cuda.pixel_network import BitLayer, PixelLayer, Team
+from cupybnn.backends.cuda.pixel_network import Team
+from cupybnn.backends.cuda.pixel_tiles import BitLayer, PixelLayer, bit_tiles, pixel_tiles
 
 
 def test_narrow_networks_go_to_clusters_and_wide_ones_to_the_grid():
@@ -42,7 +43,7 @@ def test_tiles_of_signs_hold_the_weights_as_lanes_take_them(inputs, units):
     plus, flip = rng.random((inputs, units)) < 0.5, rng.random(units) < 0.5
     threshold = rng.integers(-5, 5, units).astype(np.int32)
     threshold[0] = np.iinfo(np.int32).min
-    tiles, steps = pixel_network._bit_tiles(BitLayer(plus, threshold, flip))
+    tiles, steps = bit_tiles(BitLayer(plus, threshold, flip))
     signs = rng.random((7, inputs)) < 0.5
     lines = np.zeros((7, steps * 32), np.uint8)
     lines[:, : -(-inputs // 8)] = np.packbits(signs, axis=1, bitorder="little")
@@ -66,7 +67,7 @@ def test_tiles_of_pixels_hold_the_digits():
     rng = np.random.default_rng(0)
     digits = rng.integers(-128, 128, (3, 40, 50)).astype(np.int8)
     threshold = rng.integers(-9, 9, 40).astype(np.int32)
-    tiles, steps = pixel_network._pixel_tiles(PixelLayer(digits, threshold, threshold > 0))
+    tiles, steps = pixel_tiles(PixelLayer(digits, threshold, threshold > 0))
     pixels = np.zeros((5, steps * 32), np.uint8)
     pixels[:, :50] = rng.integers(0, 256, (5, 50))
 

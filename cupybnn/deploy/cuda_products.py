@@ -13,12 +13,8 @@ import numpy as np
 
 from cupybnn.backends.cuda.byte_product import MOST_SIGNS, PlaneProduct, runs_on
 from cupybnn.backends.cuda.compiler import architecture
-from cupybnn.backends.cuda.pixel_network import (
-    BitLayer,
-    PixelLayer,
-    PixelNetworkLaunch,
-    RealEnd,
-)
+from cupybnn.backends.cuda.pixel_network import PixelNetworkLaunch
+from cupybnn.backends.cuda.pixel_tiles import BitLayer, PixelLayer, RealEnd
 from cupybnn.backends.cuda.steps import MOST_STEPS
 from cupybnn.backends.devices import CPU, Device, to_device
 from cupybnn.deploy import digits

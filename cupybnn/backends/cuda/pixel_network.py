@@ -18,15 +18,15 @@ from cupybnn.backends.cuda.compiler import (
     shared_memory_limit,
 )
 from cupybnn.backends.cuda.fast_launch import FastLaunch
+from cupybnn.backends.cuda.pixel_tiles import bit_tiles, end_tiles, pixel_tiles
 from cupybnn.backends.cuda.steps import MOST_STEPS, STEPS, pack_steps
 from cupybnn.backends.cuda.structs import Kernel, Struct, address
 
-__all__ = ["MOST_ROWS", "BitLayer", "PixelLayer", "PixelNetworkLaunch", "RealEnd", "Team"]
+__all__ = ["MOST_ROWS", "PixelNetworkLaunch", "Team", "choose_team"]
 
 # As sm90_pixel_network.cu has them.
 MOST_LAYERS, MOST_ROWS = 15, 64
 _CLUSTER, _WARPS, _TILE, _PITCH = 16, 8, 32, 36
-_BYTES_OF_STEP = 32  # of a line
 _FRAGMENT = 512  # bytes of 16 units and a step
 #: Classes up to which sums of the last layer are handed round.
 MOST_CLASSES = 64
@@ -46,54 +46,6 @@ _OF_LAUNCH = PIXEL_NETWORK.section("x", "rows")
 _OFFSET = PIXEL_NETWORK.size - _OF_LAUNCH.size
 _ARRAYS = PIXEL_NETWORK.section("x", "out")
 _X_TO_CONTROL = PIXEL_NETWORK.section("x", "control")
-
-
-@dataclass(frozen=True)
-class PixelLayer:
-    """The first layer: digits of its weights, as `cupybnn.deploy.digits.pixel_digits` has them.
-
-    Attributes
-    ----------
-    digits : ndarray of int8, shape (digits, units, inputs + 2)
-    threshold : ndarray of int32, shape (units,)
-    flip : ndarray of bool, shape (units,)
-    """
-
-    digits: np.ndarray
-    threshold: np.ndarray
-    flip: np.ndarray
-
-
-@dataclass(frozen=True)
-class BitLayer:
-    """A layer of signs by signs.
-
-    Attributes
-    ----------
-    plus : ndarray of bool, shape (inputs, units)
-        Which weights are +1.
-    threshold : ndarray of int32, shape (units,)
-    flip : ndarray of bool, shape (units,)
-    """
-
-    plus: np.ndarray
-    threshold: np.ndarray
-    flip: np.ndarray
-
-
-@dataclass(frozen=True)
-class RealEnd:
-    """The last layer: signs by real weights, and steps after that.
-
-    Attributes
-    ----------
-    weight : ndarray of float32, shape (inputs, classes)
-    steps : sequence of (kind, cupy.ndarray or None)
-        See `cupybnn.backends.cuda.steps`.
-    """
-
-    weight: np.ndarray
-    steps: Sequence[tuple[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -127,71 +79,6 @@ def choose_team(tiles: int, rows: int, multiprocessors: int) -> Team | None:
         if blocks <= multiprocessors:
             return Team(size, 1, tiles, blocks)
     return None
-
-
-def _fragments(words: np.ndarray) -> np.ndarray:
-    """Return words of lines in the order in which lanes take them.
-
-    Parameters
-    ----------
-    words : ndarray of uint32, shape (32 * tiles, 8 * steps)
-
-    Returns
-    -------
-    ndarray of uint32, shape (tiles, 256 * steps)
-    """
-    lines, width = words.shape
-    # Unit 16 m + 8 half + g, word 8 step + 4 high + q; a lane is 4 g + q and takes four words.
-    parts = words.reshape(lines // 32, 2, 2, 8, width // 8, 2, 4)
-    return parts.transpose(0, 1, 4, 3, 6, 5, 2).reshape(lines // 32, -1)
-
-
-def _thresholds(threshold: np.ndarray, flip: np.ndarray, tiles: int) -> np.ndarray:
-    """Return thresholds and flips of each tile, shape (tiles, 36), as uint32."""
-    units = len(threshold)
-    out = np.zeros((tiles, 36), np.int32)
-    whole = np.full(tiles * _TILE, np.iinfo(np.int32).max, np.int32)
-    whole[:units] = threshold
-    out[:, :_TILE] = whole.reshape(tiles, _TILE)
-    bits = np.zeros(tiles * _TILE, bool)
-    bits[:units] = flip
-    packed = np.packbits(bits.reshape(tiles, _TILE), axis=1, bitorder="little")
-    out[:, _TILE] = packed.view("<i4")[:, 0]
-    return out.view(np.uint32)
-
-
-def _tiles(units: int) -> int:
-    return -(-units // _TILE)
-
-
-def _pixel_tiles(layer: PixelLayer) -> tuple[np.ndarray, int]:
-    """Return a layer's tiles and its steps."""
-    count, units, width = layer.digits.shape
-    tiles, steps = _tiles(units), -(-width // _BYTES_OF_STEP)
-    padded = np.zeros((count, tiles * _TILE, steps * _BYTES_OF_STEP), np.int8)
-    padded[:, :units, :width] = layer.digits
-    parts = [_fragments(each.view("<u4")) for each in padded]
-    return np.concatenate([*parts, _thresholds(layer.threshold, layer.flip, tiles)], 1), steps
-
-
-def _bit_tiles(layer: BitLayer) -> tuple[np.ndarray, int]:
-    inputs, units = layer.plus.shape
-    tiles, steps = _tiles(units), -(-inputs // (8 * _BYTES_OF_STEP))
-    lines = np.zeros((tiles * _TILE, steps * _BYTES_OF_STEP), np.uint8)
-    packed = np.packbits(layer.plus.T, axis=1, bitorder="little")
-    lines[:units, : packed.shape[1]] = packed
-    # product = inputs - 2 ones(weights) - 2 ones(signs) + 4 ones(both)
-    least = layer.threshold.astype(np.int64) - inputs + 2 * layer.plus.sum(0)
-    least = np.clip(least, -(1 << 30), 1 << 30).astype(np.int32)
-    parts = [_fragments(lines.view("<u4")), _thresholds(least, layer.flip, tiles)]
-    return np.concatenate(parts, 1), steps
-
-
-def _end_tiles(end: RealEnd) -> np.ndarray:
-    inputs, classes = end.weight.shape
-    padded = np.zeros((_tiles(inputs) * _TILE, classes), np.float32)
-    padded[:inputs] = end.weight
-    return padded.view(np.uint32).reshape(-1, _TILE * classes)
 
 
 class _Scratch:
@@ -232,7 +119,7 @@ class PixelNetworkLaunch:
         if len(hidden) > MOST_LAYERS or self.classes > MOST_CLASSES or len(end.steps) > MOST_STEPS:
             raise ValueError("it has too many layers, classes or steps")
         self._device, self._digits = device, len(hidden[0].digits)
-        made = [_pixel_tiles(hidden[0]), *(_bit_tiles(layer) for layer in hidden[1:])]
+        made = [pixel_tiles(hidden[0]), *(bit_tiles(layer) for layer in hidden[1:])]
         parts = [tiles for tiles, _ in made]
         self._steps = [steps for _, steps in made]
         self._blocks = [len(tiles) for tiles in parts]
@@ -240,7 +127,7 @@ class PixelNetworkLaunch:
         team = choose_team(self._widest, MOST_ROWS, multiprocessors(device))
         if team is None:
             raise ValueError("its layers have more tiles than the GPU multiprocessors")
-        parts.append(_end_tiles(end))
+        parts.append(end_tiles(end))
         at = np.cumsum([0, *(part.shape[1] for part in parts)])
         self._at = [4 * int(i) for i in at]
         tiles = np.zeros((team.size, int(at[-1])), np.uint32)
