@@ -24,6 +24,10 @@
 // tile's first products. Needs K of at most 63 chunks, and of at least TILE_N / 64. Without it the
 // tensor cores wait for every tile to be written out, a third of the time at K = 8192.
 //
+// DIGITS > 0: the same on bytes, wgmma u8.s8, 64 x N x 32 per instruction, at an eighth of the rate. The
+// digits of b are multiplied one after the other, from the lowest on; in between the accumulators are
+// divided by 256 and rounded down, so that the sign of the last sums, less a threshold, is exact.
+//
 // The translation unit sets CONSUMERS, BLOCKS_M, TILE_N, STAGES, CLUSTER_M, CLUSTER_N, SPLIT_K,
 // DEFERRED, and the macros of product.cuh.
 
@@ -40,6 +44,9 @@ constexpr int SLOT_BYTES = A_BYTES + B_BYTES;
 constexpr int ACC = TILE_N / 2;  // accumulators per thread and block of 64 lines
 
 static_assert(SPLIT_K == 1 || (CLUSTER == 1 && !DEFERRED), "a cluster shares tiles or splits K");
+static_assert(!DIGITS || !DEFERRED, "sums of bytes need more than 16 bits");
+static_assert(DIGITS <= 1 || SPLIT_K == 1, "parts that were rounded down do not add up");
+constexpr int PASSES = DIGITS > 1 ? DIGITS : 1;  // over the chunks of a
 static_assert(TILE_M % (8 * CLUSTER_N) == 0 && TILE_N % (8 * CLUSTER_M) == 0, "whole swizzles");
 
 // Registers of a thread by role, multiples of 8. Together they must not exceed what the block was
@@ -119,9 +126,14 @@ __device__ __forceinline__ void produce(const Product& p, const Work& work, Shar
         p.a + (tile.item * p.a_step * p.chunks + begin) * a_lines * CHUNK_PIECES,
         (tile.m * CLUSTER_M + rank_m) * TILE_M, a_lines, rank_n);
     Share<TILE_N, CLUSTER_M> b(
-        p.b + (tile.item * p.b_step * p.chunks + begin) * b_lines * CHUNK_PIECES,
+        p.b + (tile.item * p.b_step * p.chunks * PASSES + begin) * b_lines * CHUNK_PIECES,
         (tile.n * CLUSTER_N + rank_n) * TILE_N, b_lines, rank_m);
-    for (int chunk = begin; chunk < end; chunk++) {
+    int left = end;  // of this pass
+    for (int chunk = begin; chunk < end * PASSES; chunk++) {
+      if (PASSES > 1 && left-- == 0) {
+        left = end - 1;
+        a.from -= (u64)end * a_lines * CHUNK_BYTES;
+      }
       const u32 full = shared_address(&shared.full[turn.slot]);
       const u32 data = shared_address(shared.slots[turn.slot]);
       barrier_wait(shared_address(&shared.empty[turn.slot]), turn.parity ^ 1);
@@ -161,7 +173,13 @@ __device__ __forceinline__ void release(Shared& shared, int slot) {
   }
 }
 
-// Start the product of the chunk in the current slot.
+#if DIGITS
+typedef WgmmaBytes<TILE_N> Instruction;
+#else
+typedef WgmmaB1<TILE_N> Instruction;
+#endif
+
+// Start the product of the chunk in the current slot; chunk 0 overwrites the accumulators.
 __device__ __forceinline__ void start_chunk(int (&acc)[BLOCKS_M][ACC], Shared& shared, const Turn& turn,
                                             int chunk, int wg) {
   barrier_wait(shared_address(&shared.full[turn.slot]), turn.parity);
@@ -173,8 +191,8 @@ __device__ __forceinline__ void start_chunk(int (&acc)[BLOCKS_M][ACC], Shared& s
   for (int step = 0; step < CHUNK_BITS / 256; step++)
 #pragma unroll
     for (int block = 0; block < BLOCKS_M; block++)
-      WgmmaB1<TILE_N>::run(acc[block], a + 2 * step + block * (64 * CHUNK_BYTES / 16), b + 2 * step,
-                           chunk | step);
+      Instruction::run(acc[block], a + 2 * step + block * (64 * CHUNK_BYTES / 16), b + 2 * step,
+                       chunk | step);
   wgmma_commit();
 }
 
@@ -187,15 +205,28 @@ __device__ __forceinline__ void finish_before(Shared& shared, Turn& turn, int ch
   turn.next();
 }
 
-// Multiply chunks `first` to `chunks` into the accumulators of consumer `wg`.
+// Multiply chunks `first` to `chunks` into the accumulators of consumer `wg`, which are kept if `more`.
 __device__ __forceinline__ void multiply(int (&acc)[BLOCKS_M][ACC], Shared& shared, Turn& turn,
-                                         int first, int chunks, int wg, int last) {
+                                         int first, int chunks, int wg, int last, int more = 0) {
   for (int chunk = first; chunk < chunks; chunk++) {
-    start_chunk(acc, shared, turn, chunk, wg);
+    start_chunk(acc, shared, turn, chunk | more, wg);
     finish_before(shared, turn, chunk, last);
   }
   wgmma_wait<0>();
   release(shared, last);
+}
+// All chunks, once for each digit.
+__device__ __forceinline__ void multiply_all(int (&acc)[BLOCKS_M][ACC], Shared& shared, Turn& turn,
+                                             int chunks, int wg) {
+  multiply(acc, shared, turn, 0, chunks, wg, 0);
+#pragma unroll 1
+  for (int pass = 1; pass < PASSES; pass++) {
+#pragma unroll
+    for (int block = 0; block < BLOCKS_M; block++)
+#pragma unroll
+      for (int i = 0; i < ACC; i++) acc[block][i] >>= 8;
+    multiply(acc, shared, turn, 0, chunks, wg, 0, 1);
+  }
 }
 
 // The warp's position in a tile, for Results.
@@ -287,7 +318,7 @@ __device__ __forceinline__ void consume(const Product& p, const Work& work, Shar
   Ring<TERMS> ring;
   for (u32 t = worker; t < work.count; t += workers) {
     int acc[BLOCKS_M][ACC];
-    multiply(acc, shared, turn, 0, (int)p.chunks, wg, 0);
+    multiply_all(acc, shared, turn, (int)p.chunks, wg);
     barrier_wait(shared_address(&shared.terms_full[ring.slot]), ring.parity);
     results_of(p, work, shared.terms[ring.slot], t, rank).store_all(first_row(wg), 64, 0, acc);
     barrier_arrive(shared_address(&shared.terms_empty[ring.slot]));

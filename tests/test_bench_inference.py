@@ -12,7 +12,7 @@ from cupybnn.backends.devices import CPU, Device
 from cupybnn.benchmark import record as records
 from cupybnn.benchmark.clock import HostClock
 from cupybnn.benchmark.inference import chart, ours, record, tables
-from cupybnn.benchmark.inference.network import Network, random_inputs
+from cupybnn.benchmark.inference.network import PIXEL_MAX, Network, random_inputs
 from cupybnn.benchmark.inference.variants import Calls, Variant, measure
 from cupybnn.benchmark.methods import Unsupported
 from cupybnn.benchmark.training.variants import Size
@@ -20,6 +20,7 @@ from cupybnn.cli import main
 
 NETWORK = Network.random(24)
 X = random_inputs(9)
+NUMBERS = X.astype(np.float32) / PIXEL_MAX
 EXPECTED = NETWORK.logits(X)
 
 
@@ -45,17 +46,22 @@ def quick(tmp_path_factory):
 
 def test_the_model_gives_the_exact_logits():
     with no_grad():
-        np.testing.assert_array_equal(NETWORK.model()(Tensor(X)).data, EXPECTED)
-    np.testing.assert_array_equal(PackedNetwork.from_model(NETWORK.model())(X), EXPECTED)
+        np.testing.assert_array_equal(NETWORK.model(Tensor(NUMBERS)).data, EXPECTED)
+    net = PackedNetwork.from_model(NETWORK.model, pixel_max=PIXEL_MAX)
+    np.testing.assert_array_equal(net(X), EXPECTED)
+    binary = Network.random(24, binary_first=True)
+    net = PackedNetwork.from_model(binary.model, pixel_max=PIXEL_MAX)
+    assert [layer.product for layer in net.layers] == ["signs", "bits", "bits", "real"]
+    np.testing.assert_array_equal(net(X), binary.logits(X))
 
 
 def test_sums_are_exact_in_any_order():
-    first = np.abs(NETWORK.weights[0]).astype(np.float64).sum(0).max() * X.max()
+    first = np.abs(NETWORK.weights[0]).astype(np.float64).sum(0).max()
     assert first * 64 * 256 < 2**24  # in units of the last place
     assert np.array_equal(NETWORK.weights[0] * 64, np.round(NETWORK.weights[0] * 64))
     shuffled = np.random.default_rng(0).permutation(784)
-    a = X[:, shuffled] @ NETWORK.weights[0][shuffled]
-    np.testing.assert_array_equal(a, X.astype(np.float64) @ NETWORK.weights[0])
+    a = NUMBERS[:, shuffled] @ NETWORK.weights[0][shuffled]
+    np.testing.assert_array_equal(a, NUMBERS.astype(np.float64) @ NETWORK.weights[0])
 
 
 def test_logits_differ_between_inputs():
@@ -206,10 +212,18 @@ def row(library: str, how: str, seconds: float, **more) -> dict:
 
 def gpu_record() -> dict:
     rows = [row("cupybnn", "net(x)", 12e-6), row("PyTorch", "compiled + graph", 36e-6),
+            row("cupybnn", "net(x)", 10e-6, binary_first=True),
             row("PyTorch", "eager", 200e-6), {"library": "PyTorch", "how": "graph",
             "precision": "bfloat16", "error": "RuntimeError: no", "failed": True}]  # fmt: skip
     sizes = [
-        {"hidden": h, "batch": b, "rows": rows, "disturbed": False, "over": record.compare(rows)}
+        {
+            "hidden": h,
+            "batch": b,
+            "rows": rows,
+            "disturbed": False,
+            "over": record.compare(rows),
+            "over_binary_first": record.compare(rows, True),
+        }
         for h, b in ((512, 1), (512, 64), (4096, 1))
     ]
     cuda = {"driver": "580.1", "cupy": "14.2.0", "runtime_cuda": "13.0"}
@@ -225,6 +239,9 @@ def test_ours_is_compared_with_the_fastest_way_of_each_library():
     rows.append(row("onnxruntime", "CPU", 9.0))
     assert record.compare(rows) == {"PyTorch": 2.5, "onnxruntime": 4.5}
     assert record.compare(rows[1:]) == {}
+    rows.append(row("cupybnn", "net(x)", 1.0, binary_first=True))
+    assert record.compare(rows) == {"PyTorch": 2.5, "onnxruntime": 4.5}
+    assert record.compare(rows, binary_first=True) == {"PyTorch": 5, "onnxruntime": 9}
 
 
 def test_tables_and_chart_of_a_gpus_record(tmp_path):
@@ -232,6 +249,8 @@ def test_tables_and_chart_of_a_gpus_record(tmp_path):
     assert "PyTorch graph, bfloat16: RuntimeError: no" in text
     assert "over PyTorch" in text
     assert "3.00 x" in text
+    assert "over PyTorch, binary first" in text
+    assert "3.60 x" in text
     assert "FAILED" not in text
     pytest.importorskip("matplotlib")
     files = chart.draw(gpu_record(), tmp_path / "inference.json")

@@ -6,6 +6,9 @@ import pytest
 from kernel_compiler import compile_cubin
 from test_kernels_compile import ARCHITECTURES, capability, compile_all, most_shared_bytes, require
 
+from cupybnn.backends.cuda.architectures import sm90
+from cupybnn.backends.cuda.byte_product import pixel_config
+from cupybnn.backends.cuda.configs import Problem
 from cupybnn.backends.cuda.packed_network import Team
 
 pytestmark = pytest.mark.slow
@@ -16,7 +19,8 @@ TEAMS = [Team(8, 1, 1), Team(16, 1, 1), Team(32, 1, 1, 1 << 14), Team(32, 1, 1),
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_kernels_compile(arch):
     require(arch)
-    compile_all("smxx_threshold_pack", arch, [{}])
+    for source in ("smxx_threshold_pack", "smxx_byte_lines", "smxx_plane_sum"):
+        compile_all(source, arch, [{}])
     if capability(arch) < 80:
         return
     teams = [t for t in TEAMS if t.shared <= most_shared_bytes(arch)]
@@ -24,6 +28,28 @@ def test_the_kernels_compile(arch):
     teams = teams if arch == "sm_90a" else [t for t in teams if t.cluster == 1][-1:]
     variants = [{**dict(t.defines), "PIXELS": int(t.rows != 16)} for t in teams]
     compile_all("sm80_packed_network", arch, variants, asked=[t.shared for t in teams])
+
+
+def test_the_kernels_for_pixels_compile():
+    require("sm_90a")
+    problems = [Problem(m=m, n=4096, k=784, packed=True, capability=90, multiprocessors=132)
+                for m in (30, 100, 300, 400, 1000, 70_000)]  # fmt: skip
+    configs = list(dict.fromkeys(pixel_config(problem) for problem in problems))
+    assert len({(c.tile_m, c.tile_n) for c in configs}) >= 4
+    products = [{**dict(c.defines), "OUTPUT": 4, "SCALED": 0, "DIGITS": d}
+                for c in configs for d in (1, 3)]  # fmt: skip
+    asked = [c.shared for c in configs for _ in (1, 3)]
+    compile_all("sm90_xnor_gemm", "sm_90a", products, asked=asked)
+    teams = [(8, 16), (8, 1), (16, 1), (32, 1), (64, 1)]
+    variants = [{"ROWS": r, "CLUSTER": c, "DIGITS": d} for r, c in teams for d in (1, 3)]
+    compile_all("sm90_pixel_network", "sm_90a", variants)
+
+
+def test_bytes_need_a_packed_result():
+    require("sm_90a")
+    defines = {**dict(sm90.config(1, 128, 6).defines), "OUTPUT": 0, "SCALED": 0, "DIGITS": 1}
+    with pytest.raises(RuntimeError, match="products of bytes have packed results"):
+        compile_cubin("sm90_xnor_gemm", "sm_90a", defines)
 
 
 def test_a_team_is_a_cluster_or_a_grid():

@@ -175,7 +175,12 @@ _calls = _row(
         "equal": boolean,
         "same_classes": number(0, 1),
     },
-    {"device": _median, "others_processors": nullable(number(0, 1e6)), "failed": boolean},
+    {
+        "device": _median,
+        "others_processors": nullable(number(0, 1e6)),
+        "failed": boolean,
+        "binary_first": boolean,
+    },
 )
 
 
@@ -187,6 +192,7 @@ _inference_size = record(
         "disturbed": boolean,
         "over": mapping_of(_ratio),
     },
+    {"over_binary_first": mapping_of(_ratio)},
     others=True,
 )
 

@@ -3,6 +3,8 @@
 A few rows are one launch (`cupybnn.backends.cuda.packed_network`). More rows are a launch or two
 for each layer, captured as a CUDA graph for each batch size once it has come a second time. Batches
 whose activations are large, and all where nothing can be captured, are launched layer by layer.
+
+There, real weights are whole numbers where a product allows it (`cupybnn.deploy.cuda_products`).
 """
 
 from __future__ import annotations
@@ -16,12 +18,23 @@ from typing import Any
 import numpy as np
 
 from cupybnn.backends.cuda import blas, packed_network
+from cupybnn.backends.cuda.byte_product import PixelProduct, PlaneProduct
 from cupybnn.backends.cuda.compiler import architecture
 from cupybnn.backends.cuda.graph import capture
+from cupybnn.backends.cuda.pixel_network import MOST_ROWS
 from cupybnn.backends.cuda.product import gemm, gemm_packed
 from cupybnn.backends.cuda.threshold_pack import threshold_pack
 from cupybnn.backends.devices import Device
 from cupybnn.backends.epilogue import Epilogue
+from cupybnn.deploy.cuda_plan import PixelPlan
+from cupybnn.deploy.cuda_products import (
+    PixelParts,
+    are_signs,
+    end_product,
+    pixel_launch,
+    plane_product,
+)
+from cupybnn.deploy.digits import PLANES
 from cupybnn.deploy.inputs import InputSpec
 from cupybnn.deploy.layers import PackedLayer, Step, apply_steps
 from cupybnn.packed import PackedMatrix
@@ -70,7 +83,26 @@ class CudaForward:
         self._seen: Recent = Recent(64, 64)
         # Stream of the last graph, and an event after it.
         self._last: tuple[Any, Any] = (None, None)
-        self._real = any(layer.product != "bits" for layer in self._layers)
+        parts = PixelParts.of(self._layers[0], inputs, device)
+        #: The one launch for pixels.
+        self.pixel_launch = None if parts is None else pixel_launch(parts, self._layers, device)
+        self._pixels = (
+            None if parts is None
+            else PixelProduct(parts.digits, parts.least, self._layers[0].flip, device.index)
+        )  # fmt: skip
+        signs = (False, *(layer.threshold is not None for layer in self._layers))
+        self._planes = [
+            plane_product(layer) if from_signs else None
+            for layer, from_signs in zip(self._layers, signs, strict=False)
+        ]
+        #: Of prepared launches: bit planes of the last layer, where what is before it is for them.
+        self._end = None
+        if self._pixels is not None and are_signs(self._layers[1:-1]):
+            self._end = end_product(self._layers[-1])
+        self._real = any(
+            layer.product != "bits" and planes is None
+            for layer, planes in zip(self._layers, self._planes, strict=True)
+        )
         self._captures = blas.capturable() or not self._real
         self._blas: Any = None
 
@@ -91,6 +123,10 @@ class CudaForward:
         if rows.dtype.char not in "fB" or not rows.flags.c_contiguous:
             rows = self._inputs.numbers(rows)
         count = len(rows)
+        if self.pixel_launch is not None and 0 < count <= MOST_ROWS and rows.dtype.char == "B":
+            out = cupy.empty((count, self._classes), np.float32)
+            self.pixel_launch(rows, out)
+            return out
         if 0 < count <= self.most_rows:
             assert self.one_launch is not None
             out = cupy.empty((count, self._classes), np.float32)
@@ -102,7 +138,8 @@ class CudaForward:
             return self.by_layer(rows, None if self._blas is None else self._multiply)
         if self._blas is None and self._real and self._captures:
             self._blas = blas.Blas("float32")
-        if self._captures and self._bytes(count) <= MOST_BYTES:
+        kept = self._captures or self._planned(rows)
+        if kept and self._bytes(count, self._are_pixels(rows)) <= MOST_BYTES:
             logits = self._by_graph(rows)
             if logits is not None:
                 return logits
@@ -120,12 +157,30 @@ class CudaForward:
         multiply : callable(x, weight), optional
             Product of float32 matrices; by default CuPy's.
         """
-        x = self._inputs.numbers(rows)
-        for layer in self._layers:
-            x = self._layer(layer, x, multiply or (lambda a, b: a @ b))
+        import cupy
+
+        if not self._are_pixels(rows):
+            return self._from(0, self._inputs.numbers(rows), multiply)
+        assert self._pixels is not None
+        count = len(rows)
+        words = self._pixels.lines_like(count)
+        self._pixels.arrangement(words, count)(rows, cupy.cuda.get_current_stream().ptr)
+        packed = self._pixels(words, count)
+        shape = count, self._pixels.units
+        return self._from(1, PackedMatrix._of(*packed, shape, -1, self._device), multiply)
+
+    def _are_pixels(self, rows: Any) -> bool:
+        return self._pixels is not None and rows.dtype.char == "B" and rows.flags.c_contiguous
+
+    def _from(self, first: int, x: Any, multiply: Multiply | None) -> Any:
+        """Return the logits from the input of a layer on."""
+        for layer, planes in list(zip(self._layers, self._planes, strict=True))[first:]:
+            x = self._layer(layer, planes, x, multiply or (lambda a, b: a @ b))
         return x
 
-    def _layer(self, layer: PackedLayer, x: Any, multiply: Multiply) -> Any:
+    def _layer(
+        self, layer: PackedLayer, planes: PlaneProduct | None, x: Any, multiply: Multiply
+    ) -> Any:
         import cupy
 
         shape = (x.shape[0], layer.units)
@@ -137,18 +192,26 @@ class CudaForward:
             y = cupy.empty(shape, np.float32)
             gemm(x, layer.weight, y, epilogue)
             return apply_steps(rest, y)
-        if isinstance(x, PackedMatrix):
-            x = x.unpack(np.float32)
-        y = multiply(x, layer.weight if layer.signs is None else layer.signs)
+        if planes is not None and isinstance(x, PackedMatrix):
+            y = planes(x)
+        else:
+            if isinstance(x, PackedMatrix):
+                x = x.unpack(np.float32)
+            y = multiply(x, layer.weight if layer.signs is None else layer.signs)
         if layer.threshold is not None:
             packed = threshold_pack(y, layer.threshold, layer.flip)
             return PackedMatrix._of(*packed, shape, -1, self._device)
         return apply_steps(layer.steps, y)
 
-    def _bytes(self, rows: int) -> int:
+    def _bytes(self, rows: int, pixels: bool) -> int:
         """Return about how many bytes the activations of a batch take."""
-        widths = [self._layers[0].inputs, *(layer.units for layer in self._layers)]
-        return 4 * rows * max(a + b for a, b in itertools.pairwise(widths))
+        each = [self._layers[0].inputs * (1 if pixels else 4)]
+        for i, (layer, planes) in enumerate(zip(self._layers, self._planes, strict=True)):
+            real = layer.product != "bits" and planes is None and not (i == 0 and pixels)
+            each.append(layer.units // 8 if layer.threshold is not None else 4 * layer.units)
+            each[-1] += 4 * (layer.units + layer.inputs) if real else 0
+            each[-1] += 2 * PLANES * layer.units if planes is not None else 0
+        return rows * max(a + b for a, b in itertools.pairwise(each))
 
     # As a graph --------------------------------------------------------------------------------
 
@@ -167,7 +230,7 @@ class CudaForward:
                 graph = self._captured(rows)
                 if graph is None:
                     return None
-                self._graphs.put(key, graph, self._bytes(len(rows)))
+                self._graphs.put(key, graph, self._bytes(len(rows), self._are_pixels(rows)))
             # Graphs share cuBLAS's workspace, and each has one input and one result: one at a time.
             here = stream.ptr, threading.get_ident()
             before, event = self._last
@@ -180,7 +243,17 @@ class CudaForward:
             self._last = here, event
             return logits
 
-    def _captured(self, rows: Any) -> _Graph | None:
+    def _planned(self, rows: Any) -> bool:
+        """Whether there are prepared launches for these inputs."""
+        return self._end is not None and self._are_pixels(rows)
+
+    def _captured(self, rows: Any) -> _Graph | PixelPlan | None:
+        if self._planned(rows):
+            assert self._pixels is not None
+            assert self._end is not None
+            *hidden, last = self._layers[1:]
+            steps = [(step.kind, step.by) for step in last.steps]
+            return PixelPlan(len(rows), self._pixels, hidden, self._end, steps, self._device)
         try:
             return _Graph(lambda x: self.by_layer(x, self._multiply), rows)
         except RuntimeError:

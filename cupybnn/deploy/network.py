@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,9 +72,12 @@ class PackedNetwork:
         self.device = device
         self._usual_types = "f" if inputs.pixel_max is None else "fB"
         self._cuda: CudaForward | None = None
+        # Takes calls of the usual kind on a GPU, and returns None for others.
+        self._usual: Callable[[Any], Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_cuda": None}  # graphs and locks are of this process
+        # Graphs and locks are of this process.
+        return {**vars(self), "_cuda": None, "_usual": None}
 
     # Making one --------------------------------------------------------------------------------
 
@@ -372,12 +375,18 @@ class PackedNetwork:
         Notes
         -----
         On a GPU up to 64 inputs go through all layers in one launch. Above that, and where layers
-        are too wide for it, a batch size that comes again is captured as a CUDA graph, of which the
-        last sixteen are kept. The product of a layer with real weights or real inputs is summed in
-        an order that depends on the way: such results agree within rounding, and a sign behind them
-        may differ where one is that close to its threshold. What is exact in the model, products of
+        are too wide for it, a batch size that comes again is captured as a CUDA graph, or its
+        launches are prepared, and the last sixteen are kept. On Hopper, pixels of a byte (uint8)
+        are fastest: they are multiplied as bytes on the tensor cores, with weights of 22 bits or
+        more, exactly. The product of a layer with real weights or real inputs is rounded in a way
+        that depends on all this: such results agree within rounding, and a sign behind them may
+        differ where one is that close to its threshold. What is exact in the model, products of
         signs, is exact here.
         """
+        if self._usual is not None:
+            logits = self._usual(x)
+            if logits is not None:
+                return logits
         return like(self._logits(x), x)
 
     def predict_proba(self, x: Any) -> Any:
@@ -456,6 +465,8 @@ class PackedNetwork:
 
             # Two threads may both make one: either is as good.
             self._cuda = CudaForward(self.layers, self.inputs, self.device)
+            if self._cuda.pixel_launch is not None:
+                self._usual = self._cuda.pixel_launch.usual()
         return self._cuda
 
     def _forward(self, x: Any) -> Any:

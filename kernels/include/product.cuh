@@ -10,6 +10,9 @@
 //     SCALED   1: the result is ((product * row scale) * column scale) + bias, each step rounded in
 //              float32; a null pointer leaves its step out. 0: the integer itself
 //     XOR_ACC  1: acc counts a_row ^ b_col instead, and the product is K - 2 acc
+//     DIGITS   0; n > 0: a's lines are unsigned bytes, 128 to a chunk, and b's are n digits each to
+//              the base 256, signed bytes; b's chunks are those of the lowest digit first. acc is the
+//              product divided by 256**(n - 1) and rounded down, and the threshold one for that
 #pragma once
 
 #include "layout.cuh"
@@ -29,6 +32,9 @@
 #endif
 #ifndef XOR_ACC
 #define XOR_ACC 0
+#endif
+#ifndef DIGITS
+#define DIGITS 0
 #endif
 
 // Filled by cupybnn/backends/cuda/product.py, field by field in this order.
@@ -64,6 +70,9 @@ typedef int out_t;
 
 #if OUTPUT == OUTPUT_INT16 && SCALED
 #error "a scaled result is not an integer"
+#endif
+#if DIGITS && (OUTPUT != OUTPUT_PACKED || XOR_ACC)
+#error "products of bytes have packed results"
 #endif
 
 #if OUTPUT == OUTPUT_FLOAT32 || OUTPUT == OUTPUT_FLOAT16 || OUTPUT == OUTPUT_BFLOAT16
@@ -103,6 +112,15 @@ template <int HEIGHT, int WIDTH> struct Terms {
   // Filled by whole warps, `threads` threads in all, from the tile's first row and column.
   __device__ __forceinline__ void fill(const Product& p, i64 item, i64 m, i64 n, int thread,
                                        int threads) {
+#if DIGITS
+    const int exist = (int)min(p.n - n, (i64)WIDTH);
+    for (int i = thread; i < HEIGHT; i += threads) row[i] = 0;
+    for (int i = thread; i < (WIDTH + 31) / 32 * 32; i += threads) {
+      if (i < WIDTH) col[i] = i < exist ? -__ldg(p.threshold + n + i) : 0;
+      const u32 flips = __ballot_sync(0xffffffffu, i < exist && __ldg(p.flip + n + i));
+      if ((i & 31) == 0) flip[i / 32] = flips;
+    }
+#else
     const int* pop_a = p.pop_a + item * p.a_step * p.m + m;
     const int rows_left = (int)min(p.m - m, (i64)HEIGHT), cols_left = (int)min(p.n - n, (i64)WIDTH);
     for (int i = thread; i < HEIGHT; i += threads)
@@ -133,6 +151,7 @@ template <int HEIGHT, int WIDTH> struct Terms {
       col_scale[i] = cols && i < cols_left ? cols[n + i] : 1.0f;
       col_bias[i] = bias && !p.swapped && i < cols_left ? bias[n + i] : -0.0f;
     }
+#endif
 #endif
   }
 };

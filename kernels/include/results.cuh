@@ -45,6 +45,8 @@ template <int HEIGHT, int WIDTH> struct Results {
   static __device__ __forceinline__ int product(int row_term, int col_term, int acc) {
 #if XOR_ACC
     return (int)((u32)row_term + (u32)col_term - 2u * (u32)acc);
+#elif DIGITS
+    return (int)((u32)row_term + (u32)col_term + (u32)acc);
 #else
     return (int)((u32)row_term + (u32)col_term + 4u * (u32)acc);
 #endif

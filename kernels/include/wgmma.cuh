@@ -28,25 +28,31 @@
 #define OPERANDS_96(c, i) OPERANDS_64(c, i), OPERANDS_32(c, (i) + 64)
 #define OPERANDS_128(c, i) OPERANDS_64(c, i), OPERANDS_64(c, (i) + 64)
 
-// On bits, acc (+)= popcount(a & b), for 64 lines of a and N lines of b. `accumulate` 0 overwrites the
-// accumulators. A, B and KEEP are the indices of the operands that follow the COUNT accumulators.
+// On 32 bytes of each line, for 64 lines of a and N lines of b: WgmmaB1 on bits,
+// acc (+)= popcount(a & b), WgmmaBytes on unsigned bytes of a and signed ones of b, acc (+)= a b.
+// `accumulate` 0 overwrites the accumulators. A, B and KEEP are the indices of the operands that follow
+// the COUNT accumulators.
 template <int N> struct WgmmaB1;
-#define WGMMA_B1(N, COUNT, A, B, KEEP)                                                     \
-  template <> struct WgmmaB1<N> {                                                          \
+template <int N> struct WgmmaBytes;
+#define WGMMA_LINES(NAME, KIND, N, COUNT, A, B, KEEP)                                      \
+  template <> struct NAME<N> {                                                             \
     static __device__ __forceinline__ void run(int* d, u64 a, u64 b, int accumulate) {     \
       asm volatile(                                                                        \
           "{ .reg .pred keep;\nsetp.ne.b32 keep, %" #KEEP ", 0;\n"                         \
-          "wgmma.mma_async.sync.aligned.m64n" #N "k256.s32.b1.b1.and.popc {" NAMES_##COUNT \
+          "wgmma.mma_async.sync.aligned.m64n" #N KIND " {" NAMES_##COUNT                   \
           "}, %" #A ", %" #B ", keep; }"                                                   \
           : OPERANDS_##COUNT("+r", 0) : "l"(a), "l"(b), "r"(accumulate));                  \
     }                                                                                      \
   };
-WGMMA_B1(16, 8, 8, 9, 10)
-WGMMA_B1(32, 16, 16, 17, 18)
-WGMMA_B1(64, 32, 32, 33, 34)
-WGMMA_B1(128, 64, 64, 65, 66)
-WGMMA_B1(192, 96, 96, 97, 98)
-WGMMA_B1(256, 128, 128, 129, 130)
+#define WGMMA_EACH(N, COUNT, A, B, KEEP)                                            \
+  WGMMA_LINES(WgmmaB1, "k256.s32.b1.b1.and.popc", N, COUNT, A, B, KEEP)             \
+  WGMMA_LINES(WgmmaBytes, "k32.s32.u8.s8", N, COUNT, A, B, KEEP)
+WGMMA_EACH(16, 8, 8, 9, 10)
+WGMMA_EACH(32, 16, 16, 17, 18)
+WGMMA_EACH(64, 32, 32, 33, 34)
+WGMMA_EACH(128, 64, 64, 65, 66)
+WGMMA_EACH(192, 96, 96, 97, 98)
+WGMMA_EACH(256, 128, 128, 129, 130)
 
 // On bfloat16, acc (+)= a b, for 64 rows of a, which are in registers (PTX ISA, wgmma: each thread has
 // the elements 2t, 2t + 1, then 2t + 8, 2t + 9 of its rows g and g + 8), and 256 columns of b. B_ALONG_N:

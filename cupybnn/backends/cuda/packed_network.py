@@ -17,6 +17,7 @@ from cupybnn.backends.cuda.compiler import (
     multiprocessors,
     shared_memory_limit,
 )
+from cupybnn.backends.cuda.fast_launch import FastLaunch
 from cupybnn.backends.cuda.packing import pack
 from cupybnn.backends.cuda.structs import Kernel, Struct, address
 
@@ -194,7 +195,7 @@ class NetworkLaunch:
         self._fixed = whole[: -_OF_LAUNCH.size]
         real = max((y.inputs * y.units for y in layers if y.product != "bits"), default=0)
         self.most_rows = min(MOST_ROWS, _MOST_REAL // max(real, 1))
-        self._ways: dict[tuple[int, str], tuple[Any, Team]] = {}
+        self._ways: dict[tuple[int, str], FastLaunch] = {}
         self._scratch: OrderedDict[tuple[int, int], _Scratch] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -233,13 +234,17 @@ class NetworkLaunch:
         out : cupy.ndarray of float32, shape (rows, units of the last layer), C-contiguous
         """
         rows = len(x)
-        kernel, team = self._ways.get((rows, x.dtype.char)) or self._way(rows, x.dtype.char)
-        scratch = self._scratch_memory()  # kept until the launch has been issued
-        tail = _OF_LAUNCH.pack(x.data.ptr, out.data.ptr, *scratch.addresses, rows)
-        argument = NETWORK.argument(self._fixed + tail)
-        kernel((team.blocks,), (32 * _WARPS,), (argument,), shared_mem=team.shared)
+        import cupy
 
-    def _way(self, rows: int, char: str) -> tuple[Any, Team]:
+        launch = self._ways.get((rows, x.dtype.char)) or self._way(rows, x.dtype.char)
+        stream = cupy.cuda.get_current_stream()
+        scratch = self._scratch_memory(stream)  # kept until the launch has been issued
+        launch(
+            stream.ptr, _OF_LAUNCH, len(self._fixed), x.data.ptr, out.data.ptr,
+            *scratch.addresses, rows,
+        )  # fmt: skip
+
+    def _way(self, rows: int, char: str) -> FastLaunch:
         device = self._device
         team = choose_team(
             self._layers, rows, architecture(device), multiprocessors(device),
@@ -247,19 +252,19 @@ class NetworkLaunch:
         )  # fmt: skip
         return self.use(team, rows, char)
 
-    def use(self, team: Team, rows: int, char: str) -> tuple[Any, Team]:
+    def use(self, team: Team, rows: int, char: str) -> FastLaunch:
         """Let a team compute so many rows of a type ("f" or "B") from now on."""
         defines = (*team.defines, ("PIXELS", int(char == "B")))
         source, function = PACKED_NETWORK.source, PACKED_NETWORK.function
         kernel = load_kernel(source, function, defines, self._device, team.shared)
-        way = self._ways[rows, char] = kernel, team
+        way = self._ways[rows, char] = FastLaunch(
+            kernel, team.blocks, 32 * _WARPS, team.shared, self._fixed + bytes(_OF_LAUNCH.size),
+            cooperative=team.cluster == 1,
+        )  # fmt: skip
         return way
 
-    def _scratch_memory(self) -> _Scratch:
+    def _scratch_memory(self, stream: Any) -> _Scratch:
         """Return scratch memory for the current stream, whose launches follow each other."""
-        import cupy
-
-        stream = cupy.cuda.get_current_stream()
         if stream.is_capturing():
             # A graph may run at any time: memory of its own, for as long as the network lives.
             scratch = _Scratch(*self._pitches)

@@ -13,12 +13,22 @@ import numpy as np
 
 from cupybnn.backends.cuda import dispatch, tuning
 from cupybnn.backends.cuda.compiler import load_kernel
+from cupybnn.backends.cuda.fast_launch import FastLaunch
 from cupybnn.backends.cuda.packing import PackLaunch, chunk_count, geometry, words_shape
 from cupybnn.backends.cuda.structs import Struct
 from cupybnn.backends.devices import is_cupy
 from cupybnn.backends.epilogue import Epilogue
 
-__all__ = ["OUTPUTS", "PRODUCT", "ProductLaunch", "forget_launches", "gemm", "gemm_packed"]
+__all__ = [
+    "OUTPUTS",
+    "PRODUCT",
+    "ProductLaunch",
+    "forget_launches",
+    "gemm",
+    "gemm_packed",
+    "prepare",
+    "prepare_packed",
+]
 
 # OUTPUT_* of product.cuh, by the dtype's character, which is faster to look up than its name.
 OUTPUTS = {np.dtype(np.int32).char: 0, "f": 1, "e": 2, "E": 3, "h": 5}
@@ -158,11 +168,24 @@ class ProductLaunch:
                 addresses.append((sides[i], workspace + words, workspace + popcounts))
                 sides[i] = (workspace + words, workspace + popcounts)
             self._pack(addresses)
+        argument = PRODUCT.argument(self._argument(sides, out, columns, strides))
+        self._kernel(self._grid, self._block, (argument,), shared_mem=self._shared)
+
+    def _argument(
+        self, sides: list[Any], out: tuple[int, int], columns: tuple[int, ...],
+        strides: tuple[int, ...],
+    ) -> bytes:  # fmt: skip
         left, right = sides[::-1] if self.swap else sides
         pointers = _ADDRESSES.pack(left[0], right[0], left[1], right[1], *out, *columns)
-        product = b"".join((pointers, self._sizes, _SCALES.pack(*strides), self._choices))
-        argument = PRODUCT.argument(product)
-        self._kernel(self._grid, self._block, (argument,), shared_mem=self._shared)
+        return b"".join((pointers, self._sizes, _SCALES.pack(*strides), self._choices))
+
+    def prepared(
+        self, a: Any, b: Any, out: tuple[int, int], columns: tuple[int, ...] = _NO_COLUMNS
+    ) -> FastLaunch:
+        """Return the launch of two packed operands; the caller keeps the arrays."""
+        sides: list[Any] = [(x.words.data.ptr, x.popcounts.data.ptr) for x in (a, b)]
+        argument = self._argument(sides, out, columns, _NO_STRIDES)
+        return FastLaunch(self._kernel, *self._grid, *self._block, self._shared, argument)
 
 
 def _alloc(size: int) -> Any:
@@ -363,3 +386,36 @@ def gemm_packed(a: Any, b: Any, threshold: Any, flip: Any) -> tuple[Any, Any]:
     columns = [0 if x is None else x.data.ptr for x in (threshold, flip)]
     launch(a, b, out=(words.data.ptr, popcounts.data.ptr), columns=(0, 0, 0, *columns))
     return words, popcounts
+
+
+def prepare_packed(
+    a: Any, b: Any, threshold: Any, flip: Any, words: Any, popcounts: Any
+) -> FastLaunch:
+    """Return the launch of a `gemm_packed` of two packed matrices, for results in given memory.
+
+    Parameters
+    ----------
+    a, b : PackedMatrix
+        (M, K) and (K, N), none of them 0.
+    threshold, flip : cupy.ndarray
+    words, popcounts : cupy.ndarray
+        What it returns; zeros before the launch. The caller keeps all arrays.
+    """
+    launch = _launch_for(a, b, (), (0, 0, 0), _PACKED, False, words.data.device_id)
+    columns = (0, 0, 0, threshold.data.ptr, flip.data.ptr)
+    return launch.prepared(a, b, (words.data.ptr, popcounts.data.ptr), columns)
+
+
+def prepare(a: Any, b: Any, out: Any) -> FastLaunch:
+    """Return the launch of a `gemm` of two packed matrices without an epilogue.
+
+    Parameters
+    ----------
+    a, b : PackedMatrix
+        (M, K) and (K, N), none of them 0.
+    out : cupy.ndarray, shape (M, N), C-contiguous
+        The caller keeps all arrays.
+    """
+    steps = out.strides[0] // out.itemsize, 1, 0
+    launch = _launch_for(a, b, (), steps, OUTPUTS[out.dtype.char], False, out.data.device_id)
+    return launch.prepared(a, b, (out.data.ptr, 0))

@@ -11,7 +11,7 @@ from cupybnn.errors import SettingError
 
 __all__ = ["draw"]
 
-_COLORS = {"cupybnn": ("#0b5cad",), "PyTorch": ("#c77700", "#e0a030", "#b0b0b0"),
+_COLORS = {"cupybnn": ("#0b5cad", "#5fa8e8"), "PyTorch": ("#c77700", "#e0a030", "#b0b0b0"),
            "onnxruntime": ("#5b8c5a",)}  # fmt: skip
 
 

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from cupybnn import nn
 
-__all__ = ["CLASSES", "FEATURES", "Network", "random_inputs"]
+__all__ = ["CLASSES", "FEATURES", "PIXEL_MAX", "Network", "random_inputs"]
 
 FEATURES, CLASSES = 784, 10
 _STEPS = 64  # real weights are multiples of 1 / 64 from -1/2 to 1/2
-_PIXELS = 256  # and inputs of 1 / 256, so that 784 products add up to less than 2**24 such units
+#: What pixels are divided by: 784 products add up to less than 2**24 times 1 / 64 / 256.
+PIXEL_MAX = 256
 _EPS = 1e-4
 
 
 @dataclass(frozen=True)
 class Network:
-    """784-H-H-H-10 with random parameters: real ends, binary hidden layers, batch norm and sign.
+    """784-H-H-H-10 with random parameters: binary hidden layers, batch norm and sign.
 
     Attributes
     ----------
     weights : list of ndarray of float32
-        Of the two ends; and -1 or +1 of the layers between.
+        Of the two ends; and -1 or +1 of the layers between, and of the first if it is binary.
     gamma, beta, mean, variance : list of ndarray of float32
         Of the batch norm after each hidden product.
     """
@@ -35,24 +37,28 @@ class Network:
     mean: list[np.ndarray]
     variance: list[np.ndarray]
     eps: float = _EPS
+    binary_first: bool = False
 
     @classmethod
-    def random(cls, hidden: int, seed: int = 0) -> Network:
-        """Return a network with `hidden` units in each hidden layer."""
+    def random(cls, hidden: int, seed: int = 0, *, binary_first: bool = False) -> Network:
+        """Return a network with `hidden` units in each hidden layer, and such a first layer."""
         rng = np.random.default_rng(seed)
 
         def real(inputs: int, units: int) -> np.ndarray:
             return (rng.integers(-32, 33, (inputs, units)) / _STEPS).astype(np.float32)
 
-        def signs() -> np.ndarray:
-            return (rng.integers(0, 2, (hidden, hidden), np.int8) * 2 - 1).astype(np.float32)
+        def signs(inputs: int = hidden) -> np.ndarray:
+            return (rng.integers(0, 2, (inputs, hidden), np.int8) * 2 - 1).astype(np.float32)
 
         def norm(scale: float) -> np.ndarray:
             return (scale * rng.normal(size=hidden)).astype(np.float32)
 
-        spread = (FEATURES**0.5 * 0.3, hidden**0.5, hidden**0.5)  # of a product, about
+        # Of a product, about.
+        spread = (FEATURES**0.5 * (0.6 if binary_first else 0.3), hidden**0.5, hidden**0.5)
+        first = signs(FEATURES) if binary_first else real(FEATURES, hidden)
         return cls(
-            [real(FEATURES, hidden), signs(), signs(), real(hidden, CLASSES)],
+            [first, signs(), signs(), real(hidden, CLASSES)],
+            binary_first=binary_first,
             gamma=[norm(1.0) for _ in spread],
             beta=[norm(0.1) for _ in spread],
             mean=[norm(0.3 * s) for s in spread],
@@ -60,13 +66,17 @@ class Network:
                       for s in spread],
         )  # fmt: skip
 
+    @cached_property
     def model(self) -> nn.Module:
-        """Return the network as a model of this library, for evaluation."""
+        """The network as a model of this library, for evaluation."""
         layers: list[nn.Module] = []
         sizes = [FEATURES, *(len(g) for g in self.gamma), CLASSES]
         for i, pair in enumerate(itertools.pairwise(sizes)):
-            binary = 0 < i < len(self.gamma)
-            layer = nn.BinaryLinear(*pair, rng=0) if binary else nn.Linear(*pair, rng=0)
+            layer: nn.Linear
+            if 0 < i < len(self.gamma) or (i == 0 and self.binary_first):
+                layer = nn.BinaryLinear(*pair, binary_input=i > 0, rng=0)
+            else:
+                layer = nn.Linear(*pair, rng=0)
             layer.weight.write()[...] = self.weights[i]
             layers.append(layer)
             if i < len(self.gamma):
@@ -81,8 +91,9 @@ class Network:
         scale = self.gamma[i] * (1 / np.sqrt(self.variance[i] + np.float32(self.eps)))
         return scale, self.beta[i] - self.mean[i] * scale
 
-    def logits(self, x: np.ndarray) -> np.ndarray:
+    def logits(self, pixels: np.ndarray) -> np.ndarray:
         """Return the logits by plain products in float64, whose sums are exact."""
+        x = pixels / np.float64(PIXEL_MAX)
         for i in range(len(self.gamma)):
             product = (x.astype(np.float64) @ self.weights[i]).astype(np.float32)
             scale, shift = self.folded(i)
@@ -91,6 +102,5 @@ class Network:
 
 
 def random_inputs(batch: int, seed: int = 0) -> np.ndarray:
-    """Return float32 inputs in [0, 1): multiples of 1 / 256."""
-    pixels = np.random.default_rng(seed).integers(0, _PIXELS, (batch, FEATURES), np.uint8)
-    return pixels.astype(np.float32) / np.float32(_PIXELS)
+    """Return pixels: uint8 of shape (batch, features)."""
+    return np.random.default_rng(seed).integers(0, PIXEL_MAX, (batch, FEATURES), np.uint8)

@@ -11,7 +11,7 @@ import onnxruntime  # type: ignore[import-untyped]
 from onnx import TensorProto, helper, numpy_helper
 
 from cupybnn.backends.devices import Device
-from cupybnn.benchmark.inference.network import CLASSES, FEATURES, Network
+from cupybnn.benchmark.inference.network import CLASSES, FEATURES, PIXEL_MAX, Network
 from cupybnn.benchmark.inference.variants import Calls, Variant
 
 __all__ = ["variants"]
@@ -26,9 +26,13 @@ def variants(device: Device) -> list[Variant]:
 
 def _model(network: Network) -> Any:
     nodes = []
-    constants = {"plus": 1, "minus": -1, "zero": 0}
+    constants = {"plus": 1, "minus": -1, "zero": 0, "factor": 1 / PIXEL_MAX}
     arrays = {name: np.asarray(value, np.float32) for name, value in constants.items()}
     name = "x"
+    nodes += [
+        helper.make_node("Cast", ["pixels"], ["numbers"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["numbers", "factor"], [name]),
+    ]
     for i, weight in enumerate(network.weights):
         arrays[f"weight{i}"] = weight
         last = i + 1 == len(network.weights)
@@ -46,7 +50,7 @@ def _model(network: Network) -> Any:
     graph = helper.make_graph(
         nodes,
         "network",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", FEATURES])],
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["batch", FEATURES])],
         [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES])],
         [numpy_helper.from_array(a, n) for n, a in arrays.items()],
     )
@@ -63,4 +67,4 @@ def _make(variant: Variant, network: Network, x: np.ndarray, device: Device) -> 
     session = onnxruntime.InferenceSession(
         _model(network).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    return Calls(lambda: session.run(None, {"x": x})[0], lambda y: y)
+    return Calls(lambda: session.run(None, {"pixels": x})[0], lambda y: y)

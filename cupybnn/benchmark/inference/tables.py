@@ -53,15 +53,29 @@ def size(found: dict[str, Any]) -> Iterator[str]:
 def summary(record: dict[str, Any]) -> Iterator[str]:
     """Yield one line a size: how many times as fast as the others, and what failed."""
     others = list(dict.fromkeys(name for found in record["sizes"] for name in found["over"]))
-    rows = []
+    firsts = [False]
+    if any(found.get("over_binary_first") for found in record["sizes"]):
+        firsts.append(True)
+    rows, header = [], ["hidden", "batch"]
+    for binary_first in firsts:
+        note = ", binary first" if binary_first else ""
+        header += [f"cupybnn{note}", *(f"over {name}{note}" for name in others)]
     for found in record["sizes"]:
-        mine = next((r for r in found["rows"] if r["library"] == "cupybnn" and "call" in r), None)
         cells = [str(found["hidden"]), str(found["batch"])]
-        cells.append("-" if mine is None else tables.time(mine["call"]["median"]))
-        rows.append([*cells, *(times(found["over"].get(name)) for name in others)])
+        for binary_first in firsts:
+            mine = next((r for r in found["rows"] if _is_ours(r, binary_first)), None)
+            over = found.get("over_binary_first", {}) if binary_first else found["over"]
+            cells.append("-" if mine is None else tables.time(mine["call"]["median"]))
+            cells += [times(over.get(name)) for name in others]
+        rows.append(cells)
     yield "a call by medians, and how many times as fast as the fastest way of each other library"
-    yield from table(["hidden", "batch", "cupybnn", *(f"over {name}" for name in others)], rows)
+    yield from table(header, rows)
     yield from failures(record, name_of)
+
+
+def _is_ours(row: dict[str, Any], binary_first: bool) -> bool:
+    ours = row["library"] == "cupybnn" and "call" in row
+    return ours and row.get("binary_first", False) == binary_first
 
 
 def lines(record: dict[str, Any]) -> Iterator[str]:

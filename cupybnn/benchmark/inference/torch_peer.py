@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from cupybnn.backends.devices import Device
-from cupybnn.benchmark.inference.network import Network
+from cupybnn.benchmark.inference.network import PIXEL_MAX, Network
 from cupybnn.benchmark.inference.variants import Calls, Variant
 
 __all__ = ["variants"]
@@ -44,7 +44,7 @@ class _Module(torch.nn.Module):
         )
 
     def forward(self, x: Any) -> Any:
-        x = x.to(self.dtype)
+        x = x.to(self.dtype) * (1 / PIXEL_MAX)
         for weight, norm in zip(self.weights[:-1], self.norms, strict=True):
             mean, variance, gamma, beta = norm
             y = functional.batch_norm(

@@ -51,6 +51,9 @@ class Variant:
         Of a network and the inputs of a batch, on the host.
     scope : callable(Variant) -> context manager
         Surrounds making and timing.
+    binary_first : bool
+        Of which network: its first layer is binary, or real. Peers multiply dense matrices
+        in any case and are measured with the latter.
     """
 
     library: str
@@ -58,6 +61,7 @@ class Variant:
     precision: str
     make: Callable[[Variant, Network, np.ndarray, Device], Calls]
     scope: Callable[[Variant], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    binary_first: bool = False
 
     @property
     def ours(self) -> bool:
@@ -83,7 +87,7 @@ def measure(
     ----------
     variant : Variant
     network : Network
-    x : ndarray of float32, shape (batch, features)
+    x : ndarray of uint8, shape (batch, features)
     expected : ndarray of float32, shape (rows, classes)
         The exact logits of the first inputs.
     device : Device
@@ -102,6 +106,7 @@ def measure(
         "library": variant.library,
         "how": variant.how,
         "precision": variant.precision,
+        "binary_first": variant.binary_first,
     }
     release(device)
     try:

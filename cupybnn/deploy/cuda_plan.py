@@ -1,0 +1,93 @@
+"""A batch of pixels through a packed network by launches that were prepared, one after the other.
+
+A graph takes longer to start than so few launches do, and needs its input and its result in places
+of its own; here the first launch reads the caller's pixels and the last one writes new memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends.cuda.byte_product import PixelProduct, PlaneProduct
+from cupybnn.backends.cuda.packing import words_shape
+from cupybnn.backends.cuda.product import prepare_packed
+from cupybnn.backends.devices import Device
+from cupybnn.deploy.layers import PackedLayer
+from cupybnn.packed import PackedMatrix
+
+__all__ = ["PixelPlan"]
+
+
+class PixelPlan:
+    """The launches for batches of one size.
+
+    Parameters
+    ----------
+    rows : int
+        Images of a batch.
+    pixels : PixelProduct
+        Of the first layer.
+    hidden : sequence of PackedLayer
+        Products of signs with a threshold.
+    last : PlaneProduct
+        Of the last layer.
+    steps : sequence of (kind, array)
+        After it.
+    device : Device
+        The current device.
+
+    Notes
+    -----
+    Activations have memory of their own, so calls must follow each other on the device.
+    """
+
+    def __init__(
+        self, rows: int, pixels: PixelProduct, hidden: Sequence[PackedLayer], last: PlaneProduct,
+        steps: Sequence[tuple[str, Any]], device: Device,
+    ) -> None:  # fmt: skip
+        import cupy
+
+        counts = cupy.zeros((1 + len(hidden), rows), np.int32)
+        lines = pixels.lines_like(rows)
+        self._arrange = pixels.arrangement(lines, rows, counts)
+
+        def signs(i: int, units: int) -> PackedMatrix:
+            # Padding stays zeros: no launch writes it.
+            words = cupy.zeros(words_shape(1, rows, units), np.uint32)
+            return PackedMatrix._of(words, counts[i], (rows, units), -1, device)
+
+        x = signs(0, pixels.units)
+        self._kept: list[Any] = [lines, counts, x, pixels, last, *hidden, *steps]
+        self._launches = [pixels.prepared(lines, rows, x.words, x.popcounts)]
+        for i, layer in enumerate(hidden, 1):
+            y = signs(i, layer.units)
+            self._launches.append(
+                prepare_packed(x, layer.weight, layer.threshold, layer.flip, y.words, y.popcounts)
+            )
+            self._kept.append(y)
+            x = y
+        planes = last.planes_like(rows)
+        product, self._sum = last.prepared(x, planes, steps)
+        self._launches.append(product)
+        self._kept.append(planes)
+        self._shape = rows, last.units
+
+    def __call__(self, x: Any) -> Any:
+        """Return the logits of pixels, on the current stream, in new memory.
+
+        Parameters
+        ----------
+        x : cupy.ndarray of uint8, shape (rows, inputs), C-contiguous
+        """
+        import cupy
+
+        stream = cupy.cuda.get_current_stream().ptr
+        out = cupy.empty(self._shape, np.float32)
+        self._arrange(x, stream)
+        for launch in self._launches:
+            launch(stream)
+        self._sum(out, stream)
+        return out
