@@ -70,4 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_con
     for (int j = 0; j < EACH; j++) results.store(row, tx + SIDE * j, acc[i][j]);
 #endif
   }
+#if OUTPUT == OUTPUT_PACKED
+  results.fill_chunk(threadIdx.x, THREADS);
+#endif
 }

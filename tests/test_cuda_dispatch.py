@@ -50,7 +50,7 @@ def test_the_built_in_choice_keeps_the_kernels_rules(shape, packed, scaled):
         assert not config.deferred or 4 <= chunks <= 63
         assert not (packed and config.swap)
         assert not packed or config.tile_n % 32 == 0
-        assert config.blocks(m, n, 1, 132) > 0
+        assert config.blocks(config.tiles(m, n, 1), config.parts_of(chunks), 132) > 0
 
 
 def test_an_architecture_gets_its_own_kernel():

@@ -7,6 +7,7 @@ alone is found.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import re
 import sys
@@ -16,13 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupybnn.backends.cuda import dispatch, packing, product, sign_gemm
+from cupybnn.backends.cuda import dispatch, launching, packing, product, sign_gemm
 from cupybnn.backends.cuda.architectures import sm90
 from cupybnn.backends.cuda.dispatch import force_kernel
 from cupybnn.backends.cuda.sources import translation_unit
 from cupybnn.backends.epilogue import Epilogue
 
-WORDS, POPCOUNTS = 0x2000_0000, 0x3000_0000
+WORDS, POPCOUNTS, MIB = 0x2000_0000, 0x3000_0000, 1 << 20
 # The order in which layout.cuh says that sixteen lines stand.
 LINE_AT = np.array([0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15])
 
@@ -58,6 +59,16 @@ class Packed:
         self.popcounts = SimpleNamespace(data=SimpleNamespace(ptr=address + 0x1000))
 
 
+class Memory:
+    """What the launch code asks of a pointer to memory."""
+
+    def __init__(self, ptr, size):
+        self.ptr, self.mem = ptr, SimpleNamespace(size=size)
+
+    def __add__(self, offset):
+        return Memory(self.ptr + offset, self.mem.size)
+
+
 class Launches(list):
     """Launches in order, and what was cleared before each."""
 
@@ -69,6 +80,7 @@ def launches(monkeypatch):
     """Record launches, on a machine that has an H100 as far as the launch code can tell."""
     recorded = Launches()
     recorded.cleared = []
+    allocated = itertools.count(1)
 
     def load_kernel(source, function, defines, device, shared=0):
         def launch(grid, block, arguments, shared_mem=0):
@@ -81,7 +93,17 @@ def launches(monkeypatch):
                 )
             )  # fmt: skip
 
+        launch.name = function
+        launch.kernel = SimpleNamespace(ptr=launch)  # what a prepared launch hands to the driver
         return launch
+
+    def launch_kernel(function, x, y, z, threads, y2, z2, shared, stream, pointers, extra):
+        assert (y, z, y2, z2, extra) == (1, 1, 1, 1, 0)
+        size = {"pack_operands": packing.OPERANDS, "xnor_gemm": product.PRODUCT}
+        struct = size[function.name]
+        (address,) = (ctypes.c_void_p * 1).from_address(pointers)
+        argument = struct.argument(ctypes.string_at(address, struct.size))
+        function((x,), (threads,), (argument,), shared_mem=shared)
 
     def clear(address, value, size, stream):
         assert value == 0
@@ -90,11 +112,19 @@ def launches(monkeypatch):
     cupy: Any = ModuleType("cupy")
     cupy.ndarray = Array
     cupy.empty = cupy.zeros = lambda shape, dtype: Array(shape, dtype, address=WORDS)
+    monkeypatch.setattr(
+        launching, "empty", lambda shape, dtype, memory=None: Array(
+            shape, dtype, address=WORDS if memory is None else memory.ptr
+        ),
+    )  # fmt: skip
+    monkeypatch.setattr(launching, "_blocks", launching._Blocks())
+    monkeypatch.setattr(launching, "_launch", lambda: launch_kernel)
+    monkeypatch.setattr(launching, "_get_current_stream", lambda: cupy.cuda.get_current_stream)
     cupy.asarray = np.asarray
     cupy.ascontiguousarray = lambda x, dtype=None: x
     cupy.broadcast_to = lambda x, shape: Array(shape, x.dtype, address=x.data.ptr)
     cupy.cuda = SimpleNamespace(
-        alloc=lambda size: SimpleNamespace(ptr=WORDS, size=size),
+        alloc=lambda size: Memory(WORDS + MIB * next(allocated), size),
         get_current_stream=lambda: SimpleNamespace(ptr=0),
         runtime=SimpleNamespace(memsetAsync=clear),
     )
@@ -105,7 +135,8 @@ def launches(monkeypatch):
     for module in (dispatch, packing):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(product.tuning, "winners", lambda device: {})
-    monkeypatch.setattr(product, "_launches", {})
+    monkeypatch.setattr(product, "_launches", launching.Plans())
+    monkeypatch.setattr(packing, "_plans", launching.Plans())
     return recorded
 
 
@@ -146,7 +177,8 @@ def product_of(launch) -> dict[str, int]:
 
 def test_packing_one_array(launches):
     x = Array((3, 70, 1100), strides=(90_000, 1200, 1))
-    packing.PackLaunch([(x, -1)], 0)([(x.data.ptr, WORDS, POPCOUNTS)])
+    launch_one = packing.PackLaunch([(x, -1)], 0)
+    launch_one([(x.data.ptr, WORDS, POPCOUNTS)], 0)
     (launch,) = launches
     a, b = operands_of(launch)
     # Two chunks: two warps to a line, so four lines of 80 x 3 to a block.
@@ -158,13 +190,13 @@ def test_packing_one_array(launches):
     assert b["blocks"] == 0
     assert (launch.blocks, launch.threads) == (60, 256)
     assert launch.defines == {"SAME_TYPE": 1, "TYPE_A": "float", "TYPE_B": "float"}
-    assert not launches.cleared
+    assert launch_one.adds_up == (False,)
 
 
 def test_packing_both_operands_in_one_launch(launches):
     a, b = Array((33, 2000), np.int8), Array((2000, 50), np.float16, address=0x5000_0000)
     launch_both = packing.PackLaunch([(a, -1), (b, -2)], 0)
-    launch_both([(a.data.ptr, WORDS, POPCOUNTS), (b.data.ptr, WORDS + 64, POPCOUNTS + 64)])
+    launch_both([(a.data.ptr, WORDS, POPCOUNTS), (b.data.ptr, WORDS + 64, POPCOUNTS + 64)], 0)
     (launch,) = launches
     first, second = operands_of(launch)
     assert (first["x"], first["words"], first["pops"]) == (a.data.ptr, WORDS, POPCOUNTS)
@@ -182,7 +214,7 @@ def test_packing_both_operands_in_one_launch(launches):
     assert (second["line_stride"], second["k_stride"]) == (2, 100)
     # Few lines, so that blocks share a line's two chunks and add up in what was cleared.
     assert (second["across"], second["wide"], second["parts"], second["blocks"]) == (1, 0, 2, 4)
-    assert launches.cleared == [(POPCOUNTS + 64, 4 * 50)]
+    assert launch_both.adds_up == (False, True)
     assert launch.blocks == first["blocks"] + second["blocks"]
     assert launch.defines == {"SAME_TYPE": 0, "TYPE_A": "signed char", "TYPE_B": "float16_bits"}
 
@@ -270,6 +302,7 @@ def test_a_product_of_packed_matrices(launches):
         "threshold": 0, "flip": 0, "m": 100, "n": 200, "k": 3000, "chunks": 3, "batch": 1,
         "a_step": 1, "b_step": 1, "out_row": 1, "out_col": 100, "out_batch": 0,
         "row_scale_batch": 0, "col_scale_batch": 0, "bias_batch": 0, "swapped": 0, "group": 8,
+        "parts": 1, "sums": 0,
     }  # fmt: skip
     assert launch.defines == {"OUTPUT": 1, "SCALED": 0}
     assert (launch.blocks, launch.threads) == (2 * 4, 256)
@@ -319,13 +352,15 @@ def test_operands_that_are_arrays_are_packed_into_one_workspace(launches):
     pack, multiply = launches
     first, second = operands_of(pack)
     got = product_of(multiply)
-    assert (first["words"], first["pops"]) == (got["a"], got["pop_a"]) == (WORDS, WORDS + 4096)
+    assert (first["words"], first["pops"]) == (got["a"], got["pop_a"])
+    assert got["pop_a"] == got["a"] + 4096
     assert (second["words"], second["pops"]) == (got["b"], got["pop_b"])
     # 2 chunks x 16 and 32 lines x 128 bytes; popcounts follow, and nothing overlaps.
     assert got["b"] % 256 == 0
     assert got["b"] >= got["pop_a"] + 4 * 7
-    assert got["pop_b"] == got["b"] + 2 * 32 * 128
-    assert launches.cleared == [(got["pop_b"], 4 * 20)]
+    # Blocks add to the popcounts of b: they lie in memory that was cleared for many calls.
+    assert launches.cleared == [(got["pop_b"], 64 * 256)]
+    assert not got["a"] <= got["pop_b"] < got["b"] + 2 * 32 * 128
 
 
 def test_a_packed_result(launches):
@@ -336,7 +371,8 @@ def test_a_packed_result(launches):
         product.gemm_packed(a, b, threshold, flip)
     got = product_of(launches[-1])
     assert (got["threshold"], got["flip"]) == (0x7000_0000, 0x7100_0000)
-    assert got["out"] == got["out_pop"] == WORDS  # what the recorded allocator gives
+    assert got["out"] == WORDS  # what the recorded allocator gives
+    assert launches.cleared == [(got["out_pop"], 64 * 512)]
     assert (got["row_scale"], got["col_scale"], got["bias"]) == (0, 0, 0)
     assert launches[-1].defines == {"OUTPUT": 4, "SCALED": 0}
 

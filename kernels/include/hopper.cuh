@@ -114,6 +114,16 @@ __device__ __forceinline__ int load_from_block(u32 address, int block) {
   return value;
 }
 
+__device__ __forceinline__ uint4 load_four_from_block(u32 address, int block) {
+  uint4 v;
+  asm volatile(
+      "{ .reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [remote]; }"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address), "r"(block) : "memory");
+  return v;
+}
+
 template <int REGISTERS> __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }

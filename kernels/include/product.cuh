@@ -44,6 +44,7 @@ struct Product {
   const float* bias;          // per column, or per row if `swapped`
   const int* threshold;       // OUTPUT_PACKED: per column; bit = (product >= threshold) ^ flip
   const unsigned char* flip;
+  int* sums;                  // parts > 1: zeros when the kernel starts, see sm90_xnor_gemm.cu
   i64 m, n, k;
   i64 chunks;                 // of a line of a and of b
   i64 batch;
@@ -52,6 +53,7 @@ struct Product {
   i64 row_scale_batch, col_scale_batch, bias_batch;  // likewise, 0 if the same for all
   i64 swapped;                // a and b are swapped: rows here are the caller's columns
   i64 group;                  // tiles of m that are visited together, to keep the L2 cache warm
+  i64 parts;                  // clusters that share a tile's K (sm90_xnor_gemm.cu)
 };
 
 #if OUTPUT == OUTPUT_FLOAT32

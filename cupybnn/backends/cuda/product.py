@@ -7,18 +7,20 @@ the first call of its kind, because host time dominates a small product.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
 
-from cupybnn.backends.cuda import dispatch, tuning
+from cupybnn.backends.cuda import dispatch, launching, tuning
 from cupybnn.backends.cuda.compiler import load_kernel
+from cupybnn.backends.cuda.launching import Launch
 from cupybnn.backends.cuda.packing import PackLaunch, chunk_count, geometry, words_shape
 from cupybnn.backends.cuda.structs import Struct
 from cupybnn.backends.devices import is_cupy
 from cupybnn.backends.epilogue import Epilogue
 
-__all__ = ["PRODUCT", "forget_launches", "gemm", "gemm_packed"]
+__all__ = ["PRODUCT", "forget_launches", "gemm", "gemm_packed", "matmul"]
 
 # OUTPUT_* of product.cuh, by the dtype's character, which is faster to look up than its name.
 _OUTPUTS = {np.dtype(np.int32).char: 0, "f": 1, "e": 2, "E": 3, "h": 5}
@@ -26,31 +28,29 @@ _PACKED = 4
 
 PRODUCT = Struct(
     "Product",
-    "ptr a, b, pop_a, pop_b, out, out_pop, row_scale, col_scale, bias, threshold, flip;"
+    "ptr a, b, pop_a, pop_b, out, out_pop, row_scale, col_scale, bias, threshold, flip, sums;"
     "i64 m, n, k, chunks, batch, a_step, b_step, out_row, out_col, out_batch;"
-    "i64 row_scale_batch, col_scale_batch, bias_batch, swapped, group",
+    "i64 row_scale_batch, col_scale_batch, bias_batch, swapped, group, parts",
 )
-_ADDRESSES = PRODUCT.section("a", "flip")
-_SIZES = PRODUCT.section("m", "out_batch")
-_SCALES = PRODUCT.section("row_scale_batch", "bias_batch")
-_CHOICES = PRODUCT.section("swapped", "group")
+_ADDRESSES = PRODUCT.section("a", "sums").pack_into
+_SCALES = PRODUCT.section("row_scale_batch", "bias_batch").pack_into
+_SCALES_AT = 8 * (len(PRODUCT.fields) - 6)
 _NO_COLUMNS = (0,) * 5
-_NO_STRIDES = (0,) * 3
 
 
 class ProductLaunch:
-    """Everything in a product's launches that depends on shapes, strides and dtypes."""
+    """Everything in a product's launches that depends on shapes, strides and dtypes.
+
+    For one thread, as `Launch` is.
+    """
 
     __slots__ = (
         "_arrays",
-        "_block",
         "_bytes",
-        "_choices",
-        "_grid",
-        "_kernel",
+        "_device",
+        "_launch",
         "_pack",
-        "_shared",
-        "_sizes",
+        "_sums",
         "swap",
     )
 
@@ -65,44 +65,55 @@ class ProductLaunch:
         if packed and config.swap:
             raise ValueError(f"The configuration {config} cannot write packed results.")
         self.swap = config.swap
-        self._shared = config.shared_bytes(scaled)
+        self._device = device
+        shared = config.shared_bytes(scaled)
         defines = (*config.defines, ("OUTPUT", output), ("SCALED", int(scaled)))
         source = f"{config.kernel}_xnor_gemm"
-        self._kernel = load_kernel(source, "xnor_gemm", defines, device, self._shared)
-        steps = tuple(1 if x.shape[:-2] == batch_shape else 0 for x in (a, b))
+        kernel = load_kernel(source, "xnor_gemm", defines, device, shared)
+        a_step, b_step = (1 if x.shape[:-2] == batch_shape else 0 for x in (a, b))
         row, col, item = strides
         if config.swap:
-            m, n, steps, row, col = n, m, steps[::-1], col, row
-        blocks = config.blocks(m, n, batch, problem.multiprocessors)
+            m, n, a_step, b_step, row, col = n, m, b_step, a_step, col, row
+        tiles, parts = config.tiles(m, n, batch), config.parts_of(chunk_count(k))
+        blocks = config.blocks(tiles, parts, problem.multiprocessors)
         if blocks >= 2**31 or max(m, n) >= 2**31:
             raise ValueError(
                 f"A product of {batch} times ({m}, {k}) by ({k}, {n}) has more tiles than a launch "
                 f"can have blocks. Multiply in parts."
             )
-        self._grid, self._block = (blocks,), (config.threads,)
-        self._sizes = _SIZES.pack(m, n, k, chunk_count(k), batch, *steps, row, col, item)
-        self._choices = _CHOICES.pack(config.swap, config.group)
+        self._sums = config.sums_bytes(tiles, parts)
+        fields = dict.fromkeys((field.name for field in PRODUCT.fields), 0)
+        fields |= {
+            "m": m, "n": n, "k": k, "chunks": chunk_count(k), "batch": batch, "a_step": a_step,
+            "b_step": b_step, "out_row": row, "out_col": col, "out_batch": item,
+            "swapped": config.swap, "group": config.group, "parts": parts,
+        }  # fmt: skip
+        self._launch = Launch(kernel, blocks, config.threads, shared, PRODUCT.pack(**fields))
         self._prepare_packing(a, b, device)
 
     def _prepare_packing(self, a: Any, b: Any, device: int) -> None:
-        # Words, then popcounts of each unpacked operand, at offsets in one allocation.
-        self._arrays: list[tuple[int, int, int]] = []
+        # Words, then popcounts of each unpacked operand, at offsets in one allocation; and how many
+        # bytes of popcounts must be zeros instead.
+        self._arrays: list[tuple[int, int, int, int]] = []
         self._bytes = 0
-        operands = []
+        operands = [(x, axis) for x, axis in ((a, -1), (b, -2)) if is_cupy(x)]
+        self._pack = PackLaunch(operands, device) if operands else None
+        if self._pack is None:
+            return
+        adds_up = iter(self._pack.adds_up)
         for i, (x, axis) in enumerate(((a, -1), (b, -2))):
             if not is_cupy(x):
                 continue
-            operands.append((x, axis))
             batch, lines, k = geometry(x.shape, axis)
             words = 4 * math.prod(words_shape(batch, lines, k))
-            self._arrays.append((i, self._bytes, self._bytes + words))
+            cleared = 4 * batch * lines if next(adds_up) else 0
+            self._arrays.append((i, self._bytes, self._bytes + words, cleared))
             # Align the next operand to 256 bytes, like memory from a pool.
             self._bytes += (words + 4 * batch * lines + 255) & ~255
-        self._pack = PackLaunch(operands, device) if operands else None
 
     def __call__(
         self, a: Any, b: Any, *, out: tuple[int, int], columns: tuple[int, ...] = _NO_COLUMNS,
-        strides: tuple[int, ...] = _NO_STRIDES,
+        strides: tuple[int, ...] | None = None, stream: int | None = None,
     ) -> None:  # fmt: skip
         """Launch for operands of this kind.
 
@@ -113,48 +124,56 @@ class ProductLaunch:
             Addresses of the result, and of its popcounts if packed.
         columns : tuple of int
             Addresses of row scale, column scale, bias, threshold and flip, or 0.
-        strides : tuple of int
+        strides : tuple of int, optional
             Batch strides of row scale, column scale and bias.
+        stream : int, optional
+            Handle of the current stream, if known.
         """
-        sides: list[Any] = [a, b]
-        if self._pack is not None:
+        if stream is None:
+            stream = launching.current_stream()
+        if self._pack is None:
+            left, right = _addresses(a), _addresses(b)
+        else:
+            sides: list[Any] = [a, b]
             # Freed on return, for reuse by later work on the stream.
-            workspace = _alloc(self._bytes)
-            base = workspace.ptr
-            addresses = []
-            for i, words, popcounts in self._arrays:
-                addresses.append((sides[i].data.ptr, base + words, base + popcounts))
-                sides[i] = (base + words, base + popcounts)
-            self._pack(addresses)
-        for i in (0, 1):
-            side = sides[i]
-            if type(side) is not tuple:
-                sides[i] = (side.words.data.ptr, side.popcounts.data.ptr)
-        left, right = sides[::-1] if self.swap else sides
-        pointers = _ADDRESSES.pack(left[0], right[0], left[1], right[1], *out, *columns)
-        product = b"".join((pointers, self._sizes, _SCALES.pack(*strides), self._choices))
-        argument = PRODUCT.argument(product)
-        self._kernel(self._grid, self._block, (argument,), shared_mem=self._shared)
+            memory = [launching.alloc(self._bytes)]
+            base, arrays = memory[0].ptr, []
+            for i, words, counts, cleared in self._arrays:
+                side = base + words, base + counts
+                if cleared:
+                    memory.append(launching.zeros(cleared, self._device, stream))
+                    side = base + words, memory[-1].ptr
+                arrays.append((sides[i].data.ptr, *side))
+                sides[i] = side
+            self._pack(arrays, stream)
+            left, right = (x if type(x) is tuple else _addresses(x) for x in sides)
+        if self.swap:
+            left, right = right, left
+        sums = launching.zeros(self._sums, self._device, stream).ptr if self._sums else 0
+        launch = self._launch
+        _ADDRESSES(launch.argument, 0, left[0], right[0], left[1], right[1], *out, *columns, sums)
+        if strides is not None:
+            _SCALES(launch.argument, _SCALES_AT, *strides)
+        launch(stream)
 
 
-def _alloc(size: int) -> Any:
-    import cupy
-
-    return cupy.cuda.alloc(size)
+def _addresses(packed: Any) -> tuple[int, int]:
+    return packed.words.data.ptr, packed.popcounts.data.ptr
 
 
-_launches: dict[tuple[Any, ...], ProductLaunch] = {}
-_MOST_LAUNCHES = 10_000  # bounds memory in a program whose shapes never repeat
+_launches = launching.Plans()
+_tables = 0  # counts tuned tables: launches of an earlier one are not used
 
 
 def forget_launches() -> None:
-    """Clear the cached launches, because the tuned table has changed."""
-    _launches.clear()
+    """Prepare all launches anew, because the tuned table has changed."""
+    global _tables
+    _tables += 1
 
 
 def _kind(x: Any) -> Any:
     """Return the properties of an operand that a launch depends on."""
-    if is_cupy(x):
+    if isinstance(x, sys.modules["cupy"].ndarray):
         return x.shape, x.strides, x.dtype, x.data.ptr & 15
     return x.shape
 
@@ -163,16 +182,54 @@ def _launch_for(
     a: Any, b: Any, batch_shape: tuple[int, ...], strides: tuple[int, int, int],
     output: int, scaled: bool, device: int,
 ) -> ProductLaunch:  # fmt: skip
-    key = (_kind(a), _kind(b), batch_shape, strides, output, scaled, device, dispatch.forced())
+    key = (
+        _kind(a), _kind(b), batch_shape, strides, output, scaled, device, dispatch.forced(), _tables
+    )  # fmt: skip
     launch = _launches.get(key)
     if launch is None:
-        if len(_launches) >= _MOST_LAUNCHES:
-            _launches.clear()
-        launch = _launches[key] = ProductLaunch(
+        launch = ProductLaunch(
             a, b, batch_shape=batch_shape, strides=strides, output=output, scaled=scaled,
             device=device,
         )  # fmt: skip
-    return launch
+        _launches.keep(key, launch)
+    found: ProductLaunch = launch
+    return found
+
+
+def matmul(a: Any, b: Any, dtype: np.dtype, device: int) -> Any:
+    """Return the product of the signs of two matrices in a new array.
+
+    The same as `gemm` into a new array, with less of the host's time.
+
+    Parameters
+    ----------
+    a, b : cupy.ndarray or PackedMatrix
+        (M, K) and (K, N), on the current device; a PackedMatrix is packed along K.
+    dtype : dtype
+        Any valid result dtype.
+    device : int
+        The current device.
+
+    Returns
+    -------
+    cupy.ndarray, shape (M, N)
+    """
+    key = (_kind(a), _kind(b), dtype, device, dispatch.forced(), _tables)
+    found = _launches.get(key)
+    if found is None:
+        n = b.shape[1]
+        shape = (a.shape[0], n)
+        output = _OUTPUTS.get(dtype.char)
+        if output is None or 0 in shape:
+            out = launching.empty(shape, dtype)
+            gemm(a, b, out, None)
+            return out
+        launch = _launch_for(a, b, (), (n, 1, 0), output, False, device)
+        found = _launches.keep(key, (launch, shape))
+    launch, shape = found
+    out = launching.empty(shape, dtype)
+    launch(a, b, out=(out.data.ptr, 0))
+    return out
 
 
 def gemm(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> None:
@@ -311,27 +368,33 @@ def gemm_packed(a: Any, b: Any, threshold: Any, flip: Any) -> tuple[Any, Any]:
     ValueError
         If K is 2**30 or more.
     """
-    import cupy
-
     (m, k), n = a.shape[-2:], b.shape[-1]
-    batch_shape = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    batch_shape: tuple[int, ...] = ()
+    if len(a.shape) > 2 or len(b.shape) > 2:
+        batch_shape = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     if k >= 2**30:
         raise ValueError(
             f"A product with a packed result must have K below 2**30, because its distance from "
             f"the threshold must fit an int32; got K = {k}. Use xnor_gemm and pack its signs."
         )
-    # Words outside all tiles, and padding lines, must be zeros.
-    covered = n % 1024 == 0 and m % 16 == 0 and n
-    words = (cupy.empty if covered else cupy.zeros)(
-        words_shape(math.prod(batch_shape), m, n), np.uint32
+    batch = math.prod(batch_shape)
+    shape = words_shape(batch, m, n)
+    if batch * m * n == 0:
+        import cupy
+
+        return cupy.zeros(shape, np.uint32), cupy.zeros((*batch_shape, m), np.int32)
+    words = launching.empty(shape, np.uint32)
+    device, stream = words.data.device_id, launching.current_stream()
+    # The kernels add up to these.
+    popcounts = launching.empty(
+        (*batch_shape, m), np.int32, launching.zeros(4 * batch * m, device, stream)
     )
-    popcounts = cupy.zeros((*batch_shape, m), np.int32)
-    if popcounts.size == 0 or n == 0:
-        return words, popcounts
     if batch_shape:
         a, b = _batched(a, -1, batch_shape), _batched(b, -2, batch_shape)
-        batch_shape = (math.prod(batch_shape),)
-    launch = _launch_for(a, b, batch_shape, (0, 0, 0), _PACKED, False, words.data.device_id)
-    columns = [0 if x is None else x.data.ptr for x in (threshold, flip)]
-    launch(a, b, out=(words.data.ptr, popcounts.data.ptr), columns=(0, 0, 0, *columns))
+        batch_shape = (batch,)
+    launch = _launch_for(a, b, batch_shape, (0, 0, 0), _PACKED, False, device)
+    columns = _NO_COLUMNS
+    if threshold is not None or flip is not None:
+        columns = (0, 0, 0, *(0 if x is None else x.data.ptr for x in (threshold, flip)))
+    launch(a, b, out=(words.data.ptr, popcounts.data.ptr), columns=columns, stream=stream)
     return words, popcounts

@@ -18,6 +18,7 @@ def config(
     consumers: int = 2,
     cluster: tuple[int, int] = (1, 1),
     split_k: int = 1,
+    parts: int = 1,
     deferred: bool = False,
     swap: bool = False,
     group: int = 8,
@@ -39,11 +40,11 @@ def config(
         # struct Shared of sm90_xnor_gemm.cu: slots, barriers, terms.
         terms = (12 if scaled else 4) * (tile_m + tile_n) + 4 * -(-tile_n // 32)
         tiles = 2 if deferred else 1
-        return stages * ((tile_m + tile_n) * 128 + 16) + tiles * (16 + (terms + 15 & ~15))
+        return stages * ((tile_m + tile_n) * 128 + 16) + tiles * (16 + (terms + 15 & ~15)) + 16
 
     return Config(
         "sm90", defines, tile_m, tile_n, 128 * (consumers + 1), shared(False), shared(True),
-        stages, cluster[0], cluster[1], split_k, split_k == 1, swap, group,
+        stages, cluster[0], cluster[1], split_k, parts, split_k == 1, swap, group,
     )  # fmt: skip
 
 
