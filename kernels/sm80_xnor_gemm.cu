@@ -101,6 +101,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) xnor_gemm(const __grid_
   const Results<TILE_M, TILE_N> results(p, terms, tile.item, tile.m, tile.n);
   results.store_all(warp_m, 16, warp_n, acc);
 #if OUTPUT == OUTPUT_PACKED
-  results.fill_chunk(threadIdx.x, THREADS);
+  fill_chunk<TILE_M, TILE_N>(p, tile.item, tile.m, tile.n, threadIdx.x, THREADS);
 #endif
 }

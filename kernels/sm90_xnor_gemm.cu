@@ -30,6 +30,7 @@
 
 #include "results.cuh"
 #include "hopper.cuh"
+#include "launch.cuh"
 #include "wgmma.cuh"
 
 constexpr int ROWS = 64 * BLOCKS_M;  // per consumer
@@ -43,6 +44,9 @@ constexpr int ACC = TILE_N / 2;  // accumulators per thread and block of 64 line
 static_assert(SPLIT_K == 1 || (CLUSTER == 1 && !DEFERRED), "a cluster shares tiles or splits K");
 static_assert(TILE_M % (8 * CLUSTER_N) == 0 && TILE_N % (8 * CLUSTER_M) == 0, "whole swizzles");
 
+// Whether a thread's registers depend on its role. Small tiles need few: then two blocks fit a
+// multiprocessor, and the next kernel's blocks begin while this one's end.
+constexpr bool ROLES = SPLIT_K == 1 && BLOCKS_M * ACC > 64;
 // Registers of a thread by role, multiples of 8. Together they must not exceed what the block was
 // launched with, or the last warpgroup to ask for more waits forever.
 constexpr int PRODUCER_REGISTERS = 40;
@@ -51,6 +55,7 @@ constexpr int LAUNCH_REGISTERS = CONSUMERS == 1 ? 232 : 65536 / THREADS / 8 * 8;
 static_assert(CONSUMERS <= 2, "three would be left with too few registers for their accumulators");
 static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (CONSUMERS + 1) * LAUNCH_REGISTERS,
               "the roles share the block's registers");
+constexpr int TERM_WARPS = 2;  // that load terms: of rows, and of columns
 
 typedef Terms<TILE_M, TILE_N> TileTerms;
 typedef Results<TILE_M, TILE_N> TileResults;
@@ -156,20 +161,56 @@ __device__ __forceinline__ void produce(const Product& p, const Work& work, Shar
   }
 }
 
-// Load the terms of each tile, once the consumers have released the previous ones. For one warp.
+// Have the L2 cache fetch what fills the slots for the first time: once, by the blocks of the first row
+// and the first column of tiles.
+__device__ __forceinline__ void prefetch(const Product& p, const Work& work, int rank, const Place& place) {
+  if (place.tile >= work.count) return;
+  const u32 a_lines = (u32)padded_lines(p.m), b_lines = (u32)padded_lines(p.n);
+  const Tile tile(place.tile, work.tiles_m, work.tiles_n, (u32)p.group);
+  const int begin = place.span.begin, end = min(place.span.end, begin + STAGES);
+  Share<TILE_M, CLUSTER_N> a(
+      p.a + (tile.item * p.a_step * p.chunks + begin) * a_lines * CHUNK_PIECES,
+      (tile.m * CLUSTER_M + rank_in_m(rank)) * TILE_M, a_lines, rank_in_n(rank));
+  Share<TILE_N, CLUSTER_M> b(
+      p.b + (tile.item * p.b_step * p.chunks + begin) * b_lines * CHUNK_PIECES,
+      (tile.n * CLUSTER_N + rank_in_n(rank)) * TILE_N, b_lines, rank_in_m(rank));
+  for (int chunk = begin; chunk < end; chunk++) {
+    if (tile.n == 0) bulk_prefetch(a.from, a.bytes);
+    if (tile.m == 0) bulk_prefetch(b.from, b.bytes);
+    a.from += (u64)a_lines * CHUNK_BYTES;
+    b.from += (u64)b_lines * CHUNK_BYTES;
+  }
+}
+
+// Load the terms of each tile, once the consumers have released the previous ones. For TERM_WARPS warps.
 __device__ __forceinline__ void bring_terms(const Product& p, const Work& work, Shared& shared, int rank,
-                                            u32 worker, u32 workers) {
+                                            u32 worker, u32 workers, bool rows) {
   Ring<TERMS> ring;
+  const int lane = threadIdx.x & 31;
   for (u32 t = worker; t < work.count; t += workers) {
     const Tile tile(t, work.tiles_m, work.tiles_n, (u32)p.group);
     barrier_wait(shared_address(&shared.terms_empty[ring.slot]), ring.parity ^ 1);
-    shared.terms[ring.slot].fill(p, tile.item, (i64)(tile.m * CLUSTER_M + rank_in_m(rank)) * TILE_M,
-                                 (i64)(tile.n * CLUSTER_N + rank_in_n(rank)) * TILE_N,
-                                 threadIdx.x & 31, 32);
+    TileTerms& terms = shared.terms[ring.slot];
+    if (rows)
+      terms.fill_rows(p, tile.item, (i64)(tile.m * CLUSTER_M + rank_in_m(rank)) * TILE_M, lane, 32);
+    else
+      terms.fill_columns(p, tile.item, (i64)(tile.n * CLUSTER_N + rank_in_n(rank)) * TILE_N, lane, 32);
     barrier_arrive(shared_address(&shared.terms_full[ring.slot]));
     ring.next();
   }
 }
+
+#if OUTPUT == OUTPUT_PACKED
+// Write the zeros that end the lines of each tile. For one warp.
+__device__ __forceinline__ void fill_chunks(const Product& p, const Work& work, int rank, u32 worker,
+                                            u32 workers) {
+  for (u32 t = worker; t < work.count; t += workers) {
+    const Tile tile(t, work.tiles_m, work.tiles_n, (u32)p.group);
+    fill_chunk<TILE_M, TILE_N>(p, tile.item, (i64)(tile.m * CLUSTER_M + rank_in_m(rank)) * TILE_M,
+                               (i64)(tile.n * CLUSTER_N + rank_in_n(rank)) * TILE_N, threadIdx.x & 31, 32);
+  }
+}
+#endif
 
 // Tell the blocks that write into this slot that one more warpgroup here has read it.
 __device__ __forceinline__ void release(Shared& shared, int slot) {
@@ -227,12 +268,6 @@ __device__ __forceinline__ TileResults results_of(const Product& p, const Work& 
   const Tile tile(t, work.tiles_m, work.tiles_n, (u32)p.group);
   return TileResults(p, terms, tile.item, (i64)(tile.m * CLUSTER_M + rank_in_m(rank)) * TILE_M,
                      (i64)(tile.n * CLUSTER_N + rank_in_n(rank)) * TILE_N);
-}
-
-__device__ __forceinline__ void fill_chunk(const TileResults& results, int wg) {
-#if OUTPUT == OUTPUT_PACKED
-  results.fill_chunk(wg * 128 + (threadIdx.x & 127), CONSUMERS * 128);
-#endif
 }
 
 #if DEFERRED
@@ -298,7 +333,6 @@ __device__ __forceinline__ void consume(const Product& p, const Work& work, Shar
     const TileResults results = results_of(p, work, shared.terms[ring.slot], t, rank);
     int last = 0;
     multiply_and_store<0>(acc, shared, turn, pending, results, wg, last);
-    fill_chunk(results, wg);
     barrier_arrive(shared_address(&shared.terms_empty[ring.slot]));
     ring.next();
     multiply(acc, shared, turn, PIECES, (int)p.chunks, wg, last);
@@ -307,7 +341,6 @@ __device__ __forceinline__ void consume(const Product& p, const Work& work, Shar
   barrier_wait(shared_address(&shared.terms_full[ring.slot]), ring.parity);
   const TileResults results = results_of(p, work, shared.terms[ring.slot], t, rank);
   store_from<0>(pending, results, wg);
-  fill_chunk(results, wg);
 }
 #elif SPLIT_K == 1
 // Consume all tiles, writing each out before starting the next.
@@ -321,7 +354,6 @@ __device__ __forceinline__ void consume(const Product& p, const Work& work, Shar
     barrier_wait(shared_address(&shared.terms_full[ring.slot]), ring.parity);
     const TileResults results = results_of(p, work, shared.terms[ring.slot], t, rank);
     results.store_all(first_row(wg), 64, 0, acc);
-    fill_chunk(results, wg);
     barrier_arrive(shared_address(&shared.terms_empty[ring.slot]));
     ring.next();
   }
@@ -412,7 +444,7 @@ __device__ __forceinline__ void store_split(const int (&acc)[BLOCKS_M][ACC], Sha
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, SPLIT_K > 1 ? 2 : 1)
     __cluster_dims__(SPLIT_K > 1 ? SPLIT_K : CLUSTER, 1, 1)
     xnor_gemm(const __grid_constant__ Product p) {
   extern __shared__ __align__(1024) unsigned char raw[];
@@ -435,25 +467,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   if (slot == STAGES) {
     for (int i = 0; i < TERMS; i++) {
       // Each lane arrives for its own writes and reads.
-      barrier_init(shared_address(&shared.terms_full[i]), 32);
+      barrier_init(shared_address(&shared.terms_full[i]), 32 * TERM_WARPS);
       barrier_init(shared_address(&shared.terms_empty[i]), CONSUMERS * 128);
     }
     barrier_init_fence();
   }
+  if (threadIdx.x == 0) prefetch(p, work, rank, place);
+  allow_next();
   // Blocks that split K leave each other's barriers alone.
   if constexpr (CLUSTER > 1) cluster_sync(); else __syncthreads();
+  wait_for_previous();
 
   if (wg < 0) {
-    if constexpr (SPLIT_K == 1) give_registers<PRODUCER_REGISTERS>();
+    if constexpr (ROLES) give_registers<PRODUCER_REGISTERS>();
     if (threadIdx.x == 0) produce(p, work, shared, rank, place, workers);
-    if (warp == 1) bring_terms(p, work, shared, rank, place.tile, workers);
+    if (warp == 1 || warp == 2) bring_terms(p, work, shared, rank, place.tile, workers, warp == 1);
+#if OUTPUT == OUTPUT_PACKED
+    if (warp == 3 && (SPLIT_K == 1 || rank == 0)) fill_chunks(p, work, rank, place.tile, workers);
+#endif
     __syncwarp();
     if constexpr (SPLIT_K > 1) {
       cluster_sync();
       cluster_arrive();
     }
   } else {
-    if constexpr (SPLIT_K == 1) take_registers<CONSUMER_REGISTERS>();
+    if constexpr (ROLES) take_registers<CONSUMER_REGISTERS>();
 #if SPLIT_K > 1
     // One tile per cluster: the parts replace the slots, so nothing may be loaded after them. The
     // caller ensures that each block has at least one chunk.
@@ -463,7 +501,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     barrier_wait(shared_address(&shared.terms_full[0]), 0);
     const TileResults results = results_of(p, work, shared.terms[0], place.tile, rank);
     store_split(acc, shared, p, results, place.tile, rank, wg);
-    if (rank == 0) fill_chunk(results, wg);
 #else
     consume(p, work, shared, rank, place.tile, workers, wg);
 #endif

@@ -13,6 +13,7 @@
 //
 // The translation unit sets TYPE_A and TYPE_B, the element types, and SAME_TYPE if they are equal.
 
+#include "launch.cuh"
 #include "layout.cuh"
 #include "signs.cuh"
 
@@ -309,6 +310,8 @@ template <typename T> __device__ __forceinline__ void pack(const Operand& p, u32
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 3)
     pack_operands(const __grid_constant__ Operands p) {
   __shared__ int shared[WARPS * 32];
+  allow_next();
+  wait_for_previous();
   const bool first = blockIdx.x < p.a.blocks;
 #if SAME_TYPE
   pack<TYPE_A>(first ? p.a : p.b, blockIdx.x - (first ? 0 : (u32)p.a.blocks), shared);

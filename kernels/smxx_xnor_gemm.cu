@@ -71,6 +71,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_con
 #endif
   }
 #if OUTPUT == OUTPUT_PACKED
-  results.fill_chunk(threadIdx.x, THREADS);
+  fill_chunk<TILE, TILE>(p, tile.item, tile.m, tile.n, threadIdx.x, THREADS);
 #endif
 }

@@ -119,6 +119,7 @@ def launches(monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(launching, "_blocks", launching._Blocks())
     monkeypatch.setattr(launching, "_launch", lambda: launch_kernel)
+    monkeypatch.setattr(launching, "_launch_overlapping", lambda: None)
     monkeypatch.setattr(launching, "_get_current_stream", lambda: cupy.cuda.get_current_stream)
     cupy.asarray = np.asarray
     cupy.ascontiguousarray = lambda x, dtype=None: x
@@ -131,7 +132,8 @@ def launches(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     for module in (packing, product):
         monkeypatch.setattr(module, "load_kernel", load_kernel)
-    monkeypatch.setattr(dispatch, "architecture", lambda device: 90)
+    for module in (dispatch, packing):
+        monkeypatch.setattr(module, "architecture", lambda device: 90)
     for module in (dispatch, packing):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(product.tuning, "winners", lambda device: {})

@@ -66,6 +66,11 @@ __device__ __forceinline__ void bulk_load_multicast(u32 to, const void* from, u3
       : "memory");
 }
 
+// Fetch bytes (a multiple of 16) into the L2 cache, where later writes to them are seen.
+__device__ __forceinline__ void bulk_prefetch(const void* from, u32 bytes) {
+  if (bytes) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 // Copy a box of a matrix described by a tensor map, starting at column x and row y; elements outside
 // the matrix are zeros, which `bar` counts too.
 __device__ __forceinline__ void tensor_load(u32 to, const void* map, int x, int y, u32 bar) {

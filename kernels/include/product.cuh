@@ -105,10 +105,25 @@ template <int HEIGHT, int WIDTH> struct Terms {
   // Filled by whole warps, `threads` threads in all, from the tile's first row and column.
   __device__ __forceinline__ void fill(const Product& p, i64 item, i64 m, i64 n, int thread,
                                        int threads) {
+    fill_rows(p, item, m, thread, threads);
+    fill_columns(p, item, n, thread, threads);
+  }
+  __device__ __forceinline__ void fill_rows(const Product& p, i64 item, i64 m, int thread, int threads) {
     const int* pop_a = p.pop_a + item * p.a_step * p.m + m;
-    const int rows_left = (int)min(p.m - m, (i64)HEIGHT), cols_left = (int)min(p.n - n, (i64)WIDTH);
+    const int rows_left = (int)min(p.m - m, (i64)HEIGHT);
     for (int i = thread; i < HEIGHT; i += threads)
       row[i] = (int)p.k - (!XOR_ACC && i < rows_left ? 2 * __ldg(pop_a + i) : 0);
+#if OUTPUT != OUTPUT_PACKED && SCALED
+    const float* rows = p.row_scale ? p.row_scale + item * p.row_scale_batch : nullptr;
+    const float* bias = p.bias && p.swapped ? p.bias + item * p.bias_batch : nullptr;
+    for (int i = thread; i < HEIGHT; i += threads) {
+      row_scale[i] = rows && i < rows_left ? rows[m + i] : 1.0f;
+      row_bias[i] = bias && i < rows_left ? bias[m + i] : -0.0f;
+    }
+#endif
+  }
+  __device__ __forceinline__ void fill_columns(const Product& p, i64 item, i64 n, int thread, int threads) {
+    const int cols_left = (int)min(p.n - n, (i64)WIDTH);
     const int* pop_b = p.pop_b + item * p.b_step * p.n + n;
     for (int i = thread; i < (WIDTH + 31) / 32 * 32; i += threads) {
       const bool exists = i < cols_left;
@@ -124,16 +139,11 @@ template <int HEIGHT, int WIDTH> struct Terms {
       if (i < WIDTH) col[i] = term;
     }
 #if OUTPUT != OUTPUT_PACKED && SCALED
-    const float* rows = p.row_scale ? p.row_scale + item * p.row_scale_batch : nullptr;
     const float* cols = p.col_scale ? p.col_scale + item * p.col_scale_batch : nullptr;
-    const float* bias = p.bias ? p.bias + item * p.bias_batch : nullptr;
-    for (int i = thread; i < HEIGHT; i += threads) {
-      row_scale[i] = rows && i < rows_left ? rows[m + i] : 1.0f;
-      row_bias[i] = bias && p.swapped && i < rows_left ? bias[m + i] : -0.0f;
-    }
+    const float* bias = p.bias && !p.swapped ? p.bias + item * p.bias_batch : nullptr;
     for (int i = thread; i < WIDTH; i += threads) {
       col_scale[i] = cols && i < cols_left ? cols[n + i] : 1.0f;
-      col_bias[i] = bias && !p.swapped && i < cols_left ? bias[n + i] : -0.0f;
+      col_bias[i] = bias && i < cols_left ? bias[n + i] : -0.0f;
     }
 #endif
   }

@@ -28,6 +28,30 @@ __device__ __forceinline__ int load_again_one(const int* from) {
   return v;
 }
 
+#if OUTPUT == OUTPUT_PACKED
+// Write zeros to what is left of the last chunk of a tile's lines after the tile's last column, if no
+// other tile covers it. For whole warps, `threads` threads in all.
+template <int HEIGHT, int WIDTH>
+__device__ __forceinline__ void fill_chunk(const Product& p, i64 item, i64 m, i64 n, int thread,
+                                           int threads) {
+  if (n + WIDTH < p.n) return;
+  const u32 chunks = (u32)((p.n + CHUNK_BITS - 1) / CHUNK_BITS), first = (u32)(n + WIDTH) / 32;
+  if (first >= chunks * CHUNK_WORDS) return;
+  const int word = first % CHUNK_WORDS, piece = thread % CHUNK_PIECES;
+  if (piece < word / 4) return;
+  const int rows = (int)min(padded_lines(p.m) - m, (i64)HEIGHT);
+  u32* lines = (u32*)p.out + line_chunk(item, chunks, chunks - 1, p.m, (u32)m);
+  for (int position = thread / CHUNK_PIECES; position < rows; position += threads / CHUNK_PIECES) {
+    u32* to = lines + position * CHUNK_WORDS + 4 * swizzled_piece(position, piece);
+    if (4 * piece >= word) {
+      *(uint4*)to = make_uint4(0, 0, 0, 0);
+    } else {
+      for (int i = word % 4; i < 4; i++) to[i] = 0;
+    }
+  }
+}
+#endif
+
 // The results of one tile: from accumulators to the caller's memory.
 template <int HEIGHT, int WIDTH> struct Results {
   const Product& p;
@@ -110,20 +134,6 @@ template <int HEIGHT, int WIDTH> struct Results {
     const u32 position = position_of((u32)(m + row));
     u32* to = (u32*)p.out + line_chunk(item, chunks, word / CHUNK_WORDS, p.m, position);
     to[swizzled_word(position, word % CHUNK_WORDS)] = m + row < p.m ? bits : 0;
-  }
-  // Write zeros to the rest of the last chunk, which no tile covers. For all `threads` threads that
-  // store the tile.
-  __device__ __forceinline__ void fill_chunk(int thread, int threads) const {
-    if (n + WIDTH < p.n) return;
-    const u32 chunks = (u32)((p.n + CHUNK_BITS - 1) / CHUNK_BITS), first = (u32)(n + WIDTH) / 32;
-    const int rest = (int)(chunks * CHUNK_WORDS - first);
-    if (rest <= 0) return;
-    const int rows = (int)min(padded_lines(p.m) - m, (i64)HEIGHT);
-    u32* to = (u32*)p.out + line_chunk(item, chunks, chunks - 1, p.m, (u32)m);
-    for (int i = thread; i < rows * rest; i += threads) {
-      const int position = i / rest, word = first % CHUNK_WORDS + i % rest;
-      to[position * CHUNK_WORDS + swizzled_word(position, word)] = 0;
-    }
   }
   __device__ __forceinline__ void count(int row, int ones) const {
     if (m + row < p.m && ones) atomicAdd(p.out_pop + item * p.m + m + row, ones);

@@ -56,6 +56,8 @@ class Config:
     split_k: int = 1  # blocks of a cluster that share a tile's K
     parts: int = 1  # at least so many clusters share a tile's K
     persistent: bool = False  # blocks loop over tiles: the GPU is filled only once
+    resident: int = 1  # blocks that a multiprocessor has room for, if persistent
+    overlap: bool = False  # the kernel may begin before the previous one has ended
     swap: bool = False  # swap the operands: a narrow result becomes a flat one
     group: int = 8  # tiles of m that are visited together
 
@@ -106,5 +108,5 @@ class Config:
         """Return the number of blocks for so many tiles."""
         cluster = self.cluster_m * self.cluster_n
         if self.persistent:
-            return min(tiles, multiprocessors // cluster) * cluster
+            return min(tiles, self.resident * multiprocessors // cluster) * cluster
         return tiles * self.split_k * parts

@@ -29,6 +29,9 @@ class Launch:
         Dynamic shared memory of a block, in bytes.
     argument : bytes
         The struct.
+    overlap : bool
+        Whether the kernel may begin before the one ahead of it has ended: it waits for that itself
+        (launch.cuh).
 
     Attributes
     ----------
@@ -36,20 +39,34 @@ class Launch:
         The struct's memory, to be changed by `struct.Struct.pack_into` before a call.
     """
 
-    __slots__ = ("_address", "_function", "_kernel", "_numbers", "_pointer", "argument")
+    __slots__ = ("_address", "_config", "_function", "_kernel", "_numbers", "_pointer", "argument")
 
     def __init__(
-        self, kernel: Any, blocks: int, threads: int, shared: int, argument: bytes
-    ) -> None:
+        self, kernel: Any, blocks: int, threads: int, shared: int, argument: bytes,
+        overlap: bool = False,
+    ) -> None:  # fmt: skip
         self.argument = ctypes.create_string_buffer(argument, len(argument))
         self._pointer = ctypes.c_void_p(ctypes.addressof(self.argument))
         self._address = ctypes.addressof(self._pointer)  # of an array of one pointer
         self._kernel = kernel  # keeps the function loaded
         self._function = kernel.kernel.ptr
         self._numbers = (blocks, 1, 1, threads, 1, 1, shared)
+        self._config = None
+        if overlap and _launch_overlapping() is not None:
+            self._config = _LaunchConfig(*self._numbers, 0, ctypes.addressof(_OVERLAP), 1)
 
     def __call__(self, stream: int) -> None:
         """Launch on a stream, given by its handle."""
+        config = self._config
+        # In a graph, blocks that wait would take the place of blocks that work on other branches.
+        if config is not None and not (stream > 1 and _is_capturing(stream)):
+            config.stream = stream
+            status = _launch_overlapping()(
+                ctypes.addressof(config), self._function, self._address, None
+            )
+            if status:
+                raise sys.modules["cupy"].cuda.driver.CUDADriverError(status)
+            return
         _launch()(self._function, *self._numbers, stream, self._address, 0)
 
 
@@ -72,6 +89,40 @@ class Plans(threading.local):
 
 
 _MOST_PLANS = 10_000  # bounds memory in a program whose shapes never repeat
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h, for an attribute whose value is an integer."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z")),
+        *((name, ctypes.c_uint) for name in ("block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("count", ctypes.c_uint),
+    )
+
+
+# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_OVERLAP = _LaunchAttribute(id=6, value=(1,))
+
+
+@lru_cache(maxsize=1)
+def _launch_overlapping() -> Any:
+    """Return cuLaunchKernelEx, or None where it is missing."""
+    try:
+        name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+        function = ctypes.CDLL(name).cuLaunchKernelEx
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = (ctypes.c_void_p,) * 4
+    return function
 
 
 @lru_cache(maxsize=1)

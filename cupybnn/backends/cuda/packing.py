@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn.backends.cuda import launching
-from cupybnn.backends.cuda.compiler import load_kernel, multiprocessors
+from cupybnn.backends.cuda.compiler import architecture, load_kernel, multiprocessors
 from cupybnn.backends.cuda.launching import Launch
 from cupybnn.backends.cuda.lines import place, take
 from cupybnn.backends.cuda.structs import Struct
@@ -163,7 +163,9 @@ class PackLaunch:
         addresses = bytes(_ADDRESSES.size)
         second = numbers[1] if self._second else bytes(_NUMBERS.size)
         data = addresses + numbers[0] + addresses + second
-        self._launch = Launch(kernel, blocks, 32 * _WARPS, 0, data)
+        self._launch = Launch(
+            kernel, blocks, 32 * _WARPS, 0, data, overlap=architecture(device) >= 90
+        )
 
     def __call__(self, addresses: Sequence[tuple[int, int, int]], stream: int) -> None:
         """Pack operands on a stream, given the addresses of array, words and popcounts."""

@@ -88,7 +88,9 @@ class ProductLaunch:
             "b_step": b_step, "out_row": row, "out_col": col, "out_batch": item,
             "swapped": config.swap, "group": config.group, "parts": parts,
         }  # fmt: skip
-        self._launch = Launch(kernel, blocks, config.threads, shared, PRODUCT.pack(**fields))
+        self._launch = Launch(
+            kernel, blocks, config.threads, shared, PRODUCT.pack(**fields), config.overlap
+        )
         self._prepare_packing(a, b, device)
 
     def _prepare_packing(self, a: Any, b: Any, device: int) -> None:

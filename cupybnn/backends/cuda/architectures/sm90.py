@@ -42,9 +42,12 @@ def config(
         tiles = 2 if deferred else 1
         return stages * ((tile_m + tile_n) * 128 + 16) + tiles * (16 + (terms + 15 & ~15)) + 16
 
+    # Small tiles take few registers, and two blocks of little shared memory fit a multiprocessor.
+    small = blocks_m * tile_n <= 64 and shared(True) <= 113 * 1024
     return Config(
         "sm90", defines, tile_m, tile_n, 128 * (consumers + 1), shared(False), shared(True),
-        stages, cluster[0], cluster[1], split_k, parts, split_k == 1, swap, group,
+        stages, cluster[0], cluster[1], split_k, parts, split_k == 1, 2 if small else 1, True,
+        swap, group,
     )  # fmt: skip
 
 
