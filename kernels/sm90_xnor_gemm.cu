@@ -444,7 +444,7 @@ __device__ __forceinline__ void store_split(const int (&acc)[BLOCKS_M][ACC], Sha
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS, SPLIT_K > 1 ? 2 : 1)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __cluster_dims__(SPLIT_K > 1 ? SPLIT_K : CLUSTER, 1, 1)
     xnor_gemm(const __grid_constant__ Product p) {
   extern __shared__ __align__(1024) unsigned char raw[];

@@ -379,6 +379,37 @@ def test_a_packed_result(launches):
     assert launches[-1].defines == {"OUTPUT": 4, "SCALED": 0}
 
 
+def test_zeros_are_cleared_for_many_calls_at_once(launches, monkeypatch):
+    taken = [launching.zeros(300, 0, stream=0).ptr for _ in range(64)]
+    assert launches.cleared == [(taken[0], 64 * 512)]
+    assert [address - taken[0] for address in taken] == [512 * i for i in range(64)]
+    more = launching.zeros(300, 0, stream=0).ptr
+    assert launches.cleared[1:] == [(more, 64 * 512)]  # the first block was used up
+    # Each stream and device has its own block, and a large one serves one call.
+    for size, device, stream in ((300, 0, 7), (300, 1, 0), (1 << 20, 0, 0)):
+        monkeypatch.setattr(launching, "_is_capturing", lambda stream: False)
+        address = launching.zeros(size, device, stream).ptr
+        assert launches.cleared[-1] == (address, size if size > 300 else 64 * 512)
+    # A graph clears its memory at each replay.
+    monkeypatch.setattr(launching, "_is_capturing", lambda stream: True)
+    for _ in range(2):
+        assert launches.cleared[-1] != (address := launching.zeros(300, 0, stream=7).ptr, 512)
+        assert launches.cleared[-1] == (address, 512)
+
+
+def test_a_long_product_of_one_tile_is_split_over_the_gpu(launches):
+    a, b = Packed((64, 1 << 20), 0x4000_0000), Packed((1 << 20, 128), 0x5000_0000)
+    for _ in range(2):
+        product.gemm(a, b, Array((64, 128), np.int32), None)
+    first, second = (product_of(launch) for launch in launches)
+    config = dispatch.choose(dispatch.problem_on(0, 64, 128, 1 << 20), {})
+    assert first["parts"] == config.parts_of(1024) > 1
+    assert launches[0].blocks == 8 * first["parts"]
+    # Sums of one tile for each call, and tickets.
+    assert second["sums"] - first["sums"] >= 4 * (64 * 128 + 8)
+    assert launches.cleared == [(first["sums"], 2 * MIB)]
+
+
 def test_output_numbers_are_those_of_the_kernels():
     text = translation_unit("smxx_xnor_gemm")
     numbers = {k: int(v) for k, v in re.findall(r"#define OUTPUT_(\w+) (\d+)", text)}
