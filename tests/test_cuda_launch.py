@@ -214,8 +214,8 @@ def test_packing_both_operands_in_one_launch(launches):
     )  # fmt: skip
     assert (second["lines"], second["k"]) == (50, 2000)
     assert (second["line_stride"], second["k_stride"]) == (2, 100)
-    # Few lines, so that blocks share a line's two chunks and add up in what was cleared.
-    assert (second["across"], second["wide"], second["parts"], second["blocks"]) == (1, 0, 2, 4)
+    # Few lines, so that blocks share a line's eight quarters of chunks and add up.
+    assert (second["across"], second["wide"], second["parts"], second["blocks"]) == (1, 0, 8, 16)
     assert launch_both.adds_up == (False, True)
     assert launch.blocks == first["blocks"] + second["blocks"]
     assert launch.defines == {"SAME_TYPE": 0, "TYPE_A": "signed char", "TYPE_B": "float16_bits"}
@@ -271,9 +271,9 @@ def test_every_line_has_warps_or_blocks_of_its_own():
         assert list(got) == fields_of("smxx_pack", "Operand")[3:]
         assert (got["lines"], got["k"], got["batch"]) == (lines, k, batch)
         assert got["chunks"] * 1024 >= k > (got["chunks"] - 1) * 1024
-        assert 1 <= got["parts"] <= got["chunks"] or not got["across"]
+        assert 1 <= got["parts"] <= 4 * got["chunks"] or not got["across"]
         if got["across"]:
-            neighbours = 4 if dtype is np.int8 else 2
+            neighbours = {np.int8: 8, np.float16: 4, np.float32: 2}[dtype]
             groups = -(-lines // (32 * neighbours if got["wide"] else 32))
             assert got["blocks"] == batch * groups * got["parts"]
         else:
@@ -361,7 +361,7 @@ def test_operands_that_are_arrays_are_packed_into_one_workspace(launches):
     assert got["b"] % 256 == 0
     assert got["b"] >= got["pop_a"] + 4 * 7
     # Blocks add to the popcounts of b: they lie in memory that was cleared for many calls.
-    assert launches.cleared == [(got["pop_b"], 64 * 256)]
+    assert launches.cleared == [(got["pop_b"], 32 * 256)]
     assert not got["a"] <= got["pop_b"] < got["b"] + 2 * 32 * 128
 
 
@@ -374,22 +374,22 @@ def test_a_packed_result(launches):
     got = product_of(launches[-1])
     assert (got["threshold"], got["flip"]) == (0x7000_0000, 0x7100_0000)
     assert got["out"] == WORDS  # what the recorded allocator gives
-    assert launches.cleared == [(got["out_pop"], 64 * 512)]
+    assert launches.cleared == [(got["out_pop"], 32 * 512)]
     assert (got["row_scale"], got["col_scale"], got["bias"]) == (0, 0, 0)
     assert launches[-1].defines == {"OUTPUT": 4, "SCALED": 0}
 
 
 def test_zeros_are_cleared_for_many_calls_at_once(launches, monkeypatch):
-    taken = [launching.zeros(300, 0, stream=0).ptr for _ in range(64)]
-    assert launches.cleared == [(taken[0], 64 * 512)]
-    assert [address - taken[0] for address in taken] == [512 * i for i in range(64)]
+    taken = [launching.zeros(300, 0, stream=0).ptr for _ in range(32)]
+    assert launches.cleared == [(taken[0], 32 * 512)]
+    assert [address - taken[0] for address in taken] == [512 * i for i in range(32)]
     more = launching.zeros(300, 0, stream=0).ptr
-    assert launches.cleared[1:] == [(more, 64 * 512)]  # the first block was used up
+    assert launches.cleared[1:] == [(more, 32 * 512)]  # the first block was used up
     # Each stream and device has its own block, and a large one serves one call.
     for size, device, stream in ((300, 0, 7), (300, 1, 0), (1 << 20, 0, 0)):
         monkeypatch.setattr(launching, "_is_capturing", lambda stream: False)
         address = launching.zeros(size, device, stream).ptr
-        assert launches.cleared[-1] == (address, size if size > 300 else 64 * 512)
+        assert launches.cleared[-1] == (address, size if size > 300 else 32 * 512)
     # A graph clears its memory at each replay.
     monkeypatch.setattr(launching, "_is_capturing", lambda stream: True)
     for _ in range(2):
@@ -407,7 +407,7 @@ def test_a_long_product_of_one_tile_is_split_over_the_gpu(launches):
     assert launches[0].blocks == 8 * first["parts"]
     # Sums of one tile for each call, and tickets.
     assert second["sums"] - first["sums"] >= 4 * (64 * 128 + 8)
-    assert launches.cleared == [(first["sums"], 2 * MIB)]
+    assert launches.cleared == [(first["sums"], 32 * (-(-4 * (64 * 128 + 8) // 256) * 256))]
 
 
 def test_output_numbers_are_those_of_the_kernels():

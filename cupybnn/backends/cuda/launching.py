@@ -157,7 +157,7 @@ def empty(shape: tuple[int, ...], dtype: Any, memory: Any = None) -> Any:
 
 # Zeros are handed out in pieces of blocks that are cleared as a whole: a block has room for so many
 # requests like the one that it was made for, in at most so many bytes.
-_REQUESTS, _MOST_BYTES = 64, 1 << 21
+_REQUESTS, _MOST_BYTES = 32, 1 << 21
 _LARGE = 1 << 17  # bytes that are cleared for themselves
 
 

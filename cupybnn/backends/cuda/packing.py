@@ -188,14 +188,16 @@ def _operand(x: Any, axis: int, multiprocessors: int) -> dict[str, int]:
     itemsize = x.itemsize
     across = line_stride == itemsize and k_stride != itemsize and lines > 1
     if across:
-        neighbours = 4 if itemsize == 1 else 2  # lines per lane, as in smxx_pack.cu
+        neighbours = 8 // itemsize if itemsize < 4 else 2  # lines per lane, as in smxx_pack.cu
         aligned = itemsize * neighbours - 1
         wide = not ((x.data.ptr | batch_stride | k_stride) & aligned or lines % neighbours)
         # Wide loads give fewer blocks: avoid them if most of the GPU would be idle.
-        wide = wide and batch * lines * chunks >= multiprocessors * 32 * neighbours
+        quarters = 4 * chunks  # of 256 elements, which a block takes at a time
+        wide = wide and batch * lines * quarters >= multiprocessors * 32 * neighbours
         groups = batch * -(-lines // (32 * (neighbours if wide else 1)))
-        # At least two blocks per multiprocessor, with equal numbers of chunks if possible.
-        parts = -(-chunks // max(1, min(chunks, chunks * groups // (2 * multiprocessors))))
+        # Up to eight blocks per multiprocessor, with equal numbers of quarters if possible.
+        parts = min(quarters, -(-8 * multiprocessors // groups))
+        parts = -(-quarters // -(-quarters // parts))
         blocks = groups * parts
     else:
         wide = k_stride == itemsize and not (x.data.ptr | batch_stride | line_stride) & 15
