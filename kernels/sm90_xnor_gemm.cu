@@ -55,6 +55,10 @@ constexpr int LAUNCH_REGISTERS = CONSUMERS == 1 ? 232 : 65536 / THREADS / 8 * 8;
 static_assert(CONSUMERS <= 2, "three would be left with too few registers for their accumulators");
 static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (CONSUMERS + 1) * LAUNCH_REGISTERS,
               "the roles share the block's registers");
+// Chunks of a block's first tile that the L2 cache fetches while the kernel ahead is still at work.
+#ifndef PREFETCHED
+#define PREFETCHED 16
+#endif
 constexpr int TERM_WARPS = 2;  // that load terms: of rows, and of columns
 
 typedef Terms<TILE_M, TILE_N> TileTerms;
@@ -161,13 +165,13 @@ __device__ __forceinline__ void produce(const Product& p, const Work& work, Shar
   }
 }
 
-// Have the L2 cache fetch what fills the slots for the first time: once, by the blocks of the first row
-// and the first column of tiles.
+// Have the L2 cache fetch the first chunks of the operands: once, by the blocks of the first row and the
+// first column of tiles.
 __device__ __forceinline__ void prefetch(const Product& p, const Work& work, int rank, const Place& place) {
   if (place.tile >= work.count) return;
   const u32 a_lines = (u32)padded_lines(p.m), b_lines = (u32)padded_lines(p.n);
   const Tile tile(place.tile, work.tiles_m, work.tiles_n, (u32)p.group);
-  const int begin = place.span.begin, end = min(place.span.end, begin + STAGES);
+  const int begin = place.span.begin, end = min(place.span.end, begin + PREFETCHED);
   Share<TILE_M, CLUSTER_N> a(
       p.a + (tile.item * p.a_step * p.chunks + begin) * a_lines * CHUNK_PIECES,
       (tile.m * CLUSTER_M + rank_in_m(rank)) * TILE_M, a_lines, rank_in_n(rank));
@@ -180,6 +184,18 @@ __device__ __forceinline__ void prefetch(const Product& p, const Work& work, int
     a.from += (u64)a_lines * CHUNK_BYTES;
     b.from += (u64)b_lines * CHUNK_BYTES;
   }
+}
+
+// Have the L2 cache fetch the popcounts of a tile's rows or columns. For one warp.
+__device__ __forceinline__ void prefetch_terms(const Product& p, const Work& work, int rank, u32 t,
+                                               bool rows) {
+  if (t >= work.count) return;
+  const Tile tile(t, work.tiles_m, work.tiles_n, (u32)p.group);
+  const i64 first = rows ? (i64)(tile.m * CLUSTER_M + rank_in_m(rank)) * TILE_M
+                         : (i64)(tile.n * CLUSTER_N + rank_in_n(rank)) * TILE_N;
+  const i64 at = first + 32 * (threadIdx.x & 31), end = min(first + (rows ? TILE_M : TILE_N), rows ? p.m : p.n);
+  const int* from = rows ? p.pop_a + tile.item * p.a_step * p.m : p.pop_b + tile.item * p.b_step * p.n;
+  if (at < end) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
 }
 
 // Load the terms of each tile, once the consumers have released the previous ones. For TERM_WARPS warps.
@@ -473,6 +489,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     barrier_init_fence();
   }
   if (threadIdx.x == 0) prefetch(p, work, rank, place);
+  if (wg < 0 && (warp == 1 || warp == 2)) prefetch_terms(p, work, rank, place.tile, warp == 1);
   allow_next();
   // Blocks that split K leave each other's barriers alone.
   if constexpr (CLUSTER > 1) cluster_sync(); else __syncthreads();

@@ -34,6 +34,7 @@ __all__ = [
 CHUNK_BITS = 1024
 CHUNK_WORDS = CHUNK_BITS // 32
 _WARPS = 8  # per block of smxx_pack.cu
+_BLOCKS_ACROSS = 8  # per multiprocessor, at most, of an operand that is read across lines
 
 OPERAND = Struct(
     "Operand",
@@ -196,7 +197,7 @@ def _operand(x: Any, axis: int, multiprocessors: int) -> dict[str, int]:
         wide = wide and batch * lines * quarters >= multiprocessors * 32 * neighbours
         groups = batch * -(-lines // (32 * (neighbours if wide else 1)))
         # Up to eight blocks per multiprocessor, with equal numbers of quarters if possible.
-        parts = min(quarters, -(-8 * multiprocessors // groups))
+        parts = min(quarters, -(-_BLOCKS_ACROSS * multiprocessors // groups))
         parts = -(-quarters // -(-quarters // parts))
         blocks = groups * parts
     else:

@@ -51,8 +51,8 @@ def config(
     )  # fmt: skip
 
 
-# Products of few tiles. A tile of 64 lines has one consumer: its blocks are smaller. There are as many
-# slots as shared memory holds or, for two blocks on a multiprocessor, half as many.
+# Products of few tiles. A tile of 64 lines has one consumer: its blocks are smaller. There are as
+# many slots as shared memory holds or, for two blocks on a multiprocessor, half as many.
 FINE = config(1, 32, 16, consumers=1)  # 64 x 32
 SMALL = config(1, 64, 12, consumers=1)  # 64 x 64
 SMALL_TWICE = config(1, 64, 6, consumers=1)
