@@ -55,10 +55,9 @@ constexpr int LAUNCH_REGISTERS = CONSUMERS == 1 ? 232 : 65536 / THREADS / 8 * 8;
 static_assert(CONSUMERS <= 2, "three would be left with too few registers for their accumulators");
 static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (CONSUMERS + 1) * LAUNCH_REGISTERS,
               "the roles share the block's registers");
-// Chunks of a block's first tile that the L2 cache fetches while the kernel ahead is still at work.
-#ifndef PREFETCHED
-#define PREFETCHED 16
-#endif
+// Chunks of a block's first tile that the L2 cache fetches while the kernel ahead is still at work. More
+// of them take its bandwidth from what that kernel loads.
+constexpr int PREFETCHED = 6;
 constexpr int TERM_WARPS = 2;  // that load terms: of rows, and of columns
 
 typedef Terms<TILE_M, TILE_N> TileTerms;
