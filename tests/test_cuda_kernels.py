@@ -50,8 +50,8 @@ DEFERRED = {
 SPLIT = {
     "sm90 64x64 / 4": sm90.SPLIT,
     "sm90 64x64 / 4 by 3": dataclasses.replace(sm90.SPLIT, parts=3),
-    "sm90 64x128 / 8": sm90.LONG,
-    "sm90 64x128 / 8 by 2": dataclasses.replace(sm90.LONG, parts=2),
+    "sm90 128x128 / 8": sm90.LONG,
+    "sm90 128x128 / 8 by 2": dataclasses.replace(sm90.LONG, parts=2),
     "sm90 128x128 / 2": sm90.config(1, 128, 6, split_k=2),
 }
 SWAPPED = {

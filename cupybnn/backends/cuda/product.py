@@ -35,7 +35,7 @@ PRODUCT = Struct(
 _ADDRESSES = PRODUCT.section("a", "sums").pack_into
 _SCALES = PRODUCT.section("row_scale_batch", "bias_batch").pack_into
 _SCALES_AT = 8 * (len(PRODUCT.fields) - 6)
-_NO_COLUMNS = (0,) * 5
+_NO_COLUMNS: tuple[int, ...] = (0,) * 5
 
 
 class ProductLaunch:

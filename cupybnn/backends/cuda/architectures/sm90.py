@@ -61,7 +61,7 @@ LARGE = config(1, 128, 6)  # 128 x 128
 LARGER = config(2, 128, 4)  # 256 x 128
 FLAT = config(1, 16, 10, swap=True)  # 16 x 128
 SPLIT = config(1, 64, 6, consumers=1, split_k=4)
-LONG = config(1, 128, 4, consumers=1, split_k=8)
+LONG = config(1, 128, 6, split_k=8)
 
 
 def choose(problem: Problem) -> Config:
@@ -110,7 +110,7 @@ def _split(problem: Problem) -> Config | None:
     chunks, multiprocessors = problem.chunks, problem.multiprocessors
     # Clusters do not fill every multiprocessor.
     blocks = multiprocessors * 7 // 8
-    if chunks >= 256 and (tiles := problem.tiles(64, 128)) * 8 <= blocks:
+    if chunks >= 256 and (tiles := problem.tiles(128, 128)) * 8 <= blocks:
         return dataclasses.replace(LONG, parts=min(blocks // (8 * tiles), chunks // 64))
     if chunks >= 16 and (tiles := problem.tiles(64, 64)) <= multiprocessors // 8:
         return dataclasses.replace(SPLIT, parts=max(1, min(blocks // (4 * tiles), chunks // 32)))
@@ -127,7 +127,7 @@ def candidates(problem: Problem) -> list[Config]:
     if problem.chunks >= 8:
         found += [SPLIT, dataclasses.replace(SPLIT, parts=2)]
     if problem.chunks >= 64:
-        found += [dataclasses.replace(LONG, parts=parts) for parts in (2, 4, 7)]
+        found += [dataclasses.replace(LONG, parts=parts) for parts in (2, 7, 14)]
     if problem.m > 64 and problem.n > 64:
         found += [MIDDLE, LARGE, LARGER]
     if problem.m * problem.n <= 1024 * 1024:
