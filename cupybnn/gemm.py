@@ -15,7 +15,7 @@ import numpy as np
 
 from cupybnn import problem
 from cupybnn.backends import numpy_backend
-from cupybnn.backends.devices import CPU, Device, is_cupy
+from cupybnn.backends.devices import CPU, cuda_device, current_cuda_device, is_cupy
 from cupybnn.operands import (
     INT32,
     check_result_dtype,
@@ -109,15 +109,12 @@ def xnor_gemm(
                 result_dtype = check_result_dtype(
                     dtype, a.shape[1], False, "xnor_gemm", on_cuda=home != HOST
                 )
-            shape = (a.shape[0], b.shape[1])
             if home == HOST:
                 _warn_of_zero_one(a, b, "xnor_gemm")
-                result = np.empty(shape, result_dtype)
+                result = np.empty((a.shape[0], b.shape[1]), result_dtype)
                 numpy_backend.gemm(a, b, result, None)
             else:
-                cuda, empty = _cuda()
-                result = empty(shape, result_dtype)
-                cuda.gemm(a, b, result, None)
+                result = _cuda().matmul(a, b, result_dtype, home)
             return result
     return problem.general_product(a, b, scale, bias, out, dtype)
 
@@ -170,9 +167,9 @@ def xnor_gemm_packed(a: Any, b: Any, *, threshold: Any = None, flip: Any = None)
         return problem.general_packed_product(a, b, threshold, flip)
     if home == HOST:
         _warn_of_zero_one(a, b, "xnor_gemm_packed")
-    backend = numpy_backend if home == HOST else _cuda()[0]
+    backend = numpy_backend if home == HOST else _cuda()
     words, popcounts = backend.gemm_packed(a, b, None, None)
-    device = CPU if home == HOST else Device("cuda", home)
+    device = CPU if home == HOST else cuda_device(home)
     return PackedMatrix._of(words, popcounts, (a.shape[0], b.shape[1]), -1, device)
 
 
@@ -187,7 +184,7 @@ def _fast_path_home(a: Any, b: Any) -> int | None:
         return None
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or a.shape[1] > MAX_K:
         return None
-    if home != HOST and problem.current_cuda_device() != home:
+    if home != HOST and current_cuda_device() != home:
         return None
     return home
 
@@ -219,10 +216,8 @@ def _fast_path_dtype(a: Any, b: Any) -> np.dtype:
 
 
 @lru_cache(maxsize=1)
-def _cuda() -> tuple[ModuleType, Any]:
-    """Return the CUDA backend and cupy.empty, imported on the first GPU product."""
-    import cupy
-
+def _cuda() -> ModuleType:
+    """Return the CUDA backend, imported on the first GPU product."""
     from cupybnn.backends import cuda
 
-    return cuda, cupy.empty
+    return cuda

@@ -6,14 +6,13 @@ errors refer to the caller's arguments. Then a backend computes the product.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from cupybnn import backends
-from cupybnn.backends.devices import CPU, Device, device_of, is_cupy
+from cupybnn.backends.devices import CPU, Device, current_cuda_device, device_of, is_cupy
 from cupybnn.backends.epilogue import Epilogue
 from cupybnn.backends.interop import as_native, type_name
 from cupybnn.operands import (
@@ -26,7 +25,7 @@ from cupybnn.operands import (
 )
 from cupybnn.packed import PackedMatrix
 
-__all__ = ["current_cuda_device", "general_packed_product", "general_product"]
+__all__ = ["general_packed_product", "general_product"]
 
 
 @dataclass(frozen=True)
@@ -108,11 +107,6 @@ def general_packed_product(a: Any, b: Any, threshold: Any, flip: Any) -> PackedM
             _per_column(problem, flip, "b", "bools", f"'flip' of {function}", np.dtype(bool)),
         )
     return PackedMatrix._of(words, popcounts, problem.shape, -1, problem.device)
-
-
-def current_cuda_device() -> int:
-    """Return the index of the current CUDA device; call only when cupy is already imported."""
-    return sys.modules["cupy"].cuda.runtime.getDevice()
 
 
 def _arrange(a: Any, b: Any, function: str) -> _Problem:

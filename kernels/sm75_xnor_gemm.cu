@@ -72,6 +72,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_con
     }
     __syncthreads();
   }
-  Results<TILE, TILE>(p, terms, tile.item, tile.m, tile.n)
-      .store_all(warp_m, 16, warp_n, acc);
+  const Results<TILE, TILE> results(p, terms, tile.item, tile.m, tile.n);
+  results.store_all(warp_m, 16, warp_n, acc);
+#if OUTPUT == OUTPUT_PACKED
+  fill_chunk<TILE, TILE>(p, tile.item, tile.m, tile.n, threadIdx.x, THREADS);
+#endif
 }

@@ -98,6 +98,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) xnor_gemm(const __grid_
     }
   }
   asm volatile("cp.async.wait_group 0;" ::: "memory");
-  Results<TILE_M, TILE_N>(p, terms, tile.item, tile.m, tile.n)
-      .store_all(warp_m, 16, warp_n, acc);
+  const Results<TILE_M, TILE_N> results(p, terms, tile.item, tile.m, tile.n);
+  results.store_all(warp_m, 16, warp_n, acc);
+#if OUTPUT == OUTPUT_PACKED
+  fill_chunk<TILE_M, TILE_N>(p, tile.item, tile.m, tile.n, threadIdx.x, THREADS);
+#endif
 }

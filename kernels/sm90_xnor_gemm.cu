@@ -17,7 +17,8 @@
 // loads a part of the common lines and the copy engine writes it to all of them.
 //
 // SPLIT_K > 1: the blocks of a cluster take the same tile and a part of K each, and sum over the
-// cluster's shared memory; for products of few tiles.
+// cluster's shared memory; for products of few tiles. With `parts` clusters for a tile, the last one to
+// add its sums to those in memory stores the results. A block's part must have at most 63 chunks.
 //
 // DEFERRED: a tile is written out while the next one is multiplied. Its accumulators, none above K, are
 // kept as 16-bit numbers, two per register, and 64 columns of them are stored after each of the next
@@ -33,6 +34,7 @@
 
 #include "results.cuh"
 #include "hopper.cuh"
+#include "launch.cuh"
 #include "wgmma.cuh"
 
 constexpr int ROWS = 64 * BLOCKS_M;  // per consumer
@@ -49,6 +51,9 @@ static_assert(DIGITS <= 1 || SPLIT_K == 1, "parts that were rounded down do not 
 constexpr int PASSES = DIGITS > 1 ? DIGITS : 1;  // over the chunks of a
 static_assert(TILE_M % (8 * CLUSTER_N) == 0 && TILE_N % (8 * CLUSTER_M) == 0, "whole swizzles");
 
+// Whether a thread's registers depend on its role. Small tiles need few: then two blocks fit a
+// multiprocessor, and the next kernel's blocks begin while this one's end.
+constexpr bool ROLES = SPLIT_K == 1 && BLOCKS_M * ACC > 64;
 // Registers of a thread by role, multiples of 8. Together they must not exceed what the block was
 // launched with, or the last warpgroup to ask for more waits forever.
 constexpr int PRODUCER_REGISTERS = 40;
@@ -57,6 +62,10 @@ constexpr int LAUNCH_REGISTERS = CONSUMERS == 1 ? 232 : 65536 / THREADS / 8 * 8;
 static_assert(CONSUMERS <= 2, "three would be left with too few registers for their accumulators");
 static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (CONSUMERS + 1) * LAUNCH_REGISTERS,
               "the roles share the block's registers");
+// Chunks of a block's first tile that the L2 cache fetches while the kernel ahead is still at work. More
+// of them take its bandwidth from what that kernel loads.
+constexpr int PREFETCHED = 6;
+constexpr int TERM_WARPS = 2;  // that load terms: of rows, and of columns
 
 typedef Terms<TILE_M, TILE_N> TileTerms;
 typedef Results<TILE_M, TILE_N> TileResults;
@@ -68,6 +77,7 @@ struct Shared {
   unsigned char slots[STAGES][SLOT_BYTES];
   u64 full[STAGES], empty[STAGES], terms_full[TERMS], terms_empty[TERMS];
   TileTerms terms[TERMS];
+  bool last;  // SPLIT_K > 1: whether all other parts of the tile have been added up
 };
 
 typedef Ring<STAGES> Turn;
@@ -105,22 +115,41 @@ struct Work {
   }
 };
 
+// The chunks of K of one of `count` equal parts.
+struct Span {
+  int begin, end;
+  __device__ __forceinline__ Span(u32 chunks, u32 index, u32 count) {
+    const u32 each = chunks / count, more = chunks % count;
+    begin = (int)(index * each + min(index, more));
+    end = begin + (int)(each + (index < more));
+  }
+};
+
+// The tile of a block, and its part of K.
+struct Place {
+  u32 tile;
+  Span span;
+  __device__ __forceinline__ Place(const Product& p, u32 worker, int rank)
+      : tile(SPLIT_K > 1 ? worker / (u32)p.parts : worker),
+        span((u32)p.chunks, SPLIT_K > 1 ? worker % (u32)p.parts * SPLIT_K + rank : 0,
+             SPLIT_K > 1 ? (u32)p.parts * SPLIT_K : 1) {}
+};
+
 // This block's position in a cluster that shares tiles; blocks that split K have the same tile.
 __device__ __forceinline__ int rank_in_m(int rank) { return SPLIT_K > 1 ? 0 : rank % CLUSTER_M; }
 __device__ __forceinline__ int rank_in_n(int rank) { return SPLIT_K > 1 ? 0 : rank / CLUSTER_M; }
 
 __device__ __forceinline__ void produce(const Product& p, const Work& work, Shared& shared,
-                                        int rank, u32 worker, u32 workers) {
+                                        int rank, const Place& place, u32 workers) {
   const u32 a_lines = (u32)padded_lines(p.m), b_lines = (u32)padded_lines(p.n);
   const int rank_m = rank_in_m(rank), rank_n = rank_in_n(rank);
   unsigned short a_blocks = 0, b_blocks = 0;
   for (int i = 0; i < CLUSTER_N; i++) a_blocks |= 1 << (rank_m + CLUSTER_M * i);
   for (int i = 0; i < CLUSTER_M; i++) b_blocks |= 1 << (rank_n * CLUSTER_M + i);
-  const int split = SPLIT_K > 1 ? rank : 0;
-  const int begin = (int)(p.chunks * split / SPLIT_K), end = (int)(p.chunks * (split + 1) / SPLIT_K);
+  const int begin = place.span.begin, end = place.span.end;
 
   Turn turn;
-  for (u32 t = worker; t < work.count; t += workers) {
+  for (u32 t = place.tile; t < work.count; t += workers) {
     const Tile tile(t, work.tiles_m, work.tiles_n, (u32)p.group);
     Share<TILE_M, CLUSTER_N> a(
         p.a + (tile.item * p.a_step * p.chunks + begin) * a_lines * CHUNK_PIECES,
@@ -147,20 +176,68 @@ __device__ __forceinline__ void produce(const Product& p, const Work& work, Shar
   }
 }
 
-// Load the terms of each tile, once the consumers have released the previous ones. For one warp.
+// Have the L2 cache fetch the first chunks of the operands: once, by the blocks of the first row and the
+// first column of tiles.
+__device__ __forceinline__ void prefetch(const Product& p, const Work& work, int rank, const Place& place) {
+  if (place.tile >= work.count) return;
+  const u32 a_lines = (u32)padded_lines(p.m), b_lines = (u32)padded_lines(p.n);
+  const Tile tile(place.tile, work.tiles_m, work.tiles_n, (u32)p.group);
+  const int begin = place.span.begin, end = min(place.span.end, begin + PREFETCHED);
+  Share<TILE_M, CLUSTER_N> a(
+      p.a + (tile.item * p.a_step * p.chunks + begin) * a_lines * CHUNK_PIECES,
+      (tile.m * CLUSTER_M + rank_in_m(rank)) * TILE_M, a_lines, rank_in_n(rank));
+  Share<TILE_N, CLUSTER_M> b(
+      p.b + (tile.item * p.b_step * p.chunks + begin) * b_lines * CHUNK_PIECES,
+      (tile.n * CLUSTER_N + rank_in_n(rank)) * TILE_N, b_lines, rank_in_m(rank));
+  for (int chunk = begin; chunk < end; chunk++) {
+    if (tile.n == 0) bulk_prefetch(a.from, a.bytes);
+    if (tile.m == 0) bulk_prefetch(b.from, b.bytes);
+    a.from += (u64)a_lines * CHUNK_BYTES;
+    b.from += (u64)b_lines * CHUNK_BYTES;
+  }
+}
+
+// Have the L2 cache fetch the popcounts of a tile's rows or columns. For one warp.
+__device__ __forceinline__ void prefetch_terms(const Product& p, const Work& work, int rank, u32 t,
+                                               bool rows) {
+  if (t >= work.count) return;
+  const Tile tile(t, work.tiles_m, work.tiles_n, (u32)p.group);
+  const i64 first = rows ? (i64)(tile.m * CLUSTER_M + rank_in_m(rank)) * TILE_M
+                         : (i64)(tile.n * CLUSTER_N + rank_in_n(rank)) * TILE_N;
+  const i64 at = first + 32 * (threadIdx.x & 31), end = min(first + (rows ? TILE_M : TILE_N), rows ? p.m : p.n);
+  const int* from = rows ? p.pop_a + tile.item * p.a_step * p.m : p.pop_b + tile.item * p.b_step * p.n;
+  if (at < end) asm volatile("prefetch.global.L2 [%0];" ::"l"(from + at));
+}
+
+// Load the terms of each tile, once the consumers have released the previous ones. For TERM_WARPS warps.
 __device__ __forceinline__ void bring_terms(const Product& p, const Work& work, Shared& shared, int rank,
-                                            u32 worker, u32 workers) {
+                                            u32 worker, u32 workers, bool rows) {
   Ring<TERMS> ring;
+  const int lane = threadIdx.x & 31;
   for (u32 t = worker; t < work.count; t += workers) {
     const Tile tile(t, work.tiles_m, work.tiles_n, (u32)p.group);
     barrier_wait(shared_address(&shared.terms_empty[ring.slot]), ring.parity ^ 1);
-    shared.terms[ring.slot].fill(p, tile.item, (i64)(tile.m * CLUSTER_M + rank_in_m(rank)) * TILE_M,
-                                 (i64)(tile.n * CLUSTER_N + rank_in_n(rank)) * TILE_N,
-                                 threadIdx.x & 31, 32);
+    TileTerms& terms = shared.terms[ring.slot];
+    if (rows)
+      terms.fill_rows(p, tile.item, (i64)(tile.m * CLUSTER_M + rank_in_m(rank)) * TILE_M, lane, 32);
+    else
+      terms.fill_columns(p, tile.item, (i64)(tile.n * CLUSTER_N + rank_in_n(rank)) * TILE_N, lane, 32);
     barrier_arrive(shared_address(&shared.terms_full[ring.slot]));
     ring.next();
   }
 }
+
+#if OUTPUT == OUTPUT_PACKED
+// Write the zeros that end the lines of each tile. For one warp.
+__device__ __forceinline__ void fill_chunks(const Product& p, const Work& work, int rank, u32 worker,
+                                            u32 workers) {
+  for (u32 t = worker; t < work.count; t += workers) {
+    const Tile tile(t, work.tiles_m, work.tiles_n, (u32)p.group);
+    fill_chunk<TILE_M, TILE_N>(p, tile.item, (i64)(tile.m * CLUSTER_M + rank_in_m(rank)) * TILE_M,
+                               (i64)(tile.n * CLUSTER_N + rank_in_n(rank)) * TILE_N, threadIdx.x & 31, 32);
+  }
+}
+#endif
 
 // Tell the blocks that write into this slot that one more warpgroup here has read it.
 __device__ __forceinline__ void release(Shared& shared, int slot) {
@@ -308,7 +385,8 @@ __device__ __forceinline__ void consume(const Product& p, const Work& work, Shar
     pending.take(acc);
   }
   barrier_wait(shared_address(&shared.terms_full[ring.slot]), ring.parity);
-  store_from<0>(pending, results_of(p, work, shared.terms[ring.slot], t, rank), wg);
+  const TileResults results = results_of(p, work, shared.terms[ring.slot], t, rank);
+  store_from<0>(pending, results, wg);
 }
 #elif SPLIT_K == 1
 // Consume all tiles, writing each out before starting the next.
@@ -320,7 +398,8 @@ __device__ __forceinline__ void consume(const Product& p, const Work& work, Shar
     int acc[BLOCKS_M][ACC];
     multiply_all(acc, shared, turn, (int)p.chunks, wg);
     barrier_wait(shared_address(&shared.terms_full[ring.slot]), ring.parity);
-    results_of(p, work, shared.terms[ring.slot], t, rank).store_all(first_row(wg), 64, 0, acc);
+    const TileResults results = results_of(p, work, shared.terms[ring.slot], t, rank);
+    results.store_all(first_row(wg), 64, 0, acc);
     barrier_arrive(shared_address(&shared.terms_empty[ring.slot]));
     ring.next();
   }
@@ -328,58 +407,86 @@ __device__ __forceinline__ void consume(const Product& p, const Work& work, Shar
 #endif
 
 #if SPLIT_K > 1
-// Sum the parts of a tile over the cluster: each block sums and stores an equal share of rows.
-// For the consumers; the producer's warps join the barrier of the cluster on their own.
+// Sum the parts of a tile over the cluster: each block sums and stores an equal share of rows, from
+// counts of 16 bits. With further clusters for the tile, sums are added up in memory, and the cluster's
+// block that comes last stores its share.
+// For the consumers; the producer's warps join the barriers of the cluster on their own.
 __device__ __forceinline__ void store_split(const int (&acc)[BLOCKS_M][ACC], Shared& shared,
-                                            const TileResults& results, int rank, int wg) {
-  constexpr int STRIDE = TILE_N + 8;  // keeps the eight rows of a store in different banks
-  static_assert(TILE_M * STRIDE * 4 <= STAGES * SLOT_BYTES, "the parts replace the slots");
+                                            const Product& p, const TileResults& results, u32 tile,
+                                            int rank, int wg) {
+  constexpr int PITCH = TILE_N * 2 + 32;  // keeps the four rows of half a warp's store in different banks
+  constexpr int SHARE = TILE_M / SPLIT_K, ACROSS = TILE_N / 8, VECTORS = SHARE * ACROSS;
+  constexpr int STORERS = CONSUMERS * 128, EACH = (VECTORS + STORERS - 1) / STORERS;
+  static_assert(TILE_M * PITCH <= STAGES * SLOT_BYTES, "the parts replace the slots");
+  static_assert(OUTPUT != OUTPUT_PACKED || VECTORS % 32 == 0, "whole warps make words");
+  const int thread = wg * 128 + (threadIdx.x & 127);
   const int lane = threadIdx.x & 31, warp = (threadIdx.x & 127) >> 5;
   const u32 parts = shared_address(shared.slots);
   // The other consumers must have read their last slot before it is overwritten with parts.
-  asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * 128) : "memory");
+  asm volatile("bar.sync 1, %0;" ::"n"(STORERS) : "memory");
 #pragma unroll
   for (int block = 0; block < BLOCKS_M; block++)
 #pragma unroll
-    for (int i = 0; i < ACC; i += 2) {
-      const int row = wg * ROWS + block * 64 + warp * 16 + line_at(lane >> 2) + (i & 2);
-      const int col = (i >> 3) * 16 + 4 * (lane & 3) + 2 * (i >> 2 & 1);
-      const u32 to = parts + (row * STRIDE + col) * 4;
-      asm volatile("st.shared.v2.s32 [%0], {%1, %2};" ::"r"(to), "r"(acc[block][i]),
-                   "r"(acc[block][i + 1]) : "memory");
-    }
+    for (int j = 0; j < ACC; j += 8)
+#pragma unroll
+      for (int below = 0; below < 2; below++) {
+        const int* from = acc[block] + j + 2 * below;  // four neighbours: layout.cuh
+        const int position = wg * ROWS + block * 64 + warp * 16 + (lane >> 2) + 8 * below;
+        asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(parts + position * PITCH + j * 4 +
+                                                              8 * (lane & 3)),
+                     "r"(from[0] | from[1] << 16), "r"(from[4] | from[5] << 16) : "memory");
+      }
   cluster_sync();
-  constexpr int SHARE = (TILE_M + SPLIT_K - 1) / SPLIT_K;
-  const int first = rank * SHARE, rows = min(SHARE, TILE_M - first);
-#if OUTPUT == OUTPUT_PACKED
-  // A warp sums 32 neighbours in a row, which form one word of the result.
-  static_assert(TILE_N % 32 == 0, "whole words");
-  for (int i = wg * 4 + warp; i < rows * (TILE_N / 32); i += CONSUMERS * 4) {
-    const int row = first + i / (TILE_N / 32), w = i % (TILE_N / 32), col = w * 32 + lane;
-    int sum = 0;
+  uint4 got[EACH][SPLIT_K];
 #pragma unroll
-    for (int block = 0; block < SPLIT_K; block++)
-      sum += load_from_block(parts + (row * STRIDE + col) * 4, block);
-    const int value = results.product(results.terms.row[row], results.terms.col[col], sum);
-    const u32 bits = results.word_of_signs(w, __ballot_sync(0xffffffffu, value < 0));
-    if (lane == 0) {
-      results.store_word(row, w, bits);
-      results.count(row, __popc(bits));
+  for (int e = 0; e < EACH; e++) {
+    const int vector = min(thread + e * STORERS, VECTORS - 1);
+    const u32 from = parts + (rank * SHARE + vector / ACROSS) * PITCH + vector % ACROSS * 16;
+#pragma unroll
+    for (int block = 0; block < SPLIT_K; block++) got[e][block] = load_four_from_block(from, block);
+  }
+  int sum[EACH][8] = {};
+#pragma unroll
+  for (int e = 0; e < EACH; e++)
+#pragma unroll
+    for (int block = 0; block < SPLIT_K; block++) {
+      const u32 pairs[4] = {got[e][block].x, got[e][block].y, got[e][block].z, got[e][block].w};
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        sum[e][2 * i] += pairs[i] & 0xffffu;
+        sum[e][2 * i + 1] += pairs[i] >> 16;
+      }
     }
-  }
-#else
-  // Neighbouring threads store neighbours in the caller's memory, whatever its order.
-  const bool along_rows = results.p.out_row == 1;
-  for (int i = wg * 128 + (threadIdx.x & 127); i < rows * TILE_N; i += CONSUMERS * 128) {
-    const int row = first + (along_rows ? i % rows : i / TILE_N);
-    const int col = along_rows ? i / rows : i % TILE_N;
-    int sum = 0;
+  cluster_arrive();  // the others' parts have been read
+  if (p.parts > 1) {
+    // Neighbouring threads add to neighbours.
+    int* sums = p.sums + ((u64)tile * SPLIT_K + rank) * (8 * VECTORS + 1);
 #pragma unroll
-    for (int block = 0; block < SPLIT_K; block++)
-      sum += load_from_block(parts + (row * STRIDE + col) * 4, block);
-    results.store(row, col, sum);
+    for (int e = 0; e < EACH; e++)
+#pragma unroll
+      for (int i = 0; i < 8; i++)
+        if (VECTORS % STORERS == 0 || thread + e * STORERS < VECTORS)
+          atomicAdd(sums + i * VECTORS + thread + e * STORERS, sum[e][i]);
+    __threadfence();
+    asm volatile("bar.sync 1, %0;" ::"n"(STORERS) : "memory");
+    if (thread == 0) shared.last = atomicAdd(sums + 8 * VECTORS, 1) + 1 == (int)p.parts;
+    asm volatile("bar.sync 1, %0;" ::"n"(STORERS) : "memory");
+    if (!shared.last) return;
+    __threadfence();
+#pragma unroll
+    for (int e = 0; e < EACH; e++)
+#pragma unroll
+      for (int i = 0; i < 8; i++)
+        if (VECTORS % STORERS == 0 || thread + e * STORERS < VECTORS)
+          sum[e][i] = __ldcg(sums + i * VECTORS + thread + e * STORERS);
   }
-#endif
+#pragma unroll
+  for (int e = 0; e < EACH; e++) {
+    const int vector = thread + e * STORERS;
+    if (vector >= VECTORS) break;
+    const int row = line_at(rank * SHARE + vector / ACROSS);
+    results.store_eight(row, vector % ACROSS * 8, sum[e]);
+  }
 }
 #endif
 
@@ -392,44 +499,62 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   constexpr bool clustered = CLUSTER > 1 || SPLIT_K > 1;
   constexpr int BLOCKS = SPLIT_K > 1 ? SPLIT_K : CLUSTER;
   const int rank = clustered ? cluster_rank() : 0;
-  const u32 worker = blockIdx.x / BLOCKS, workers = gridDim.x / BLOCKS;
+  const u32 workers = gridDim.x / BLOCKS;
+  const Place place(p, blockIdx.x / BLOCKS, rank);
   const Work work(p);
 
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < STAGES; i++) {
-      barrier_init(shared_address(&shared.full[i]), 1);
-      barrier_init(shared_address(&shared.empty[i]), CONSUMERS * CLUSTER);
-    }
+  static_assert(STAGES <= 32, "a lane for each slot");
+  const int slot = (int)threadIdx.x - 128;
+  if (0 <= slot && slot < STAGES) {
+    barrier_init(shared_address(&shared.full[slot]), 1);
+    barrier_init(shared_address(&shared.empty[slot]), CONSUMERS * CLUSTER);
+    barrier_init_fence();
+  }
+  if (slot == STAGES) {
     for (int i = 0; i < TERMS; i++) {
       // Each lane arrives for its own writes and reads.
-      barrier_init(shared_address(&shared.terms_full[i]), 32);
+      barrier_init(shared_address(&shared.terms_full[i]), 32 * TERM_WARPS);
       barrier_init(shared_address(&shared.terms_empty[i]), CONSUMERS * 128);
     }
     barrier_init_fence();
   }
-  if constexpr (clustered) cluster_sync(); else __syncthreads();
+  if (threadIdx.x == 0) prefetch(p, work, rank, place);
+#if !DIGITS  // bytes have no popcounts
+  if (wg < 0 && (warp == 1 || warp == 2)) prefetch_terms(p, work, rank, place.tile, warp == 1);
+#endif
+  allow_next();
+  // Blocks that split K leave each other's barriers alone.
+  if constexpr (CLUSTER > 1) cluster_sync(); else __syncthreads();
+  wait_for_previous();
 
   if (wg < 0) {
-    if constexpr (SPLIT_K == 1) give_registers<PRODUCER_REGISTERS>();
-    if (threadIdx.x == 0) produce(p, work, shared, rank, worker, workers);
-    if (warp == 1) bring_terms(p, work, shared, rank, worker, workers);
+    if constexpr (ROLES) give_registers<PRODUCER_REGISTERS>();
+    if (threadIdx.x == 0) produce(p, work, shared, rank, place, workers);
+    if (warp == 1 || warp == 2) bring_terms(p, work, shared, rank, place.tile, workers, warp == 1);
+#if OUTPUT == OUTPUT_PACKED
+    if (warp == 3 && (SPLIT_K == 1 || rank == 0)) fill_chunks(p, work, rank, place.tile, workers);
+#endif
     __syncwarp();
-    if constexpr (SPLIT_K > 1) cluster_sync();
+    if constexpr (SPLIT_K > 1) {
+      cluster_sync();
+      cluster_arrive();
+    }
   } else {
-    if constexpr (SPLIT_K == 1) take_registers<CONSUMER_REGISTERS>();
+    if constexpr (ROLES) take_registers<CONSUMER_REGISTERS>();
 #if SPLIT_K > 1
     // One tile per cluster: the parts replace the slots, so nothing may be loaded after them. The
     // caller ensures that each block has at least one chunk.
     Turn turn;
     int acc[BLOCKS_M][ACC];
-    multiply(acc, shared, turn, 0,
-             (int)(p.chunks * (rank + 1) / SPLIT_K - p.chunks * rank / SPLIT_K), wg, 0);
+    multiply(acc, shared, turn, 0, place.span.end - place.span.begin, wg, 0);
     barrier_wait(shared_address(&shared.terms_full[0]), 0);
-    store_split(acc, shared, results_of(p, work, shared.terms[0], worker, rank), rank, wg);
+    const TileResults results = results_of(p, work, shared.terms[0], place.tile, rank);
+    store_split(acc, shared, p, results, place.tile, rank, wg);
 #else
-    consume(p, work, shared, rank, worker, workers, wg);
+    consume(p, work, shared, rank, place.tile, workers, wg);
 #endif
   }
   // No block may end while another of its cluster still writes to its shared memory or reads it.
-  if constexpr (clustered) cluster_sync();
+  if constexpr (CLUSTER > 1) cluster_sync();
+  if constexpr (SPLIT_K > 1) cluster_wait();
 }

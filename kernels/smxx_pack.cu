@@ -4,8 +4,8 @@
 // costs one launch for both. An operand is read in one of two ways, whichever is contiguous:
 //   along lines    (a row-major left operand) a warp takes 1024 elements of a line, or several times
 //                  that for small elements: lanes read neighbours, and together form words;
-//   across lines   (a row-major right operand) a lane takes a line, two neighbouring ones, or four
-//                  of 1-byte elements, and a warp 128 elements of it: one 16-byte piece.
+//   across lines   (a row-major right operand) a lane takes a line, or neighbouring ones in 8 or 16
+//                  bytes, and a warp 32 elements of it: one word.
 // Any other strides use the first way, slower.
 //
 // What bounds it: reading the arrays. Loads are up to 16 bytes wide if alignment allows, and all loads
@@ -13,6 +13,7 @@
 //
 // The translation unit sets TYPE_A and TYPE_B, the element types, and SAME_TYPE if they are equal.
 
+#include "launch.cuh"
 #include "layout.cuh"
 #include "signs.cuh"
 
@@ -28,7 +29,7 @@ struct Operand {
   i64 line_stride, k_stride, batch_stride;  // in bytes
   i64 across;        // whether it is read across lines
   i64 wide;          // whether a lane may read several neighbours at once: adjacent, and aligned
-  i64 parts;         // along: warps that share a line; across: blocks that share a line's chunks
+  i64 parts;         // along: warps that share a line; across: blocks that share a line
   i64 blocks;        // for this operand
 };
 struct Operands { Operand a, b; };
@@ -212,103 +213,116 @@ __device__ __forceinline__ void separate(const u32 (&mixed)[4], u32 (&word)[4]) 
     word[e] = __byte_perm(front[e / 2], back[e / 2], e % 2 ? 0x7632 : 0x5410);
 }
 
+// Word `warp` of eight, 256 places of a line, for V neighbouring lines of a lane. `left` places exist.
 template <typename T, int V>
-__device__ __forceinline__ void pack_across(const Operand& p, u32 block, int* shared) {
-  // Whether a lane's elements of one place fill a register, for signs to be taken all at a time.
-  constexpr bool FILL = V > 1 && V * sizeof(T) == 4;
-  constexpr int IN_16_REGISTERS = 64 / (V * (int)sizeof(T));
-  constexpr int BATCH = FILL ? 32 : V == 1 ? 16 : IN_16_REGISTERS;  // loads in flight
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  const u32 groups = (u32)((p.lines + 32 * V - 1) / (32 * V)), parts = (u32)p.parts;
-  const u32 part = block % parts, group = block / parts % groups, item = block / parts / groups;
-  const u32 line = (group * 32 + lane) * V;
-  const char* x = p.x + item * p.batch_stride + line * p.line_stride;
-  const bool inside = line + V <= p.lines;  // V divides the number of lines
-  int ones[V] = {};
-  for (u32 chunk = part; chunk < (u32)p.chunks; chunk += parts) {
-    const i64 start = (i64)chunk * CHUNK_BITS + warp * 128;
-    const i64 left = inside ? p.k - start : 0;
-    const char* from = x + start * p.k_stride;
-    u32 piece[V][4];
+__device__ __forceinline__ void pack_word_across(const char* from, i64 stride, i64 left, u32 (&word)[V]) {
+  // Whether a lane's elements of one place fill registers, for signs to be taken all at a time.
+  constexpr bool FILL = sizeof(T) < 4 && V > 1;
+  constexpr int BYTES = V * sizeof(T), BATCH = BYTES <= 4 ? 32 : BYTES == 8 ? 16 : 8;  // in flight
+  constexpr int REGISTERS = FILL ? BYTES / 4 : 1, LINES = V / REGISTERS, BITS = 8 * sizeof(T);
+  u32 mixed[REGISTERS][LINES] = {};  // bit i of each element of number i / BITS is of place i
 #pragma unroll
-    for (int w = 0; w < 4; w++) {
-      u32 word[V] = {};
-      i64 stride = p.k_stride;
-      asm volatile("" : "+l"(stride));  // or its multiples are computed in advance and spilled
+  for (int e = 0; e < V; e++) word[e] = 0;
+  asm volatile("" : "+l"(stride));  // or its multiples are computed in advance and spilled
 #pragma unroll
-      for (int bit = 0; bit < 32; bit += BATCH) {
-        Vector<T, V> v[BATCH];
-        if (left >= 128) {
+  for (int first = 0; first < 32; first += BATCH) {
+    Vector<T, V> v[BATCH];
+    if (left >= 32) {
 #pragma unroll
-          for (int i = 0; i < BATCH; i++)
-            v[i] = *(const Vector<T, V>*)(from + i * stride);
+      for (int i = 0; i < BATCH; i++) v[i] = *(const Vector<T, V>*)(from + i * stride);
+    } else {
+#pragma unroll
+      for (int i = 0; i < BATCH; i++) {
+        if (first + i < left) {
+          v[i] = *(const Vector<T, V>*)(from + i * stride);
         } else {
 #pragma unroll
-          for (int i = 0; i < BATCH; i++) {
-            if (w * 32 + bit + i < left) {
-              v[i] = *(const Vector<T, V>*)(from + i * stride);
-            } else {
-#pragma unroll
-              for (int e = 0; e < V; e++) v[i].at[e] = missing<T>();
-            }
-          }
-        }
-        from += BATCH * stride;
-        if constexpr (FILL) {
-          // Bit i of each element of register i / BITS is of place i.
-          constexpr int BITS = 8 * sizeof(T);
-          u32 mixed[V] = {};
-#pragma unroll
-          for (int i = 0; i < 32; i++)
-            mixed[i / BITS] |= nonnegative_each<T>(*(const u32*)&v[i]) >> (BITS - 1 - i % BITS);
-          separate(mixed, word);
-        } else {
-#pragma unroll
-          for (int i = 0; i < BATCH; i++)
-#pragma unroll
-            for (int e = 0; e < V; e++) word[e] |= (u32)nonnegative(v[i].at[e]) << (bit + i);
+          for (int e = 0; e < V; e++) v[i].at[e] = missing<T>();
         }
       }
-#pragma unroll
-      for (int e = 0; e < V; e++) piece[e][w] = word[e];
     }
+    from += BATCH * stride;
 #pragma unroll
-    for (int e = 0; e < V; e++) {
-      const uint4 bits = make_uint4(piece[e][0], piece[e][1], piece[e][2], piece[e][3]);
-      ones[e] += __popc(bits.x) + __popc(bits.y) + __popc(bits.z) + __popc(bits.w);
-      if (line + e < padded_lines(p.lines)) {
-        const u32 position = position_of(line + e);
-        uint4* to = (uint4*)(p.words + line_chunk(item, p.chunks, chunk, p.lines, position));
-        to[swizzled_piece(position, warp)] = bits;
+    for (int i = 0; i < BATCH; i++) {
+      const int place = first + i;
+      if constexpr (FILL) {
+#pragma unroll
+        for (int r = 0; r < REGISTERS; r++)
+          mixed[r][place / BITS] |=
+              nonnegative_each<T>(((const u32*)&v[i])[r]) >> (BITS - 1 - place % BITS);
+      } else {
+#pragma unroll
+        for (int e = 0; e < V; e++) word[e] |= (u32)nonnegative(v[i].at[e]) << place;
       }
     }
   }
-  // A line's popcount is the sum over the block's warps.
+  if constexpr (FILL) {
 #pragma unroll
-  for (int e = 0; e < V; e++) {
-    shared[warp * 32 + lane] = ones[e];
-    __syncthreads();
-    if (warp == 0 && line + e < p.lines) {
-      int sum = 0;
+    for (int r = 0; r < REGISTERS; r++) {
+      u32 apart[LINES];
+      separate(mixed[r], apart);
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) sum += shared[w * 32 + lane];
-      if (p.parts == 1) p.pops[item * p.lines + line + e] = sum;
-      else atomicAdd(p.pops + item * p.lines + line + e, sum);  // zeros when the kernel starts
+      for (int e = 0; e < LINES; e++) word[r * LINES + e] = apart[e];
     }
-    __syncthreads();
   }
 }
 
-template <typename T> __device__ __forceinline__ void pack(const Operand& p, u32 block, int* shared) {
-  // More lines per lane would need too many registers for their words.
-  if (!p.across) pack_along<T>(p, block, shared);
-  else if (p.wide) pack_across<T, sizeof(T) == 1 ? 4 : 2>(p, block, shared);
+// A block takes 256 places of 32 V lines at a time, eight words, which it turns in shared memory: then two
+// threads write 32 bytes of a line, a whole sector of the L2 cache.
+template <typename T, int V>
+__device__ __forceinline__ void pack_across(const Operand& p, u32 block, u32* shared) {
+  constexpr int LINES = 32 * V, PITCH = LINES + 4, PIECES = 2 * LINES;
+  constexpr int EACH = (PIECES + WARPS * 32 - 1) / (WARPS * 32);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const u32 groups = (u32)((p.lines + LINES - 1) / LINES), parts = (u32)p.parts;
+  const u32 part = block % parts, group = block / parts % groups, item = block / parts / groups;
+  const u32 line = group * LINES + lane * V;
+  const char* x = p.x + item * p.batch_stride + line * p.line_stride;
+  const bool inside = line + V <= p.lines;  // V divides the number of lines
+  int ones[EACH] = {};
+  for (u32 quarter = part; quarter < 4 * (u32)p.chunks; quarter += parts) {
+    const i64 start = (i64)quarter * 256 + warp * 32;
+    u32 word[V];
+    pack_word_across<T, V>(x + start * p.k_stride, p.k_stride, inside ? p.k - start : 0, word);
+    *(Vector<u32, V>*)(shared + warp * PITCH + lane * V) = *(const Vector<u32, V>*)word;
+    __syncthreads();
+#pragma unroll
+    for (int e = 0; e < EACH; e++) {
+      const int index = threadIdx.x + e * WARPS * 32, piece = index & 1;
+      const u32 own = group * LINES + index / 2;
+      if (index >= PIECES || own >= padded_lines(p.lines)) continue;
+      const u32* words = shared + 4 * piece * PITCH + index / 2;
+      const uint4 bits = make_uint4(words[0], words[PITCH], words[2 * PITCH], words[3 * PITCH]);
+      ones[e] += __popc(bits.x) + __popc(bits.y) + __popc(bits.z) + __popc(bits.w);
+      const u32 position = position_of(own);
+      uint4* to = (uint4*)(p.words + line_chunk(item, p.chunks, quarter / 4, p.lines, position));
+      to[swizzled_piece(position, quarter % 4 * 2 + piece)] = bits;
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int e = 0; e < EACH; e++) {
+    const int index = threadIdx.x + e * WARPS * 32;
+    const u32 own = group * LINES + index / 2;
+    const int sum = ones[e] + __shfl_xor_sync(ALL, ones[e], 1);
+    if (index & 1 || index >= PIECES || own >= p.lines) continue;
+    if (p.parts == 1) p.pops[item * p.lines + own] = sum;
+    else if (sum) atomicAdd(p.pops + item * p.lines + own, sum);  // zeros when the kernel starts
+  }
+}
+
+template <typename T> __device__ __forceinline__ void pack(const Operand& p, u32 block, u32* shared) {
+  constexpr int V = sizeof(T) < 4 ? 8 / sizeof(T) : 2;
+  if (!p.across) pack_along<T>(p, block, (int*)shared);
+  else if (p.wide) pack_across<T, V>(p, block, shared);
   else pack_across<T, 1>(p, block, shared);
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 3)
     pack_operands(const __grid_constant__ Operands p) {
-  __shared__ int shared[WARPS * 32];
+  __shared__ __align__(16) u32 shared[WARPS * (32 * 8 + 4)];
+  allow_next();
+  wait_for_previous();
   const bool first = blockIdx.x < p.a.blocks;
 #if SAME_TYPE
   pack<TYPE_A>(first ? p.a : p.b, blockIdx.x - (first ? 0 : (u32)p.a.blocks), shared);

@@ -70,4 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_con
     for (int j = 0; j < EACH; j++) results.store(row, tx + SIDE * j, acc[i][j]);
 #endif
   }
+#if OUTPUT == OUTPUT_PACKED
+  fill_chunk<TILE, TILE>(p, tile.item, tile.m, tile.n, threadIdx.x, THREADS);
+#endif
 }

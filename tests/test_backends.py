@@ -10,7 +10,7 @@ def arguments(function) -> list[tuple]:
 
 
 def test_names_and_arguments_are_the_same():
-    only_cuda = {"force_kernel", "kernels_for"}
+    only_cuda = {"kernels_for", "matmul"}
     assert set(cuda.__all__) - set(numpy_backend.__all__) == only_cuda
     for name in numpy_backend.__all__:
         assert arguments(getattr(cuda, name)) == arguments(getattr(numpy_backend, name)), name

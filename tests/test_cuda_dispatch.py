@@ -50,7 +50,7 @@ def test_the_built_in_choice_keeps_the_kernels_rules(shape, packed, scaled):
         assert not config.deferred or 4 <= chunks <= 63
         assert not (packed and config.swap)
         assert not packed or config.tile_n % 32 == 0
-        assert config.blocks(m, n, 1, 132) > 0
+        assert config.blocks(config.tiles(m, n, 1), config.parts_of(chunks), 132) > 0
 
 
 def test_an_architecture_gets_its_own_kernel():
@@ -69,7 +69,8 @@ def test_every_candidate_fits_the_device():
                 wanted = problem(capability, m, n, k, packed=packed)
                 for config in dispatch.candidates(kernel, wanted):
                     assert config.shared_bytes(False) <= limit * 1024
-                    assert config.split_k <= -(-k // 1024)
+                    chunks = -(-k // 1024)
+                    assert config.split_k * config.parts_of(chunks) <= chunks
                     assert not (packed and config.swap)
 
 
@@ -161,13 +162,29 @@ def test_the_digest_changes_with_every_source(tmp_path, monkeypatch):
 
 
 def test_small_products_fill_the_gpu_that_they_run_on():
-    def split(multiprocessors):
-        return picked(90, 64, 1024, 8192, packed=True, multiprocessors=multiprocessors).split_k
+    def blocks(m, n, k, multiprocessors=132):
+        config = picked(90, m, n, k, multiprocessors=multiprocessors)
+        tiles = config.tiles(n, m, 1) if config.swap else config.tiles(m, n, 1)
+        return config.blocks(tiles, config.parts_of(-(-k // 1024)), multiprocessors)
 
-    assert [split(count) for count in (8, 16, 32, 64, 132)] == [1, 2, 4, 8, 8]
-    whole = picked(90, 1536, 1408, 8192, multiprocessors=132)
-    assert whole == sm90.config(1, 128, 6)  # 132 tiles
+    whole = picked(90, 1536, 1408, 8192)
+    assert whole == sm90.LARGE  # 132 tiles
     assert picked(90, 1536, 1408, 8192, multiprocessors=60) != whole
+    for shape in ((128, 128, 1 << 20), (256, 256, 65_536), (100, 4096, 4096), (1, 16384, 16384)):
+        assert 64 <= blocks(*shape) <= 132, shape
+    for count in (32, 64):
+        assert blocks(64, 64, 1 << 20, count) <= count
+
+
+def test_a_part_of_k_fits_counts_of_16_bits():
+    for chunks in (8, 63, 64, 500, 2**21):
+        for config in (sm90.SPLIT, sm90.LONG, dataclasses.replace(sm90.LONG, parts=100)):
+            parts = config.parts_of(chunks)
+            most = -(-chunks // (config.split_k * parts))
+            assert most * 1024 < 2**16
+            assert config.split_k * parts <= chunks, "each part has a chunk"
+            assert config.sums_bytes(3, parts) >= (parts > 1) * 12 * config.tile_m * config.tile_n
+    assert sm90.LARGE.parts_of(2**21) == 1
 
 
 def test_an_architecture_is_one_module(tmp_path, monkeypatch):

@@ -11,9 +11,7 @@ import pytest
 from gemm_cases import BFLOAT16, check_random_cases, host
 
 import cupybnn
-import cupybnn.gemm
-from cupybnn.backends import cuda
-from cupybnn.backends.cuda import architectures, dispatch, product
+from cupybnn.backends.cuda import architectures, dispatch, launching
 from cupybnn.backends.cuda.architectures import sm75, sm80, sm90, smxx
 from cupybnn.backends.cuda.configs import Config, Problem
 from cupybnn.backends.cuda.dispatch import force_kernel
@@ -32,12 +30,13 @@ GENERAL = {
     "sm80 middle, two stages": sm80.config(2, 4, 4, 4, 2),
     "sm80 large": sm80.config(4, 2, 4, 8, 3),
     "sm80 large, two stages": sm80.config(4, 2, 4, 8, 2),
-    "sm90 128x64": sm90.config(1, 64, 8),
-    "sm90 64x32": sm90.config(1, 32, 8, consumers=1),
-    "sm90 64x64": sm90.config(1, 64, 8, consumers=1),
-    "sm90 128x128": sm90.config(1, 128, 6),
+    "sm90 64x32": sm90.FINE,
+    "sm90 64x64": sm90.SMALL,
+    "sm90 64x64, two blocks": sm90.SMALL_TWICE,
+    "sm90 128x64": sm90.MIDDLE,
+    "sm90 128x128": sm90.LARGE,
     "sm90 128x256": sm90.config(1, 256, 4),
-    "sm90 256x128": sm90.config(2, 128, 4),
+    "sm90 256x128": sm90.LARGER,
     "sm90 256x192": sm90.config(2, 192, 4),
     "sm90 256x192, cluster 1x2": sm90.config(2, 192, 4, cluster=(1, 2)),
     "sm90 256x128, cluster 2x1": sm90.config(2, 128, 4, cluster=(2, 1)),
@@ -49,14 +48,15 @@ DEFERRED = {
     "sm90 256x128, cluster 1x2": sm90.config(2, 128, 4, deferred=True, cluster=(1, 2)),
 }
 SPLIT = {
+    "sm90 64x64 / 4": sm90.SPLIT,
+    "sm90 64x64 / 4 by 3": dataclasses.replace(sm90.SPLIT, parts=3),
+    "sm90 128x128 / 8": sm90.LONG,
+    "sm90 128x128 / 8 by 2": dataclasses.replace(sm90.LONG, parts=2),
     "sm90 128x128 / 2": sm90.config(1, 128, 6, split_k=2),
-    "sm90 128x128 / 8": sm90.config(1, 128, 6, split_k=8),
-    "sm90 128x64 / 4": sm90.config(1, 64, 8, split_k=4),
 }
 SWAPPED = {
-    "sm90 128x16": sm90.config(1, 16, 8, swap=True),
+    "sm90 128x16": sm90.FLAT,
     "sm90 128x64": sm90.config(1, 64, 8, swap=True),
-    "sm90 128x16 / 4": sm90.config(1, 16, 8, split_k=4, swap=True),
     "sm90 64x16 / 2": sm90.config(1, 16, 10, consumers=1, split_k=2, swap=True),
 }
 
@@ -122,11 +122,11 @@ def capability(cupy):
 @pytest.fixture(autouse=True)
 def poisoned(cupy, monkeypatch):
     """Fill the memory that a product asks for, so that what is not written is not right by luck."""
-    empty, alloc = cupy.empty, product._alloc
+    alloc = launching.alloc
 
-    def poisoned_empty(*args, **kwargs):
-        array = empty(*args, **kwargs)
-        if array.nbytes:
+    def poisoned_empty(shape, dtype, memory=None):
+        array = cupy.ndarray(shape, dtype, memory)
+        if memory is None and array.nbytes:
             array.data.memset_async(POISON_BYTE, array.nbytes)
         return array
 
@@ -135,9 +135,8 @@ def poisoned(cupy, monkeypatch):
         memory.memset_async(POISON_BYTE, size)
         return memory
 
-    monkeypatch.setattr(cupy, "empty", poisoned_empty)
-    monkeypatch.setattr(product, "_alloc", poisoned_alloc)
-    monkeypatch.setattr(cupybnn.gemm, "_cuda", lambda: (cuda, poisoned_empty))
+    monkeypatch.setattr(launching, "empty", poisoned_empty)
+    monkeypatch.setattr(launching, "alloc", poisoned_alloc)
 
 
 def operands(cupy, m, n, k, seed=0):
@@ -191,7 +190,8 @@ def test_a_deferred_configuration_is_exact(cupy, capability, name):
 @pytest.mark.parametrize("name", SPLIT)
 def test_a_split_configuration_is_exact(cupy, capability, name):
     require(SPLIT[name], capability)
-    for shape in ((1, 1, 8192), (129, 127, 8193), (300, 200, 70_000), (64, 64, 10_000)):
+    shapes = ((1, 1, 24_576), (129, 127, 24_577), (300, 200, 70_000), (64, 64, 600_000))
+    for shape in shapes:
         check(cupy, SPLIT[name], shape)
 
 
@@ -213,22 +213,50 @@ def test_every_configuration_of_the_table_and_of_tuning_is_exact(cupy, capabilit
         check(cupy, config, shape, packed=not config.swap and config.tile_n % 32 == 0)
 
 
-def test_packed_words_that_are_all_covered_are_all_written(cupy, capability):
-    """Where N is a multiple of 1024 and M of 16 nothing clears the words beforehand."""
+def test_all_words_of_a_packed_result_are_written(cupy, capability):
+    """Padding, too, which nothing clears beforehand: lines up to 16, columns up to 1024."""
+    shapes = [(16, 1024, 33), (272, 3072, 4097), (528, 1024, 100), (1, 1, 70), (17, 33, 5000)]
+    shapes += [(m, n, 1030) for m in (15, 65, 300) for n in (31, 64, 97, 129, 1000, 1025, 1500)]
     for kernel in architectures.kernels_for(capability):
-        for m, n, k in ((16, 1024, 33), (272, 3072, 4097), (528, 1024, 100)):
+        for m, n, k in shapes:
             a, b = operands(cupy, m, n, k)
             bits = expected(cupy, a, b) >= 0
             with force_kernel(kernel):
                 result = cupybnn.xnor_gemm_packed(a, b)
-            assert bool((result.unpack(np.int8) == cupy.where(bits, 1, -1)).all()), (kernel, m, n)
+            whole = cupybnn.pack(cupy.where(bits, np.int8(1), np.int8(-1)))
+            assert bool((result.words == whole.words).all()), (kernel, m, n)
             assert bool((result.popcounts == bits.sum(1)).all()), (kernel, m, n)
+
+
+def test_counts_of_many_results_in_a_row(cupy):
+    """They lie side by side in memory that is cleared once for many calls."""
+    a, b = operands(cupy, 70, 300, 500)
+    a, b = cupybnn.pack(a), cupybnn.pack(b, axis=-2)
+    want = (cupybnn.xnor_gemm(a, b) >= 0).sum(1)
+    results = [cupybnn.xnor_gemm_packed(a, b) for _ in range(200)]
+    assert all(bool((result.popcounts == want).all()) for result in results)
+
+
+def test_products_that_follow_each_other_at_once(cupy):
+    """A launch may begin before the one ahead has ended; it must not read before that."""
+    x = cupybnn.pack(operands(cupy, 64, 1, 4096)[0])
+    weights = [cupybnn.pack(operands(cupy, 1, 4096, 4096, seed)[1], axis=-2) for seed in range(12)]
+    got = want = x
+    for weight in weights:
+        got = cupybnn.xnor_gemm_packed(got, weight)
+    for weight in weights:
+        cupy.cuda.Device().synchronize()
+        dense = cupybnn.xnor_gemm(want, weight)
+        cupy.cuda.Device().synchronize()
+        want = cupybnn.pack(dense)
+    assert bool((got.words == want.words).all())
+    assert bool((got.popcounts == want.popcounts).all())
 
 
 def test_memory_is_poisoned(cupy):
     word = np.frombuffer(bytes([POISON_BYTE] * 4), np.int32)[0]
-    assert bool((cupybnn.gemm._cuda()[1]((5, 3), np.int32) == word).all())
-    assert bool((cupy.ndarray(7, np.int32, memptr=product._alloc(28)) == word).all())
+    assert bool((launching.empty((5, 3), np.int32) == word).all())
+    assert bool((cupy.ndarray(7, np.int32, memptr=launching.alloc(28)) == word).all())
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -367,9 +395,11 @@ def test_in_a_cuda_graph(cupy, capability, kernel):
     cupy.cuda.Device().synchronize()
     with force_kernel(kernel), stream, cupy.cuda.using_allocator(pool.malloc):
         cupybnn.xnor_gemm(a, weights, out=out)
+        packed = cupybnn.xnor_gemm_packed(a, weights)
         stream.synchronize()
         stream.begin_capture()
         cupybnn.xnor_gemm(a, weights, out=out)
+        packed = cupybnn.xnor_gemm_packed(a, weights)
         graph = stream.end_capture()
     for seed in range(3):
         a[...] = operands(cupy, 300, 400, 5000, seed)[0]
@@ -377,7 +407,10 @@ def test_in_a_cuda_graph(cupy, capability, kernel):
         cupy.cuda.Device().synchronize()
         graph.launch(stream)
         stream.synchronize()
-        assert bool((out == expected(cupy, a, b)).all())
+        want = expected(cupy, a, b)
+        assert bool((out == want).all())
+        assert bool((packed.unpack(bool) == (want >= 0)).all())
+        assert bool((packed.popcounts == (want >= 0).sum(1)).all())
 
 
 @pytest.mark.parametrize("kernel", architectures.KERNELS)

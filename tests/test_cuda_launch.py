@@ -7,6 +7,7 @@ alone is found.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import re
 import sys
@@ -16,13 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cupybnn.backends.cuda import dispatch, packing, product, sign_gemm
+from cupybnn.backends.cuda import dispatch, launching, packing, product, sign_gemm
 from cupybnn.backends.cuda.architectures import sm90
 from cupybnn.backends.cuda.dispatch import force_kernel
 from cupybnn.backends.cuda.sources import translation_unit
 from cupybnn.backends.epilogue import Epilogue
 
-WORDS, POPCOUNTS = 0x2000_0000, 0x3000_0000
+WORDS, POPCOUNTS, MIB = 0x2000_0000, 0x3000_0000, 1 << 20
 # The order in which layout.cuh says that sixteen lines stand.
 LINE_AT = np.array([0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15])
 
@@ -58,6 +59,16 @@ class Packed:
         self.popcounts = SimpleNamespace(data=SimpleNamespace(ptr=address + 0x1000))
 
 
+class Memory:
+    """What the launch code asks of a pointer to memory."""
+
+    def __init__(self, ptr, size):
+        self.ptr, self.mem = ptr, SimpleNamespace(size=size)
+
+    def __add__(self, offset):
+        return Memory(self.ptr + offset, self.mem.size)
+
+
 class Launches(list):
     """Launches in order, and what was cleared before each."""
 
@@ -69,6 +80,7 @@ def launches(monkeypatch):
     """Record launches, on a machine that has an H100 as far as the launch code can tell."""
     recorded = Launches()
     recorded.cleared = []
+    allocated = itertools.count(1)
 
     def load_kernel(source, function, defines, device, shared=0):
         def launch(grid, block, arguments, shared_mem=0):
@@ -81,7 +93,17 @@ def launches(monkeypatch):
                 )
             )  # fmt: skip
 
+        launch.name = function
+        launch.kernel = SimpleNamespace(ptr=launch)  # what a prepared launch hands to the driver
         return launch
+
+    def launch_kernel(function, x, y, z, threads, y2, z2, shared, stream, pointers, extra):
+        assert (y, z, y2, z2, extra) == (1, 1, 1, 1, 0)
+        size = {"pack_operands": packing.OPERANDS, "xnor_gemm": product.PRODUCT}
+        struct = size[function.name]
+        (address,) = (ctypes.c_void_p * 1).from_address(pointers)
+        argument = struct.argument(ctypes.string_at(address, struct.size))
+        function((x,), (threads,), (argument,), shared_mem=shared)
 
     def clear(address, value, size, stream):
         assert value == 0
@@ -90,22 +112,33 @@ def launches(monkeypatch):
     cupy: Any = ModuleType("cupy")
     cupy.ndarray = Array
     cupy.empty = cupy.zeros = lambda shape, dtype: Array(shape, dtype, address=WORDS)
+    monkeypatch.setattr(
+        launching, "empty", lambda shape, dtype, memory=None: Array(
+            shape, dtype, address=WORDS if memory is None else memory.ptr
+        ),
+    )  # fmt: skip
+    monkeypatch.setattr(launching, "_blocks", launching._Blocks())
+    monkeypatch.setattr(launching, "_launch", lambda: launch_kernel)
+    monkeypatch.setattr(launching, "_launch_overlapping", lambda: None)
+    monkeypatch.setattr(launching, "_get_current_stream", lambda: cupy.cuda.get_current_stream)
     cupy.asarray = np.asarray
     cupy.ascontiguousarray = lambda x, dtype=None: x
     cupy.broadcast_to = lambda x, shape: Array(shape, x.dtype, address=x.data.ptr)
     cupy.cuda = SimpleNamespace(
-        alloc=lambda size: SimpleNamespace(ptr=WORDS, size=size),
+        alloc=lambda size: Memory(WORDS + MIB * next(allocated), size),
         get_current_stream=lambda: SimpleNamespace(ptr=0),
         runtime=SimpleNamespace(memsetAsync=clear),
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     for module in (packing, product):
         monkeypatch.setattr(module, "load_kernel", load_kernel)
-    monkeypatch.setattr(dispatch, "architecture", lambda device: 90)
+    for module in (dispatch, packing):
+        monkeypatch.setattr(module, "architecture", lambda device: 90)
     for module in (dispatch, packing):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(product.tuning, "winners", lambda device: {})
-    monkeypatch.setattr(product, "_launches", {})
+    monkeypatch.setattr(product, "_launches", launching.Plans())
+    monkeypatch.setattr(packing, "_plans", launching.Plans())
     return recorded
 
 
@@ -146,7 +179,8 @@ def product_of(launch) -> dict[str, int]:
 
 def test_packing_one_array(launches):
     x = Array((3, 70, 1100), strides=(90_000, 1200, 1))
-    packing.PackLaunch([(x, -1)], 0)([(x.data.ptr, WORDS, POPCOUNTS)])
+    launch_one = packing.PackLaunch([(x, -1)], 0)
+    launch_one([(x.data.ptr, WORDS, POPCOUNTS)], 0)
     (launch,) = launches
     a, b = operands_of(launch)
     # Two chunks: two warps to a line, so four lines of 80 x 3 to a block.
@@ -158,13 +192,13 @@ def test_packing_one_array(launches):
     assert b["blocks"] == 0
     assert (launch.blocks, launch.threads) == (60, 256)
     assert launch.defines == {"SAME_TYPE": 1, "TYPE_A": "float", "TYPE_B": "float"}
-    assert not launches.cleared
+    assert launch_one.adds_up == (False,)
 
 
 def test_packing_both_operands_in_one_launch(launches):
     a, b = Array((33, 2000), np.int8), Array((2000, 50), np.float16, address=0x5000_0000)
     launch_both = packing.PackLaunch([(a, -1), (b, -2)], 0)
-    launch_both([(a.data.ptr, WORDS, POPCOUNTS), (b.data.ptr, WORDS + 64, POPCOUNTS + 64)])
+    launch_both([(a.data.ptr, WORDS, POPCOUNTS), (b.data.ptr, WORDS + 64, POPCOUNTS + 64)], 0)
     (launch,) = launches
     first, second = operands_of(launch)
     assert (first["x"], first["words"], first["pops"]) == (a.data.ptr, WORDS, POPCOUNTS)
@@ -180,9 +214,9 @@ def test_packing_both_operands_in_one_launch(launches):
     )  # fmt: skip
     assert (second["lines"], second["k"]) == (50, 2000)
     assert (second["line_stride"], second["k_stride"]) == (2, 100)
-    # Few lines, so that blocks share a line's two chunks and add up in what was cleared.
-    assert (second["across"], second["wide"], second["parts"], second["blocks"]) == (1, 0, 2, 4)
-    assert launches.cleared == [(POPCOUNTS + 64, 4 * 50)]
+    # Few lines, so that blocks share a line's eight quarters of chunks and add up.
+    assert (second["across"], second["wide"], second["parts"], second["blocks"]) == (1, 0, 8, 16)
+    assert launch_both.adds_up == (False, True)
     assert launch.blocks == first["blocks"] + second["blocks"]
     assert launch.defines == {"SAME_TYPE": 0, "TYPE_A": "signed char", "TYPE_B": "float16_bits"}
 
@@ -237,9 +271,9 @@ def test_every_line_has_warps_or_blocks_of_its_own():
         assert list(got) == fields_of("smxx_pack", "Operand")[3:]
         assert (got["lines"], got["k"], got["batch"]) == (lines, k, batch)
         assert got["chunks"] * 1024 >= k > (got["chunks"] - 1) * 1024
-        assert 1 <= got["parts"] <= got["chunks"] or not got["across"]
+        assert 1 <= got["parts"] <= 4 * got["chunks"] or not got["across"]
         if got["across"]:
-            neighbours = 4 if dtype is np.int8 else 2
+            neighbours = {np.int8: 8, np.float16: 4, np.float32: 2}[dtype]
             groups = -(-lines // (32 * neighbours if got["wide"] else 32))
             assert got["blocks"] == batch * groups * got["parts"]
         else:
@@ -270,6 +304,7 @@ def test_a_product_of_packed_matrices(launches):
         "threshold": 0, "flip": 0, "m": 100, "n": 200, "k": 3000, "chunks": 3, "batch": 1,
         "a_step": 1, "b_step": 1, "out_row": 1, "out_col": 100, "out_batch": 0,
         "row_scale_batch": 0, "col_scale_batch": 0, "bias_batch": 0, "swapped": 0, "group": 8,
+        "parts": 1, "sums": 0,
     }  # fmt: skip
     assert launch.defines == {"OUTPUT": 1, "SCALED": 0}
     assert (launch.blocks, launch.threads) == (2 * 4, 256)
@@ -319,13 +354,15 @@ def test_operands_that_are_arrays_are_packed_into_one_workspace(launches):
     pack, multiply = launches
     first, second = operands_of(pack)
     got = product_of(multiply)
-    assert (first["words"], first["pops"]) == (got["a"], got["pop_a"]) == (WORDS, WORDS + 4096)
+    assert (first["words"], first["pops"]) == (got["a"], got["pop_a"])
+    assert got["pop_a"] == got["a"] + 4096
     assert (second["words"], second["pops"]) == (got["b"], got["pop_b"])
     # 2 chunks x 16 and 32 lines x 128 bytes; popcounts follow, and nothing overlaps.
     assert got["b"] % 256 == 0
     assert got["b"] >= got["pop_a"] + 4 * 7
-    assert got["pop_b"] == got["b"] + 2 * 32 * 128
-    assert launches.cleared == [(got["pop_b"], 4 * 20)]
+    # Blocks add to the popcounts of b: they lie in memory that was cleared for many calls.
+    assert launches.cleared == [(got["pop_b"], 32 * 256)]
+    assert not got["a"] <= got["pop_b"] < got["b"] + 2 * 32 * 128
 
 
 def test_a_packed_result(launches):
@@ -336,9 +373,41 @@ def test_a_packed_result(launches):
         product.gemm_packed(a, b, threshold, flip)
     got = product_of(launches[-1])
     assert (got["threshold"], got["flip"]) == (0x7000_0000, 0x7100_0000)
-    assert got["out"] == got["out_pop"] == WORDS  # what the recorded allocator gives
+    assert got["out"] == WORDS  # what the recorded allocator gives
+    assert launches.cleared == [(got["out_pop"], 32 * 512)]
     assert (got["row_scale"], got["col_scale"], got["bias"]) == (0, 0, 0)
     assert launches[-1].defines == {"OUTPUT": 4, "SCALED": 0}
+
+
+def test_zeros_are_cleared_for_many_calls_at_once(launches, monkeypatch):
+    taken = [launching.zeros(300, 0, stream=0).ptr for _ in range(32)]
+    assert launches.cleared == [(taken[0], 32 * 512)]
+    assert [address - taken[0] for address in taken] == [512 * i for i in range(32)]
+    more = launching.zeros(300, 0, stream=0).ptr
+    assert launches.cleared[1:] == [(more, 32 * 512)]  # the first block was used up
+    # Each stream and device has its own block, and a large one serves one call.
+    for size, device, stream in ((300, 0, 7), (300, 1, 0), (1 << 20, 0, 0)):
+        monkeypatch.setattr(launching, "_is_capturing", lambda stream: False)
+        address = launching.zeros(size, device, stream).ptr
+        assert launches.cleared[-1] == (address, size if size > 300 else 32 * 512)
+    # A graph clears its memory at each replay.
+    monkeypatch.setattr(launching, "_is_capturing", lambda stream: True)
+    for _ in range(2):
+        assert launches.cleared[-1] != (address := launching.zeros(300, 0, stream=7).ptr, 512)
+        assert launches.cleared[-1] == (address, 512)
+
+
+def test_a_long_product_of_one_tile_is_split_over_the_gpu(launches):
+    a, b = Packed((64, 1 << 20), 0x4000_0000), Packed((1 << 20, 128), 0x5000_0000)
+    for _ in range(2):
+        product.gemm(a, b, Array((64, 128), np.int32), None)
+    first, second = (product_of(launch) for launch in launches)
+    config = dispatch.choose(dispatch.problem_on(0, 64, 128, 1 << 20), {})
+    assert first["parts"] == config.parts_of(1024) > 1
+    assert launches[0].blocks == 8 * first["parts"]
+    # Sums of one tile for each call, and tickets.
+    assert second["sums"] - first["sums"] >= 4 * (128 * 128 + 8)
+    assert launches.cleared == [(first["sums"], 2 * MIB)]
 
 
 def test_output_numbers_are_those_of_the_kernels():

@@ -34,11 +34,10 @@ def test_the_kernels_for_pixels_compile():
     require("sm_90a")
     problems = [Problem(m=m, n=4096, k=784, packed=True, capability=90, multiprocessors=132)
                 for m in (30, 100, 300, 400, 1000, 70_000)]  # fmt: skip
-    configs = list(dict.fromkeys(pixel_config(problem) for problem in problems))
-    assert len({(c.tile_m, c.tile_n) for c in configs}) >= 4
-    products = [{**dict(c.defines), "OUTPUT": 4, "SCALED": 0, "DIGITS": d}
-                for c in configs for d in (1, 3)]  # fmt: skip
-    asked = [c.shared for c in configs for _ in (1, 3)]
+    chosen = list(dict.fromkeys((pixel_config(p, d), d) for p in problems for d in (1, 3)))
+    assert len({(c.tile_m, c.tile_n) for c, _ in chosen}) >= 4
+    products = [{**dict(c.defines), "OUTPUT": 4, "SCALED": 0, "DIGITS": d} for c, d in chosen]
+    asked = [c.shared for c, _ in chosen]
     compile_all("sm90_xnor_gemm", "sm_90a", products, asked=asked)
     teams = [(8, 16), (8, 1), (16, 1), (32, 1), (64, 1)]
     variants = [{"ROWS": r, "CLUSTER": c, "DIGITS": d} for r, c in teams for d in (1, 3)]

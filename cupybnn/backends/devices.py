@@ -19,7 +19,9 @@ __all__ = [
     "CudaStatus",
     "Device",
     "array_module",
+    "cuda_device",
     "cuda_status",
+    "current_cuda_device",
     "device_of",
     "is_cupy",
     "resolve",
@@ -133,6 +135,17 @@ def _whereabouts(module: Any) -> str:
         return f"the file {file}"
     folders = list(getattr(module, "__path__", ()))
     return f"the folder {folders[0]}" if folders else "something else"
+
+
+@lru_cache(maxsize=64)
+def cuda_device(index: int) -> Device:
+    """Return the `Device` of a CUDA device; made once."""
+    return Device("cuda", index)
+
+
+def current_cuda_device() -> int:
+    """Return the index of the current CUDA device; call only when cupy is already imported."""
+    return int(sys.modules["cupy"].cuda.runtime.getDevice())
 
 
 def resolve(device: str | Device | None = "auto") -> Device:

@@ -6,7 +6,7 @@ of its own; here the first launch reads the caller's pixels and the last one wri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,9 @@ class PixelPlan:
 
         x = signs(0, pixels.units)
         self._kept: list[Any] = [lines, counts, x, pixels, last, *hidden, *steps]
-        self._launches = [pixels.prepared(lines, rows, x.words, x.popcounts)]
+        self._launches: list[Callable[[int], None]] = [
+            pixels.prepared(lines, rows, x.words, x.popcounts)
+        ]
         for i, layer in enumerate(hidden, 1):
             y = signs(i, layer.units)
             self._launches.append(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cupybnn.backends.cuda import dispatch
+from cupybnn.backends.cuda import dispatch, launching
 from cupybnn.backends.cuda.product import OUTPUTS, ProductLaunch
 from cupybnn.backends.devices import cuda_status
 from cupybnn.errors import DeviceError
@@ -28,8 +28,7 @@ _OUTPUTS = {
     torch.float16: OUTPUTS["e"],
     torch.bfloat16: OUTPUTS["E"],
 }
-_launches: dict[tuple[Any, ...], ProductLaunch] = {}
-_MOST_LAUNCHES = 10_000  # bounds memory in a program whose shapes never repeat
+_launches = launching.Plans()
 
 
 @lru_cache(maxsize=1)
@@ -114,24 +113,22 @@ def _product(x: Any, right: Any, kind: Any, address: Any, outputs: int, dtype: A
             dispatch.forced(),
         )  # fmt: skip
         with scope(device):
-            launch = _launches.get(key) or _prepare(key, rows, right, outputs, y.dtype, device)
+            launch = _launches.get(key)
+            if launch is None:
+                launch = _launches.keep(key, _prepare(rows, right, outputs, y.dtype, device))
             # Freed on return, for reuse by later work on the stream.
             workspace = rows.new_empty(launch.workspace_bytes, dtype=torch.uint8)
-            launch.launch([at, address], workspace.data_ptr(), (y.data_ptr(), 0))
+            stream = launching.current_stream()
+            launch.launch([at, address], workspace.data_ptr(), (y.data_ptr(), 0), stream)
     return y if native else y.to(dtype)
 
 
-def _prepare(
-    key: tuple[Any, ...], rows: Any, right: Any, outputs: int, dtype: Any, device: int
-) -> ProductLaunch:
-    if len(_launches) >= _MOST_LAUNCHES:
-        _launches.clear()
+def _prepare(rows: Any, right: Any, outputs: int, dtype: Any, device: int) -> ProductLaunch:
     b = _Packed((rows.shape[1], outputs)) if right is None else _Operand(right)
-    launch = _launches[key] = ProductLaunch(
+    return ProductLaunch(
         _Operand(rows), b, batch_shape=(), strides=(outputs, 1, 0), output=_OUTPUTS[dtype],
         scaled=False, device=device,
     )  # fmt: skip
-    return launch
 
 
 def scope(device: int) -> AbstractContextManager[Any]:

@@ -66,6 +66,11 @@ __device__ __forceinline__ void bulk_load_multicast(u32 to, const void* from, u3
       : "memory");
 }
 
+// Fetch bytes (a multiple of 16) into the L2 cache, where later writes to them are seen.
+__device__ __forceinline__ void bulk_prefetch(const void* from, u32 bytes) {
+  if (bytes) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 // Copy a box of a matrix described by a tensor map, starting at column x and row y; elements outside
 // the matrix are zeros, which `bar` counts too.
 __device__ __forceinline__ void tensor_load(u32 to, const void* map, int x, int y, u32 bar) {
@@ -117,6 +122,16 @@ __device__ __forceinline__ int load_from_block(u32 address, int block) {
       "ld.shared::cluster.s32 %0, [remote]; }"
       : "=r"(value) : "r"(address), "r"(block) : "memory");
   return value;
+}
+
+__device__ __forceinline__ uint4 load_four_from_block(u32 address, int block) {
+  uint4 v;
+  asm volatile(
+      "{ .reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [remote]; }"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address), "r"(block) : "memory");
+  return v;
 }
 
 template <int REGISTERS> __device__ __forceinline__ void give_registers() {

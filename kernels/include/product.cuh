@@ -50,6 +50,7 @@ struct Product {
   const float* bias;          // per column, or per row if `swapped`
   const int* threshold;       // OUTPUT_PACKED: per column; bit = (product >= threshold) ^ flip
   const unsigned char* flip;
+  int* sums;                  // parts > 1: zeros when the kernel starts, see sm90_xnor_gemm.cu
   i64 m, n, k;
   i64 chunks;                 // of a line of a and of b
   i64 batch;
@@ -58,6 +59,7 @@ struct Product {
   i64 row_scale_batch, col_scale_batch, bias_batch;  // likewise, 0 if the same for all
   i64 swapped;                // a and b are swapped: rows here are the caller's columns
   i64 group;                  // tiles of m that are visited together, to keep the L2 cache warm
+  i64 parts;                  // clusters that share a tile's K (sm90_xnor_gemm.cu)
 };
 
 #if OUTPUT == OUTPUT_FLOAT32
@@ -112,19 +114,37 @@ template <int HEIGHT, int WIDTH> struct Terms {
   // Filled by whole warps, `threads` threads in all, from the tile's first row and column.
   __device__ __forceinline__ void fill(const Product& p, i64 item, i64 m, i64 n, int thread,
                                        int threads) {
+    fill_rows(p, item, m, thread, threads);
+    fill_columns(p, item, n, thread, threads);
+  }
+  __device__ __forceinline__ void fill_rows(const Product& p, i64 item, i64 m, int thread, int threads) {
+#if DIGITS
+    for (int i = thread; i < HEIGHT; i += threads) row[i] = 0;
+#else
+    const int* pop_a = p.pop_a + item * p.a_step * p.m + m;
+    const int rows_left = (int)min(p.m - m, (i64)HEIGHT);
+    for (int i = thread; i < HEIGHT; i += threads)
+      row[i] = (int)p.k - (!XOR_ACC && i < rows_left ? 2 * __ldg(pop_a + i) : 0);
+#if OUTPUT != OUTPUT_PACKED && SCALED
+    const float* rows = p.row_scale ? p.row_scale + item * p.row_scale_batch : nullptr;
+    const float* bias = p.bias && p.swapped ? p.bias + item * p.bias_batch : nullptr;
+    for (int i = thread; i < HEIGHT; i += threads) {
+      row_scale[i] = rows && i < rows_left ? rows[m + i] : 1.0f;
+      row_bias[i] = bias && i < rows_left ? bias[m + i] : -0.0f;
+    }
+#endif
+#endif
+  }
+  __device__ __forceinline__ void fill_columns(const Product& p, i64 item, i64 n, int thread, int threads) {
 #if DIGITS
     const int exist = (int)min(p.n - n, (i64)WIDTH);
-    for (int i = thread; i < HEIGHT; i += threads) row[i] = 0;
     for (int i = thread; i < (WIDTH + 31) / 32 * 32; i += threads) {
       if (i < WIDTH) col[i] = i < exist ? -__ldg(p.threshold + n + i) : 0;
       const u32 flips = __ballot_sync(0xffffffffu, i < exist && __ldg(p.flip + n + i));
       if ((i & 31) == 0) flip[i / 32] = flips;
     }
 #else
-    const int* pop_a = p.pop_a + item * p.a_step * p.m + m;
-    const int rows_left = (int)min(p.m - m, (i64)HEIGHT), cols_left = (int)min(p.n - n, (i64)WIDTH);
-    for (int i = thread; i < HEIGHT; i += threads)
-      row[i] = (int)p.k - (!XOR_ACC && i < rows_left ? 2 * __ldg(pop_a + i) : 0);
+    const int cols_left = (int)min(p.n - n, (i64)WIDTH);
     const int* pop_b = p.pop_b + item * p.b_step * p.n + n;
     for (int i = thread; i < (WIDTH + 31) / 32 * 32; i += threads) {
       const bool exists = i < cols_left;
@@ -140,16 +160,11 @@ template <int HEIGHT, int WIDTH> struct Terms {
       if (i < WIDTH) col[i] = term;
     }
 #if OUTPUT != OUTPUT_PACKED && SCALED
-    const float* rows = p.row_scale ? p.row_scale + item * p.row_scale_batch : nullptr;
     const float* cols = p.col_scale ? p.col_scale + item * p.col_scale_batch : nullptr;
-    const float* bias = p.bias ? p.bias + item * p.bias_batch : nullptr;
-    for (int i = thread; i < HEIGHT; i += threads) {
-      row_scale[i] = rows && i < rows_left ? rows[m + i] : 1.0f;
-      row_bias[i] = bias && p.swapped && i < rows_left ? bias[m + i] : -0.0f;
-    }
+    const float* bias = p.bias && !p.swapped ? p.bias + item * p.bias_batch : nullptr;
     for (int i = thread; i < WIDTH; i += threads) {
       col_scale[i] = cols && i < cols_left ? cols[n + i] : 1.0f;
-      col_bias[i] = bias && !p.swapped && i < cols_left ? bias[n + i] : -0.0f;
+      col_bias[i] = bias && i < cols_left ? bias[n + i] : -0.0f;
     }
 #endif
 #endif

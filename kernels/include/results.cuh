@@ -28,6 +28,30 @@ __device__ __forceinline__ int load_again_one(const int* from) {
   return v;
 }
 
+#if OUTPUT == OUTPUT_PACKED
+// Write zeros to what is left of the last chunk of a tile's lines after the tile's last column, if no
+// other tile covers it. For whole warps, `threads` threads in all.
+template <int HEIGHT, int WIDTH>
+__device__ __forceinline__ void fill_chunk(const Product& p, i64 item, i64 m, i64 n, int thread,
+                                           int threads) {
+  if (n + WIDTH < p.n) return;
+  const u32 chunks = (u32)((p.n + CHUNK_BITS - 1) / CHUNK_BITS), first = (u32)(n + WIDTH) / 32;
+  if (first >= chunks * CHUNK_WORDS) return;
+  const int word = first % CHUNK_WORDS, piece = thread % CHUNK_PIECES;
+  if (piece < word / 4) return;
+  const int rows = (int)min(padded_lines(p.m) - m, (i64)HEIGHT);
+  u32* lines = (u32*)p.out + line_chunk(item, chunks, chunks - 1, p.m, (u32)m);
+  for (int position = thread / CHUNK_PIECES; position < rows; position += threads / CHUNK_PIECES) {
+    u32* to = lines + position * CHUNK_WORDS + 4 * swizzled_piece(position, piece);
+    if (4 * piece >= word) {
+      *(uint4*)to = make_uint4(0, 0, 0, 0);
+    } else {
+      for (int i = word % 4; i < 4; i++) to[i] = 0;
+    }
+  }
+}
+#endif
+
 // The results of one tile: from accumulators to the caller's memory.
 template <int HEIGHT, int WIDTH> struct Results {
   const Product& p;
@@ -104,13 +128,14 @@ template <int HEIGHT, int WIDTH> struct Results {
       asm volatile("st.global.b16 [%0], %1;" ::"l"(to), "h"((unsigned short)v) : "memory");
   }
 #else
-  // Store word w (32 columns) of a row of the tile; the caller stores each word once.
+  // Store word w (32 columns) of a row of the tile; the caller stores each word once, of padding rows
+  // too, which are zeros.
   __device__ __forceinline__ void store_word(int row, int w, u32 bits) const {
     const u32 chunks = (u32)((p.n + CHUNK_BITS - 1) / CHUNK_BITS), word = (u32)(n / 32) + w;
-    if (m + row >= p.m || word >= chunks * CHUNK_WORDS) return;
+    if (m + row >= padded_lines(p.m) || word >= chunks * CHUNK_WORDS) return;
     const u32 position = position_of((u32)(m + row));
     u32* to = (u32*)p.out + line_chunk(item, chunks, word / CHUNK_WORDS, p.m, position);
-    to[swizzled_word(position, word % CHUNK_WORDS)] = bits;
+    to[swizzled_word(position, word % CHUNK_WORDS)] = m + row < p.m ? bits : 0;
   }
   __device__ __forceinline__ void count(int row, int ones) const {
     if (m + row < p.m && ones) atomicAdd(p.out_pop + item * p.m + m + row, ones);
@@ -122,6 +147,41 @@ template <int HEIGHT, int WIDTH> struct Results {
     return (~negative ^ terms.flip[w]) & exist;
   }
 #endif
+
+  // Store eight neighbours of a row, the first at a multiple of eight. OUTPUT_PACKED: for a whole warp,
+  // of which four neighbouring lanes have a word.
+  __device__ __forceinline__ void store_eight(int row, int col, const int (&acc)[8]) const {
+#if OUTPUT == OUTPUT_PACKED
+    u32 negative = 0;
+#pragma unroll
+    for (int i = 7; i >= 0; i--)
+      negative = __funnelshift_l((u32)product(terms.row[row], terms.col[col + i], acc[i]), negative, 1);
+    const int lane = threadIdx.x & 31;
+    negative <<= 8 * (lane & 3);
+    negative |= __shfl_xor_sync(0xffffffffu, negative, 1);
+    negative |= __shfl_xor_sync(0xffffffffu, negative, 2);
+    if (lane & 3) return;
+    const u32 bits = word_of_signs(col / 32, negative);
+    store_word(row, col / 32, bits);
+    count(row, __popc(bits));
+#else
+    if (m + row >= p.m) return;
+    u32 v[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+      v[i] = bits_of(value(row, col + i, product(terms.row[row], terms.col[col + i], acc[i])));
+    out_t* to = out + row * p.out_row + col * p.out_col;
+    const i64 left = p.n - n - col;
+    if (left >= 8 && p.out_col == 1 && ((u64)to & (4 * sizeof(out_t) - 1)) == 0) {
+      store_four(to, {v[0], v[1], v[2], v[3]});
+      store_four(to + 4, {v[4], v[5], v[6], v[7]});
+    } else {
+#pragma unroll
+      for (int i = 0; i < 8; i++)
+        if (i < left) store_one(to + i * p.out_col, v[i]);
+    }
+#endif
+  }
 
 #if OUTPUT != OUTPUT_PACKED
   // A lane's results of one row in fragments j and j + 1: four neighbours.

@@ -15,7 +15,7 @@ from cupybnn.backends.cuda.packing import (
     to_canonical,
     unpack,
 )
-from cupybnn.backends.cuda.product import gemm, gemm_packed
+from cupybnn.backends.cuda.product import gemm, gemm_packed, matmul
 from cupybnn.backends.cuda.random import random_words, uniform
 from cupybnn.backends.devices import Device
 
@@ -26,6 +26,7 @@ __all__ = [
     "gemm",
     "gemm_packed",
     "kernels_for",
+    "matmul",
     "pack",
     "parallel_for",
     "parallel_parts",

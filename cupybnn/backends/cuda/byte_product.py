@@ -6,7 +6,7 @@ bits; see `cupybnn.deploy.digits` for both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,15 +51,17 @@ def runs_on(capability: int) -> bool:
     return capability in sm90.CAPABILITIES
 
 
-def pixel_config(problem: Problem) -> Config:
-    """Return the configuration of the product kernel for bytes."""
+def pixel_config(problem: Problem, digits: int = 1) -> Config:
+    """Return the configuration of the product kernel for bytes, with so many digits of weights."""
     tiles, multiprocessors = problem.tiles(128, 128), problem.multiprocessors
     if tiles * 2 <= multiprocessors:
         return sm90.config(1, 64, 8, consumers=1 if tiles * 4 <= multiprocessors else 2)
     if tiles <= multiprocessors:
         return sm90.config(1, 128, 6)
-    # Measured on an H200 for 1024, 8192 and 65,536 images of 784 pixels and 4096 units.
-    return sm90.config(2, 192 if tiles > 64 * multiprocessors else 128, 4)
+    # Measured on an H200 for 1024, 8192 and 65,536 images of 784 pixels and 4096 units. Passes over
+    # several digits need registers that a tile of 192 columns does not leave.
+    wide = digits == 1 and tiles > 64 * multiprocessors
+    return sm90.config(2, 192 if wide else 128, 4)
 
 
 class PixelProduct:
@@ -143,17 +145,17 @@ class PixelProduct:
         """Return the launch of a call, for results in memory that is zeros before the launch."""
         units, chunks = self.units, self.chunks
         problem = dispatch.problem_on(self._device, rows, units, 1024 * chunks, packed=True)
-        config = pixel_config(problem)
+        config = pixel_config(problem, self.digits)
         defines = (*config.defines, ("OUTPUT", _PACKED), ("SCALED", 0), ("DIGITS", self.digits))
         kernel = load_kernel("sm90_xnor_gemm", "xnor_gemm", defines, self._device, config.shared)
         argument = PRODUCT.pack(
             a=words, b=self._words, pop_a=0, pop_b=0, out=out, out_pop=ones, row_scale=0,
-            col_scale=0, bias=0, threshold=self._threshold, flip=self._flip, m=rows, n=units,
-            k=self.inputs, chunks=chunks, batch=1, a_step=1, b_step=1, out_row=0, out_col=0,
-            out_batch=0, row_scale_batch=0, col_scale_batch=0, bias_batch=0, swapped=0,
-            group=config.group,
+            col_scale=0, bias=0, threshold=self._threshold, flip=self._flip, sums=0, m=rows,
+            n=units, k=self.inputs, chunks=chunks, batch=1, a_step=1, b_step=1, out_row=0,
+            out_col=0, out_batch=0, row_scale_batch=0, col_scale_batch=0, bias_batch=0, swapped=0,
+            group=config.group, parts=1,
         )  # fmt: skip
-        blocks = config.blocks(rows, units, 1, problem.multiprocessors)
+        blocks = config.blocks(config.tiles(rows, units, 1), 1, problem.multiprocessors)
         return FastLaunch(kernel, blocks, config.threads, config.shared, argument)
 
 
@@ -226,7 +228,7 @@ class PlaneProduct:
 
     def prepared(
         self, x: Any, planes: Any, steps: Sequence[tuple[str, Any]]
-    ) -> tuple[FastLaunch, Sum]:
+    ) -> tuple[Callable[[int], None], Sum]:
         """Return the two launches of a call, with steps after it; the caller keeps the arrays.
 
         Parameters

@@ -53,8 +53,11 @@ class Config:
     stages: int = 0  # slots for operands in shared memory
     cluster_m: int = 1  # blocks that share the tiles they load
     cluster_n: int = 1
-    split_k: int = 1  # blocks that share a tile's K
+    split_k: int = 1  # blocks of a cluster that share a tile's K
+    parts: int = 1  # at least so many clusters share a tile's K
     persistent: bool = False  # blocks loop over tiles: the GPU is filled only once
+    resident: int = 1  # blocks that a multiprocessor has room for, if persistent
+    overlap: bool = False  # the kernel may begin before the previous one has ended
     swap: bool = False  # swap the operands: a narrow result becomes a flat one
     group: int = 8  # tiles of m that are visited together
 
@@ -64,6 +67,7 @@ class Config:
             f"{self.kernel} {self.tile_m}x{self.tile_n}"
             + (f" cluster {self.cluster_m}x{self.cluster_n}" if cluster > 1 else "")
             + (f" split-K {self.split_k}" if self.split_k > 1 else "")
+            + (f" by {self.parts}" if self.parts > 1 else "")
             + (" swapped" if self.swap else "")
             + (f" group {self.group}" if self.group != 8 else "")
             + (" deferred" if self.deferred else "")
@@ -79,11 +83,30 @@ class Config:
         """Return the bytes of dynamic shared memory per block."""
         return self.shared_scaled if scaled else self.shared
 
-    def blocks(self, m: int, n: int, batch: int, multiprocessors: int) -> int:
-        """Return the number of blocks for `batch` products of m x n results (after any swap)."""
-        cluster = self.cluster_m * self.cluster_n
+    def tiles(self, m: int, n: int, batch: int) -> int:
+        """Return the number of tiles of `batch` products of m x n results (after any swap).
+
+        Blocks that share what they load have one larger tile together.
+        """
         tiles_m = -(-m // (self.tile_m * self.cluster_m))
-        tiles = tiles_m * -(-n // (self.tile_n * self.cluster_n)) * batch
+        return tiles_m * -(-n // (self.tile_n * self.cluster_n)) * batch
+
+    def parts_of(self, chunks: int) -> int:
+        """Return the number of clusters that share a tile's K of so many chunks.
+
+        A block that splits K has at least one chunk and at most 63: its counts must fit 16 bits.
+        """
+        if self.split_k == 1:
+            return 1
+        return max(min(self.parts, chunks // self.split_k), -(-chunks // (63 * self.split_k)))
+
+    def sums_bytes(self, tiles: int, parts: int) -> int:
+        """Return the bytes of memory, zero at first, for the sums of tiles that have `parts`."""
+        return 4 * tiles * (self.tile_m * self.tile_n + self.split_k) if parts > 1 else 0
+
+    def blocks(self, tiles: int, parts: int, multiprocessors: int) -> int:
+        """Return the number of blocks for so many tiles."""
+        cluster = self.cluster_m * self.cluster_n
         if self.persistent:
-            return min(tiles, multiprocessors // cluster) * cluster
-        return tiles * self.split_k
+            return min(tiles, self.resident * multiprocessors // cluster) * cluster
+        return tiles * self.split_k * parts

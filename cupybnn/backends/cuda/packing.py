@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from cupybnn.backends.cuda.compiler import load_kernel, multiprocessors
+from cupybnn.backends.cuda import launching
+from cupybnn.backends.cuda.compiler import architecture, load_kernel, multiprocessors
+from cupybnn.backends.cuda.launching import Launch
 from cupybnn.backends.cuda.lines import place, take
 from cupybnn.backends.cuda.structs import Struct
 
@@ -31,6 +34,7 @@ __all__ = [
 CHUNK_BITS = 1024
 CHUNK_WORDS = CHUNK_BITS // 32
 _WARPS = 8  # per block of smxx_pack.cu
+_BLOCKS_ACROSS = 8  # per multiprocessor, at most, of an operand that is read across lines
 
 OPERAND = Struct(
     "Operand",
@@ -40,7 +44,6 @@ OPERAND = Struct(
 OPERANDS = Struct("Operands", "Operand a, b", OPERAND)
 _ADDRESSES = OPERAND.section("x", "pops")
 _NUMBERS = OPERAND.section("lines", "blocks")
-_THREADS = (32 * _WARPS,)
 
 # Element types of smxx_pack.cu by dtype name, because bfloat16 is not a NumPy type.
 _C_TYPES = {
@@ -74,20 +77,46 @@ def pack(x: Any, axis: int) -> tuple[Any, Any]:
     words : cupy.ndarray of uint32, in the layout of ``kernels/include/layout.cuh``
     popcounts : cupy.ndarray of int32, shape (*batch, lines)
     """
-    import cupy
-
-    batch, lines, k = geometry(x.shape, axis)
-    words = cupy.empty(words_shape(batch, lines, k), np.uint32)
-    popcounts = cupy.empty((*x.shape[:-2], lines), np.int32)
-    if popcounts.size:
-        x = x if x.ndim <= 3 else x.reshape(batch, *x.shape[-2:])
-        launch = PackLaunch([(x, axis)], x.device.id)
-        launch([(x.data.ptr, words.data.ptr, popcounts.data.ptr)])
+    if x.ndim > 3:
+        words, popcounts = pack(x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]), axis)
+        return words, popcounts.reshape(*x.shape[:-2], popcounts.shape[-1])
+    device = x.data.device_id
+    key = (x.shape, x.strides, x.dtype, x.data.ptr & 15, axis, device)
+    plan = _plans.get(key) or _plans.keep(key, _Plan(x, axis, device))
+    words, popcounts = plan(x)
     return words, popcounts
+
+
+class _Plan:
+    """The launch that packs arrays of one kind, and what it returns; for one thread."""
+
+    __slots__ = ("_launch", "_popcounts", "_shape")
+
+    def __init__(self, x: Any, axis: int, device: int) -> None:
+        batch, lines, k = geometry(x.shape, axis)
+        self._shape = words_shape(batch, lines, k)
+        self._popcounts = (*x.shape[:-2], lines)
+        self._launch = PackLaunch([(x, axis)], device) if batch * lines else None
+
+    def __call__(self, x: Any) -> tuple[Any, Any]:
+        words, stream = launching.empty(self._shape, np.uint32), launching.current_stream()
+        if self._launch is None:
+            return words, launching.empty(self._popcounts, np.int32)
+        memory = None
+        if self._launch.adds_up[0]:
+            memory = launching.zeros(4 * math.prod(self._popcounts), words.data.device_id, stream)
+        popcounts = launching.empty(self._popcounts, np.int32, memory)
+        self._launch(((x.data.ptr, words.data.ptr, popcounts.data.ptr),), stream)
+        return words, popcounts
+
+
+_plans = launching.Plans()
 
 
 class PackLaunch:
     """A launch that packs one array, or both operands of a product, of a given kind.
+
+    For one thread, as `Launch` is.
 
     Parameters
     ----------
@@ -98,19 +127,24 @@ class PackLaunch:
     device : int
         Index of the current device.
 
+    Attributes
+    ----------
+    adds_up : tuple of bool
+        For each operand, whether its popcounts must be zeros at first: blocks add to them.
+
     Raises
     ------
     ValueError
         If an operand has 2**31 lines or more.
     """
 
-    __slots__ = ("_blocks", "_first", "_kernel", "_second", "_zeros")
+    __slots__ = ("_launch", "_second", "adds_up")
 
     def __init__(self, operands: list[tuple[Any, int]], device: int) -> None:
         numbers: list[bytes] = []
-        self._zeros: list[tuple[int, int]] = []  # operand, and bytes of its popcounts to clear
+        adds_up = []
         blocks = 0
-        for i, (x, axis) in enumerate(operands):
+        for x, axis in operands:
             fields = _operand(x, axis, multiprocessors(device))
             batch, lines = fields["batch"], fields["lines"]
             if batch * ((lines + 15) & ~15) >= 2**31:
@@ -120,23 +154,27 @@ class PackLaunch:
                 )
             numbers.append(_NUMBERS.pack(*fields.values()))
             blocks += fields["blocks"]
-            if fields["across"] and fields["parts"] > 1:
-                self._zeros.append((i, 4 * batch * lines))
+            adds_up.append(bool(fields["across"] and fields["parts"] > 1))
+        self.adds_up = tuple(adds_up)
+        self._second = len(numbers) > 1
         first, last = operands[0][0].dtype.name, operands[-1][0].dtype.name
-        self._first = numbers[0]
-        self._second = numbers[-1] if len(numbers) > 1 else bytes(_NUMBERS.size)
         types = (("TYPE_A", _C_TYPES[first]), ("TYPE_B", _C_TYPES[last]))
         defines = (("SAME_TYPE", int(first == last)), *types)
-        self._kernel = load_kernel("smxx_pack", "pack_operands", defines, device)
-        self._blocks = (blocks,)
+        kernel = load_kernel("smxx_pack", "pack_operands", defines, device)
+        addresses = bytes(_ADDRESSES.size)
+        second = numbers[1] if self._second else bytes(_NUMBERS.size)
+        data = addresses + numbers[0] + addresses + second
+        self._launch = Launch(
+            kernel, blocks, 32 * _WARPS, 0, data, overlap=architecture(device) >= 90
+        )
 
-    def __call__(self, addresses: list[tuple[int, int, int]]) -> None:
-        """Pack operands, given the addresses of array, words and popcounts."""
-        for i, size in self._zeros:
-            _zero(addresses[i][2], size)
-        first, second = _ADDRESSES.pack(*addresses[0]), _ADDRESSES.pack(*addresses[-1])
-        operands = OPERANDS.argument(first + self._first + second + self._second)
-        self._kernel(self._blocks, _THREADS, (operands,))
+    def __call__(self, addresses: Sequence[tuple[int, int, int]], stream: int) -> None:
+        """Pack operands on a stream, given the addresses of array, words and popcounts."""
+        launch = self._launch
+        _ADDRESSES.pack_into(launch.argument, 0, *addresses[0])
+        if self._second:
+            _ADDRESSES.pack_into(launch.argument, OPERAND.size, *addresses[1])
+        launch(stream)
 
 
 def _operand(x: Any, axis: int, multiprocessors: int) -> dict[str, int]:
@@ -151,14 +189,16 @@ def _operand(x: Any, axis: int, multiprocessors: int) -> dict[str, int]:
     itemsize = x.itemsize
     across = line_stride == itemsize and k_stride != itemsize and lines > 1
     if across:
-        neighbours = 4 if itemsize == 1 else 2  # lines per lane, as in smxx_pack.cu
+        neighbours = 8 // itemsize if itemsize < 4 else 2  # lines per lane, as in smxx_pack.cu
         aligned = itemsize * neighbours - 1
         wide = not ((x.data.ptr | batch_stride | k_stride) & aligned or lines % neighbours)
         # Wide loads give fewer blocks: avoid them if most of the GPU would be idle.
-        wide = wide and batch * lines * chunks >= multiprocessors * 32 * neighbours
+        quarters = 4 * chunks  # of 256 elements, which a block takes at a time
+        wide = wide and batch * lines * quarters >= multiprocessors * 32 * neighbours
         groups = batch * -(-lines // (32 * (neighbours if wide else 1)))
-        # At least two blocks per multiprocessor, with equal numbers of chunks if possible.
-        parts = -(-chunks // max(1, min(chunks, chunks * groups // (2 * multiprocessors))))
+        # Up to eight blocks per multiprocessor, with equal numbers of quarters if possible.
+        parts = min(quarters, -(-_BLOCKS_ACROSS * multiprocessors // groups))
+        parts = -(-quarters // -(-quarters // parts))
         blocks = groups * parts
     else:
         wide = k_stride == itemsize and not (x.data.ptr | batch_stride | line_stride) & 15
@@ -173,12 +213,6 @@ def _operand(x: Any, axis: int, multiprocessors: int) -> dict[str, int]:
         "line_stride": line_stride, "k_stride": k_stride, "batch_stride": batch_stride,
         "across": across, "wide": wide, "parts": parts, "blocks": blocks,
     }  # fmt: skip
-
-
-def _zero(address: int, size: int) -> None:
-    import cupy
-
-    cupy.cuda.runtime.memsetAsync(address, 0, size, cupy.cuda.get_current_stream().ptr)
 
 
 def _plus_and_minus_one(dtype: np.dtype) -> tuple[str, int, int]:

@@ -7,13 +7,16 @@ the first call of its kind, because host time dominates a small product.
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from cupybnn.backends.cuda import dispatch, tuning
+from cupybnn.backends.cuda import dispatch, launching, tuning
 from cupybnn.backends.cuda.compiler import load_kernel
 from cupybnn.backends.cuda.fast_launch import FastLaunch
+from cupybnn.backends.cuda.launching import Launch
 from cupybnn.backends.cuda.packing import PackLaunch, chunk_count, geometry, words_shape
 from cupybnn.backends.cuda.structs import Struct
 from cupybnn.backends.devices import is_cupy
@@ -26,6 +29,7 @@ __all__ = [
     "forget_launches",
     "gemm",
     "gemm_packed",
+    "matmul",
     "prepare",
     "prepare_packed",
 ]
@@ -36,38 +40,38 @@ _PACKED = 4
 
 PRODUCT = Struct(
     "Product",
-    "ptr a, b, pop_a, pop_b, out, out_pop, row_scale, col_scale, bias, threshold, flip;"
+    "ptr a, b, pop_a, pop_b, out, out_pop, row_scale, col_scale, bias, threshold, flip, sums;"
     "i64 m, n, k, chunks, batch, a_step, b_step, out_row, out_col, out_batch;"
-    "i64 row_scale_batch, col_scale_batch, bias_batch, swapped, group",
+    "i64 row_scale_batch, col_scale_batch, bias_batch, swapped, group, parts",
 )
-_ADDRESSES = PRODUCT.section("a", "flip")
-_SIZES = PRODUCT.section("m", "out_batch")
-_SCALES = PRODUCT.section("row_scale_batch", "bias_batch")
-_CHOICES = PRODUCT.section("swapped", "group")
-_NO_COLUMNS = (0,) * 5
-_NO_STRIDES = (0,) * 3
+_ADDRESSES = PRODUCT.section("a", "sums").pack_into
+_SCALES = PRODUCT.section("row_scale_batch", "bias_batch").pack_into
+_SCALES_AT = 8 * (len(PRODUCT.fields) - 6)
+_NO_COLUMNS: tuple[int, ...] = (0,) * 5
 
 
 class ProductLaunch:
     """Everything in a product's launches that depends on shapes, strides and dtypes.
+
+    For one thread, as `Launch` is.
 
     Attributes
     ----------
     swap : bool
         Whether rows and columns of the result are exchanged.
     workspace_bytes : int
-        Size of the memory that a launch packs into; 0 if both operands are packed.
+        Size of the memory that `launch` works in; 0 if it needs none.
     """
 
     __slots__ = (
         "_arrays",
-        "_block",
-        "_choices",
-        "_grid",
+        "_bytes",
+        "_device",
         "_kernel",
+        "_launch",
         "_pack",
-        "_shared",
-        "_sizes",
+        "_sums",
+        "_zeros",
         "swap",
         "workspace_bytes",
     )
@@ -83,45 +87,56 @@ class ProductLaunch:
         if packed and config.swap:
             raise ValueError(f"The configuration {config} cannot write packed results.")
         self.swap = config.swap
-        self._shared = config.shared_bytes(scaled)
+        self._device = device
+        shared = config.shared_bytes(scaled)
         defines = (*config.defines, ("OUTPUT", output), ("SCALED", int(scaled)))
         source = f"{config.kernel}_xnor_gemm"
-        self._kernel = load_kernel(source, "xnor_gemm", defines, device, self._shared)
-        steps = tuple(1 if x.shape[:-2] == batch_shape else 0 for x in (a, b))
+        kernel = load_kernel(source, "xnor_gemm", defines, device, shared)
+        a_step, b_step = (1 if x.shape[:-2] == batch_shape else 0 for x in (a, b))
         row, col, item = strides
         if config.swap:
-            m, n, steps, row, col = n, m, steps[::-1], col, row
-        blocks = config.blocks(m, n, batch, problem.multiprocessors)
+            m, n, a_step, b_step, row, col = n, m, b_step, a_step, col, row
+        tiles, parts = config.tiles(m, n, batch), config.parts_of(chunk_count(k))
+        blocks = config.blocks(tiles, parts, problem.multiprocessors)
         if blocks >= 2**31 or max(m, n) >= 2**31:
             raise ValueError(
                 f"A product of {batch} times ({m}, {k}) by ({k}, {n}) has more tiles than a launch "
                 f"can have blocks. Multiply in parts."
             )
-        self._grid, self._block = (blocks,), (config.threads,)
-        self._sizes = _SIZES.pack(m, n, k, chunk_count(k), batch, *steps, row, col, item)
-        self._choices = _CHOICES.pack(config.swap, config.group)
+        self._sums = config.sums_bytes(tiles, parts)
+        fields = dict.fromkeys((field.name for field in PRODUCT.fields), 0)
+        fields |= {
+            "m": m, "n": n, "k": k, "chunks": chunk_count(k), "batch": batch, "a_step": a_step,
+            "b_step": b_step, "out_row": row, "out_col": col, "out_batch": item,
+            "swapped": config.swap, "group": config.group, "parts": parts,
+        }  # fmt: skip
+        self._kernel = kernel, blocks, config.threads, shared
+        self._launch = Launch(*self._kernel, PRODUCT.pack(**fields), config.overlap)
         self._prepare_packing(a, b, device)
 
     def _prepare_packing(self, a: Any, b: Any, device: int) -> None:
-        # Words, then popcounts of each unpacked operand, at offsets in one allocation.
-        self._arrays: list[tuple[int, int, int]] = []
-        self.workspace_bytes = 0
-        operands = []
+        # Words, then popcounts of each unpacked operand, at offsets in one allocation; and how many
+        # bytes of popcounts must be zeros instead.
+        self._arrays: list[tuple[int, int, int, int]] = []
+        self._bytes = 0
+        self._zeros = _whole(self._sums)
+        operands = [(x, axis) for x, axis in ((a, -1), (b, -2)) if not hasattr(x, "words")]
+        self._pack = PackLaunch(operands, device) if operands else None
+        adds_up = iter(self._pack.adds_up if self._pack is not None else ())
         for i, (x, axis) in enumerate(((a, -1), (b, -2))):
             if hasattr(x, "words"):
                 continue
-            operands.append((x, axis))
             batch, lines, k = geometry(x.shape, axis)
             words = 4 * math.prod(words_shape(batch, lines, k))
-            start = self.workspace_bytes
-            self._arrays.append((i, start, start + words))
-            # Align the next operand to 256 bytes, like memory from a pool.
-            self.workspace_bytes += (words + 4 * batch * lines + 255) & ~255
-        self._pack = PackLaunch(operands, device) if operands else None
+            cleared = 4 * batch * lines if next(adds_up) else 0
+            self._zeros += _whole(cleared)
+            self._arrays.append((i, self._bytes, self._bytes + words, cleared))
+            self._bytes += _whole(words + 4 * batch * lines)
+        self.workspace_bytes = self._bytes + self._zeros
 
     def __call__(
         self, a: Any, b: Any, *, out: tuple[int, int], columns: tuple[int, ...] = _NO_COLUMNS,
-        strides: tuple[int, ...] = _NO_STRIDES,
+        strides: tuple[int, ...] | None = None, stream: int | None = None,
     ) -> None:  # fmt: skip
         """Launch for operands of this kind.
 
@@ -132,25 +147,45 @@ class ProductLaunch:
             Addresses of the result, and of its popcounts if packed.
         columns : tuple of int
             Addresses of row scale, column scale, bias, threshold and flip, or 0.
-        strides : tuple of int
+        strides : tuple of int, optional
             Batch strides of row scale, column scale and bias.
+        stream : int, optional
+            Handle of the current stream, if known.
         """
-        # Freed on return, for reuse by later work on the stream.
-        workspace = None if self._pack is None else _alloc(self.workspace_bytes)
-        sides = [
-            (x.words.data.ptr, x.popcounts.data.ptr) if hasattr(x, "words") else x.data.ptr
-            for x in (a, b)
-        ]
-        self.launch(sides, 0 if workspace is None else workspace.ptr, out, columns, strides)
+        if stream is None:
+            stream = launching.current_stream()
+        if self._pack is None:
+            left, right = _addresses(a), _addresses(b)
+        else:
+            sides: list[Any] = [a, b]
+            # Freed on return, for reuse by later work on the stream.
+            memory = [launching.alloc(self._bytes)]
+            base, arrays = memory[0].ptr, []
+            for i, words, counts, cleared in self._arrays:
+                side = base + words, base + counts
+                if cleared:
+                    memory.append(launching.zeros(cleared, self._device, stream))
+                    side = base + words, memory[-1].ptr
+                arrays.append((sides[i].data.ptr, *side))
+                sides[i] = side
+            self._pack(arrays, stream)
+            left, right = (x if type(x) is tuple else _addresses(x) for x in sides)
+        sums = launching.zeros(self._sums, self._device, stream).ptr if self._sums else 0
+        self._start(left, right, (*out, *columns, sums), strides, stream)
 
-    def launch(
-        self,
-        sides: list[Any],
-        workspace: int,
-        out: tuple[int, int],
-        columns: tuple[int, ...] = _NO_COLUMNS,
-        strides: tuple[int, ...] = _NO_STRIDES,
-    ) -> None:
+    def _start(
+        self, left: tuple[int, int], right: tuple[int, int], rest: tuple[int, ...],
+        strides: tuple[int, ...] | None, stream: int,
+    ) -> None:  # fmt: skip
+        if self.swap:
+            left, right = right, left
+        launch = self._launch
+        _ADDRESSES(launch.argument, 0, left[0], right[0], left[1], right[1], *rest)
+        if strides is not None:
+            _SCALES(launch.argument, _SCALES_AT, *strides)
+        launch(stream)
+
+    def launch(self, sides: list[Any], workspace: int, out: tuple[int, int], stream: int) -> None:
         """Launch for addresses alone, whoever owns the memory.
 
         Parameters
@@ -159,53 +194,74 @@ class ProductLaunch:
             For each operand its address, or those of its words and popcounts if it is packed.
         workspace : int
             Address of `workspace_bytes` bytes, aligned to 256.
-        out, columns, strides
+        out : (int, int)
             As for a call.
+        stream : int
+            Handle of the current stream.
         """
+        sides, zeros = list(sides), workspace + self._bytes
+        if self._zeros:
+            sys.modules["cupy"].cuda.runtime.memsetAsync(zeros, 0, self._zeros, stream)
         if self._pack is not None:
-            addresses = []
-            for i, words, popcounts in self._arrays:
-                addresses.append((sides[i], workspace + words, workspace + popcounts))
-                sides[i] = (workspace + words, workspace + popcounts)
-            self._pack(addresses)
-        argument = PRODUCT.argument(self._argument(sides, out, columns, strides))
-        self._kernel(self._grid, self._block, (argument,), shared_mem=self._shared)
-
-    def _argument(
-        self, sides: list[Any], out: tuple[int, int], columns: tuple[int, ...],
-        strides: tuple[int, ...],
-    ) -> bytes:  # fmt: skip
-        left, right = sides[::-1] if self.swap else sides
-        pointers = _ADDRESSES.pack(left[0], right[0], left[1], right[1], *out, *columns)
-        return b"".join((pointers, self._sizes, _SCALES.pack(*strides), self._choices))
+            arrays = []
+            for i, words, counts, cleared in self._arrays:
+                side = workspace + words, zeros if cleared else workspace + counts
+                zeros += _whole(cleared)
+                arrays.append((sides[i], *side))
+                sides[i] = side
+            self._pack(arrays, stream)
+        sums = zeros if self._sums else 0
+        self._start(sides[0], sides[1], (*out, *_NO_COLUMNS, sums), None, stream)
 
     def prepared(
         self, a: Any, b: Any, out: tuple[int, int], columns: tuple[int, ...] = _NO_COLUMNS
-    ) -> FastLaunch:
+    ) -> Callable[[int], None]:
         """Return the launch of two packed operands; the caller keeps the arrays."""
-        sides: list[Any] = [(x.words.data.ptr, x.popcounts.data.ptr) for x in (a, b)]
-        argument = self._argument(sides, out, columns, _NO_STRIDES)
-        return FastLaunch(self._kernel, *self._grid, *self._block, self._shared, argument)
+        left, right = _addresses(a), _addresses(b)
+        if self.swap:
+            left, right = right, left
+        memory = launching.alloc(self._sums) if self._sums else None
+        argument = bytearray(self._launch.argument.raw)
+        sums = 0 if memory is None else memory.ptr
+        _ADDRESSES(argument, 0, left[0], right[0], left[1], right[1], *out, *columns, sums)
+        launch = FastLaunch(*self._kernel, bytes(argument))
+        return launch if memory is None else _Clearing(launch, memory, self._sums)
 
 
-def _alloc(size: int) -> Any:
-    import cupy
+class _Clearing:
+    """A launch, and the memory for its sums, which is cleared before."""
 
-    return cupy.cuda.alloc(size)
+    def __init__(self, launch: FastLaunch, memory: Any, size: int) -> None:
+        self._launch, self._memory, self._size = launch, memory, size
+
+    def __call__(self, stream: int) -> None:
+        """Launch on a stream, given by its address."""
+        sys.modules["cupy"].cuda.runtime.memsetAsync(self._memory.ptr, 0, self._size, stream)
+        self._launch(stream)
 
 
-_launches: dict[tuple[Any, ...], ProductLaunch] = {}
-_MOST_LAUNCHES = 10_000  # bounds memory in a program whose shapes never repeat
+def _whole(size: int) -> int:
+    """Round bytes up to what aligns memory behind them, as a pool does."""
+    return (size + 255) & ~255
+
+
+def _addresses(packed: Any) -> tuple[int, int]:
+    return packed.words.data.ptr, packed.popcounts.data.ptr
+
+
+_launches = launching.Plans()
+_tables = 0  # counts tuned tables: launches of an earlier one are not used
 
 
 def forget_launches() -> None:
-    """Clear the cached launches, because the tuned table has changed."""
-    _launches.clear()
+    """Prepare all launches anew, because the tuned table has changed."""
+    global _tables
+    _tables += 1
 
 
 def _kind(x: Any) -> Any:
     """Return the properties of an operand that a launch depends on."""
-    if is_cupy(x):
+    if isinstance(x, sys.modules["cupy"].ndarray):
         return x.shape, x.strides, x.dtype, x.data.ptr & 15
     return x.shape
 
@@ -214,16 +270,54 @@ def _launch_for(
     a: Any, b: Any, batch_shape: tuple[int, ...], strides: tuple[int, int, int],
     output: int, scaled: bool, device: int,
 ) -> ProductLaunch:  # fmt: skip
-    key = (_kind(a), _kind(b), batch_shape, strides, output, scaled, device, dispatch.forced())
+    key = (
+        _kind(a), _kind(b), batch_shape, strides, output, scaled, device, dispatch.forced(), _tables
+    )  # fmt: skip
     launch = _launches.get(key)
     if launch is None:
-        if len(_launches) >= _MOST_LAUNCHES:
-            _launches.clear()
-        launch = _launches[key] = ProductLaunch(
+        launch = ProductLaunch(
             a, b, batch_shape=batch_shape, strides=strides, output=output, scaled=scaled,
             device=device,
         )  # fmt: skip
-    return launch
+        _launches.keep(key, launch)
+    found: ProductLaunch = launch
+    return found
+
+
+def matmul(a: Any, b: Any, dtype: np.dtype, device: int) -> Any:
+    """Return the product of the signs of two matrices in a new array.
+
+    The same as `gemm` into a new array, with less of the host's time.
+
+    Parameters
+    ----------
+    a, b : cupy.ndarray or PackedMatrix
+        (M, K) and (K, N), on the current device; a PackedMatrix is packed along K.
+    dtype : dtype
+        Any valid result dtype.
+    device : int
+        The current device.
+
+    Returns
+    -------
+    cupy.ndarray, shape (M, N)
+    """
+    key = (_kind(a), _kind(b), dtype, device, dispatch.forced(), _tables)
+    found = _launches.get(key)
+    if found is None:
+        n = b.shape[1]
+        shape = (a.shape[0], n)
+        output = OUTPUTS.get(dtype.char)
+        if output is None or 0 in shape:
+            out = launching.empty(shape, dtype)
+            gemm(a, b, out, None)
+            return out
+        launch = _launch_for(a, b, (), (n, 1, 0), output, False, device)
+        found = _launches.keep(key, (launch, shape))
+    launch, shape = found
+    out = launching.empty(shape, dtype)
+    launch(a, b, out=(out.data.ptr, 0))
+    return out
 
 
 def gemm(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> None:
@@ -362,35 +456,41 @@ def gemm_packed(a: Any, b: Any, threshold: Any, flip: Any) -> tuple[Any, Any]:
     ValueError
         If K is 2**30 or more.
     """
-    import cupy
-
     (m, k), n = a.shape[-2:], b.shape[-1]
-    batch_shape = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    batch_shape: tuple[int, ...] = ()
+    if len(a.shape) > 2 or len(b.shape) > 2:
+        batch_shape = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     if k >= 2**30:
         raise ValueError(
             f"A product with a packed result must have K below 2**30, because its distance from "
             f"the threshold must fit an int32; got K = {k}. Use xnor_gemm and pack its signs."
         )
-    # Words outside all tiles, and padding lines, must be zeros.
-    covered = n % 1024 == 0 and m % 16 == 0 and n
-    words = (cupy.empty if covered else cupy.zeros)(
-        words_shape(math.prod(batch_shape), m, n), np.uint32
+    batch = math.prod(batch_shape)
+    shape = words_shape(batch, m, n)
+    if batch * m * n == 0:
+        import cupy
+
+        return cupy.zeros(shape, np.uint32), cupy.zeros((*batch_shape, m), np.int32)
+    words = launching.empty(shape, np.uint32)
+    device, stream = words.data.device_id, launching.current_stream()
+    # The kernels add up to these.
+    popcounts = launching.empty(
+        (*batch_shape, m), np.int32, launching.zeros(4 * batch * m, device, stream)
     )
-    popcounts = cupy.zeros((*batch_shape, m), np.int32)
-    if popcounts.size == 0 or n == 0:
-        return words, popcounts
     if batch_shape:
         a, b = _batched(a, -1, batch_shape), _batched(b, -2, batch_shape)
-        batch_shape = (math.prod(batch_shape),)
-    launch = _launch_for(a, b, batch_shape, (0, 0, 0), _PACKED, False, words.data.device_id)
-    columns = [0 if x is None else x.data.ptr for x in (threshold, flip)]
-    launch(a, b, out=(words.data.ptr, popcounts.data.ptr), columns=(0, 0, 0, *columns))
+        batch_shape = (batch,)
+    launch = _launch_for(a, b, batch_shape, (0, 0, 0), _PACKED, False, device)
+    columns = _NO_COLUMNS
+    if threshold is not None or flip is not None:
+        columns = (0, 0, 0, *(0 if x is None else x.data.ptr for x in (threshold, flip)))
+    launch(a, b, out=(words.data.ptr, popcounts.data.ptr), columns=columns, stream=stream)
     return words, popcounts
 
 
 def prepare_packed(
     a: Any, b: Any, threshold: Any, flip: Any, words: Any, popcounts: Any
-) -> FastLaunch:
+) -> Callable[[int], None]:
     """Return the launch of a `gemm_packed` of two packed matrices, for results in given memory.
 
     Parameters
@@ -406,7 +506,7 @@ def prepare_packed(
     return launch.prepared(a, b, (words.data.ptr, popcounts.data.ptr), columns)
 
 
-def prepare(a: Any, b: Any, out: Any) -> FastLaunch:
+def prepare(a: Any, b: Any, out: Any) -> Callable[[int], None]:
     """Return the launch of a `gemm` of two packed matrices without an epilogue.
 
     Parameters
