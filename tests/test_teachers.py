@@ -170,3 +170,28 @@ def test_options(capsys, runs):
     assert "--teacher_temperature has no effect without --teacher" in capsys.readouterr().err
     assert main(["train", *quick, "--teacher", "/nowhere/at/all"]) != 0
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_norm": True},
+        {"binary": True, "xnor": True, "batch_norm": True, "first": True, "last": True, "vat": 1.0},
+        {"batch_norm": True, "input_keep_prob": 0.8, "mix": "uniform", "adversarial": 0.05},
+    ],
+    ids=["full precision", "virtual", "mixed, dropped, attacked"],
+)
+@pytest.mark.parametrize("graph", [False, True])
+def test_the_fused_step_learns_the_same(runs, settings, graph):
+    settings = {**QUICK, "device": "cuda", **settings, "teacher": (runs[0], runs[2])}
+    settings |= {"teacher_temperature": 1.5}
+    plain = Trainer(TrainConfig(**settings, fused=False))
+    fused = Trainer(TrainConfig(**settings, graph=graph))
+    for step in range(4):
+        expected, got = plain.make_step(step), fused.make_step(step)
+        np.testing.assert_allclose(
+            float(got.loss), float(expected.loss), rtol=1e-5 if step == 0 else 0.1
+        )
+    assert not fused.notices
+    assert (fused._step._graph is not None) == graph
