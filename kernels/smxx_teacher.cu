@@ -11,7 +11,7 @@
 #include "block.cuh"
 #include "elements.cuh"
 
-#define KIND_AFFINE 0  // z * a + b, in place
+#define KIND_AFFINE 0  // z * a + b; in place if there is no `out`
 #define KIND_RELU 1    // the same, at least 0
 #define KIND_SIGN 2    // b where z >= a, else -b: b is +1 or -1
 
@@ -23,7 +23,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const i64 col = i % cols;
     const float x = z[i], y = __fadd_rn(__fmul_rn(x, a[col]), b[col]);
 #if KIND == KIND_AFFINE
-    z[i] = y;
+    if (out)
+      from_float(y, out[i]);
+    else
+      z[i] = y;
 #elif KIND == KIND_RELU
     from_float(y > 0 ? y : y != y ? y : 0.0f, out[i]);
 #else

@@ -110,7 +110,6 @@ NETWORKS = {
         "batch_norm": False,
         "vat": 1.0,
         "adversarial": 0.05,
-        "mix": "uniform",
         "label_smoothing": 0.1,
     },
     "mixed images": {"batch_norm": True, "mix": "uniform", "augment_shift": 1.5},

@@ -93,10 +93,10 @@ class TeacherLayer:
     """What follows a product of a network that is not trained."""
 
     kind: str  # "affine", "relu" or "sign"
-    z: Any  # float32, (batch, units): the product; receives the result of "affine"
+    z: Any  # float32, (batch, units): the product; receives the result without `out`
     a: Any  # float32, (units,): factors; thresholds for "sign"
     b: Any  # float32, (units,): summands; for "sign" what is there where the threshold is reached
-    out: Any  # (batch, units), a dense operand; None for "affine"
+    out: Any = None  # (batch, units), a dense operand
 
     def launch(self, launcher: Launcher) -> None:
         """Launch on the current stream."""

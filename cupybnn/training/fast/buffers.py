@@ -212,7 +212,8 @@ class _SmallGradients:
         """Add the gradients of the second pass to those of the first."""
         import cupy
 
-        cupy.add(self.memory[0], self.memory[1], out=self.memory[0])
+        first, second = self.memory
+        cupy.add(first, second, out=first)  # of the same object: no copy
 
 
 def _small_shapes(plan: NetworkPlan, i: int) -> list[tuple[int, ...]]:

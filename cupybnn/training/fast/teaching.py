@@ -47,7 +47,7 @@ def plan_layers(layers: tuple[PackedLayer, ...]) -> list[LayerPlan]:
         If a ReLU is followed by anything but a product.
     """
     planned = []
-    for number, layer in enumerate(layers, 1):
+    for layer in layers:
         weight = layer.weight if layer.product == "real" else layer.weight.unpack(np.float32)
         if layer.threshold is not None:
             a = layer.threshold.astype(np.float32)
@@ -56,7 +56,7 @@ def plan_layers(layers: tuple[PackedLayer, ...]) -> list[LayerPlan]:
             continue
         a, b = np.ones(layer.units, np.float32), np.zeros(layer.units, np.float32)
         kinds = [step.kind for step in layer.steps]
-        if "relu" in kinds[:-1] or (kinds[-1:] == ["relu"]) != (number < len(layers)):
+        if "relu" in kinds[:-1] or (layer is layers[-1] and "relu" in kinds):
             raise Unsupported(f"what follows {layer.name} of a teacher is not supported")
         for step in layer.steps:
             if step.kind == "multiply":
@@ -115,11 +115,13 @@ class Teaching:
         batch = len(images)
         for number, layers in enumerate(self._networks):
             x, scale = images, self._scale
-            for kind, weight, a, b in layers:
+            last = layers[-1]
+            for layer in layers:
+                kind, weight, a, b = layer
                 shape = (batch, weight.shape[1])
                 z = self._products[: shape[0] * shape[1]].reshape(shape)
                 self._blas.multiply(x, weight, z, scale=scale)
-                x = self._activations[: z.size].reshape(shape)
+                x = None if layer is last else self._activations[: z.size].reshape(shape)
                 TeacherLayer(kind=kind, z=z, a=a, b=b, out=x).launch(launcher)
                 scale = 1.0
             Soften(
