@@ -139,7 +139,7 @@ class PackedNetwork:
         which : {"newest", "best"}
             See `cupybnn.load_model`.
         classes : iterable, optional
-            Names of the classes.
+            Names of the classes; default: those of the data, if it has any.
         device : str
             Where the network is to be: "auto", "cpu", "cuda" or "cuda:N".
 
@@ -152,8 +152,9 @@ class PackedNetwork:
         """
         model = load_model(run, which=which, device=device)
         data: DataDescription = vars(model)["trained_on"]
+        names = data.class_names if classes is None else classes
         return cls.from_model(
-            model, pixel_max=data.pixel_max, image_shape=data.image_shape, classes=classes
+            model, pixel_max=data.pixel_max, image_shape=data.image_shape, classes=names
         )
 
     @classmethod

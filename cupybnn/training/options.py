@@ -68,7 +68,8 @@ class Options:
     dataset: str = _data(
         "auto",
         Choice.of(*DATASETS),
-        "data set: mnist, digits, or auto (MNIST if available, otherwise the digits)",
+        "data set: mnist, fashion (Fashion-MNIST), digits, or auto (MNIST if available, otherwise "
+        "the digits)",
         restore="free",  # the images themselves are compared
         synonyms=("data",),
     )
