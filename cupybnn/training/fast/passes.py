@@ -8,7 +8,7 @@ from typing import Any
 
 from cupybnn.backends import cuda
 from cupybnn.backends.cuda import blas, fused, sign_gemm
-from cupybnn.backends.cuda.fused_batch import Attack, Deformation, Draw, DropoutMask, Gather
+from cupybnn.backends.cuda.fused_batch import Draw, DropoutMask
 from cupybnn.backends.cuda.fused_head import Head
 from cupybnn.backends.cuda.fused_layers import (
     Activation,
@@ -17,15 +17,15 @@ from cupybnn.backends.cuda.fused_layers import (
     UnpackRows,
 )
 from cupybnn.backends.cuda.fused_update import Update
-from cupybnn.backends.cuda.fused_virtual import MixImages, MoveImages, Soften
+from cupybnn.backends.cuda.fused_virtual import Soften
 from cupybnn.backends.cuda.graph import Fork
 from cupybnn.data import DeviceData
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.fast.buffers import Buffers, Pass
 from cupybnn.training.fast.feed import Feed
+from cupybnn.training.fast.images import Images
 from cupybnn.training.fast.plan import NetworkPlan
 from cupybnn.training.fast.teaching import Teaching
-from cupybnn.training.step import DIRECTIONS, MIXING, augmentation_seed, stream_seed
 
 __all__ = ["Passes"]
 
@@ -64,7 +64,6 @@ class Passes:
         teaching: Teaching | None = None,
     ) -> None:
         self._plan, self._buffers, self._feed = plan, buffers, feed
-        self._teaching = teaching
         self._data = data
         self._device = data.device.index
         self.launcher = fused.Launcher(
@@ -77,26 +76,13 @@ class Passes:
         self._blas = self._side_blas = blas.Blas(plan.precision)
         if plan.keep_dense_copies and any(h.backward == "dense" for h in plan.hidden[1:]):
             self._side_blas = blas.Blas(plan.precision)
-        self._deformation = None
-        if any(plan.augment):
-            assert data.image_shape is not None, "checked before: only images are augmented"
-            shift, rotation, scale, shear = plan.augment
-            self._deformation = Deformation(
-                shape=data.image_shape,
-                seed=augmentation_seed(config),
-                shift=shift,
-                rotation=rotation,
-                scale=scale,
-                shear=shear,
-            )
+        self._images = Images(plan, buffers, feed, data, config, teaching)
         first, *more = buffers.passes
         labels = buffers.labels if buffers.targets is None else buffers.targets
         self._heads = [self._make_head(config, first, labels, config.loss)]
         self._heads += [
             self._make_head(config, second, buffers.predictions, "divergence") for second in more
         ]
-        self._mixing_seed = stream_seed(config, MIXING)
-        self._vat_seed = stream_seed(config, DIRECTIONS)
         keep = 1.0 if plan.input_dropout is None else plan.input_dropout.keep_prob
         #: Factor that turns the whole numbers in `Buffers.inputs` into pixels.
         self._input_scale = float(data.pixel_scale) / keep
@@ -115,7 +101,7 @@ class Passes:
         self.launcher.begin_step()
         remaining = iter(draws)
         pixel_draw = None if plan.input_dropout is None else next(remaining)
-        taught = self._gather(fork, pixel_draw)
+        taught = self._images.gather(self.launcher, fork, pixel_draw, self.span)
         for hidden in buffers.hidden:
             layer = hidden.layer
             if layer.kept is not None:
@@ -134,57 +120,6 @@ class Passes:
         self._backward(fork)
         fork.join()
         self._update_layer(0)
-
-    # The batch ---------------------------------------------------------------------------------
-
-    def _gather(self, fork: Fork, pixel_draw: Draw | None) -> Any:
-        """Make the batch's images and targets.
-
-        Returns
-        -------
-        event or None
-            After which the teachers' predictions are there; they run on the second stream, if any.
-        """
-        plan, buffers, feed = self._plan, self._buffers, self._feed
-        direct = buffers.gathered is buffers.inputs
-        with self.span("gather"):
-            Gather(
-                images=self._data.train_images,
-                all_labels=self._data.train_labels,
-                order=feed.images,
-                step=feed.step,
-                x=buffers.gathered,
-                labels=buffers.labels,
-                drop=pixel_draw if direct else None,
-                pops=buffers.pops,
-                deformation=self._deformation,
-            ).launch(self.launcher)
-        if plan.mix != "none":
-            with self.span("mix"):
-                MixImages(
-                    x=buffers.gathered,
-                    out=buffers.undropped,
-                    step=feed.step,
-                    labels=buffers.labels,
-                    targets=None if self._teaching else buffers.targets,
-                    seed=self._mixing_seed,
-                    kind=plan.mix,
-                ).launch(self.launcher)
-        taught = None
-        if self._teaching is not None:
-            with fork.aside(), self.span("teachers"):
-                self._teaching.launch(self.launcher, buffers.undropped, buffers.targets)
-            taught = fork.mark()
-        if buffers.undropped is not buffers.inputs:
-            with self.span("dropout"):
-                MoveImages(
-                    x=buffers.undropped,
-                    out=buffers.inputs,
-                    step=feed.step,
-                    direction="none",
-                    drop=pixel_draw,
-                ).launch(self.launcher)
-        return taught
 
     # Forward -----------------------------------------------------------------------------------
 
@@ -373,43 +308,21 @@ class Passes:
 
     def _attack(self, pixel_draw: Draw | None) -> None:
         """Move the batch in the direction that increases the loss; updates no parameter."""
-        buffers = self._buffers
-        self._pixel_gradient(buffers.passes[0])
+        self._pixel_gradient(self._buffers.passes[0])
         with self.span("attack"):
-            Attack(
-                gradient=buffers.input_grad,
-                step=self._feed.step,
-                drop=pixel_draw,
-                amount=self._plan.adversarial / float(self._data.pixel_scale),
-                x=buffers.inputs,
-                pops=buffers.pops,
-            ).launch(self.launcher)
+            self._images.attack(self.launcher, pixel_draw)
 
     def _search(self, pixel_draw: Draw | None) -> None:
         """Make the second pass's images: moved to where predictions change most."""
         buffers, second = self._buffers, self._buffers.passes[1]
-        assert buffers.input_grad is not None
         with self.span("predictions"):
             Soften(logits=buffers.logits, out=buffers.predictions).launch(self.launcher)
-
-        def move(direction: str, distance: float) -> None:
-            with self.span("move"):
-                MoveImages(
-                    x=buffers.inputs,
-                    out=second.inputs,
-                    step=self._feed.step,
-                    direction=direction,
-                    distance=distance / float(self._data.pixel_scale),
-                    gradient=buffers.input_grad,
-                    seed=self._vat_seed,
-                    drop=pixel_draw,
-                    pops=second.pops,
-                ).launch(self.launcher)
-
-        move("random", self._plan.vat_xi)
+        with self.span("move"):
+            self._images.move(self.launcher, "random", self._plan.vat_xi, pixel_draw)
         self._forward(second)
         self._pixel_gradient(second)
-        move("gradient", self._plan.vat)
+        with self.span("move"):
+            self._images.move(self.launcher, "gradient", self._plan.vat, pixel_draw)
 
 
 @contextlib.contextmanager

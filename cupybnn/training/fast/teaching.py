@@ -10,6 +10,7 @@ import numpy as np
 from cupybnn.backends.cuda import blas
 from cupybnn.backends.cuda.fused import Launcher
 from cupybnn.backends.cuda.fused_virtual import Soften, TeacherLayer
+from cupybnn.training.fast.hidden import rounded
 from cupybnn.training.fast.layers import Unsupported
 from cupybnn.training.fast.plan import NetworkPlan
 from cupybnn.training.teachers import Teachers
@@ -81,8 +82,6 @@ class Teaching:
 
     def __init__(self, teachers: Teachers, plan: NetworkPlan, pixel_scale: float) -> None:
         import cupy
-
-        from cupybnn.training.fast.buffers import rounded
 
         self._blas = blas.Blas(plan.precision)
         self._scale = pixel_scale
