@@ -96,8 +96,8 @@ def load(name: str) -> Recipe:
     settings = content.get("settings")
     if not isinstance(settings, dict) or set(content) - {"summary", "settings", "teachers"}:
         raise SettingError(
-            f"The recipe {path} must contain a 'summary', a table [settings] and perhaps a table "
-            f"[teachers], nothing else; got {', '.join(content) or 'nothing'}."
+            f"The recipe {path} must contain a 'summary' and a table [settings], perhaps a table "
+            f"[teachers], and nothing else; got {', '.join(content) or 'nothing'}."
         )
     teachers = _teachers(path, content["teachers"]) if "teachers" in content else None
     return Recipe(path.stem, str(content.get("summary", "")), settings, teachers)
