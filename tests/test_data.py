@@ -19,7 +19,7 @@ import pytest
 from cupybnn import settings
 from cupybnn.autograd import Tensor
 from cupybnn.backends.devices import CPU
-from cupybnn.data import BatchOrder, Dataset, DeviceData, digits, idx, load, mnist
+from cupybnn.data import BatchOrder, Dataset, DeviceData, digits, idx, load, mnist, openml
 from cupybnn.errors import DataError
 from cupybnn.training import TrainConfig, Trainer
 
@@ -368,16 +368,16 @@ def mnist_arrays(mnist_dir) -> dict[str, np.ndarray]:
     said: list[str] = []
     data = idx.load_folder(mnist_dir, notify=said.append)
     assert said == []  # nothing to say about MNIST itself
-    return {name: getattr(data, name) for name in mnist._MEMBERS}
+    return {name: getattr(data, name) for name in openml.MEMBERS}
 
 
 class TestMnist:
     def test_the_real_files_have_the_known_checksum(self, mnist_arrays):
-        mnist._check(mnist_arrays, "the test data")
+        openml.check(mnist.SOURCE, mnist_arrays, "the test data")
         changed = mnist_arrays["test_labels"].copy()
         changed[17] ^= 1
         with pytest.raises(DataError, match="expected the SHA-256 06b0"):
-            mnist._check({**mnist_arrays, "test_labels": changed}, "x")
+            openml.check(mnist.SOURCE, {**mnist_arrays, "test_labels": changed}, "x")
 
     def test_second_start_reads_the_cache(self, data_home, mnist_arrays, monkeypatch):
         monkeypatch.setattr(mnist, "_fetch", lambda folder: mnist_arrays)
@@ -470,8 +470,8 @@ class TestMnist:
         program = """
             import sys, time
             from cupybnn import settings
-            from cupybnn.data import mnist
-            with mnist._scratch_folder(settings.data_dir()) as scratch:
+            from cupybnn.data import openml
+            with openml.scratch_folder(settings.data_dir()) as scratch:
                 (scratch / "half").write_bytes(bytes(1000))
                 print(scratch, flush=True)
                 time.sleep(600)
@@ -573,7 +573,9 @@ class TestDigits:
             load("digits", tmp_path)
 
     def test_unknown_name(self):
-        with pytest.raises(ValueError, match="must be one of auto, mnist, digits; got 'cifar'"):
+        with pytest.raises(
+            ValueError, match="must be one of auto, mnist, fashion, digits; got 'cifar'"
+        ):
             load("cifar")  # type: ignore[arg-type]
 
     def test_validation_part_comes_from_the_training_images(self):

@@ -68,8 +68,9 @@ class TestDeclarations:
         for name, each in self.SETTINGS.items():
             if each.needs:
                 other, *values = each.needs
-                for value in values or [True]:
+                for value in values:
                     self.SETTINGS[other].rule.check(other, value)
+                assert other in self.SETTINGS
             assert not set(each.synonyms) & set(self.SETTINGS), name
 
     def test_groups_are_contiguous(self):
@@ -183,7 +184,7 @@ def test_absolute_paths(monkeypatch, tmp_path):
         ("binary", 1, "True or False; got 1"),
         ("batch_norm", "no", "True or False; got 'no'"),
         ("loss", ["l1"], r"one of cross_entropy, squared_hinge; got \['l1'\]"),
-        ("dataset", "cifar", "one of auto, mnist, digits; got 'cifar'"),
+        ("dataset", "cifar", "one of auto, mnist, fashion, digits; got 'cifar'"),
         ("dtype", "int8", "one of float32, float64, tf32, bfloat16; got 'int8'"),
         ("ste", "nothing", "one of .*hard_tanh.*; got 'nothing'"),
         ("log_dir", "", "a path or None; got ''"),

@@ -17,7 +17,7 @@ import numpy as np
 from cupybnn import backends
 from cupybnn.backends.devices import CPU, Device
 
-__all__ = ["Stream", "bernoulli", "random_words", "uniform"]
+__all__ = ["Stream", "bell", "bernoulli", "random_words", "uniform"]
 
 
 def random_words(shape: tuple[int, ...], seed: int, counter: Any, xp: Any) -> Any:
@@ -56,6 +56,18 @@ def bernoulli(words: Any, probability: float) -> Any:
     The lowest bits of the words stay random, given the result.
     """
     return words <= np.uint32(max(round(probability * 2**32), 1) - 1)
+
+
+def bell(shape: tuple[int, ...], seed: int, counter: Any, xp: Any) -> Any:
+    """Return float32 whole numbers, nearly normal: the sum of a random word's four bytes, less 510.
+
+    Their mean is 0 and their variance 21,845. Sums of whole numbers are exact, so that NumPy and
+    CUDA agree, which functions of a normal distribution would not. See `random_words`.
+    """
+    words = random_words(shape, seed, counter, xp)
+    pairs = (words & np.uint32(0xFF00FF)) + (words >> np.uint32(8) & np.uint32(0xFF00FF))
+    sums = (pairs & np.uint32(0xFFFF)) + (pairs >> np.uint32(16))
+    return sums.astype(np.float32) - np.float32(510)
 
 
 class Stream:

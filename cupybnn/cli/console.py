@@ -72,7 +72,12 @@ class Console(Callback):
             details.append(f"sign dropout (keep {config.sign_keep_prob})")
         if config.adversarial:
             details.append(f"adversarial images ({config.adversarial:g})")
+        if config.vat:
+            details.append(f"virtual adversarial images ({config.vat:g})")
+        details += ["images mixed in pairs"] * (config.mix != "none")
         self._say(f"Network: {data.features}-{hidden}-{data.classes}, {', '.join(details)}")
+        if config.teacher:
+            self._say(f"Learning from {', '.join(config.teacher)}")
         if self._chosen:
             self._say(self._chosen)
         for sentence in without_effect(config):

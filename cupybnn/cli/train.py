@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import sys
-from typing import Any
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cupybnn.cli.export import Export, open_network, packed
 from cupybnn.cli.signals import Signals
 from cupybnn.errors import NonFiniteError, SettingError
+from cupybnn.paths import user_path
 from cupybnn.training.checks import Rule, Switch
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.declaration import Setting, declared
+
+if TYPE_CHECKING:
+    from cupybnn.training.recipes import TeacherRecipe
 
 __all__ = ["add_parser", "run"]
 
@@ -102,13 +109,24 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(given: dict[str, Any], signals: Signals) -> None:
     from cupybnn.cli.console import Console
+    from cupybnn.cli.teaching import train_teachers
+    from cupybnn.data import load
     from cupybnn.training import Trainer
 
     config = _config(given)
     export = Export.of(given["export"]) if "export" in given else None
     console = Console(_chosen(config, given))
+    data, teachers = None, _teachers(given)
     try:
-        trainer = Trainer(config, [console])
+        with contextlib.ExitStack() as stack:
+            if teachers is not None:
+                data = load(config.dataset, config.data_dir, notify=_say)
+                folder = _teachers_folder(config, stack)
+                taught = train_teachers(teachers, config, data, folder, signals)
+                if taught is None:
+                    return
+                config = taught
+            trainer = Trainer(config, [console], data=data)
         if export is not None:
             packed(trainer.model, trainer.dataset)  # now, rather than after hours, if it cannot be
         if trainer.step >= config.max_steps:
@@ -127,6 +145,28 @@ def _train(given: dict[str, Any], signals: Signals) -> None:
         console.close()
     if export is not None:
         print(export.write(packed(result.model, trainer.dataset)))
+
+
+def _teachers(given: dict[str, Any]) -> TeacherRecipe | None:
+    """Return how a recipe's teachers are trained; None if there are none, or others are given."""
+    from cupybnn.training import recipes
+
+    if "recipe" not in given or "teacher" in given or "restore" in given:
+        return None
+    return recipes.load(given["recipe"]).teachers
+
+
+def _teachers_folder(config: TrainConfig, stack: contextlib.ExitStack) -> Path:
+    """Return a folder for teachers: in the log directory, to which a restored run returns."""
+    if config.log_dir is None:
+        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cupybnn-")))
+    folder = user_path(config.log_dir) / "teachers"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
 
 
 def _list_recipes() -> int:

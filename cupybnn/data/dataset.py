@@ -39,6 +39,8 @@ class Dataset:
         Why "auto" fell back to the digits, as a sentence for the user.
     test_is_validation : bool
         Whether the test set was split off the training examples by `with_validation`.
+    class_names : tuple of str or None
+        A name for each class; None: they are numbers.
 
     Raises
     ------
@@ -64,8 +66,14 @@ class Dataset:
     classes: int = 10
     fallback_reason: str | None = None
     test_is_validation: bool = False
+    class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.class_names is not None and len(self.class_names) != self.classes:
+            raise ValueError(
+                f"The 'class_names' of a Dataset must be one for each of its {self.classes} "
+                f"classes; got {len(self.class_names)}."
+            )
         if self.pixel_max is not None and not 0 < self.pixel_max < float("inf"):
             raise ValueError(
                 f"The 'pixel_max' of a Dataset must be None or a positive number; got "

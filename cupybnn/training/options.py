@@ -7,7 +7,17 @@ from functools import partial
 from typing import Any
 
 from cupybnn.data import DATASETS
-from cupybnn.training.checks import Choice, Device, Number, PathName, Switch, Whole, Wholes, Widths
+from cupybnn.training.checks import (
+    Choice,
+    Device,
+    Number,
+    PathName,
+    PathNames,
+    Switch,
+    Whole,
+    Wholes,
+    Widths,
+)
 from cupybnn.training.declaration import setting
 
 __all__ = ["DTYPES", "Options"]
@@ -58,7 +68,8 @@ class Options:
     dataset: str = _data(
         "auto",
         Choice.of(*DATASETS),
-        "data set: mnist, digits, or auto (MNIST if available, otherwise the digits)",
+        "data set: mnist, fashion (Fashion-MNIST), digits, or auto (MNIST if available, otherwise "
+        "the digits)",
         restore="free",  # the images themselves are compared
         synonyms=("data",),
     )
@@ -184,6 +195,13 @@ class Options:
         "costs a second forward and backward pass",
         synonyms=("fgsm", "epsilon", "attack"),
     )
+    mix: str = _images(
+        "none",
+        Choice.of("none", "some", "uniform"),
+        "mix images in pairs, their labels by the same shares (Zhang et al.: mixup, ICLR 2018): "
+        "uniform, by random shares; some, only a random half of them; none",
+        synonyms=("mixup", "blend"),
+    )
 
     max_steps: int = _learning(
         1000,
@@ -200,6 +218,37 @@ class Options:
     )
     label_smoothing: float = _learning(
         0.0, _share("S"), "label smoothing factor", needs=("loss", "cross_entropy")
+    )
+    vat: float = _learning(
+        0.0,
+        _from_0("DISTANCE"),
+        "virtual adversarial training: also minimise how far predictions change when each image "
+        "moves by DISTANCE (L2) where they change most (Miyato et al.: Virtual adversarial "
+        "training, arXiv 1704.03976); costs two more forward and backward passes",
+        synonyms=("virtual_adversarial", "vat_distance", "vat_eps"),
+    )
+    vat_xi: float = _learning(
+        1.0,
+        _positive("XI"),
+        "distance of the step that finds this direction",
+        needs=("vat",),
+        synonyms=("xi",),
+    )
+    teacher: tuple[str, ...] = _learning(
+        (),
+        PathNames(),
+        "learn the class probabilities that trained networks predict, their mean, instead of the "
+        "labels (Hinton et al.: Distilling the knowledge in a neural network, 2015): run folders "
+        "or packed networks",
+        restore="reported",
+        synonyms=("teachers", "distill", "distillation"),
+    )
+    teacher_temperature: float = _learning(
+        1.0,
+        _positive("T"),
+        "divisor of the teachers' logits",
+        needs=("teacher",),
+        synonyms=("temperature",),
     )
     penalty: str = _learning(
         "l1",

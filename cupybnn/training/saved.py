@@ -42,6 +42,7 @@ class DataDescription:
         Number of images.
     sha256 : str or None
         Hash of all images and labels.
+    class_names : tuple of str or None
 
     Examples
     --------
@@ -61,6 +62,7 @@ class DataDescription:
     train_images: int | None = None
     test_images: int | None = None
     sha256: str | None = None
+    class_names: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, dataset: Dataset, *, hashed: bool = True) -> DataDescription:
@@ -80,6 +82,7 @@ class DataDescription:
             train_images=len(dataset.train_labels),
             test_images=len(dataset.test_labels),
             sha256=digest.hexdigest() if hashed else None,
+            class_names=dataset.class_names,
         )
 
     @classmethod
@@ -101,8 +104,10 @@ class DataDescription:
                 )
             known = {field.name for field in fields(cls)}
             settings = {name: value for name, value in found.items() if name in known}
-            shape = settings.get("image_shape")
-            return cls(**{**settings, "image_shape": None if shape is None else tuple(shape)})
+            for name in ("image_shape", "class_names"):
+                if settings.get(name) is not None:
+                    settings[name] = tuple(settings[name])
+            return cls(**settings)
         except (AttributeError, KeyError, IndexError, TypeError) as error:
             raise CheckpointError(
                 f"The checkpoint does not say what its model was trained on: {error!r}."

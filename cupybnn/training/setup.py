@@ -12,6 +12,7 @@ from cupybnn.training.checkpoint import Checkpoint
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.network import NETWORK_SETTINGS
 from cupybnn.training.step import Objective, PlainStep, Step, augmentation
+from cupybnn.training.teachers import Teachers
 
 __all__ = ["check_model", "choose_step", "find_dataset"]
 
@@ -82,26 +83,31 @@ def choose_step(
     order: BatchOrder,
     config: TrainConfig,
     notify: Callable[[str], None],
+    teachers: Teachers | None = None,
 ) -> Step:
     """Return the fused step if the kernels support it, else the plain one.
 
     `notify` is called with the reason if there is a GPU whose kernels are not used.
     """
-    reason = _unfused_reason(model, optimizer, data, config)
+    reason = _unfused_reason(model, optimizer, data, config, teachers)
     if reason is None:
         from cupybnn.training.fast import FusedStep
 
         assert isinstance(optimizer, optim.Adam)
-        return FusedStep(model, objective, optimizer, data, order, config, notify)
+        return FusedStep(model, objective, optimizer, data, order, config, notify, teachers)
     if config.dtype in ("tf32", "bfloat16"):
         notify(f"Dense products are in float32, not {config.dtype}: {reason}.")
     elif data.device.kind == "cuda" and config.fused and not config.debug:
         notify(f"Training runs operation by operation, without the fused kernels: {reason}.")
-    return PlainStep(model, objective, optimizer, data, order, config)
+    return PlainStep(model, objective, optimizer, data, order, config, teachers)
 
 
 def _unfused_reason(
-    model: nn.Module, optimizer: optim.Optimizer, data: DeviceData, config: TrainConfig
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    data: DeviceData,
+    config: TrainConfig,
+    teachers: Teachers | None,
 ) -> str | None:
     """Return why the fused step cannot be used, to end a sentence; None if it can."""
     if data.device.kind == "cpu":
@@ -114,7 +120,7 @@ def _unfused_reason(
     from cupybnn.training.fast import unsupported_reason
 
     index = data.device.index
-    reason = unsupported_reason(config, model, optimizer, architecture(index))
+    reason = unsupported_reason(config, model, optimizer, architecture(index), teachers)
     deforms = augmentation(config) != Augmentation()
     if reason is None and deforms and data.features + 1024 > shared_memory_limit(index):
         reason = "the images are too large to be deformed in shared memory"

@@ -11,8 +11,10 @@ import numpy as np
 
 from cupybnn import nn, ops, optim
 from cupybnn.autograd import Tensor
-from cupybnn.data import Augmentation, BatchOrder, DeviceData
+from cupybnn.backends.random import bell
+from cupybnn.data import Augmentation, BatchOrder, DeviceData, Mixing
 from cupybnn.training.config import TrainConfig
+from cupybnn.training.teachers import Teachers
 
 __all__ = [
     "Objective",
@@ -22,6 +24,7 @@ __all__ = [
     "augmentation",
     "augmentation_seed",
     "make_optimizer",
+    "stream_seed",
 ]
 
 
@@ -83,7 +86,10 @@ class Objective:
         return self.config.reg if any(parameter is weight for weight in self._weights) else 0.0
 
     def loss(self, logits: Tensor, labels: Any) -> Tensor:
-        """Return the mean loss of a batch, without the penalty."""
+        """Return the mean loss of a batch, without the penalty.
+
+        `labels` are class numbers, shape (batch,), or probabilities, shape (batch, classes).
+        """
         if self.config.loss == "squared_hinge":
             return ops.squared_hinge(logits, labels)
         return ops.softmax_cross_entropy(logits, labels, self.config.label_smoothing)
@@ -155,7 +161,16 @@ def augmentation(config: TrainConfig) -> Augmentation:
 
 def augmentation_seed(config: TrainConfig) -> int:
     """Return the seed that, with the step, determines each deformation; no checkpoint stores it."""
-    return int(np.random.default_rng([config.seed, 0xA6]).integers(2**63))
+    return stream_seed(config, 0xA6)
+
+
+#: What the random numbers of a step other than deformations are for; see `stream_seed`.
+MIXING, DIRECTIONS = 0x313, 0x7A7
+
+
+def stream_seed(config: TrainConfig, purpose: int) -> int:
+    """Return the seed that, with the step, determines random numbers for one purpose."""
+    return int(np.random.default_rng([config.seed, purpose]).integers(2**63))
 
 
 class PlainStep:
@@ -171,7 +186,18 @@ class PlainStep:
     data : DeviceData
     order : BatchOrder
     config : TrainConfig
-        Its fields `augment_...`, `adversarial`, `seed` and `max_steps`.
+        Its fields `augment_...`, `mix`, `adversarial`, `vat`, `vat_xi`, `seed` and `max_steps`.
+    teachers : Teachers, optional
+        Whose predictions are learned instead of the labels.
+
+    Notes
+    -----
+    Images are deformed, then mixed; teachers see them so. An attack moves them next, and virtual
+    adversarial training starts from there.
+
+    The extra passes of virtual adversarial training drop the same units as the first. Batch norm
+    normalises each pass by the statistics of its own batch, and its running statistics are those of
+    the first pass alone, as in the code of Miyato et al.
     """
 
     def __init__(
@@ -182,6 +208,7 @@ class PlainStep:
         data: DeviceData,
         order: BatchOrder,
         config: TrainConfig,
+        teachers: Teachers | None = None,
     ) -> None:
         self._model = model
         self._objective = objective
@@ -192,21 +219,60 @@ class PlainStep:
         self._augment = augmentation(config)
         self._seed = augmentation_seed(config)
         self._adversarial = config.adversarial
+        self._mixing = Mixing(config.mix)
+        self._mixing_seed = stream_seed(config, MIXING)
+        self._teachers = teachers
+        self._vat = {"distance": config.vat, "xi": config.vat_xi} if config.vat else None
+        self._vat_seed = stream_seed(config, DIRECTIONS)
 
     def __call__(self, step: int) -> StepOutput:
         """Perform step number `step`: batch, deformation, attack, forward, backward, update."""
         inputs, labels = self._data.batch(self._order.indices(step))
         inputs = self._augment(inputs, self._data.image_shape, self._seed, step)
+        inputs, targets = self._mixed(inputs, labels, step)
+        if self._teachers is not None:
+            targets = self._teachers.targets(inputs)
         self._model.train()
         nn.set_progress(self._model, min(step / self._max_steps, 1.0))
         if self._adversarial:
-            inputs = self._attacked(inputs, labels)
-        self._optimizer.zero_grad()
-        logits = self._model(Tensor(inputs))
-        loss = self._objective(logits, labels)
+            inputs = self._attacked(inputs, targets)
+        divergence = None
+        if self._vat is None:
+            logits = self._model(Tensor(inputs))
+        else:
+            logits, divergence = self._virtual(inputs, step)
+        self._optimizer.zero_grad()  # of what the search for directions left
+        loss = self._objective(logits, targets)
+        if divergence is not None:
+            loss = loss + divergence
         loss.backward()
         self._optimizer.step()
         return StepOutput(loss.data, logits.data, labels)
+
+    def _mixed(self, inputs: Any, labels: Any, step: int) -> tuple[Any, Any]:
+        """Mix images in pairs, and labels by the same shares."""
+        if not self._mixing:
+            return inputs, labels
+        xp = self._data.device.xp
+        shares = self._mixing.shares(len(inputs), self._mixing_seed, step, xp)
+        one_hot = (labels[:, None] == xp.arange(self._data.classes)).astype(inputs.dtype)
+        return self._mixing.mix(inputs, shares), self._mixing.mix(one_hot, shares)
+
+    def _virtual(self, inputs: Any, step: int) -> tuple[Tensor, Tensor]:
+        """Return the logits, and how far predictions change where inputs move most adversely."""
+        assert self._vat is not None
+        with _repeated_draws(self._model):
+            logits = self._model(Tensor(inputs))
+        probabilities = ops.softmax(logits.detach()).data
+        start = bell(inputs.shape, self._vat_seed, step, self._data.device.xp)
+        start = start.astype(inputs.dtype)
+        with _kept_statistics(self._model):
+            with _repeated_draws(self._model):
+                move = ops.virtual_adversarial(
+                    self._model, inputs, probabilities, start, **self._vat
+                )
+            moved = self._model(Tensor(inputs + move))
+        return logits, ops.softmax_divergence(moved, probabilities)
 
     def stale(self) -> bool:
         """Never: each step reads the model and the optimiser as they are."""
@@ -238,3 +304,14 @@ def _repeated_draws(model: nn.Module) -> Iterator[None]:
     finally:
         for state, old in zip(states, before, strict=True):
             state[...] = old
+
+
+@contextlib.contextmanager
+def _kept_statistics(model: nn.Module) -> Iterator[None]:
+    """At the end of the context, put back batch norm's running statistics of its beginning."""
+    before = [(array, array.copy()) for _, array in model.named_buffers()]
+    try:
+        yield
+    finally:
+        for array, old in before:
+            array[...] = old

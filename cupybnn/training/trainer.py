@@ -31,6 +31,7 @@ from cupybnn.training.runs import new_run_folder
 from cupybnn.training.saved import DataDescription
 from cupybnn.training.setup import check_model, choose_step, find_dataset
 from cupybnn.training.step import Objective, Step, StepOutput, augmentation, make_optimizer
+from cupybnn.training.teachers import Teachers
 from cupybnn.training.timing import StepTimer
 
 __all__ = ["Trainer"]
@@ -79,6 +80,8 @@ class Trainer:
     optimizer : Optimizer
     objective : Objective
     data : DeviceData
+    teachers : Teachers or None
+        The networks whose predictions are learned.
     step : int
         Updates made, including those of earlier runs that were restored.
     run_folder : Path or None
@@ -129,6 +132,7 @@ class Trainer:
         augmentation(config).check(dataset.image_shape)
         self.dataset = dataset
         with self.device.scope():
+            self.teachers = Teachers.open(config, dataset, self.device)
             self._build(model)
             if stored is not None:
                 self._restore(stored)
@@ -304,7 +308,7 @@ class Trainer:
             if self._step is None or self._step.stale():
                 self._step = choose_step(
                     self.model, self.objective, self.optimizer, self.data, self.order, self.config,
-                    self.notice,
+                    self.notice, self.teachers,
                 )  # fmt: skip
             return self._step(step)
 
