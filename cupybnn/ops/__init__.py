@@ -28,7 +28,14 @@ from cupybnn.ops.elementwise import (
     tanh,
 )
 from cupybnn.ops.joining import concatenate, stack
-from cupybnn.ops.losses import bipolar_penalty, l1, mse, softmax_cross_entropy, squared_hinge
+from cupybnn.ops.losses import (
+    bipolar_penalty,
+    l1,
+    l2,
+    mse,
+    softmax_cross_entropy,
+    squared_hinge,
+)
 from cupybnn.ops.matmul import binary_matmul, matmul
 from cupybnn.ops.norm import batch_norm
 from cupybnn.ops.quantizer import (
@@ -82,6 +89,7 @@ __all__ = [
     "greater_equal",
     "index",
     "l1",
+    "l2",
     "less",
     "less_equal",
     "log",

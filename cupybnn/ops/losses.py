@@ -7,7 +7,7 @@ from typing import Any
 from cupybnn.autograd import Context, Function, Tensor, tensor_or_number
 from cupybnn.autograd.precision import narrowed, wide_sum, widened
 
-__all__ = ["bipolar_penalty", "l1", "mse", "softmax_cross_entropy", "squared_hinge"]
+__all__ = ["bipolar_penalty", "l1", "l2", "mse", "softmax_cross_entropy", "squared_hinge"]
 
 
 def _targets(labels: Any, like: Any, xp: Any) -> Any:
@@ -101,6 +101,21 @@ class L1(Function):
         out = ctx.xp.sign(x)
         out *= grad
         return out
+
+
+class L2(Function):
+    """sum(x**2) / 2."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Any) -> Any:
+        ctx.save(x)
+        wide = widened(x)
+        return narrowed((wide * wide).sum() / 2, x)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        (x,) = ctx.saved
+        return x * grad
 
 
 class BipolarPenalty(Function):
@@ -239,6 +254,11 @@ def mse(outputs: Tensor, targets: Any) -> Tensor:
 def l1(x: Tensor) -> Tensor:
     """Return ``sum(|x|)``, shape (). The gradient at 0 is 0."""
     return L1.apply(x)
+
+
+def l2(x: Tensor) -> Tensor:
+    """Return ``sum(x**2) / 2``, shape (); its gradient is x."""
+    return L2.apply(x)
 
 
 def bipolar_penalty(x: Tensor) -> Tensor:
