@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from cupybnn.schema import (
     text,
 )
 
-__all__ = ["read", "write"]
+__all__ = ["from_arrays", "read", "to_arrays", "write"]
 
 FORMAT = "cupybnn.PackedNetwork"
 VERSION = 1
@@ -37,7 +37,15 @@ VERSION = 1
 def write(
     path: str | os.PathLike[str], layers: Sequence[PackedLayer], inputs: InputSpec, classes: Any
 ) -> None:
-    """Write a network whose arrays are on the CPU; `path` then holds all of it or what it held.
+    """Write a network whose arrays are on the CPU; `path` then holds all of it or what it held."""
+    with atomic_write(path) as out:
+        np.savez(out, **to_arrays(layers, inputs, classes))  # type: ignore[arg-type]
+
+
+def to_arrays(
+    layers: Sequence[PackedLayer], inputs: InputSpec, classes: Any
+) -> dict[str, np.ndarray]:
+    """Return the entries of the file of a network whose arrays are on the CPU.
 
     The signs of a binary layer are the entry "<number>.bits": one bit each, row by row, 1 for +1,
     the first in the highest bit of a byte, as `numpy.packbits` has it.
@@ -68,8 +76,7 @@ def write(
             arrays[f"{i}.bits"] = np.packbits(layer.weight.unpack(np.int8) > 0)
         for name, array in layer.arrays():
             arrays[f"{i}.{name}"] = np.packbits(array) if name == "flip" else array
-    with atomic_write(path) as out:
-        np.savez(out, **arrays)  # type: ignore[arg-type]
+    return arrays
 
 
 _MOST = 1 << 24  # of units and inputs: a float32 counts no further
@@ -144,13 +151,43 @@ def read(path: str | os.PathLike[str]) -> tuple[list[PackedLayer], InputSpec, li
     """
     try:
         with open_npz(path) as archive:
-            header = parse(archive.read("header", 1 << 20).tobytes())
-            _HEADER(header, "")
-            layers = [_layer(archive, i, fields) for i, fields in enumerate(header["layers"])]
+            return _decoded(archive)
     except ValueError as error:
         raise ValueError(
             f"{os.fspath(path)!r} cannot be read as a PackedNetwork: {error}."
         ) from error
+
+
+def from_arrays(
+    arrays: Mapping[str, np.ndarray],
+) -> tuple[list[PackedLayer], InputSpec, list[Any]]:
+    """Return what `read` returns, from what `to_arrays` returned; ValueError if it is damaged."""
+    try:
+        return _decoded(_Arrays(arrays))
+    except ValueError as error:
+        raise ValueError(f"These arrays are not those of a PackedNetwork: {error}.") from error
+
+
+class _Arrays:
+    """Arrays in memory, read as those of an `NpzFile`."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._arrays = arrays
+
+    def header(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        array = self.read(name)
+        return array.shape, array.dtype
+
+    def read(self, name: str, most_bytes: int | None = None) -> np.ndarray:
+        if not isinstance(array := self._arrays.get(name), np.ndarray):
+            raise ValueError(f"the array {name!r} is missing")
+        return array
+
+
+def _decoded(archive: NpzFile | _Arrays) -> tuple[list[PackedLayer], InputSpec, list[Any]]:
+    header = parse(archive.read("header", 1 << 20).tobytes())
+    _HEADER(header, "")
+    layers = [_layer(archive, i, fields) for i, fields in enumerate(header["layers"])]
     shape = header["image_shape"]
     inputs = InputSpec(
         header["features"], None if shape is None else tuple(shape), header["pixel_max"]
@@ -158,7 +195,7 @@ def read(path: str | os.PathLike[str]) -> tuple[list[PackedLayer], InputSpec, li
     return layers, inputs, header["classes"]
 
 
-def _layer(archive: NpzFile, position: int, fields: dict[str, Any]) -> PackedLayer:
+def _layer(archive: NpzFile | _Arrays, position: int, fields: dict[str, Any]) -> PackedLayer:
     inputs, units, product = fields["inputs"], fields["units"], fields["product"]
 
     def array(name: str, dtype: Any, *shape: int) -> np.ndarray:
