@@ -14,8 +14,8 @@ from cupybnn.training.options import _ste_names
 
 __all__ = ["Parameters"]
 
-#: Updates, and passes over the data, of a fit with ``max_iter="auto"``: the larger of both.
-_UPDATES, _PASSES = 1500, 20
+#: Updates that ``max_iter="auto"`` aims at, and the limits on its number of iterations.
+_UPDATES, _FEWEST, _MOST = 1500, 20, 200
 
 _positive = partial(Number, "greater than 0", lambda x: x > 0)
 _from_0 = partial(Number, "at least 0", lambda x: x >= 0)
@@ -142,7 +142,8 @@ class Parameters:
     def iterations(self, examples: int) -> int:
         """Return the greatest number of passes over an epoch of `examples`."""
         if isinstance(self.max_iter, str):
-            return max(_PASSES, math.ceil(_UPDATES * self._batch(examples) / examples))
+            wanted = math.ceil(_UPDATES * self._batch(examples) / examples)
+            return min(max(_FEWEST, wanted), _MOST)
         return self.max_iter
 
     def training(
