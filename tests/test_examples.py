@@ -14,11 +14,13 @@ import cupybnn
 PACKAGES = (
     "cupybnn.autograd",
     "cupybnn.deploy",
+    "cupybnn.estimator",
     "cupybnn.gemm",
     "cupybnn.nn",
     "cupybnn.ops",
     "cupybnn.optim",
     "cupybnn.packed",
+    "cupybnn.training.stopping",
 )
 MODULES = [
     module.name

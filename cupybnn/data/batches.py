@@ -106,6 +106,7 @@ class BatchOrder:
         Image i covers the interval from the sum of the weights before it to the sum with it, and
         occurs once for each of the points ``offset``, ``offset + 1``, ... in it.
         """
+        assert self._ends is not None
         points = np.arange(self.images) + offset
         drawn = np.searchsorted(self._ends, points, side="right")
         return np.minimum(drawn, self._last)  # the sums are rounded

@@ -65,7 +65,7 @@ class Fitting:
         X, y, weights = self._examples(X, y, sample_weight, reset=not warm)
         classes, labels = np.unique(y, return_inverse=True)
         if not warm:
-            self._begin(classes)
+            self._begin(parameters, classes)
         elif not np.array_equal(classes, self.classes_):
             raise ValueError(
                 f"With warm_start=True, 'y' must have the classes of the first fit, "
@@ -105,7 +105,7 @@ class Fitting:
             raise RuntimeError(
                 f"A {type(self).__name__} that 'fit' trained can be pickled or copied with what "
                 f"training needs to continue only with warm_start=True; got warm_start="
-                f"{self.warm_start}. Set it before 'fit', or train with partial_fit alone."
+                f"{parameters.warm_start}. Set it before 'fit', or train with partial_fit alone."
             )
         if first and classes is None:
             raise ValueError("classes must be passed on the first call to partial_fit.")
@@ -118,7 +118,7 @@ class Fitting:
                     f"{self.classes_}"
                 )
         if first:
-            self._begin(classes)
+            self._begin(parameters, classes)
         labels = np.searchsorted(self.classes_, y).clip(max=len(self.classes_) - 1)
         unknown = self.classes_[labels] != y
         if unknown.any():
@@ -144,7 +144,7 @@ class Fitting:
         check_classification_targets(y)
         return X, y, inputs.weights_of(sample_weight, len(y))
 
-    def _begin(self, classes: np.ndarray) -> None:
+    def _begin(self, parameters: Parameters, classes: np.ndarray) -> None:
         """Forget an earlier fit, and set what a new one starts from."""
         kept = ("n_features_in_", "feature_names_in_")
         for name in [n for n in vars(self) if n.endswith("_") or n in FITTED]:
@@ -153,7 +153,7 @@ class Fitting:
         random = check_random_state(self.random_state)
         self._seed = int(random.randint(np.iinfo(np.int32).max))
         self._fits = 0
-        self._scaling = {"kind": self.scaling}
+        self._scaling: dict[str, Any] = {"kind": parameters.scaling}
         self.classes_ = classes
         self.t_ = 0
         self.loss_curve_: list[float] = []
@@ -212,7 +212,7 @@ class Fitting:
         if not np.isfinite(stopping.losses).all():
             raise ValueError(
                 f"The training loss must stay finite; got {stopping.losses[-1]} with "
-                f"learning_rate_init={self.learning_rate_init}. Lower it."
+                f"learning_rate_init={parameters.learning_rate_init}. Lower it."
             )
         self._keep(parameters, trainer, stopping, scaling, incremental)
         complete = self.n_iter_ < iterations or stopping.triggered

@@ -58,7 +58,7 @@ class EarlyStopping(Callback):
     >>> from cupybnn import TrainConfig, Trainer
     >>> from cupybnn.training.stopping import EarlyStopping
     >>> stopping = EarlyStopping("accuracy", tol=1e-3, patience=3, keep_best=True)
-    >>> config = TrainConfig(dataset="digits", max_steps=5000, device="cpu", n_hidden=32)
+    >>> config = TrainConfig(dataset="digits", max_steps=5000, device="cpu", n_hidden=16, lr=0.01)
     >>> trainer = Trainer(config, [stopping])
     >>> trainer.run().stopped
     True
