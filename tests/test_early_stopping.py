@@ -97,13 +97,13 @@ class TestRun:
     @pytest.mark.parametrize(("batch", "steps"), [(40, 6), (10, 24), (16, 15), (7, 35)])
     def test_losses_are_means_over_epochs(self, batch, steps):
         class Steps(Callback):
-            losses = []
+            def __init__(self):
+                self.losses = []
 
             def on_step(self, trainer, step, output):
                 self.losses.append((float(output.loss), trainer.epoch))
 
         kept, stopping = Steps(), EarlyStopping(tol=-np.inf)
-        kept.losses = []
         config = TrainConfig(**SETTINGS, batch_size=batch, max_steps=steps)
         Trainer(config, [kept, stopping], data=DATA).run()
         ends = [-(-epoch * 40 // batch) for epoch in range(7)]

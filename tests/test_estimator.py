@@ -304,7 +304,7 @@ class TestScaling:
         np.testing.assert_array_equal(scaled, clone(kept).fit(X, Y).decision_function(X))
 
     def test_bytes_are_trained_on_as_pixels(self, digits, monkeypatch):
-        train, test, labels, right = digits
+        train, test, labels, _ = digits
         made = []
         check = Dataset.__post_init__
         monkeypatch.setattr(Dataset, "__post_init__", lambda d: made.append(d) or check(d))
