@@ -415,6 +415,12 @@ class TestResults:
         clf = small().fit(train, labels)
         net = clf.to_packed()
         np.testing.assert_array_equal(net.predict(test.astype(np.uint8)), clf.predict(test))
+        pixels = clf.to_packed(pixel_max=16, image_shape=(8, 8))
+        images = test.reshape(-1, 8, 8).astype(np.uint8)
+        np.testing.assert_array_equal(pixels.predict(images), clf.predict(test))
+        np.testing.assert_array_equal(pixels.predict(test / 16), clf.predict(test))
+        with pytest.raises(ValueError, match=r"must have 64 pixels, .*; got \(8, 9\)"):
+            clf.to_packed(image_shape=(8, 9))
         assert small().fit(X, Y > 0).to_packed().classes.tolist() == ["False", "True"]
 
     def test_a_prediction_does_not_depend_on_the_others(self, fitted):

@@ -320,13 +320,24 @@ class BinaryMLPClassifier(
             raise AttributeError(f"{type(self).__name__} has no {name!r} before it is fitted.")
         return self._predictor.coefficients()
 
-    def to_packed(self) -> PackedNetwork:
+    def to_packed(
+        self, *, pixel_max: float | None = None, image_shape: tuple[int, ...] | None = None
+    ) -> PackedNetwork:
         """Return the network without scikit-learn: bits, thresholds, and the scaling within them.
 
         It takes unscaled inputs, whole numbers or floats, in float32. Where one of its hidden units
         is within rounding of its threshold, it can differ from the estimator, which scales in
         float64. The first layer keeps binary weights (``binarize="all"``) as bits if one factor
         scales all features (``scaling="max"`` or None), and has real ones otherwise.
+
+        Parameters
+        ----------
+        pixel_max : float, optional
+            The greatest pixel, 255 for most images, where X holds pixels and the network is to know
+            that: for ``cupybnn predict`` on pictures, or a C header. It then takes floats, but not
+            whole numbers, divided by `pixel_max`.
+        image_shape : tuple of int, optional
+            (height, width), where it is to take images.
 
         Returns
         -------
@@ -337,7 +348,13 @@ class BinaryMLPClassifier(
         classes = self.classes_
         if classes.dtype.kind not in "iuU":
             classes = np.array([str(each) for each in classes])
-        return self._predictor.network(classes)
+        if image_shape is not None and np.prod(image_shape) != self.n_features_in_:
+            raise ValueError(
+                f"The 'image_shape' must have {self.n_features_in_} pixels, one for each feature; "
+                f"got {image_shape}."
+            )
+        factor = 1.0 if pixel_max is None else float(pixel_max)
+        return self._predictor.network(classes, factor, image_shape)
 
     # Copies and tags ---------------------------------------------------------------------------
 

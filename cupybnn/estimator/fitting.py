@@ -71,7 +71,8 @@ class Fitting:
                 f"With warm_start=True, 'y' must have the classes of the first fit, "
                 f"{self.classes_}; got {classes}."
             )
-        self._train(parameters, X, labels.reshape(-1), weights, incremental=False)
+        with device_of(X).scope():
+            self._train(parameters, X, labels.reshape(-1), weights, incremental=False)
         return self
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> Any:
@@ -126,7 +127,8 @@ class Fitting:
                 f"The 'y' of partial_fit must hold classes of the first call, {self.classes_}; got "
                 f"{y[unknown][0]!r}."
             )
-        self._train(parameters, X, labels, weights, incremental=True)
+        with device_of(X).scope():
+            self._train(parameters, X, labels, weights, incremental=True)
         return self
 
     def _examples(self, X: Any, y: Any, sample_weight: Any, reset: bool) -> tuple[Any, Any, Any]:

@@ -126,13 +126,16 @@ class Predictor:
             self._on[device] = layers, _weight(layers[0]).astype(np.float64)
         return self._on[device]
 
-    def network(self, classes: Any) -> PackedNetwork:
-        """Return a network that takes unscaled numbers, pixels as well, on the CPU.
+    def network(
+        self, classes: Any, pixel_max: float, image_shape: tuple[int, ...] | None
+    ) -> PackedNetwork:
+        """Return a network that takes unscaled whole numbers, on the CPU.
 
         The scaling becomes a part of the first layer. Binary weights stay so if all features have
-        one scale.
+        one scale. Floats are whole numbers divided by `pixel_max`.
         """
-        first, mean, scale = self.layers[0], self.scaling.mean, self.scaling.scale
+        first = self.layers[0]
+        mean, scale = self.scaling.mean / pixel_max, self.scaling.scale / pixel_max
         weight = _weight(first).astype(np.float64)
         shift = (mean / scale) @ weight
         if first.binary and (scale == scale[0]).all():
@@ -147,7 +150,7 @@ class Predictor:
                 (first.threshold + shift).astype(np.float32),
                 first.flip,
             )
-        spec = InputSpec(self.inputs.features, None, 1.0)
+        spec = InputSpec(self.inputs.features, image_shape, pixel_max)
         return PackedNetwork((first, *self.layers[1:]), spec, classes)
 
     def coefficients(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
