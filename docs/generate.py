@@ -34,6 +34,7 @@ MODULES = {
     "cupybnn.deploy": "Trained networks",
     "cupybnn.training": "Training",
     "cupybnn.training.measures": "Measures of binary networks",
+    "cupybnn.training.stopping": "Early stopping",
     "cupybnn.nn": "Layers",
     "cupybnn.ops": "Operations",
     "cupybnn.optim": "Optimizers",

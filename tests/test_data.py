@@ -20,6 +20,7 @@ from cupybnn import settings
 from cupybnn.autograd import Tensor
 from cupybnn.backends.devices import CPU
 from cupybnn.data import BatchOrder, Dataset, DeviceData, digits, idx, load, mnist, openml
+from cupybnn.data.batches import epoch_length
 from cupybnn.errors import DataError
 from cupybnn.training import TrainConfig, Trainer
 
@@ -619,6 +620,46 @@ class TestBatches:
         for step in (11, 3, 7):
             np.testing.assert_array_equal(BatchOrder(100, 32, 5, CPU).indices(step), sequence[step])
         assert not np.array_equal(BatchOrder(100, 32, 6, CPU).indices(0), sequence[0])
+
+    def test_without_shuffling_every_epoch_has_the_given_order(self):
+        order = BatchOrder(5, 4, 0, CPU, shuffle=False)
+        stream = np.concatenate([order.indices(step) for step in range(5)])
+        np.testing.assert_array_equal(stream, [*range(5)] * 4)
+
+    def test_a_whole_weight_is_that_many_occurrences(self):
+        weights = np.array([3.0, 0, 1, 2, 0])
+        order = BatchOrder(5, 4, 0, CPU, weights)
+        assert order.images == 6
+        for epoch in range(20):
+            counts = np.bincount(order.host_permutation(epoch), minlength=5)
+            np.testing.assert_array_equal(counts, weights)
+
+    def test_weights_of_one_are_no_weights(self):
+        weighted = BatchOrder(50, 8, 3, CPU, np.ones(50))
+        for step in range(20):
+            np.testing.assert_array_equal(
+                weighted.indices(step), BatchOrder(50, 8, 3, CPU).indices(step)
+            )
+
+    @pytest.mark.parametrize("shuffle", [True, False])
+    def test_occurrences_follow_fractional_weights(self, shuffle):
+        weights = np.random.default_rng(0).exponential(size=40) * (np.arange(40) % 3 > 0)
+        order = BatchOrder(40, 8, 0, CPU, weights, shuffle)
+        expected = weights * order.images / weights.sum()
+        counts = np.array(
+            [np.bincount(order.host_permutation(e), minlength=40) for e in range(2000)]
+        )
+        assert (counts.sum(axis=1) == order.images).all()
+        assert (np.floor(expected) <= counts).all()
+        assert (counts <= np.ceil(expected)).all()
+        np.testing.assert_allclose(counts.mean(axis=0), expected, atol=0.05)
+
+    @pytest.mark.parametrize(
+        ("weights", "length"),
+        [([1, 2, 3], 6), ([0.1, 0.1, 0], 2), ([1e6, 1e6], 32), ([1.3, 1.3], 3), ([5, 0, 0], 5)],
+    )
+    def test_length_of_a_weighted_epoch(self, weights, length):
+        assert epoch_length(np.array(weights, float)) == length
 
     @pytest.mark.parametrize("dtype", ["float32", "float64"])
     def test_inputs_are_pixels_from_0_to_1(self, dtype):

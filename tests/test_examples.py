@@ -38,6 +38,7 @@ PUBLIC = (
     "cupybnn.data",
     "cupybnn.deploy",
     "cupybnn.errors",
+    "cupybnn.estimator",
     "cupybnn.nn",
     "cupybnn.ops",
     "cupybnn.optim",
@@ -45,6 +46,7 @@ PUBLIC = (
     "cupybnn.packed",
     "cupybnn.training",
     "cupybnn.training.measures",
+    "cupybnn.training.stopping",
 )
 
 

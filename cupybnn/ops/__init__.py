@@ -31,6 +31,7 @@ from cupybnn.ops.joining import concatenate, stack
 from cupybnn.ops.losses import (
     bipolar_penalty,
     l1,
+    l2,
     mse,
     softmax_cross_entropy,
     softmax_divergence,
@@ -90,6 +91,7 @@ __all__ = [
     "greater_equal",
     "index",
     "l1",
+    "l2",
     "less",
     "less_equal",
     "log",

@@ -10,6 +10,7 @@ from cupybnn.autograd.precision import narrowed, wide_sum, widened
 __all__ = [
     "bipolar_penalty",
     "l1",
+    "l2",
     "mse",
     "softmax_cross_entropy",
     "softmax_divergence",
@@ -142,6 +143,21 @@ class L1(Function):
         out = ctx.xp.sign(x)
         out *= grad
         return out
+
+
+class L2(Function):
+    """sum(x**2) / 2."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Any) -> Any:
+        ctx.save(x)
+        wide = widened(x)
+        return narrowed((wide * wide).sum() / 2, x)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        (x,) = ctx.saved
+        return x * grad
 
 
 class BipolarPenalty(Function):
@@ -360,6 +376,18 @@ def l1(x: Tensor) -> Tensor:
     3.0
     """
     return L1.apply(x)
+
+
+def l2(x: Tensor) -> Tensor:
+    """Return ``sum(x**2) / 2``, shape (); its gradient is x.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> ops.l2(Tensor([-1.0, 2.0])).item()
+    2.5
+    """
+    return L2.apply(x)
 
 
 def bipolar_penalty(x: Tensor) -> Tensor:

@@ -24,7 +24,9 @@ _BATCH_BYTES = 1 << 28
 
 
 def evaluate(model: nn.Module, objective: Objective, data: DeviceData) -> tuple[float, float]:
-    """Return loss (with the penalty) and accuracy over the whole test set."""
+    """Return loss (with the penalty) and accuracy over the whole test set; NaN if it is empty."""
+    if len(data.test_labels) == 0:
+        return float("nan"), float("nan")
     # On the CPU a batch's activations should fit into the cache; on a GPU, fewer launches matter.
     # Inputs with many features must still fit into memory.
     size = 10_000 if data.device.kind == "cuda" else 1_000

@@ -88,6 +88,12 @@ class Options:
         "seed for initial weights, image order and dropout",
         synonyms=("random_state", "rng"),
     )
+    shuffle: bool = _data(
+        True,
+        Switch(),
+        "permute the training images in each epoch",
+        synonyms=("permute", "random_order"),
+    )
 
     n_hidden: int | tuple[int, ...] = _network(
         512,
@@ -252,9 +258,10 @@ class Options:
     )
     penalty: str = _learning(
         "l1",
-        Choice.of("l1", "bipolar"),
-        "penalty on weights: l1, the sum of their magnitudes, or bipolar, sum(1 - w**2) of the "
-        "latent weights of binary layers",
+        Choice.of("l1", "l2", "bipolar"),
+        "penalty on weights: l1, the sum of their magnitudes; l2, half the sum of the squares of "
+        "real weights, latent ones excluded; or bipolar, sum(1 - w**2) of the latent weights of "
+        "binary layers",
         needs=("binary",),
         synonyms=("regularizer", "regularization"),
     )
@@ -361,8 +368,8 @@ class Options:
     )
     eval_every_n: int = _run(
         100,
-        Whole(1),
-        "evaluate, log and save a checkpoint every N steps",
+        Whole(0),
+        "evaluate, log and save a checkpoint every N steps; 0: only after the last step",
         restore="free",
         synonyms=("eval", "eval_every", "log_every", "eval_interval"),
     )

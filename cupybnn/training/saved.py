@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn import nn
-from cupybnn.backends.devices import device_of, resolve, to_device
+from cupybnn.backends.devices import CPU, device_of, resolve, to_device
 from cupybnn.data import Dataset
 from cupybnn.errors import CheckpointError, SettingError
 from cupybnn.paths import user_path
@@ -41,7 +41,7 @@ class DataDescription:
     train_images, test_images : int or None
         Number of images.
     sha256 : str or None
-        Hash of all images and labels.
+        Hash of all images, labels and weights.
     class_names : tuple of str or None
 
     Examples
@@ -70,8 +70,10 @@ class DataDescription:
         digest = hashlib.sha256()
         for split in ("train", "test") if hashed else ():
             for kind in ("images", "labels"):
-                array = np.ascontiguousarray(getattr(dataset, f"{split}_{kind}"))
-                digest.update(array.data)
+                array = to_device(getattr(dataset, f"{split}_{kind}"), CPU)
+                digest.update(np.ascontiguousarray(array).data)
+        if hashed and dataset.train_weights is not None:
+            digest.update(np.ascontiguousarray(dataset.train_weights).data)
         shape = getattr(dataset, "image_shape", None)
         return cls(
             name=dataset.name,

@@ -52,10 +52,12 @@ def find_dataset(
         )
     if config.validation:
         dataset = dataset.with_validation(config.validation)
-    if len(dataset.test_labels) == 0:
+    unseen = config.eval_every_n == 0 and config.log_dir is None
+    if len(dataset.test_labels) == 0 and not unseen:
         raise ValueError(
             f"The dataset {dataset.name!r} must have a test part to evaluate on; got none. "
-            f"Pass test_x and test_y to it, or hold out training examples with validation=N."
+            f"Pass test_x and test_y to it, or hold out training examples with validation=N. To "
+            f"train without any evaluation, set eval_every_n=0 and no log_dir."
         )
     return dataset
 

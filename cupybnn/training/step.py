@@ -70,15 +70,16 @@ class Objective:
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.config = config
-        bipolar = config.penalty == "bipolar"
-        kinds = (nn.BinaryLinear,) if bipolar else (nn.Linear, nn.BinaryLinear)
-        self._penalty = ops.bipolar_penalty if bipolar else ops.l1
-        weights = [m.weight for _, m in model.named_modules() if isinstance(m, kinds)]
-        self._weights = [w for w in weights if w.bits > 1 or config.optimizer != "bop"]
+        self._penalty = {"l1": ops.l1, "l2": ops.l2, "bipolar": ops.bipolar_penalty}[config.penalty]
+        kind = nn.BinaryLinear if config.penalty == "bipolar" else nn.Linear
+        weights = [m.weight for _, m in model.named_modules() if isinstance(m, kind)]
+        # The network does not depend on the squares of latent weights.
+        real_only = config.penalty == "l2" or config.optimizer == "bop"
+        self._weights = [w for w in weights if w.bits > 1 or not real_only]
 
     @property
     def penalty_kind(self) -> str:
-        """The kind of penalty: "none", "l1" or "bipolar"."""
+        """The kind of penalty: "none", "l1", "l2" or "bipolar"."""
         return "none" if self.config.reg == 0 else self.config.penalty
 
     def penalty_factor(self, parameter: nn.Parameter) -> float:

@@ -94,7 +94,8 @@ class Trainer:
     DataError, DeviceError, CheckpointError
         As for `train`.
     ValueError
-        If the data set has no test part, or is to be augmented but has no images.
+        If the data set has no test part, unless `config` asks for no evaluations
+        (``eval_every_n=0``) and no log; or is to be augmented but has no images.
     """
 
     def __init__(
@@ -146,7 +147,12 @@ class Trainer:
         dtype = next((p.dtype for p in model.parameters()), config.storage_dtype)
         self.data = DeviceData(self.dataset, self.device, dtype)
         self.order = BatchOrder(
-            len(self.dataset.train_labels), config.batch_size, config.seed, self.device
+            len(self.dataset.train_labels),
+            config.batch_size,
+            config.seed,
+            self.device,
+            self.dataset.train_weights,
+            config.shuffle,
         )
         self.objective = Objective(self.model, config)
         self.optimizer = make_optimizer(self.model, config)
@@ -212,6 +218,11 @@ class Trainer:
 
     # The loop ----------------------------------------------------------------------------------
 
+    @property
+    def epoch(self) -> int:
+        """Number of whole passes over the training examples so far."""
+        return self.step * self.config.batch_size // self.order.images
+
     def request_stop(self) -> None:
         """Ask the run to stop after the current step; safe to call from a signal handler."""
         self._stop = True
@@ -268,7 +279,7 @@ class Trainer:
             self.step = step + 1
             for callback in self.callbacks:
                 callback.on_step(self, step, output)
-            if step % self.config.eval_every_n == 0:
+            if self.config.eval_every_n and step % self.config.eval_every_n == 0:
                 evaluation = self._evaluation(output)
                 self.history.append(evaluation)
                 for callback in self.callbacks:

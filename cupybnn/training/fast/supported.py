@@ -65,5 +65,7 @@ def _unsupported_settings(
     for name, setting in declared(type(config)).items():
         if not setting.fused and getattr(config, name) != setting.default:
             yield f"the setting {name!r} is not supported"
+    if config.penalty == "l2" and config.reg != 0:
+        yield "the penalty 'l2' is not supported"
     if config.debug:
         yield "--debug checks every operation"
