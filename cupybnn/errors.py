@@ -6,6 +6,7 @@ __all__ = [
     "DeviceError",
     "GraphError",
     "NonFiniteError",
+    "RankError",
     "SettingError",
 ]
 
@@ -60,3 +61,17 @@ class NonFiniteError(ArithmeticError):
         super().__init__(
             f"{bad} value(s) of the {phase} of {op}{where}, shape {shape}, are NaN or infinite."
         )
+
+
+class RankError(RuntimeError):
+    """A rank of a data-parallel run died, hung or differs; the message names it.
+
+    Attributes
+    ----------
+    report : bool
+        Whether this rank is the one that should print the message: every rank raises the same.
+    """
+
+    def __init__(self, message: str, report: bool = True) -> None:
+        super().__init__(message)
+        self.report = report

@@ -19,6 +19,8 @@ __all__ = [
     "data_dir",
     "debug",
     "kernel_override",
+    "launch_variables",
+    "rendezvous",
     "resting_blas_threads",
     "scikit_learn_data",
     "variables_set",
@@ -104,6 +106,19 @@ def resting_blas_threads() -> Iterator[None]:
         yield
     finally:
         os.environ.pop(name, None)
+
+
+def launch_variables() -> dict[str, str]:
+    """Return the variables by which a launcher tells a process its rank; see `cupybnn.parallel`."""
+    prefixes = ("OMPI_", "PMI_", "PMIX_", "MPI_LOCAL", "SLURM_", "TORCHELASTIC_", "MASTER_")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    return {k: v for k, v in os.environ.items() if k in names or k.startswith(prefixes)}
+
+
+def rendezvous() -> Path | None:
+    """Return the folder in which the ranks of a run meet, ``CUPYBNN_RENDEZVOUS``, if it is set."""
+    given = os.environ.get("CUPYBNN_RENDEZVOUS")
+    return _folder("CUPYBNN_RENDEZVOUS", given) if given else None
 
 
 def scikit_learn_data() -> Path:
