@@ -32,9 +32,7 @@ def backward(
         _backward(root, gradient, retain_graph, completed)
 
 
-def _backward(
-    root: Tensor, gradient: Any, retain_graph: bool, completed: Completed | None
-) -> None:
+def _backward(root: Tensor, gradient: Any, retain_graph: bool, completed: Completed | None) -> None:
     if not root.requires_grad:
         raise GraphError(
             f"backward() needs a tensor that depends on one with requires_grad=True; this one, of "

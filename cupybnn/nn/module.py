@@ -54,16 +54,20 @@ class Parameter(Tensor):
     ----------
     share : Share or None
         Where several processes train together, optimisers update this part in place of the
-        elements, which are then the signs; see `cupybnn.training.shares`.
+        elements, which are then the signs; see `cupybnn.training.team`.
     """
 
     __slots__ = ("bits", "limit", "share")
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Parameter:
+        self = super().__new__(cls)
+        self.share = None  # also in those that earlier versions pickled
+        return self
 
     def __init__(self, data: Any, bits: int = 32, limit: float | None = None) -> None:
         super().__init__(data, requires_grad=True)
         self.bits = bits
         self.limit = limit
-        self.share: Share | None = None
 
 
 class Module:

@@ -98,9 +98,7 @@ def connect(
     return ranks
 
 
-def _connected(
-    launch: Launch, target: Device, meeting: Meeting | None, communicator: Any
-) -> Ranks:
+def _connected(launch: Launch, target: Device, meeting: Meeting | None, communicator: Any) -> Ranks:
     if target.kind == "cuda":
         from cupybnn.parallel.nccl import NcclRanks, new_id
 

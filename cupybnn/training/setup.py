@@ -4,16 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from cupybnn import nn, optim
 from cupybnn.data import Augmentation, BatchOrder, Dataset, DeviceData, load
+from cupybnn.errors import SettingError
+from cupybnn.parallel import Ranks
 from cupybnn.training.checkpoint import Checkpoint
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.network import NETWORK_SETTINGS
 from cupybnn.training.step import Objective, PlainStep, Step, augmentation
+from cupybnn.training.team import Team
 
-__all__ = ["check_model", "choose_step", "find_dataset"]
+__all__ = ["check_model", "check_ranks", "choose_step", "find_dataset", "in_turn"]
+
+T = TypeVar("T")
+
+
+def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
+    """Raise SettingError unless each rank gets at least one image of a batch."""
+    if config.batch_size < ranks.size:
+        raise SettingError(
+            f"The 'batch_size', which the ranks share, must be at least their number, so that each "
+            f"has an image; got {config.batch_size} images for {ranks.size} ranks."
+        )
+
+
+def in_turn(ranks: Ranks, load: Callable[[], T]) -> T:
+    """Return what `load` returns, called on rank 0 before the others, which find its downloads."""
+    if ranks.size == 1:
+        return load()
+    found = None
+    if ranks.rank == 0:
+        with ranks.busy():
+            found = load()
+    ranks.barrier()
+    return load() if found is None else found
 
 
 def find_dataset(
@@ -82,12 +108,15 @@ def choose_step(
     order: BatchOrder,
     config: TrainConfig,
     notify: Callable[[str], None],
+    team: Team | None = None,
 ) -> Step:
     """Return the fused step if the kernels support it, else the plain one.
 
     `notify` is called with the reason if there is a GPU whose kernels are not used.
     """
     reason = _unfused_reason(model, optimizer, data, config)
+    if team is not None and data.device.kind == "cuda":
+        reason = "it is that of several ranks"
     if reason is None:
         from cupybnn.training.fast import FusedStep
 
@@ -97,7 +126,7 @@ def choose_step(
         notify(f"Dense products are in float32, not {config.dtype}: {reason}.")
     elif data.device.kind == "cuda" and config.fused and not config.debug:
         notify(f"Training runs operation by operation, without the fused kernels: {reason}.")
-    return PlainStep(model, objective, optimizer, data, order, config)
+    return PlainStep(model, objective, optimizer, data, order, config, team)
 
 
 def _unfused_reason(
