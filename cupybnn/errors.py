@@ -16,7 +16,14 @@ class SettingError(ValueError):
 
     Everything that the command line can set raises this class, and the command then exits with the
     message alone. Any other ValueError there is a bug and keeps its traceback.
+
+    Attributes
+    ----------
+    report : bool
+        False on ranks whose error another rank has, too, and prints.
     """
+
+    report = True
 
 
 class DeviceError(RuntimeError):

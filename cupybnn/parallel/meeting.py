@@ -29,6 +29,7 @@ LAUNCHER = "launcher.lock"
 _START = 10
 #: Seconds in which a rank that has lost another must have left a blocking call.
 _LAST_RESORT = 10.0
+_ENDED = "ended with an error:"
 
 
 def hold(path: Path) -> int:
@@ -236,7 +237,8 @@ class Meeting:
             self._write_state()
             if self._lost is None and (sentence := self._loss()) is not None:
                 lowest = self._lowest_alive() >= self.rank
-                self._lost = RankError(sentence, report=lowest)
+                # A rank that ended with an error has printed it itself.
+                self._lost = RankError(sentence, report=lowest and _ENDED not in sentence)
                 lost_at = time.monotonic()
                 for call in self.on_lost:
                     with contextlib.suppress(Exception):  # whatever a library makes of it
@@ -267,7 +269,7 @@ class Meeting:
             if "relayed" in state:  # it has noticed before us
                 return str(state["relayed"])
             if state.get("error"):
-                return f"{who} ended with an error: {state['error']}"
+                return f"{who} {_ENDED} {state['error']}"
             if "left" in state:
                 continue
             if not is_held(self._file(rank, ".lock")) and "left" not in self._state(rank):

@@ -152,7 +152,9 @@ class Ranks:
                 shown = "; ".join(
                     f"{n}: rank 0 {first.get(n)!r}, rank {rank} {other.get(n)!r}" for n in names
                 )
-                raise SettingError(f"All ranks must {what}; got {shown}.")
+                error = SettingError(f"All ranks must {what}; got {shown}.")
+                error.report = self.rank == 0
+                raise error
 
     def _own(self, array: np.ndarray) -> Any:
         """Move a host array to where this rank's exchanges take place."""

@@ -24,10 +24,12 @@ T = TypeVar("T")
 def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
     """Raise SettingError unless each rank gets at least one image of a batch."""
     if config.batch_size < ranks.size:
-        raise SettingError(
+        error = SettingError(
             f"The 'batch_size', which the ranks share, must be at least their number, so that each "
             f"has an image; got {config.batch_size} images for {ranks.size} ranks."
         )
+        error.report = ranks.rank == 0
+        raise error
 
 
 def in_turn(ranks: Ranks, load: Callable[[], T]) -> T:

@@ -92,6 +92,8 @@ class Trainer:
         Made when `run` starts, if there is a log directory and a step left to run.
     history : list of Evaluation
     timer : StepTimer
+    ranks : Ranks
+        One, unless they are given.
 
     Raises
     ------
