@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from cupybnn.backends.devices import cuda_status
 from cupybnn.cli.streams import complain
 from cupybnn.errors import SettingError
 from cupybnn.parallel import detect
-from cupybnn.parallel.meeting import LAUNCHER, hold, read, write
+from cupybnn.parallel.meeting import LAUNCHER, hold, read, release, write
 from cupybnn.training.records import Callback
 
 if TYPE_CHECKING:
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["RunFolderFile", "spawn"]
 
 _RUN_FOLDER = "run-folder"
-#: Seconds that the others have to say what they noticed, and to clean up, once a rank has ended.
-_GRACE = 15.0
+#: Seconds after the end of a rank until those that have not met it yet wait no longer, and until
+#: the others must have said what they noticed and ended.
+_NOT_MET, _GRACE = 4.0, 15.0
 _POLL = 0.05
 #: Exit codes after which a restart would be of no use, or unwanted.
 _FINAL = (2, 130, 143)
@@ -133,7 +134,7 @@ def _run(words: list[str], size: int) -> tuple[int, str | None]:
         with _forwarding(ranks):
             for rank in range(size):
                 ranks.append(_start(words, rank, size, folder))
-            codes = _wait(ranks)
+            codes = _wait(ranks, lambda: release(lock))
         found = read(folder / _RUN_FOLDER)
         return _exit_code(codes), None if found is None else os.fsdecode(found)
     finally:
@@ -187,16 +188,21 @@ def _forwarding(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Wait for all ranks; once one has failed, the others have a while to end by themselves."""
-    deadline = float("inf")
+def _wait(ranks: list[subprocess.Popen[bytes]], let_go: Callable[[], None]) -> list[int]:
+    """Wait for all ranks; once one has failed, the others have a while to end by themselves.
+
+    `let_go` makes those end that wait for a rank they have not met.
+    """
+    failed = float("inf")
     while True:
         codes = [each.poll() for each in ranks]
         if None not in codes:
             return [code for code in codes if code is not None]
-        if deadline == float("inf") and any(codes):
-            deadline = time.monotonic() + _GRACE
-        if time.monotonic() > deadline:
+        if failed == float("inf") and any(codes):
+            failed = time.monotonic()
+        if time.monotonic() > failed + _NOT_MET:
+            let_go()
+        if time.monotonic() > failed + _GRACE:
             for each in ranks:
                 if each.poll() is None:
                     each.kill()

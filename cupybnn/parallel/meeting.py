@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["LAUNCHER", "Meeting", "hold", "is_held", "read", "write"]
+__all__ = ["LAUNCHER", "Meeting", "hold", "is_held", "read", "release", "write"]
 
 _CURRENT = "current"  # names the session of the ranks that are meeting
 #: The file that a process holds which ends all ranks when it ends itself.
@@ -39,6 +39,13 @@ def hold(path: Path) -> int:
         with contextlib.suppress(OSError):  # a file system without locks: only signs of life count
             fcntl.flock(descriptor, fcntl.LOCK_EX)
     return descriptor
+
+
+def release(descriptor: int) -> None:
+    """Let go of a file that `hold` locked; it stays open."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def is_held(path: Path) -> bool:
@@ -179,15 +186,17 @@ class Meeting:
         self._await(lambda: None if missing() else self.folder, missing)
 
     def _await(self, find: Callable[[], Path | None], missing: Callable[[], list[int]]) -> Path:
-        limit = _START * self.seconds
-        end = time.monotonic() + limit
+        began, limit = time.monotonic(), _START * self.seconds
         while (found := find()) is None:
-            if time.monotonic() > end or not is_held(self.base / LAUNCHER):
-                names = ", ".join(map(str, missing()))
+            waited = time.monotonic() - began
+            if waited > limit or not is_held(self.base / LAUNCHER):
+                absent = missing()
                 raise RankError(
-                    f"Rank {names} did not come to {self.base} within {limit:g} seconds. All "
-                    f"{self.size} ranks must be started, and see this folder; on several hosts, "
-                    f"choose one that they share with --log_dir or CUPYBNN_RENDEZVOUS."
+                    f"Rank {', '.join(map(str, absent))} did not come to {self.base} within "
+                    f"{waited:.0f} seconds. All {self.size} ranks must be started, and see this "
+                    f"folder; on several hosts, choose one that they share with --log_dir or "
+                    f"CUPYBNN_RENDEZVOUS.",
+                    report=self.rank == next(r for r in range(self.size) if r not in absent),
                 )
             time.sleep(0.005)
         return found
