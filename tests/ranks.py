@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
+import sys
 import threading
 import traceback
 from pathlib import Path
@@ -12,10 +14,13 @@ import pytest
 from cupybnn.parallel.files import FileRanks
 from cupybnn.parallel.meeting import Meeting
 
+# The one beside this Python is that of the mpi4py installed there.
+_BESIDE = Path(sys.executable).parent / "mpiexec"
+MPIEXEC = str(_BESIDE) if _BESIDE.exists() else shutil.which("mpiexec")
+_missing = "mpiexec" if MPIEXEC is None else ""
+_missing = _missing or ("" if importlib.util.find_spec("mpi4py") else "mpi4py")
 needs_mpi = pytest.mark.skipif(
-    shutil.which("mpiexec") is None
-    and not (Path(__import__("sys").executable).parent / "mpiexec").exists(),
-    reason="needs mpiexec: pip install mpich, or a package such as Debian's mpich",
+    bool(_missing), reason=f"needs {_missing}: pip install mpi4py mpich, or Debian's packages"
 )
 
 

@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from ranks import together
 
-from cupybnn.errors import RankError
-from cupybnn.parallel.meeting import Meeting
 from cupybnn.training.checkpoint import load
 
 TRAIN = [sys.executable, "-m", "cupybnn", "train"]

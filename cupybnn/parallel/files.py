@@ -102,7 +102,7 @@ class FileRanks(Ranks):
         return Pending(finish)
 
     def broadcast(self, array: np.ndarray) -> Pending:
-        number = self._begin(array if self.rank == 0 else array[:0])
+        number = self._begin(array if self.rank == 0 else np.empty(0, array.dtype))
         return Pending(lambda: self._end(number, array, 0, array.size)[0].reshape(array.shape))
 
 
