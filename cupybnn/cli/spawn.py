@@ -30,7 +30,7 @@ __all__ = ["RunFolderFile", "spawn"]
 _RUN_FOLDER = "run-folder"
 #: Seconds after the end of a rank until those that have not met it yet wait no longer, and until
 #: the others must have said what they noticed and ended.
-_NOT_MET, _GRACE = 4.0, 15.0
+_NOT_MET, _GRACE = 4.0, 6.0
 _POLL = 0.05
 #: Exit codes after which a restart would be of no use, or unwanted.
 _FINAL = (2, 130, 143)

@@ -59,6 +59,8 @@ class Parameter(Tensor):
 
     __slots__ = ("bits", "limit", "share")
 
+    share: Share | None
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Parameter:
         self = super().__new__(cls)
         self.share = None  # also in those that earlier versions pickled

@@ -245,9 +245,9 @@ class Meeting:
         while not self._closed.wait(self._interval):
             self._write_state()
             if self._lost is None and (sentence := self._loss()) is not None:
-                lowest = self._lowest_alive() >= self.rank
                 # A rank that ended with an error has printed it itself.
-                self._lost = RankError(sentence, report=lowest and _ENDED not in sentence)
+                report = _ENDED not in sentence and self._reports()
+                self._lost = RankError(sentence, report)
                 lost_at = time.monotonic()
                 for call in self.on_lost:
                     with contextlib.suppress(Exception):  # whatever a library makes of it
@@ -309,14 +309,17 @@ class Meeting:
             )
         return None
 
-    def _lowest_alive(self) -> int:
+    def _reports(self) -> bool:
+        """Whether this rank is to print what was lost: the lowest that is still there."""
+        states = [self._state(rank) for rank in range(self.size)]
+        if any("relayed" in state for state in states):
+            return False  # it has been printed
         for rank in range(self.rank):
-            state = self._state(rank)
-            seen = self._seen.get(rank)
-            silent = seen is not None and time.monotonic() - seen[1] > self.seconds / 2
-            if is_held(self._file(rank, ".lock")) and "error" not in state and not silent:
-                return rank
-        return self.rank
+            _, since = self._seen.get(rank, (None, time.monotonic()))
+            silent = time.monotonic() - since > self.seconds / 2
+            if is_held(self._file(rank, ".lock")) and "error" not in states[rank] and not silent:
+                return False
+        return True
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave; the last rank removes the folder.

@@ -45,8 +45,9 @@ def evaluate(
         penalty = objective.penalty()
     total, right = float(loss), int(correct)
     if ranks.size > 1:
-        total, right = (float(n) for n in ranks.sums([total, right]))
-    return total / count + (0.0 if penalty is None else penalty.item()), int(right) / count
+        sums = ranks.sums([total, right])
+        total, right = float(sums[0]), int(sums[1])
+    return total / count + (0.0 if penalty is None else penalty.item()), right / count
 
 
 class Averaging:
