@@ -95,32 +95,35 @@ class NcclRanks(Ranks):
     def _issue(self, array: Any, shape: tuple[int, ...], call: Callable[..., Any]) -> Pending:
         """Begin an exchange that fills an array of `shape`.
 
-        `call` gets the two addresses, NCCL's number of the dtype and the stream.
+        `call` gets the communicator, the two addresses, NCCL's number of the dtype and the stream.
         """
         import cupy
 
         self.check()
         sent = cupy.ascontiguousarray(array)
         received = cupy.empty(shape, sent.dtype)
-        current = cupy.cuda.get_current_stream()
-        self._stream.wait_event(current.record())
+        self._stream.wait_event(cupy.cuda.get_current_stream().record())
         if self._meeting is not None:
             self._meeting.begun += 1
             self._meeting.needed = self._meeting.begun
-        call(sent.data.ptr, received.data.ptr, self._types[sent.dtype], self._stream.ptr)
+        addresses = sent.data.ptr, received.data.ptr
+        try:
+            call(self._communicator, *addresses, self._types[sent.dtype], self._stream.ptr)
+        except (AttributeError, self._nccl.NcclError):  # aborted meanwhile, by the meeting's thread
+            self.check()
+            raise
         ended = self._stream.record()
         self._unfinished.append((ended, time.monotonic()))
         if self._meeting is None:
             self._waiting_since()  # forgets those that have ended
+        kept = [sent]
 
         def finish() -> Any:
-            # Also keeps `sent` until here: memory that is freed before could be used again by the
-            # current stream while NCCL still reads it.
             cupy.cuda.get_current_stream().wait_event(ended)
-            del kept[:]
+            # Not before: the current stream could then use its memory while NCCL still reads it.
+            kept.clear()
             return received
 
-        kept = [sent]
         return Pending(finish)
 
     def _waiting_since(self) -> float | None:
@@ -131,32 +134,28 @@ class NcclRanks(Ranks):
         return self._unfinished[0][1] if self._unfinished else None
 
     def all_reduce(self, array: Any) -> Pending:
-        def call(sent: int, received: int, dtype: int, stream: int) -> None:
-            self._communicator.allReduce(
-                sent, received, array.size, dtype, self._nccl.NCCL_SUM, stream
-            )
+        def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
+            nccl.allReduce(sent, received, array.size, dtype, self._nccl.NCCL_SUM, stream)
 
         return self._issue(array, array.shape, call)
 
     def reduce_scatter(self, array: Any) -> Pending:
         count = array.size // self.size
 
-        def call(sent: int, received: int, dtype: int, stream: int) -> None:
-            self._communicator.reduceScatter(
-                sent, received, count, dtype, self._nccl.NCCL_SUM, stream
-            )
+        def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
+            nccl.reduceScatter(sent, received, count, dtype, self._nccl.NCCL_SUM, stream)
 
         return self._issue(array, (count,), call)
 
     def all_gather(self, array: Any) -> Pending:
-        def call(sent: int, received: int, dtype: int, stream: int) -> None:
-            self._communicator.allGather(sent, received, array.size, dtype, stream)
+        def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
+            nccl.allGather(sent, received, array.size, dtype, stream)
 
         return self._issue(array, (self.size, *array.shape), call)
 
     def broadcast(self, array: Any) -> Pending:
-        def call(sent: int, received: int, dtype: int, stream: int) -> None:
-            self._communicator.broadcast(sent, received, array.size, dtype, 0, stream)
+        def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
+            nccl.broadcast(sent, received, array.size, dtype, 0, stream)
 
         return self._issue(array, array.shape, call)
 

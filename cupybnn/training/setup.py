@@ -118,7 +118,7 @@ def choose_step(
     """
     reason = _unfused_reason(model, optimizer, data, config)
     if team is not None and data.device.kind == "cuda":
-        reason = "it is that of several ranks"
+        reason = "they are for a run of one rank"
     if reason is None:
         from cupybnn.training.fast import FusedStep
 
