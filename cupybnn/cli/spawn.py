@@ -20,6 +20,7 @@ from cupybnn.cli.streams import complain
 from cupybnn.errors import SettingError
 from cupybnn.parallel import detect
 from cupybnn.parallel.meeting import LAUNCHER, hold, read, release, write
+from cupybnn.parallel.starting import rank_environment
 from cupybnn.training.records import Callback
 
 if TYPE_CHECKING:
@@ -147,20 +148,9 @@ def _run(words: list[str], size: int) -> tuple[int, str | None]:
 
 
 def _start(words: list[str], rank: int, size: int, folder: Path) -> subprocess.Popen[bytes]:
-    threads = (
-        max(1, len(os.sched_getaffinity(0)) // size) if hasattr(os, "sched_getaffinity") else 1
-    )
-    variables = {
-        "OMP_NUM_THREADS": str(threads),
-        **os.environ,
-        "RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(rank),
-        "CUPYBNN_RENDEZVOUS": str(folder),
-    }
     return subprocess.Popen(
         [sys.executable, "-m", "cupybnn", "train", *words],
-        env=variables,
+        env=rank_environment(rank, size, folder),
         stdin=subprocess.DEVNULL,
         # A session of its own: Ctrl-C reaches this process alone, which passes it on once.
         start_new_session=True,
