@@ -22,7 +22,7 @@ def heading(record: dict[str, Any]) -> Iterator[str]:
 
 def row(found: dict[str, Any]) -> str:
     """Return a line about one measurement, as it is made."""
-    where = f"{found['library']}, {found['kind']}, {found['ranks']} ranks, {found['hidden']} units"
+    where = f"{found['library']}, {found['kind']}, {_ranks(found)}, {found['hidden']} units"
     if "error" in found:
         return f"{where}: {found['error']}"
     rate = f"{found['examples_per_second']:,.0f} ex/s"
@@ -51,7 +51,7 @@ def summary(record: dict[str, Any]) -> Iterator[str]:
         for found in rows:
             name = f"  {found['library']}, {found.get('how', '')}, {found['precision']}"
             if "error" in found:
-                errors.append(f"  {found['library']}, {found['ranks']} ranks: {found['error']}")
+                errors.append(f"  {found['library']}, {_ranks(found)}: {found['error']}")
                 continue
             cells.append(
                 [
@@ -69,6 +69,10 @@ def summary(record: dict[str, Any]) -> Iterator[str]:
         if cells:
             yield from table(header, cells)
         yield from errors
+
+
+def _ranks(found: dict[str, Any]) -> str:
+    return f"{found['ranks']} rank{'s' if found['ranks'] > 1 else ''}"
 
 
 def _signed(seconds: float) -> str:
