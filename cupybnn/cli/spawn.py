@@ -201,10 +201,10 @@ def _wait(ranks: list[subprocess.Popen[bytes]], let_go: Callable[[], None]) -> l
 
 def _exit_code(codes: list[int]) -> int:
     """Return the exit code of a run from those of its ranks."""
-    killed = [rank for rank, code in enumerate(codes) if code < 0]
-    if len(killed) == len(codes):  # nobody is left who could have said so
-        names = ", ".join(f"{r} by {_name(-codes[r])}" for r in killed)
-        complain(f"cupybnn train: all ranks were ended: {names}")
+    killed = {rank: code for rank, code in enumerate(codes) if code < 0}
+    if killed and all(code <= 0 for code in codes):  # nobody was left who could have said so
+        names = ", ".join(f"rank {rank} by {_name(-code)}" for rank, code in killed.items())
+        complain(f"cupybnn train: ranks were ended from outside: {names}")
     for code in codes:
         if code in _FINAL:
             return code

@@ -342,13 +342,17 @@ class Meeting:
             self._ended = {"left": True}
         self._write_state()
         if all(self._is_gone(r) for r in range(self.size) if r != self.rank):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            if read(self.base / _CURRENT) == self.folder.name.encode():
-                with contextlib.suppress(OSError):
-                    os.unlink(self.base / _CURRENT)
-            with contextlib.suppress(OSError):  # not empty: a run folder, or other ranks
-                self.base.rmdir()
+            self.remove()
         os.close(self._lock)
+
+    def remove(self) -> None:
+        """Remove the folder of this session, and `base` if nothing else is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if read(self.base / _CURRENT) == self.folder.name.encode():
+            with contextlib.suppress(OSError):
+                os.unlink(self.base / _CURRENT)
+        with contextlib.suppress(OSError):  # not empty: other ranks
+            self.base.rmdir()
 
     def _is_gone(self, rank: int) -> bool:
         state = self._state(rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import time
 from typing import Any
 
@@ -18,6 +19,7 @@ __all__ = ["MpiRanks", "world"]
 _SMALL = 1 << 14  # bytes
 _SPINS = 100  # polls without a pause
 _LONGEST_PAUSE = 0.001  # seconds
+_TIME_TO_PRINT = 3.0  # seconds
 
 
 def world(launch: Launch) -> Any:
@@ -141,8 +143,17 @@ class MpiRanks(Ranks):
     def close(self, error: BaseException | None = None) -> None:
         super().close(error)
         if error is not None:
-            # Without this, Python's exit would wait in MPI_Finalize for ranks that never come.
-            self._communicator.Abort(1)
+            # Python's exit would wait in MPI_Finalize for ranks that never come. This runs before,
+            # and after the error has been printed.
+            atexit.register(self._abort, error)
+
+    def _abort(self, error: BaseException) -> None:
+        """End all ranks; one that need not print the error leaves time to the one that does."""
+        if not getattr(error, "report", True):
+            time.sleep(_TIME_TO_PRINT)
+        if self._meeting is not None:
+            self._meeting.remove()
+        self._communicator.Abort(2 if isinstance(error, SettingError) else 1)
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
