@@ -155,6 +155,7 @@ def alive(pid):
     ("options", "message"),
     [
         (["--ranks", "0"], "'--ranks' must be at least 1; got 0"),
+        (["--ranks", "1000000"], "'--ranks' must be at most"),
         (["--ranks", "2", "--gpus", "2"], "--gpus and --ranks must not be given together"),
         (["--ranks", "2", "--device", "cuda"], "must be left out; got --device cuda"),
         (["--gpus", "2", "--device", "cpu"], "must be left out; got --device cpu"),

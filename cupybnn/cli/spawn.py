@@ -33,6 +33,8 @@ _RUN_FOLDER = "run-folder"
 #: the others must have said what they noticed and ended.
 _NOT_MET, _GRACE = 4.0, 6.0
 _POLL = 0.05
+#: As many ranks may be tried on any machine, however few processors it has.
+_FEW = 8
 #: Exit codes after which a restart would be of no use, or unwanted.
 _FINAL = (2, 130, 143)
 
@@ -83,6 +85,17 @@ def _checked(given: dict[str, Any]) -> tuple[int, str]:
         name = option if size < 1 else "restarts"
         least = 1 if size < 1 else 0
         raise SettingError(f"The '--{name}' must be at least {least}; got {given[name]}.")
+    most = max(16, 4 * (os.cpu_count() or 1))
+    if option == "ranks" and size > most:
+        raise SettingError(
+            f"The '--ranks' must be at most {most} on this machine: more processes than that only "
+            f"wait for each other; got {size}."
+        )
+    most = max(_FEW, os.cpu_count() or 1)
+    if option == "ranks" and size > most:
+        raise SettingError(
+            f"The '--ranks' must be at most {most}, about a rank for each processor; got {size}."
+        )
     device = str(given.get("device", "auto"))
     if device not in ("auto", kind) or "gpu" in given:
         got = f"--device {device}" if "gpu" not in given else f"--gpu {given['gpu']}"
