@@ -85,12 +85,6 @@ def _checked(given: dict[str, Any]) -> tuple[int, str]:
         name = option if size < 1 else "restarts"
         least = 1 if size < 1 else 0
         raise SettingError(f"The '--{name}' must be at least {least}; got {given[name]}.")
-    most = max(16, 4 * (os.cpu_count() or 1))
-    if option == "ranks" and size > most:
-        raise SettingError(
-            f"The '--ranks' must be at most {most} on this machine: more processes than that only "
-            f"wait for each other; got {size}."
-        )
     most = max(_FEW, os.cpu_count() or 1)
     if option == "ranks" and size > most:
         raise SettingError(
