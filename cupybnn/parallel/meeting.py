@@ -312,12 +312,13 @@ class Meeting:
     def _reports(self) -> bool:
         """Whether this rank is to print what was lost: the lowest that is still there."""
         states = [self._state(rank) for rank in range(self.size)]
-        if any("relayed" in state for state in states):
-            return False  # it has been printed
+        if any(state.get("printed") for state in states):
+            return False
         for rank in range(self.rank):
             _, since = self._seen.get(rank, (None, time.monotonic()))
             silent = time.monotonic() - since > self.seconds / 2
-            if is_held(self._file(rank, ".lock")) and "error" not in states[rank] and not silent:
+            gone = "error" in states[rank] or "relayed" in states[rank]
+            if is_held(self._file(rank, ".lock")) and not gone and not silent:
                 return False
         return True
 
@@ -334,7 +335,7 @@ class Meeting:
         self._closed.set()
         self._thread.join(5.0)
         if isinstance(error, RankError):
-            self._ended = {"relayed": str(error)}
+            self._ended = {"relayed": str(error), "printed": error.report}
         elif error is not None:
             text = " ".join(str(error).split()) or type(error).__name__
             self._ended = {"error": text[:2000]}
