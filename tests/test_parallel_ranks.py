@@ -17,7 +17,7 @@ from ranks import MPIEXEC, needs_mpi, together
 from cupybnn import parallel
 from cupybnn.errors import RankError, SettingError
 from cupybnn.parallel.launch import detect
-from cupybnn.parallel.meeting import LAUNCHER, Meeting, hold, is_held, release
+from cupybnn.parallel.meeting import LAUNCHER, Meeting, hold, is_held, release, remove_abandoned
 
 TORCHRUN = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}
 OPEN_MPI = {
@@ -269,6 +269,20 @@ class TestMeeting:
         (base / "current").write_text("session-old")
         assert together(tmp_path, 3, check_exchanges) == [None] * 3
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs locks of files")
+    def test_folders_of_ranks_that_were_all_killed_are_removed_later(self, tmp_path):
+        old, held, young = (tmp_path / name / "session-1" for name in ("old", "held", "young"))
+        for folder in (old, held, young):
+            folder.mkdir(parents=True)
+            (folder / "rank-0.lock").touch()
+            if folder != young:
+                os.utime(folder / "rank-0.lock", (1e9, 1e9))
+        descriptor = hold(held / "rank-0.lock")
+        for folder in (old, held, young):
+            remove_abandoned(folder.parent)
+        os.close(descriptor)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["held", "young"]
 
     def test_locks_tell_whether_a_process_lives(self, tmp_path):
         path = tmp_path / "lock"

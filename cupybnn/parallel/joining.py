@@ -17,7 +17,7 @@ from cupybnn import settings
 from cupybnn.backends.devices import Device, cuda_status, resolve
 from cupybnn.errors import SettingError
 from cupybnn.parallel.launch import Launch, detect
-from cupybnn.parallel.meeting import Meeting
+from cupybnn.parallel.meeting import Meeting, remove_abandoned
 from cupybnn.parallel.ranks import Alone, Ranks
 from cupybnn.paths import user_path
 
@@ -162,7 +162,10 @@ def _base(launch: Launch, folder: Any, communicator: Any) -> Path | None:
         name = launch.job
     if folder is not None:
         return user_path(folder) / f".cupybnn-ranks-{name}"
-    path = Path(tempfile.gettempdir()) / f"cupybnn-ranks-{getpass.getuser()}-{name}"
+    ours = f"cupybnn-ranks-{getpass.getuser()}-"
+    for old in Path(tempfile.gettempdir()).glob(f"{ours}*"):
+        remove_abandoned(old)
+    path = Path(tempfile.gettempdir()) / f"{ours}{name}"
     path.mkdir(mode=0o700, exist_ok=True)
     if hasattr(os, "geteuid") and path.stat().st_uid != os.geteuid():  # anyone may write there
         raise SettingError(

@@ -20,7 +20,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["LAUNCHER", "Meeting", "hold", "is_held", "read", "release", "write"]
+__all__ = ["LAUNCHER", "Meeting", "hold", "is_held", "read", "release", "remove_abandoned", "write"]
 
 _CURRENT = "current"  # names the session of the ranks that are meeting
 #: The file that a process holds which ends all ranks when it ends itself.
@@ -29,6 +29,7 @@ LAUNCHER = "launcher.lock"
 _START = 10
 #: Seconds in which a rank that has lost another must have left a blocking call.
 _LAST_RESORT = 10.0
+_A_MINUTE = 60.0
 _ENDED = "ended with an error:"
 
 
@@ -80,6 +81,15 @@ def read(path: Path) -> bytes | None:
         return path.read_bytes()
     except OSError:
         return None
+
+
+def remove_abandoned(base: Path) -> None:
+    """Remove the folder of ranks that were all killed, as mpirun does when it loses one."""
+    with contextlib.suppress(OSError):
+        locks = [*base.glob("session-*/rank-*.lock"), *base.glob(LAUNCHER)]
+        old = [lock.stat().st_mtime < time.time() - _A_MINUTE for lock in locks]
+        if locks and all(old) and not any(map(is_held, locks)):
+            shutil.rmtree(base, ignore_errors=True)
 
 
 class Meeting:
