@@ -22,7 +22,7 @@ COMMON = {
     # rounding alone decides about its sign, is then rare, and with this seed there is none.
     "batch_size": 47,
     "seed": 1,
-    "max_steps": 8,
+    "max_steps": 7,
     "eval_every_n": 5,
     "device": "cpu",
     "debug": True,  # compares the checksums of the weights after every step
@@ -86,7 +86,7 @@ def run_together(folder, size, **settings):
 
 
 SIZES = [("binary", 2), ("binary", 3), ("binary", 4)]
-SIZES += [(name, 2 + i % 3) for i, name in enumerate(NETWORKS) if name != "binary"]
+SIZES += [(name, 2 + i % 2) for i, name in enumerate(NETWORKS) if name != "binary"]
 
 
 @pytest.mark.parametrize(("network", "size"), SIZES)
@@ -100,7 +100,7 @@ def test_many_ranks_learn_what_one_learns(tmp_path, network, size):
         same_run((runs[0][0], *run[1:]), runs[0], 0)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
+@pytest.mark.parametrize("size", [4])
 def test_float32_differs_by_rounding_alone(tmp_path, size):
     settings = {"binary": True, "sync_batch_norm": True, "max_steps": 6}
     alone, runs = train(**settings), run_together(tmp_path, size, **settings)
@@ -163,10 +163,10 @@ def test_a_checkpoint_continues_on_any_number_of_ranks(tmp_path):
     settings = {"binary": True, "sync_batch_norm": True, "dtype": "float64", "eval_every_n": 3}
     whole = train(**settings)
     folder = str(tmp_path / "log")
-    run_together(tmp_path, 3, **settings, log_dir=folder, max_steps=7)
+    run_together(tmp_path, 3, **settings, log_dir=folder, max_steps=5)
     (newest,) = (tmp_path / "log").rglob("newest.npz")
     stored = load(newest)
-    assert stored.step == 7
+    assert stored.step == 5
     for size in (1, 2, 4):
         config = restored_config(str(newest), max_steps=COMMON["max_steps"], log_dir=None)
 
