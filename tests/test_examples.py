@@ -44,6 +44,7 @@ PUBLIC = (
     "cupybnn.optim",
     "cupybnn.optim.schedules",
     "cupybnn.packed",
+    "cupybnn.parallel",
     "cupybnn.training",
     "cupybnn.training.measures",
     "cupybnn.training.stopping",

@@ -91,7 +91,7 @@ class TestDeclarations:
             ("hidden", ["n_hidden", "hidden_layers"]),
             ("learning_rate", ["lr"]),
             ("batchsize", ["batch_size"]),
-            ("batch-norm", ["batch_norm"]),
+            ("batch-norm", ["batch_norm", "sync_batch_norm"]),
             ("dropout", ["keep_prob", "input_keep_prob", "sign_keep_prob"]),
             ("resume", ["restore"]),
             ("max_step", ["max_steps"]),

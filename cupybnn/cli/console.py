@@ -56,6 +56,7 @@ class Console(Callback):
         self._say(
             f"Data: {data.name}, {len(data.train_labels):,} training and "
             f"{len(data.test_labels):,} {kind} images; device: {trainer.device}"
+            + (f", {trainer.ranks.size} ranks" if trainer.ranks.size > 1 else "")
         )
         hidden = "-".join(map(str, config.hidden_sizes))
         details = ["full precision"]

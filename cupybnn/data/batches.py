@@ -234,8 +234,12 @@ class DeviceData:
         """
         return self.scale(self.train_images[indices]), self.train_labels[indices]
 
-    def test_batches(self, size: int) -> Any:
-        """Yield (inputs, labels) over the whole test set, `size` examples at a time."""
-        for start in range(0, len(self.test_labels), size):
-            stop = start + size
+    def test_batches(self, size: int, first: int = 0, last: int | None = None) -> Any:
+        """Yield (inputs, labels) over the test set, `size` examples at a time.
+
+        With `first` and `last`, over the examples from the one to before the other.
+        """
+        last = len(self.test_labels) if last is None else last
+        for start in range(first, last, size):
+            stop = min(start + size, last)
             yield self.scale(self.test_images[start:stop]), self.test_labels[start:stop]

@@ -50,6 +50,7 @@ def virtual_adversarial(
     *,
     distance: float,
     xi: float,
+    weight: float = 1.0,
 ) -> Any:
     """Return the move of each input that changes its prediction most, by one power iteration.
 
@@ -74,6 +75,9 @@ def virtual_adversarial(
     xi : float
         Length of the first step. A network of signs does not change at all if it is tiny: choose a
         tenth of a pixel's range or more.
+    weight : float
+        Share of these inputs in a batch of which other processes have the rest. It matters only
+        where batch norm normalises the whole batch: the others' predictions then depend on `x`.
 
     Returns
     -------
@@ -100,5 +104,6 @@ def virtual_adversarial(
     array([[ 6., -8.]], dtype=float32)
     """
     moved = Tensor(x + of_length(start, xi), requires_grad=True)
-    softmax_divergence(network(moved), probabilities).backward()
+    divergence = softmax_divergence(network(moved), probabilities)
+    divergence.backward(module_of(x).full((), weight, divergence.dtype))
     return of_length(moved.grad, distance)

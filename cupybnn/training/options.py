@@ -151,6 +151,14 @@ class Options:
         by_binary=(False, True),
         synonyms=("batchnorm", "bn", "norm"),
     )
+    sync_batch_norm: bool = _network(
+        False,
+        Switch(),
+        "of several ranks: normalize with the statistics of the whole batch, as one rank would, "
+        "not with those of each rank's part",
+        needs=("batch_norm",),
+        synonyms=("syncbn", "sync_bn", "synchronized"),
+    )
     keep_prob: float = _network(
         1.0,
         _part("P"),
@@ -392,6 +400,13 @@ class Options:
     )
     graph: bool = _run(
         True, Switch(), "replay fused steps as a CUDA graph", needs=("fused",), restore="free"
+    )
+    rank_timeout: float = _run(
+        30.0,
+        _positive("SECONDS"),
+        "of several ranks: how long one may hang before the others end",
+        restore="free",
+        synonyms=("timeout", "nccl_timeout"),
     )
     debug: bool = _run(
         False,

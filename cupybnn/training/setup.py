@@ -4,17 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from cupybnn import nn, optim
 from cupybnn.data import Augmentation, BatchOrder, Dataset, DeviceData, load
+from cupybnn.errors import SettingError
+from cupybnn.parallel import Ranks
 from cupybnn.training.checkpoint import Checkpoint
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.network import NETWORK_SETTINGS
 from cupybnn.training.step import Objective, PlainStep, Step, augmentation
 from cupybnn.training.teachers import Teachers
+from cupybnn.training.team import Team
 
-__all__ = ["check_model", "choose_step", "find_dataset"]
+__all__ = ["check_model", "check_ranks", "choose_step", "find_dataset", "in_turn", "refusal"]
+
+T = TypeVar("T")
+
+
+def refusal(ranks: Ranks, sentence: str) -> SettingError:
+    """Return an error that every rank raises and rank 0 alone reports."""
+    error = SettingError(sentence)
+    error.report = ranks.rank == 0
+    return error
+
+
+def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
+    """Raise SettingError unless the ranks can share each batch, one image at least for each."""
+    if config.batch_size < ranks.size:
+        raise refusal(
+            ranks,
+            f"The 'batch_size', which the ranks share, must be at least their number, so that each "
+            f"has an image; got {config.batch_size} images for {ranks.size} ranks.",
+        )
+    if config.mix != "none" and ranks.size > 1:
+        raise refusal(
+            ranks,
+            f"The 'mix' must be none with several ranks, because the image that another one is "
+            f"mixed with may be on another rank; got {config.mix!r} for {ranks.size} ranks. Leave "
+            f"it out, or train on one rank.",
+        )
+
+
+def in_turn(ranks: Ranks, load: Callable[[], T]) -> T:
+    """Return what `load` returns, called on rank 0 before the others, which find its downloads."""
+    if ranks.size == 1:
+        return load()
+    found = None
+    if ranks.rank == 0:
+        with ranks.busy():
+            found = load()
+    ranks.barrier()
+    return load() if found is None else found
 
 
 def find_dataset(
@@ -86,12 +127,15 @@ def choose_step(
     config: TrainConfig,
     notify: Callable[[str], None],
     teachers: Teachers | None = None,
+    team: Team | None = None,
 ) -> Step:
     """Return the fused step if the kernels support it, else the plain one.
 
     `notify` is called with the reason if there is a GPU whose kernels are not used.
     """
     reason = _unfused_reason(model, optimizer, data, config, teachers)
+    if team is not None and data.device.kind == "cuda":
+        reason = "they are for a run of one rank"
     if reason is None:
         from cupybnn.training.fast import FusedStep
 
@@ -101,7 +145,7 @@ def choose_step(
         notify(f"Dense products are in float32, not {config.dtype}: {reason}.")
     elif data.device.kind == "cuda" and config.fused and not config.debug:
         notify(f"Training runs operation by operation, without the fused kernels: {reason}.")
-    return PlainStep(model, objective, optimizer, data, order, config, teachers)
+    return PlainStep(model, objective, optimizer, data, order, config, teachers, team)
 
 
 def _unfused_reason(

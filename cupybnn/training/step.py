@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from cupybnn.backends.random import bell
 from cupybnn.data import Augmentation, BatchOrder, DeviceData, Mixing
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.teachers import Teachers
+
+if TYPE_CHECKING:
+    from cupybnn.training.team import Team
 
 __all__ = [
     "Objective",
@@ -37,7 +40,7 @@ class StepOutput:
     loss : array of one element
         Loss plus penalty on the batch, before the update.
     logits : array, shape (batch, classes)
-        Before the update.
+        Before the update. Of several ranks, each has those of its images.
     labels : array of int64, shape (batch,)
     """
 
@@ -96,13 +99,23 @@ class Objective:
         return ops.softmax_cross_entropy(logits, labels, self.config.label_smoothing)
 
     def penalty(self) -> Tensor | None:
-        """Return ``reg`` times the penalty, or None if there is none."""
-        if self.config.reg == 0 or not self._weights:
+        """Return ``reg`` times the penalty, or None if there is none.
+
+        A weight that is shared out among ranks is left out: see `penalty_of_share`.
+        """
+        weights = [weight for weight in self._weights if weight.share is None]
+        if self.config.reg == 0 or not weights:
             return None
-        total = self._penalty(self._weights[0])
-        for weight in self._weights[1:]:
+        total = self._penalty(weights[0])
+        for weight in weights[1:]:
             total = total + self._penalty(weight)
         return total * self.config.reg
+
+    def penalty_of_share(self, parameter: nn.Parameter, elements: Tensor) -> Tensor | None:
+        """Return the penalty on some elements of a weight; None if there is none."""
+        if not self.penalty_factor(parameter) or not elements.size:
+            return None
+        return self._penalty(elements) * self.config.reg
 
     def __call__(self, logits: Tensor, labels: Any) -> Tensor:
         """Return loss plus penalty."""
@@ -190,6 +203,8 @@ class PlainStep:
         Its fields `augment_...`, `mix`, `adversarial`, `vat`, `vat_xi`, `seed` and `max_steps`.
     teachers : Teachers, optional
         Whose predictions are learned instead of the labels.
+    team : Team, optional
+        The ranks that perform the step together, each with a part of the batch.
 
     Notes
     -----
@@ -210,10 +225,12 @@ class PlainStep:
         order: BatchOrder,
         config: TrainConfig,
         teachers: Teachers | None = None,
+        team: Team | None = None,
     ) -> None:
         self._model = model
         self._objective = objective
         self._optimizer = optimizer
+        self._team = team
         self._data = data
         self._order = order
         self._max_steps = max(config.max_steps, 1)
@@ -228,27 +245,34 @@ class PlainStep:
 
     def __call__(self, step: int) -> StepOutput:
         """Perform step number `step`: batch, deformation, attack, forward, backward, update."""
-        inputs, labels = self._data.batch(self._order.indices(step))
-        inputs = self._augment(inputs, self._data.image_shape, self._seed, step)
-        inputs, targets = self._mixed(inputs, labels, step)
-        if self._teachers is not None:
-            targets = self._teachers.targets(inputs)
-        self._model.train()
-        nn.set_progress(self._model, min(step / self._max_steps, 1.0))
-        if self._adversarial:
-            inputs = self._attacked(inputs, targets)
-        divergence = None
-        if self._vat is None:
-            logits = self._model(Tensor(inputs))
-        else:
-            logits, divergence = self._virtual(inputs, step)
-        self._optimizer.zero_grad()  # of what the search for directions left
-        loss = self._objective(logits, targets)
-        if divergence is not None:
-            loss = loss + divergence
-        loss.backward()
-        self._optimizer.step()
-        return StepOutput(loss.data, logits.data, labels)
+        team = self._team
+        with contextlib.nullcontext() if team is None else team.part():
+            indices = self._order.indices(step)
+            inputs, labels = self._data.batch(indices if team is None else indices[team.rows])
+            inputs = self._augment(inputs, self._data.image_shape, self._seed, step)
+            inputs, targets = self._mixed(inputs, labels, step)
+            if self._teachers is not None:
+                targets = self._teachers.targets(inputs)
+            self._model.train()
+            nn.set_progress(self._model, min(step / self._max_steps, 1.0))
+            if self._adversarial:
+                inputs = self._attacked(inputs, targets)
+            divergence = None
+            if self._vat is None:
+                logits = self._model(Tensor(inputs))
+            else:
+                logits, divergence = self._virtual(inputs, step)
+            self._optimizer.zero_grad()  # of what the search for directions left
+            loss = self._objective(logits, targets)
+            if divergence is not None:
+                loss = loss + divergence
+            if team is None:
+                loss.backward()
+                self._optimizer.step()
+                value = loss.data
+            else:
+                value = team.learn(loss)
+        return StepOutput(value, logits.data, labels)
 
     def _mixed(self, inputs: Any, labels: Any, step: int) -> tuple[Any, Any]:
         """Mix images in pairs, and labels by the same shares."""
@@ -269,8 +293,9 @@ class PlainStep:
         start = start.astype(inputs.dtype)
         with _kept_statistics(self._model):
             with _repeated_draws(self._model):
+                weight = 1.0 if self._team is None else self._team.share_of_batch
                 move = ops.virtual_adversarial(
-                    self._model, inputs, probabilities, start, **self._vat
+                    self._model, inputs, probabilities, start, **self._vat, weight=weight
                 )
             moved = self._model(Tensor(inputs + move))
         return logits, ops.softmax_divergence(moved, probabilities)
@@ -287,7 +312,9 @@ class PlainStep:
         """
         x = Tensor(inputs, requires_grad=True)
         with _repeated_draws(self._model):
-            self._objective.loss(self._model(x), labels).backward()
+            loss = self._objective.loss(self._model(x), labels)
+            # With other ranks' images in the statistics of batch norm, their losses count, too.
+            loss.backward(None if self._team is None else self._team.weight_of(loss))
         direction = self._data.device.xp.sign(x.grad)
         return inputs + direction * self._data.dtype.type(self._adversarial)
 
