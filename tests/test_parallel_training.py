@@ -14,7 +14,7 @@ from cupybnn import nn
 from cupybnn.data import Dataset
 from cupybnn.data import load as load_data
 from cupybnn.deploy import PackedNetwork
-from cupybnn.errors import RankError, SettingError
+from cupybnn.errors import CheckpointError, RankError, SettingError
 from cupybnn.training import Callback, TrainConfig, Trainer, recipes, restored_config
 from cupybnn.training.checkpoint import load
 from cupybnn.training.stopping import EarlyStopping
@@ -241,6 +241,14 @@ def refused(folder, function):
     assert [type(error) for error in errors] == [SettingError] * 2, errors
     assert [error.report for error in errors] == [True, False]
     return str(errors[0])
+
+
+def test_a_teacher_that_is_missing_is_reported_once(tmp_path):
+    missing = str(tmp_path / "missing.npz")
+    first, second = together(tmp_path, 2, lambda ranks: train(ranks, teacher=(missing,)))
+    assert isinstance(first, CheckpointError)
+    assert isinstance(second, RankError)
+    assert not second.report
 
 
 def test_mixed_images_are_refused(tmp_path):

@@ -68,7 +68,7 @@ class Objective:
         The penalty applies to its weights (the latent ones of binary layers).
     config : TrainConfig
         Its fields `loss`, `label_smoothing`, `reg`, `penalty` and `optimizer`. With ``reg = 0``
-        there is no penalty, and with "bop" none on binary weights.
+        there is no penalty, and with "l2" or "bop" none on binary weights.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:

@@ -146,7 +146,7 @@ class Trainer:
         augmentation(config).check(dataset.image_shape)
         self.dataset = dataset
         with self.device.scope():
-            self.teachers = Teachers.open(config, dataset, self.device)
+            self.teachers = in_turn(self.ranks, lambda: Teachers.open(config, dataset, self.device))
             self._build(model)
             if stored is not None:
                 self._restore(stored)
