@@ -2,11 +2,12 @@
 
     python bench/recipes.py digits
     python bench/recipes.py original tiny --json FILE -- FOLDER --device cuda
+    python bench/recipes.py tiny --against EARLIER.json -- FOLDER
 
 Arguments after ``--`` are passed to ``cupybnn train``: MNIST's folder, the device, ``--validation
 N`` to choose settings. The accuracy is that after the last step; the time is that of the whole
-command, including start-up, data and evaluations. The deviation is the sample standard deviation
-over seeds.
+command, including start-up, data, teachers and evaluations. The deviation is the sample standard
+deviation over seeds. ``--against`` compares with an earlier record by Welch's test.
 """
 
 from __future__ import annotations
@@ -59,15 +60,58 @@ def row(recipe: str, runs: list[dict[str, Any]]) -> str:
     )
 
 
+def p_value(new: list[float], old: list[float]) -> float:
+    """Return the probability of such a difference of means, or a greater one, by chance.
+
+    Welch's two-sided test (The generalization of Student's problem, Biometrika 1947), which allows
+    different deviations. NaN for a single run.
+    """
+    if min(len(new), len(old)) < 2:
+        return math.nan
+    errors = [statistics.variance(x) / len(x) for x in (new, old)]
+    difference = statistics.fmean(new) - statistics.fmean(old)
+    if sum(errors) == 0:
+        return 1.0 if difference == 0 else 0.0
+    t = abs(difference) / math.sqrt(sum(errors))
+    freedom = sum(errors) ** 2 / sum(
+        e**2 / (len(x) - 1) for e, x in zip(errors, (new, old), strict=True)
+    )
+    # The integral of Student's density over angles, t = sqrt(freedom) tan(angle), is smooth.
+    first, steps = math.atan(t / math.sqrt(freedom)), 2000
+    width = (math.pi / 2 - first) / steps
+    middles = (first + (i + 0.5) * width for i in range(steps))
+    tail = width * sum(math.cos(angle) ** (freedom - 1) for angle in middles)
+    gammas = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
+    return min(1.0, 2 * tail * math.exp(gammas) / math.sqrt(math.pi))
+
+
+def comparison(recipe: str, runs: list[dict[str, Any]], earlier: dict[str, Any]) -> str:
+    """Return a sentence about a recipe and its runs in an earlier record."""
+    if recipe not in earlier["recipes"]:
+        return f"`{recipe}`: the earlier record does not have it"
+    new = [run["accuracy"] for run in runs]
+    old = [run["accuracy"] for run in earlier["recipes"][recipe]["runs"]]
+    mean, before = statistics.fmean(new), statistics.fmean(old)
+    return (
+        f"`{recipe}`: {mean:.4f} instead of {before:.4f} ({mean - before:+.4f}), Welch's test of "
+        f"{len(new)} and {len(old)} seeds: p = {p_value(new, old):.2g}"
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure the given recipes."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("recipe", nargs="+", choices=recipes.names(), metavar="RECIPE")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1 (5)")
     parser.add_argument("--json", metavar="FILE", help="write every run and the machine")
+    parser.add_argument("--against", metavar="FILE", help="compare with what --json wrote earlier")
     given = sys.argv[1:] if arguments is None else arguments
     at = given.index("--") if "--" in given else len(given)
     args, options = parser.parse_args(given[:at]), given[at + 1 :]
+    earlier = None
+    if args.against:
+        with open(args.against, encoding="utf-8") as file:
+            earlier = json.load(file)
     record: dict[str, Any] = {
         "kind": "recipes",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -82,9 +126,11 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{recipe}, seed {seed}: {runs[-1]['accuracy']:.4f}", file=sys.stderr)
         record["recipes"][recipe] = {"settings": recipes.load(recipe).settings, "runs": runs}
         print(row(recipe, runs), flush=True)
+        if earlier is not None:
+            print(comparison(recipe, runs, earlier), flush=True)
     if args.json:
-        with atomic_write(args.json) as file:
-            file.write((json.dumps(record, indent=2) + "\n").encode())
+        with atomic_write(args.json) as out:
+            out.write((json.dumps(record, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":

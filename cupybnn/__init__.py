@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cupybnn.autograd import Tensor
     from cupybnn.deploy import PackedNetwork
+    from cupybnn.estimator import BinaryMLPClassifier
     from cupybnn.fold import fold_batch_norm
     from cupybnn.gemm import xnor_gemm, xnor_gemm_packed
     from cupybnn.packed import PackedMatrix, concatenate, pack, sign, unpack
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from cupybnn.training import TrainConfig, Trainer, TrainResult, load_model, train
 
 __all__ = [
+    "BinaryMLPClassifier",
     "PackedMatrix",
     "PackedNetwork",
     "Tensor",
@@ -39,6 +41,7 @@ __all__ = [
 _MODULES = {
     "autograd": ("Tensor",),
     "deploy": ("PackedNetwork",),
+    "estimator": ("BinaryMLPClassifier",),
     "fold": ("fold_batch_norm",),
     "gemm": ("xnor_gemm", "xnor_gemm_packed"),
     "packed": ("PackedMatrix", "concatenate", "pack", "sign", "unpack"),

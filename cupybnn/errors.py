@@ -6,6 +6,7 @@ __all__ = [
     "DeviceError",
     "GraphError",
     "NonFiniteError",
+    "RankError",
     "SettingError",
 ]
 
@@ -15,6 +16,11 @@ class SettingError(ValueError):
 
     Everything that the command line can set raises this class, and the command then exits with the
     message alone. Any other ValueError there is a bug and keeps its traceback.
+
+    Attributes
+    ----------
+    report : bool
+        False on ranks whose error another rank has, too, and prints.
 
     Examples
     --------
@@ -26,6 +32,8 @@ class SettingError(ValueError):
     ...     print(str(error).partition(";")[0])
     The 'batch_size' must be a whole number, at least 1
     """
+
+    report = True
 
 
 class DeviceError(RuntimeError):
@@ -130,3 +138,27 @@ class NonFiniteError(ArithmeticError):
         super().__init__(
             f"{bad} value(s) of the {phase} of {op}{where}, shape {shape}, are NaN or infinite."
         )
+
+
+class RankError(RuntimeError):
+    """A rank of a data-parallel run died, hung or differs; the message names it.
+
+    Attributes
+    ----------
+    report : bool
+        Whether this rank is the one that should print the message: every rank raises the same.
+
+    Examples
+    --------
+    >>> from cupybnn import parallel
+    >>> from cupybnn.errors import RankError
+    >>> with parallel.connect("cpu") as ranks:
+    ...     try:
+    ...         ranks.check()
+    ...     except RankError as error:
+    ...         print(error)
+    """
+
+    def __init__(self, message: str, report: bool = True) -> None:
+        super().__init__(message)
+        self.report = report

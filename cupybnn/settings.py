@@ -22,6 +22,8 @@ __all__ = [
     "debug",
     "kernel_override",
     "kernel_threads",
+    "launch_variables",
+    "rendezvous",
     "resting_blas_threads",
     "scikit_learn_data",
     "variables_set",
@@ -31,13 +33,18 @@ __all__ = [
 VARIABLES = {
     "CUPYBNN_CACHE_DIR": "folder of tuned kernel tables and, below it, data; default: `cupybnn` in "
     "the system's cache folder (`XDG_CACHE_HOME`, `~/.cache`, `~/Library/Caches`, `LOCALAPPDATA`)",
+    "CUPYBNN_CPU_KERNELS": "`0`: compute on a CPU with NumPy alone, even where Numba is installed",
     "CUPYBNN_DATA_DIR": "folder of downloaded data sets; default: `data` in the cache folder",
     "CUPYBNN_DEBUG": "`1`: on a GPU, print once for each shape which kernel and tile was chosen, "
     "and for each training how its backward pass works",
     "CUPYBNN_KERNEL": "use this kernel for every product on a GPU; `cupybnn info` lists them",
+    "CUPYBNN_RENDEZVOUS": "folder in which the ranks of a run meet, where they are on several "
+    "hosts: one that all of them see; default: --log_dir, or the host's temporary folder",
     "CUPYBNN_TEST_DATA": "for the tests: folder with `mnist/` (the IDX files) and `openml_home/`",
     "SCIKIT_LEARN_DATA": "scikit-learn's own data folder, which is searched for MNIST, too",
-    "OMP_NUM_THREADS": "number of threads of NumPy's products and of elementwise work",
+    "NUMBA_CACHE_DIR": "Numba's own: folder of compiled CPU kernels",
+    "NUMBA_NUM_THREADS": "lowers the number of threads of compiled CPU kernels",
+    "OMP_NUM_THREADS": "number of threads of products on a CPU and of elementwise work",
     "OPENBLAS_THREAD_TIMEOUT": "OpenBLAS's own: its threads spin after a product, 2 to the power "
     "of this many clock ticks. The command line imports NumPy with 16, unless the variable is set",
 }
@@ -147,6 +154,19 @@ def resting_blas_threads() -> Iterator[None]:
         yield
     finally:
         os.environ.pop(name, None)
+
+
+def launch_variables() -> dict[str, str]:
+    """Return the variables by which a launcher tells a process its rank; see `cupybnn.parallel`."""
+    prefixes = ("OMPI_", "PMI_", "PMIX_", "MPI_LOCAL", "SLURM_", "TORCHELASTIC_", "MASTER_")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    return {k: v for k, v in os.environ.items() if k in names or k.startswith(prefixes)}
+
+
+def rendezvous() -> Path | None:
+    """Return the folder in which the ranks of a run meet, ``CUPYBNN_RENDEZVOUS``, if it is set."""
+    given = os.environ.get("CUPYBNN_RENDEZVOUS")
+    return _folder("CUPYBNN_RENDEZVOUS", given) if given else None
 
 
 def scikit_learn_data() -> Path:

@@ -34,6 +34,8 @@ MODULES = {
     "cupybnn.deploy": "Trained networks",
     "cupybnn.training": "Training",
     "cupybnn.training.measures": "Measures of binary networks",
+    "cupybnn.training.stopping": "Early stopping",
+    "cupybnn.parallel": "Several ranks",
     "cupybnn.nn": "Layers",
     "cupybnn.ops": "Operations",
     "cupybnn.optim": "Optimizers",
@@ -114,7 +116,15 @@ def command_sections() -> str:
 
 
 #: Options of ``cupybnn train`` that are no settings of a run.
-ONLY_ON_THE_COMMAND_LINE = ("recipe", "list_recipes", "gpu", "gpus", "restarts", "export")
+ONLY_ON_THE_COMMAND_LINE = (
+    "recipe",
+    "list_recipes",
+    "gpu",
+    "gpus",
+    "ranks",
+    "restarts",
+    "export",
+)
 
 
 def _text(description: str) -> str:

@@ -21,7 +21,7 @@
 // The translation unit sets the macros of strips.cuh, or, for `logits`, of layer.cuh and VECTOR; and
 //     CLASSES  at most 32
 //     HEAD     HEAD_*: input of the last layer
-//     LOSS     LOSS_* (loss.cuh)
+//     LOSS     LOSS_* (loss.cuh), and SOFT
 //     OUTPUT_NORM  1: a batch norm follows the logits, and smxx_output_norm.cu continues from there
 //     ROWS     for `logits`; without it the unit holds the other two
 
@@ -93,7 +93,7 @@ static_assert(WIDTH % THREADS == 0, "the same for all threads");
 
 extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
     logits(const __grid_constant__ Layer p, const float* __restrict__ weight,
-           const i64* __restrict__ labels, float smoothing, const float* __restrict__ factor, float* out,
+           const void* __restrict__ labels, float smoothing, const float* __restrict__ factor, float* out,
            float* grad, float* partials) {
   __shared__ __align__(16) float w[CLASSES][STRIDE];
   __shared__ __align__(16) float norms[4][HAS_NORM ? WIDTH : 1];  // mean, 1 / deviation, gamma, beta
@@ -192,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
       acc[r][c] *= *factor;
     }
 #endif
-    sum += loss_of(acc[r], (int)labels[row], smoothing, (float)p.share, of_logits);
+    sum += loss_of_row(acc[r], labels, row, smoothing, (float)p.share, of_logits);
 #if HEAD == HEAD_SIGN
 #pragma unroll
     for (int c = 0; c < CLASSES; c++) {

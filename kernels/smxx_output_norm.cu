@@ -8,7 +8,7 @@
 //
 // What bounds it: the latency of three passes and of as many sums over the block.
 //
-// The translation unit sets CLASSES and LOSS (loss.cuh).
+// The translation unit sets CLASSES, LOSS and SOFT (loss.cuh).
 
 #include "block.cuh"
 #include "loss.cuh"
@@ -36,7 +36,7 @@ __device__ __forceinline__ void sum_over_block(const float (&mine)[N], double (&
 struct OutputNorm {
   float* logits;  // (rows, CLASSES): the products; afterwards the normalised logits
   float* grad;    // (rows, GRAD_STRIDE): gradient of the products
-  const i64* labels;
+  const void* labels;
   const float* gamma;
   const float* beta;
   float* running_mean;
@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll
     for (int c = 0; c < CLASSES; c++) logits[c] = logit(normal(row, c), c);
     mine[2 * CLASSES] +=
-        loss_of(logits, (int)p.labels[row], (float)p.smoothing, (float)p.share, grad);
+        loss_of_row(logits, p.labels, row, (float)p.smoothing, (float)p.share, grad);
 #pragma unroll
     for (int c = 0; c < CLASSES; c++) {
       mine[c] += grad[c];

@@ -19,7 +19,8 @@ import pytest
 from cupybnn import settings
 from cupybnn.autograd import Tensor
 from cupybnn.backends.devices import CPU
-from cupybnn.data import BatchOrder, Dataset, DeviceData, digits, idx, load, mnist
+from cupybnn.data import BatchOrder, Dataset, DeviceData, digits, idx, load, mnist, openml
+from cupybnn.data.batches import epoch_length
 from cupybnn.errors import DataError
 from cupybnn.training import TrainConfig, Trainer
 
@@ -368,16 +369,16 @@ def mnist_arrays(mnist_dir) -> dict[str, np.ndarray]:
     said: list[str] = []
     data = idx.load_folder(mnist_dir, notify=said.append)
     assert said == []  # nothing to say about MNIST itself
-    return {name: getattr(data, name) for name in mnist._MEMBERS}
+    return {name: getattr(data, name) for name in openml.MEMBERS}
 
 
 class TestMnist:
     def test_the_real_files_have_the_known_checksum(self, mnist_arrays):
-        mnist._check(mnist_arrays, "the test data")
+        openml.check(mnist.SOURCE, mnist_arrays, "the test data")
         changed = mnist_arrays["test_labels"].copy()
         changed[17] ^= 1
         with pytest.raises(DataError, match="expected the SHA-256 06b0"):
-            mnist._check({**mnist_arrays, "test_labels": changed}, "x")
+            openml.check(mnist.SOURCE, {**mnist_arrays, "test_labels": changed}, "x")
 
     def test_second_start_reads_the_cache(self, data_home, mnist_arrays, monkeypatch):
         monkeypatch.setattr(mnist, "_fetch", lambda folder: mnist_arrays)
@@ -470,8 +471,8 @@ class TestMnist:
         program = """
             import sys, time
             from cupybnn import settings
-            from cupybnn.data import mnist
-            with mnist._scratch_folder(settings.data_dir()) as scratch:
+            from cupybnn.data import openml
+            with openml.scratch_folder(settings.data_dir()) as scratch:
                 (scratch / "half").write_bytes(bytes(1000))
                 print(scratch, flush=True)
                 time.sleep(600)
@@ -573,7 +574,9 @@ class TestDigits:
             load("digits", tmp_path)
 
     def test_unknown_name(self):
-        with pytest.raises(ValueError, match="must be one of auto, mnist, digits; got 'cifar'"):
+        with pytest.raises(
+            ValueError, match="must be one of auto, mnist, fashion, digits; got 'cifar'"
+        ):
             load("cifar")  # type: ignore[arg-type]
 
     def test_validation_part_comes_from_the_training_images(self):
@@ -617,6 +620,46 @@ class TestBatches:
         for step in (11, 3, 7):
             np.testing.assert_array_equal(BatchOrder(100, 32, 5, CPU).indices(step), sequence[step])
         assert not np.array_equal(BatchOrder(100, 32, 6, CPU).indices(0), sequence[0])
+
+    def test_without_shuffling_every_epoch_has_the_given_order(self):
+        order = BatchOrder(5, 4, 0, CPU, shuffle=False)
+        stream = np.concatenate([order.indices(step) for step in range(5)])
+        np.testing.assert_array_equal(stream, [*range(5)] * 4)
+
+    def test_a_whole_weight_is_that_many_occurrences(self):
+        weights = np.array([3.0, 0, 1, 2, 0])
+        order = BatchOrder(5, 4, 0, CPU, weights)
+        assert order.images == 6
+        for epoch in range(20):
+            counts = np.bincount(order.host_permutation(epoch), minlength=5)
+            np.testing.assert_array_equal(counts, weights)
+
+    def test_weights_of_one_are_no_weights(self):
+        weighted = BatchOrder(50, 8, 3, CPU, np.ones(50))
+        for step in range(20):
+            np.testing.assert_array_equal(
+                weighted.indices(step), BatchOrder(50, 8, 3, CPU).indices(step)
+            )
+
+    @pytest.mark.parametrize("shuffle", [True, False])
+    def test_occurrences_follow_fractional_weights(self, shuffle):
+        weights = np.random.default_rng(0).exponential(size=40) * (np.arange(40) % 3 > 0)
+        order = BatchOrder(40, 8, 0, CPU, weights, shuffle)
+        expected = weights * order.images / weights.sum()
+        counts = np.array(
+            [np.bincount(order.host_permutation(e), minlength=40) for e in range(2000)]
+        )
+        assert (counts.sum(axis=1) == order.images).all()
+        assert (np.floor(expected) <= counts).all()
+        assert (counts <= np.ceil(expected)).all()
+        np.testing.assert_allclose(counts.mean(axis=0), expected, atol=0.05)
+
+    @pytest.mark.parametrize(
+        ("weights", "length"),
+        [([1, 2, 3], 6), ([0.1, 0.1, 0], 2), ([1e6, 1e6], 32), ([1.3, 1.3], 3), ([5, 0, 0], 5)],
+    )
+    def test_length_of_a_weighted_epoch(self, weights, length):
+        assert epoch_length(np.array(weights, float)) == length
 
     @pytest.mark.parametrize("dtype", ["float32", "float64"])
     def test_inputs_are_pixels_from_0_to_1(self, dtype):

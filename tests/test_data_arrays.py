@@ -242,6 +242,65 @@ class TestTraining:
         with pytest.raises(ValueError, match=r"'arrays' must have a test part .* validation=N"):
             Trainer(TrainConfig(device="cpu"), data=Dataset.from_arrays(X, Y))
 
+    def test_training_needs_no_test_part_without_evaluations(self):
+        settings = {"n_hidden": 8, "batch_size": 16, "max_steps": 5, "device": "cpu"}
+        x, y = task(100)
+        alone = Trainer(
+            TrainConfig(**settings, eval_every_n=0), data=Dataset.from_arrays(x, y, classes=4)
+        ).run()
+        assert alone.history == ()
+        assert np.isnan([alone.final.test_loss, alone.final_accuracy]).all()
+        data = Dataset.from_arrays(x, y, *task(40, seed=1))
+        tested = Trainer(TrainConfig(**settings, eval_every_n=0), data=data).run()
+        assert tested.history == ()
+        assert tested.final.train_loss == alone.final.train_loss
+        watched = Trainer(TrainConfig(**settings, eval_every_n=1), data=data).run()
+        assert tested.final.test_loss == watched.final.test_loss
+
+    def test_weights_count_examples(self, tmp_path):
+        x, y = task(40)
+        weights = np.arange(40) % 4
+        settings = {"n_hidden": 8, "batch_size": 16, "device": "cpu", "max_steps": 20}
+        config = TrainConfig(**settings, batch_norm=True, shuffle=False)
+        weighted = Dataset.from_arrays(x, y, x, y, weights=weights)
+        repeated = Dataset.from_arrays(x.repeat(weights, 0), y.repeat(weights), x, y)
+        finals = [Trainer(config, data=data).run().final for data in (weighted, repeated)]
+        assert finals[0].train_loss == finals[1].train_loss
+        assert finals[0].test_loss == finals[1].test_loss
+        plain = Trainer(config, data=Dataset.from_arrays(x, y, x, y)).run().final
+        assert plain.test_loss != finals[0].test_loss
+        assert len(weighted.with_validation(10).train_weights) == 30
+
+    @pytest.mark.parametrize(
+        ("weights", "error", "message"),
+        [
+            (np.ones(59), ValueError, r"must have shape \(60,\), .* got \(59,\)"),
+            ([-1.0] + [1.0] * 59, ValueError, r"at least 0; got -1.0 for example 0"),
+            ([1.0, np.nan] + [1.0] * 58, ValueError, r"must be finite .*; got nan for example 1"),
+            (np.zeros(60), ValueError, "must not all be zero; got 60 zeros"),
+            (np.array(["a"] * 60), TypeError, "must be real numbers; got <U1"),
+        ],
+    )
+    def test_wrong_weights(self, weights, error, message):
+        with pytest.raises(error, match=message):
+            Dataset.from_arrays(X, Y, weights=weights)
+
+    def test_examples_stay_on_their_device(self, xp):
+        x, y = task(100)
+        device = "cpu" if xp is np else "cuda"
+        there = xp.asarray(x, xp.float32)
+        data = Dataset("there", there, y, there[:10], y[:10], None, None, classes=4)
+        trainer = Trainer(TrainConfig(n_hidden=8, max_steps=3, device=device), data=data)
+        assert trainer.data.train_images is there
+        elsewhere = Dataset.from_arrays(x.astype("f4"), y, x[:10].astype("f4"), y[:10], classes=4)
+        again = Trainer(TrainConfig(n_hidden=8, max_steps=3, device=device), data=elsewhere)
+        assert trainer.run().final.test_loss == again.run().final.test_loss
+        assert trainer.state().info["data"] == {**again.state().info["data"], "name": "there"}
+        bad = there.copy()
+        bad[3, 2] = np.nan
+        with pytest.raises(ValueError, match="nan as feature 2 of example 3"):
+            Dataset("there", bad, y, there[:10], y[:10], None, None, classes=4)
+
     def test_only_images_are_deformed(self):
         data = Dataset.from_arrays(X, Y, X, Y)
         with pytest.raises(ValueError, match=r"needs images, .* Leave out the shift, scale"):

@@ -44,13 +44,16 @@ PUBLIC = (
     "cupybnn.data",
     "cupybnn.deploy",
     "cupybnn.errors",
+    "cupybnn.estimator",
     "cupybnn.nn",
     "cupybnn.ops",
     "cupybnn.optim",
     "cupybnn.optim.schedules",
     "cupybnn.packed",
+    "cupybnn.parallel",
     "cupybnn.training",
     "cupybnn.training.measures",
+    "cupybnn.training.stopping",
 )
 
 

@@ -113,3 +113,101 @@ def test_images_of_several_sizes_are_deformed_in_one_process(sides):
         ).launch(launcher)
         np.testing.assert_array_equal(x.get(), images[order[1]])
         np.testing.assert_array_equal(labels.get(), order[1])
+
+
+class TestMovedImages:
+    """`smxx_virtual.cu` against the plain step's arrays."""
+
+    SHAPE = (5, 61)
+
+    def launch(self, real=np.float32, **more) -> tuple[np.ndarray, np.ndarray]:
+        import cupy
+
+        from cupybnn.backends.cuda import fused, fused_virtual
+
+        self.x = np.random.default_rng(0).integers(0, 256, self.SHAPE).astype(np.float32)
+        out = cupy.full(self.SHAPE, np.nan, np.float32)
+        pops = cupy.ones((2, 700), np.int32)
+        fused_virtual.MoveImages(
+            x=cupy.asarray(self.x), out=out, step=cupy.asarray([3], np.int64), pops=pops, **more
+        ).launch(fused.Launcher(0, np.dtype(real)))
+        assert not pops.any()
+        return out.get() - self.x, out.get()
+
+    def test_along_the_gradient(self):
+        import cupy
+
+        from cupybnn import ops
+
+        gradient = np.random.default_rng(1).normal(size=self.SHAPE).astype(np.float32)
+        gradient *= np.float32([[1], [1e-25], [0], [1e15], [1]])
+        moved, _ = self.launch(
+            direction="gradient", distance=500.0, gradient=cupy.asarray(gradient)
+        )
+        np.testing.assert_allclose(moved, ops.of_length(gradient, 500.0), rtol=1e-4, atol=1e-4)
+        assert not moved[2].any()
+
+    def test_along_a_random_direction(self):
+        from cupybnn import ops
+        from cupybnn.backends.random import bell
+
+        moved, _ = self.launch(direction="random", distance=300.0, seed=2**63 - 9)
+        start = bell(self.SHAPE, 2**63 - 9, 3, np)
+        np.testing.assert_allclose(moved, ops.of_length(start, 300.0), rtol=1e-4, atol=1e-4)
+
+    def test_dropped_pixels(self):
+        """They have no gradient, and are 0 afterwards; a random direction counts them."""
+        import cupy
+
+        from cupybnn import ops
+        from cupybnn.backends.cuda.fused_batch import Draw
+        from cupybnn.backends.random import bell, bernoulli, random_words
+
+        draw = Draw(seed=77, offset=-1, keep_prob=0.6)
+        kept = bernoulli(random_words(self.SHAPE, 77, 2, np), 0.6)
+        _, out = self.launch(direction="none", drop=draw)
+        np.testing.assert_array_equal(out, np.where(kept, self.x, 0))
+        gradient = np.random.default_rng(1).normal(size=self.SHAPE).astype(np.float32)
+        _, out = self.launch(
+            direction="gradient", distance=300.0, gradient=cupy.asarray(gradient), drop=draw
+        )
+        move = ops.of_length(np.where(kept, gradient, 0), 300.0)
+        np.testing.assert_allclose(out, np.where(kept, self.x + move, 0), rtol=1e-4, atol=1e-4)
+        _, out = self.launch(direction="random", distance=300.0, seed=5, drop=draw)
+        move = ops.of_length(bell(self.SHAPE, 5, 3, np), 300.0)
+        np.testing.assert_allclose(out, np.where(kept, self.x + move, 0), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("kind", ["some", "uniform"])
+    def test_mixed_in_pairs(self, kind):
+        import cupy
+
+        from cupybnn.backends.cuda import fused, fused_virtual
+        from cupybnn.data import Mixing
+
+        x = np.random.default_rng(0).integers(0, 256, (40, 33)).astype(np.float32)
+        labels = np.random.default_rng(1).integers(0, 7, 40)
+        out, targets = cupy.empty_like(cupy.asarray(x)), cupy.empty((40, 7), np.float32)
+        fused_virtual.MixImages(
+            x=cupy.asarray(x), out=out, step=cupy.asarray([9], np.int64),
+            labels=cupy.asarray(labels), targets=targets, seed=123, kind=kind,
+        ).launch(fused.Launcher(0, np.dtype(np.float32)))  # fmt: skip
+        shares = Mixing(kind).shares(40, 123, 9, np)
+        np.testing.assert_allclose(out.get(), Mixing.mix(x, shares), rtol=1e-6, atol=1e-4)
+        expected = Mixing.mix(np.eye(7, dtype=np.float32)[labels], shares)
+        np.testing.assert_allclose(targets.get(), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_softened_logits(add):
+    import cupy
+
+    from cupybnn.backends.cuda import fused, fused_virtual
+
+    logits = np.random.default_rng(0).normal(size=(300, 11)).astype(np.float32) * 9
+    out = cupy.ones((300, 11), np.float32)
+    fused_virtual.Soften(
+        logits=cupy.asarray(logits), out=out, temperature=3.0, share=0.25, add=add
+    ).launch(fused.Launcher(0, np.dtype(np.float32)))
+    powers = np.exp((logits - logits.max(axis=1, keepdims=True)).astype(np.float64) / 3)
+    expected = 0.25 * powers / powers.sum(axis=1, keepdims=True) + add
+    np.testing.assert_allclose(out.get(), expected, rtol=1e-5)

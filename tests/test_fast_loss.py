@@ -15,12 +15,12 @@ KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 SOURCE = """
 typedef long long i64;
 #include "include/loss.cuh"
-extern "C" __global__ void losses(const float* logits, const i64* labels, float smoothing, int n,
+extern "C" __global__ void losses(const float* logits, const void* labels, float smoothing, int n,
                                   float* out, float* grads) {
   for (int row = threadIdx.x; row < n; row += blockDim.x) {
     float logit[CLASSES], grad[CLASSES];
     for (int c = 0; c < CLASSES; c++) logit[c] = logits[row * CLASSES + c];
-    out[row] = loss_of(logit, (int)labels[row], smoothing, 1.0f / n, grad);
+    out[row] = loss_of_row(logit, labels, row, smoothing, 1.0f / n, grad);
     for (int c = 0; c < CLASSES; c++) grads[row * CLASSES + c] = grad[c];
   }
 }
@@ -44,12 +44,21 @@ LABELS = np.array([2, 0, 0, 2, 7, 0, 7, 7])
 
 
 def losses(kind, logits, labels, smoothing=0.0):
-    """Return the losses and their gradients as the kernels have them."""
+    """Return the losses and their gradients as the kernels have them.
+
+    The labels are class numbers or, with two axes, probabilities.
+    """
     import cupy
 
     module = cupy.RawModule(
         code=SOURCE,
-        options=(f"-I{KERNELS}", "-std=c++17", "-DCLASSES=3", f"-DLOSS={kind}"),
+        options=(
+            f"-I{KERNELS}",
+            "-std=c++17",
+            "-DCLASSES=3",
+            f"-DLOSS={kind}",
+            f"-DSOFT={labels.ndim - 1}",
+        ),
     )
     n = len(labels)
     out, grads = cupy.empty(n, "float32"), cupy.empty((n, 3), "float32")
@@ -93,3 +102,50 @@ def test_squared_hinge():
         loss.backward()
         np.testing.assert_allclose(out[row], loss.item(), rtol=1e-5)
         np.testing.assert_allclose(grads[row], outputs.grad[0] / len(rows), rtol=1e-5)
+
+
+SOFT = np.array(
+    [
+        [0.2, 0.3, 0.5],
+        [0.9, 0.0, 0.1],
+        [1.0, 0.0, 0.0],
+        [0.5, 0.5, 0.0],
+        [0.0, 0.0, 0.0],
+        [0.1] * 3,
+        [0.0, 0.0, 0.0],
+        [0.0, 0.0, 0.0],
+    ],
+    "float32",
+)
+FUNCTIONS = [
+    ops.softmax_cross_entropy,
+    ops.squared_hinge,
+    ops.softmax_divergence,
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss", [0, 1, 2], ids=["cross_entropy", "squared_hinge", "divergence"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.125])
+def test_probabilities_as_targets(loss, smoothing):
+    """Examples without a class among them, with outputs that are infinite or NaN."""
+    n = len(SOFT)
+    out, grads = losses(loss, LOGITS, SOFT, smoothing)
+    more = (smoothing,) if loss == 0 else ()
+    for row in range(n):
+        logits = Tensor(LOGITS[row : row + 1], requires_grad=True)
+        with np.errstate(all="ignore"):
+            expected = FUNCTIONS[loss](logits, SOFT[row : row + 1], *more)
+        expected.backward()
+        np.testing.assert_allclose(out[row], expected.item(), rtol=2e-5, atol=1e-6)
+        np.testing.assert_allclose(grads[row], logits.grad[0] / n, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_squared_hinge_of_even_probabilities():
+    """A probability of 0.5 has a target of 0: an infinite output adds a constant, too."""
+    values = np.array([[np.inf, 0, 1], [-np.inf, 2, 0], [0, np.nan, 0]], "float32")
+    halves = np.full((3, 3), 0.5, "float32")
+    out, grads = losses(1, values, halves)
+    np.testing.assert_allclose(out, [1, 1, np.nan])
+    np.testing.assert_allclose(grads, [[0, 0, 0], [0, 0, 0], [0, np.nan, 0]])

@@ -150,6 +150,8 @@ def test_product_dtype_holds_every_value(k):
         ({"binary": True, "sign_keep_prob": 0.9}, 90, "SignDropout"),
         ({"adversarial": 0.1}, 90, None),
         ({"binary": True, "optimizer": "bop"}, 90, "Combined"),
+        ({"penalty": "l2", "reg": 0.1}, 90, "the penalty 'l2'"),
+        ({"penalty": "l2", "reg": 0.0, "shuffle": False, "eval_every_n": 0}, 90, None),
         ({"schedule": "step", "milestones": (5,), "average": "ema", "latent_lr": 0.5}, 90, None),
     ],
 )

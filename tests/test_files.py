@@ -19,7 +19,7 @@ import pytest
 
 from cupybnn import data, files, settings
 from cupybnn.cli import main
-from cupybnn.data import mnist
+from cupybnn.data import openml
 from cupybnn.errors import DataError
 from cupybnn.files import atomic_write, is_stream, new_folder, remove_leftovers
 from cupybnn.npz import open_npz, read_npz
@@ -480,13 +480,13 @@ class TestPaths:
         assert "cache folder    none. The environment variable" in capsys.readouterr().out
 
     def test_what_a_killed_fetch_leaves_is_removed(self, tmp_path):
-        with mnist._scratch_folder(tmp_path / "data") as scratch:
+        with openml.scratch_folder(tmp_path / "data") as scratch:
             assert scratch.parent == tmp_path / "data"
             kept = scratch.name
         left = tmp_path / "data" / kept
         left.mkdir()
         (left / "half").write_text("of it")
-        with mnist._scratch_folder(tmp_path / "data"):
+        with openml.scratch_folder(tmp_path / "data"):
             assert not left.exists()
 
     def test_home(self, monkeypatch):

@@ -152,6 +152,12 @@ def heads(arch: str, layer: dict) -> list[dict]:
     after = {0: (0, 1, 2), 1: (0, 2), 2: (1,)}[layer["DROP"]]
     choices = [{"OUTPUT_NORM": 0, **c} for c in choices if c["HEAD"] in after]
     choices += [{**c, "OUTPUT_NORM": 1} for c in choices if c["HEAD"] == 2]
+    choices += [
+        {**c, "LOSS": loss, "SOFT": 1}
+        for c in choices
+        if c.get("ROWS") == 4 and not c["OUTPUT_NORM"]
+        for loss in (0, 2)
+    ]
     return of_layer(arch, layer, choices)
 
 
@@ -197,7 +203,22 @@ def test_output_norm(arch):
     # 32 classes spill, in a kernel that takes microseconds.
     kinds = itertools.product((2, 10, 20), (0, 1))
     choices = [{"CLASSES": c, "LOSS": loss, **NO_REAL} for c, loss in kinds]
+    choices += [{"CLASSES": 10, "LOSS": loss, "SOFT": 1, **NO_REAL} for loss in (0, 1, 2)]
     compile_all("smxx_output_norm", arch, to_compile(arch, variants(arch, {}, *choices)))
+
+
+@every_architecture
+def test_virtual(arch):
+    require(arch)
+    choices = [{"DIRECTION": d, "DROP": drop} for d in (0, 1, 2) for drop in (0, 1)]
+    compile_all("smxx_virtual", arch, to_compile(arch, variants(arch, {}, *choices)))
+
+
+@every_architecture
+def test_teacher(arch):
+    require(arch)
+    choices = [{"KIND": kind, "CLASSES": classes} for kind, classes in ((0, 2), (1, 10), (2, 20))]
+    compile_all("smxx_teacher", arch, to_compile(arch, variants(arch, {}, *choices)))
 
 
 @every_architecture

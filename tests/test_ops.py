@@ -54,6 +54,7 @@ UNARY = {
     "transpose": (lambda x: x.T, np.transpose, -2),
     "transpose_axes": (lambda x: x.transpose(-1, 0), lambda x: x.transpose(-1, 0), -2),
     "l1": (ops.l1, lambda x: np.abs(x).sum(), -2),
+    "l2": (ops.l2, lambda x: (x**2).sum() / 2, -2),
     "bipolar_penalty": (ops.bipolar_penalty, lambda x: (1 - x**2).sum(), -2),
 }
 

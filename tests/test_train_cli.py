@@ -328,6 +328,7 @@ def test_odd_values_of_any_option_give_at_most_one_line(name, monkeypatch, tmp_p
     monkeypatch.setattr("cupybnn.cli.verify.check", lambda *args, **options: ())
     monkeypatch.setattr("cupybnn.data.digits.load", functools.cache(digits.load))
     monkeypatch.setattr("cupybnn.training.trainer.Trainer.run", lambda trainer: None)
+    monkeypatch.setattr("cupybnn.cli.spawn._run", lambda words, size: (0, None))
     parser = command_line._load(name, command_line._top_level_parser()[1])
     usual = [*QUICK, "--n_hidden", "2"] if name == "train" else []
     options = [a.option_strings[0] for a in parser._actions if a.option_strings and a.nargs != 0]

@@ -68,8 +68,9 @@ class TestDeclarations:
         for name, each in self.SETTINGS.items():
             if each.needs:
                 other, *values = each.needs
-                for value in values or [True]:
+                for value in values:
                     self.SETTINGS[other].rule.check(other, value)
+                assert other in self.SETTINGS
             assert not set(each.synonyms) & set(self.SETTINGS), name
 
     def test_groups_are_contiguous(self):
@@ -90,7 +91,7 @@ class TestDeclarations:
             ("hidden", ["n_hidden", "hidden_layers"]),
             ("learning_rate", ["lr"]),
             ("batchsize", ["batch_size"]),
-            ("batch-norm", ["batch_norm"]),
+            ("batch-norm", ["batch_norm", "sync_batch_norm"]),
             ("dropout", ["keep_prob", "input_keep_prob", "sign_keep_prob"]),
             ("resume", ["restore"]),
             ("max_step", ["max_steps"]),
@@ -168,8 +169,8 @@ def test_absolute_paths(monkeypatch, tmp_path):
         ("n_hidden", "5,4", "a whole number, at least 1, or one for each layer; got '5,4'"),
         ("batch_size", -3, "a whole number, at least 1; got -3"),
         ("max_steps", -1, "a whole number, at least 0; got -1"),
-        ("eval_every_n", 0, "a whole number, at least 1; got 0"),
-        ("eval_every_n", "100", "a whole number, at least 1; got '100'"),
+        ("eval_every_n", -1, "a whole number, at least 0; got -1"),
+        ("eval_every_n", "100", "a whole number, at least 0; got '100'"),
         ("seed", -1, "a whole number, at least 0; got -1"),
         ("validation", -1, "a whole number, at least 0; got -1"),
         ("reg", -1e-9, "a finite number, at least 0; got -1e-09"),
@@ -183,7 +184,7 @@ def test_absolute_paths(monkeypatch, tmp_path):
         ("binary", 1, "True or False; got 1"),
         ("batch_norm", "no", "True or False; got 'no'"),
         ("loss", ["l1"], r"one of cross_entropy, squared_hinge; got \['l1'\]"),
-        ("dataset", "cifar", "one of auto, mnist, digits; got 'cifar'"),
+        ("dataset", "cifar", "one of auto, mnist, fashion, digits; got 'cifar'"),
         ("dtype", "int8", "one of float32, float64, tf32, bfloat16; got 'int8'"),
         ("ste", "nothing", "one of .*hard_tanh.*; got 'nothing'"),
         ("log_dir", "", "a path or None; got ''"),

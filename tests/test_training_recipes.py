@@ -63,6 +63,8 @@ def test_each_learns_when_made_small(name):
     small |= {"max_steps": 300, "eval_every_n": 1000}
     deformed = dict.fromkeys(AUGMENT, 0.0)  # as much as this is too much for 8x8 pixels
     settings = recipes.load(name).settings
+    if "vat" in settings:
+        small["vat"] = settings["vat"] / 4  # likewise
     if "latent_lr" in settings:  # for many more steps
         small["latent_lr"] = 0.1
     result = train(TrainConfig.from_mapping({**settings, **small, **deformed}))
@@ -140,7 +142,8 @@ def test_unknown_name(capsys):
     for name in ("nothing", "../config", "", str("x" * 300)):
         assert main(["train", "--recipe", name]) == 2
         assert (
-            "must be one of augmented, binarynet, digits, original, tiny" in capsys.readouterr().err
+            "must be one of augmented, binarynet, digits, fashion, original, teacher, tiny"
+            in capsys.readouterr().err
         )
 
 
@@ -478,10 +481,122 @@ class TestAverage:
             train(**{**settings, "average": "swa", "restore": str(first.run_folder)})
 
 
-def test_row_of_a_recipe():
+def bench_script():
     spec = importlib.util.spec_from_file_location("bench_recipes", ROOT / "bench/recipes.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+def test_comparison_with_the_recipe_that_is_replaced(tmp_path):
+    """Welch's test, against scipy's."""
+    from scipy import stats
+
+    script = bench_script()
+    new, old = [0.9911, 0.9915, 0.9908], [0.9886, 0.9880, 0.9893, 0.9884, 0.9887]
+    runs = [{"accuracy": a} for a in new]
+    path = tmp_path / "old.json"
+    path.write_text(
+        json.dumps({"recipes": {"binarynet": {"runs": [{"accuracy": a} for a in old]}}})
+    )
+    expected = stats.ttest_ind(new, old, equal_var=False).pvalue
+    assert script.p_value(new, old) == pytest.approx(expected, rel=1e-6)
+    sentence = script.comparison("binarynet", runs, json.loads(path.read_text()))
+    assert "0.9911 instead of 0.9886 (+0.0025)" in sentence
+    assert f"p = {expected:.2g}" in sentence
+    assert script.comparison("tiny", runs, json.loads(path.read_text())) == (
+        "`tiny`: the earlier record does not have it"
+    )
+    assert script.p_value([0.5], old) != script.p_value([0.5], old)  # one run has no deviation
+    assert script.p_value([0.5, 0.5], [0.5, 0.5]) == 1
+    assert script.p_value([0.5, 0.5], [0.6, 0.6]) == 0
+
+
+TAUGHT = """
+summary = "a network taught by two others"
+[settings]
+dataset = "digits"
+device = "cpu"
+binary = true
+max_steps = 30
+n_hidden = 16
+[teachers]
+recipe = "TEACHER"
+count = 2
+"""
+TEACHER = """
+summary = "a teacher"
+[settings]
+n_hidden = 24
+batch_norm = true
+max_steps = 40
+reg = 0.0
+"""
+
+
+class TestTeachers:
+    @pytest.fixture
+    def recipe(self, tmp_path):
+        (tmp_path / "wise.toml").write_text(TEACHER)
+        path = tmp_path / "student.toml"
+        path.write_text(TAUGHT.replace("TEACHER", (tmp_path / "wise.toml").as_posix()))
+        return str(path)
+
+    def test_they_are_trained_first(self, recipe, capsys, tmp_path):
+        logs = str(tmp_path / "logs")
+        options = ["--recipe", recipe, "--seed", "3", "--validation", "200"]
+        assert main(["train", *options, "--log_dir", logs]) == 0
+        out = capsys.readouterr().out
+        for number, seed in ((1, 6), (2, 7)):
+            line = re.search(rf"Teacher {number} of 2: .*, seed {seed}, (.*) accuracy (.*)", out)
+            assert line is not None
+            assert line[1] == "validation"
+            settings = {"n_hidden": 24, "batch_norm": True, "max_steps": 40, "reg": 0.0}
+            settings |= {"dataset": "digits", "device": "cpu", "seed": seed, "validation": 200}
+            assert float(line[2]) == round(train(**settings).final_accuracy, 4)
+        files = sorted((tmp_path / "logs/teachers").iterdir())
+        assert [path.name for path in files] == ["wise-6.npz", "wise-7.npz"]
+        assert f"Learning from {files[0]}, {files[1]}" in out
+        final = re.findall(r"^Final validation accuracy (\S+)", out, re.MULTILINE)
+        assert len(final) == 1
+        settings = {**recipes.load(recipe).settings, "seed": 3, "validation": 200}
+        student = train(**settings, teacher=tuple(map(str, files)))
+        assert float(final[0]) == round(student.final_accuracy, 4)
+        # A restored run has the same teachers, and trains none.
+        (run,) = {path.parent for path in (tmp_path / "logs").rglob("best.npz")}
+        assert main(["train", "--restore", str(run), "--max_steps", "32"]) == 0
+        assert "Teacher 1 of 2" not in capsys.readouterr().out
+
+    def test_others_can_be_named(self, recipe, capsys, tmp_path):
+        assert main(["train", "--recipe", recipe, "--teacher", "", "--max_steps", "1"]) == 0
+        out = capsys.readouterr().out
+        assert "Teacher" not in out
+        assert "Learning from" not in out
+
+    def test_their_files_are_temporary_without_a_log_directory(self, recipe, capsys):
+        assert main(["train", "--recipe", recipe, "--max_steps", "1"]) == 0
+        first = re.search(r"Learning from (.*), ", capsys.readouterr().out)[1]
+        assert not os.path.exists(os.path.dirname(first))
+
+    @pytest.mark.parametrize(
+        ("table", "words"),
+        [
+            ('recipe = "teacher"', "must have a 'recipe', the name of one, and a 'count'"),
+            ('recipe = "teacher"\ncount = true', "a whole number"),
+            ('recipe = "teacher"\ncount = 0', "at least one"),
+            ('recipe = "binarynet"\ncount = 1', "without teachers of its own"),
+            ('recipe = "nobody"\ncount = 1', "must be one of"),
+        ],
+    )
+    def test_a_wrong_table(self, tmp_path, table, words):
+        path = tmp_path / "wrong.toml"
+        path.write_text(f"[settings]\n[teachers]\n{table}\n")
+        with pytest.raises(ValueError, match=words):
+            recipes.load(str(path))
+
+
+def test_row_of_a_recipe():
+    script = bench_script()
     accuracies, seconds = (0.9859, 0.9831, 0.9746, 0.9803, 0.9775), (9.4, 9.0, 11.6, 10.0, 10.0)
     runs = [
         {"accuracy": accuracy, "seconds": time, "device": "cpu"}

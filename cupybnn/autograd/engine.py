@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,13 +21,18 @@ if TYPE_CHECKING:
 __all__ = ["backward"]
 
 
-def backward(root: Tensor, gradient: Any, retain_graph: bool) -> None:
+Completed = Callable[["Tensor"], None]
+
+
+def backward(
+    root: Tensor, gradient: Any, retain_graph: bool, completed: Completed | None = None
+) -> None:
     """Add the gradients of `root` to the leaves of its graph; see `Tensor.backward`."""
     with np.errstate(all="ignore"):  # as in the forward pass: see `cupybnn.autograd.function`
-        _backward(root, gradient, retain_graph)
+        _backward(root, gradient, retain_graph, completed)
 
 
-def _backward(root: Tensor, gradient: Any, retain_graph: bool) -> None:
+def _backward(root: Tensor, gradient: Any, retain_graph: bool, completed: Completed | None) -> None:
     if not root.requires_grad:
         raise GraphError(
             f"backward() needs a tensor that depends on one with requires_grad=True; this one, of "
@@ -34,17 +41,34 @@ def _backward(root: Tensor, gradient: Any, retain_graph: bool) -> None:
     gradient = _start(root, gradient)
     if root._node is None:
         _add_to_leaf(root, gradient, adopt=False)
+        if completed is not None:
+            completed(root)
         return
     order = _topological_order(root._node)
     for node in order:
         node.verify()
     pending = {root._node: (gradient, False)}
+    left = None if completed is None else _uses(order)
     for node in order:
         grad, _ = pending.pop(node)
         with node.scope():
             _step(node, grad, pending)
+        if left is not None and completed is not None:
+            for leaf in _leaves(node):
+                left[leaf] -= 1
+                if not left[leaf]:
+                    completed(leaf)
         if not retain_graph:
             node.free()
+
+
+def _leaves(node: Context) -> list[Tensor]:
+    return [edge for edge in node.edges if edge is not None and not isinstance(edge, Context)]
+
+
+def _uses(order: list[Context]) -> Counter[Tensor]:
+    """Count how often the nodes refer to each leaf."""
+    return Counter(leaf for node in order for leaf in _leaves(node))
 
 
 def _start(root: Tensor, gradient: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -177,7 +178,12 @@ class Tensor(Operators, Protocols):
         """Whether the tensor was created directly rather than by a recorded operation."""
         return self._node is None
 
-    def backward(self, gradient: Any = None, retain_graph: bool = False) -> None:
+    def backward(
+        self,
+        gradient: Any = None,
+        retain_graph: bool = False,
+        completed: Callable[[Tensor], None] | None = None,
+    ) -> None:
         """Add the gradient of this tensor to ``grad`` of every leaf that it depends on.
 
         Parameters
@@ -186,6 +192,8 @@ class Tensor(Operators, Protocols):
             The gradient with respect to this tensor; optional if it has one element.
         retain_graph : bool
             Keep the saved arrays for another backward pass through this graph.
+        completed : callable, optional
+            Called with each leaf as soon as its gradient is complete, while the pass goes on.
 
         Raises
         ------
@@ -199,7 +207,7 @@ class Tensor(Operators, Protocols):
         -----
         Gradients are arrays, not tensors: higher-order derivatives are not supported.
         """
-        backward(self, gradient, retain_graph)
+        backward(self, gradient, retain_graph, completed)
 
     def retain_grad(self) -> Tensor:
         """Make `backward` fill `grad` even if the tensor is not a leaf; return the tensor."""

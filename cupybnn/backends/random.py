@@ -10,6 +10,10 @@ captured CUDA graph can increment it.
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
@@ -17,7 +21,22 @@ import numpy as np
 from cupybnn import backends
 from cupybnn.backends.devices import CPU, Device
 
-__all__ = ["Stream", "bernoulli", "random_words", "uniform"]
+__all__ = ["Stream", "bell", "bernoulli", "from_row", "random_words", "uniform"]
+
+_first_row: ContextVar[int] = ContextVar("first_row", default=0)
+
+
+@contextlib.contextmanager
+def from_row(row: int) -> Iterator[None]:
+    """Context in which an array is drawn as if `row` others came before along its first axis.
+
+    So a process that has a part of a batch draws for it what a single one draws for that part.
+    """
+    token = _first_row.set(row)
+    try:
+        yield
+    finally:
+        _first_row.reset(token)
 
 
 def random_words(shape: tuple[int, ...], seed: int, counter: Any, xp: Any) -> Any:
@@ -38,12 +57,21 @@ def random_words(shape: tuple[int, ...], seed: int, counter: Any, xp: Any) -> An
     -------
     ndarray of uint32
     """
-    return _backend(xp).random_words(shape, seed, counter)
+    row = _first_row.get()
+    if not row or not shape:
+        return _backend(xp).random_words(shape, seed, counter)
+    # Words come in blocks of four.
+    first, skipped = divmod(row * math.prod(shape[1:]), 4)
+    words = _backend(xp).random_words((skipped + math.prod(shape),), seed, counter, first)
+    return words[skipped:].reshape(shape)
 
 
 def uniform(shape: tuple[int, ...], seed: int, counter: Any, xp: Any) -> Any:
     """Return float32 numbers, multiples of 2**-24, uniform in [0, 1); see `random_words`."""
-    return _backend(xp).uniform(shape, seed, counter)
+    if not _first_row.get() or not shape:
+        return _backend(xp).uniform(shape, seed, counter)
+    words = random_words(shape, seed, counter, xp) >> np.uint32(8)
+    return words.astype(np.float32) * np.float32(2.0**-24)
 
 
 def _backend(xp: Any) -> Any:
@@ -56,6 +84,18 @@ def bernoulli(words: Any, probability: float) -> Any:
     The lowest bits of the words stay random, given the result.
     """
     return words <= np.uint32(max(round(probability * 2**32), 1) - 1)
+
+
+def bell(shape: tuple[int, ...], seed: int, counter: Any, xp: Any) -> Any:
+    """Return float32 whole numbers, nearly normal: the sum of a random word's four bytes, less 510.
+
+    Their mean is 0 and their variance 21,845. Sums of whole numbers are exact, so that NumPy and
+    CUDA agree, which functions of a normal distribution would not. See `random_words`.
+    """
+    words = random_words(shape, seed, counter, xp)
+    pairs = (words & np.uint32(0xFF00FF)) + (words >> np.uint32(8) & np.uint32(0xFF00FF))
+    sums = (pairs & np.uint32(0xFFFF)) + (pairs >> np.uint32(16))
+    return sums.astype(np.float32) - np.float32(510)
 
 
 class Stream:

@@ -30,7 +30,7 @@ class RecordError(SettingError):
 
 
 def kind_of(record: dict[str, Any]) -> str:
-    """Return the kind of a record: "product", "train" or "infer"."""
+    """Return the kind of a record: "product", "train", "scaling" or "infer"."""
     return str(record.get("kind", "product"))  # missing in the first records
 
 
@@ -196,6 +196,35 @@ _inference_size = record(
     others=True,
 )
 
+# --- scaling
+
+_scaling = _row(
+    {
+        "library": one_of("cupybnn", "PyTorch"),
+        "kind": one_of("weak", "strong"),
+        "ranks": _size,
+        "hidden": _size,
+        "size": _size,
+        "batch": _size,
+        "precision": _name,
+    },
+    {
+        "how": _name,
+        "step": _figures(median=_seconds, min=_seconds, p90=_seconds),
+        "alone": _seconds,
+        "exposed": number(-1e9, 1e9),
+        "examples_per_second": _rate,
+        "state_bytes": integer(),
+    },
+    {
+        "alone_how": _name,
+        "speedup": _ratio,
+        "efficiency": _ratio,
+        "over_pytorch": _ratio,
+        "failed": boolean,
+    },
+)
+
 # --- all
 
 _version = nullable(_name)
@@ -245,6 +274,17 @@ RULES = {
             "kind": one_of("train"),
             "method": mapping_of(text()),
             "sizes": list_of(_training_size),
+        },
+        others=True,
+    ),
+    "scaling": record(
+        {
+            **_COMMON,
+            "format": one_of(FORMAT),
+            "kind": one_of("scaling"),
+            "method": mapping_of(text()),
+            "counts": list_of(_size, least=1),
+            "rows": list_of(_scaling),
         },
         others=True,
     ),

@@ -30,7 +30,7 @@ SECTIONS = ("original", *GROUPS, "packing", "host", "torch", "first-call")
 
 
 def new_record(kind: str, device: Device, quick: bool, notes: list[str]) -> dict[str, Any]:
-    """Return a record of a kind ("product", "train", "infer") with date, machine and device."""
+    """Return a record of a kind ("product", "train", ...) with date, machine and device."""
     if device.kind == "cpu" and not cuda_status().available:
         notes = [
             f"NumPy is measured, because there is no usable GPU: {cuda_status().reason}",

@@ -30,7 +30,8 @@ cupybnn bench [product]
 cupybnn bench train
   Time training steps of a binarized network on random data, with dense
   products and with xnor_gemm, against the same network in PyTorch. The exit
-  code is 1 if a cupybnn step fails.
+  code is 1 if a cupybnn step fails. With --gpus 1,2,4, time steps of several
+  ranks, against PyTorch's DistributedDataParallel.
 
 cupybnn bench infer
   Time predictions of a packed network against the same network in PyTorch
@@ -82,6 +83,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="with 'train' and 'infer': units per hidden layer and examples per step or call, such "
         "as 512x8192,4096x4096",
     )
+    for option, what in (("gpus", "GPUs"), ("ranks", "ranks on the CPU")):
+        parser.add_argument(
+            f"--{option}",
+            metavar="N,...",
+            type=_counts,
+            help=f"with 'train': what these numbers of {what} gain, each compared with the first",
+        )
     parser.add_argument("--json", metavar="FILE", type=_file, help="write the record to FILE")
     parser.add_argument(
         "--chart", metavar="FILE", type=_file, help="draw FILE.svg and FILE.png (needs matplotlib)"
@@ -112,6 +120,16 @@ def _file(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _counts(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or numbers[0] < 1 or any(b <= a for a, b in itertools.pairwise(numbers)):
+        raise argparse.ArgumentTypeError(f"must be increasing numbers, such as 1,2,4; got {text!r}")
+    return numbers
+
+
 def _sizes(text: str) -> list[tuple[int, int]]:
     found = []
     for part in text.split(","):
@@ -133,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
         except ValueError as error:
             raise SettingError(str(error)) from error
         kind = records.kind_of(record)
-        if args.what not in (None, kind):
+        if args.what not in (None, "train" if kind == "scaling" else kind):
             raise SettingError(
                 f"The '--from' of 'bench {args.what}' must be a record of 'bench {args.what}'; "
                 f"'{args.source}' is one of 'bench {kind}'."
@@ -141,7 +159,11 @@ def run(args: argparse.Namespace) -> int:
         _print(_module(kind, "tables").lines(record))
     else:
         kind = args.what or "product"
-        record = _measure(args) if kind == "product" else _measure_sizes(args, kind)
+        if args.gpus or args.ranks:
+            kind = "scaling"
+            record = _measure_scaling(args)
+        else:
+            record = _measure(args) if kind == "product" else _measure_sizes(args, kind)
         print(f"took {record['seconds']:.0f} s", file=sys.stderr)
         if args.json is not None:
             records.save(record, args.json)
@@ -149,6 +171,8 @@ def run(args: argparse.Namespace) -> int:
     if args.chart is not None:
         for file in _module(kind, "chart").draw(record, args.chart):
             print(f"wrote {file}")
+    if kind == "scaling":
+        return int(any(r.get("failed") and r["library"] == "cupybnn" for r in record["rows"]))
     if kind != "product":
         rows = [row for found in record["sizes"] for row in found["rows"]]
         return int(any(row.get("failed") and row["library"] == "cupybnn" for row in rows))
@@ -163,6 +187,7 @@ def _check(args: argparse.Namespace) -> None:
 
     what = args.what or "product"
     homes = {"only": ("product",), "tune": ("product",), "sizes": ("train", "infer")}
+    homes |= {"gpus": ("train",), "ranks": ("train",)}
     for option, kinds in homes.items():
         if getattr(args, option) not in (None, False) and what not in kinds:
             raise SettingError(
@@ -170,11 +195,20 @@ def _check(args: argparse.Namespace) -> None:
                 f"'bench {what}'."
             )
     if args.source is not None:
-        for option in ("only", "tune", "sizes", "json"):
+        for option in ("only", "tune", "sizes", "gpus", "ranks", "json"):
             if getattr(args, option) not in (None, False):
                 raise SettingError(
                     f"The '--{option}' must not be given with '--from', which measures nothing."
                 )
+    if args.gpus and args.ranks:
+        raise SettingError("The '--gpus' and '--ranks' must not be given together.")
+    if args.gpus and args.gpus[-1] > cuda_status().device_count:
+        status = cuda_status()
+        why = "" if status.available else f" {status.reason}"
+        raise SettingError(
+            f"The '--gpus' must be at most the number of GPUs, {status.device_count}; got "
+            f"{args.gpus[-1]}.{why}"
+        )
     unknown = [name for name in args.only or () if name not in SECTIONS]
     if unknown or args.only == []:
         raise SettingError(
@@ -203,7 +237,9 @@ def _check(args: argparse.Namespace) -> None:
 
 def _module(kind: str, name: str) -> Any:
     """Return the module "record", "tables" or "chart" for a kind of record."""
-    folder = {"product": "", "train": ".training", "infer": ".inference"}[kind]
+    folder = {"product": "", "train": ".training", "scaling": ".scaling", "infer": ".inference"}[
+        kind
+    ]
     return importlib.import_module(f"cupybnn.benchmark{folder}.{name}")
 
 
@@ -251,6 +287,29 @@ def _measure_sizes(args: argparse.Namespace, kind: str) -> dict[str, Any]:
     finally:
         if bar is not None:
             bar.close()
+    _print(tables.summary(record))
+    return record
+
+
+def _measure_scaling(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure steps of several ranks."""
+    from cupybnn.benchmark.scaling import record as scaling
+    from cupybnn.benchmark.scaling import tables
+    from cupybnn.benchmark.training.variants import Size
+
+    def progress(record: dict[str, Any], done: str) -> None:
+        _print(tables.heading(record) if done == "begun" else [tables.row(record["rows"][-1])])
+        if done == "row":
+            _save_so_far(record, args)
+
+    record = scaling.run(
+        resolve("cuda" if args.gpus else "cpu"),
+        args.gpus or args.ranks,
+        quick=args.quick,
+        sizes=[Size(*size) for size in args.sizes] if args.sizes else None,
+        progress=progress,
+    )
+    print()
     _print(tables.summary(record))
     return record
 

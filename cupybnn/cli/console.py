@@ -56,6 +56,7 @@ class Console(Callback):
         self._say(
             f"Data: {data.name}, {len(data.train_labels):,} training and "
             f"{len(data.test_labels):,} {kind} images; device: {trainer.device}"
+            + (f", {trainer.ranks.size} ranks" if trainer.ranks.size > 1 else "")
         )
         hidden = "-".join(map(str, config.hidden_sizes))
         details = ["full precision"]
@@ -72,7 +73,12 @@ class Console(Callback):
             details.append(f"sign dropout (keep {config.sign_keep_prob})")
         if config.adversarial:
             details.append(f"adversarial images ({config.adversarial:g})")
+        if config.vat:
+            details.append(f"virtual adversarial images ({config.vat:g})")
+        details += ["images mixed in pairs"] * (config.mix != "none")
         self._say(f"Network: {data.features}-{hidden}-{data.classes}, {', '.join(details)}")
+        if config.teacher:
+            self._say(f"Learning from {', '.join(config.teacher)}")
         if self._chosen:
             self._say(self._chosen)
         for sentence in without_effect(config):

@@ -38,8 +38,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "data",
         metavar="DATA",
         nargs="?",
-        help="mnist, digits, or a folder with MNIST's four IDX files; default: the data of the "
-        "run, and mnist where it is not known",
+        help="mnist, fashion, digits, or a folder with MNIST's four IDX files; default: the data "
+        "of the run, and mnist where it is not known",
     )
     parser.add_argument(
         "--chart",
@@ -122,11 +122,14 @@ def _named(args: argparse.Namespace) -> tuple[str, Any]:
     if is_packed_file(args.model):
         return "auto", None
     info = checkpoint.load_info(args.model)
-    folder, name = stored_config(info).data_dir, info.get("dataset")
+    config, name = stored_config(info), info.get("dataset")
+    folder = config.data_dir
     if folder is None and name not in DATASETS:
         raise SettingError(
-            f"The run must have been trained on mnist, digits or a folder for its data to be "
-            f"loaded; got {name!r}. Name the data: cupybnn evaluate {args.model} DATA, or call "
-            f"PackedNetwork.evaluate from Python."
+            f"The run must have been trained on mnist, fashion, digits or a folder for its data "
+            f"to be loaded; got {name!r}. Name the data: cupybnn evaluate {args.model} DATA, or "
+            f"call PackedNetwork.evaluate from Python."
         )
-    return ("mnist", folder) if folder is not None else (str(name), None)
+    if folder is not None:
+        return "fashion" if config.dataset == "fashion" else "mnist", folder
+    return str(name), None

@@ -245,7 +245,10 @@ def packed(model: nn.Module, dataset: Dataset) -> PackedNetwork:
 
     with _one_kind_of_error():
         return PackedNetwork.from_model(
-            model, pixel_max=dataset.pixel_max, image_shape=dataset.image_shape
+            model,
+            pixel_max=dataset.pixel_max,
+            image_shape=dataset.image_shape,
+            classes=dataset.class_names,
         )
 
 

@@ -29,6 +29,7 @@ from cupybnn.errors import (
     DeviceError,
     GraphError,
     NonFiniteError,
+    RankError,
     SettingError,
 )
 from cupybnn.process import tune_process
@@ -53,6 +54,7 @@ _PLAIN_ERRORS = (
     GraphError,
     NonFiniteError,
     OSError,
+    RankError,
 )
 
 
@@ -91,12 +93,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str], signals: Signals) -> int:
-    name = "cupybnn"
+    args = argparse.Namespace(who="cupybnn")
     try:
         try:
             args = _parsed(arguments)
-            name = f"cupybnn {args.command}"
-            args.signals = signals
+            args.who = f"cupybnn {args.command}"
+            args.signals, args.words = signals, arguments
             return int(args.run(args))
         except BaseException:
             # Whatever a library made of an interruption, it is reported as one.
@@ -110,14 +112,20 @@ def _main(arguments: list[str], signals: Signals) -> int:
     except BrokenPipeError:  # the reader (head, less) has closed the pipe
         return 1
     except SettingError as error:
-        complain(f"{name}: {error}")
+        _complain(args, error)
         return 2
     except _PLAIN_ERRORS as error:
-        complain(f"{name}: {error}")
+        _complain(args, error)
         return 1
     except MemoryError as error:  # the host's, or CuPy's for a GPU
-        complain(f"{name}: out of memory. {error}")
+        complain(f"{args.who}: out of memory. {error}")
         return 1
+
+
+def _complain(args: argparse.Namespace, error: Exception) -> None:
+    """Print an error, unless every rank has the same and another one prints it."""
+    if getattr(error, "report", True):
+        complain(f"{args.who}: {error}")
 
 
 def _parsed(arguments: list[str]) -> argparse.Namespace:

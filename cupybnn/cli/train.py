@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
+import os
 import sys
-from typing import Any
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cupybnn.cli.export import Export, open_network, packed
 from cupybnn.cli.signals import Signals
+from cupybnn.cli.spawn import RunFolderFile
+from cupybnn.cli.streams import complain
 from cupybnn.errors import NonFiniteError, SettingError
+from cupybnn.paths import user_path
 from cupybnn.training.checks import Rule, Switch
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.declaration import Setting, declared
+
+if TYPE_CHECKING:
+    from cupybnn.parallel import Ranks
+    from cupybnn.training.recipes import TeacherRecipe
 
 __all__ = ["add_parser", "run"]
 
@@ -53,6 +64,22 @@ def add_parser(subparsers: Any) -> None:
     )
     options.add_argument("--list_recipes", action="store_true", help="list the recipes and exit")
     options.add_argument("--gpu", metavar="N", type=int, help="the same as --device cuda:N")
+    options = parser.add_argument_group(
+        "several ranks",
+        "A run that torchrun, mpirun or srun started as several processes needs no option: they "
+        "train together.",
+    )
+    options.add_argument("--gpus", metavar="N", type=int, help="start N ranks, with a GPU each")
+    options.add_argument(
+        "--ranks", metavar="N", type=int, help="start N ranks on the CPU, to try such a run"
+    )
+    options.add_argument(
+        "--restarts",
+        metavar="K",
+        type=int,
+        help="with --gpus or --ranks: if a rank dies or hangs, continue from the newest "
+        "checkpoint, at most K times (0)",
+    )
     options = parser.add_argument_group("the trained network")
     options.add_argument(
         "--export",
@@ -93,22 +120,66 @@ def run(args: argparse.Namespace) -> int:
     """Train with the options in `args`; return the exit code."""
     if "list_recipes" in args:
         return _list_recipes()
+    given = vars(args)
+    if "gpus" in args or "ranks" in args:
+        from cupybnn.cli.spawn import spawn
+
+        _config({n: v for n, v in given.items() if n != "gpu"})  # now, rather than once a rank
+        return spawn(args.words[1:], given)
+    if "restarts" in args:
+        raise SettingError("The '--restarts' must be given with --gpus or --ranks; got it alone.")
     try:
-        _train(vars(args), args.signals)
+        _train(given, args.signals)
     except NonFiniteError as error:
         return _debug(error)
     return int(args.signals.exit_code)
 
 
 def _train(given: dict[str, Any], signals: Signals) -> None:
-    from cupybnn.cli.console import Console
-    from cupybnn.training import Trainer
+    from cupybnn import parallel
 
     config = _config(given)
-    export = Export.of(given["export"]) if "export" in given else None
+    with parallel.connect(
+        config.device, config.log_dir, seconds=config.rank_timeout, last_resort=_end
+    ) as ranks:
+        if ranks.size > 1:
+            given["who"] = f"{given['who']} (rank {ranks.rank})"
+        _train_with(ranks, config, given, signals)
+
+
+def _end(sentence: str) -> None:
+    """End a process whose main thread waits in a library for a rank that is lost."""
+    complain(f"cupybnn train: {sentence}")
+    os._exit(1)
+
+
+def _train_with(ranks: Ranks, config: TrainConfig, given: dict[str, Any], signals: Signals) -> None:
+    from cupybnn.cli.console import Console
+    from cupybnn.cli.teaching import train_teachers
+    from cupybnn.data import load
+    from cupybnn.training import Trainer
+    from cupybnn.training.setup import refusal
+
+    export = Export.of(given["export"]) if "export" in given and ranks.rank == 0 else None
     console = Console(_chosen(config, given))
+    data, teachers = None, _teachers(given)
+    if teachers is not None and ranks.size > 1:
+        raise refusal(
+            ranks,
+            f"A recipe that trains teachers first must run on one rank; got {ranks.size} ranks. "
+            f"Train its teachers by 'cupybnn train --recipe {teachers.recipe} --log_dir DIR', and "
+            f"add --teacher with their run folders.",
+        )
     try:
-        trainer = Trainer(config, [console])
+        with contextlib.ExitStack() as stack:
+            if teachers is not None:
+                data = load(config.dataset, config.data_dir, notify=_say)
+                folder = _teachers_folder(config, stack)
+                taught = train_teachers(teachers, config, data, folder, signals)
+                if taught is None:
+                    return
+                config = taught
+            trainer = Trainer(config, [console, RunFolderFile()], data=data, ranks=ranks)
         if export is not None:
             packed(trainer.model, trainer.dataset)  # now, rather than after hours, if it cannot be
         if trainer.step >= config.max_steps:
@@ -127,6 +198,28 @@ def _train(given: dict[str, Any], signals: Signals) -> None:
         console.close()
     if export is not None:
         print(export.write(packed(result.model, trainer.dataset)))
+
+
+def _teachers(given: dict[str, Any]) -> TeacherRecipe | None:
+    """Return how a recipe's teachers are trained; None if there are none, or others are given."""
+    from cupybnn.training import recipes
+
+    if "recipe" not in given or "teacher" in given or "restore" in given:
+        return None
+    return recipes.load(given["recipe"]).teachers
+
+
+def _teachers_folder(config: TrainConfig, stack: contextlib.ExitStack) -> Path:
+    """Return a folder for teachers: in the log directory, to which a restored run returns."""
+    if config.log_dir is None:
+        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cupybnn-")))
+    folder = user_path(config.log_dir) / "teachers"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
 
 
 def _list_recipes() -> int:

@@ -4,5 +4,6 @@ from cupybnn.data.augmentation import Augmentation
 from cupybnn.data.batches import BatchOrder, DeviceData
 from cupybnn.data.dataset import Dataset
 from cupybnn.data.loading import DATASETS, load
+from cupybnn.data.mixing import Mixing
 
-__all__ = ["DATASETS", "Augmentation", "BatchOrder", "Dataset", "DeviceData", "load"]
+__all__ = ["DATASETS", "Augmentation", "BatchOrder", "Dataset", "DeviceData", "Mixing", "load"]

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn.backends.devices import CPU, to_device
+from cupybnn.backends.devices import CPU, array_module, to_device
 from cupybnn.backends.interop import as_native, bfloat16_dtype, type_name
 
-__all__ = ["check_finite", "count_classes", "features", "labels"]
+__all__ = ["check_finite", "check_weights", "count_classes", "features", "labels", "weights"]
 
 #: With more distinct values, labels are more likely counts than classes.
 _MOST_CLASSES = 1 << 16
@@ -74,6 +74,33 @@ def labels(name: str, y: Any, examples: int) -> np.ndarray:
     return array.astype(np.int64)
 
 
+def weights(name: str, w: Any, examples: int) -> np.ndarray:
+    """Return weights as float64 of shape (examples,); see `check_weights`."""
+    array = _on_host(name, w)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"The {name!r} of from_arrays must be real numbers; got {array.dtype}.")
+    array = array.astype(np.float64)
+    check_weights(name, array, examples)
+    return array
+
+
+def check_weights(name: str, w: np.ndarray, examples: int) -> None:
+    """Raise ValueError unless there is one weight for each example, at least 0, and not all 0."""
+    if w.shape != (examples,):
+        raise ValueError(
+            f"The {name!r} of a Dataset must have shape ({examples},), one weight for each "
+            f"training example; got {w.shape}."
+        )
+    wrong = np.flatnonzero(~((w >= 0) & (w < np.inf)))
+    if len(wrong):
+        raise ValueError(
+            f"The {name!r} of a Dataset must be finite and at least 0; got {w[wrong[0]]} for "
+            f"example {wrong[0]}."
+        )
+    if not w.any():
+        raise ValueError(f"The {name!r} of a Dataset must not all be zero; got {examples} zeros.")
+
+
 def count_classes(classes: int | None, parts: Mapping[str, np.ndarray]) -> int:
     """Return the number of classes, inferred if None; ValueError if a label is out of range."""
     largest = max(int(y.max(initial=0)) for y in parts.values())
@@ -98,11 +125,12 @@ def count_classes(classes: int | None, parts: Mapping[str, np.ndarray]) -> int:
     return count
 
 
-def check_finite(what: str, x: np.ndarray) -> None:
+def check_finite(what: str, x: Any) -> None:
     """Raise ValueError if features are NaN or infinite, with their number and the first one."""
-    if x.dtype.kind != "f" or np.isfinite(x).all():
+    xp = array_module(x)
+    if x.dtype.kind != "f" or xp.isfinite(x).all():
         return
-    bad = np.argwhere(~np.isfinite(x))
+    bad = xp.argwhere(~xp.isfinite(x))
     row, column = (int(i) for i in bad[0])
     raise ValueError(
         f"The {what} must be finite; got {len(bad):,} value(s) that are not, the first "

@@ -11,7 +11,26 @@ from cupybnn.backends.devices import Device, to_device
 from cupybnn.data.arrays import check_finite
 from cupybnn.data.dataset import Dataset
 
-__all__ = ["BatchOrder", "DeviceData"]
+__all__ = ["BatchOrder", "DeviceData", "epoch_length"]
+
+#: Greatest length of an epoch, in examples of positive weight.
+_MOST_REPEATS = 16
+
+
+def epoch_length(weights: np.ndarray) -> int:
+    """Return the number of examples that an epoch draws from weighted ones: the sum of the weights.
+
+    That is rounded, and scaled where it would be less than the number of examples of positive
+    weight, or more than 16 times as many.
+
+    Parameters
+    ----------
+    weights : ndarray, shape (examples,)
+        Finite, at least 0, not all 0.
+    """
+    positive = int(np.count_nonzero(weights))
+    total = float(weights.sum(dtype=np.float64))
+    return round(min(max(total, positive), _MOST_REPEATS * positive))
 
 
 class BatchOrder:
@@ -23,6 +42,11 @@ class BatchOrder:
     seeded by (seed, epoch) alone: a batch does not depend on earlier ones, and the position to save
     in a checkpoint is the step.
 
+    An image of weight w occurs in each epoch as often as w copies of it would: floor(w) or ceil(w)
+    times, w times on average (systematic sampling), where w is scaled so that the weights sum to
+    `epoch_length`. With integer weights, training is then the same, bit for bit, as with an image
+    repeated instead of weighted, and the statistics of batch norm are weighted, too.
+
     Parameters
     ----------
     images : int
@@ -32,6 +56,15 @@ class BatchOrder:
         Not negative.
     device : Device
         Device of the permutations and indices.
+    weights : ndarray of float64, shape (images,), optional
+        Weight of each image, at least 0, not all 0; by default, 1.
+    shuffle : bool
+        Whether to permute the images of each epoch.
+
+    Attributes
+    ----------
+    images : int
+        Number of images in an epoch.
 
     Examples
     --------
@@ -42,11 +75,25 @@ class BatchOrder:
     (4, [0, 1, 2, 3, 4, 5])
     """
 
-    def __init__(self, images: int, batch_size: int, seed: int, device: Device) -> None:
-        self.images = images
+    def __init__(
+        self,
+        images: int,
+        batch_size: int,
+        seed: int,
+        device: Device,
+        weights: np.ndarray | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        self.images = images if weights is None else epoch_length(weights)
         self.batch_size = batch_size
         self.seed = seed
         self.device = device
+        self.shuffle = shuffle
+        self._ends: np.ndarray | None = None
+        if weights is not None:
+            scale = self.images / weights.sum(dtype=np.float64)  # 1 for integer weights
+            self._ends = np.cumsum(weights, dtype=np.float64) * scale
+            self._last = int(np.flatnonzero(weights)[-1])
         self._on_host: dict[int, np.ndarray] = {}
         self._on_device: dict[int, Any] = {}
 
@@ -55,9 +102,22 @@ class BatchOrder:
 
         def draw() -> np.ndarray:
             # 0xBA7C4 separates this stream from others with the same seed.
-            return np.random.default_rng([self.seed, 0xBA7C4, epoch]).permutation(self.images)
+            rng = np.random.default_rng([self.seed, 0xBA7C4, epoch])
+            order = rng.permutation(self.images) if self.shuffle else np.arange(self.images)
+            return order if self._ends is None else self._drawn(rng.random())[order]
 
         return self._cached(self._on_host, epoch, draw)
+
+    def _drawn(self, offset: float) -> np.ndarray:
+        """Return the images of an epoch in their order, by systematic sampling.
+
+        Image i covers the interval from the sum of the weights before it to the sum with it, and
+        occurs once for each of the points ``offset``, ``offset + 1``, ... in it.
+        """
+        assert self._ends is not None
+        points = np.arange(self.images) + offset
+        drawn = np.searchsorted(self._ends, points, side="right")
+        return np.minimum(drawn, self._last)  # the sums are rounded
 
     def permutation(self, epoch: int) -> Any:
         """Return `host_permutation` on the device."""
@@ -174,8 +234,12 @@ class DeviceData:
         """
         return self.scale(self.train_images[indices]), self.train_labels[indices]
 
-    def test_batches(self, size: int) -> Any:
-        """Yield (inputs, labels) over the whole test set, `size` examples at a time."""
-        for start in range(0, len(self.test_labels), size):
-            stop = start + size
+    def test_batches(self, size: int, first: int = 0, last: int | None = None) -> Any:
+        """Yield (inputs, labels) over the test set, `size` examples at a time.
+
+        With `first` and `last`, over the examples from the one to before the other.
+        """
+        last = len(self.test_labels) if last is None else last
+        for start in range(first, last, size):
+            stop = min(start + size, last)
             yield self.scale(self.test_images[start:stop]), self.test_labels[start:stop]

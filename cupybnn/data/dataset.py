@@ -1,4 +1,4 @@
-"""A classification data set in host memory."""
+"""A classification data set."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Dataset:
     ----------
     name : str
         For example "mnist" or "digits".
-    train_images, test_images : ndarray of uint8, float32 or float64, shape (examples, features)
-        One example per row: the pixels of an image, or any other features. The test set may be
-        empty.
+    train_images, test_images : array of uint8, float32 or float64, shape (examples, features)
+        One example per row: the pixels of an image, or any other features. In host memory, or
+        CuPy arrays on the device that trains. The test set may be empty.
     train_labels, test_labels : ndarray of integers, shape (examples,)
         The class of each example, from 0 to ``classes - 1``. Some classes may not occur.
     image_shape : tuple of int or None
@@ -39,6 +39,11 @@ class Dataset:
         Why "auto" fell back to the digits, as a sentence for the user.
     test_is_validation : bool
         Whether the test set was split off the training examples by `with_validation`.
+    class_names : tuple of str or None
+        A name for each class; None: they are numbers.
+    train_weights : ndarray of float64, shape (examples,), or None
+        How often each training example occurs in an epoch, on average, compared with the others:
+        see `cupybnn.data.BatchOrder`. None: all alike.
 
     Raises
     ------
@@ -64,8 +69,15 @@ class Dataset:
     classes: int = 10
     fallback_reason: str | None = None
     test_is_validation: bool = False
+    class_names: tuple[str, ...] | None = None
+    train_weights: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        if self.class_names is not None and len(self.class_names) != self.classes:
+            raise ValueError(
+                f"The 'class_names' of a Dataset must be one for each of its {self.classes} "
+                f"classes; got {len(self.class_names)}."
+            )
         if self.pixel_max is not None and not 0 < self.pixel_max < float("inf"):
             raise ValueError(
                 f"The 'pixel_max' of a Dataset must be None or a positive number; got "
@@ -100,6 +112,8 @@ class Dataset:
                     f"{int(wrong[0]) if len(wrong) else 'none'}."
                 )
             arrays.check_finite(f"'{part}_images' of a Dataset", images)
+        if self.train_weights is not None:
+            arrays.check_weights("train_weights", self.train_weights, len(self.train_labels))
 
     @classmethod
     def from_arrays(
@@ -112,6 +126,7 @@ class Dataset:
         name: str = "arrays",
         *,
         pixel_max: float = 255,
+        weights: Any = None,
     ) -> Dataset:
         """Make a data set from arrays.
 
@@ -135,6 +150,9 @@ class Dataset:
             same name.
         pixel_max : float
             Divisor of uint8 features.
+        weights : array_like of numbers, shape (examples,), optional
+            Weights of the training examples, at least 0 and not all 0. An example of weight 2 is
+            trained on as two copies of it would be; see `cupybnn.data.BatchOrder`.
 
         Returns
         -------
@@ -145,8 +163,8 @@ class Dataset:
         TypeError
             If the features are not real numbers or the labels are not integers.
         ValueError
-            If shapes do not match, a set is empty, a label is out of range, or a feature is NaN or
-            infinite.
+            If shapes do not match, a set is empty, a label is out of range, or a feature or weight
+            is NaN or infinite.
 
         Examples
         --------
@@ -192,6 +210,7 @@ class Dataset:
             image_shape=(x.shape[1], x.shape[2]) if x.ndim == 3 else None,
             pixel_max=float(pixel_max) if x.dtype == np.uint8 else None,
             classes=count,
+            train_weights=None if weights is None else arrays.weights("weights", weights, len(x)),
         )
 
     def __repr__(self) -> str:
@@ -226,4 +245,5 @@ class Dataset:
             test_images=self.train_images[-images:],
             test_labels=self.train_labels[-images:],
             test_is_validation=True,
+            train_weights=None if self.train_weights is None else self.train_weights[:-images],
         )

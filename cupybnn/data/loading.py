@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 
-from cupybnn.data import digits, idx, mnist
+from cupybnn.data import digits, fashion, idx, mnist
 from cupybnn.data.dataset import Dataset
 from cupybnn.errors import DataError, SettingError
 
 __all__ = ["DATASETS", "load"]
 
 #: The choices of ``--dataset``.
-DATASETS = ("auto", "mnist", "digits")
+DATASETS = ("auto", "mnist", "fashion", "digits")
 
 
 def load(
@@ -26,12 +26,12 @@ def load(
 
     Parameters
     ----------
-    name : {"auto", "mnist", "digits"}
+    name : {"auto", "mnist", "fashion", "digits"}
         "mnist": the IDX files in `data_dir` if given; otherwise the copy in the data folder
         (``CUPYBNN_DATA_DIR``); otherwise scikit-learn fetches it once from OpenML, and it is kept
-        there. "digits": scikit-learn's bundled 8×8 digits, which need no download. "auto": MNIST if
-        available, otherwise the digits, with the reason in ``Dataset.fallback_reason``; with a
-        `data_dir`, the same as "mnist".
+        there. "fashion": Fashion-MNIST, likewise. "digits": scikit-learn's bundled 8×8 digits,
+        which need no download. "auto": MNIST if available, otherwise the digits, with the reason in
+        ``Dataset.fallback_reason``; with a `data_dir`, the same as "mnist".
     data_dir : path-like, optional
         A folder with the four IDX files of MNIST, or of a data set in the same format such as
         EMNIST, plain or .gz, with any of the usual names; see `cupybnn.data.idx.find_files`.
@@ -63,10 +63,24 @@ def load(
             )
         return digits.load()
     if data_dir is not None:
-        return idx.load_folder(data_dir, notify=notify)
+        data = idx.load_folder(data_dir, notify=notify)
+        return _as_fashion(data, data_dir) if name == "fashion" else data
+    if name == "fashion":
+        return fashion.load(notify=notify)
     try:
         return mnist.load(notify=notify)
     except DataError as error:
         if name == "mnist":
             raise
         return replace(digits.load(), fallback_reason=str(error))
+
+
+def _as_fashion(data: Dataset, folder: str | os.PathLike[str]) -> Dataset:
+    """Return what an IDX folder holds as Fashion-MNIST, whose files have MNIST's names."""
+    if data.name != "mnist":
+        raise DataError(
+            f"The folder of the dataset 'fashion' must hold Fashion-MNIST's four IDX files, named "
+            f"like MNIST's; {os.fspath(folder)} has those of {data.name}. Leave out --dataset "
+            f"fashion, or name another folder."
+        )
+    return replace(data, name="fashion", class_names=fashion.CLASS_NAMES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from cupybnn.schema import (
     text,
 )
 
-__all__ = ["read", "write"]
+__all__ = ["from_arrays", "read", "to_arrays", "write"]
 
 FORMAT = "cupybnn.PackedNetwork"
 VERSION = 2  # 1, which is still read, had an entry for each array and int32 thresholds
@@ -205,7 +205,33 @@ def read(path: str | os.PathLike[str]) -> tuple[list[PackedLayer], InputSpec, li
         ) from error
 
 
-def _decoded(archive: NpzFile) -> tuple[list[PackedLayer], InputSpec, list[Any]]:
+def from_arrays(
+    arrays: Mapping[str, np.ndarray],
+) -> tuple[list[PackedLayer], InputSpec, list[Any]]:
+    """Return what `read` returns, from what `to_arrays` returned; ValueError if it is damaged."""
+    try:
+        return _decoded(_Arrays(arrays))
+    except ValueError as error:
+        raise ValueError(f"These arrays are not those of a PackedNetwork: {error}.") from error
+
+
+class _Arrays:
+    """Arrays in memory, read as those of an `NpzFile`."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._arrays = arrays
+
+    def header(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        array = self.read(name)
+        return array.shape, array.dtype
+
+    def read(self, name: str, most_bytes: int | None = None) -> np.ndarray:
+        if not isinstance(array := self._arrays.get(name), np.ndarray):
+            raise ValueError(f"the array {name!r} is missing")
+        return array
+
+
+def _decoded(archive: NpzFile | _Arrays) -> tuple[list[PackedLayer], InputSpec, list[Any]]:
     header = parse(archive.read("header", 1 << 20).tobytes())
     old = isinstance(header, dict) and header.get("version") == 1
     (_OLD_HEADER if old else _HEADER)(header, "")
@@ -226,7 +252,7 @@ def _decoded(archive: NpzFile) -> tuple[list[PackedLayer], InputSpec, list[Any]]
 _Layer = dict[str, np.ndarray]  # arrays of a layer by name
 
 
-def _in_order(archive: NpzFile, layers: list[dict[str, Any]]) -> Iterator[_Layer]:
+def _in_order(archive: NpzFile | _Arrays, layers: list[dict[str, Any]]) -> Iterator[_Layer]:
     """Yield the arrays of each layer, which the entry "data" has one after the other."""
     parts = [list(_parts(fields)) for fields in layers]
     total = sum(math.prod(shape) * dtype.itemsize for each in parts for _, dtype, shape in each)
@@ -240,14 +266,16 @@ def _in_order(archive: NpzFile, layers: list[dict[str, Any]]) -> Iterator[_Layer
         yield arrays
 
 
-def _by_name(archive: NpzFile, layers: list[dict[str, Any]]) -> Iterator[_Layer]:
+def _by_name(archive: NpzFile | _Arrays, layers: list[dict[str, Any]]) -> Iterator[_Layer]:
     """Yield the arrays of each layer, which have an entry each, as in version 1."""
     for i, fields in enumerate(layers):
         parts = _parts(fields)
         yield {name: _entry(archive, f"{i}.{name}", dtype, shape) for name, dtype, shape in parts}
 
 
-def _entry(archive: NpzFile, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray:
+def _entry(
+    archive: NpzFile | _Arrays, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]
+) -> np.ndarray:
     found = archive.header(name)
     if found != (shape, dtype):
         raise SchemaError(

@@ -96,14 +96,14 @@ class PackedNetwork:
         ----------
         model : Module
             A chain of our layers (`cupybnn.nn.Sequential`), with parameters in float32. A model
-            that `cupybnn.train` or `cupybnn.load_model` returned knows the next two itself.
+            that `cupybnn.train` or `cupybnn.load_model` returned knows the rest itself.
         pixel_max : float, optional
             Greatest pixel, 255 for MNIST, where the network is to take pixels of whole numbers; it
             was trained on ``pixels / pixel_max`` then. Floating inputs are taken as they are.
         image_shape : tuple of int, optional
             (height, width), where inputs may be images.
         classes : iterable, optional
-            Names of the classes; default: their numbers from 0.
+            Names of the classes; default: those of its data, or their numbers from 0.
 
         Returns
         -------
@@ -120,6 +120,8 @@ class PackedNetwork:
             pixel_max = known.pixel_max
         if known is not None and image_shape is None:
             image_shape = known.image_shape
+        if known is not None and classes is None:
+            classes = known.class_names
         layers = packed_layers(model)
         inputs = InputSpec(layers[0].inputs, image_shape, pixel_max)
         if image_shape is not None and np.prod(image_shape) != inputs.features:
@@ -201,7 +203,7 @@ class PackedNetwork:
         which : {"newest", "best"}
             See `cupybnn.load_model`.
         classes : iterable, optional
-            Names of the classes.
+            Names of the classes; default: those of the data, if it has any.
         device : str
             Where the network is to be: "auto", "cpu", "cuda" or "cuda:N".
 

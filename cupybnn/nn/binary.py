@@ -9,7 +9,7 @@ import numpy as np
 
 from cupybnn import ops
 from cupybnn.autograd import Tensor
-from cupybnn.backends.random import Stream
+from cupybnn.backends.random import Stream, from_row
 from cupybnn.nn.layers import Dropout, Linear, Rng
 from cupybnn.nn.module import Module
 from cupybnn.ops import Quantizer, get_quantizer
@@ -93,7 +93,8 @@ class BinaryLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self._checked(x)
-        signs = ops.sign(self.weight, self.quantizer, self.training)
+        with from_row(0):  # a stochastic quantizer's draws for weights belong to no image
+            signs = ops.sign(self.weight, self.quantizer, self.training)
         if not self.binary_input:
             y = x @ signs
         elif x.two_valued:

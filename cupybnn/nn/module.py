@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from reprlib import recursive_repr
 from typing import Any, ClassVar, TypeVar
 
@@ -16,9 +17,25 @@ from cupybnn.nn.attributes import find_held, stray_error
 from cupybnn.nn.state import Expected, check_state, copy_into, mismatches
 from cupybnn.nn.summary import Row, Summary, inference_nbytes
 
-__all__ = ["Module", "Parameter"]
+__all__ = ["Module", "Parameter", "Share"]
 
 _M = TypeVar("_M", bound="Module")
+
+
+@dataclass(eq=False)
+class Share:
+    """The part of a binary weight that one of several processes updates.
+
+    Attributes
+    ----------
+    weight : ndarray, shape (n,)
+        Its latent weights.
+    grad : ndarray, shape (n,), or None
+        Their gradient.
+    """
+
+    weight: Any
+    grad: Any = None
 
 
 class Parameter(Tensor):
@@ -33,6 +50,12 @@ class Parameter(Tensor):
     limit : float, optional
         Optimisers keep the elements within [-limit, limit].
 
+    Attributes
+    ----------
+    share : Share or None
+        Where several processes train together, optimisers update this part in place of the
+        elements, which are then the signs; see `cupybnn.training.team`.
+
     Examples
     --------
     >>> import numpy as np
@@ -41,7 +64,14 @@ class Parameter(Tensor):
     True
     """
 
-    __slots__ = ("bits", "limit")
+    __slots__ = ("bits", "limit", "share")
+
+    share: Share | None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Parameter:
+        self = super().__new__(cls)
+        self.share = None  # also in those that earlier versions pickled
+        return self
 
     def __init__(self, data: Any, bits: int = 32, limit: float | None = None) -> None:
         super().__init__(data, requires_grad=True)

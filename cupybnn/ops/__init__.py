@@ -28,7 +28,15 @@ from cupybnn.ops.elementwise import (
     tanh,
 )
 from cupybnn.ops.joining import concatenate, stack
-from cupybnn.ops.losses import bipolar_penalty, l1, mse, softmax_cross_entropy, squared_hinge
+from cupybnn.ops.losses import (
+    bipolar_penalty,
+    l1,
+    l2,
+    mse,
+    softmax_cross_entropy,
+    softmax_divergence,
+    squared_hinge,
+)
 from cupybnn.ops.matmul import binary_matmul, matmul
 from cupybnn.ops.norm import batch_norm
 from cupybnn.ops.quantizer import (
@@ -52,6 +60,7 @@ from cupybnn.ops.select import maximum, minimum, where
 from cupybnn.ops.shape import index, reshape, to, transpose
 from cupybnn.ops.sign import quantize, sign
 from cupybnn.ops.softmax import log_softmax, sigmoid, softmax
+from cupybnn.ops.virtual import of_length, virtual_adversarial
 
 __all__ = [
     "ApproxSign",
@@ -82,6 +91,7 @@ __all__ = [
     "greater_equal",
     "index",
     "l1",
+    "l2",
     "less",
     "less_equal",
     "log",
@@ -96,6 +106,7 @@ __all__ = [
     "multiply",
     "negative",
     "not_equal",
+    "of_length",
     "power",
     "quantize",
     "quantizer_names",
@@ -107,6 +118,7 @@ __all__ = [
     "sign_dropout",
     "softmax",
     "softmax_cross_entropy",
+    "softmax_divergence",
     "sqrt",
     "squared_hinge",
     "stack",
@@ -115,5 +127,6 @@ __all__ = [
     "tanh",
     "to",
     "transpose",
+    "virtual_adversarial",
     "where",
 ]

@@ -7,7 +7,15 @@ from typing import Any
 from cupybnn.autograd import Context, Function, Tensor, tensor_or_number
 from cupybnn.autograd.precision import narrowed, wide_sum, widened
 
-__all__ = ["bipolar_penalty", "l1", "mse", "softmax_cross_entropy", "squared_hinge"]
+__all__ = [
+    "bipolar_penalty",
+    "l1",
+    "l2",
+    "mse",
+    "softmax_cross_entropy",
+    "softmax_divergence",
+    "squared_hinge",
+]
 
 
 def _targets(labels: Any, like: Any, xp: Any) -> Any:
@@ -42,6 +50,37 @@ class SoftmaxCrossEntropy(Function):
         # An example of weight 0 has no gradient, even if its softmax is NaN.
         difference = xp.where(weights == 0, losses.dtype.type(0), difference * weights)
         difference -= targets
+        ctx.save(difference)
+        return narrowed(loss, logits)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        (difference,) = ctx.saved
+        return narrowed(difference * (widened(grad) / len(difference)), grad), None
+
+
+class SoftmaxDivergence(Function):
+    """Mean over the batch of sum(p * (log p - log softmax(logits))).
+
+    An example of weight w = sum(p) has the gradient w * softmax - p.
+    """
+
+    @staticmethod
+    def forward(ctx: Context, logits: Any, probabilities: Any) -> Any:
+        xp, wide = ctx.xp, widened(logits)
+        p = probabilities.astype(wide.dtype, copy=False)
+        shifted = wide - wide.max(axis=1, keepdims=True)
+        difference = xp.exp(shifted)
+        totals = difference.sum(axis=1, keepdims=True)
+        # A class of probability 0 adds nothing; its logarithm is never looked at.
+        present = p > 0
+        losses = xp.log(xp.where(present, p, p.dtype.type(1))) + (xp.log(totals) - shifted)
+        loss = xp.where(present, p * losses, losses.dtype.type(0)).sum() / len(logits)
+        difference /= totals
+        # An example of weight 0 has no gradient, even if its softmax is NaN.
+        weights = p.sum(axis=1, keepdims=True)
+        difference = xp.where(weights == 0, losses.dtype.type(0), difference * weights)
+        difference -= p
         ctx.save(difference)
         return narrowed(loss, logits)
 
@@ -104,6 +143,21 @@ class L1(Function):
         out = ctx.xp.sign(x)
         out *= grad
         return out
+
+
+class L2(Function):
+    """sum(x**2) / 2."""
+
+    @staticmethod
+    def forward(ctx: Context, x: Any) -> Any:
+        ctx.save(x)
+        wide = widened(x)
+        return narrowed((wide * wide).sum() / 2, x)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        (x,) = ctx.saved
+        return x * grad
 
 
 class BipolarPenalty(Function):
@@ -188,6 +242,59 @@ def softmax_cross_entropy(logits: Tensor, labels: Any, smoothing: float = 0.0) -
     return SoftmaxCrossEntropy.apply(logits, labels, smoothing=smoothing)
 
 
+def softmax_divergence(logits: Tensor, probabilities: Any) -> Tensor:
+    """Return the mean Kullback-Leibler divergence of the softmax of `logits` from predictions p.
+
+    ``KL(p || q) = sum(p * (log p - log q))`` with ``q = softmax(logits)``: 0 where both agree, else
+    positive.
+
+    Parameters
+    ----------
+    logits : Tensor, shape (n, classes)
+        Unnormalised log-probabilities.
+    probabilities : Tensor or array of floats, shape (n, classes)
+        The predictions p, constants: they have no gradient.
+
+    Returns
+    -------
+    Tensor, shape ()
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ, the batch is empty, or `probabilities` require a gradient.
+
+    Notes
+    -----
+    Kullback, Leibler: On information and sufficiency, 1951. Its gradient is that of
+    `softmax_cross_entropy` with the labels p; the two differ by the entropy of p.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> import numpy as np
+    >>> logits = Tensor([[0.0, 0.0]], requires_grad=True)
+    >>> loss = ops.softmax_divergence(logits, np.array([[1.0, 0.0]], "float32"))
+    >>> round(loss.item(), 4)
+    0.6931
+    >>> loss.backward()
+    >>> logits.grad
+    array([[-0.5,  0.5]], dtype=float32)
+    """
+    p = probabilities if isinstance(probabilities, Tensor) else Tensor(probabilities)
+    if logits.ndim != 2 or p.shape != logits.shape or p.dtype.kind != "f" or not len(logits):
+        raise ValueError(
+            f"softmax_divergence needs logits and floating probabilities of one shape (n, "
+            f"classes), n at least 1; got logits {logits.shape} and probabilities {p.shape} "
+            f"{p.dtype}."
+        )
+    if p.requires_grad:
+        raise ValueError(
+            "softmax_divergence has no gradient for its probabilities: pass p.detach()."
+        )
+    return SoftmaxDivergence.apply(logits, p)
+
+
 def squared_hinge(outputs: Tensor, labels: Any) -> Tensor:
     """Return the mean over all outputs of ``max(0, 1 - target * output)**2``.
 
@@ -269,6 +376,18 @@ def l1(x: Tensor) -> Tensor:
     3.0
     """
     return L1.apply(x)
+
+
+def l2(x: Tensor) -> Tensor:
+    """Return ``sum(x**2) / 2``, shape (); its gradient is x.
+
+    Examples
+    --------
+    >>> from cupybnn import Tensor, ops
+    >>> ops.l2(Tensor([-1.0, 2.0])).item()
+    2.5
+    """
+    return L2.apply(x)
 
 
 def bipolar_penalty(x: Tensor) -> Tensor:

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from cupybnn import backends
 from cupybnn.autograd import Context, Function, Tensor
 from cupybnn.autograd.precision import narrowed, widened
 
-__all__ = ["batch_norm"]
+__all__ = ["batch_norm", "whole_batch"]
+
+#: Within `whole_batch`: the function that sums over all parts of a batch, and their rows.
+_whole: ContextVar[tuple[Callable[[Any], Any], int] | None] = ContextVar("whole", default=None)
+
+
+@contextlib.contextmanager
+def whole_batch(total: Callable[[Any], Any], rows: int) -> Iterator[None]:
+    """Context in which batch norm trains with the statistics of a batch of which x is a part.
+
+    Parameters
+    ----------
+    total : callable
+        Returns the sum of an array over all parts of the batch, wherever they are: each part's
+        process calls it in turn.
+    rows : int
+        Rows of the whole batch.
+    """
+    token = _whole.set((total, rows))
+    try:
+        yield
+    finally:
+        _whole.reset(token)
 
 
 def _row_sums(x: Any, out: Any = None) -> Any:
@@ -87,6 +112,48 @@ class BatchNormTrain(Function):
 
         backends.get(grad).parallel_parts(grad, -1, normalize_part)
         return _fit_to_operands(ctx, grad_x, grad_gamma, grad_beta)
+
+
+class BatchNormWhole(Function):
+    """Normalisation with mean and variance of a batch of which other processes have parts."""
+
+    @staticmethod
+    def forward(
+        ctx: Context,
+        x: Any,
+        gamma: Any,
+        beta: Any,
+        running: tuple[Any, Any],
+        decay: float,
+        eps: float,
+        whole: tuple[Callable[[Any], Any], int],
+    ) -> Any:
+        original, x = x, widened(x)
+        ctx.total, rows = whole
+        # Elements of a feature: all axes but the first and the last count for each row.
+        ctx.n = rows * (x.size // x.shape[-1] // len(x)) if len(x) else rows
+        mean = ctx.total(_row_sums(x)) / ctx.n
+        normal = x - mean
+        variance = ctx.total(_row_sums(normal * normal)) / ctx.n
+        for stored, current in zip(running, (mean, variance), strict=True):
+            stored[...] = decay * widened(stored) + (1 - decay) * current
+        ctx.deviation_inverse = 1 / ctx.xp.sqrt(variance + eps)
+        normal *= ctx.deviation_inverse
+        ctx.save(normal, gamma)
+        return narrowed(normal * gamma + beta, original)
+
+    @staticmethod
+    def backward(ctx: Context, grad: Any) -> Any:
+        # As in BatchNormTrain, where only the sums for x' are those of the whole batch: whoever
+        # has the other parts adds the gradients of gamma and beta.
+        normal, gamma = ctx.saved
+        grad, gamma = widened(grad), widened(gamma)
+        sums = ctx.xp.stack([_row_sums(grad * normal), _row_sums(grad)])
+        for_gamma, for_beta = ctx.total(sums)
+        grad_x = normal * (for_gamma / -ctx.n)
+        grad_x += grad - for_beta / ctx.n
+        grad_x *= gamma * ctx.deviation_inverse
+        return _fit_to_operands(ctx, grad_x, *sums)
 
 
 class BatchNormEval(Function):
@@ -179,6 +246,11 @@ def batch_norm(
     running = (running_mean, running_variance)
     if not training:
         return BatchNormEval.apply(x, gamma, beta, running=running, eps=eps)
+    whole = _whole.get()
+    if whole is not None:
+        return BatchNormWhole.apply(
+            x, gamma, beta, running=running, decay=decay, eps=eps, whole=whole
+        )
     if x.size == 0:
         raise ValueError(f"batch_norm cannot train on an empty batch; got x {x.shape}.")
     return BatchNormTrain.apply(x, gamma, beta, running=running, decay=decay, eps=eps)

@@ -190,7 +190,7 @@ class Optimizer:
         """
         for group in self.groups:
             for parameter in group["params"]:
-                grad = parameter.grad
+                grad = None if parameter.share is not None else parameter.grad
                 if grad is not None and grad.shape != parameter.shape:
                     raise ValueError(
                         f"The gradient of a parameter must have its shape {parameter.shape}; got "
@@ -200,13 +200,17 @@ class Optimizer:
         self.steps += 1
         for group in self.groups:
             for parameter in group["params"]:
-                if parameter.grad is not None and parameter.size:
+                share = parameter.share
+                grad = parameter.grad if share is None else share.grad
+                if grad is not None and grad.size:
                     scale = group["lr_scale"]
                     scale = scale(parameter) if callable(scale) else scale
                     self._update_parameter(group, group["lr"] * factor * scale, parameter)
 
     def _update_parameter(self, group: dict[str, Any], lr: float, parameter: Parameter) -> None:
-        arrays = (parameter.write(), parameter.grad, *self._slots_of(parameter))
+        share = parameter.share
+        own = (parameter.write(), parameter.grad) if share is None else (share.weight, share.grad)
+        arrays = (*own, *self._slots_of(parameter))
         weight, grad, *slots = (array.reshape(-1) for array in arrays)
         limit = parameter.limit
         xp = module_of(weight)
@@ -232,7 +236,7 @@ class Optimizer:
 
     def _slots_of(self, parameter: Parameter) -> tuple[Any, ...]:
         """Return the arrays kept for a parameter, on its device; initially zeros."""
-        array = parameter._data
+        array = parameter._data if parameter.share is None else parameter.share.weight
         device = device_of(array)
         kept = self._slots.get(parameter)
         with device.scope():

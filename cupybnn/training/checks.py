@@ -15,7 +15,18 @@ import numpy as np
 from cupybnn.errors import SettingError
 from cupybnn.paths import checked_path
 
-__all__ = ["Choice", "Device", "Number", "PathName", "Rule", "Switch", "Whole", "Wholes", "Widths"]
+__all__ = [
+    "Choice",
+    "Device",
+    "Number",
+    "PathName",
+    "PathNames",
+    "Rule",
+    "Switch",
+    "Whole",
+    "Wholes",
+    "Widths",
+]
 
 
 class _Wrong(Exception):
@@ -95,6 +106,28 @@ class PathName(Rule):
         if not isinstance(path, str):
             raise _Wrong
         return str(path)
+
+
+@dataclass(frozen=True)
+class PathNames(Rule):
+    """Paths, or one alone; comma-separated in text."""
+
+    must = "a path or several"
+    kind = "tuple of path"
+    metavar = "RUN,..."
+
+    def convert(self, value: Any) -> tuple[str, ...]:
+        each = value if isinstance(value, (tuple, list)) else () if value is None else (value,)
+        paths = tuple(PathName().convert(path) for path in each)
+        if None in paths or "" in paths:
+            raise _Wrong
+        return tuple(str(path) for path in paths)
+
+    def parse(self, text: str) -> tuple[str, ...]:
+        return tuple(path for path in text.split(",") if path)
+
+    def show(self, value: Any) -> str:
+        return ",".join(value) or "none"
 
 
 @dataclass(frozen=True)

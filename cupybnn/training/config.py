@@ -11,7 +11,7 @@ from typing import Any
 from cupybnn.errors import SettingError
 from cupybnn.paths import user_path
 from cupybnn.spelling import nearest
-from cupybnn.training.checks import PathName
+from cupybnn.training.checks import PathName, PathNames
 from cupybnn.training.declaration import declared, with_attributes
 from cupybnn.training.options import DTYPES, Options
 
@@ -97,6 +97,8 @@ class TrainConfig(Options):
             value = getattr(self, name)
             if isinstance(each.rule, PathName) and value is not None:
                 paths[name] = os.path.abspath(user_path(value))
+            elif isinstance(each.rule, PathNames):
+                paths[name] = tuple(os.path.abspath(user_path(path)) for path in value)
         return replace(self, **paths)
 
     def to_json(self) -> str:

@@ -32,7 +32,7 @@ class Setting:
         Defaults of a full-precision and of a binary network, where they differ.
     needs : tuple of str
         The setting without which it has no effect, and the values of that setting that enable it:
-        ``("optimizer", "sgd")``. A switch must be on.
+        ``("optimizer", "sgd")``. Without values it must be on: a switch, a number other than 0.
     restore : {"same", "reported", "free"} or callable
         Whether a restored run may change it: "same": no; "reported": yes, with a notice, because
         the run then diverges from an uninterrupted one; "free": yes. A function gets the new

@@ -12,6 +12,7 @@ from cupybnn import nn, optim
 from cupybnn.autograd import Tensor, no_grad
 from cupybnn.backends.devices import CPU, to_device
 from cupybnn.data import DeviceData
+from cupybnn.parallel import Ranks
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.step import Objective
 
@@ -23,24 +24,35 @@ _BATCHES, _IMAGES = 10, 1000
 _BATCH_BYTES = 1 << 28
 
 
-def evaluate(model: nn.Module, objective: Objective, data: DeviceData) -> tuple[float, float]:
-    """Return loss (with the penalty) and accuracy over the whole test set."""
+def evaluate(
+    model: nn.Module, objective: Objective, data: DeviceData, ranks: Ranks
+) -> tuple[float, float]:
+    """Return loss (with the penalty) and accuracy over the whole test set, a part on each rank.
+
+    Both are NaN if the test set is empty.
+    """
+    if len(data.test_labels) == 0:
+        return float("nan"), float("nan")
     # On the CPU a batch's activations should fit into the cache; on a GPU, fewer launches matter.
     # Inputs with many features must still fit into memory.
     size = 10_000 if data.device.kind == "cuda" else 1_000
     size = min(size, max(1, _BATCH_BYTES // (data.features * data.dtype.itemsize)))
+    count = len(data.test_labels)
+    first, last = (r * count // ranks.size for r in (ranks.rank, ranks.rank + 1))
     loss: Any = 0.0
     correct: Any = 0
     model.eval()
     with no_grad():
-        for inputs, labels in data.test_batches(size):
+        for inputs, labels in data.test_batches(size, first, last):
             logits = model(Tensor(inputs))
             loss = loss + objective.loss(logits, labels).data * len(labels)
             correct = correct + (logits.data.argmax(axis=1) == labels).sum()
         penalty = objective.penalty()
-    count = len(data.test_labels)
-    total = float(loss) / count + (0.0 if penalty is None else penalty.item())
-    return total, int(correct) / count
+    total, right = float(loss), int(correct)
+    if ranks.size > 1:
+        sums = ranks.sums([total, right])
+        total, right = float(sums[0]), int(sums[1])
+    return total / count + (0.0 if penalty is None else penalty.item()), right / count
 
 
 class Averaging:
@@ -81,6 +93,10 @@ class Averaging:
                 _, cached = self._cached
         names = [name for name, _ in self._model.named_buffers()]
         return {n: np.array(to_device(a, CPU)) for n, a in zip(names, cached, strict=True)}
+
+    def wants(self, step: int) -> bool:
+        """Whether `update` will read the weights after step number `step`."""
+        return self._average is not None and step >= self._from
 
     def update(self, step: int) -> None:
         """Add the weights after step number `step` to the average."""

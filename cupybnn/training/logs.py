@@ -114,7 +114,8 @@ class TensorBoardWriter(Callback):
     def _keep_signs(self, trainer: TrainingRun, step: int) -> None:
         """Keep the current signs if `step`, the next one, will be recorded."""
         config = trainer.config
-        if step % config.eval_every_n == 0 or step == config.max_steps - 1:
+        recorded = config.eval_every_n and step % config.eval_every_n == 0
+        if recorded or step == config.max_steps - 1:
             self._signs_before = (step, weight_signs(trainer.model))
 
     def on_evaluate(self, trainer: TrainingRun, evaluation: Evaluation) -> None:

@@ -8,7 +8,7 @@ from cupybnn import nn, ops
 from cupybnn.backends.random import Stream
 from cupybnn.training.config import TrainConfig
 
-__all__ = ["NETWORK_SETTINGS", "build_network"]
+__all__ = ["NETWORK_SETTINGS", "LayerMaker", "build_network"]
 
 #: The settings that `build_network` reads, except seed and dtype.
 NETWORK_SETTINGS = (
@@ -54,7 +54,7 @@ def build_network(config: TrainConfig, features: int, classes: int) -> nn.Sequen
     features, classes : int
         Inputs and outputs.
     """
-    make = _Layers(config)
+    make = LayerMaker(config)
     layers: dict[str, nn.Module | None] = {}
     inputs = features
     layers["dropout0"] = make.dropout(config.input_keep_prob)
@@ -86,7 +86,7 @@ def build_network(config: TrainConfig, features: int, classes: int) -> nn.Sequen
     return nn.Sequential(**{name: layer for name, layer in layers.items() if layer is not None})
 
 
-class _Layers:
+class LayerMaker:
     """Makes a configuration's layers; returns None for a layer that it does not have."""
 
     def __init__(self, config: TrainConfig) -> None:
@@ -96,12 +96,14 @@ class _Layers:
         self.noise = np.random.default_rng([config.seed, 0x2015E])
 
     def quantizer(self) -> ops.Quantizer:
+        """Return a new quantizer, with random numbers of its own if it draws any."""
         quantizer = ops.get_quantizer(self._config.ste)
         if hasattr(quantizer, "random"):  # each layer has its own stream
             quantizer.random = Stream(int(self.noise.integers(2**63)))
         return quantizer
 
     def linear(self, inputs: int, outputs: int, binary: bool, binary_input: bool) -> nn.Linear:
+        """Return a product with real or binary weights."""
         config, rng = self._config, self._weights
         if not binary:
             return nn.Linear(inputs, outputs, rng=rng, dtype=config.storage_dtype)
@@ -119,9 +121,11 @@ class _Layers:
         )
 
     def dropout(self, keep_prob: float) -> nn.Dropout | None:
+        """Return a dropout layer, unless it would keep everything."""
         return nn.Dropout(keep_prob, rng=self.noise) if keep_prob < 1 else None
 
     def batch_norm(self, units: int) -> nn.BatchNorm | None:
+        """Return a batch norm, if the network has them."""
         if not self._config.batch_norm:
             return None
         dtype = self._config.storage_dtype

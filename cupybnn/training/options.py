@@ -7,7 +7,17 @@ from functools import partial
 from typing import Any
 
 from cupybnn.data import DATASETS
-from cupybnn.training.checks import Choice, Device, Number, PathName, Switch, Whole, Wholes, Widths
+from cupybnn.training.checks import (
+    Choice,
+    Device,
+    Number,
+    PathName,
+    PathNames,
+    Switch,
+    Whole,
+    Wholes,
+    Widths,
+)
 from cupybnn.training.declaration import setting
 
 __all__ = ["DTYPES", "Options"]
@@ -58,7 +68,8 @@ class Options:
     dataset: str = _data(
         "auto",
         Choice.of(*DATASETS),
-        "data set: mnist, digits, or auto (MNIST if available, otherwise the digits)",
+        "data set: mnist, fashion (Fashion-MNIST), digits, or auto (MNIST if available, otherwise "
+        "the digits)",
         restore="free",  # the images themselves are compared
         synonyms=("data",),
     )
@@ -76,6 +87,12 @@ class Options:
         Whole(0, "S"),
         "seed for initial weights, image order and dropout",
         synonyms=("random_state", "rng"),
+    )
+    shuffle: bool = _data(
+        True,
+        Switch(),
+        "permute the training images in each epoch",
+        synonyms=("permute", "random_order"),
     )
 
     n_hidden: int | tuple[int, ...] = _network(
@@ -134,6 +151,14 @@ class Options:
         by_binary=(False, True),
         synonyms=("batchnorm", "bn", "norm"),
     )
+    sync_batch_norm: bool = _network(
+        False,
+        Switch(),
+        "of several ranks: normalize with the statistics of the whole batch, as one rank would, "
+        "not with those of each rank's part",
+        needs=("batch_norm",),
+        synonyms=("syncbn", "sync_bn", "synchronized"),
+    )
     keep_prob: float = _network(
         1.0,
         _part("P"),
@@ -184,6 +209,13 @@ class Options:
         "costs a second forward and backward pass",
         synonyms=("fgsm", "epsilon", "attack"),
     )
+    mix: str = _images(
+        "none",
+        Choice.of("none", "some", "uniform"),
+        "mix images in pairs, their labels by the same shares (Zhang et al.: mixup, ICLR 2018): "
+        "uniform, by random shares; some, only a random half of them; none",
+        synonyms=("mixup", "blend"),
+    )
 
     max_steps: int = _learning(
         1000,
@@ -201,11 +233,43 @@ class Options:
     label_smoothing: float = _learning(
         0.0, _share("S"), "label smoothing factor", needs=("loss", "cross_entropy")
     )
+    vat: float = _learning(
+        0.0,
+        _from_0("DISTANCE"),
+        "virtual adversarial training: also minimise how far predictions change when each image "
+        "moves by DISTANCE (L2) where they change most (Miyato et al.: Virtual adversarial "
+        "training, arXiv 1704.03976); costs two more forward and backward passes",
+        synonyms=("virtual_adversarial", "vat_distance", "vat_eps"),
+    )
+    vat_xi: float = _learning(
+        1.0,
+        _positive("XI"),
+        "distance of the step that finds this direction",
+        needs=("vat",),
+        synonyms=("xi",),
+    )
+    teacher: tuple[str, ...] = _learning(
+        (),
+        PathNames(),
+        "learn the class probabilities that trained networks predict, their mean, instead of the "
+        "labels (Hinton et al.: Distilling the knowledge in a neural network, 2015): run folders "
+        "or packed networks",
+        restore="reported",
+        synonyms=("teachers", "distill", "distillation"),
+    )
+    teacher_temperature: float = _learning(
+        1.0,
+        _positive("T"),
+        "divisor of the teachers' logits",
+        needs=("teacher",),
+        synonyms=("temperature",),
+    )
     penalty: str = _learning(
         "l1",
-        Choice.of("l1", "bipolar"),
-        "penalty on weights: l1, the sum of their magnitudes, or bipolar, sum(1 - w**2) of the "
-        "latent weights of binary layers",
+        Choice.of("l1", "l2", "bipolar"),
+        "penalty on weights: l1, the sum of their magnitudes; l2, half the sum of the squares of "
+        "real weights, latent ones excluded; or bipolar, sum(1 - w**2) of the latent weights of "
+        "binary layers",
         needs=("binary",),
         synonyms=("regularizer", "regularization"),
     )
@@ -312,8 +376,8 @@ class Options:
     )
     eval_every_n: int = _run(
         100,
-        Whole(1),
-        "evaluate, log and save a checkpoint every N steps",
+        Whole(0),
+        "evaluate, log and save a checkpoint every N steps; 0: only after the last step",
         restore="free",
         synonyms=("eval", "eval_every", "log_every", "eval_interval"),
     )
@@ -336,6 +400,13 @@ class Options:
     )
     graph: bool = _run(
         True, Switch(), "replay fused steps as a CUDA graph", needs=("fused",), restore="free"
+    )
+    rank_timeout: float = _run(
+        30.0,
+        _positive("SECONDS"),
+        "of several ranks: how long one may hang before the others end",
+        restore="free",
+        synonyms=("timeout", "nccl_timeout"),
     )
     debug: bool = _run(
         False,

@@ -9,6 +9,7 @@ from typing import Protocol
 from cupybnn import nn, optim
 from cupybnn.backends.devices import Device
 from cupybnn.data import Dataset, DeviceData
+from cupybnn.parallel import Ranks
 from cupybnn.training.checkpoint import Checkpoint
 from cupybnn.training.config import TrainConfig
 
@@ -20,7 +21,10 @@ class TrainingRun(Protocol):
 
     step: int
     run_folder: Path | None
+    ranks: Ranks
 
+    @property
+    def epoch(self) -> int: ...
     @property
     def config(self) -> TrainConfig: ...
     @property

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn import nn
-from cupybnn.backends.devices import device_of, resolve, to_device
+from cupybnn.backends.devices import CPU, device_of, resolve, to_device
 from cupybnn.data import Dataset
 from cupybnn.errors import CheckpointError, SettingError
 from cupybnn.paths import user_path
@@ -41,7 +41,8 @@ class DataDescription:
     train_images, test_images : int or None
         Number of images.
     sha256 : str or None
-        Hash of all images and labels.
+        Hash of all images, labels and weights.
+    class_names : tuple of str or None
 
     Examples
     --------
@@ -61,6 +62,7 @@ class DataDescription:
     train_images: int | None = None
     test_images: int | None = None
     sha256: str | None = None
+    class_names: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, dataset: Dataset, *, hashed: bool = True) -> DataDescription:
@@ -68,8 +70,10 @@ class DataDescription:
         digest = hashlib.sha256()
         for split in ("train", "test") if hashed else ():
             for kind in ("images", "labels"):
-                array = np.ascontiguousarray(getattr(dataset, f"{split}_{kind}"))
-                digest.update(array.data)
+                array = to_device(getattr(dataset, f"{split}_{kind}"), CPU)
+                digest.update(np.ascontiguousarray(array).data)
+        if hashed and dataset.train_weights is not None:
+            digest.update(np.ascontiguousarray(dataset.train_weights).data)
         shape = getattr(dataset, "image_shape", None)
         return cls(
             name=dataset.name,
@@ -80,6 +84,7 @@ class DataDescription:
             train_images=len(dataset.train_labels),
             test_images=len(dataset.test_labels),
             sha256=digest.hexdigest() if hashed else None,
+            class_names=dataset.class_names,
         )
 
     @classmethod
@@ -101,8 +106,10 @@ class DataDescription:
                 )
             known = {field.name for field in fields(cls)}
             settings = {name: value for name, value in found.items() if name in known}
-            shape = settings.get("image_shape")
-            return cls(**{**settings, "image_shape": None if shape is None else tuple(shape)})
+            for name in ("image_shape", "class_names"):
+                if settings.get(name) is not None:
+                    settings[name] = tuple(settings[name])
+            return cls(**settings)
         except (AttributeError, KeyError, IndexError, TypeError) as error:
             raise CheckpointError(
                 f"The checkpoint does not say what its model was trained on: {error!r}."

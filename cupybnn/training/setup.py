@@ -4,16 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from cupybnn import nn, optim
 from cupybnn.data import Augmentation, BatchOrder, Dataset, DeviceData, load
+from cupybnn.errors import SettingError
+from cupybnn.parallel import Ranks
 from cupybnn.training.checkpoint import Checkpoint
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.network import NETWORK_SETTINGS
 from cupybnn.training.step import Objective, PlainStep, Step, augmentation
+from cupybnn.training.teachers import Teachers
+from cupybnn.training.team import Team
 
-__all__ = ["check_model", "choose_step", "find_dataset"]
+__all__ = ["check_model", "check_ranks", "choose_step", "find_dataset", "in_turn", "refusal"]
+
+T = TypeVar("T")
+
+
+def refusal(ranks: Ranks, sentence: str) -> SettingError:
+    """Return an error that every rank raises and rank 0 alone reports."""
+    error = SettingError(sentence)
+    error.report = ranks.rank == 0
+    return error
+
+
+def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
+    """Raise SettingError unless the ranks can share each batch, one image at least for each."""
+    if config.batch_size < ranks.size:
+        raise refusal(
+            ranks,
+            f"The 'batch_size', which the ranks share, must be at least their number, so that each "
+            f"has an image; got {config.batch_size} images for {ranks.size} ranks.",
+        )
+    if config.mix != "none" and ranks.size > 1:
+        raise refusal(
+            ranks,
+            f"The 'mix' must be none with several ranks, because the image that another one is "
+            f"mixed with may be on another rank; got {config.mix!r} for {ranks.size} ranks. Leave "
+            f"it out, or train on one rank.",
+        )
+
+
+def in_turn(ranks: Ranks, load: Callable[[], T]) -> T:
+    """Return what `load` returns, called on rank 0 before the others, which find its downloads."""
+    if ranks.size == 1:
+        return load()
+    found = None
+    if ranks.rank == 0:
+        with ranks.busy():
+            found = load()
+    ranks.barrier()
+    return load() if found is None else found
 
 
 def find_dataset(
@@ -51,10 +93,12 @@ def find_dataset(
         )
     if config.validation:
         dataset = dataset.with_validation(config.validation)
-    if len(dataset.test_labels) == 0:
+    unseen = config.eval_every_n == 0 and config.log_dir is None
+    if len(dataset.test_labels) == 0 and not unseen:
         raise ValueError(
             f"The dataset {dataset.name!r} must have a test part to evaluate on; got none. "
-            f"Pass test_x and test_y to it, or hold out training examples with validation=N."
+            f"Pass test_x and test_y to it, or hold out training examples with validation=N. To "
+            f"train without any evaluation, set eval_every_n=0 and no log_dir."
         )
     return dataset
 
@@ -82,26 +126,34 @@ def choose_step(
     order: BatchOrder,
     config: TrainConfig,
     notify: Callable[[str], None],
+    teachers: Teachers | None = None,
+    team: Team | None = None,
 ) -> Step:
     """Return the fused step if the kernels support it, else the plain one.
 
     `notify` is called with the reason if there is a GPU whose kernels are not used.
     """
-    reason = _unfused_reason(model, optimizer, data, config)
+    reason = _unfused_reason(model, optimizer, data, config, teachers)
+    if team is not None and data.device.kind == "cuda":
+        reason = "they are for a run of one rank"
     if reason is None:
         from cupybnn.training.fast import FusedStep
 
         assert isinstance(optimizer, optim.Adam)
-        return FusedStep(model, objective, optimizer, data, order, config, notify)
+        return FusedStep(model, objective, optimizer, data, order, config, notify, teachers)
     if config.dtype in ("tf32", "bfloat16"):
         notify(f"Dense products are in float32, not {config.dtype}: {reason}.")
     elif data.device.kind == "cuda" and config.fused and not config.debug:
         notify(f"Training runs operation by operation, without the fused kernels: {reason}.")
-    return PlainStep(model, objective, optimizer, data, order, config)
+    return PlainStep(model, objective, optimizer, data, order, config, teachers, team)
 
 
 def _unfused_reason(
-    model: nn.Module, optimizer: optim.Optimizer, data: DeviceData, config: TrainConfig
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    data: DeviceData,
+    config: TrainConfig,
+    teachers: Teachers | None,
 ) -> str | None:
     """Return why the fused step cannot be used, to end a sentence; None if it can."""
     if data.device.kind == "cpu":
@@ -114,7 +166,7 @@ def _unfused_reason(
     from cupybnn.training.fast import unsupported_reason
 
     index = data.device.index
-    reason = unsupported_reason(config, model, optimizer, architecture(index))
+    reason = unsupported_reason(config, model, optimizer, architecture(index), teachers)
     deforms = augmentation(config) != Augmentation()
     if reason is None and deforms and data.features + 1024 > shared_memory_limit(index):
         reason = "the images are too large to be deformed in shared memory"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from cupybnn import nn, optim
 from cupybnn.training.evaluation import Averaging
 
-__all__ = ["averaged_statistics", "gather", "load", "part"]
+__all__ = ["averaged_statistics", "checksum", "gather", "load", "part"]
 
 
 def gather(
@@ -52,3 +53,13 @@ def load(
 def part(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """Return the arrays whose names begin with `prefix`, which is removed."""
     return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
+def checksum(arrays: Mapping[str, np.ndarray]) -> int:
+    """Return one number that differs, almost certainly, if any array does."""
+    total = 0
+    for name in sorted(arrays):
+        total = zlib.crc32(
+            np.ascontiguousarray(arrays[name]).tobytes(), zlib.crc32(name.encode(), total)
+        )
+    return total

@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from cupybnn import nn, ops, optim
 from cupybnn.autograd import Tensor
-from cupybnn.data import Augmentation, BatchOrder, DeviceData
+from cupybnn.backends.random import bell
+from cupybnn.data import Augmentation, BatchOrder, DeviceData, Mixing
 from cupybnn.training.config import TrainConfig
+from cupybnn.training.teachers import Teachers
+
+if TYPE_CHECKING:
+    from cupybnn.training.team import Team
 
 __all__ = [
     "Objective",
@@ -22,6 +27,7 @@ __all__ = [
     "augmentation",
     "augmentation_seed",
     "make_optimizer",
+    "stream_seed",
 ]
 
 
@@ -34,7 +40,7 @@ class StepOutput:
     loss : array of one element
         Loss plus penalty on the batch, before the update.
     logits : array, shape (batch, classes)
-        Before the update.
+        Before the update. Of several ranks, each has those of its images.
     labels : array of int64, shape (batch,)
     """
 
@@ -62,20 +68,21 @@ class Objective:
         The penalty applies to its weights (the latent ones of binary layers).
     config : TrainConfig
         Its fields `loss`, `label_smoothing`, `reg`, `penalty` and `optimizer`. With ``reg = 0``
-        there is no penalty, and with "bop" none on binary weights.
+        there is no penalty, and with "l2" or "bop" none on binary weights.
     """
 
     def __init__(self, model: nn.Module, config: TrainConfig) -> None:
         self.config = config
-        bipolar = config.penalty == "bipolar"
-        kinds = (nn.BinaryLinear,) if bipolar else (nn.Linear, nn.BinaryLinear)
-        self._penalty = ops.bipolar_penalty if bipolar else ops.l1
-        weights = [m.weight for _, m in model.named_modules() if isinstance(m, kinds)]
-        self._weights = [w for w in weights if w.bits > 1 or config.optimizer != "bop"]
+        self._penalty = {"l1": ops.l1, "l2": ops.l2, "bipolar": ops.bipolar_penalty}[config.penalty]
+        kind = nn.BinaryLinear if config.penalty == "bipolar" else nn.Linear
+        weights = [m.weight for _, m in model.named_modules() if isinstance(m, kind)]
+        # The network does not depend on the squares of latent weights.
+        real_only = config.penalty == "l2" or config.optimizer == "bop"
+        self._weights = [w for w in weights if w.bits > 1 or not real_only]
 
     @property
     def penalty_kind(self) -> str:
-        """The kind of penalty: "none", "l1" or "bipolar"."""
+        """The kind of penalty: "none", "l1", "l2" or "bipolar"."""
         return "none" if self.config.reg == 0 else self.config.penalty
 
     def penalty_factor(self, parameter: nn.Parameter) -> float:
@@ -83,19 +90,32 @@ class Objective:
         return self.config.reg if any(parameter is weight for weight in self._weights) else 0.0
 
     def loss(self, logits: Tensor, labels: Any) -> Tensor:
-        """Return the mean loss of a batch, without the penalty."""
+        """Return the mean loss of a batch, without the penalty.
+
+        `labels` are class numbers, shape (batch,), or probabilities, shape (batch, classes).
+        """
         if self.config.loss == "squared_hinge":
             return ops.squared_hinge(logits, labels)
         return ops.softmax_cross_entropy(logits, labels, self.config.label_smoothing)
 
     def penalty(self) -> Tensor | None:
-        """Return ``reg`` times the penalty, or None if there is none."""
-        if self.config.reg == 0 or not self._weights:
+        """Return ``reg`` times the penalty, or None if there is none.
+
+        A weight that is shared out among ranks is left out: see `penalty_of_share`.
+        """
+        weights = [weight for weight in self._weights if weight.share is None]
+        if self.config.reg == 0 or not weights:
             return None
-        total = self._penalty(self._weights[0])
-        for weight in self._weights[1:]:
+        total = self._penalty(weights[0])
+        for weight in weights[1:]:
             total = total + self._penalty(weight)
         return total * self.config.reg
+
+    def penalty_of_share(self, parameter: nn.Parameter, elements: Tensor) -> Tensor | None:
+        """Return the penalty on some elements of a weight; None if there is none."""
+        if not self.penalty_factor(parameter) or not elements.size:
+            return None
+        return self._penalty(elements) * self.config.reg
 
     def __call__(self, logits: Tensor, labels: Any) -> Tensor:
         """Return loss plus penalty."""
@@ -155,7 +175,16 @@ def augmentation(config: TrainConfig) -> Augmentation:
 
 def augmentation_seed(config: TrainConfig) -> int:
     """Return the seed that, with the step, determines each deformation; no checkpoint stores it."""
-    return int(np.random.default_rng([config.seed, 0xA6]).integers(2**63))
+    return stream_seed(config, 0xA6)
+
+
+#: What the random numbers of a step other than deformations are for; see `stream_seed`.
+MIXING, DIRECTIONS = 0x313, 0x7A7
+
+
+def stream_seed(config: TrainConfig, purpose: int) -> int:
+    """Return the seed that, with the step, determines random numbers for one purpose."""
+    return int(np.random.default_rng([config.seed, purpose]).integers(2**63))
 
 
 class PlainStep:
@@ -171,7 +200,20 @@ class PlainStep:
     data : DeviceData
     order : BatchOrder
     config : TrainConfig
-        Its fields `augment_...`, `adversarial`, `seed` and `max_steps`.
+        Its fields `augment_...`, `mix`, `adversarial`, `vat`, `vat_xi`, `seed` and `max_steps`.
+    teachers : Teachers, optional
+        Whose predictions are learned instead of the labels.
+    team : Team, optional
+        The ranks that perform the step together, each with a part of the batch.
+
+    Notes
+    -----
+    Images are deformed, then mixed; teachers see them so. An attack moves them next, and virtual
+    adversarial training starts from there.
+
+    The extra passes of virtual adversarial training drop the same units as the first. Batch norm
+    normalises each pass by the statistics of its own batch, and its running statistics are those of
+    the first pass alone, as in the code of Miyato et al.
     """
 
     def __init__(
@@ -182,31 +224,81 @@ class PlainStep:
         data: DeviceData,
         order: BatchOrder,
         config: TrainConfig,
+        teachers: Teachers | None = None,
+        team: Team | None = None,
     ) -> None:
         self._model = model
         self._objective = objective
         self._optimizer = optimizer
+        self._team = team
         self._data = data
         self._order = order
         self._max_steps = max(config.max_steps, 1)
         self._augment = augmentation(config)
         self._seed = augmentation_seed(config)
         self._adversarial = config.adversarial
+        self._mixing = Mixing(config.mix)
+        self._mixing_seed = stream_seed(config, MIXING)
+        self._teachers = teachers
+        self._vat = {"distance": config.vat, "xi": config.vat_xi} if config.vat else None
+        self._vat_seed = stream_seed(config, DIRECTIONS)
 
     def __call__(self, step: int) -> StepOutput:
         """Perform step number `step`: batch, deformation, attack, forward, backward, update."""
-        inputs, labels = self._data.batch(self._order.indices(step))
-        inputs = self._augment(inputs, self._data.image_shape, self._seed, step)
-        self._model.train()
-        nn.set_progress(self._model, min(step / self._max_steps, 1.0))
-        if self._adversarial:
-            inputs = self._attacked(inputs, labels)
-        self._optimizer.zero_grad()
-        logits = self._model(Tensor(inputs))
-        loss = self._objective(logits, labels)
-        loss.backward()
-        self._optimizer.step()
-        return StepOutput(loss.data, logits.data, labels)
+        team = self._team
+        with contextlib.nullcontext() if team is None else team.part():
+            indices = self._order.indices(step)
+            inputs, labels = self._data.batch(indices if team is None else indices[team.rows])
+            inputs = self._augment(inputs, self._data.image_shape, self._seed, step)
+            inputs, targets = self._mixed(inputs, labels, step)
+            if self._teachers is not None:
+                targets = self._teachers.targets(inputs)
+            self._model.train()
+            nn.set_progress(self._model, min(step / self._max_steps, 1.0))
+            if self._adversarial:
+                inputs = self._attacked(inputs, targets)
+            divergence = None
+            if self._vat is None:
+                logits = self._model(Tensor(inputs))
+            else:
+                logits, divergence = self._virtual(inputs, step)
+            self._optimizer.zero_grad()  # of what the search for directions left
+            loss = self._objective(logits, targets)
+            if divergence is not None:
+                loss = loss + divergence
+            if team is None:
+                loss.backward()
+                self._optimizer.step()
+                value = loss.data
+            else:
+                value = team.learn(loss)
+        return StepOutput(value, logits.data, labels)
+
+    def _mixed(self, inputs: Any, labels: Any, step: int) -> tuple[Any, Any]:
+        """Mix images in pairs, and labels by the same shares."""
+        if not self._mixing:
+            return inputs, labels
+        xp = self._data.device.xp
+        shares = self._mixing.shares(len(inputs), self._mixing_seed, step, xp)
+        one_hot = (labels[:, None] == xp.arange(self._data.classes)).astype(inputs.dtype)
+        return self._mixing.mix(inputs, shares), self._mixing.mix(one_hot, shares)
+
+    def _virtual(self, inputs: Any, step: int) -> tuple[Tensor, Tensor]:
+        """Return the logits, and how far predictions change where inputs move most adversely."""
+        assert self._vat is not None
+        with _repeated_draws(self._model):
+            logits = self._model(Tensor(inputs))
+        probabilities = ops.softmax(logits.detach()).data
+        start = bell(inputs.shape, self._vat_seed, step, self._data.device.xp)
+        start = start.astype(inputs.dtype)
+        with _kept_statistics(self._model):
+            with _repeated_draws(self._model):
+                weight = 1.0 if self._team is None else self._team.share_of_batch
+                move = ops.virtual_adversarial(
+                    self._model, inputs, probabilities, start, **self._vat, weight=weight
+                )
+            moved = self._model(Tensor(inputs + move))
+        return logits, ops.softmax_divergence(moved, probabilities)
 
     def stale(self) -> bool:
         """Never: each step reads the model and the optimiser as they are."""
@@ -220,7 +312,9 @@ class PlainStep:
         """
         x = Tensor(inputs, requires_grad=True)
         with _repeated_draws(self._model):
-            self._objective.loss(self._model(x), labels).backward()
+            loss = self._objective.loss(self._model(x), labels)
+            # With other ranks' images in the statistics of batch norm, their losses count, too.
+            loss.backward(None if self._team is None else self._team.weight_of(loss))
         direction = self._data.device.xp.sign(x.grad)
         return inputs + direction * self._data.dtype.type(self._adversarial)
 
@@ -238,3 +332,14 @@ def _repeated_draws(model: nn.Module) -> Iterator[None]:
     finally:
         for state, old in zip(states, before, strict=True):
             state[...] = old
+
+
+@contextlib.contextmanager
+def _kept_statistics(model: nn.Module) -> Iterator[None]:
+    """At the end of the context, put back batch norm's running statistics of its beginning."""
+    before = [(array, array.copy()) for _, array in model.named_buffers()]
+    try:
+        yield
+    finally:
+        for array, old in before:
+            array[...] = old

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import cached_property
@@ -18,6 +19,7 @@ from cupybnn.backends.devices import resolve
 from cupybnn.data import BatchOrder, Dataset, DeviceData
 from cupybnn.errors import CheckpointError, NonFiniteError
 from cupybnn.files import remove_leftovers
+from cupybnn.parallel import Alone, Ranks
 from cupybnn.training import checkpoint as checkpoints
 from cupybnn.training import state
 from cupybnn.training.best import best_before
@@ -29,8 +31,10 @@ from cupybnn.training.records import Callback, Evaluation, TrainResult, closing
 from cupybnn.training.restore import check_settings
 from cupybnn.training.runs import new_run_folder
 from cupybnn.training.saved import DataDescription
-from cupybnn.training.setup import check_model, choose_step, find_dataset
+from cupybnn.training.setup import check_model, check_ranks, choose_step, find_dataset, in_turn
 from cupybnn.training.step import Objective, Step, StepOutput, augmentation, make_optimizer
+from cupybnn.training.teachers import Teachers
+from cupybnn.training.team import Team
 from cupybnn.training.timing import StepTimer
 
 __all__ = ["Trainer"]
@@ -55,6 +59,10 @@ class Trainer:
         models are trained operation by operation, and a notice gives the reason.
     data : Dataset, optional
         Instead of the one that `config` names; `Dataset.from_arrays` makes one from any arrays.
+    ranks : Ranks, optional
+        From `cupybnn.parallel.connect`: the processes that train together. Each makes the same
+        Trainer and calls the same methods. Rank 0 alone has callbacks and a log directory. Binary
+        weights hold signs in ``on_step``, and latent weights in the other callbacks.
 
     Examples
     --------
@@ -79,19 +87,24 @@ class Trainer:
     optimizer : Optimizer
     objective : Objective
     data : DeviceData
+    teachers : Teachers or None
+        The networks whose predictions are learned.
     step : int
         Updates made, including those of earlier runs that were restored.
     run_folder : Path or None
         Made when `run` starts, if there is a log directory and a step left to run.
     history : list of Evaluation
     timer : StepTimer
+    ranks : Ranks
+        One, unless they are given.
 
     Raises
     ------
     DataError, DeviceError, CheckpointError
         As for `train`.
     ValueError
-        If the data set has no test part, or is to be augmented but has no images.
+        If the data set has no test part, unless `config` asks for no evaluations
+        (``eval_every_n=0``) and no log; or is to be augmented but has no images.
     """
 
     def __init__(
@@ -101,6 +114,7 @@ class Trainer:
         *,
         model: nn.Module | None = None,
         data: Dataset | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         if config is None:
             config = TrainConfig() if model is None else TrainConfig(reg=0.0)
@@ -113,25 +127,50 @@ class Trainer:
             check_model(model, config)
         self.config = config
         self._given_model = model is not None
-        self.callbacks = list(callbacks)
+        self.ranks = Alone() if ranks is None else ranks
+        self._team: Team | None = None
+        self.callbacks = list(callbacks) if self.ranks.rank == 0 else []
         self.notices: list[str] = []
         self.run_folder: Path | None = None
         self.history: list[Evaluation] = []
         self.step = 0
         self._stop = self._started = False
-        self.device = resolve(config.device)
+        check_ranks(config, self.ranks)
+        self.device = resolve(config.device if self.ranks.size == 1 else self.ranks.device)
         stored = checkpoints.load_run(config.restore) if config.restore is not None else None
         if config.restore is not None and stored is not None:
             remove_leftovers(checkpoints.find(config.restore).parent)
             for sentence in check_settings(config, stored):
                 self.notice(sentence)
-        dataset = find_dataset(config, data, stored, self.notice)
+        dataset = in_turn(self.ranks, lambda: find_dataset(config, data, stored, self.notice))
         augmentation(config).check(dataset.image_shape)
         self.dataset = dataset
         with self.device.scope():
+            self.teachers = in_turn(self.ranks, lambda: Teachers.open(config, dataset, self.device))
             self._build(model)
             if stored is not None:
                 self._restore(stored)
+            if self.ranks.size > 1:
+                self._team = self._join(stored)
+
+    def _join(self, stored: checkpoints.Checkpoint | None) -> Team:
+        """Check that all ranks do the same, and give them the weights of rank 0."""
+        same: dict[str, Any] = {"data": self._description.sha256, "step": self.step}
+        if stored is not None:
+            same["checkpoint"] = state.checksum(stored.arrays)
+        free = ("data_dir", "device", "log_dir", "restore")
+        settings = {n: v for n, v in asdict(self.config).items() if n not in free}
+        self.ranks.agree("have the same options, data and checkpoint", {**settings, **same})
+        team = Team(
+            self.ranks, self.model, self.optimizer, self.objective, self.config, lambda: self._stop
+        )
+        team.begin()
+        return team
+
+    def _gather(self) -> None:
+        """Make the weights whole; all ranks come here at the same time."""
+        if self._team is not None:
+            self._team.gather()
 
     def _build(self, model: nn.Module | None) -> None:
         config = self.config
@@ -142,7 +181,12 @@ class Trainer:
         dtype = next((p.dtype for p in model.parameters()), config.storage_dtype)
         self.data = DeviceData(self.dataset, self.device, dtype)
         self.order = BatchOrder(
-            len(self.dataset.train_labels), config.batch_size, config.seed, self.device
+            len(self.dataset.train_labels),
+            config.batch_size,
+            config.seed,
+            self.device,
+            self.dataset.train_weights,
+            config.shuffle,
         )
         self.objective = Objective(self.model, config)
         self.optimizer = make_optimizer(self.model, config)
@@ -154,6 +198,7 @@ class Trainer:
 
     def state(self) -> checkpoints.Checkpoint:
         """Return everything needed to continue from here: training weights, also in `averaged`."""
+        self._gather()
         with self.device.scope(), self._averaging.suspended():
             arrays = state.gather(self.model, self.optimizer, self._averaging)
         if self._averaging.exists:  # `load_model` has no images to compute these from
@@ -175,6 +220,7 @@ class Trainer:
     def _evaluated_model(self) -> nn.Module:
         """Return the model that is evaluated; a copy if its weights are averages."""
         model = self.model
+        self._gather()
         if self._averaging.exists:
             with self.averaged():
                 state = self.model.state_dict()
@@ -208,6 +254,11 @@ class Trainer:
 
     # The loop ----------------------------------------------------------------------------------
 
+    @property
+    def epoch(self) -> int:
+        """Number of whole passes over the training examples so far."""
+        return self.step * self.config.batch_size // self.order.images
+
     def request_stop(self) -> None:
         """Ask the run to stop after the current step; safe to call from a signal handler."""
         self._stop = True
@@ -231,7 +282,12 @@ class Trainer:
         self._started = True
         with self.device.scope(), np.errstate(**_UNDERFLOW_IS_ZERO), closing(self.callbacks):
             if self.config.log_dir is not None and self.step < self.config.max_steps:
-                self._open_log()
+                if self.ranks.rank == 0:
+                    with self.ranks.busy():
+                        self._open_log()
+                if self.ranks.size > 1:
+                    folder = self.ranks.gather_bytes(os.fsencode(self.run_folder or ""))[0]
+                    self.run_folder = Path(os.fsdecode(folder))
             return self._run()
 
     def _open_log(self) -> None:
@@ -253,22 +309,22 @@ class Trainer:
 
     def _run(self) -> TrainResult:
         output: StepOutput | None = None
-        for callback in self.callbacks:
-            callback.on_start(self)
-        while self.step < self.config.max_steps and not self._stop:
+        self._call("on_start")
+        while self.step < self.config.max_steps and not self._must_stop():
             step = self.step
             self.timer.start()
             output = self._checked_step(step)
             self.timer.stop()
+            if self._averaging.wants(step):
+                self._gather()
             self._averaging.update(step)
             self.step = step + 1
             for callback in self.callbacks:
                 callback.on_step(self, step, output)
-            if step % self.config.eval_every_n == 0:
+            if self.config.eval_every_n and step % self.config.eval_every_n == 0:
                 evaluation = self._evaluation(output)
                 self.history.append(evaluation)
-                for callback in self.callbacks:
-                    callback.on_evaluate(self, evaluation)
+                self._call("on_evaluate", evaluation)
         result = TrainResult(
             config=self.config,
             dataset=self.dataset.name,
@@ -283,9 +339,20 @@ class Trainer:
             notices=tuple(self.notices),
             model=self._evaluated_model(),
         )
-        for callback in self.callbacks:
-            callback.on_end(self, result)
+        self._call("on_end", result)
+        if self._team is not None:
+            self.ranks.barrier()  # a rank that leaves earlier would count as lost
         return result
+
+    def _must_stop(self) -> bool:
+        """Whether to stop before the next step; all ranks stop before the same one."""
+        return self._stop if self._team is None else self._team.stop
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        """Call a method of every callback, while the other ranks wait."""
+        with self.ranks.busy():
+            for callback in self.callbacks:
+                getattr(callback, method)(self, *arguments)
 
     def make_step(self, step: int) -> StepOutput:
         """Perform training step number `step`, with the fused kernels if they support it.
@@ -304,7 +371,7 @@ class Trainer:
             if self._step is None or self._step.stale():
                 self._step = choose_step(
                     self.model, self.objective, self.optimizer, self.data, self.order, self.config,
-                    self.notice,
+                    self.notice, self.teachers, self._team,
                 )  # fmt: skip
             return self._step(step)
 
@@ -320,11 +387,16 @@ class Trainer:
             raise
 
     def _evaluation(self, output: StepOutput | None) -> Evaluation:
+        self._gather()
         test_loss, test_accuracy = self.evaluate()
         train_loss = train_accuracy = float("nan")
         if output is not None:
             train_loss = float(output.loss)
-            train_accuracy = float((output.logits.argmax(axis=1) == output.labels).mean())
+            right = output.logits.argmax(axis=1) == output.labels
+            train_accuracy = float(right.mean())
+            if self._team is not None:
+                count = self.ranks.sums([float(right.sum()), right.size])
+                train_accuracy = float(count[0] / count[1])
         return Evaluation(
             step=self.step - 1,
             train_loss=train_loss,
@@ -337,7 +409,7 @@ class Trainer:
     def evaluate(self) -> tuple[float, float]:
         """Return loss (with penalty) and accuracy on the test set, with averaged weights if any."""
         with self.averaged(), np.errstate(**_UNDERFLOW_IS_ZERO):
-            return evaluate(self.model, self.objective, self.data)
+            return evaluate(self.model, self.objective, self.data, self.ranks)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -346,5 +418,6 @@ class Trainer:
         At its end the training weights are restored, and changes to the model are lost. It may be
         nested; `evaluate` and `state` may be called within, `make_step` may not.
         """
+        self._gather()
         with self.device.scope(), self._averaging.applied():
             yield

@@ -9,7 +9,7 @@ from typing import Any
 from cupybnn.backends.cuda.fused import Launcher
 from cupybnn.backends.cuda.structs import Kernel, Struct
 
-__all__ = ["Attack", "Deformation", "Draw", "DropoutMask", "Gather"]
+__all__ = ["ALL_KEPT", "Attack", "Deformation", "Draw", "DropoutMask", "Gather"]
 
 BATCH = Struct(
     "Batch",
@@ -44,7 +44,8 @@ class Draw:
         return {"seed": self.seed, "draw": self.offset, "last": last}
 
 
-_ALL_KEPT = Draw(seed=0, offset=0, keep_prob=1.0)
+#: A draw that drops nothing.
+ALL_KEPT = Draw(seed=0, offset=0, keep_prob=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ class _Batch:
             **arrays, step=self.step, x=self.x, pops=self.pops,
             ring=0 if order is None else order.shape[0], rows=rows, cols=cols,
             pop_count=0 if self.pops is None else self.pops.size,
-            **(self.drop or _ALL_KEPT).fields(),
+            **(self.drop or ALL_KEPT).fields(),
         )  # fmt: skip
 
     def _defines(self, vector: int) -> tuple[tuple[str, int], ...]:

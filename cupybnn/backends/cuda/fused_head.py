@@ -14,7 +14,7 @@ from cupybnn.backends.cuda.structs import Kernel, Struct
 __all__ = ["LOSSES", "READS", "Head"]
 
 # As in loss.cuh and smxx_head.cu.
-LOSSES = {"cross_entropy": 0, "squared_hinge": 1}
+LOSSES = {"cross_entropy": 0, "squared_hinge": 1, "divergence": 2}
 READS = {"none": 0, "relu": 1, "sign": 2}
 
 BACK = Struct(
@@ -58,7 +58,7 @@ class Head:
     reads: str  # a key of READS; "sign": signs, multiplied by the signs of the (latent) weights
     weight: Any  # (units, classes)
     grad_weight: Any  # (units, classes)
-    labels: Any  # int64, (batch,)
+    labels: Any  # int64, (batch,); or probabilities, float32, (batch, classes)
     loss: str  # a key of LOSSES
     smoothing: float  # of the labels
     logits: Any  # (batch, classes)
@@ -79,6 +79,11 @@ class Head:
         followed = (self.factor is not None) + (self.norm is not None)
         assert followed == (self.reads == "sign"), "signs are followed by a factor or a norm"
         assert (self.factor is None) == (self.grad_factor is None)
+        assert self._soft or self.loss != "divergence"
+
+    @property
+    def _soft(self) -> bool:
+        return len(self.labels.shape) == 2
 
     @property
     def _classes(self) -> int:
@@ -89,6 +94,7 @@ class Head:
             ("CLASSES", self._classes),
             ("HEAD", READS[self.reads]),
             ("LOSS", LOSSES[self.loss]),
+            ("SOFT", int(self._soft)),
             ("OUTPUT_NORM", int(self.norm is not None)),
         )
 
@@ -127,7 +133,11 @@ class Head:
             **norm.gradients(), mean_loss=self.mean_loss, rows=rows, share=1 / rows,
             decay=norm.decay, eps=norm.eps, smoothing=self.smoothing,
         )  # fmt: skip
-        defines = (("CLASSES", self._classes), ("LOSS", LOSSES[self.loss]))
+        defines = (
+            ("CLASSES", self._classes),
+            ("LOSS", LOSSES[self.loss]),
+            ("SOFT", int(self._soft)),
+        )
         launcher.launch(NORMALISE_OUTPUT, {"p": packed}, grid=(1,), defines=defines)
 
     def launch_gradient(self, launcher: Launcher) -> None:

@@ -7,7 +7,7 @@ from operator import attrgetter, is_
 from typing import Any
 
 from cupybnn import nn, optim
-from cupybnn.training.fast.buffers import HiddenBuffers
+from cupybnn.training.fast.hidden import HiddenBuffers
 
 __all__ = ["Edits", "Wiring"]
 

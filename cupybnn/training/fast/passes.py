@@ -8,7 +8,7 @@ from typing import Any
 
 from cupybnn.backends import cuda
 from cupybnn.backends.cuda import blas, fused, sign_gemm
-from cupybnn.backends.cuda.fused_batch import Attack, Deformation, Draw, DropoutMask, Gather
+from cupybnn.backends.cuda.fused_batch import Draw, DropoutMask
 from cupybnn.backends.cuda.fused_head import Head
 from cupybnn.backends.cuda.fused_layers import (
     Activation,
@@ -17,13 +17,15 @@ from cupybnn.backends.cuda.fused_layers import (
     UnpackRows,
 )
 from cupybnn.backends.cuda.fused_update import Update
+from cupybnn.backends.cuda.fused_virtual import Soften
 from cupybnn.backends.cuda.graph import Fork
 from cupybnn.data import DeviceData
 from cupybnn.training.config import TrainConfig
-from cupybnn.training.fast.buffers import Buffers
+from cupybnn.training.fast.buffers import Buffers, Pass
 from cupybnn.training.fast.feed import Feed
+from cupybnn.training.fast.images import Images
 from cupybnn.training.fast.plan import NetworkPlan
-from cupybnn.training.step import augmentation_seed
+from cupybnn.training.fast.teaching import Teaching
 
 __all__ = ["Passes"]
 
@@ -39,6 +41,8 @@ class Passes:
     data : DeviceData
     config : TrainConfig
         Its fields `loss`, `label_smoothing`, `dtype` and `seed`.
+    teaching : Teaching, optional
+        The networks whose predictions are learned.
 
     Attributes
     ----------
@@ -57,6 +61,7 @@ class Passes:
         feed: Feed,
         data: DeviceData,
         config: TrainConfig,
+        teaching: Teaching | None = None,
     ) -> None:
         self._plan, self._buffers, self._feed = plan, buffers, feed
         self._data = data
@@ -71,19 +76,13 @@ class Passes:
         self._blas = self._side_blas = blas.Blas(plan.precision)
         if plan.keep_dense_copies and any(h.backward == "dense" for h in plan.hidden[1:]):
             self._side_blas = blas.Blas(plan.precision)
-        self._deformation = None
-        if any(plan.augment):
-            assert data.image_shape is not None, "checked before: only images are augmented"
-            shift, rotation, scale, shear = plan.augment
-            self._deformation = Deformation(
-                shape=data.image_shape,
-                seed=augmentation_seed(config),
-                shift=shift,
-                rotation=rotation,
-                scale=scale,
-                shear=shear,
-            )
-        self._head = self._make_head(config)
+        self._images = Images(plan, buffers, feed, data, config, teaching)
+        first, *more = buffers.passes
+        labels = buffers.labels if buffers.targets is None else buffers.targets
+        self._heads = [self._make_head(config, first, labels, config.loss)]
+        self._heads += [
+            self._make_head(config, second, buffers.predictions, "divergence") for second in more
+        ]
         keep = 1.0 if plan.input_dropout is None else plan.input_dropout.keep_prob
         #: Factor that turns the whole numbers in `Buffers.inputs` into pixels.
         self._input_scale = float(data.pixel_scale) / keep
@@ -102,18 +101,7 @@ class Passes:
         self.launcher.begin_step()
         remaining = iter(draws)
         pixel_draw = None if plan.input_dropout is None else next(remaining)
-        with self.span("gather"):
-            Gather(
-                images=self._data.train_images,
-                all_labels=self._data.train_labels,
-                order=feed.images,
-                step=feed.step,
-                x=buffers.inputs,
-                labels=buffers.labels,
-                drop=pixel_draw,
-                pops=buffers.pops,
-                deformation=self._deformation,
-            ).launch(self.launcher)
+        taught = self._images.gather(self.launcher, fork, pixel_draw, self.span)
         for hidden in buffers.hidden:
             layer = hidden.layer
             if layer.kept is not None:
@@ -121,76 +109,78 @@ class Passes:
                     DropoutMask(
                         step=feed.step, draw=next(remaining), shape=layer.shape, out=layer.kept
                     ).launch(self.launcher)
+        first = buffers.passes[0]
         if plan.adversarial:
-            self._forward()
+            self._forward(first, lambda: fork.wait(taught))
             self._attack(pixel_draw)
-        self._forward()
+        self._forward(first, lambda: fork.wait(taught))
+        if plan.vat:
+            self._search(pixel_draw)
+            self._forward(buffers.passes[1])
         self._backward(fork)
         fork.join()
         self._update_layer(0)
 
     # Forward -----------------------------------------------------------------------------------
 
-    def _forward(self) -> None:
+    def _forward(self, at: Pass, before_loss: Callable[[], None] = lambda: None) -> None:
         """Compute the loss, and the gradient of the last hidden product."""
-        for i in range(len(self._buffers.hidden)):
-            self._multiply(i)
-            self._activate(i)
-        self._launch_head()
+        for i in range(len(at.hidden)):
+            self._multiply(at, i)
+            self._activate(at, i)
+        before_loss()
+        self._launch_head(at)
 
-    def _multiply(self, i: int) -> None:
+    def _multiply(self, at: Pass, i: int) -> None:
         """Compute the product of hidden layer `i`, counted from 0."""
-        hidden = self._buffers.hidden[i]
+        hidden = at.hidden[i]
         with self.span(hidden.plan.name):
             if i == 0:
                 self._blas.multiply(
-                    self._buffers.inputs,
-                    hidden.weight,
-                    hidden.layer.product,
-                    scale=self._input_scale,
+                    at.inputs, hidden.weight, hidden.layer.product, scale=self._input_scale
                 )
             elif hidden.plan.product == "xnor":
-                before = self._buffers.hidden[i - 1].packed
+                before = at.hidden[i - 1].packed
                 cuda.gemm(before, hidden.packed_weight, hidden.layer.product, None)
             else:
-                before = self._buffers.hidden[i - 1].dense
+                before = at.hidden[i - 1].dense
                 self._blas.multiply(before, hidden.weight, hidden.layer.product)
 
-    def _activate(self, i: int) -> None:
+    def _activate(self, at: Pass, i: int) -> None:
         """Normalise the product of hidden layer `i`, and take its sign or ReLU."""
-        hidden = self._buffers.hidden[i]
+        hidden = at.hidden[i]
         with self.span("batch norm, activation"):
             Activation(layer=hidden.layer, to=hidden.activations).launch(self.launcher)
 
-    def _make_head(self, config: TrainConfig) -> Head:
-        buffers, head, last = self._buffers, self._plan.head, self._buffers.hidden[-1]
+    def _make_head(self, config: TrainConfig, at: Pass, labels: Any, loss: str) -> Head:
+        head, last = self._plan.head, at.hidden[-1]
         weight = head.linear.weight
         factor = None if head.scale is None else head.scale.factor
         return Head(
             layer=last.layer,
             reads=head.reads,
             weight=weight._data,
-            grad_weight=buffers.gradients[weight],
-            labels=buffers.labels,
-            loss=config.loss,
+            grad_weight=at.head_gradients[weight],
+            labels=labels,
+            loss=loss,
             smoothing=config.label_smoothing,
-            logits=buffers.logits,
-            grad_logits=buffers.logits_grad,
-            mean_loss=buffers.mean_loss,
+            logits=at.logits,
+            grad_logits=at.logits_grad,
+            mean_loss=at.mean_loss,
             factor=None if factor is None else factor._data,
-            grad_factor=None if factor is None else buffers.gradients[factor],
-            norm=buffers.head_norm,
+            grad_factor=None if factor is None else at.head_gradients[factor],
+            norm=at.head_norm,
             gate=last.plan.gate,
             window=last.plan.window,
-            out=buffers.product_grad(len(buffers.hidden) - 1)[1],
+            out=self._buffers.product_grad(len(at.hidden) - 1, at.number)[1],
         )
 
-    def _launch_head(self) -> None:
+    def _launch_head(self, at: Pass) -> None:
         """Compute the loss from the last hidden product, and that product's gradient."""
         with self.span("logits and loss"):
-            self._head.launch_logits(self.launcher)
+            self._heads[at.number].launch_logits(self.launcher)
         with self.span("gradient of the head"):
-            self._head.launch_gradient(self.launcher)
+            self._heads[at.number].launch_gradient(self.launcher)
 
     # Backward ----------------------------------------------------------------------------------
 
@@ -202,10 +192,13 @@ class Passes:
         by `launch`.
         """
         buffers = self._buffers
+        *earlier, last = buffers.passes
+        for at in earlier:  # their gradients of products are kept
+            self._descend(at)
         in_use: dict[int, Any] = {}  # events after which a gradient buffer is free
 
         def finish(i: int) -> None:
-            own, gradient = buffers.product_grad(i)
+            own, gradient = buffers.product_grad(i, None)
             if buffers.hidden[i].plan.backward == "bits":
                 self._update_by_bits(i, gradient)
             else:
@@ -218,19 +211,26 @@ class Passes:
             below = buffers.product_grad(i - 1)[0]
             if below is not None:
                 fork.wait(in_use.pop(below, None))
-            self._input_gradient(i)
+            self._input_gradient(last, i)
             if self._plan.keep_dense_copies:
                 with fork.aside():
                     finish(i)
-            self._activation_gradient(i - 1)
+            self._activation_gradient(last, i - 1)
             if not self._plan.keep_dense_copies:  # shared memory is free again
                 finish(i)
-        self._weight_gradient(0, buffers.product_grad(0)[1], self._blas)
+        self._weight_gradient(0, buffers.product_grad(0, None)[1], self._blas)
 
-    def _input_gradient(self, i: int) -> None:
+    def _descend(self, at: Pass) -> None:
+        """Compute the gradients of all products of a pass, without those of hidden weights."""
+        for i in reversed(range(1, len(at.hidden))):
+            self._input_gradient(at, i)
+            self._activation_gradient(at, i - 1)
+
+    def _input_gradient(self, at: Pass, i: int) -> None:
         """Compute the gradient of the input of hidden layer `i` > 0, counted from 0."""
-        hidden, gradient = self._buffers.hidden[i], self._buffers.product_grad(i)[1]
-        incoming = self._buffers.incoming_grad(i - 1)
+        hidden = at.hidden[i]
+        gradient = self._buffers.product_grad(i, at.number)[1]
+        incoming = self._buffers.incoming_grad(i - 1, at.number)
         by_bits = hidden.plan.backward == "bits"
         weight = None if by_bits else self._weight_of(i)
         with self.span(f"gradient of {hidden.plan.name}'s input"):
@@ -239,16 +239,16 @@ class Passes:
             else:
                 self._blas.multiply(gradient, weight, incoming, transpose_b=True)
 
-    def _activation_gradient(self, i: int) -> None:
+    def _activation_gradient(self, at: Pass, i: int) -> None:
         """Turn the gradient of hidden layer `i`'s activation into that of its product."""
-        buffers, hidden = self._buffers, self._buffers.hidden[i]
+        hidden = at.hidden[i]
         with self.span("gradient of activation"):
             ActivationGradient(
                 layer=hidden.layer,
                 gate=hidden.plan.gate,
                 mask=hidden.mask,
-                grad=buffers.incoming_grad(i),
-                out=buffers.product_grad(i)[1],
+                grad=self._buffers.incoming_grad(i, at.number),
+                out=self._buffers.product_grad(i, at.number)[1],
             ).launch(self.launcher)
 
     def _weight_of(self, i: int) -> Any:
@@ -262,12 +262,12 @@ class Passes:
         return out
 
     def _weight_gradient(self, i: int, gradient: Any, products: blas.Blas) -> None:
-        """Compute the gradient of the weights of hidden layer `i`."""
+        """Compute the gradient of the weights of hidden layer `i`, summed over all passes."""
         hidden = self._buffers.hidden[i]
-        inputs, scale = self._buffers.inputs, self._input_scale
+        inputs, scale = self._buffers.all_inputs, self._input_scale
         if i:
             before, scale = self._buffers.hidden[i - 1], 1.0
-            inputs = before.dense
+            inputs = before.all_dense
             if inputs is None:
                 inputs = self._buffers.signs(i - 1)
                 with self.span("unpack signs"):
@@ -289,32 +289,40 @@ class Passes:
     def _update_layer(self, i: int) -> None:
         """Update the parameters of hidden layer `i`; the head's are updated with the last."""
         with self.span("update"):
+            self._buffers.add_passes(i)
             self.update.launch(self._group(i))
 
-    # The attack --------------------------------------------------------------------------------
+    # Adversarial images ------------------------------------------------------------------------
 
-    def _attack(self, pixel_draw: Draw | None) -> None:
-        """Move the batch in the direction that increases the loss; updates no parameter."""
+    def _pixel_gradient(self, at: Pass) -> None:
+        """Compute the gradient of the pixels, up to a factor."""
         buffers = self._buffers
-        for i in reversed(range(1, len(buffers.hidden))):
-            self._input_gradient(i)
-            self._activation_gradient(i - 1)
+        self._descend(at)
         with self.span("gradient of the pixels"):
             self._blas.multiply(
-                buffers.product_grad(0)[1],
+                buffers.product_grad(0, at.number)[1],
                 self._weight_of(0),
                 buffers.input_grad,
                 transpose_b=True,
             )
+
+    def _attack(self, pixel_draw: Draw | None) -> None:
+        """Move the batch in the direction that increases the loss; updates no parameter."""
+        self._pixel_gradient(self._buffers.passes[0])
         with self.span("attack"):
-            Attack(
-                gradient=buffers.input_grad,
-                step=self._feed.step,
-                drop=pixel_draw,
-                amount=self._plan.adversarial / float(self._data.pixel_scale),
-                x=buffers.inputs,
-                pops=buffers.pops,
-            ).launch(self.launcher)
+            self._images.attack(self.launcher, pixel_draw)
+
+    def _search(self, pixel_draw: Draw | None) -> None:
+        """Make the second pass's images: moved to where predictions change most."""
+        buffers, second = self._buffers, self._buffers.passes[1]
+        with self.span("predictions"):
+            Soften(logits=buffers.logits, out=buffers.predictions).launch(self.launcher)
+        with self.span("move"):
+            self._images.move(self.launcher, "random", self._plan.vat_xi, pixel_draw)
+        self._forward(second)
+        self._pixel_gradient(second)
+        with self.span("move"):
+            self._images.move(self.launcher, "gradient", self._plan.vat, pixel_draw)
 
 
 @contextlib.contextmanager

@@ -45,6 +45,12 @@ class NetworkPlan:
         Greatest shift, rotation, scale and shear of the images.
     adversarial : float
         How far each pixel is moved to increase the loss; 0 disables adversarial training.
+    vat, vat_xi : float
+        Distances of virtual adversarial training; 0 disables it.
+    mix : {"none", "some", "uniform"}
+        Which images are mixed in pairs.
+    taught : bool
+        Whether teachers' predictions are learned.
     keep_dense_copies : bool
         Whether buffers are small enough that each layer has its own. If not, layers share them and
         a step runs on one stream: dense products of that size fill the GPU anyway.
@@ -59,7 +65,16 @@ class NetworkPlan:
     head: HeadPlan
     augment: tuple[float, float, float, float]
     adversarial: float
+    vat: float
+    vat_xi: float
+    mix: str
+    taught: bool
     keep_dense_copies: bool
+
+    @property
+    def passes(self) -> int:
+        """Number of passes through the network that are kept for the gradient."""
+        return 2 if self.vat else 1
 
     @classmethod
     def of(cls, model: nn.Module, config: TrainConfig, device: int | None = None) -> NetworkPlan:
@@ -92,7 +107,9 @@ class NetworkPlan:
         head = plan_head(chain.blocks[-1], hidden[-1])
         widest = max(layer.units for layer in hidden)
         itemsize = operand_dtype(config.dtype).itemsize
-        dense_copies = config.batch_size * widest * itemsize <= _DENSE_COPY_BYTES
+        # Virtual adversarial training keeps two passes through the network until both have their
+        # gradients, which one product then adds up: no layer can share its memory.
+        dense_copies = config.vat > 0 or config.batch_size * widest * itemsize <= _DENSE_COPY_BYTES
         hidden = _plan_backward(hidden, config, device)
         following = [*hidden[1:], None]
         features, classes = hidden[0].inputs, head.linear.weight.shape[1]
@@ -119,6 +136,10 @@ class NetworkPlan:
                 config.augment_shear,
             ),
             adversarial=config.adversarial,
+            vat=config.vat,
+            vat_xi=config.vat_xi,
+            mix=config.mix,
+            taught=bool(config.teacher),
             keep_dense_copies=dense_copies,
         )
 
@@ -153,6 +174,8 @@ def _plan_backward(
         backward = "dense"
         if layer.product == "xnor" and device is not None:
             reason = sign_gemm.unsupported_reason(device, config.dtype, layer.inputs, layer.units)
+            if reason is None and config.vat:
+                reason = "one product adds up the gradients of two passes"
             if reason is None and not sign_gemm.pays(
                 device, config.batch_size, layer.inputs, layer.units
             ):

@@ -17,8 +17,10 @@ from cupybnn.training.fast.feed import Feed
 from cupybnn.training.fast.following import Edits, Wiring
 from cupybnn.training.fast.passes import Passes, no_span
 from cupybnn.training.fast.plan import NetworkPlan
+from cupybnn.training.fast.teaching import Teaching
 from cupybnn.training.fast.update import UpdateOptions, plan_update
 from cupybnn.training.step import Objective, StepOutput
+from cupybnn.training.teachers import Teachers
 
 __all__ = ["FusedStep"]
 
@@ -42,6 +44,8 @@ class FusedStep:
     config : TrainConfig
     notify : callable, optional
         Called with a sentence when steps cannot be captured.
+    teachers : Teachers, optional
+        Whose predictions are learned instead of the labels.
 
     Notes
     -----
@@ -58,6 +62,7 @@ class FusedStep:
         order: BatchOrder,
         config: TrainConfig,
         notify: Callable[[str], None] | None = None,
+        teachers: Teachers | None = None,
     ) -> None:
         import cupy
 
@@ -67,7 +72,10 @@ class FusedStep:
         self._recorded = config.log_dir is not None
         self.buffers = Buffers(self.plan, model, data.device, self._recorded)
         self.feed = Feed(order, optimizer)
-        self.passes = Passes(self.plan, self.buffers, self.feed, data, config)
+        teaching = None
+        if teachers is not None:
+            teaching = Teaching(teachers, self.plan, float(data.pixel_scale))
+        self.passes = Passes(self.plan, self.buffers, self.feed, data, config, teaching)
         self._parameters = list(model.parameters())
         self._wiring = Wiring(model, optimizer)
         self._edits = Edits(self.buffers.hidden)

@@ -10,12 +10,18 @@ from cupybnn.training.config import TrainConfig
 from cupybnn.training.declaration import declared
 from cupybnn.training.fast.layers import Unsupported
 from cupybnn.training.fast.plan import NetworkPlan
+from cupybnn.training.fast.teaching import plan_layers
+from cupybnn.training.teachers import Teachers
 
 __all__ = ["unsupported_reason"]
 
 
 def unsupported_reason(
-    config: TrainConfig, model: nn.Module, optimizer: optim.Optimizer, capability: int
+    config: TrainConfig,
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    capability: int,
+    teachers: Teachers | None = None,
 ) -> str | None:
     """Return why the fused step cannot train `model`, to end a sentence; None if it can."""
     for reason in _unsupported_settings(config, optimizer, capability):
@@ -25,6 +31,8 @@ def unsupported_reason(
         return "the optimizer must have exactly the parameters of the model"
     try:
         NetworkPlan.of(model, config)
+        for network in () if teachers is None else teachers.networks:
+            plan_layers(network.to("cpu").layers)
     except Unsupported as reason:
         return str(reason)
     return None
@@ -57,5 +65,7 @@ def _unsupported_settings(
     for name, setting in declared(type(config)).items():
         if not setting.fused and getattr(config, name) != setting.default:
             yield f"the setting {name!r} is not supported"
+    if config.penalty == "l2" and config.reg != 0:
+        yield "the penalty 'l2' is not supported"
     if config.debug:
         yield "--debug checks every operation"

@@ -1,6 +1,8 @@
 """Recipes: small TOML files of settings, in this folder or anywhere else.
 
-A recipe has a one-line ``summary`` and a table ``[settings]`` with fields of `TrainConfig`.
+A recipe has a one-line ``summary`` and a table ``[settings]`` with fields of `TrainConfig`. It may
+have a table ``[teachers]``: the ``recipe`` by which its teachers are trained first, and their
+``count``.
 """
 
 from __future__ import annotations
@@ -19,9 +21,25 @@ else:
 
 from cupybnn.errors import SettingError
 
-__all__ = ["Recipe", "load", "names"]
+__all__ = ["Recipe", "TeacherRecipe", "load", "names"]
 
 _FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class TeacherRecipe:
+    """How the teachers of a recipe are trained.
+
+    Attributes
+    ----------
+    recipe : str
+        Name of their recipe.
+    count : int
+        How many; with seed s, their seeds are ``s * count`` to ``s * count + count - 1``.
+    """
+
+    recipe: str
+    count: int
 
 
 @dataclass(frozen=True)
@@ -35,11 +53,14 @@ class Recipe:
         What it trains, in one line.
     settings : dict
         Fields of `TrainConfig`; fields that are missing have their defaults.
+    teachers : TeacherRecipe or None
+        Teachers that ``cupybnn train`` trains first, unless ``--teacher`` names others.
     """
 
     name: str
     summary: str
     settings: dict[str, Any]
+    teachers: TeacherRecipe | None = None
 
 
 def names() -> list[str]:
@@ -73,9 +94,27 @@ def load(name: str) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingError(f"The recipe {path} is not TOML: {error}.") from error
     settings = content.get("settings")
-    if not isinstance(settings, dict) or set(content) - {"summary", "settings"}:
+    if not isinstance(settings, dict) or set(content) - {"summary", "settings", "teachers"}:
         raise SettingError(
-            f"The recipe {path} must contain a 'summary' and a table [settings], nothing else; got "
-            f"{', '.join(content) or 'nothing'}."
+            f"The recipe {path} must contain a 'summary' and a table [settings], perhaps a table "
+            f"[teachers], and nothing else; got {', '.join(content) or 'nothing'}."
         )
-    return Recipe(path.stem, str(content.get("summary", "")), settings)
+    teachers = _teachers(path, content["teachers"]) if "teachers" in content else None
+    return Recipe(path.stem, str(content.get("summary", "")), settings, teachers)
+
+
+def _teachers(path: Path, table: Any) -> TeacherRecipe:
+    """Return the table [teachers], checked."""
+    wanted = {"recipe": str, "count": int}
+    fits = isinstance(table, dict) and table.keys() == wanted.keys()
+    if not fits or any(type(table[n]) is not kind for n, kind in wanted.items()):
+        raise SettingError(
+            f"The table [teachers] of the recipe {path} must have a 'recipe', the name of one, and "
+            f"a 'count', a whole number; got {table!r}."
+        )
+    if table["count"] < 1 or load(table["recipe"]).teachers is not None:
+        raise SettingError(
+            f"The [teachers] of the recipe {path} must be at least one, by a recipe without "
+            f"teachers of its own; got {table!r}."
+        )
+    return TeacherRecipe(**table)

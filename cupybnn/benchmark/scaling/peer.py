@@ -1,0 +1,78 @@
+"""The same steps in PyTorch, with DistributedDataParallel. Imports torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from cupybnn import settings
+from cupybnn.backends.devices import Device
+from cupybnn.benchmark.scaling.worker import time_steps
+from cupybnn.benchmark.training.peer import Network, Stepper
+from cupybnn.benchmark.training.record import random_images
+from cupybnn.parallel import Alone, Ranks
+
+__all__ = ["measure"]
+
+
+def measure(ranks: Ranks, task: dict[str, Any], device: Device) -> dict[str, Any]:
+    """Time steps of the network on all ranks, and on one with as many images as each has."""
+    gpu = device.kind == "cuda"
+    where = torch.device(f"cuda:{device.index}" if gpu else "cpu")
+    if gpu:
+        torch.cuda.set_device(where)
+        torch.set_float32_matmul_precision("high")
+    wait = torch.cuda.synchronize if gpu else lambda: None
+    if ranks.size > 1:
+        dist.init_process_group(
+            "nccl" if gpu else "gloo",
+            init_method=f"file://{settings.rendezvous()}/torch",
+            rank=ranks.rank,
+            world_size=ranks.size,
+        )
+    try:
+        stepper = _stepper(ranks, task, where)
+        row: dict[str, Any] = {"step": time_steps(stepper, wait, ranks, task["seconds"])}
+        row["how"] = "compiled" if gpu else "eager"
+        row["state_bytes"] = sum(3 * w.numel() * w.element_size() for w in stepper.network.latent)
+        del stepper
+        alone = _stepper(Alone(), {**task, "batch": task["batch"] // ranks.size}, where)
+        row["alone"] = time_steps(alone, wait, Alone(), task["seconds"])["median"]
+        row["alone_how"] = row["how"]
+        return row
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _stepper(ranks: Ranks, task: dict[str, Any], where: Any) -> Stepper:
+    data = random_images(task["images"])
+    dtype = torch.bfloat16 if task["precision"] == "bfloat16" else torch.float32
+    torch.manual_seed(ranks.rank)
+    network = Network(
+        torch.from_numpy(data.train_images).to(where),
+        torch.from_numpy(data.train_labels.astype("int64")).to(where),
+        task["hidden"],
+        data.classes,
+        dtype,
+    )
+    gpu = where.type == "cuda"
+    stepper = Stepper(network, task["batch"] // ranks.size)
+    forward: Any = network
+    if ranks.size > 1:
+        # The images are buffers: sending them in every step, as by default, would be unfair.
+        forward = DistributedDataParallel(
+            network,
+            device_ids=[where.index] if gpu else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+        if dtype == torch.bfloat16:
+            from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+            forward.register_comm_hook(None, default_hooks.bf16_compress_hook)
+    stepper._forward = torch.compile(forward, dynamic=False) if gpu else forward
+    return stepper

@@ -1,0 +1,372 @@
+"""A folder in which the ranks of a run find each other, and notice when one dies or hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cupybnn.errors import RankError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["LAUNCHER", "Meeting", "hold", "is_held", "read", "release", "remove_abandoned", "write"]
+
+_CURRENT = "current"  # names the session of the ranks that are meeting
+#: The file that a process holds which ends all ranks when it ends itself.
+LAUNCHER = "launcher.lock"
+#: Ranks may come this many times later than they may hang: starting Python on a loaded host.
+_START = 10
+#: Seconds in which a rank that has lost another must have left a blocking call.
+_LAST_RESORT = 10.0
+_A_MINUTE = 60.0
+_ENDED = "ended with an error:"
+
+
+def hold(path: Path) -> int:
+    """Create and lock a file for the rest of this process's life; return its descriptor."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # a file system without locks: only signs of life count
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+def release(descriptor: int) -> None:
+    """Let go of a file that `hold` locked; it stays open."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def is_held(path: Path) -> bool:
+    """Whether the process that called `hold` lives; True if that cannot be known."""
+    if fcntl is None:
+        return True
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return True  # not there yet, or no longer: other rules notice
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a small file that only this user can read; a reader finds all of it or nothing."""
+    part = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(content)
+    os.replace(part, path)
+
+
+def read(path: Path) -> bytes | None:
+    """Return a file's content, or None if it is not there (yet)."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def remove_abandoned(base: Path) -> None:
+    """Remove the folder of ranks that were all killed, as mpirun does when it loses one."""
+    with contextlib.suppress(OSError):
+        locks = [*base.glob("session-*/rank-*.lock"), *base.glob(LAUNCHER)]
+        old = [lock.stat().st_mtime < time.time() - _A_MINUTE for lock in locks]
+        if locks and all(old) and not any(map(is_held, locks)):
+            shutil.rmtree(base, ignore_errors=True)
+
+
+class Meeting:
+    """The ranks of one run in a folder that they all see.
+
+    Each rank holds a lock on a file while it lives, and a thread writes a sign of life into
+    another. The thread also looks after the other ranks: one is lost if its lock is free, if its
+    signs of life stop, or if it is the one that an operation has waited for too long.
+
+    Parameters
+    ----------
+    base : Path
+        The same for all ranks of this run and, while they meet, of no other; made if it is not
+        there.
+    rank, size : int
+    seconds : float
+        How long a rank may give no sign of life, or keep the others waiting.
+    last_resort : callable, optional
+        Called with the message if the main thread has not left a blocking call 10 seconds after a
+        rank was lost; it should end the process.
+
+    Raises
+    ------
+    RankError
+        If a rank does not come.
+
+    Attributes
+    ----------
+    folder : Path
+        The folder of this session within `base`.
+    on_lost : list of callable
+        Called, in the thread, when a rank is lost.
+    begun : int
+        Number of exchanges that this rank has begun.
+    needed : int
+        Number of exchanges that all ranks must have begun before this one can go on.
+    busy : bool
+        Whether this rank does what the others wait for, such as writing a checkpoint: they then
+        wait for as long as it gives signs of life.
+    waiting_since : callable
+        Returns the `time.monotonic` since which this rank has waited for the others, or None.
+    """
+
+    def __init__(
+        self,
+        base: Path,
+        rank: int,
+        size: int,
+        seconds: float,
+        last_resort: Callable[[str], Any] | None = None,
+    ) -> None:
+        self.base, self.rank, self.size, self.seconds = base, rank, size, seconds
+        self.on_lost: list[Callable[[], Any]] = []
+        self._last_resort = last_resort
+        self._lost: RankError | None = None
+        self._ended: dict[str, Any] = {}
+        self.begun = self.needed = 0
+        self._since: float | None = None
+        self.busy = False
+        self.waiting_since: Callable[[], float | None] = lambda: self._since
+        self._closed = threading.Event()
+        self._beat = 0
+        self._seen: dict[int, tuple[Any, float]] = {}
+        self.folder = self._open_session()
+        self._lock = hold(self._file(rank, ".lock"))
+        self._write_state()
+        if rank == 0:
+            write(base / _CURRENT, self.folder.name.encode())
+        self._interval = min(1.0, seconds / 5)
+        self._await_all()
+        self._thread = threading.Thread(target=self._watch, name="cupybnn-ranks", daemon=True)
+        self._thread.start()
+
+    # Finding each other --------------------------------------------------------------------------
+
+    def _file(self, rank: int, suffix: str = "") -> Path:
+        return self.folder / f"rank-{rank}{suffix}"
+
+    def _open_session(self) -> Path:
+        """Make the folder of this session, as rank 0, or wait for it."""
+        self.base.mkdir(parents=True, exist_ok=True)
+        if self.rank == 0:
+            for old in self.base.glob("session-*"):  # of ranks that were all killed
+                if not is_held(old / "rank-0.lock"):
+                    shutil.rmtree(old, ignore_errors=True)
+            folder = self.base / f"session-{secrets.token_hex(6)}"
+            folder.mkdir(mode=0o700)
+            return folder
+
+        def current() -> Path | None:
+            name = read(self.base / _CURRENT)
+            if name is None or not name.decode().startswith("session-"):
+                return None
+            folder = self.base / name.decode()
+            there = (folder / "rank-0.lock").exists() and is_held(folder / "rank-0.lock")
+            return folder if there else None
+
+        return self._await(current, lambda: [0])
+
+    def _await_all(self) -> None:
+        def missing() -> list[int]:
+            return [r for r in range(self.size) if not self._file(r).exists()]
+
+        self._await(lambda: None if missing() else self.folder, missing)
+
+    def _await(self, find: Callable[[], Path | None], missing: Callable[[], list[int]]) -> Path:
+        began, limit = time.monotonic(), _START * self.seconds
+        while (found := find()) is None:
+            waited = time.monotonic() - began
+            if waited > limit or not is_held(self.base / LAUNCHER):
+                absent = missing()
+                raise RankError(
+                    f"Rank {', '.join(map(str, absent))} did not come to {self.base} within "
+                    f"{waited:.0f} seconds. All {self.size} ranks must be started, and see this "
+                    f"folder; on several hosts, choose one that they share with --log_dir or "
+                    f"CUPYBNN_RENDEZVOUS.",
+                    report=self.rank == next(r for r in range(self.size) if r not in absent),
+                )
+            time.sleep(0.005)
+        return found
+
+    def share(self, name: str, make: Callable[[], bytes]) -> bytes:
+        """Return what `make` returns on rank 0, on every rank."""
+        path = self.folder / name
+        if self.rank == 0:
+            write(path, make())
+        while (content := read(path)) is None:
+            self.check()
+            time.sleep(0.002)
+        return content
+
+    # Losing each other ---------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def waiting(self, number: int) -> Iterator[None]:
+        """Context in which this rank waits until all ranks have begun `number` exchanges."""
+        self.needed, self._since = number, time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def check(self) -> None:
+        """Raise RankError if a rank is lost."""
+        if self._lost is not None:
+            raise self._lost
+
+    def _write_state(self) -> None:
+        self._beat += 1
+        state = {
+            "host": os.uname().nodename if hasattr(os, "uname") else "",
+            "pid": os.getpid(),
+            "beat": self._beat,
+            "begun": self.begun,
+            "busy": self.busy,
+            **self._ended,
+        }
+        with contextlib.suppress(OSError):  # a full disk must not end the run here
+            write(self._file(self.rank), json.dumps(state).encode())
+
+    def _watch(self) -> None:
+        lost_at = 0.0
+        while not self._closed.wait(self._interval):
+            self._write_state()
+            if self._lost is None and (sentence := self._loss()) is not None:
+                # A rank that ended with an error has printed it itself.
+                report = _ENDED not in sentence and self._reports()
+                self._lost = RankError(sentence, report)
+                lost_at = time.monotonic()
+                for call in self.on_lost:
+                    with contextlib.suppress(Exception):  # whatever a library makes of it
+                        call()
+            if self._lost is not None and time.monotonic() - lost_at > _LAST_RESORT:
+                if self._last_resort is not None:
+                    self._last_resort(str(self._lost))
+                return
+
+    def _state(self, rank: int) -> dict[str, Any]:
+        content = read(self._file(rank))
+        try:
+            state = json.loads(content or b"{}")
+        except ValueError:
+            return {}
+        return state if isinstance(state, dict) else {}
+
+    def _loss(self) -> str | None:
+        """Return a sentence about the first rank that is lost; None if all are there."""
+        if not is_held(self.base / LAUNCHER):
+            return "The process that started the ranks has ended, so this rank ends, too."
+        now = time.monotonic()
+        for rank in range(self.size):
+            if rank == self.rank:
+                continue
+            state = self._state(rank)
+            who = f"Rank {rank} (process {state.get('pid')} on {state.get('host')})"
+            if "relayed" in state:  # it has noticed before us
+                return str(state["relayed"])
+            if state.get("error"):
+                return f"{who} {_ENDED} {state['error']}"
+            if "left" in state:
+                continue
+            if not is_held(self._file(rank, ".lock")) and "left" not in self._state(rank):
+                return f"{who} has died."
+            before, since = self._seen.get(rank, (None, now))
+            if before is None or before != state.get("beat"):
+                self._seen[rank] = (state.get("beat"), now)
+            elif now - since > self.seconds:
+                return f"{who} has given no sign of life for {self.seconds:g} seconds."
+        started = self.waiting_since()
+        return None if started is None else self._late(now - started)
+
+    def _late(self, waited: float) -> str | None:
+        """Return a sentence about the rank that this one has waited for too long, if any."""
+        if waited <= self.seconds:
+            return None
+        states = {r: self._state(r) for r in range(self.size) if r != self.rank}
+        for rank, state in states.items():
+            if state.get("begun", 0) < self.needed and not state.get("busy"):
+                return (
+                    f"Rank {rank} (process {state.get('pid')} on {state.get('host')}) has kept "
+                    f"the others waiting for {self.seconds:g} seconds."
+                )
+        if waited > 2 * self.seconds and not any(s.get("busy") for s in states.values()):
+            return (
+                f"All ranks began an exchange that has not ended for {waited:.0f} seconds: the "
+                f"connection between them is broken."
+            )
+        return None
+
+    def _reports(self) -> bool:
+        """Whether this rank is to print what was lost: the lowest that is still there."""
+        states = [self._state(rank) for rank in range(self.size)]
+        if any(state.get("printed") for state in states):
+            return False
+        for rank in range(self.rank):
+            _, since = self._seen.get(rank, (None, time.monotonic()))
+            silent = time.monotonic() - since > self.seconds / 2
+            gone = "error" in states[rank] or "relayed" in states[rank]
+            if is_held(self._file(rank, ".lock")) and not gone and not silent:
+                return False
+        return True
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave; the last rank removes the folder.
+
+        Parameters
+        ----------
+        error : exception, optional
+            Why this rank ends early; the others report it.
+        """
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._thread.join(5.0)
+        if isinstance(error, RankError):
+            self._ended = {"relayed": str(error), "printed": error.report}
+        elif error is not None:
+            text = " ".join(str(error).split()) or type(error).__name__
+            self._ended = {"error": text[:2000]}
+        else:
+            self._ended = {"left": True}
+        self._write_state()
+        if all(self._is_gone(r) for r in range(self.size) if r != self.rank):
+            self.remove()
+        os.close(self._lock)
+
+    def remove(self) -> None:
+        """Remove the folder of this session, and `base` if nothing else is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if read(self.base / _CURRENT) == self.folder.name.encode():
+            with contextlib.suppress(OSError):
+                os.unlink(self.base / _CURRENT)
+        with contextlib.suppress(OSError):  # not empty: other ranks
+            self.base.rmdir()
+
+    def _is_gone(self, rank: int) -> bool:
+        state = self._state(rank)
+        return any(k in state for k in ("left", "error", "relayed")) or not is_held(
+            self._file(rank, ".lock")
+        )

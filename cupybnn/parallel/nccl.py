@@ -1,0 +1,185 @@
+"""Exchanges through NCCL: for GPUs of one host or many.
+
+CuPy's own binding, `cupy.cuda.nccl`, is used. It has what is needed here (reduce-scatter,
+bfloat16, abort, asynchronous errors, and no interpreter lock while NCCL runs), it is there with
+CuPy, and of NCCL it needs the library alone. `cupyx.distributed`, on top of it, has no bfloat16 and
+shares NCCL's id through a server that unpickles what it receives. `nccl4py` adds communicators that
+shrink and that need not block, neither of which is used where ranks that are lost are replaced by a
+restored run; and its wheels need cuda-core and the CUTLASS DSL.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends.devices import Device
+from cupybnn.errors import DeviceError
+from cupybnn.parallel.meeting import Meeting
+from cupybnn.parallel.ranks import Pending, Ranks
+
+__all__ = ["NcclRanks", "new_id"]
+
+_DTYPES = ("int8", "uint8", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64")
+
+
+def _binding() -> Any:
+    """Return CuPy's binding of NCCL.
+
+    Raises
+    ------
+    DeviceError
+        If NCCL cannot be loaded.
+    """
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # CuPy's, about the same fault
+        from cupy.cuda import nccl
+
+    if not nccl.available:
+        raise DeviceError(
+            "Ranks on GPUs need NCCL, which CuPy cannot load. To install it: pip install "
+            '"cupybnn[distributed-cuda13]", or with CUDA 12 "cupybnn[distributed-cuda12]".'
+        )
+    return nccl
+
+
+def new_id() -> bytes:
+    """Return a new id by which ranks find each other: rank 0 makes it, and all must get it."""
+    return np.array(_binding().get_unique_id(), np.int8).tobytes()
+
+
+class NcclRanks(Ranks):
+    """Ranks with a GPU each, which NCCL connects.
+
+    Exchanges run on a stream of their own, behind what the current stream has been given so far and
+    beside what it is given next. `Pending.wait` makes the current stream wait.
+
+    Parameters
+    ----------
+    device : Device
+        This rank's GPU.
+    rank, size : int
+    unique_id : bytes
+        From `new_id`.
+    meeting : Meeting or None
+        Notices ranks that are lost. Exchanges that wait for them are then aborted.
+    """
+
+    def __init__(
+        self, device: Device, rank: int, size: int, unique_id: bytes, meeting: Meeting | None
+    ) -> None:
+        import cupy
+
+        self._nccl = _binding()
+        self._meeting = meeting
+        self.rank, self.size, self.device = rank, size, str(device)
+        self._gpu = device
+        self._unfinished: deque[tuple[Any, float]] = deque()  # events, and when they were issued
+        self._types = {
+            np.dtype(name): getattr(self._nccl, f"NCCL_{name.upper()}") for name in _DTYPES
+        }
+        with device.scope():
+            number = tuple(np.frombuffer(unique_id, np.int8).tolist())
+            self._communicator = self._nccl.NcclCommunicator(size, number, rank)
+            self._stream = cupy.cuda.Stream(non_blocking=True)
+        if meeting is not None:
+            meeting.waiting_since = self._waiting_since
+            meeting.on_lost.append(self.abort)
+
+    def _issue(self, array: Any, shape: tuple[int, ...], call: Callable[..., Any]) -> Pending:
+        """Begin an exchange that fills an array of `shape`.
+
+        `call` gets the communicator, the two addresses, NCCL's number of the dtype and the stream.
+        """
+        import cupy
+
+        self.check()
+        sent = cupy.ascontiguousarray(array)
+        received = cupy.empty(shape, sent.dtype)
+        self._stream.wait_event(cupy.cuda.get_current_stream().record())
+        if self._meeting is not None:
+            self._meeting.begun += 1
+            self._meeting.needed = self._meeting.begun
+        addresses = sent.data.ptr, received.data.ptr
+        try:
+            call(self._communicator, *addresses, self._types[sent.dtype], self._stream.ptr)
+        except (AttributeError, self._nccl.NcclError):  # aborted meanwhile, by the meeting's thread
+            self.check()
+            raise
+        ended = self._stream.record()
+        self._unfinished.append((ended, time.monotonic()))
+        if self._meeting is None:
+            self._waiting_since()  # forgets those that have ended
+        kept = [sent]
+
+        def finish() -> Any:
+            cupy.cuda.get_current_stream().wait_event(ended)
+            # Not before: the current stream could then use its memory while NCCL still reads it.
+            kept.clear()
+            return received
+
+        return Pending(finish)
+
+    def _waiting_since(self) -> float | None:
+        """Return when the oldest exchange that has not ended was issued."""
+        with self._gpu.scope():
+            while self._unfinished and self._unfinished[0][0].done:
+                self._unfinished.popleft()
+        return self._unfinished[0][1] if self._unfinished else None
+
+    def all_reduce(self, array: Any) -> Pending:
+        def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
+            nccl.allReduce(sent, received, array.size, dtype, self._nccl.NCCL_SUM, stream)
+
+        return self._issue(array, array.shape, call)
+
+    def reduce_scatter(self, array: Any) -> Pending:
+        count = array.size // self.size
+
+        def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
+            nccl.reduceScatter(sent, received, count, dtype, self._nccl.NCCL_SUM, stream)
+
+        return self._issue(array, (count,), call)
+
+    def all_gather(self, array: Any) -> Pending:
+        def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
+            nccl.allGather(sent, received, array.size, dtype, stream)
+
+        return self._issue(array, (self.size, *array.shape), call)
+
+    def broadcast(self, array: Any) -> Pending:
+        def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
+            nccl.broadcast(sent, received, array.size, dtype, 0, stream)
+
+        return self._issue(array, array.shape, call)
+
+    def _own(self, array: np.ndarray) -> Any:
+        import cupy
+
+        with self._gpu.scope():
+            return cupy.asarray(array)
+
+    def _host(self, array: Any) -> np.ndarray:
+        with self._gpu.scope():
+            host = array.get()
+        self.check()  # an aborted exchange ends, with any numbers
+        return host
+
+    def abort(self) -> None:
+        communicator, self._communicator = self._communicator, None
+        if communicator is not None:
+            communicator.abort()
+
+    def close(self, error: BaseException | None = None) -> None:
+        super().close(error)
+        communicator, self._communicator = self._communicator, None
+        if communicator is not None:
+            with self._gpu.scope():
+                self._stream.synchronize()
+                communicator.destroy()

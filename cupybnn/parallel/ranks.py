@@ -1,0 +1,220 @@
+"""The face of all ways in which the ranks of a run exchange arrays."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from cupybnn.autograd.storage import module_of
+from cupybnn.errors import SettingError
+from cupybnn.parallel.meeting import Meeting
+
+__all__ = ["Alone", "Pending", "Ranks", "padded"]
+
+
+class Pending:
+    """An exchange that has begun.
+
+    Parameters
+    ----------
+    finish : callable
+        Waits for it and returns the result.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import parallel
+    >>> pending = parallel.Alone().all_reduce(np.arange(3))
+    >>> pending.wait()
+    array([0, 1, 2])
+    """
+
+    def __init__(self, finish: Callable[[], Any]) -> None:
+        self._finish: Callable[[], Any] | None = finish
+        self._result: Any = None
+
+    def wait(self) -> Any:
+        """Return the resulting array; on a GPU, the current stream waits and the host does not."""
+        if self._finish is not None:
+            self._result, self._finish = self._finish(), None
+        return self._result
+
+
+class Ranks:
+    """The processes that train together, as one of them sees them.
+
+    Every rank calls the same methods in the same order, with arrays of the same shape and dtype on
+    its own device. Sums add the ranks' arrays in the order of the ranks on a CPU, and in an order
+    that depends on the number of ranks alone with NCCL, so a run can be repeated exactly. An
+    exchange begins when its method is called and ends with `Pending.wait`; until then, do not write
+    to its array.
+
+    Attributes
+    ----------
+    rank : int
+        Number of this process, from 0 on.
+    size : int
+        Number of processes.
+    device : str
+        The device of this rank: "cpu", "cuda:0", ...; "auto" where there is only one.
+
+    Examples
+    --------
+    Each rank sums its part of some numbers, and all get the total:
+
+    >>> import numpy as np
+    >>> from cupybnn import parallel
+    >>> with parallel.connect("cpu") as ranks:
+    ...     mine = np.arange(12.0)[ranks.rank :: ranks.size]
+    ...     total = ranks.all_reduce(mine.sum()).wait()
+    >>> float(total)
+    66.0
+    """
+
+    rank = 0
+    size = 1
+    device = "auto"
+    _meeting: Meeting | None = None
+
+    def all_reduce(self, array: Any) -> Pending:
+        """Sum arrays over all ranks."""
+        raise NotImplementedError
+
+    def reduce_scatter(self, array: Any) -> Pending:
+        """Sum flat arrays of ``size * n`` elements; rank r gets elements ``r * n`` to the next."""
+        raise NotImplementedError
+
+    def all_gather(self, array: Any) -> Pending:
+        """Return the arrays of all ranks, shape (size, ...)."""
+        raise NotImplementedError
+
+    def broadcast(self, array: Any) -> Pending:
+        """Return rank 0's array."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise RankError if a rank is known to have died or to hang."""
+        if self._meeting is not None:
+            self._meeting.check()
+
+    def abort(self) -> None:
+        """Give up exchanges that wait for others; after this only `close` may be called."""
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Leave; with an `error`, the others end and report it."""
+        if error is not None:
+            self.abort()
+        if self._meeting is not None:
+            self._meeting.close(error)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        self.close(error)
+
+    # Made of these -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """Context in which the others wait for this rank for as long as it lives."""
+        if self._meeting is None:
+            yield
+            return
+        self._meeting.busy = True
+        try:
+            yield
+        finally:
+            self._meeting.busy = False
+
+    def barrier(self) -> None:
+        """Wait, on the host, until every rank has come here."""
+        self.sums([0.0])
+
+    def sums(self, numbers: Any) -> np.ndarray:
+        """Sum numbers of the host over all ranks, as float64; the host waits."""
+        array = np.asarray(numbers, np.float64)
+        return self._host(self.all_reduce(self._own(array)).wait())
+
+    def gather_bytes(self, content: bytes) -> list[bytes]:
+        """Return the bytes of every rank; the host waits."""
+        lengths = self._host(self.all_gather(self._own(np.array([len(content)]))).wait()).ravel()
+        padding = np.zeros(max(int(lengths.max()), 1), np.uint8)
+        padding[: len(content)] = np.frombuffer(content, np.uint8)
+        rows = self._host(self.all_gather(self._own(padding)).wait())
+        return [row[:n].tobytes() for row, n in zip(rows, lengths.tolist(), strict=True)]
+
+    def agree(self, what: str, values: Mapping[str, Any]) -> None:
+        """Raise unless all ranks have the same values.
+
+        Parameters
+        ----------
+        what : str
+            The rule, to follow "All ranks must".
+        values : mapping of str to JSON values
+
+        Raises
+        ------
+        SettingError
+            Naming the first rank that differs from rank 0, and both values.
+        """
+        if self.size == 1:
+            return
+        text = json.dumps(dict(values), sort_keys=True, default=str)
+        first, *others = (json.loads(each) for each in self.gather_bytes(text.encode()))
+        for rank, other in enumerate(others, 1):
+            names = [n for n in {**first, **other} if first.get(n) != other.get(n)]
+            if names:
+                shown = "; ".join(
+                    f"{n}: rank 0 {first.get(n)!r}, rank {rank} {other.get(n)!r}" for n in names
+                )
+                error = SettingError(f"All ranks must {what}; got {shown}.")
+                error.report = self.rank == 0
+                raise error
+
+    def _own(self, array: np.ndarray) -> Any:
+        """Move a host array to where this rank's exchanges take place."""
+        return array
+
+    def _host(self, array: Any) -> np.ndarray:
+        """Move an array to the host."""
+        return array
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(rank={self.rank}, size={self.size}, device={self.device!r})"
+
+
+class Alone(Ranks):
+    """A run of one process.
+
+    Examples
+    --------
+    >>> from cupybnn import parallel
+    >>> parallel.Alone()
+    Alone(rank=0, size=1, device='auto')
+    """
+
+    def all_reduce(self, array: Any) -> Pending:
+        return Pending(lambda: array)
+
+    reduce_scatter = broadcast = all_reduce
+
+    def all_gather(self, array: Any) -> Pending:
+        return Pending(lambda: array[None])
+
+
+def padded(array: Any, multiple: int) -> Any:
+    """Return `array`, flat, with zeros appended up to a multiple of `multiple` elements."""
+    flat = array.reshape(-1)
+    rest = -flat.size % multiple
+    if not rest:
+        return flat
+    xp = module_of(array)
+    longer = xp.empty(flat.size + rest, flat.dtype)
+    longer[: flat.size] = flat
+    longer[flat.size :] = 0
+    return longer

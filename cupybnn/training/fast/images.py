@@ -1,0 +1,145 @@
+"""The images of a fused step: gathered, deformed, mixed, moved; and what they teach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from cupybnn.backends.cuda.fused import Launcher
+from cupybnn.backends.cuda.fused_batch import Attack, Deformation, Draw, Gather
+from cupybnn.backends.cuda.fused_virtual import MixImages, MoveImages
+from cupybnn.backends.cuda.graph import Fork
+from cupybnn.data import DeviceData
+from cupybnn.training.config import TrainConfig
+from cupybnn.training.fast.buffers import Buffers
+from cupybnn.training.fast.feed import Feed
+from cupybnn.training.fast.plan import NetworkPlan
+from cupybnn.training.fast.teaching import Teaching
+from cupybnn.training.step import DIRECTIONS, MIXING, augmentation_seed, stream_seed
+
+__all__ = ["Images"]
+
+
+class Images:
+    """Launches of kernels that make and move a step's images; allocates nothing.
+
+    Parameters
+    ----------
+    plan, buffers, feed, data, config, teaching
+        Those of `Passes`.
+    """
+
+    def __init__(
+        self,
+        plan: NetworkPlan,
+        buffers: Buffers,
+        feed: Feed,
+        data: DeviceData,
+        config: TrainConfig,
+        teaching: Teaching | None,
+    ) -> None:
+        self._plan, self._buffers, self._feed, self._data = plan, buffers, feed, data
+        self._teaching = teaching
+        self._mixing_seed = stream_seed(config, MIXING)
+        self._vat_seed = stream_seed(config, DIRECTIONS)
+        self._deformation = None
+        if any(plan.augment):
+            assert data.image_shape is not None, "checked before: only images are augmented"
+            shift, rotation, scale, shear = plan.augment
+            self._deformation = Deformation(
+                shape=data.image_shape,
+                seed=augmentation_seed(config),
+                shift=shift,
+                rotation=rotation,
+                scale=scale,
+                shear=shear,
+            )
+
+    def gather(
+        self, launcher: Launcher, fork: Fork, pixel_draw: Draw | None, span: Callable[[str], Any]
+    ) -> Any:
+        """Make the batch's images and targets.
+
+        Returns
+        -------
+        event or None
+            After which the teachers' predictions are there; they run on the second stream, if any.
+        """
+        plan, buffers, feed = self._plan, self._buffers, self._feed
+        direct = buffers.gathered is buffers.inputs
+        with span("gather"):
+            Gather(
+                images=self._data.train_images,
+                all_labels=self._data.train_labels,
+                order=feed.images,
+                step=feed.step,
+                x=buffers.gathered,
+                labels=buffers.labels,
+                drop=pixel_draw if direct else None,
+                pops=buffers.pops,
+                deformation=self._deformation,
+            ).launch(launcher)
+        if plan.mix != "none":
+            with span("mix"):
+                MixImages(
+                    x=buffers.gathered,
+                    out=buffers.undropped,
+                    step=feed.step,
+                    labels=buffers.labels,
+                    targets=None if self._teaching else buffers.targets,
+                    seed=self._mixing_seed,
+                    kind=plan.mix,
+                ).launch(launcher)
+        taught = None
+        if self._teaching is not None:
+            with fork.aside(), span("teachers"):
+                self._teaching.launch(launcher, buffers.undropped, buffers.targets)
+            taught = fork.mark()
+        if buffers.undropped is not buffers.inputs:
+            with span("dropout"):
+                MoveImages(
+                    x=buffers.undropped,
+                    out=buffers.inputs,
+                    step=feed.step,
+                    direction="none",
+                    drop=pixel_draw,
+                ).launch(launcher)
+        return taught
+
+    def attack(self, launcher: Launcher, pixel_draw: Draw | None) -> None:
+        """Move the batch along the sign of the pixels' gradient."""
+        buffers = self._buffers
+        Attack(
+            gradient=buffers.input_grad,
+            step=self._feed.step,
+            drop=pixel_draw,
+            amount=self._plan.adversarial / float(self._data.pixel_scale),
+            x=buffers.inputs,
+            pops=buffers.pops,
+        ).launch(launcher)
+
+    def move(
+        self, launcher: Launcher, direction: str, distance: float, pixel_draw: Draw | None
+    ) -> None:
+        """Make the second pass's images of the first's; see `MoveImages`.
+
+        Parameters
+        ----------
+        launcher : Launcher
+        direction : {"random", "gradient"}
+        distance : float
+            In pixels of brightness 1.
+        pixel_draw : Draw or None
+        """
+        buffers, second = self._buffers, self._buffers.passes[1]
+        MoveImages(
+            x=buffers.inputs,
+            out=second.inputs,
+            step=self._feed.step,
+            direction=direction,
+            distance=distance / float(self._data.pixel_scale),
+            gradient=buffers.input_grad,
+            seed=self._vat_seed,
+            drop=pixel_draw,
+            pops=second.pops,
+        ).launch(launcher)

@@ -1,0 +1,358 @@
+"""The ranks of a run, as its steps see them: parts of a batch, gradients, shares of the weights.
+
+Each rank has a part of the images of a batch. Real weights, and whatever else a model learns, are
+the same on every rank: their gradients are summed, and each rank makes the same update.
+
+A binary weight is shared out. A rank has the latent weights and the optimiser's arrays of its share
+alone; the weight itself holds signs. The forward pass needs no more, and the backward pass gives
+the gradient with respect to the signs. The sum of that over the ranks is scattered, each part to
+the rank whose share it is, which applies the pseudo-gradient, updates its latent weights and sends
+their signs to the others, one bit a weight. Applied to the sum, the pseudo-gradient is that of a
+run of one rank even where it is not linear ("clipped_grad").
+
+Between steps, `gather` makes the weights and the optimiser's arrays whole again, for an evaluation
+or a checkpoint, and `share_out` reverses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from cupybnn import backends, nn, optim
+from cupybnn.autograd import Tensor
+from cupybnn.autograd.storage import module_of
+from cupybnn.backends.devices import CPU, device_of, synchronize, to_device
+from cupybnn.backends.random import from_row
+from cupybnn.errors import RankError
+from cupybnn.nn.module import Share
+from cupybnn.ops import Quantizer
+from cupybnn.ops.norm import whole_batch
+from cupybnn.parallel import Pending, Ranks
+from cupybnn.parallel.ranks import padded
+from cupybnn.training.config import TrainConfig
+from cupybnn.training.step import Objective
+
+__all__ = ["Team", "can_be_shared"]
+
+#: Gradients of at most this many elements are sent together, when the backward pass is done.
+_SMALL = 1 << 15
+#: A share is packed as a matrix of 16 lines, the fewest that a GPU stores without padding.
+_LINES = 16
+
+
+def can_be_shared(layer: nn.Module) -> bool:
+    """Whether a layer uses nothing but the signs of its weight, whatever the latent weights are.
+
+    A quantizer with a scale, or with random signs, needs the latent weights in the forward pass.
+    """
+    if type(layer) is not nn.BinaryLinear:
+        return False
+    kind = type(layer.quantizer)
+    return kind.forward is Quantizer.forward and kind.scale is Quantizer.scale
+
+
+class _Shared:
+    """A binary weight that is shared out: its place, and the exchanges that concern it."""
+
+    def __init__(self, name: str, layer: nn.BinaryLinear, ranks: Ranks) -> None:
+        self.name, self.parameter, self.quantizer = name, layer.weight, layer.quantizer
+        self._ranks = ranks
+        lines = 1024 if layer.weight.device.kind == "cuda" else 64  # bits that are packed together
+        line = -(-layer.weight.size // (ranks.size * _LINES))
+        self._shape = (_LINES, -(-line // lines) * lines)
+        self.length = self._shape[0] * self._shape[1]
+        self._start = ranks.rank * self.length
+        #: Number of elements of the share that are weights; the others are padding.
+        self.used = min(max(layer.weight.size - self._start, 0), self.length)
+
+    def cut(self, array: Any) -> Any:
+        """Return this rank's share of a whole array, with zeros appended."""
+        xp = module_of(array)
+        share = xp.zeros(self.length, array.dtype)
+        share[: self.used] = array.reshape(-1)[self._start : self._start + self.used]
+        return share
+
+    def whole(self, share: Any) -> Any:
+        """Return the whole array, made of all ranks' shares."""
+        parts = self._ranks.all_gather(share).wait().reshape(-1)
+        return parts[: self.parameter.size].reshape(self.parameter.shape)
+
+    def scatter(self, gradient: Any) -> Pending:
+        """Begin to sum a gradient over the ranks; the result is this rank's share of it."""
+        flat = padded(gradient, self._ranks.size * self.length)
+        return self._ranks.reduce_scatter(flat)
+
+    def send_signs(self) -> Pending:
+        """Begin to send the signs of this rank's share to the others, one bit a weight."""
+        assert self.parameter.share is not None
+        latent = self.parameter.share.weight
+        with device_of(latent).scope():
+            words, _ = backends.get(latent).pack(latent.reshape(self._shape), -1)
+        return self._ranks.all_gather(words)
+
+    def set_signs(self, words: Any) -> None:
+        """Set the weight to the signs that all ranks sent."""
+        weight = self.parameter.write()
+        if words.ndim == 5:  # on a GPU, a matrix's words have an axis for a batch of matrices
+            words = words.reshape(-1, *words.shape[2:])
+        shape = (self._ranks.size, *self._shape)
+        with device_of(weight).scope():
+            signs = backends.get(weight).unpack(words, shape, -1, weight.dtype)
+            weight[...] = signs.reshape(-1)[: weight.size].reshape(weight.shape)
+        self.parameter.two_valued = True
+
+
+class Team:
+    """What one of several ranks does in each step.
+
+    Parameters
+    ----------
+    ranks : Ranks
+        More than one.
+    model : Module
+    optimizer : Optimizer
+    objective : Objective
+    config : TrainConfig
+        Its fields `batch_size`, `sync_batch_norm` and `debug`.
+    wants_stop : callable
+        Whether this rank has been asked to stop.
+
+    Attributes
+    ----------
+    rows : slice
+        This rank's images in a batch.
+    share_of_batch : float
+        Their number as a part of the batch's.
+    stop : bool
+        Whether a rank was asked to stop: the same on all ranks after the same step.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        objective: Objective,
+        config: TrainConfig,
+        wants_stop: Callable[[], bool],
+    ) -> None:
+        self.ranks = ranks
+        self.stop = False
+        self._model, self._optimizer, self._objective = model, optimizer, objective
+        self._debug, self._wants_stop = config.debug, wants_stop
+        self._batch, self._sync = config.batch_size, config.sync_batch_norm
+        first, last = (r * config.batch_size // ranks.size for r in (ranks.rank, ranks.rank + 1))
+        self.rows = slice(first, last)
+        self.share_of_batch = (last - first) / config.batch_size
+        self._learned = {p for group in optimizer.groups for p in group["params"]}
+        self._device = next((p.device for p in self._learned), CPU)
+        layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        uses = [layer.weight for _, layer in layers]
+        self._shared = {
+            layer.weight: _Shared(name, layer, ranks)
+            for name, layer in layers
+            if isinstance(layer, nn.BinaryLinear) and can_be_shared(layer)
+            if layer.weight.size and sum(w is layer.weight for w in uses) == 1
+            if layer.weight in self._learned
+        }
+        self._is_whole = True
+        self._votes: list[Any] = []
+
+    @contextlib.contextmanager
+    def part(self) -> Iterator[None]:
+        """Context for a forward pass: random numbers by an image's place in the whole batch."""
+        self.share_out()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(from_row(self.rows.start))
+            if self._sync:
+                total = lambda array: self.ranks.all_reduce(array).wait()  # noqa: E731
+                stack.enter_context(whole_batch(total, self._batch))
+            yield
+
+    def weight_of(self, loss: Tensor) -> Any:
+        """Return the factor that makes the mean over this rank's images a part of all images'."""
+        return self._device.xp.full((), self.share_of_batch, loss.dtype)
+
+    def learn(self, loss: Tensor) -> Any:
+        """Compute gradients, update and return the loss, all of the whole batch."""
+        begun: dict[nn.Parameter, Pending] = {}
+
+        def completed(leaf: Any) -> None:
+            """Send a gradient on its way while the backward pass goes on."""
+            if leaf in self._shared:
+                begun[leaf] = self._shared[leaf].scatter(leaf.grad)
+                leaf.grad = leaf.share.grad = None
+            elif leaf.size > _SMALL and leaf in self._learned:
+                begun[leaf] = self.ranks.all_reduce(leaf.grad)
+
+        factor = self.weight_of(loss)
+        loss.backward(factor, completed=completed)
+        value = loss._data * factor
+        for parameter, shared in self._shared.items():
+            if parameter in begun:
+                value = value + self._receive(shared, begun.pop(parameter))
+        for parameter, pending in begun.items():
+            parameter.grad = pending.wait()
+        small = [p for p in self._model.parameters() if p in self._learned and p.size <= _SMALL]
+        small = [p for p in small if p.grad is not None]
+        value = self._exchange_small(small, value)
+        self._optimizer.step()
+        sent = [(shared, shared.send_signs()) for shared in self._shared.values()]
+        for shared, pending in sent:
+            shared.set_signs(pending.wait())
+        if self._debug:
+            self.compare()
+        return value
+
+    def _receive(self, shared: _Shared, pending: Pending) -> Any:
+        """Turn the sum of the gradients of signs into that of the share; return its penalty."""
+        share = shared.parameter.share
+        assert share is not None
+        with np.errstate(all="ignore"):  # as in the backward pass
+            share.grad = shared.quantizer.pseudo_gradient(share.weight, pending.wait())
+        elements = Tensor(share.weight[: shared.used], requires_grad=True)
+        penalty = self._objective.penalty_of_share(shared.parameter, elements)
+        if penalty is None:
+            return 0.0
+        penalty.backward()
+        share.grad[: shared.used] += elements.grad
+        return penalty._data
+
+    def _exchange_small(self, parameters: list[nn.Parameter], value: Any) -> Any:
+        """Sum small gradients, the loss and the votes to stop in one exchange; return the loss."""
+        xp = self._device.xp
+        vote = xp.full((1,), float(self._wants_stop()), value.dtype)
+        dtypes = {value.dtype, *(p.dtype for p in parameters)}
+        totals: dict[nn.Parameter, Any] = {}
+        for dtype in sorted(dtypes, key=str):
+            some = [p for p in parameters if p.dtype == dtype]
+            parts = [p.grad.reshape(-1) for p in some]
+            if dtype == value.dtype:
+                parts += [value.reshape(1), vote]
+            total = self.ranks.all_reduce(xp.concatenate(parts)).wait()
+            if dtype == value.dtype:
+                value, vote = total[-2], total[-1]
+            start = 0
+            for parameter in some:
+                stop = start + parameter.size
+                totals[parameter] = total[start:stop].reshape(parameter.shape)
+                start = stop
+        for parameter, total in totals.items():
+            parameter.grad = total
+        self._count(vote)
+        return xp.asarray(value)
+
+    def _count(self, vote: Any) -> None:
+        """Look whether a rank wants to stop; on a GPU, in the step before, which may have ended."""
+        if self._device.kind == "cpu":
+            self.stop = bool(vote > 0)
+            return
+        xp = self._device.xp
+        self._votes.append((vote, xp.cuda.get_current_stream().record()))
+        if len(self._votes) == 2:
+            earlier, counted = self._votes.pop(0)
+            side = xp.cuda.Stream(non_blocking=True)
+            side.wait_event(counted)
+            with side:
+                self.stop = bool(earlier.get(stream=side) > 0)
+            self.ranks.check()
+
+    # Shares --------------------------------------------------------------------------------------
+
+    def _slots(self) -> Iterator[tuple[_Shared, dict[nn.Parameter, tuple[Any, ...]]]]:
+        """Yield each shared weight with the arrays that its optimiser keeps, by parameter."""
+        for each in getattr(self._optimizer, "optimizers", (self._optimizer,)):
+            mine = {id(p) for group in each.groups for p in group["params"]}
+            for parameter, shared in self._shared.items():
+                if id(parameter) in mine:
+                    yield shared, each._slots
+
+    def share_out(self) -> None:
+        """Keep this rank's shares alone; the weights become signs."""
+        if not self._is_whole:
+            return
+        self._is_whole = False
+        for parameter, shared in self._shared.items():
+            weight = parameter._data
+            with device_of(weight).scope():
+                parameter.share = Share(shared.cut(weight))
+        for shared, slots in self._slots():
+            if (arrays := slots.get(shared.parameter)) is not None:
+                slots[shared.parameter] = tuple(shared.cut(array) for array in arrays)
+        for shared in self._shared.values():
+            shared.set_signs(shared.send_signs().wait())
+
+    def gather(self) -> None:
+        """Make weights, the optimiser's arrays and batch norm's statistics whole on every rank."""
+        if self._is_whole:
+            return
+        self._is_whole = True
+        for shared, slots in self._slots():
+            if (arrays := slots.get(shared.parameter)) is not None:
+                slots[shared.parameter] = tuple(shared.whole(array) for array in arrays)
+        for parameter, shared in self._shared.items():
+            assert parameter.share is not None
+            latent = shared.whole(parameter.share.weight)
+            parameter.share = None
+            parameter.write()[...] = latent
+        if not self._sync:
+            self._average_statistics()
+
+    def _average_statistics(self) -> None:
+        """Give all ranks the mean of their running statistics, weighted by their images.
+
+        These are linear in the statistics of the batches, so it does not matter how often.
+        """
+        for _, array in self._model.named_buffers():
+            if array.dtype.kind == "f":
+                array[...] = self.ranks.all_reduce(
+                    array * array.dtype.type(self.share_of_batch)
+                ).wait()
+
+    def begin(self) -> None:
+        """Give all ranks the weights, statistics and random states of rank 0."""
+        state = self._model._state()
+        for name, parameter in self._model.named_parameters():
+            state[name] = parameter.write()
+        for array in state.values():
+            if isinstance(array, np.ndarray):
+                array[...] = self.ranks._host(self.ranks.broadcast(self.ranks._own(array)).wait())
+            else:
+                array[...] = self.ranks.broadcast(array).wait()
+
+    def compare(self) -> None:
+        """Raise RankError unless all ranks have the same weights, by their checksums.
+
+        Raises
+        ------
+        RankError
+            Naming the first parameter and rank that differ.
+        """
+        parameters = [(n, p) for n, p in self._model.named_parameters()]
+        sums = []
+        for _, parameter in parameters:
+            host = np.ascontiguousarray(to_device(parameter._data, CPU))
+            if parameter in self._shared and not self._is_whole:
+                host = np.packbits(host.reshape(-1) >= 0)  # the signs, packed
+            sums.append(zlib.crc32(host.tobytes()))
+        first, *others = (
+            np.frombuffer(each, np.uint32)
+            for each in self.ranks.gather_bytes(np.array(sums, np.uint32).tobytes())
+        )
+        for rank, other in enumerate(others, 1):
+            if (differs := np.flatnonzero(first != other)).size:
+                raise RankError(
+                    f"All ranks must have the same weights after a step; those of "
+                    f"{parameters[differs[0]][0]} differ between rank 0 and rank {rank}.",
+                    report=self.ranks.rank == 0,
+                )
+
+    def finish(self) -> None:
+        """Wait for the device, and raise RankError if what it computed was aborted."""
+        synchronize(self._device)
+        self.ranks.check()

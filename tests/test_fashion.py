@@ -1,0 +1,203 @@
+"""Fashion-MNIST: from an IDX folder, from scikit-learn's files, and its class names in reports."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from cupybnn import load_model
+from cupybnn.cli.main import main
+from cupybnn.data import fashion, load, openml
+from cupybnn.deploy import PackedNetwork
+from cupybnn.errors import DataError
+from cupybnn.training import recipes
+
+TRAIN, TEST = 60, 20
+
+
+def pictures(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images whose class can be learned, as many of each of the ten."""
+    random = np.random.default_rng(seed)
+    labels = random.permutation(np.arange(count) % 10).astype(np.uint8)
+    images = random.integers(0, 60, (count, 28, 28)).astype(np.uint8)
+    for image, label in zip(images, labels, strict=True):
+        image[2 * label : 2 * label + 8] += 150
+    return images, labels
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Four gzipped IDX files, with the names of Fashion-MNIST's."""
+    where = tmp_path_factory.mktemp("fashion")
+    for part, count, seed in (("train", TRAIN, 0), ("t10k", TEST, 1)):
+        for kind, array in zip(("images-idx3", "labels-idx1"), pictures(count, seed), strict=True):
+            header = struct.pack(">4B", 0, 0, 8, array.ndim) + struct.pack(
+                f">{array.ndim}I", *array.shape
+            )
+            with gzip.open(where / f"{part}-{kind}-ubyte.gz", "wb") as file:
+                file.write(header + array.tobytes())
+    return where
+
+
+def test_an_idx_folder(folder):
+    data = load("fashion", folder)
+    assert data.name == "fashion"
+    assert data.class_names == fashion.CLASS_NAMES
+    assert len(set(data.class_names)) == 10
+    np.testing.assert_array_equal(data.test_images, pictures(TEST, 1)[0].reshape(TEST, 784))
+    assert load("mnist", folder).class_names is None
+    with pytest.raises(ValueError, match="one for each of its 10 classes; got 9"):
+        replace(data, class_names=data.class_names[:-1])
+
+
+def test_an_emnist_folder_is_refused(folder, tmp_path):
+    for path in folder.iterdir():
+        name = path.name.replace("t10k", "test")
+        (tmp_path / f"emnist-digits-{name}").write_bytes(path.read_bytes())
+    with pytest.raises(DataError, match="must hold Fashion-MNIST's four IDX files"):
+        load("fashion", tmp_path)
+
+
+def test_class_names_in_reports(folder, tmp_path, capsys):
+    quick = ["--n_hidden", "64", "--max_steps", "120", "--device", "cpu", "--batch_size", "60"]
+    run = ["train", str(folder), "--dataset", "fashion", "--binary", "--log_dir", str(tmp_path)]
+    assert main([*run, *quick, "--export", str(tmp_path / "net.npz")]) == 0
+    out = capsys.readouterr().out
+    assert "Data: fashion, 60 training and 20 test images" in out
+    (made,) = tmp_path.rglob("best.npz")
+    for model in (made.parent, tmp_path / "net.npz"):
+        data = [] if model == made.parent else [str(folder)]
+        assert main(["evaluate", str(model), *data, "--device", "cpu"]) == 0
+        report = capsys.readouterr().out
+        assert all(name in report for name in fashion.CLASS_NAMES)
+    network = PackedNetwork.from_run(made.parent, device="cpu")
+    assert tuple(network.classes) == fashion.CLASS_NAMES
+    trained = load_model(made.parent, device="cpu")
+    assert tuple(PackedNetwork.from_model(trained).classes) == fashion.CLASS_NAMES
+    assert list(PackedNetwork.from_model(trained, classes=range(10)).classes) == list(range(10))
+    images, labels = pictures(TEST, 1)
+    predicted = network.predict(images)
+    assert (predicted == np.array(fashion.CLASS_NAMES)[labels]).mean() > 0.7
+
+
+def test_a_recipe():
+    assert recipes.load("fashion").settings["dataset"] == "fashion"
+
+
+class TestFetching:
+    """From files in the form of scikit-learn's cache, with a few small images."""
+
+    SMALL: ClassVar = {
+        "train_images": (TRAIN, 784),
+        "train_labels": (TRAIN,),
+        "test_images": (TEST, 784),
+        "test_labels": (TEST,),
+    }
+
+    @pytest.fixture
+    def home(self, tmp_path, monkeypatch) -> Path:
+        """A data folder, and scikit-learn's data home with an ARFF file and its descriptions."""
+        import socket
+
+        def refuse(*args, **kwargs):
+            raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+        monkeypatch.setattr(socket, "getaddrinfo", refuse)
+        monkeypatch.setenv("CUPYBNN_DATA_DIR", str(tmp_path / "data"))
+        monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path / "sklearn"))
+        monkeypatch.setattr(openml, "MEMBERS", self.SMALL)
+        return tmp_path
+
+    @staticmethod
+    def cached(home: Path, labels_first: int = 0) -> None:
+        parts = [pictures(TRAIN, 0), pictures(TEST, 1)]
+        images = np.concatenate([x.reshape(-1, 784) for x, _ in parts])
+        labels = np.concatenate([y for _, y in parts])
+        labels[:labels_first] = 9
+        names = [*(f"pixel{i}" for i in range(1, 785)), "class"]
+        kinds = ["real"] * 784 + ["{0,1,2,3,4,5,6,7,8,9}"]
+        lines = ["@relation Fashion-MNIST"]
+        lines += [f"@attribute {n} {kind}" for n, kind in zip(names, kinds, strict=True)]
+        lines += ["@data"]
+        lines += [",".join(map(str, [*x, y])) for x, y in zip(images, labels, strict=True)]
+        arff = ("\n".join(lines) + "\n").encode()
+        root = home / "sklearn/openml/openml.org"
+        listed = {"did": 40996, "name": "Fashion-MNIST", "version": 1, "status": "active"}
+        described = {
+            "id": "40996",
+            "name": "Fashion-MNIST",
+            "version": "1",
+            "description": "",
+            "format": "ARFF",
+            "status": "active",
+            "url": "https://www.openml.org/data/v1/download/18238735/Fashion-MNIST.arff",
+            "file_id": "18238735",
+            "default_target_attribute": "class",
+            "md5_checksum": hashlib.md5(arff).hexdigest(),
+        }
+        features = [
+            {
+                "index": str(i),
+                "name": n,
+                "data_type": "nominal" if n == "class" else "numeric",
+                "is_target": str(n == "class").lower(),
+                "is_ignore": "false",
+                "is_row_identifier": "false",
+                "number_of_missing_values": "0",
+            }
+            for i, n in enumerate(names)
+        ]
+        api = "api/v1/json/data"
+        files = {
+            f"{api}/list/data_name/fashion-mnist/limit/2/data_version/1.gz": {
+                "data": {"dataset": [listed]}
+            },
+            f"{api}/40996.gz": {"data_set_description": described},
+            f"{api}/features/40996.gz": {"data_features": {"feature": features}},
+            f"{api}/qualities/40996.gz": {"data_qualities": {"quality": []}},
+        }
+        contents = {name: json.dumps(value).encode() for name, value in files.items()}
+        contents["data/v1/download/18238735/Fashion-MNIST.arff.gz"] = arff
+        for name, content in contents.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            with gzip.open(root / name, "wb") as file:
+                file.write(content)
+
+    def test_from_scikit_learns_files(self, home):
+        self.cached(home)
+        said: list[str] = []
+        data = load("fashion", notify=said.append)
+        assert len(said) == 1
+        assert "Fetching Fashion-MNIST" in said[0]
+        for part, count, seed in (("train", TRAIN, 0), ("test", TEST, 1)):
+            images, labels = pictures(count, seed)
+            got = getattr(data, f"{part}_images"), getattr(data, f"{part}_labels")
+            np.testing.assert_array_equal(got[0], images.reshape(count, 784))
+            np.testing.assert_array_equal(got[1], labels)
+        assert [p.name for p in (home / "data").iterdir()] == ["fashion_mnist.npz"]
+        again = load("fashion", notify=said.append)
+        assert len(said) == 1
+        assert again.class_names == fashion.CLASS_NAMES
+        np.testing.assert_array_equal(again.train_images, data.train_images)
+
+    def test_rows_in_another_order_are_noticed(self, home):
+        self.cached(home, labels_first=12)
+        with pytest.raises(DataError, match="expected 6 train images of each of 10 classes"):
+            load("fashion")
+
+    def test_no_network_is_one_message(self, home):
+        with pytest.raises(DataError) as caught:
+            load("fashion")
+        message = str(caught.value)
+        assert "Fashion-MNIST cannot be fetched from OpenML: " in message
+        assert "name resolution" in message
+        assert "a folder with Fashion-MNIST's four IDX files" in message
+        assert "\n" not in message

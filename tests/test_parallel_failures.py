@@ -1,0 +1,178 @@
+"""Ranks that die, hang or do not come: the others end, and the run goes on from its checkpoint."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cupybnn.cli.main import main
+from cupybnn.training import Trainer, restored_config
+from cupybnn.training.checkpoint import load
+
+TRAIN = [sys.executable, "-m", "cupybnn", "train"]
+RANKS = "2"
+RUN = ["--dataset", "digits", "--binary", "--n_hidden", "32", "--batch_size", "60"]
+RUN += ["--eval_every_n", "7", "--max_steps", "40", "--rank_timeout", "3"]
+
+
+def start(folder, *options):
+    """Start a run of two ranks; its meeting is in `folder`, too."""
+    folder.mkdir(exist_ok=True)
+    variables = {**os.environ, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*TRAIN, "--ranks", RANKS, *RUN, "--log_dir", str(folder / "log"), *options],
+        env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def pids(process):
+    """Return the processes of a run's ranks, in their order."""
+    text = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return sorted(map(int, text.split()))
+
+
+def newest(folder):
+    """Return the newest checkpoint of the last run in a log directory."""
+    runs = [p.parent for p in (folder / "log").rglob("newest.npz")]
+    return load(max(runs, key=lambda run: int(run.name)))
+
+
+def same(one, other):
+    """Whether two checkpoints hold the same numbers, bit for bit."""
+    assert one.step == other.step
+    assert one.arrays.keys() == other.arrays.keys()
+    for name, array in one.arrays.items():
+        assert array.tobytes() == other.arrays[name].tobytes(), name
+    figures = [[{**e, "examples_per_second": 0} for e in c.info["history"]] for c in (one, other)]
+    assert figures[0] == figures[1]
+
+
+def nothing_left(folder):
+    return [p.name for p in folder.iterdir() if p.name != "log"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The last checkpoint of a run that nobody killed, and the seconds that it took."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    began = time.monotonic()
+    out, err = (process := start(folder)).communicate(timeout=100)
+    assert process.returncode == 0, out + err
+    assert nothing_left(folder) == []
+    return newest(folder), time.monotonic() - began
+
+
+def test_ranks_that_are_lost_cost_a_run_nothing_but_time(tmp_path, whole):
+    """One is killed, and after the restart one hangs."""
+    folder = tmp_path / "run"
+    process = start(folder, "--restarts", "2", "--rank_timeout", "2")
+    until(process, "step 14,")
+    os.kill(pids(process)[1], signal.SIGKILL)
+    until(process, "step 28,")
+    os.kill(pids(process)[0], signal.SIGSTOP)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, out + err
+    # One sentence about each loss, by one of the others, and one about the restart.
+    said = [
+        r"cupybnn train \(rank 0\): Rank 1 \(process \d+ on .*\) has died\.",
+        r"cupybnn train: starting again from .*/1 \(restart 1 of 2\)",
+        r"cupybnn train \(rank 1\): Rank 0 \(process \d+ on .*\) has given no sign of life for 2 "
+        r"seconds\.",
+        r"cupybnn train: starting again from .*/2 \(restart 2 of 2\)",
+    ]
+    assert re.fullmatch("\n".join(said) + "\n", err), err
+    same(newest(folder), whole[0])
+    assert nothing_left(folder) == []
+
+
+def test_without_a_restart_the_checkpoint_is_whole_and_continues_on_one_rank(tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder)
+    until(process, "step 14,")
+    ranks = pids(process)
+    os.kill(ranks[1], signal.SIGKILL)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert re.search(r"Rank 1 \(process \d+ on .*\) has died", err)
+    assert not any(alive(pid) for pid in ranks)
+    assert nothing_left(folder) == []
+    (path,) = (folder / "log").rglob("newest.npz")
+    assert (load(path).step - 1) % 7 == 0
+    config = restored_config(str(path), log_dir=None, device="cpu")
+    assert Trainer(config).run().steps == 40
+
+
+def test_a_signal_stops_all_ranks_after_the_same_step_with_a_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    process = start(folder, "--max_steps", "100000")
+    until(process, "step 7,")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 143, out + err
+    assert err.count("Stopping after this step") == 1
+    steps = newest(folder).step
+    assert steps >= 8
+    assert f"Stopped before step {steps} of 100000" in out
+    assert nothing_left(folder) == []
+
+
+def test_ranks_end_when_their_starter_is_killed(tmp_path):
+    process = start(tmp_path / "run", "--max_steps", "100000")
+    until(process, "step 7,")
+    ranks = pids(process)
+    process.kill()
+    process.communicate(timeout=100)  # until the ranks, too, have closed their output
+    deadline = time.monotonic() + 10
+    while any(alive(pid) for pid in ranks):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def until(process, words):
+    """Read a run's output until `words` come."""
+    seen = ""
+    while words not in seen:
+        line = process.stdout.readline()
+        assert line, seen + process.stderr.read()
+        seen += line
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ranks", "0"], "'--ranks' must be at least 1; got 0"),
+        (["--ranks", "1000000"], "'--ranks' must be at most"),
+        (["--ranks", "2", "--gpus", "2"], "--gpus and --ranks must not be given together"),
+        (["--ranks", "2", "--device", "cuda"], "must be left out; got --device cuda"),
+        (["--gpus", "2", "--device", "cpu"], "must be left out; got --device cpu"),
+        (["--gpus", "999"], "'--gpus' must be at most the number of GPUs"),
+        (["--restarts", "2"], "'--restarts' must be given with --gpus or --ranks"),
+        (["--ranks", "2", "--restarts", "-1"], "'--restarts' must be at least 0; got -1"),
+        (["--ranks", "2", "--restarts", "2"], "they need a '--log_dir' to write them to"),
+        (["--ranks", "2", "--lr", "-1"], "'lr' must be a finite number, greater than 0"),
+    ],
+)
+def test_options_that_start_ranks(capsys, options, message):
+    assert main(["train", "--dataset", "digits", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_ranks_within_ranks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "--dataset", "digits", "--ranks", "2"]) == 2
+    assert "must be left out under torchrun, which has started 2" in capsys.readouterr().err

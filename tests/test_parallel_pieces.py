@@ -1,0 +1,60 @@
+"""What data-parallel training is made of, in one process."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cupybnn import nn, ops
+from cupybnn.autograd import Tensor
+from cupybnn.backends.random import from_row, random_words, uniform
+from cupybnn.data import Augmentation
+
+
+@pytest.mark.parametrize("shape", [(12, 5), (12,), (12, 3, 2)])
+@pytest.mark.parametrize("draw", [random_words, uniform])
+def test_rows_are_drawn_by_their_place(xp, shape, draw):
+    whole = draw(shape, 7, 3, xp)
+    for start, stop in ((0, 3), (3, 4), (4, 9), (9, 9), (9, 12)):
+        with from_row(start):
+            part = draw((stop - start, *shape[1:]), 7, 3, xp)
+        assert part.dtype == whole.dtype
+        assert (part == whole[start:stop]).all()
+    assert (draw(shape, 7, 3, xp) == whole).all()  # the context has ended
+
+
+def test_images_are_deformed_by_their_place(xp):
+    images = xp.asarray(np.random.default_rng(0).random((7, 64), np.float32))
+    deform = Augmentation(shift=1, rotation=10, scale=0.1, shear=0.1, elastic=1)
+    whole = deform(images, (8, 8), 5, 2)
+    with from_row(3):
+        assert (deform(images[3:], (8, 8), 5, 2) == whole[3:]).all()
+
+
+def test_layers_draw_for_images_by_their_place_and_for_weights_not_at_all():
+    def layers():
+        return nn.Sequential(
+            nn.Dropout(0.5, rng=0),
+            nn.Sign(ops.StochasticSign(seed=1)),
+            nn.SignDropout(0.5, rng=1),
+            nn.BinaryLinear(6, 4, rng=2, ste=ops.StochasticSign(seed=2)),
+        )
+
+    x = np.random.default_rng(3).normal(size=(9, 6))
+    whole = layers()(Tensor(x)).data
+    with from_row(4):
+        part = layers()(Tensor(x[4:])).data
+    assert (part == whole[4:]).all()
+
+
+def test_a_leaf_is_complete_when_its_last_use_is_done():
+    a, b = (Tensor([2.0, 3.0], requires_grad=True, name=n) for n in "ab")
+    seen = []
+
+    def completed(leaf):
+        seen.append((leaf.name, leaf.grad.tolist()))
+
+    hidden = ops.relu(a * b)
+    ((hidden * b).sum() + ops.l1(a)).backward(completed=completed)
+    # d/da = b * b + 1, d/db = 2 a b; each is reported once, with its final value.
+    assert sorted(seen) == [("a", [5.0, 10.0]), ("b", [8.0, 18.0])]

@@ -1,0 +1,368 @@
+"""How ranks find each other, what they exchange, and how they notice a loss."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ranks import MPIEXEC, needs_mpi, together
+
+from cupybnn import parallel
+from cupybnn.errors import RankError, SettingError
+from cupybnn.parallel.launch import detect
+from cupybnn.parallel.meeting import LAUNCHER, Meeting, hold, is_held, release, remove_abandoned
+
+TORCHRUN = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "2",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+MPICH = {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"}
+SLURM = {
+    "SLURM_PROCID": "2",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_ID": "9",
+    "SLURM_STEP_ID": "0",
+}
+
+
+class TestLaunch:
+    @pytest.mark.parametrize(
+        ("by", "variables"),
+        [("torchrun", TORCHRUN), ("mpirun", OPEN_MPI), ("mpirun", MPICH), ("srun", SLURM)],
+    )
+    def test_each_launcher_is_known_by_its_variables(self, by, variables):
+        found = detect({**variables, "HOME": "/home/someone"})
+        assert (found.by, found.rank, found.size, found.local_rank) == (by, 2, 4, 1)
+        other = {k: "0" if "RANK" in k or "PROCID" in k else v for k, v in variables.items()}
+        assert detect(other).job == found.job  # the same for every rank of a job
+
+    def test_jobs_have_different_names(self):
+        assert detect(TORCHRUN).job != detect({**TORCHRUN, "MASTER_PORT": "29501"}).job
+        assert detect(SLURM).job != detect({**SLURM, "SLURM_STEP_ID": "1"}).job
+
+    def test_one_process_is_no_launch(self):
+        assert detect({}) is None
+        assert detect({"RANK": "0", "WORLD_SIZE": "1"}) is None
+        # In a batch script, outside of srun.
+        assert detect({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "9"}) is None
+
+    def test_srun_with_pmi_is_mpi(self):
+        assert detect({**SLURM, **MPICH}).by == "mpirun"
+
+    @pytest.mark.parametrize(
+        ("variables", "message"),
+        [
+            ({"RANK": "1"}, "WORLD_SIZE, which torchrun sets, must be a whole number; got nothing"),
+            (
+                {**TORCHRUN, "RANK": "x"},
+                "RANK, which torchrun sets, must be a whole number; got 'x'",
+            ),
+            ({**TORCHRUN, "RANK": "4"}, "must be from 0 to WORLD_SIZE - 1; got 4 and 4"),
+        ],
+    )
+    def test_inconsistent_variables(self, variables, message):
+        with pytest.raises(SettingError, match=message):
+            detect(variables)
+
+    def test_outside_of_a_launcher_there_is_one_rank(self, monkeypatch):
+        for name in ("RANK", "WORLD_SIZE", "PMI_RANK", "SLURM_STEP_NUM_TASKS"):
+            monkeypatch.delenv(name, raising=False)
+        with parallel.connect("cpu") as ranks:
+            assert (ranks.rank, ranks.size) == (0, 1)
+            check_exchanges(ranks)
+
+    def test_ranks_take_no_numbered_device(self, monkeypatch):
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr("cupybnn.parallel.joining.cuda_status", lambda: Gpus())
+        with pytest.raises(SettingError, match="each rank takes the GPU of its own number"):
+            parallel.connect("cuda:1")
+
+
+class Gpus:
+    available, device_count = True, 2
+
+
+def check_exchanges(ranks, xp=np):
+    """Check every exchange, on whatever connects `ranks`."""
+    n, r = ranks.size, ranks.rank
+    own = functools.partial(contribution, xp=xp)
+    for dtype in ("float32", "float64", "int32", "uint8"):
+        for shape in ((), (1,), (7,), (3, 5), (130, 130)):
+            total = ranks.all_reduce(own(r, shape, dtype)).wait()
+            expected = own(0, shape, dtype)
+            for other in range(1, n):
+                expected = xp.asarray(expected + own(other, shape, dtype))
+            assert total.dtype == dtype
+            assert total.shape == shape
+            if xp is np:  # added in the order of the ranks, so exactly
+                assert total.tobytes() == expected.tobytes()
+            else:
+                assert float(abs(total - expected).max()) < 1e-4
+            rows = ranks.all_gather(own(r, shape, dtype)).wait()
+            assert rows.shape == (n, *shape)
+            assert all((rows[k] == own(k, shape, dtype)).all() for k in range(n))
+            assert (ranks.broadcast(own(r, shape, dtype)).wait() == own(0, shape, dtype)).all()
+        whole = sum(own(k, (n * 6,), "float64") for k in range(n))
+        begun = [ranks.reduce_scatter(own(r, (n * 6,), "float64")) for _ in range(3)]
+        for pending in reversed(begun):  # several at once, and awaited in another order
+            assert float(abs(pending.wait() - whole[r * 6 : r * 6 + 6]).max()) < 1e-12
+    assert ranks.sums([1, 2.5, r]).tolist() == [n, 2.5 * n, n * (n - 1) / 2]
+    texts = [b"x" * k for k in range(n)]
+    assert ranks.gather_bytes(texts[r]) == texts
+    ranks.agree("agree", {"a": 1, "b": [1, 2]})
+    ranks.barrier()
+
+
+def contribution(rank, shape, dtype, xp):
+    numbers = np.random.default_rng(rank).uniform(-9, 9, shape)
+    if np.dtype(dtype).kind != "f":
+        numbers = abs(numbers)
+    return xp.asarray(np.asarray(numbers).astype(dtype))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_exchanges_by_files(tmp_path, size):
+    assert together(tmp_path, size, check_exchanges) == [None] * size
+    assert list(tmp_path.iterdir()) == []  # the last one has removed the folder
+
+
+def test_files_are_removed_as_soon_as_all_have_read_them(tmp_path):
+    most = []
+
+    def run(ranks):
+        for _ in range(50):
+            ranks.barrier()
+            most.append(sum("exchange" in p.name for p in ranks._meeting.folder.iterdir()))
+
+    assert together(tmp_path, 2, run) == [None] * 2
+    assert max(most) <= 8
+
+
+@needs_mpi
+def test_exchanges_and_training_by_mpi(tmp_path):
+    """One start of three processes for all that MPI has to show."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from cupybnn import parallel\n"
+        "from test_parallel_ranks import check_exchanges\n"
+        "from test_parallel_training import train\n"
+        "with parallel.connect('cpu') as ranks:\n"
+        "    assert type(ranks).__name__ == 'MpiRanks', ranks\n"
+        "    check_exchanges(ranks)\n"
+        "    losses, result, state = train(ranks, binary=True, keep_prob=0.9)\n"
+        "    if ranks.rank == 0:\n"
+        "        print(losses)\n"
+    )
+    done = subprocess.run(
+        [MPIEXEC, "-n", "3", sys.executable, program, Path(__file__).parent],
+        capture_output=True, text=True, timeout=100, env=environment(tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    from test_parallel_training import train
+
+    runs = together(tmp_path / "files", 3, lambda r: train(r, binary=True, keep_prob=0.9))
+    assert done.stdout.strip() == str(runs[0][0])  # the same sums in the same order
+
+
+def environment(folder, **more):
+    """Return the environment of a rank: no other launcher's variables, one thread."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PMI", "OMPI", "SLURM"))}
+    root = str(Path(__file__).parent.parent)
+    return {
+        **kept, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder), "PYTHONPATH": root, **more
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_the_command_needs_no_option_under_a_launcher(tmp_path, launcher):
+    options = ["--dataset", "digits", "--device", "cpu", "--n_hidden", "16", "--max_steps", "3"]
+    processes = []
+    for rank in "01":
+        variables = {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "MASTER_PORT": "29500"}
+        if launcher == "srun":
+            variables = {**SLURM, "SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": "2"}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "cupybnn", "train", *options],
+                env=environment(tmp_path, **variables),
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+        )  # fmt: skip
+    (first, _), (second, _) = [process.communicate(timeout=100) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert "device: cpu, 2 ranks" in first
+    assert "Final test accuracy" in first
+    assert second == ""  # rank 0 alone prints
+    assert list(tmp_path.iterdir()) == []
+
+
+class TestMeeting:
+    def test_a_rank_that_does_not_come(self, tmp_path):
+        began = time.monotonic()
+        with pytest.raises(RankError, match=r"Rank 1, 2 did not come to .* All 3 ranks"):
+            Meeting(tmp_path / "ranks", 0, 3, 0.02)
+        assert time.monotonic() - began < 5
+
+    def test_a_rank_that_keeps_the_others_waiting(self, tmp_path):
+        def run(ranks):
+            if ranks.rank == 1:
+                time.sleep(1.5)
+            ranks.barrier()
+
+        errors = together(tmp_path, 3, run, seconds=0.5)
+        assert all("has kept the others waiting for 0.5 seconds" in str(e) for e in errors)
+        assert all(str(e).startswith("Rank 1 (process ") for e in errors)
+        assert [e.report for e in errors[::2]] == [True, False]  # one of them prints it
+
+    def test_a_rank_may_be_busy_for_longer(self, tmp_path):
+        def run(ranks):
+            if ranks.rank == 1:
+                with ranks.busy():
+                    time.sleep(1.5)
+            ranks.barrier()
+
+        assert together(tmp_path, 3, run, seconds=0.5) == [None] * 3
+
+    def test_a_rank_without_signs_of_life(self, tmp_path):
+        def run(ranks):
+            if ranks.rank == 2:
+                ranks._meeting._write_state = lambda: None
+            for _ in range(100):
+                ranks.barrier()
+                time.sleep(0.02)
+
+        errors = together(tmp_path, 3, run, seconds=0.5)
+        assert "Rank 2 " in str(errors[0])
+        assert "no sign of life for 0.5 seconds" in str(errors[0])
+
+    def test_ranks_end_with_the_process_that_started_them(self, tmp_path):
+        (tmp_path / "ranks").mkdir()
+        lock = hold(tmp_path / "ranks" / LAUNCHER)
+        threading.Timer(0.5, release, [lock]).start()
+
+        def run(ranks):
+            while True:
+                ranks.barrier()
+
+        errors = together(tmp_path, 2, run)
+        os.close(lock)
+        assert all("The process that started the ranks has ended" in str(e) for e in errors)
+
+    def test_folders_of_killed_ranks_do_not_confuse_new_ones(self, tmp_path):
+        base = tmp_path / "ranks"
+        (base / "session-old").mkdir(parents=True)
+        (base / "session-old" / "rank-0.lock").touch()  # nobody holds it
+        (base / "session-old" / "rank-0").write_text("{}")
+        (base / "current").write_text("session-old")
+        assert together(tmp_path, 3, check_exchanges) == [None] * 3
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs locks of files")
+    def test_folders_of_ranks_that_were_all_killed_are_removed_later(self, tmp_path):
+        old, held, young = (tmp_path / name / "session-1" for name in ("old", "held", "young"))
+        for folder in (old, held, young):
+            folder.mkdir(parents=True)
+            (folder / "rank-0.lock").touch()
+            if folder != young:
+                os.utime(folder / "rank-0.lock", (1e9, 1e9))
+        descriptor = hold(held / "rank-0.lock")
+        for folder in (old, held, young):
+            remove_abandoned(folder.parent)
+        os.close(descriptor)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["held", "young"]
+
+    def test_locks_tell_whether_a_process_lives(self, tmp_path):
+        path = tmp_path / "lock"
+        descriptor = hold(path)
+        assert is_held(path)
+        release(descriptor)
+        assert not is_held(path)
+        os.close(descriptor)
+
+    def test_the_last_resort_is_for_a_main_thread_that_cannot_leave(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("cupybnn.parallel.meeting._LAST_RESORT", 0.2)
+        said = threading.Event()
+        meetings = [None, None]
+
+        def run(rank):
+            call = (lambda sentence: said.set()) if rank == 0 else None
+            meetings[rank] = Meeting(tmp_path / "ranks", rank, 2, 0.5, call)
+
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        meetings[1].close(OSError("disk"))
+        assert said.wait(10)
+        meetings[0].close()
+
+
+@pytest.mark.gpu
+class TestNccl:
+    def test_one_rank_with_itself(self):
+        """All but what another GPU could add: the binding, streams, dtypes, abort."""
+        import cupy
+
+        from cupybnn.backends.devices import resolve
+        from cupybnn.parallel.nccl import NcclRanks, new_id
+
+        with NcclRanks(resolve("cuda"), 0, 1, new_id(), None) as ranks:
+            check_exchanges(ranks, cupy)
+            stream = cupy.cuda.Stream(non_blocking=True)
+            with stream:
+                x = cupy.arange(1 << 22, dtype=cupy.float32)
+                pending = ranks.all_reduce(x * 2)
+                assert float((pending.wait() - 2 * x).sum()) == 0
+        ranks = NcclRanks(resolve("cuda"), 0, 1, new_id(), None)
+        ranks.abort()
+        ranks.close()
+
+    def test_ranks_on_two_gpus(self, tmp_path):
+        from cupybnn.backends.devices import cuda_status
+
+        if (count := cuda_status().device_count) < 2:
+            pytest.skip(f"needs two GPUs for two ranks of NCCL; there is {count}")
+        program = tmp_path / "program.py"
+        program.write_text(
+            "import sys\n"
+            "sys.path.insert(0, sys.argv[1])\n"
+            "import cupy\n"
+            "from cupybnn import parallel\n"
+            "from test_parallel_ranks import check_exchanges\n"
+            "from test_parallel_training import COMMON, train\n"
+            "with parallel.connect('cuda') as ranks:\n"
+            "    with cupy.cuda.Device(ranks.rank):\n"
+            "        check_exchanges(ranks, cupy)\n"
+            "    losses, _, _ = train(ranks, device='cuda', binary=True, dtype='float64',\n"
+            "                         sync_batch_norm=True)\n"
+            "    if ranks.rank == 0:\n"
+            "        print(losses)\n"
+        )
+        processes = [
+            subprocess.Popen(
+                [sys.executable, program, Path(__file__).parent],
+                env=environment(tmp_path, RANK=r, WORLD_SIZE="2", LOCAL_RANK=r),
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for r in "01"
+        ]  # fmt: skip
+        (out, err), _ = [process.communicate(timeout=300) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], err
+        from test_parallel_training import train
+
+        alone = train(device="cuda", binary=True, dtype="float64", sync_batch_norm=True)
+        np.testing.assert_allclose(np.fromstring(out.strip("[]\n"), sep=","), alone[0], rtol=1e-9)
