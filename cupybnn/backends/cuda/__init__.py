@@ -44,7 +44,9 @@ def kernels_for(device: Device) -> list[str]:
     return architectures.kernels_for(architecture(device.index))
 
 
-def parallel_for(size: int, elements: int, work: Callable[[int, int], None]) -> None:
+def parallel_for(
+    size: int, elements: int, work: Callable[[int, int], None], most: int | None = None
+) -> None:
     """Call ``work(0, size)``: kernels need no threads on the host."""
     work(0, size)
 
