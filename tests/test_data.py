@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -508,9 +509,10 @@ class TestMnist:
         theirs = data_home / "sklearn"
         shutil.copytree(openml_home, theirs)
         keep_rows(theirs / "openml" / "openml.org", range(59_700, 60_300))
-        monkeypatch.setattr(mnist, "_MEMBERS", {k: v.shape for k, v in expected.items()})
+        monkeypatch.setattr(openml, "MEMBERS", {k: v.shape for k, v in expected.items()})
         digest = hashlib.sha256(b"".join(array.tobytes() for array in expected.values()))
-        monkeypatch.setattr(mnist, "_SHA256", digest.hexdigest())
+        source = replace(mnist.SOURCE, sha256=digest.hexdigest())
+        monkeypatch.setattr(mnist, "SOURCE", source)
         before = {p: p.stat().st_size for p in theirs.rglob("*") if p.is_file()}
         data = load("mnist")
         for name, array in expected.items():
