@@ -11,6 +11,7 @@ import pytest
 from cupybnn import TrainConfig, Trainer, ops
 from cupybnn.autograd import Tensor
 from cupybnn.data import Dataset
+from cupybnn.parallel import Alone
 from cupybnn.training import Callback
 from cupybnn.training.step import Objective
 from cupybnn.training.stopping import EarlyStopping
@@ -27,6 +28,7 @@ class Told:
 
     def __init__(self, monitor, measures, **options):
         self.stopping = EarlyStopping(monitor, **options)
+        self.ranks = Alone()
         self.epoch, self.stopped_after = 0, None
         self.optimizer = SimpleNamespace(groups=[{"lr": 1.0}])
         self.rates = []
