@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import inspect
 import json
 import re
@@ -44,6 +45,8 @@ MODULES = {
     "cupybnn.autograd": "Automatic differentiation",
     "cupybnn.errors": "Errors",
 }
+if importlib.util.find_spec("torch") is not None:
+    MODULES["cupybnn.torch"] = "PyTorch"
 
 
 def write_all(folder: Path) -> None:

@@ -510,6 +510,7 @@ def test_every_variant_runs_on_the_gpu(few):
             continue  # such as torch.compile without a compiler: the record says why
         assert measured.get("error") is None, f"{variant}: {measured['error']}"
         assert measured["memory_bytes"] >= 0
-        assert 0 < measured["pool_bytes"] < 1 << 28  # what the clock has is not in it
+        # What the clock has is not in it; 0 if the pool had room left by earlier tests.
+        assert 0 <= measured["pool_bytes"] < 1 << 28
         if variant.ours and "graph" in variant.how:
             assert {"gather", "fc1", "fc2", "fc3", "update"} <= set(measured["kernels"])

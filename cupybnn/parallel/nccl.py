@@ -51,7 +51,8 @@ def _binding() -> Any:
 
 def new_id() -> bytes:
     """Return a new id by which ranks find each other: rank 0 makes it, and all must get it."""
-    return np.array(_binding().get_unique_id(), np.int8).tobytes()
+    unique_id: bytes = _binding().get_unique_id()
+    return unique_id
 
 
 class NcclRanks(Ranks):
@@ -85,8 +86,7 @@ class NcclRanks(Ranks):
             np.dtype(name): getattr(self._nccl, f"NCCL_{name.upper()}") for name in _DTYPES
         }
         with device.scope():
-            number = tuple(np.frombuffer(unique_id, np.int8).tolist())
-            self._communicator = self._nccl.NcclCommunicator(size, number, rank)
+            self._communicator = self._nccl.NcclCommunicator(size, unique_id, rank)
             self._stream = cupy.cuda.Stream(non_blocking=True)
         if meeting is not None:
             meeting.waiting_since = self._waiting_since

@@ -259,8 +259,7 @@ class PixelNetworkLaunch:
             control=0, rows=rows,
         )  # fmt: skip
         way = self._ways[rows, captured] = FastLaunch(
-            kernel, team.blocks, 32 * _WARPS, shared, argument, cooperative=team.cluster == 1,
-            overlapping=not captured,
+            kernel, team.blocks, 32 * _WARPS, shared, argument, cooperative=team.cluster == 1
         )  # fmt: skip
         if not captured:
             section = _ARRAYS if team.cluster > 1 else _X_TO_CONTROL
