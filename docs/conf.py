@@ -44,11 +44,13 @@ nb_execution_mode = "off"
 jupyterlite_dir = str(HERE / "_generated" / "lite")
 jupyterlite_contents = str(HERE.parent / "notebooks" / "*.ipynb")
 jupyterlite_silence = True
-myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 autosummary_generate = True
 autodoc_typehints = "none"  # numpydoc's sections give the types, in words
+smartquotes_action = "qe"  # dashes of options stay as they are
+html_sidebars = {"getting_started": [], "index": []}
 nitpick_ignore = [("py:class", "collections.abc.Callable")]  # Python's own pages need a network
 numpydoc_show_class_members = False
 default_role = "py:obj"  # links where there is something to link to: see below

@@ -189,7 +189,7 @@ def _quantizer_section(kind: type, names: list[str]) -> str:
     doc = inspect.getdoc(kind) or ""
     summary, _, rest = doc.partition("\n")
     # The sketch in the docstring is what a terminal can show of the plot below.
-    formula = re.sub(r"::\n.*?(?=\n\n\S|\Z)", ":", rest, flags=re.DOTALL)
+    formula = re.sub(r"::\n.*?(?=\n\n\S|\Z)", ".", rest, flags=re.DOTALL)
     formula = formula.partition("\nParameters\n")[0].partition("\nNotes\n")[0]
     paper = doc.partition("\nNotes\n-----\n")[2].partition("\n\n")[0]
     spelled = ", ".join(f"`{name}`" for name in sorted(names))
@@ -200,7 +200,7 @@ def _quantizer_section(kind: type, names: list[str]) -> str:
         "",
         f"**{summary}** `--ste` {spelled}; {where}",
         "",
-        formula.strip().rstrip(":").replace("``", "`").rstrip(",") + ".",
+        formula.strip().rstrip(":.").replace("``", "`") + ".",
         "",
         f"```{{image}} /_generated/parts/{names[0]}.svg\n:alt: {kind.__name__} and its "
         f"pseudo-gradient\n:width: 520px\n```",

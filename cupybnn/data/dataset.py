@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,6 +128,7 @@ class Dataset:
         *,
         pixel_max: float = 255,
         weights: Any = None,
+        class_names: Iterable[str] | None = None,
     ) -> Dataset:
         """Make a data set from arrays.
 
@@ -153,6 +155,8 @@ class Dataset:
         weights : array_like of numbers, shape (examples,), optional
             Weights of the training examples, at least 0 and not all 0. An example of weight 2 is
             trained on as two copies of it would be; see `cupybnn.data.BatchOrder`.
+        class_names : iterable of str, optional
+            A name for each class, in their order: reports and packed networks use them.
 
         Returns
         -------
@@ -200,6 +204,9 @@ class Dataset:
                     f"{x.dtype} of shape {x.shape[1:]}; got {other.dtype} of shape "
                     f"{other.shape[1:]}."
                 )
+        names = None if class_names is None else tuple(map(str, class_names))
+        if classes is None and names is not None:
+            classes = len(names)
         count = arrays.count_classes(classes, {"train_y": y, "test_y": other_y})
         return cls(
             name=name,
@@ -210,6 +217,7 @@ class Dataset:
             image_shape=(x.shape[1], x.shape[2]) if x.ndim == 3 else None,
             pixel_max=float(pixel_max) if x.dtype == np.uint8 else None,
             classes=count,
+            class_names=names,
             train_weights=None if weights is None else arrays.weights("weights", weights, len(x)),
         )
 

@@ -102,7 +102,7 @@ class BinaryMLPClassifier(
     ----------
     classes_ : ndarray, shape (n_classes,)
     n_features_in_ : int
-    feature_names_in_ : ndarray of str, shape (n_features_in_,)
+    feature_names_in_ : ndarray of str, shape (n_features,)
         Only if X had column names that are all strings.
     n_iter_ : int
         Iterations of the last fit.
@@ -138,8 +138,10 @@ class BinaryMLPClassifier(
     cupybnn.Trainer : The training loop, with many more settings, for any model.
     cupybnn.PackedNetwork : What `to_packed` returns: a file, ONNX, a C header.
 
-    Notes ----- **Sample weights.** A sample of weight w occurs in each iteration as often as w
-    copies would: floor(w) or ceil(w) times, w times on average. Fitting with integer weights is
+    Notes
+    -----
+    **Sample weights.** A sample of weight w occurs in each iteration as often as w copies would:
+    floor(w) or ceil(w) times, w times on average. Fitting with integer weights is
     thus the same, bit for bit, as fitting with repeated samples (with ``shuffle=True``, and without
     `early_stopping`, which splits the samples). Weights that sum to less than the number of samples
     of positive weight, or to more than 16 times that number, are scaled to these limits.
