@@ -314,7 +314,7 @@ class TestTraining:
         whole = trainer.evaluate()
         sizes = []
         batches = trainer.data.test_batches
-        trainer.data.test_batches = lambda size: sizes.append(size) or batches(size)
+        trainer.data.test_batches = lambda size, *part: sizes.append(size) or batches(size, *part)
         monkeypatch.setattr(evaluation, "_BATCH_BYTES", 6 * 4 * 7)
         assert trainer.evaluate() == pytest.approx(whole, rel=1e-5)
         assert sizes == [7]

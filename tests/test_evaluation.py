@@ -160,7 +160,7 @@ class TestOpening:
             open_network(packed, which="best")
         monkeypatch.chdir(tmp_path)
         with np.load(packed) as loaded:
-            np.savez(broken, **{**loaded, "0.weight": np.ones(2)})
+            np.savez(broken, **{**loaded, "data": np.ones(2, np.uint8)})
         with pytest.raises(cupybnn.errors.CheckpointError, match="cannot be read as a Packed"):
             open_network(broken)
 
