@@ -1,4 +1,4 @@
-"""Models and optimisers copied and pickled, by every protocol."""
+"""Models and optimizers copied and pickled, by every protocol."""
 
 from __future__ import annotations
 

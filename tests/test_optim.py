@@ -1,4 +1,4 @@
-"""Optimisers against their formulas in plain float64 NumPy, schedules, groups, averages."""
+"""Optimizers against their formulas in plain float64 NumPy, schedules, groups, averages."""
 
 from __future__ import annotations
 
@@ -405,7 +405,7 @@ class TestGroups:
         with pytest.raises(AttributeError, match=r"for group in optimizer.groups: group\['lr'\] ="):
             optimizer.lr = 0.5
 
-    def test_options_of_a_new_kind_of_optimiser(self):
+    def test_options_of_a_new_kind_of_optimizer(self):
         class Signed(optim.Optimizer):
             def __init__(self, parameters, lr, power=1.0, **common):
                 super().__init__(parameters, lr, power=power, **common)
@@ -614,7 +614,7 @@ class TestClipGradNorm:
 
 
 class TestShown:
-    def test_optimisers(self):
+    def test_optimizers(self):
         p, q = make(np, (2, 3)), make(np, (1000,))
         adam = optim.Adam([p, q], 0.5, schedule=schedules.warm_up(3, schedules.cosine(10)))
         assert repr(adam) == (
@@ -862,7 +862,7 @@ class TestCombined:
         np.testing.assert_array_equal(combined.state_dict()["0/0.0.mean"], state["0/0.0.mean"])
 
     def test_bad_parts(self):
-        with pytest.raises(ValueError, match="at least one optimiser; got none"):
+        with pytest.raises(ValueError, match="at least one optimizer; got none"):
             optim.Combined()
         parameter = make(np)
         with pytest.raises(ValueError, match="must appear only once"):

@@ -5,7 +5,7 @@ signs. A raw array keeps no record of writes, and comparing every array each tim
 as the pass. So the engine keeps a version number for each piece of memory and distinguishes two
 kinds of writers:
 
-- Writers that it knows (optimisers, ``tensor.data = ...``, ``tensor[...] = ...``) raise the
+- Writers that it knows (optimizers, ``tensor.data = ...``, ``tensor[...] = ...``) raise the
   version; this costs nothing.
 - All others must first get the array from ``tensor.data``. That array is *on loan* as long as it,
   or any view of it, is alive, on NumPy and CuPy alike. Only while memory is both watched (saved, or

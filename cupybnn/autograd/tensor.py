@@ -132,7 +132,7 @@ class Tensor(Operators, Protocols):
     def write(self) -> Any:
         """Return the array for an immediate edit in place.
 
-        Used by optimisers: cheaper than `data`, because it only records that the contents
+        Used by optimizers: cheaper than `data`, because it only records that the contents
         change. Do not keep the array.
         """
         if self._memory is not None:

@@ -36,7 +36,7 @@ class BinaryLinear(Linear):
         Pseudo-gradient for the latent weights, and their scale if it has one; see
         `cupybnn.ops.sign`.
     clip : bool
-        Whether optimisers keep the latent weights within [-1, 1].
+        Whether optimizers keep the latent weights within [-1, 1].
     rng, dtype
         As in `Linear`.
 

@@ -122,7 +122,7 @@ class Linear(Module):
 
 
 class BatchNorm(Module):
-    """Batch normalisation of the last axis; see `cupybnn.ops.batch_norm`.
+    """Batch normalization of the last axis; see `cupybnn.ops.batch_norm`.
 
     Parameters
     ----------

@@ -48,12 +48,12 @@ class Parameter(Tensor):
     bits : int
         Bits per element in inference: 1 if only the sign is used.
     limit : float, optional
-        Optimisers keep the elements within [-limit, limit].
+        Optimizers keep the elements within [-limit, limit].
 
     Attributes
     ----------
     share : Share or None
-        Where several processes train together, optimisers update this part in place of the
+        Where several processes train together, optimizers update this part in place of the
         elements, which are then the signs; see `cupybnn.training.team`.
 
     Examples

@@ -207,7 +207,7 @@ def softmax_cross_entropy(logits: Tensor, labels: Any, smoothing: float = 0.0) -
     Parameters
     ----------
     logits : Tensor, shape (n, classes)
-        Unnormalised log-probabilities.
+        Unnormalized log-probabilities.
     labels : Tensor or array, shape (n,) or (n, classes)
         Class numbers, or class probabilities (soft labels, a teacher's outputs). An example's
         probabilities need not sum to 1: their sum is its weight, and 0 leaves it out.
@@ -251,7 +251,7 @@ def softmax_divergence(logits: Tensor, probabilities: Any) -> Tensor:
     Parameters
     ----------
     logits : Tensor, shape (n, classes)
-        Unnormalised log-probabilities.
+        Unnormalized log-probabilities.
     probabilities : Tensor or array of floats, shape (n, classes)
         The predictions p, constants: they have no gradient.
 

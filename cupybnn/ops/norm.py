@@ -1,4 +1,4 @@
-"""Batch normalisation."""
+"""Batch normalization."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _fit_to_operands(ctx: Context, *grads: Any) -> tuple[Any, ...]:
 
 
 class BatchNormTrain(Function):
-    """Normalisation with the batch's own mean and variance."""
+    """Normalization with the batch's own mean and variance."""
 
     @staticmethod
     def forward(
@@ -115,7 +115,7 @@ class BatchNormTrain(Function):
 
 
 class BatchNormWhole(Function):
-    """Normalisation with mean and variance of a batch of which other processes have parts."""
+    """Normalization with mean and variance of a batch of which other processes have parts."""
 
     @staticmethod
     def forward(
@@ -157,7 +157,7 @@ class BatchNormWhole(Function):
 
 
 class BatchNormEval(Function):
-    """Normalisation with running statistics: an affine map of each feature."""
+    """Normalization with running statistics: an affine map of each feature."""
 
     @staticmethod
     def forward(
@@ -193,7 +193,7 @@ def batch_norm(
     decay: float = 0.9,
     eps: float = 1e-4,
 ) -> Tensor:
-    """Normalise each feature over the batch: ``gamma * (x - mean) / sqrt(variance + eps) + beta``.
+    """Normalize each feature over the batch: ``gamma * (x - mean) / sqrt(variance + eps) + beta``.
 
     Parameters
     ----------

@@ -77,7 +77,7 @@ def virtual_adversarial(
         tenth of a pixel's range or more.
     weight : float
         Share of these inputs in a batch of which other processes have the rest. It matters only
-        where batch norm normalises the whole batch: the others' predictions then depend on `x`.
+        where batch norm normalizes the whole batch: the others' predictions then depend on `x`.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""Optimisers, learning-rate schedules, gradient clipping, weight averaging."""
+"""Optimizers, learning-rate schedules, gradient clipping, weight averaging."""
 
 from cupybnn.optim import schedules
 from cupybnn.optim.adam import Adam, AdamW

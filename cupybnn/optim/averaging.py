@@ -37,7 +37,7 @@ class WeightAverage:
     >>> from cupybnn import nn, optim
     >>> model = nn.Linear(2, 1, rng=0)
     >>> average = optim.WeightAverage(model.parameters(), decay=0.99)
-    >>> average.update()  # after each step of the optimiser
+    >>> average.update()  # after each step of the optimizer
     >>> with average.applied():
     ...     state = model.state_dict()  # of the averaged model
 

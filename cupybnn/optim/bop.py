@@ -1,4 +1,4 @@
-"""Bop, the binary optimiser."""
+"""Bop, the binary optimizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Bop(Optimizer):
 
     The weights are set to their signs at the start and stay +1 and -1. A weight flips when the
     running mean of its gradient has the same sign (so that a flip lowers the loss) and is large
-    enough. Use another optimiser for full-precision parameters, such as those of batch norm.
+    enough. Use another optimizer for full-precision parameters, such as those of batch norm.
 
     Parameters
     ----------

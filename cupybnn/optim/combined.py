@@ -1,4 +1,4 @@
-"""Several optimisers combined into one."""
+"""Several optimizers combined into one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Combined"]
 
 
 class Combined(Optimizer):
-    """Optimisers that step together, each with its own parameters.
+    """Optimizers that step together, each with its own parameters.
 
     For example `Bop` for binary weights and `Adam` for all others.
 
@@ -31,9 +31,9 @@ class Combined(Optimizer):
     Raises
     ------
     ValueError
-        If there is no optimiser, or a parameter is in two of them.
+        If there is no optimizer, or a parameter is in two of them.
     TypeError
-        If one is not an optimiser.
+        If one is not an optimizer.
 
     Examples
     --------
@@ -45,10 +45,10 @@ class Combined(Optimizer):
 
     def __init__(self, *optimizers: Optimizer) -> None:
         if not optimizers:
-            raise ValueError("A Combined needs at least one optimiser; got none.")
+            raise ValueError("A Combined needs at least one optimizer; got none.")
         for each in optimizers:
             if not isinstance(each, Optimizer):
-                raise TypeError(f"A Combined takes optimisers; got {type(each).__name__}.")
+                raise TypeError(f"A Combined takes optimizers; got {type(each).__name__}.")
         groups = [group for each in optimizers for group in each.groups]
         super().__init__(({"params": group["params"]} for group in groups), lr=0.0)
         self.optimizers = optimizers
@@ -60,7 +60,7 @@ class Combined(Optimizer):
         self.steps += 1
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """Return all states; names are "number/" and the name in that optimiser."""
+        """Return all states; names are "number/" and the name in that optimizer."""
         state = {"steps": np.array(self.steps)}
         for number, each in enumerate(self.optimizers):
             state |= {f"{number}/{name}": array for name, array in each.state_dict().items()}

@@ -16,7 +16,7 @@ Predicate = Callable[[str, Parameter], bool]
 def parameter_groups(
     model: Module, *rules: tuple[Predicate, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Divide the parameters of a model into groups for an optimiser.
+    """Divide the parameters of a model into groups for an optimizer.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ def is_binary(name: str, parameter: Parameter) -> bool:
 def binarynet_scale(parameter: Parameter) -> float:
     """Return BinaryNet's learning-rate factor, ``sqrt((inputs + outputs) / 1.5)``.
 
-    Pass it as an optimiser's `lr_scale`. It applies to latent weights, whose initial values shrink
+    Pass it as an optimizer's `lr_scale`. It applies to latent weights, whose initial values shrink
     with the size of the layer (Glorot's rule); for other parameters it is 1.
 
     Notes

@@ -1,4 +1,4 @@
-"""Base class of optimisers: parameter groups, learning rates, clipping, state."""
+"""Base class of optimizers: parameter groups, learning rates, clipping, state."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Optimizer:
     ----------
     parameters : iterable of Parameter, or of dict
         The parameters, at least one; or groups of them, each a dict with "params" and the options
-        that differ from the optimiser's: "lr", "lr_scale" and those of the subclass.
+        that differ from the optimizer's: "lr", "lr_scale" and those of the subclass.
     lr : float
         Learning rate.
     schedule : callable, optional
@@ -96,7 +96,7 @@ class Optimizer:
         If an option is invalid, a group has an unknown option, a parameter appears twice, or there
         are no parameters.
     TypeError
-        If a keyword is not an option of this optimiser, or an item is not a Parameter.
+        If a keyword is not an option of this optimizer, or an item is not a Parameter.
 
     Attributes
     ----------
@@ -125,7 +125,7 @@ class Optimizer:
     >>> optimizer = SignSGD(layer.parameters(), lr=0.1)
     """
 
-    # Names of the arrays that an optimiser keeps for each parameter, initially 0.
+    # Names of the arrays that an optimizer keeps for each parameter, initially 0.
     slots: ClassVar[tuple[str, ...]] = ()
     # Those that are never negative.
     nonnegative: ClassVar[tuple[str, ...]] = ()
@@ -165,13 +165,13 @@ class Optimizer:
                 f"are not attributes has no parameters."
             )
         if len({id(p) for p in everything}) < len(everything):
-            raise ValueError("A parameter must appear only once in the groups of an optimiser.")
+            raise ValueError("A parameter must appear only once in the groups of an optimizer.")
         self._slots: dict[Parameter, tuple[Any, ...]] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.rules:
             raise AttributeError(
-                f"Set an option of an optimiser in its groups: for group in optimizer.groups: "
+                f"Set an option of an optimizer in its groups: for group in optimizer.groups: "
                 f"group[{name!r}] = {value!r}."
             )
         super().__setattr__(name, value)
@@ -322,7 +322,7 @@ class Optimizer:
 
 
 def _as_groups(parameters: Any) -> list[Mapping[str, Any]]:
-    """Convert the parameters of an optimiser to groups."""
+    """Convert the parameters of an optimizer to groups."""
     if isinstance(parameters, (Module, Parameter, Mapping)):
         return [parameters if isinstance(parameters, Mapping) else {"params": parameters}]
     given = list(parameters)

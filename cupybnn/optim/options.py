@@ -1,4 +1,4 @@
-"""Options of optimisers: their rules, and the parameter groups that hold them."""
+"""Options of optimizers: their rules, and the parameter groups that hold them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Rules = dict[str, tuple[str, Callable[[Any], Any]]]
 
 @cache
 def option_names(optimizer: Any) -> tuple[str, ...]:
-    """Return the options of an optimiser class that a group may set.
+    """Return the options of an optimizer class that a group may set.
 
     They are the options with a rule and the arguments of a subclass's ``__init__``.
     """
@@ -32,7 +32,7 @@ def option_names(optimizer: Any) -> tuple[str, ...]:
 
 
 def check_keywords(optimizer: Any, given: Iterable[str]) -> None:
-    """Raise TypeError if a keyword is not an option of an optimiser class."""
+    """Raise TypeError if a keyword is not an option of an optimizer class."""
     unknown = [name for name in given if name not in option_names(optimizer)]
     if unknown:
         raise TypeError(
@@ -63,7 +63,7 @@ def _hints(optimizer: Any, unknown: list[str]) -> str:
 
 
 def _related_optimizers(optimizer: Any) -> list[Any]:
-    """Return all optimiser classes, subclasses of `optimizer` first."""
+    """Return all optimizer classes, subclasses of `optimizer` first."""
 
     def subclasses(kind: Any) -> list[Any]:
         return [each for sub in kind.__subclasses__() for each in (sub, *subclasses(sub))]
@@ -78,7 +78,7 @@ class Group(dict):
     Parameters
     ----------
     optimizer : type
-        The optimiser class that defines the options.
+        The optimizer class that defines the options.
     options : mapping
         "params", an iterable of `Parameter`, all options, and optionally a "name".
 
@@ -139,7 +139,7 @@ class Group(dict):
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise TypeError(
-            "An option of a parameter group cannot be removed: the optimiser needs it. Set it to "
+            "An option of a parameter group cannot be removed: the optimizer needs it. Set it to "
             "another value."
         )
 
@@ -153,13 +153,13 @@ def as_parameters(given: Any) -> list[Parameter]:
     """Return parameters as a list, after checking their types."""
     if isinstance(given, Module):
         raise TypeError(
-            f"An optimiser takes Parameters; got a {type(given).__name__}. Pass its parameters()."
+            f"An optimizer takes Parameters; got a {type(given).__name__}. Pass its parameters()."
         )
     given = [given] if isinstance(given, Parameter) else list(given)
     for each in given:
         if not isinstance(each, Parameter):
             raise TypeError(
-                f"An optimiser takes Parameters: model.parameters(), or groups of them; got a "
+                f"An optimizer takes Parameters: model.parameters(), or groups of them; got a "
                 f"{type(each).__name__}."
             )
     return given

@@ -1,4 +1,4 @@
-"""Learning-rate schedules for optimisers.
+"""Learning-rate schedules for optimizers.
 
 Each function here returns a schedule. Called with a step number, counted from 0, it returns the
 learning-rate factor.

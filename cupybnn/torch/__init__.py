@@ -1,6 +1,6 @@
 """Binary layers for PyTorch: exact 1-bit products, straight-through gradients, packed inference.
 
-`XnorLinear` trains with PyTorch's own optimisers, `pack_linear` stores its weights with one bit per
+`XnorLinear` trains with PyTorch's own optimizers, `pack_linear` stores its weights with one bit per
 element, and `cupybnn.PackedNetwork.from_torch` packs a whole network. The products are operators of
 PyTorch: they work with autocast, `torch.compile` and CUDA graphs, on the current stream.
 

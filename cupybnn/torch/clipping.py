@@ -27,7 +27,7 @@ def clip_weights(model: torch.nn.Module) -> None:
 
 
 def clip_after_step(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> Any:
-    """Call `clip_weights` after each step of an optimiser.
+    """Call `clip_weights` after each step of an optimizer.
 
     Parameters
     ----------

@@ -83,7 +83,7 @@ class XnorLinear(torch.nn.Module):
         already, so that a `SignSTE` with another pseudo-gradient may stand before this layer.
     clip : bool
         Whether `clip_weights` and `clip_after_step` keep the latent weights within [-1, 1].
-        PyTorch's optimisers do not do so by themselves.
+        PyTorch's optimizers do not do so by themselves.
     device, dtype
         Of the parameters, as in `torch.nn.Linear`.
 

@@ -62,7 +62,7 @@ class Checkpoint:
     step : int
         Number of updates made.
     arrays : mapping of str to ndarray
-        Weights, running statistics and optimiser state, on the host.
+        Weights, running statistics and optimizer state, on the host.
     info : mapping of str to JSON values
         The configuration, random states that are not arrays, and the evaluations so far.
     """

@@ -19,7 +19,7 @@ def needed_bytes(
 ) -> tuple[int, int]:
     """Return a lower bound on the memory that a run needs.
 
-    It counts what certainly exists at the same time: the weights and their optimiser state, and a
+    It counts what certainly exists at the same time: the weights and their optimizer state, and a
     batch's input, logits and activations of one hidden layer. A run that is certain not to use the
     fused step also keeps all gradients and, if activations are not binary, those of all layers.
 

@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint: model, optimiser and averages in one mapping."""
+"""The arrays of a checkpoint: model, optimizer and averages in one mapping."""
 
 from __future__ import annotations
 

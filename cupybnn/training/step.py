@@ -124,7 +124,7 @@ class Objective:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> optim.Optimizer:
-    """Return the optimiser that `config` describes, with its schedule."""
+    """Return the optimizer that `config` describes, with its schedule."""
     schedule = _schedule(config)
     common: dict[str, Any] = {"lr": config.lr, "schedule": schedule}
     if config.optimizer == "bop":
@@ -212,7 +212,7 @@ class PlainStep:
     adversarial training starts from there.
 
     The extra passes of virtual adversarial training drop the same units as the first. Batch norm
-    normalises each pass by the statistics of its own batch, and its running statistics are those of
+    normalizes each pass by the statistics of its own batch, and its running statistics are those of
     the first pass alone, as in the code of Miyato et al.
     """
 
@@ -301,7 +301,7 @@ class PlainStep:
         return logits, ops.softmax_divergence(moved, probabilities)
 
     def stale(self) -> bool:
-        """Never: each step reads the model and the optimiser as they are."""
+        """Never: each step reads the model and the optimizer as they are."""
         return False
 
     def _attacked(self, inputs: Any, labels: Any) -> Any:

@@ -3,14 +3,14 @@
 Each rank has a part of the images of a batch. Real weights, and whatever else a model learns, are
 the same on every rank: their gradients are summed, and each rank makes the same update.
 
-A binary weight is shared out. A rank has the latent weights and the optimiser's arrays of its share
+A binary weight is shared out. A rank has the latent weights and the optimizer's arrays of its share
 alone; the weight itself holds signs. The forward pass needs no more, and the backward pass gives
 the gradient with respect to the signs. The sum of that over the ranks is scattered, each part to
 the rank whose share it is, which applies the pseudo-gradient, updates its latent weights and sends
 their signs to the others, one bit a weight. Applied to the sum, the pseudo-gradient is that of a
 run of one rank even where it is not linear ("clipped_grad").
 
-Between steps, `gather` makes the weights and the optimiser's arrays whole again, for an evaluation
+Between steps, `gather` makes the weights and the optimizer's arrays whole again, for an evaluation
 or a checkpoint, and `share_out` reverses it.
 """
 
@@ -265,7 +265,7 @@ class Team:
     # Shares --------------------------------------------------------------------------------------
 
     def _slots(self) -> Iterator[tuple[_Shared, dict[nn.Parameter, tuple[Any, ...]]]]:
-        """Yield each shared weight with the arrays that its optimiser keeps, by parameter."""
+        """Yield each shared weight with the arrays that its optimizer keeps, by parameter."""
         for each in getattr(self._optimizer, "optimizers", (self._optimizer,)):
             mine = {id(p) for group in each.groups for p in group["params"]}
             for parameter, shared in self._shared.items():
@@ -288,7 +288,7 @@ class Team:
             shared.set_signs(shared.send_signs().wait())
 
     def gather(self) -> None:
-        """Make weights, the optimiser's arrays and batch norm's statistics whole on every rank."""
+        """Make weights, the optimizer's arrays and batch norm's statistics whole on every rank."""
         if self._is_whole:
             return
         self._is_whole = True

@@ -44,7 +44,7 @@ _UNDERFLOW_IS_ZERO: dict[str, Any] = {"under": "ignore"}
 
 
 class Trainer:
-    """One run: data, model, optimiser and the loop over steps.
+    """One run: data, model, optimizer and the loop over steps.
 
     Parameters
     ----------

@@ -8,7 +8,7 @@
 
 constexpr int TOGETHER = 2;  // rows of a group, which a warp updates at a time
 
-// Four columns per lane, in some rows of the weights and of the optimiser's means.
+// Four columns per lane, in some rows of the weights and of the optimizer's means.
 struct Rows {
   float weight[TOGETHER][4], mean[TOGETHER][4], square[TOGETHER][4];
   // The last row, in place of rows beyond it.

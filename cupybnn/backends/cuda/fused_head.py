@@ -125,7 +125,7 @@ class Head:
             self._launch_norm(launcher, self.norm)
 
     def _launch_norm(self, launcher: Launcher, norm: BatchNorm) -> None:
-        """Normalise the logits over the batch, compute the loss and both gradients."""
+        """Normalize the logits over the batch, compute the loss and both gradients."""
         rows = self.logits.shape[0]
         packed = OUTPUT_NORM.pack(
             logits=self.logits, grad=self.grad_logits, labels=self.labels, gamma=norm.gamma,

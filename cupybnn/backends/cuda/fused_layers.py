@@ -154,7 +154,7 @@ class Activations:
 
 @dataclass(frozen=True, kw_only=True)
 class Activation:
-    """Normalise a layer's product over the batch, if it has batch norm, and take sign or ReLU."""
+    """Normalize a layer's product over the batch, if it has batch norm, and take sign or ReLU."""
 
     layer: Layer
     to: Activations

@@ -29,7 +29,7 @@ class ParameterUpdate:
 
     weight: Any
     grad: Any  # may have the operands' dtype; None: the product that computes it also updates
-    mean: Any  # the optimiser's means of the gradient and its square
+    mean: Any  # the optimizer's means of the gradient and its square
     square: Any
     kept_grad: Any = None  # receives the gradient, including the penalty, if gradients are kept
     copy: Any = None  # the copy that products read: the weight in their dtype, or its sign

@@ -66,7 +66,7 @@ class Update:
         In update order. One parameter per group may have no gradient: `launch_fused_update` then
         updates it. The last group must also have others.
     betas : (float, float)
-        Decay of the optimiser's means.
+        Decay of the optimizer's means.
     penalty : str
         A key of `PENALTIES`.
     keep_gradients : bool

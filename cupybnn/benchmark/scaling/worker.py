@@ -103,7 +103,7 @@ def _how(trainer: Trainer) -> str:
 
 
 def _state_bytes(trainer: Trainer) -> int:
-    """Return the bytes of latent weights and their optimiser's arrays on this rank."""
+    """Return the bytes of latent weights and their optimizer's arrays on this rank."""
     slots = trainer.optimizer._slots
     binary = [p for p in trainer.model.parameters() if p.bits == 1]
     latent = [p._data if p.share is None else p.share.weight for p in binary]

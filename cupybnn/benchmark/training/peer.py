@@ -143,7 +143,7 @@ class Stepper:
 
     def __init__(self, network: Network, batch: int, compiled: bool = False) -> None:
         self.network, self.batch = network, batch
-        # A captured optimiser must count its steps on the device.
+        # A captured optimizer must count its steps on the device.
         options = {"capturable": True} if network.images.is_cuda else {}
         self.optimizer = torch.optim.Adam(network.parameters(), lr=1e-3, fused=True, **options)
         self.loss: Any = None

@@ -79,7 +79,7 @@ class Pass:
 
 
 class Buffers:
-    """Everything that a step writes other than parameters and optimiser state.
+    """Everything that a step writes other than parameters and optimizer state.
 
     Parameters
     ----------

@@ -147,7 +147,7 @@ class Passes:
                 self._blas.multiply(before, hidden.weight, hidden.layer.product)
 
     def _activate(self, at: Pass, i: int) -> None:
-        """Normalise the product of hidden layer `i`, and take its sign or ReLU."""
+        """Normalize the product of hidden layer `i`, and take its sign or ReLU."""
         hidden = at.hidden[i]
         with self.span("batch norm, activation"):
             Activation(layer=hidden.layer, to=hidden.activations).launch(self.launcher)

@@ -28,9 +28,9 @@ __all__ = ["FusedStep"]
 class FusedStep:
     """Performs the steps that `PlainStep` defines; in float32, the same up to rounding.
 
-    Parameters, batch norm's running statistics and the optimiser's arrays are updated in place, so
+    Parameters, batch norm's running statistics and the optimizer's arrays are updated in place, so
     that evaluation, records and checkpoints see each step. Edits that a callback makes to them, and
-    changed options of the optimiser, take effect in the next step. If layers, arrays or groups of
+    changed options of the optimizer, take effect in the next step. If layers, arrays or groups of
     parameters are replaced, `stale` returns True, and a new step must be built.
 
     Parameters

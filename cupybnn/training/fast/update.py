@@ -20,7 +20,7 @@ __all__ = ["UpdateOptions", "plan_update"]
 
 @dataclass(frozen=True)
 class UpdateOptions:
-    """Options of an optimiser that are built into the launches of an update.
+    """Options of an optimizer that are built into the launches of an update.
 
     Learning rate, eps and schedule are not: `Feed` writes their values for each step.
 
