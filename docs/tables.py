@@ -45,15 +45,14 @@ def results(folder: Path, parts: Path) -> str:
     sections = []
     for path in sorted(folder.glob("*.json")):
         record = records.load(path)
-        make = {"train": training, "product": products}.get(records.kind_of(record))
+        make = _MAKERS.get(records.kind_of(record))
         if make is not None and record["gpu"]:
             sections.append("\n".join(_heading(path, record, parts) + make(record)))
     return "\n\n".join(sections)
 
 
 def _heading(path: Path, record: dict[str, Any], parts: Path) -> list[str]:
-    training = records.kind_of(record) == "train"
-    what = "Training" if training else "Matrix products"
+    what = _TITLES[records.kind_of(record)]
     lines = [f"## {what} on one {record['gpu']['name']}", ""]
     chart = path.with_suffix(".svg")
     if chart.exists():
@@ -135,3 +134,33 @@ def training(record: dict[str, Any]) -> list[str]:
         cells = [*rates[:2], shares[0], *rates[2:], *shares[1:]]
         lines.append(f"| {size['hidden']}, {size['batch']} | " + " | ".join(cells) + " |")
     return lines
+
+
+def inference(record: dict[str, Any]) -> list[str]:
+    """Return the lines of a table of predictions, with what was measured how above it."""
+    peer = next(r for r in record["sizes"][0]["rows"] if r["library"] == "PyTorch")
+    lines = [
+        f"Microseconds a call of `net(x)` in a loop, on uint8 pixels: medians of one run "
+        f"({_when(record)}). *real* and *binary* name the first layer; {peer['library']} replays "
+        f"the same network, compiled in {peer['precision']}, as a CUDA graph.",
+        "",
+        "| hidden, batch | cupybnn, real | cupybnn, binary | PyTorch | times as fast |",
+        "| --- |" + " ---: |" * 4,
+    ]
+    for size in record["sizes"]:
+        ours = [r for r in size["rows"] if r["library"] == "cupybnn" and "call" in r]
+        times = [1e6 * r["call"]["median"] for r in ours[:2]]
+        others = [
+            1e6 * r["call"]["median"]
+            for r in size["rows"]
+            if r["library"] == "PyTorch" and "call" in r
+        ]
+        ratios = [min(others) / time for time in times]
+        cells = [*(f"{time:.1f}" for time in times), f"{min(others):.1f}"]
+        cells.append(", ".join(f"{ratio:.2f}" for ratio in ratios))
+        lines.append(f"| 3 × {size['hidden']}, {size['batch']} | " + " | ".join(cells) + " |")
+    return lines
+
+
+_MAKERS = {"train": training, "product": products, "infer": inference}
+_TITLES = {"train": "Training", "product": "Matrix products", "infer": "Predictions"}
