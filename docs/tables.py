@@ -85,7 +85,7 @@ def products(record: dict[str, Any]) -> list[str]:
         f"rotated out of the L2 cache ({_when(record)}). *packed* means operands or results as "
         f"bits; *float32* means arrays, packing included.",
         "",
-        "| M × N × K | " + " | ".join(present) + " |",
+        "| M × N × K | " + " | ".join(present).replace("->", "→") + " |",
         "| --- |" + " ---: |" * len(present),
     ]
     for product in record["products"]:

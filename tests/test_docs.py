@@ -163,7 +163,7 @@ def test_a_table_from_a_record(generate):
         "date": "2026-01-02T03:04:05+00:00",
     }
     text = "\n".join(generate.tables.products(found))
-    assert "| M × N × K | packed -> int32 | CuPy float32 |" in text
+    assert "| M × N × K | packed → int32 | CuPy float32 |" in text
     assert "| 8191 × 8190 × 8001 | 9,123 | 9.9 |" in text
 
 

@@ -46,6 +46,7 @@ class PackedNetwork:
 
     Examples
     --------
+    >>> import numpy as np
     >>> import cupybnn
     >>> result = cupybnn.train(dataset="digits", binary=True, max_steps=60, device="cpu")
     >>> net = cupybnn.PackedNetwork.from_model(result.model)
