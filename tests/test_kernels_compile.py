@@ -234,12 +234,23 @@ def test_products_that_tuning_may_choose(kernel, output):
 def test_code_that_depends_on_the_architecture():
     """Only whether it is 8.0 or newer decides in the sources: so two architectures show both.
 
+    And 9.0 in launch.cuh, for packing, which is compiled for all types there and for one elsewhere.
     Whoever adds another condition must have the kernels in question compiled in full there, too.
     """
     folder = kernels_dir()
-    texts = [path.read_text() for path in (*folder.glob("*.cu"), *folder.glob("include/*.cuh"))]
-    conditions = {line for text in texts for line in text.splitlines() if "_ARCH" in line}
-    assert conditions == {"#if __CUDA_ARCH__ >= 800"}
+    paths = (*folder.glob("*.cu"), *folder.glob("include/*.cuh"))
+    conditions = {
+        (path.name == "launch.cuh", line)
+        for path in paths
+        for line in path.read_text().splitlines()
+        if "_ARCH" in line
+    }
+    assert conditions == {
+        (False, "#if __CUDA_ARCH__ >= 800"),
+        (True, "#if __CUDA_ARCH__ >= 900"),
+    }
+    included = {path.name for path in paths if '"launch.cuh"' in path.read_text()}
+    assert included == {"smxx_pack.cu", "sm90_xnor_gemm.cu"}
 
 
 PACKS = [("float", "float")]

@@ -83,8 +83,9 @@ def test_ranks_that_are_lost_cost_a_run_nothing_but_time(tmp_path, whole):
     said = [
         r"cupybnn train \(rank 0\): Rank 1 \(process \d+ on .*\) has died\.",
         r"cupybnn train: starting again from .*/1 \(restart 1 of 2\)",
-        r"cupybnn train \(rank 1\): Rank 0 \(process \d+ on .*\) has given no sign of life for 2 "
-        r"seconds\.",
+        # Which of the two is noticed first depends on how busy the machine is.
+        r"cupybnn train \(rank 1\): Rank 0 \(process \d+ on .*\) has (given no sign of life|"
+        r"kept the others waiting) for 2 seconds\.",
         r"cupybnn train: starting again from .*/2 \(restart 2 of 2\)",
     ]
     assert re.fullmatch("\n".join(said) + "\n", err), err
