@@ -285,7 +285,7 @@ class Options:
         "adam",
         Choice.of("adam", "adamw", "sgd", "bop"),
         "optimizer: adam, adamw, sgd, or bop (Bop for binary weights, Adam for the others)",
-        synonyms=("optim", "solver", "optimizer"),
+        synonyms=("optim", "solver", "optimiser"),
     )
     momentum: float = _learning(0.9, _share("M"), "momentum", needs=("optimizer", "sgd"))
     weight_decay: float = _learning(
