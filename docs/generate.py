@@ -143,11 +143,8 @@ def _option_row(action: argparse.Action) -> str:
         value = "|".join(map(str, action.choices))
     spelled = ", ".join(f"`{name} {value}".strip() + "`" for name in names)
     meaning = (action.help or "").replace("%%", "%").replace("%(default)s", str(action.default))
-    return (
-        f"| {spelled} | {meaning} |".replace("|x|", r"\|x\|")
-        if "|" not in value
-        else (f"| {spelled.replace('|', chr(92) + '|')} | {meaning} |")
-    )
+    cells = (cell.replace("|", r"\|") for cell in (spelled, meaning))
+    return f"| {' | '.join(cells)} |"
 
 
 def recipe_sections() -> str:

@@ -23,31 +23,20 @@ _between = partial(Number, "in (0, 1)", lambda x: 0 < x < 1)
 
 
 @dataclass(frozen=True)
-class Auto(Rule):
-    """What another rule allows, or "auto"."""
+class Or(Rule):
+    """One more value than another rule allows: "auto" or None."""
 
+    value: str | None
     rule: Rule
 
     @property
     def must(self) -> str:  # type: ignore[override]
-        return f"'auto' or {self.rule.must}"
+        return f"{self.value!r} or {self.rule.must}"
 
     def convert(self, value: Any) -> Any:
-        return value if isinstance(value, str) and value == "auto" else self.rule.convert(value)
-
-
-@dataclass(frozen=True)
-class Optional(Rule):
-    """What another rule allows, or None."""
-
-    rule: Rule
-
-    @property
-    def must(self) -> str:  # type: ignore[override]
-        return f"None or {self.rule.must}"
-
-    def convert(self, value: Any) -> Any:
-        return None if value is None else self.rule.convert(value)
+        # By type first: an array compared with a string is an array.
+        same = type(value) is type(self.value) and value == self.value
+        return value if same else self.rule.convert(value)
 
 
 class Flag(Rule):
@@ -66,14 +55,14 @@ RULES: dict[str, Rule] = {
     "binarize": Choice.of("hidden", "all"),
     "ste": Choice(_ste_names),
     "xnor": Switch(),
-    "scaling": Optional(Choice.of("standard", "max")),
+    "scaling": Or(None, Choice.of("standard", "max")),
     "solver": Choice.of("adam", "sgd"),
     "alpha": _from_0("ALPHA"),
-    "batch_size": Auto(Whole(1)),
+    "batch_size": Or("auto", Whole(1)),
     "learning_rate": Choice.of("cosine", "constant", "adaptive"),
     "learning_rate_init": _positive("LR"),
     "momentum": Number("in [0, 1)", lambda x: 0 <= x < 1, "M"),
-    "max_iter": Auto(Whole(1)),
+    "max_iter": Or("auto", Whole(1)),
     "shuffle": Switch(),
     "tol": _from_0("TOL"),
     "verbose": Flag(),

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 __all__ = ["FastLaunch"]
 
-_COOPERATIVE, _OVERLAPPING = 2, 6  # CUlaunchAttributeID
+_COOPERATIVE = 2  # CUlaunchAttributeID
 
 
 class _Attribute(ctypes.Structure):
@@ -58,9 +58,6 @@ class FastLaunch:
         The struct.
     cooperative : bool
         Whether all blocks must run at a time.
-    overlapping : bool
-        Whether blocks may start before the work in front has ended; the kernel then waits for that
-        itself (griddepcontrol.wait). Not in a launch that is captured.
 
     Raises
     ------
@@ -70,16 +67,15 @@ class FastLaunch:
 
     def __init__(
         self, kernel: Any, grid: int, block: int, shared: int, argument: bytes, *,
-        cooperative: bool = False, overlapping: bool = False,
+        cooperative: bool = False,
     ) -> None:  # fmt: skip
         self._kernel, self._lock = kernel, threading.Lock()
         self._data = ctypes.create_string_buffer(argument, len(argument))
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._data))
-        wanted = [i for i, on in ((_COOPERATIVE, cooperative), (_OVERLAPPING, overlapping)) if on]
-        self._attributes = (_Attribute * 2)(*(_Attribute(id=i, value=1) for i in wanted))
+        self._attributes = (_Attribute * 1)(_Attribute(id=_COOPERATIVE, value=1))
         self._config = _Config(
             grid=(grid, 1, 1), block=(block, 1, 1), shared=shared, attributes=self._attributes,
-            count=len(wanted),
+            count=int(cooperative),
         )  # fmt: skip
         self._arguments = (
             ctypes.c_void_p(ctypes.addressof(self._config)),

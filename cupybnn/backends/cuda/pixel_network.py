@@ -144,7 +144,7 @@ class PixelNetworkLaunch:
             assert chosen is not None
             if self._places(chosen)[-1] > shared_memory_limit(device) - 2048:
                 raise ValueError("its layers do not fit in shared memory")
-        self._ways: dict[tuple[int, bool], FastLaunch] = {}
+        self._ways: dict[int, FastLaunch] = {}
         # By the shape of the input: a launch, and the shape of the result.
         self._usual: dict[tuple[int, int], tuple[Callable[..., None], tuple[int, int]]] = {}
         self._kept: list[_Scratch] = []
@@ -189,7 +189,7 @@ class PixelNetworkLaunch:
         rows = len(x)
         stream = cupy.cuda.get_current_stream()
         captured = stream.ptr > 2 and stream.is_capturing()  # the default streams never are
-        launch = self._ways.get((rows, captured)) or self._way(rows, captured)
+        launch = self._ways.get(rows) or self._way(rows)
         scratch = self._scratch_memory(stream, captured) if self._widest > _CLUSTER else None
         launch(
             stream.ptr, _OF_LAUNCH, _OFFSET, x.data.ptr, out.data.ptr,
@@ -238,7 +238,7 @@ class PixelNetworkLaunch:
 
         return logits
 
-    def _way(self, rows: int, captured: bool) -> FastLaunch:
+    def _way(self, rows: int) -> FastLaunch:
         team = choose_team(self._widest, rows, multiprocessors(self._device))
         assert team is not None
         inputs_at, sums_at, last_at, shared = self._places(team)
@@ -258,13 +258,11 @@ class PixelNetworkLaunch:
             sums_at=sums_at, last_at=last_at, after=pack_steps(self._after), x=0, out=0, slots=0,
             control=0, rows=rows,
         )  # fmt: skip
-        way = self._ways[rows, captured] = FastLaunch(
+        way = self._ways[rows] = FastLaunch(
             kernel, team.blocks, 32 * _WARPS, shared, argument, cooperative=team.cluster == 1
         )  # fmt: skip
-        if not captured:
-            section = _ARRAYS if team.cluster > 1 else _X_TO_CONTROL
-            go = way.bound(section, _OFFSET)
-            self._usual[rows, self._inputs] = go, (rows, self.classes)
+        section = _ARRAYS if team.cluster > 1 else _X_TO_CONTROL
+        self._usual[rows, self._inputs] = way.bound(section, _OFFSET), (rows, self.classes)
         return way
 
     def _scratch_memory(self, stream: Any, captured: bool) -> _Scratch:
