@@ -22,6 +22,10 @@ pytestmark = pytest.mark.slow
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 
+#: Architectures for which a kernel of any architecture is the same code: only what the assembler
+#: makes of it differs. See `test_code_that_depends_on_the_architecture`.
+ALIKE = (("sm_80", "sm_86", "sm_89"), ("sm_100", "sm_120"))
+
 #: Products of every kind the dispatch tells apart, (m, n, k): few rows, few columns, few tiles with
 #: a short and a long K, up to large ones.
 SHAPES = [
@@ -67,6 +71,14 @@ def most_shared_bytes(arch: str) -> int:
     specifications)."""
     kib = {"sm_75": 64, "sm_80": 163, "sm_90a": 227, "sm_100": 227}
     return 1024 * kib.get(arch, 99)
+
+
+def share(arch: str, variants: list[dict]) -> list[dict]:
+    """Return what is to be compiled for an architecture: those of one code divide it up."""
+    for alike in ALIKE:
+        if arch in alike:
+            return variants[alike.index(arch) :: len(alike)] or variants[:1]
+    return variants
 
 
 def compile_all(
@@ -279,7 +291,7 @@ def test_unpack(arch):
     types = [("float", 1, -1), ("unsigned short", 0x3C00, 0xBC00), ("signed char", 1, -1)]
     types += [("double", 1, -1), ("long long", 1, -1)]
     names = ("TYPE", "ONE", "MINUS_ONE")
-    compile_all("smxx_unpack", arch, [dict(zip(names, t, strict=True)) for t in types])
+    compile_all("smxx_unpack", arch, share(arch, [dict(zip(names, t, strict=True)) for t in types]))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -288,13 +300,13 @@ def test_sign(arch):
     names = ("TYPE", "RESULT", "ONE", "MINUS_ONE")
     types = [("float", "float", 1, -1), ("float16_bits", "unsigned short", 0x3C00, 0xBC00)]
     types += [("double", "double", 1, -1), ("bool", "signed char", 1, -1)]
-    compile_all("smxx_sign", arch, [dict(zip(names, t, strict=True)) for t in types])
+    compile_all("smxx_sign", arch, share(arch, [dict(zip(names, t, strict=True)) for t in types]))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_random(arch):
     require(arch)
-    compile_all("smxx_random", arch, [{"UNIFORM": 0}, {"UNIFORM": 1}])
+    compile_all("smxx_random", arch, share(arch, [{"UNIFORM": 0}, {"UNIFORM": 1}]))
 
 
 def test_every_source_is_compiled_by_a_test():
