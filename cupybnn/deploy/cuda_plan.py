@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from cupybnn.backends.cuda import resident
 from cupybnn.backends.cuda.byte_product import PixelProduct, PlaneProduct
 from cupybnn.backends.cuda.packing import words_shape
 from cupybnn.backends.cuda.product import prepare_packed
+from cupybnn.backends.cuda.resident import Weights
 from cupybnn.backends.devices import Device
 from cupybnn.deploy.layers import PackedLayer
 from cupybnn.packed import PackedMatrix
 
-__all__ = ["PixelPlan"]
+__all__ = ["PixelPlan", "ResidentPlan"]
 
 
 class PixelPlan:
@@ -92,4 +94,70 @@ class PixelPlan:
         for launch in self._launches:
             launch(stream)
         self._sum(out, stream)
+        return out
+
+
+class ResidentPlan:
+    """The launches for batches of one size, of layers whose weights stay in shared memory.
+
+    Parameters
+    ----------
+    rows : int
+        Images of a batch.
+    layers : sequence of Weights
+        From the first to the last; each takes so many rows.
+
+    Notes
+    -----
+    As for `PixelPlan`.
+    """
+
+    def __init__(self, rows: int, layers: Sequence[Weights]) -> None:
+        import cupy
+
+        first, *hidden, last = layers
+        self._rows, self._cols = rows, first.shape.width
+        self._pitch = -(-self._cols // 16) * 16  # as the copy engine needs it
+        #: Pixels where the caller's are not aligned.
+        self._copy: Any = None
+
+        def signs(units: int) -> Any:
+            # Padding stays zeros: no launch writes it.
+            return cupy.zeros(words_shape(1, rows, units), np.uint32)
+
+        x = signs(first.shape.units)
+        self._kept: list[Any] = [x, *layers]
+        self._first = first.launch(rows, None, x, resident.MAP).go
+        self._hidden = []
+        for layer in hidden:
+            y = signs(layer.shape.units)
+            self._hidden.append(layer.launch(rows, x, y).go)
+            self._kept.append(y)
+            x = y
+        self._last = last.launch(rows, x, None, resident.OUT).go
+        self._shape, self._dtype = (rows, last.shape.units), np.dtype(np.float32)
+        # Launches read the weights before they wait for the work in front of them.
+        cupy.cuda.get_current_stream().synchronize()
+
+    def __call__(self, x: Any) -> Any:
+        """Return the logits of pixels, on the current stream, in new memory.
+
+        Parameters
+        ----------
+        x : cupy.ndarray of uint8, shape (rows, inputs), C-contiguous
+        """
+        import cupy
+
+        address, pitch = x.data.ptr, self._cols
+        if (address | pitch) & 15:
+            if self._copy is None:
+                self._copy = cupy.zeros((self._rows, self._pitch), np.uint8)
+            self._copy[:, : self._cols] = x
+            address, pitch = self._copy.data.ptr, self._pitch
+        stream = cupy.cuda.get_current_stream().ptr
+        out = cupy.ndarray(self._shape, self._dtype)
+        self._first(stream, *resident.pixel_map(address, self._rows, self._cols, pitch))
+        for go in self._hidden:
+            go(stream)
+        self._last(stream, out.data.ptr)
         return out
