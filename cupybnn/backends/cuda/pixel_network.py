@@ -257,6 +257,7 @@ class PixelNetworkLaunch:
         way = self._ways[rows] = Launch(
             kernel, team.blocks, 32 * _WARPS, shared, argument,
             _ARRAYS if team.cluster > 1 else _X_TO_CONTROL, cooperative=team.cluster == 1,
+            overlap=team.cluster > 1,  # blocks of a whole grid have no room beside those ahead
         )  # fmt: skip
         self._usual[rows, self._inputs] = way.go, (rows, self.classes)
         return way
