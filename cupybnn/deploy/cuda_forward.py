@@ -24,6 +24,7 @@ from cupybnn.backends.cuda.graph import capture
 from cupybnn.backends.cuda.pixel_network import MOST_ROWS
 from cupybnn.backends.cuda.product import gemm, gemm_packed
 from cupybnn.backends.cuda.resident import Weights
+from cupybnn.backends.cuda.results import Run, usual_calls
 from cupybnn.backends.cuda.threshold_pack import threshold_pack
 from cupybnn.backends.devices import Device
 from cupybnn.backends.epilogue import Epilogue
@@ -102,6 +103,11 @@ class CudaForward:
         if self._pixels is not None and are_signs(self._layers[1:-1]):
             self._end = end_product(self._layers[-1])
         self._resident: list[Weights] | None = None
+        self._runs: dict[tuple[int, ...], Run] = {}
+        if self.pixel_launch is not None:
+            self._runs = self.pixel_launch.runs
+        #: Takes calls like some before, and returns None for others.
+        self.usual = None if parts is None else usual_calls(self._runs, device.index)
         self._real = any(
             layer.product != "bits" and planes is None
             for layer, planes in zip(self._layers, self._planes, strict=True)
@@ -237,7 +243,19 @@ class CudaForward:
                     return None
                 plan = self._plan(len(rows))
                 self._graphs.put(key, plan, self._bytes(len(rows), True))
-        return plan(rows)
+                self._runs[rows.shape] = self._run(len(rows))
+        return plan.run(rows, key[1])
+
+    def _run(self, rows: int) -> Run:
+        """Return a function for calls that have a plan, of so many rows."""
+        plans, lock, get_ident = self._graphs, self._lock, threading.get_ident
+
+        def run(x: Any, stream: int) -> Any:
+            with lock:
+                plan = plans.get((rows, stream, get_ident()))
+            return None if plan is None else plan.run(x, stream)
+
+        return run
 
     def _plan(self, rows: int) -> PixelPlan | ResidentPlan:
         assert self._pixels is not None
@@ -245,7 +263,7 @@ class CudaForward:
         if self._resident is None:
             assert self._parts is not None
             self._resident = resident_layers(self._parts, self._pixels, self._layers, self._device)
-        if all(layer.deal(rows) for layer in self._resident):
+        if len(self._resident) > 2 and all(layer.deal(rows) for layer in self._resident):
             return ResidentPlan(rows, self._resident)
         *hidden, last = self._layers[1:]
         steps = [(step.kind, step.by) for step in last.steps]

@@ -13,9 +13,11 @@ import numpy as np
 
 from cupybnn.backends.cuda import resident
 from cupybnn.backends.cuda.byte_product import PixelProduct, PlaneProduct
+from cupybnn.backends.cuda.chain import Chain, can_chain
 from cupybnn.backends.cuda.packing import words_shape
 from cupybnn.backends.cuda.product import prepare_packed
 from cupybnn.backends.cuda.resident import Weights
+from cupybnn.backends.cuda.results import Results
 from cupybnn.backends.devices import Device
 from cupybnn.deploy.layers import PackedLayer
 from cupybnn.packed import PackedMatrix
@@ -77,19 +79,18 @@ class PixelPlan:
         product, self._sum = last.prepared(x, planes, steps)
         self._launches.append(product)
         self._kept.append(planes)
-        self._shape = rows, last.units
+        self._new = Results((rows, last.units)).new
 
-    def __call__(self, x: Any) -> Any:
-        """Return the logits of pixels, on the current stream, in new memory.
+    def run(self, x: Any, stream: int) -> Any:
+        """Return the logits of pixels in new memory.
 
         Parameters
         ----------
         x : cupy.ndarray of uint8, shape (rows, inputs), C-contiguous
+        stream : int
+            Handle of the current stream.
         """
-        import cupy
-
-        stream = cupy.cuda.get_current_stream().ptr
-        out = cupy.empty(self._shape, np.float32)
+        out = self._new(stream)
         self._arrange(x, stream)
         for launch in self._launches:
             launch(stream)
@@ -105,7 +106,7 @@ class ResidentPlan:
     rows : int
         Images of a batch.
     layers : sequence of Weights
-        From the first to the last; each takes so many rows.
+        From the first to the last, at least three; each takes so many rows.
 
     Notes
     -----
@@ -120,44 +121,47 @@ class ResidentPlan:
         self._pitch = -(-self._cols // 16) * 16  # as the copy engine needs it
         #: Pixels where the caller's are not aligned.
         self._copy: Any = None
-
-        def signs(units: int) -> Any:
+        # The ones of each row that comes out of a layer. The launch after next clears them, since
+        # nothing reads them any more; the first launch clears those of the last signs.
+        ones = cupy.zeros((len(layers) - 1, -(-rows // 64) * 64), np.int32)
+        words = [
             # Padding stays zeros: no launch writes it.
-            return cupy.zeros(words_shape(1, rows, units), np.uint32)
-
-        x = signs(first.shape.units)
-        self._kept: list[Any] = [x, *layers]
-        self._first = first.launch(rows, None, x, resident.MAP).go
-        self._hidden = []
-        for layer in hidden:
-            y = signs(layer.shape.units)
-            self._hidden.append(layer.launch(rows, x, y).go)
-            self._kept.append(y)
-            x = y
-        self._last = last.launch(rows, x, None, resident.OUT).go
-        self._shape, self._dtype = (rows, last.shape.units), np.dtype(np.float32)
+            cupy.zeros(words_shape(1, rows, layer.shape.units), np.uint32)
+            for layer in layers[:-1]
+        ]
+        links = [
+            first.link(rows, None, words[0], ones=(None, ones[0], ones[-1]), changing=resident.MAP)
+        ]
+        for i, layer in enumerate(hidden, 1):
+            counts = ones[i - 1], ones[i], ones[i - 2] if i > 1 else None
+            links.append(layer.link(rows, words[i - 1], words[i], ones=counts))
+        counts = ones[-1], None, ones[-2]
+        links.append(last.link(rows, words[-1], None, ones=counts, changing=resident.OUT))
+        self._kept = [ones, words, layers]
+        self._new = Results((rows, last.shape.units)).new
         # Launches read the weights before they wait for the work in front of them.
         cupy.cuda.get_current_stream().synchronize()
+        self._chain = Chain(links) if can_chain() else None
+        self._launches = [link.launch().go for link in links]
 
-    def __call__(self, x: Any) -> Any:
-        """Return the logits of pixels, on the current stream, in new memory.
-
-        Parameters
-        ----------
-        x : cupy.ndarray of uint8, shape (rows, inputs), C-contiguous
-        """
-        import cupy
-
+    def run(self, x: Any, stream: int) -> Any:
+        """Return the logits of pixels in new memory: see `PixelPlan.run`."""
         address, pitch = x.data.ptr, self._cols
         if (address | pitch) & 15:
             if self._copy is None:
+                import cupy
+
                 self._copy = cupy.zeros((self._rows, self._pitch), np.uint8)
             self._copy[:, : self._cols] = x
             address, pitch = self._copy.data.ptr, self._pitch
-        stream = cupy.cuda.get_current_stream().ptr
-        out = cupy.ndarray(self._shape, self._dtype)
-        self._first(stream, *resident.pixel_map(address, self._rows, self._cols, pitch))
-        for go in self._hidden:
+        out = self._new(stream)
+        words = resident.pixel_map(address, self._rows, self._cols, pitch)
+        if self._chain is not None:
+            self._chain.go(stream, words, (out.data.ptr,))
+            return out
+        first, *hidden, last = self._launches
+        first(stream, *words)
+        for go in hidden:
             go(stream)
-        self._last(stream, out.data.ptr)
+        last(stream, out.data.ptr)
         return out

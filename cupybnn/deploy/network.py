@@ -468,8 +468,7 @@ class PackedNetwork:
 
             # Two threads may both make one: either is as good.
             self._cuda = CudaForward(self.layers, self.inputs, self.device)
-            if self._cuda.pixel_launch is not None:
-                self._usual = self._cuda.pixel_launch.usual()
+            self._usual = self._cuda.usual
         return self._cuda
 
     def _forward(self, x: Any) -> Any:

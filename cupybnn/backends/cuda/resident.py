@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from cupybnn.backends.cuda.architectures import sm90
+from cupybnn.backends.cuda.chain import Link
 from cupybnn.backends.cuda.compiler import (
     architecture,
     load_kernel,
     multiprocessors,
     shared_memory_limit,
 )
-from cupybnn.backends.cuda.launching import Launch
 from cupybnn.backends.cuda.lines import place
 from cupybnn.backends.cuda.packing import chunk_count, words_shape
 from cupybnn.backends.cuda.sign_gemm import TENSOR_MAP
@@ -42,8 +42,8 @@ _LEAST_STAGES, _MOST_STAGES = 4, 24
 
 RESIDENT = Struct(
     "ResidentProduct",
-    "TensorMap map; ptr out, a, b, ones, threshold, rest, flip, constant, step; Steps after;"
-    "i64 rows, units, k, b_chunks, strips",
+    "TensorMap map; ptr out, a, a_ones, b, b_ones, threshold, rest, flip, constant, step;"
+    "Steps after; ptr ones, cleared; i64 rows, units, k, b_chunks, strips",
     TENSOR_MAP,
     STEPS,
 )
@@ -98,7 +98,7 @@ class Shape:
     def fixed_bytes(self, units: int) -> int:
         """Return the bytes of shared memory of a strip of so many units, without slots."""
         words = 1 if self.end else units // 32
-        few = 8 * units + 2 * 4 * _ROWS + 8 * words + 8 * (self.chunks + 6)
+        few = 8 * units + 8 * words + 8 * (self.chunks + 2)
         return self.chunks * units * self.lines * _CHUNK + few + 16
 
     def stages(self, units: int, limit: int) -> int:
@@ -200,7 +200,7 @@ class Weights:
         """
         inputs, units = weight.shape
         fields = {
-            "b": weight.words, "ones": weight.popcounts, "threshold": threshold, "flip": flip,
+            "b": weight.words, "b_ones": weight.popcounts, "threshold": threshold, "flip": flip,
             "k": inputs, "b_chunks": chunk_count(inputs),
         }  # fmt: skip
         return cls(Shape(units, -(-inputs // 8)), device, fields)
@@ -251,8 +251,11 @@ class Weights:
             self.shape, rows, multiprocessors(self.device), shared_memory_limit(self.device)
         )
 
-    def launch(self, rows: int, a: Any, out: Any, *changing: Section) -> Launch:
-        """Return a launch, which begins while the work in front of it ends.
+    def link(
+        self, rows: int, a: Any, out: Any, *, ones: Sequence[Any] = (None, None, None),
+        changing: Section | None = None, deal: Deal | None = None,
+    ) -> Link:  # fmt: skip
+        """Return the launch for so many rows, which begins while the work in front of it ends.
 
         It reads the weights before that work has ended: they must be complete by then.
 
@@ -264,15 +267,16 @@ class Weights:
             Words of the inputs; None for pixels, which `MAP` sets. The caller keeps it.
         out : cupy.ndarray or None
             Words of the results, zeros where units end; None for numbers, which `OUT` sets.
-        *changing : Section
+        ones : sequence of cupy.ndarray of int32, shape (rows,), or None
+            The ones of each input; those of each result, zeros before the launch; and what becomes
+            zeros.
+        changing : Section, optional
+            `MAP` or `OUT`.
+        deal : Deal, optional
+            Another way to deal them out than the fastest.
         """
-        deal = self.deal(rows)
+        shape, deal = self.shape, deal or self.deal(rows)
         assert deal is not None
-        return self.launch_as(deal, rows, a, out, *changing)
-
-    def launch_as(self, deal: Deal, rows: int, a: Any, out: Any, *changing: Section) -> Launch:
-        """Return a launch dealt out in a given way."""
-        shape = self.shape
         defines = (
             ("LINES", deal.units * shape.lines), ("CHUNKS", shape.chunks), ("LAST", shape.last),
             ("STAGES", deal.stages), ("DIGITS", shape.digits), ("END", int(shape.end)),
@@ -281,14 +285,13 @@ class Weights:
         kernel = load_kernel(
             RESIDENT_KERNEL.source, RESIDENT_KERNEL.function, defines, self.device, shared
         )
-        values = dict.fromkeys((f.name for f in RESIDENT.fields), 0)
+        values: dict[str, Any] = dict.fromkeys((f.name for f in RESIDENT.fields), 0)
         values |= {"map": bytes(TENSOR_MAP.size), "after": pack_steps(self.steps), **self.fields}
         values |= {"rows": rows, "units": shape.units, "strips": deal.strips, "a": a, "out": out}
+        values |= dict(zip(("a_ones", "ones", "cleared"), ones, strict=True))
         argument = RESIDENT.pack(**values)
         argument += bytes(-len(argument) % 64)  # the struct is aligned to 64 bytes
-        return Launch(
-            kernel, deal.strips * deal.workers, _THREADS, shared, argument, *changing, overlap=True
-        )
+        return Link(kernel, deal.strips * deal.workers, _THREADS, shared, argument, changing)
 
 
 def runs_on(device: int) -> bool:
