@@ -123,6 +123,8 @@ class PixelNetworkLaunch:
         self._steps = [steps for _, steps in made]
         self._blocks = [len(tiles) for tiles in parts]
         self._widest = max(self._blocks)
+        #: Whether groups of rows are clusters, not the whole grid.
+        self.clustered = self._widest <= _CLUSTER
         team = choose_team(self._widest, MOST_ROWS, multiprocessors(device))
         if team is None:
             raise ValueError("its layers have more tiles than the GPU multiprocessors")
@@ -189,14 +191,14 @@ class PixelNetworkLaunch:
         stream = cupy.cuda.get_current_stream()
         captured = stream.ptr > 1 and stream.is_capturing()  # the default stream never is
         launch = self._ways.get(rows) or self._way(rows)
-        scratch = self._scratch_memory(stream, captured) if self._widest > _CLUSTER else None
+        scratch = self._scratch_memory(stream, captured) if not self.clustered else None
         addresses = () if scratch is None else scratch.addresses
         launch.go(stream.ptr, x.data.ptr, out.data.ptr, *addresses)
 
     def _run(self, rows: int, launch: Launch) -> Run:
         """Return a function for the calls that follow the first one of so many rows."""
         go, new = launch.go, Results((rows, self.classes)).new
-        if self._widest <= _CLUSTER:
+        if self.clustered:
 
             def in_clusters(x: Any, stream: int) -> Any:
                 out = new(stream)
