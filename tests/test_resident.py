@@ -88,7 +88,7 @@ def test_signs_times_signs(inputs, units):
             out = cupy.zeros(words_shape(1, rows, units), np.uint32)
             ones, cleared = cupy.zeros(rows, np.int32), cupy.ones(rows, np.int32)
             counts = signs.popcounts, ones, cleared
-            layer.link(rows, signs.words, out, ones=counts, deal=deal).launch()(0)
+            layer.launch(rows, signs.words, out, ones=counts, deal=deal)(0)
             np.testing.assert_array_equal(unpacked(cupy, out, rows, units), expected, str(deal))
             np.testing.assert_array_equal(ones.get(), expected.sum(1), str(deal))
             assert not cleared.any()
@@ -126,8 +126,8 @@ def test_pixels_times_digits(inputs, units, count):
             out = cupy.zeros(words_shape(1, rows, units), np.uint32)
             ones = cupy.zeros(rows, np.int32)
             counts = None, ones, None
-            link = layer.link(rows, None, out, ones=counts, changing=resident.MAP, deal=deal)
-            link.launch()(0, *words)
+            launch = layer.launch(rows, None, out, resident.MAP, ones=counts, deal=deal)
+            launch(0, *words)
             np.testing.assert_array_equal(ones.get(), expected.sum(1), str(deal))
             np.testing.assert_array_equal(unpacked(cupy, out, rows, units), expected, str(deal))
 
@@ -153,10 +153,8 @@ def test_signs_times_real_weights(inputs, units):
         for deal in deals(layer, rows):
             out = cupy.full((rows, units), np.nan, np.float32)
             counts = signs.popcounts, None, None
-            link = layer.link(
-                rows, signs.words, None, ones=counts, changing=resident.OUT, deal=deal
-            )
-            link.launch()(0, out.data.ptr)
+            launch = layer.launch(rows, signs.words, None, resident.OUT, ones=counts, deal=deal)
+            launch(0, out.data.ptr)
             np.testing.assert_array_equal(out.get(), expected, str(deal))
 
 

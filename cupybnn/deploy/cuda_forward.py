@@ -46,8 +46,6 @@ __all__ = ["CudaForward", "Recent"]
 
 #: Graphs that are kept, bytes of activations of one, and of all of them.
 MOST_GRAPHS, MOST_BYTES, MOST_BYTES_IN_ALL = 16, 1 << 28, 1 << 30
-#: Rows above which a launch for each layer is faster than one for all by the whole grid.
-GRID_ROWS = 32
 
 Multiply = Callable[[Any, Any], Any]
 
@@ -135,10 +133,6 @@ class CudaForward:
             rows = self._inputs.numbers(rows)
         count = len(rows)
         if self.pixel_launch is not None and 0 < count <= MOST_ROWS and rows.dtype.char == "B":
-            if count > GRID_ROWS and not self.pixel_launch.clustered and self._plans(rows):
-                logits = self._by_plan(rows)
-                if logits is not None:
-                    return logits
             out = cupy.empty((count, self._classes), np.float32)
             self.pixel_launch(rows, out)
             return out
@@ -155,7 +149,7 @@ class CudaForward:
             self._blas = blas.Blas("float32")
         if self._bytes(count, self._are_pixels(rows)) <= MOST_BYTES:
             logits = None
-            if self._plans(rows):
+            if self._end is not None and self._are_pixels(rows):
                 logits = self._by_plan(rows)
             elif self._captures:
                 logits = self._by_graph(rows)
@@ -232,16 +226,6 @@ class CudaForward:
         return rows * max(a + b for a, b in itertools.pairwise(each))
 
     # By prepared launches, or as a graph ---------------------------------------------------------
-
-    def _plans(self, rows: Any) -> bool:
-        """Whether there are prepared launches for these inputs, but for a user's capture."""
-        import cupy
-
-        return (
-            self._end is not None
-            and self._are_pixels(rows)
-            and not cupy.cuda.get_current_stream().is_capturing()
-        )
 
     def _by_plan(self, rows: Any) -> Any:
         """Return the logits by launches prepared for this batch size, or None where there are none.

@@ -13,7 +13,6 @@ import numpy as np
 
 from cupybnn.backends.cuda import resident
 from cupybnn.backends.cuda.byte_product import PixelProduct, PlaneProduct
-from cupybnn.backends.cuda.chain import Chain, can_chain
 from cupybnn.backends.cuda.packing import words_shape
 from cupybnn.backends.cuda.product import prepare_packed
 from cupybnn.backends.cuda.resident import Weights
@@ -129,20 +128,18 @@ class ResidentPlan:
             cupy.zeros(words_shape(1, rows, layer.shape.units), np.uint32)
             for layer in layers[:-1]
         ]
-        links = [
-            first.link(rows, None, words[0], ones=(None, ones[0], ones[-1]), changing=resident.MAP)
-        ]
+        counts = None, ones[0], ones[-1]
+        self._first = first.launch(rows, None, words[0], resident.MAP, ones=counts).go
+        self._hidden = []
         for i, layer in enumerate(hidden, 1):
             counts = ones[i - 1], ones[i], ones[i - 2] if i > 1 else None
-            links.append(layer.link(rows, words[i - 1], words[i], ones=counts))
+            self._hidden.append(layer.launch(rows, words[i - 1], words[i], ones=counts).go)
         counts = ones[-1], None, ones[-2]
-        links.append(last.link(rows, words[-1], None, ones=counts, changing=resident.OUT))
+        self._last = last.launch(rows, words[-1], None, resident.OUT, ones=counts).go
         self._kept = [ones, words, layers]
         self._new = Results((rows, last.shape.units)).new
         # Launches read the weights before they wait for the work in front of them.
         cupy.cuda.get_current_stream().synchronize()
-        self._chain = Chain(links) if can_chain() else None
-        self._launches = [link.launch().go for link in links]
 
     def run(self, x: Any, stream: int) -> Any:
         """Return the logits of pixels in new memory: see `PixelPlan.run`."""
@@ -155,13 +152,8 @@ class ResidentPlan:
             self._copy[:, : self._cols] = x
             address, pitch = self._copy.data.ptr, self._pitch
         out = self._new(stream)
-        words = resident.pixel_map(address, self._rows, self._cols, pitch)
-        if self._chain is not None:
-            self._chain.go(stream, words, (out.data.ptr,))
-            return out
-        first, *hidden, last = self._launches
-        first(stream, *words)
-        for go in hidden:
+        self._first(stream, *resident.pixel_map(address, self._rows, self._cols, pitch))
+        for go in self._hidden:
             go(stream)
-        last(stream, out.data.ptr)
+        self._last(stream, out.data.ptr)
         return out

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from cupybnn.backends.cuda.architectures import sm90
-from cupybnn.backends.cuda.chain import Link
 from cupybnn.backends.cuda.compiler import (
     architecture,
     load_kernel,
     multiprocessors,
     shared_memory_limit,
 )
+from cupybnn.backends.cuda.launching import Launch
 from cupybnn.backends.cuda.lines import place
 from cupybnn.backends.cuda.packing import chunk_count, words_shape
 from cupybnn.backends.cuda.sign_gemm import TENSOR_MAP
@@ -34,6 +34,7 @@ __all__ = ["PLANES", "Shape", "Weights", "choose", "pixel_map"]
 
 # As sm90_resident_gemm.cu has them.
 _ROWS, _THREADS, _CHUNK, _STEP = 64, 384, 128, 32
+_SLOT = _ROWS * _CHUNK + 16  # with its barriers
 PLANES = 24
 #: Units of a strip: of signs by signs, and of pixels by one digit and by three.
 _SIGNS, _PIXELS, _THREE = (256, 128, 64, 32), (192, 128, 64, 32), (64, 32)
@@ -95,15 +96,22 @@ class Shape:
             return _ENDS
         return {0: _SIGNS, 1: _PIXELS, 3: _THREE}[self.digits]
 
-    def fixed_bytes(self, units: int) -> int:
-        """Return the bytes of shared memory of a strip of so many units, without slots."""
+    def defines(self, units: int, stages: int) -> tuple[tuple[str, int], ...]:
+        """Return what the kernel is compiled with for strips of so many units."""
+        return (
+            ("LINES", units * self.lines), ("CHUNKS", self.chunks), ("LAST", self.last),
+            ("STAGES", stages), ("DIGITS", self.digits), ("END", int(self.end)),
+        )  # fmt: skip
+
+    def shared_bytes(self, units: int, stages: int) -> int:
+        """Return the size of struct Shared of the kernel, or a few bytes more."""
         words = 1 if self.end else units // 32
         few = 8 * units + 8 * words + 8 * (self.chunks + 2)
-        return self.chunks * units * self.lines * _CHUNK + few + 16
+        return self.chunks * units * self.lines * _CHUNK + few + 16 + stages * _SLOT
 
     def stages(self, units: int, limit: int) -> int:
         """Return the slots that fit in shared memory next to a strip; 0 if they are too few."""
-        stages = min((limit - self.fixed_bytes(units)) // (_ROWS * _CHUNK + 16), _MOST_STAGES)
+        stages = min((limit - self.shared_bytes(units, 0)) // _SLOT, _MOST_STAGES)
         return max(0, stages) if stages >= _LEAST_STAGES else 0
 
 
@@ -251,10 +259,10 @@ class Weights:
             self.shape, rows, multiprocessors(self.device), shared_memory_limit(self.device)
         )
 
-    def link(
-        self, rows: int, a: Any, out: Any, *, ones: Sequence[Any] = (None, None, None),
-        changing: Section | None = None, deal: Deal | None = None,
-    ) -> Link:  # fmt: skip
+    def launch(
+        self, rows: int, a: Any, out: Any, *changing: Section,
+        ones: Sequence[Any] = (None, None, None), deal: Deal | None = None,
+    ) -> Launch:  # fmt: skip
         """Return the launch for so many rows, which begins while the work in front of it ends.
 
         It reads the weights before that work has ended: they must be complete by then.
@@ -267,21 +275,18 @@ class Weights:
             Words of the inputs; None for pixels, which `MAP` sets. The caller keeps it.
         out : cupy.ndarray or None
             Words of the results, zeros where units end; None for numbers, which `OUT` sets.
+        *changing : Section
+            `MAP` or `OUT`.
         ones : sequence of cupy.ndarray of int32, shape (rows,), or None
             The ones of each input; those of each result, zeros before the launch; and what becomes
             zeros.
-        changing : Section, optional
-            `MAP` or `OUT`.
         deal : Deal, optional
             Another way to deal them out than the fastest.
         """
         shape, deal = self.shape, deal or self.deal(rows)
         assert deal is not None
-        defines = (
-            ("LINES", deal.units * shape.lines), ("CHUNKS", shape.chunks), ("LAST", shape.last),
-            ("STAGES", deal.stages), ("DIGITS", shape.digits), ("END", int(shape.end)),
-        )  # fmt: skip
-        shared = shape.fixed_bytes(deal.units) + deal.stages * (_ROWS * _CHUNK + 16)
+        defines = shape.defines(deal.units, deal.stages)
+        shared = shape.shared_bytes(deal.units, deal.stages)
         kernel = load_kernel(
             RESIDENT_KERNEL.source, RESIDENT_KERNEL.function, defines, self.device, shared
         )
@@ -291,7 +296,9 @@ class Weights:
         values |= dict(zip(("a_ones", "ones", "cleared"), ones, strict=True))
         argument = RESIDENT.pack(**values)
         argument += bytes(-len(argument) % 64)  # the struct is aligned to 64 bytes
-        return Link(kernel, deal.strips * deal.workers, _THREADS, shared, argument, changing)
+        return Launch(
+            kernel, deal.strips * deal.workers, _THREADS, shared, argument, *changing, overlap=True
+        )
 
 
 def runs_on(device: int) -> bool:
