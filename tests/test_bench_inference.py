@@ -267,7 +267,7 @@ def test_tables_and_chart_of_a_gpus_record(tmp_path):
 
 def test_what_is_measured_on_a_gpu():
     assert {s.batch for s in record.sizes_for(Device("cuda"), False)} == {
-        1, 16, 64, 256, 1024, 8192, 65536
+        1, 16, 64, 1024, 8192, 65_536
     }  # fmt: skip
     pytest.importorskip("torch")
     from cupybnn.benchmark.inference import torch_peer

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cupybnn import nn
+from cupybnn import nn, settings
 from cupybnn.backends.devices import CPU, Device, array_module, resolve
 from cupybnn.deploy import c_header, file, onnx_file, qonnx_file
 from cupybnn.deploy.conversion import packed_model
@@ -18,6 +18,7 @@ from cupybnn.deploy.layers import PackedLayer
 from cupybnn.training.saved import load_model
 
 if TYPE_CHECKING:
+    from cupybnn.deploy.cpu_forward import CpuForward
     from cupybnn.deploy.cuda_forward import CudaForward
 
 __all__ = ["PackedNetwork"]
@@ -73,12 +74,14 @@ class PackedNetwork:
         self.device = device
         self._usual_types = "f" if inputs.pixel_max is None else "fB"
         self._cuda: CudaForward | None = None
+        # For pixels on a CPU; False: there is none.
+        self._cpu: CpuForward | bool | None = None
         # Takes calls of the usual kind on a GPU, and returns None for others.
         self._usual: Callable[[Any], Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs and locks are of this process.
-        return {**vars(self), "_cuda": None, "_usual": None}
+        return {**vars(self), "_cuda": None, "_cpu": None, "_usual": None}
 
     # Making one --------------------------------------------------------------------------------
 
@@ -425,8 +428,14 @@ class PackedNetwork:
     def _logits(self, x: Any) -> Any:
         if self.device.kind == "cuda":
             return self._logits_on_gpu(x)
-        rows, single = self.inputs.rows(x, self.device)
-        if len(rows) <= _ROWS:
+        if type(x) is np.ndarray and x.dtype == np.uint8 and x.shape[1:] == (self.inputs.features,):
+            rows, single = x, False
+        else:
+            rows, single = self.inputs.rows(x, self.device)
+        forward = self._on_cpu if rows.dtype == np.uint8 and len(rows) else None
+        if forward is not None:
+            logits = forward(np.ascontiguousarray(rows))
+        elif len(rows) <= _ROWS:
             logits = self._forward(self.inputs.numbers(rows))
         else:
             parts = (rows[i : i + _ROWS] for i in range(0, len(rows), _ROWS))
@@ -454,9 +463,22 @@ class PackedNetwork:
 
             # Two threads may both make one: either is as good.
             self._cuda = CudaForward(self.layers, self.inputs, self.device)
-            if self._cuda.pixel_launch is not None:
-                self._usual = self._cuda.pixel_launch.usual()
+            self._usual = self._cuda.usual
         return self._cuda
+
+    @property
+    def _on_cpu(self) -> CpuForward | None:
+        """The forward pass for pixels by compiled kernels, if there are any for this network."""
+        if not settings.cpu_kernels():
+            return None
+        if self._cpu is None:
+            from cupybnn.deploy.cpu_forward import CpuForward
+
+            try:
+                self._cpu = CpuForward(self.layers, self.inputs)
+            except ValueError:  # the other way takes it
+                self._cpu = False
+        return None if isinstance(self._cpu, bool) else self._cpu
 
     def _forward(self, x: Any) -> Any:
         for layer in self.layers:

@@ -75,6 +75,12 @@ class PixelProduct:
     flip : cupy.ndarray of bool, shape (units,)
     device : int
         Number of the current device, one that `runs_on` allows.
+
+    Attributes
+    ----------
+    words : cupy.ndarray of uint32, shape (1, digits * chunks, padded units, 32)
+        The digits, laid out.
+    threshold, flip : cupy.ndarray
     """
 
     def __init__(self, digits: np.ndarray, threshold: np.ndarray, flip: Any, device: int) -> None:
@@ -97,8 +103,8 @@ class PixelProduct:
             for each in lines
         ]
         self.chunks = words[0].shape[1]
-        self._words = cupy.asarray(np.concatenate(words, axis=1))
-        self._threshold, self._flip = cupy.asarray(threshold), flip
+        self.words = cupy.asarray(np.concatenate(words, axis=1))
+        self.threshold, self.flip = cupy.asarray(threshold), flip
 
     def lines_like(self, rows: int) -> Any:
         """Return memory for the pixels of so many images."""
@@ -149,8 +155,8 @@ class PixelProduct:
         defines = (*config.defines, ("OUTPUT", _PACKED), ("SCALED", 0), ("DIGITS", self.digits))
         kernel = load_kernel("sm90_xnor_gemm", "xnor_gemm", defines, self._device, config.shared)
         argument = PRODUCT.pack(
-            a=words, b=self._words, pop_a=0, pop_b=0, out=out, out_pop=ones, row_scale=0,
-            col_scale=0, bias=0, threshold=self._threshold, flip=self._flip, sums=0, m=rows,
+            a=words, b=self.words, pop_a=0, pop_b=0, out=out, out_pop=ones, row_scale=0,
+            col_scale=0, bias=0, threshold=self.threshold, flip=self.flip, sums=0, m=rows,
             n=units, k=self.inputs, chunks=chunks, batch=1, a_step=1, b_step=1, out_row=0,
             out_col=0, out_batch=0, row_scale_batch=0, col_scale_batch=0, bias_batch=0, swapped=0,
             group=config.group, parts=1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from cupybnn.backends.cuda.compiler import (
 )
 from cupybnn.backends.cuda.launching import Launch
 from cupybnn.backends.cuda.pixel_tiles import bit_tiles, end_tiles, pixel_tiles
+from cupybnn.backends.cuda.results import Results, Run
 from cupybnn.backends.cuda.steps import MOST_STEPS, STEPS, pack_steps
 from cupybnn.backends.cuda.structs import Kernel, Struct, address
 
@@ -122,6 +123,8 @@ class PixelNetworkLaunch:
         self._steps = [steps for _, steps in made]
         self._blocks = [len(tiles) for tiles in parts]
         self._widest = max(self._blocks)
+        #: Whether groups of rows are clusters, not the whole grid.
+        self.clustered = self._widest <= _CLUSTER
         team = choose_team(self._widest, MOST_ROWS, multiprocessors(device))
         if team is None:
             raise ValueError("its layers have more tiles than the GPU multiprocessors")
@@ -143,8 +146,8 @@ class PixelNetworkLaunch:
             if self._places(chosen)[-1] > shared_memory_limit(device) - 2048:
                 raise ValueError("its layers do not fit in shared memory")
         self._ways: dict[int, Launch] = {}
-        # By the shape of the input: a launch, and the shape of the result.
-        self._usual: dict[tuple[int, int], tuple[Callable[..., None], tuple[int, int]]] = {}
+        #: By the shape of pixels, calls like those before.
+        self.runs: dict[tuple[int, ...], Run] = {}
         self._kept: list[_Scratch] = []
         self._scratch: OrderedDict[tuple[int, int], _Scratch] = OrderedDict()
         self._lock = threading.Lock()
@@ -188,51 +191,33 @@ class PixelNetworkLaunch:
         stream = cupy.cuda.get_current_stream()
         captured = stream.ptr > 1 and stream.is_capturing()  # the default stream never is
         launch = self._ways.get(rows) or self._way(rows)
-        scratch = self._scratch_memory(stream, captured) if self._widest > _CLUSTER else None
+        scratch = self._scratch_memory(stream, captured) if not self.clustered else None
         addresses = () if scratch is None else scratch.addresses
         launch.go(stream.ptr, x.data.ptr, out.data.ptr, *addresses)
 
-    def usual(self) -> Callable[[Any], Any]:
-        """Return a function that takes the usual calls, for the least of the host's time.
+    def _run(self, rows: int, launch: Launch) -> Run:
+        """Return a function for the calls that follow the first one of so many rows."""
+        go, new = launch.go, Results((rows, self.classes)).new
+        if self.clustered:
 
-        It is given anything, and returns logits, or None where the call is not of the usual kind:
-        a CuPy array of uint8, of shape (rows, inputs) and C-contiguous, on this device, the current
-        one, for so many rows as have been here before.
-        """
-        import cupy
-
-        ndarray, device, pixel, number = cupy.ndarray, self._device, np.dtype("u1"), np.dtype("f4")
-        current_device, current_stream = cupy.cuda.runtime.getDevice, cupy.cuda.get_current_stream
-        is_capturing = cupy.cuda.runtime.streamIsCapturing
-        clustered, ways, scratches = self._widest <= _CLUSTER, self._usual, self._scratch
-        get_ident = threading.get_ident
-
-        def logits(x: Any) -> Any:
-            if type(x) is not ndarray:
-                return None
-            way = ways.get(x.shape)
-            data = x.data
-            if way is None or x.dtype is not pixel or not x._c_contiguous:
-                return None
-            if data.device_id != device or current_device() != device:
-                return None
-            stream = current_stream().ptr
-            go, shape = way
-            if clustered:
-                out = ndarray(shape, number)
-                go(stream, data.ptr, out.data.ptr)
+            def in_clusters(x: Any, stream: int) -> Any:
+                out = new(stream)
+                go(stream, x.data.ptr, out.data.ptr)
                 return out
-            if stream > 1 and is_capturing(stream):  # the default stream never is
-                return None
+
+            return in_clusters
+        scratches, get_ident = self._scratch, threading.get_ident
+
+        def by_the_grid(x: Any, stream: int) -> Any:
             scratch = scratches.get((stream, get_ident()))
             if scratch is None or scratch.launches >= _MOST_LAUNCHES:
                 return None
             scratch.launches += 1
-            out = ndarray(shape, number)
-            go(stream, data.ptr, out.data.ptr, *scratch.addresses)
+            out = new(stream)
+            go(stream, x.data.ptr, out.data.ptr, *scratch.addresses)
             return out
 
-        return logits
+        return by_the_grid
 
     def _way(self, rows: int) -> Launch:
         team = choose_team(self._widest, rows, multiprocessors(self._device))
@@ -259,7 +244,7 @@ class PixelNetworkLaunch:
             _ARRAYS if team.cluster > 1 else _X_TO_CONTROL, cooperative=team.cluster == 1,
             overlap=team.cluster > 1,  # blocks of a whole grid have no room beside those ahead
         )  # fmt: skip
-        self._usual[rows, self._inputs] = way.go, (rows, self.classes)
+        self.runs[rows, self._inputs] = self._run(rows, way)
         return way
 
     def _scratch_memory(self, stream: Any, captured: bool) -> _Scratch:
