@@ -12,7 +12,7 @@ import pytest
 from gemm_cases import BFLOAT16, array, assert_product, reference
 
 from cupybnn import pack, settings, sign, unpack, xnor_gemm, xnor_gemm_packed
-from cupybnn.backends import cpu, numpy_backend, numpy_threads
+from cupybnn.backends import cpu, numpy_backend
 
 
 @pytest.fixture(params=["LOOKUP", "COUNT", "FEW"])
@@ -24,9 +24,9 @@ def way(request, cpu_kernels, monkeypatch):
     taken = []
     original = kernels.product
 
-    def spy(method, *rest):
+    def spy(counter, parts, method, *rest):
         taken.append(method)
-        return original(getattr(kernels, request.param), *rest)
+        return original(counter, parts, getattr(kernels, request.param), *rest)
 
     monkeypatch.setattr(kernels, "product", spy)
     yield request.param
@@ -90,9 +90,14 @@ def test_other_dtypes_are_left_to_numpy(cpu_kernels, dtype):
     assert_product(xnor_gemm(x, x.T), reference(x, x.T), dtype)
 
 
+def several_threads(module, monkeypatch, count):
+    monkeypatch.setattr(settings, "kernel_threads", lambda: count)
+    monkeypatch.setattr(module, "PRODUCTS_A_THREAD", 1)
+    monkeypatch.setattr(module, "ELEMENTS_A_THREAD", 1)
+
+
 def test_parts_of_several_threads_make_one_result(cpu_kernels, monkeypatch):
-    monkeypatch.setattr(settings, "kernel_threads", lambda: 3)
-    monkeypatch.setattr(numpy_threads, "ELEMENTS_A_THREAD", 1)
+    several_threads(cpu_kernels, monkeypatch, 3)
     rng = np.random.default_rng(0)
     for m, k, n in ((300, 200, 500), (20, 200, 500), (300, 200, 9)):
         a, b = array(rng, np, (m, k)), array(rng, np, (k, n))
@@ -123,8 +128,7 @@ def test_many_threads_may_call_at_once(cpu_kernels):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_computes(cpu_kernels, monkeypatch):
-    monkeypatch.setattr(settings, "kernel_threads", lambda: 2)
-    monkeypatch.setattr(numpy_threads, "ELEMENTS_A_THREAD", 1)
+    several_threads(cpu_kernels, monkeypatch, 2)
     a = np.ones((100, 100), np.float32)
     expected = xnor_gemm(a, a)  # starts the parent's threads
     child = os.fork()

@@ -18,7 +18,10 @@ __all__ = [
     "add_counts",
     "add_lookups",
     "expand_word",
+    "fetch_add",
+    "floats",
     "load_f32",
+    "load_counter",
     "load_i32",
     "load_u8",
     "load_u64",
@@ -96,6 +99,36 @@ load_f32 = _loader(types.float32, F32)
 store_u64 = _storer(types.uint64)
 store_i32 = _storer(types.int32)
 store_f32 = _storer(types.float32)
+
+
+@intrinsic
+def fetch_add(typing: Any, address: Any, value: Any) -> Any:
+    """Add to an int64 that threads share, and return what it was."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", _pointer(builder, args[0], I64), args[1], "seq_cst")
+
+    return types.int64(types.intp, types.int64), code
+
+
+@intrinsic
+def load_counter(typing: Any, address: Any) -> Any:
+    """Return an int64 that threads share, and see what they wrote before they changed it."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(_pointer(builder, args[0], I64), "acquire", 8)
+
+    return types.int64(types.intp), code
+
+
+@intrinsic
+def floats(typing: Any, address: Any) -> Any:
+    """Return an address as a pointer to float32, for `numba.carray`."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _pointer(builder, args[0], F32)
+
+    return types.CPointer(types.float32)(types.intp), code
 
 
 def _popcount(builder: Any, value: Any) -> Any:

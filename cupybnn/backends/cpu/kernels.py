@@ -32,6 +32,8 @@ from cupybnn.backends.cpu import intrinsics
 from cupybnn.backends.cpu.cache import cached
 from cupybnn.backends.cpu.intrinsics import (
     add_counts,
+    fetch_add,
+    load_counter,
     load_f32,
     load_i32,
     load_u8,
@@ -45,7 +47,20 @@ from cupybnn.backends.cpu.intrinsics import (
     store_u64,
 )
 
-__all__ = ["BLOCK", "COUNT", "FEW", "LOOKUP", "SCRATCH_BYTES", "block_of", "pack", "product"]
+__all__ = [
+    "BLOCK",
+    "COUNT",
+    "FEW",
+    "LOOKUP",
+    "SCRATCH_BYTES",
+    "block_of",
+    "close",
+    "first_part",
+    "next_part",
+    "pack",
+    "product",
+    "wait",
+]
 
 LOOKUP, COUNT, FEW = 0, 1, 2
 INT32, FLOAT32, BITS = 0, 1, 2
@@ -72,6 +87,44 @@ _inline = njit(inline="never", nogil=True)
 def block_of(words: int) -> int:
     """Return the units in a block of lines of so many words, a multiple of 64."""
     return max(64, min(BLOCK, BLOCK_BYTES // (8 * max(words, 1)) // 64 * 64))
+
+
+# Parts of a kernel's work, taken by several threads: see `cupybnn.backends.cpu.threads` -----------
+
+DONE = 64  # bytes from the counter of parts taken to that of parts done
+
+
+@_inline
+def first_part(counter):
+    """Return the first part that this thread does; 0 without a counter."""
+    return fetch_add(counter, 1) if counter != 0 else 0
+
+
+@_inline
+def next_part(counter, part):
+    """Count `part` as done, and return the next one."""
+    if counter == 0:
+        return part + 1
+    fetch_add(counter + DONE, 1)
+    return fetch_add(counter, 1)
+
+
+@cached
+def close(counter, parts):
+    """Let no more parts be taken; return how many were, or a larger number."""
+    return fetch_add(counter, parts)
+
+
+@cached
+def wait(counter, parts, looks):
+    """Return whether so many parts are done, after looking at most so many times."""
+    for _ in range(looks):
+        if load_counter(counter + DONE) >= parts:
+            return True
+    return False
+
+
+# Products ----------------------------------------------------------------------------------------
 
 
 @_inline
@@ -203,13 +256,16 @@ def _finish(
 
 @cached
 def product(
-    method, table, scratch, block, words, k, unit, unit_stride, u0, u1, lane, lane_stride, l0, l1,
-    out, out_unit, out_lane, kind, swapped, unit_scale, lane_scale, bias,
+    counter, parts, method, table, scratch, block, words, k, unit, unit_stride, all_units, u_step,
+    lane, lane_stride, all_lanes, l_step, out, out_unit, out_lane, kind, swapped, unit_scale,
+    lane_scale, bias,
 ):  # fmt: skip
-    """Write the products of the units u0 ... u1 and the lanes l0 ... l1, a multiple of 32.
+    """Write the products of all units and all lanes, or the parts that this thread takes.
 
     Parameters
     ----------
+    counter, parts : address or 0, int
+        See `cupybnn.backends.cpu.threads`: ceil(all_units / u_step) * ceil(all_lanes / l_step).
     method : int
         LOOKUP, COUNT or FEW.
     table, scratch : address
@@ -219,6 +275,8 @@ def product(
     words, k : int
         Words and elements of a line.
     unit, lane : address of packed words; strides from line to line in bytes
+    u_step, l_step : int
+        Units and lanes of a part; where bits are written, multiples of 64 and 32.
     out : address of the result; strides in bytes
     kind : int
         INT32, FLOAT32 or BITS.
@@ -227,35 +285,43 @@ def product(
     unit_scale, lane_scale, bias : address or 0
     """
     sums = scratch + SUMS
-    for ub in range(u0, u1, block):
-        units = min(block, u1 - ub)
-        first = unit + ub * unit_stride
-        for lb in range(l0, l1, LANES):
-            lanes = min(LANES, l1 - lb)
-            width = LANES if method == COUNT or lanes > 16 else 16
-            second = lane + lb * lane_stride
-            if method == FEW:
-                for u in range(units):
-                    for i in range(lanes):
-                        total = _count_differing(
-                            first + u * unit_stride, second + i * lane_stride, words
-                        )
-                        store_i32(sums + 4 * (u * width + i), np.int32(total))
-            else:
-                for i in range(0, 4 * units * width, 8):
-                    store_u64(sums + i, np.uint64(0))
-                if method == LOOKUP:
-                    _look_up(
-                        first, unit_stride, units, second, lane_stride, lanes, words, table, scratch
-                    )
+    across = (all_lanes + l_step - 1) // l_step
+    part = first_part(counter)
+    while part < parts:
+        u0, l0 = part // across * u_step, part % across * l_step
+        u1, l1 = min(u0 + u_step, all_units), min(l0 + l_step, all_lanes)
+        for ub in range(u0, u1, block):
+            units = min(block, u1 - ub)
+            first = unit + ub * unit_stride
+            for lb in range(l0, l1, LANES):
+                lanes = min(LANES, l1 - lb)
+                width = LANES if method == COUNT or lanes > 16 else 16
+                second = lane + lb * lane_stride
+                if method == FEW:
+                    for u in range(units):
+                        for i in range(lanes):
+                            total = _count_differing(
+                                first + u * unit_stride, second + i * lane_stride, words
+                            )
+                            store_i32(sums + 4 * (u * width + i), np.int32(total))
                 else:
-                    _count(
-                        first, unit_stride, units, second, lane_stride, lanes, words, scratch, width
-                    )
-            _finish(
-                sums, width, k, units, lanes, ub, lb, out, out_unit, out_lane, kind, swapped,
-                unit_scale, lane_scale, bias,
-            )  # fmt: skip
+                    for i in range(0, 4 * units * width, 8):
+                        store_u64(sums + i, np.uint64(0))
+                    if method == LOOKUP:
+                        _look_up(
+                            first, unit_stride, units, second, lane_stride, lanes, words, table,
+                            scratch,
+                        )  # fmt: skip
+                    else:
+                        _count(
+                            first, unit_stride, units, second, lane_stride, lanes, words, scratch,
+                            width,
+                        )  # fmt: skip
+                _finish(
+                    sums, width, k, units, lanes, ub, lb, out, out_unit, out_lane, kind, swapped,
+                    unit_scale, lane_scale, bias,
+                )  # fmt: skip
+        part = next_part(counter, part)
 
 
 @_inline
@@ -290,17 +356,35 @@ def _transpose(x):
 
 
 @cached
-def pack(x, line_stride, k_stride, lines, start, stop, k, kind, size, out, out_stride, ones):
-    """Pack the signs of the lines start ... stop, of `lines`, and count their ones.
+def pack(
+    counter, parts, x, line_stride, k_stride, lines, step, k, kind, size, out, out_stride, ones
+):
+    """Pack the signs of all lines, or of the parts that this thread takes, and count their ones.
 
     Parameters
     ----------
+    counter, parts : address or 0, int
+        See `cupybnn.backends.cpu.threads`: ceil(lines / step).
     x : address of the elements; strides in bytes
+    step : int
+        Lines of a part.
     kind, size : int
         `intrinsics.KINDS` of the dtype, and bytes of an element.
     out : address of ceil(k / 64) words for each line
     ones : address of an int32 for each line
     """
+    part = first_part(counter)
+    while part < parts:
+        start = part * step
+        _pack_lines(
+            x, line_stride, k_stride, lines, start, min(start + step, lines), k, kind, size, out,
+            out_stride, ones,
+        )  # fmt: skip
+        part = next_part(counter, part)
+
+
+@_inline
+def _pack_lines(x, line_stride, k_stride, lines, start, stop, k, kind, size, out, out_stride, ones):
     words = (k + 63) >> 6
     if k_stride == size or k <= 1:
         for line in range(start, stop):

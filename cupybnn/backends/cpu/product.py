@@ -13,8 +13,8 @@ from cupybnn.backends import epilogue as epilogues
 from cupybnn.backends.cpu import kernels
 from cupybnn.backends.cpu.cache import features, folder
 from cupybnn.backends.cpu.intrinsics import KINDS, SIZES
+from cupybnn.backends.cpu.threads import run
 from cupybnn.backends.epilogue import Epilogue
-from cupybnn.backends.numpy_threads import parallel_for
 
 __all__ = ["can_pack", "describe", "gemm", "gemm_packed", "pack", "takes"]
 
@@ -25,8 +25,10 @@ EXACT_FLOAT32 = 1 << 24
 FEW_LANES = 8
 # Fewer rows than this are lanes, so that few columns of a tile are left empty.
 FEW_ROWS = 64
-# Multiplications that take as long as an element of NumPy's elementwise work.
-PRODUCTS_AN_ELEMENT = 128
+# What is worth a second thread: multiplications, and elements to pack (100 and 40 microseconds).
+PRODUCTS_A_THREAD, ELEMENTS_A_THREAD = 1 << 25, 1 << 17
+# Parts for each thread, so that none waits long for another.
+PARTS_A_THREAD = 8
 # Elements of int32 sums at a time, for results that NumPy converts.
 SUMS_AT_A_TIME = 1 << 20
 
@@ -108,15 +110,20 @@ def _pack_matrix(x: np.ndarray, axis: int, kind: int, words: np.ndarray, ones: n
     k, lines = x.shape[axis], x.shape[-1 - axis - 2]
     k_stride, line_stride = x.strides[axis], x.strides[-3 - axis]
     source, out, counts = _address(x), _address(words), _address(ones)
-    step = 64 if line_stride == SIZES[kind] else 1
+    threads = min(settings.kernel_threads(), x.size // ELEMENTS_A_THREAD)
+    step = lines
+    if threads > 1:
+        tile = 64 if line_stride == SIZES[kind] else 1
+        step = -(-lines // (PARTS_A_THREAD * threads * tile)) * tile
+    parts, size = -(-lines // step), SIZES[kind]
 
-    def work(start: int, stop: int) -> None:
+    def kernel(counter: int) -> None:
         kernels.pack(
-            source, line_stride, k_stride, lines, start * step, min(stop * step, lines), k, kind,
-            SIZES[kind], out, words.strides[0], counts,
+            counter, parts, source, line_stride, k_stride, lines, step, k, kind, size, out,
+            words.strides[0], counts,
         )  # fmt: skip
 
-    parallel_for(-(-lines // step), x.size // 4, work, settings.kernel_threads())
+    run(kernel, parts, threads)
 
 
 def _words(operand: Any, k_axis: int) -> np.ndarray:
@@ -239,19 +246,32 @@ def _launch(
     count, others, words = len(lanes), len(units), a.shape[1]
     method = kernels.FEW if count <= FEW_LANES else METHOD
     block = kernels.block_of(words)
-    threads = settings.kernel_threads()
-    by_lanes = count >= 2 * kernels.LANES * threads
-    step = kernels.LANES if by_lanes else 64
     unit, lane, result = _address(units), _address(lanes), _address(out)
+    threads = min(settings.kernel_threads(), m * n * k // PRODUCTS_A_THREAD)
+    u_step, l_step = _steps(others, count, block, threads)
+    total = -(-others // u_step) * -(-count // l_step)
 
-    def work(start: int, stop: int) -> None:
-        first, last = start * step, min(stop * step, count if by_lanes else others)
-        ranges = (0, others, first, last) if by_lanes else (first, last, 0, count)
+    def kernel(counter: int) -> None:
         kernels.product(
-            method, _TABLE, _scratch.address, block, words, k, unit, units.strides[0], *ranges[:2],
-            lane, lanes.strides[0], *ranges[2:], result, *strides, kind, int(swapped), *scales,
-            bias,
+            counter, total, method, _TABLE, _scratch.address, block, words, k, unit,
+            units.strides[0], others, u_step, lane, lanes.strides[0], count, l_step, result,
+            *strides, kind, int(swapped), *scales, bias,
         )  # fmt: skip
 
-    products = m * n * k // PRODUCTS_AN_ELEMENT
-    parallel_for(-(-(count if by_lanes else others) // step), products, work, threads)
+    run(kernel, total, threads)
+
+
+def _steps(units: int, lanes: int, block: int, threads: int) -> tuple[int, int]:
+    """Return the units and lanes of a part: as many parts as threads need, no smaller."""
+    if threads < 2:
+        return units, lanes
+    wanted = PARTS_A_THREAD * threads
+    u_step, l_step = min(units, block), lanes
+    rows = -(-units // u_step)
+    if rows < wanted:  # first by lanes, whose parts share the block of units
+        tiles = -(-lanes // kernels.LANES)
+        l_step = max(1, tiles * rows // wanted) * kernels.LANES
+        columns = -(-lanes // l_step)
+        if rows * columns < wanted:
+            u_step = -(-u_step * rows * columns // (wanted * 64)) * 64
+    return u_step, l_step
