@@ -118,10 +118,10 @@ def close(counter, parts):
 @cached
 def wait(counter, parts, looks):
     """Return whether so many parts are done, after looking at most so many times."""
-    for _ in range(looks):
-        if load_counter(counter + DONE) >= parts:
-            return True
-    return False
+    looked = 0
+    while looked < looks and load_counter(counter + DONE) < parts:
+        looked += 1
+    return looked < looks
 
 
 # Products ----------------------------------------------------------------------------------------
