@@ -6,6 +6,7 @@ All memory is addressed by integers, so that a kernel has one signature whatever
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from llvmlite import ir
@@ -238,12 +239,15 @@ def add_counts(
 
         tables, lanes = rows(table, table_stride), rows(lane, lane_stride)
 
-        def differing(offset: Any, kind: Any) -> list[Any]:
+        # Words come one by one, so that no registers hold those that are not counted yet.
+        def differing(offset: Any, kind: Any) -> Iterator[Any]:
             left = [_load(builder, builder.add(row, offset), kind, 1) for row in tables]
             right = [_load(builder, builder.add(row, offset), kind, 1) for row in lanes]
-            return [builder.xor(x, y) for x in left for y in right]
+            for x in left:
+                for y in right:
+                    yield builder.xor(x, y)
 
-        def count(totals: list[Any], words: list[Any]) -> None:
+        def count(totals: list[Any], words: Iterable[Any]) -> None:
             for total, word in zip(totals, words, strict=True):
                 builder.store(builder.add(builder.load(total), _popcount(builder, word)), total)
 
@@ -271,7 +275,7 @@ def add_counts(
                     new = builder.icmp_unsigned(">=", _vector(vector, [*range(width)]), known)
                     new = builder.sext(new, vector)
                     last = builder.mul(builder.sub(words, _number(width)), _number(8))
-                    count(wide, [builder.and_(w, new) for w in differing(last, vector)])
+                    count(wide, (builder.and_(w, new) for w in differing(last, vector)))
                 totals = [builder.load(total) for total in wide]
                 for unit in (0, 2):
                     both = builder.trunc(
