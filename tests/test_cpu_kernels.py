@@ -75,8 +75,8 @@ def test_packing_follows_the_sign_at_its_edges(cpu_kernels, dtype, monkeypatch):
         values = [-np.inf, -1.0, -0.0, 0.0, 1e-30, -1e-30, np.inf, np.nan, -np.nan]
     x = np.resize(np.array(values, dtype), (3, 70, 141))
     taken = []
-    original = cpu_kernels.kernels.pack
-    monkeypatch.setattr(cpu_kernels.kernels, "pack", lambda *a: taken.append(1) or original(*a))
+    original = cpu_kernels.packing.pack
+    monkeypatch.setattr(cpu_kernels.packing, "pack", lambda *a: taken.append(1) or original(*a))
     views = (x, x[:, ::2, ::3], x[..., ::-1], x.swapaxes(1, 2), x[:, :5], x[:, :, :9], x[:, :1])
     for view, axis in itertools.product(views, (-1, -2)):
         assert np.array_equal(unpack(pack(view, axis=axis), bool), sign(view) > 0)

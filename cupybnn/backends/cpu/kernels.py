@@ -26,44 +26,37 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from cupybnn.backends.cpu import intrinsics
 from cupybnn.backends.cpu.cache import cached
 from cupybnn.backends.cpu.intrinsics import (
     add_counts,
-    fetch_add,
-    load_counter,
     load_f32,
     load_i32,
     load_u8,
     load_u64,
-    mask,
-    mask_8,
-    mask_64,
     popcount,
     store_f32,
     store_i32,
     store_u64,
 )
+from cupybnn.backends.cpu.packing import pack_lines
+from cupybnn.backends.cpu.parts import first_part, inline, next_part
 
 __all__ = [
     "BLOCK",
     "COUNT",
     "FEW",
     "LOOKUP",
+    "PACKED",
     "SCRATCH_BYTES",
     "block_of",
-    "close",
-    "first_part",
-    "next_part",
-    "pack",
     "product",
-    "wait",
 ]
 
 LOOKUP, COUNT, FEW = 0, 1, 2
 INT32, FLOAT32, BITS = 0, 1, 2
+PACKED = -1  # instead of one of `intrinsics.KINDS`
 
 LANES = intrinsics.LANES
 #: Words of K that are expanded at a time for 32 lanes (twice as many for 16), and that sums of
@@ -81,53 +74,13 @@ _tile_1_32 = intrinsics.add_lookups[1, 32]
 _tile_1_16 = intrinsics.add_lookups[1, 16]
 _expand_32, _expand_16 = intrinsics.expand_word[32], intrinsics.expand_word[16]
 
-_inline = njit(inline="never", nogil=True)
-
 
 def block_of(words: int) -> int:
     """Return the units in a block of lines of so many words, a multiple of 64."""
     return max(64, min(BLOCK, BLOCK_BYTES // (8 * max(words, 1)) // 64 * 64))
 
 
-# Parts of a kernel's work, taken by several threads: see `cupybnn.backends.cpu.threads` -----------
-
-DONE = 64  # bytes from the counter of parts taken to that of parts done
-
-
-@_inline
-def first_part(counter):
-    """Return the first part that this thread does; 0 without a counter."""
-    return fetch_add(counter, 1) if counter != 0 else 0
-
-
-@_inline
-def next_part(counter, part):
-    """Count `part` as done, and return the next one."""
-    if counter == 0:
-        return part + 1
-    fetch_add(counter + DONE, 1)
-    return fetch_add(counter, 1)
-
-
-@cached
-def close(counter, parts):
-    """Let no more parts be taken; return how many were, or a larger number."""
-    return fetch_add(counter, parts)
-
-
-@cached
-def wait(counter, parts, looks):
-    """Return whether so many parts are done, after looking at most so many times."""
-    looked = 0
-    while looked < looks and load_counter(counter + DONE) < parts:
-        looked += 1
-    return looked < looks
-
-
-# Products ----------------------------------------------------------------------------------------
-
-
-@_inline
+@inline
 def _look_up(unit, unit_stride, units, lane, lane_stride, lanes, words, table, scratch):
     sums = scratch + SUMS
     step = WORDS if lanes > 16 else 2 * WORDS
@@ -161,7 +114,7 @@ def _look_up(unit, unit_stride, units, lane, lane_stride, lanes, words, table, s
                         _tile_1_16(row + i * unit_stride, unit_stride, index, here, table, target)
 
 
-@_inline
+@inline
 def _count_differing(unit, lane, words):
     total = 0
     for w in range(words):
@@ -169,7 +122,7 @@ def _count_differing(unit, lane, words):
     return total
 
 
-@_inline
+@inline
 def _count(unit, unit_stride, units, lane, lane_stride, lanes, words, scratch, width):
     sums = scratch + SUMS
     for u in range(0, units - 3, 4):
@@ -189,7 +142,7 @@ def _count(unit, unit_stride, units, lane, lane_stride, lanes, words, scratch, w
             store_i32(sums + 4 * (u * width + i), np.int32(total))
 
 
-@_inline
+@inline
 def _finish(
     sums, width, k, units, lanes, u0, l0, out, out_unit, out_lane, kind, swapped,
     unit_scale, lane_scale, bias,
@@ -256,11 +209,14 @@ def _finish(
 
 @cached
 def product(
-    counter, parts, method, table, scratch, block, words, k, unit, unit_stride, all_units, u_step,
-    lane, lane_stride, all_lanes, l_step, out, out_unit, out_lane, kind, swapped, unit_scale,
-    lane_scale, bias,
+    counter, parts, method, table, scratch, block, k, unit, all_units, unit_stride, unit_k,
+    unit_kind, unit_size, unit_words, u_step, lane, all_lanes, lane_stride, lane_k, lane_kind,
+    lane_size, lane_words, l_step, out, out_unit, out_lane, kind, swapped, unit_scale, lane_scale,
+    bias,
 ):  # fmt: skip
     """Write the products of all units and all lanes, or the parts that this thread takes.
+
+    Lines that are not packed yet are packed first, if this thread does all parts.
 
     Parameters
     ----------
@@ -272,9 +228,13 @@ def product(
         As `table` returns it; SCRATCH_BYTES aligned to 64 bytes.
     block : int
         `block_of` the words of a line.
-    words, k : int
-        Words and elements of a line.
-    unit, lane : address of packed words; strides from line to line in bytes
+    k : int
+        Elements of a line.
+    unit, lane : address of packed words, or of numbers; strides in bytes
+    unit_kind, lane_kind, unit_size, lane_size : int
+        As for `packing.pack`; the kind of packed words is PACKED.
+    unit_words, lane_words : address
+        Memory for the words of lines that are not packed yet.
     u_step, l_step : int
         Units and lanes of a part; where bits are written, multiples of 64 and 32.
     out : address of the result; strides in bytes
@@ -284,6 +244,19 @@ def product(
         Whether lanes are rows of the result and units columns.
     unit_scale, lane_scale, bias : address or 0
     """
+    words = (k + 63) >> 6
+    if unit_kind != PACKED:
+        pack_lines(
+            unit, unit_stride, unit_k, all_units, 0, all_units, k, unit_kind, unit_size, unit_words,
+            8 * words, 0,
+        )  # fmt: skip
+        unit, unit_stride = unit_words, 8 * words
+    if lane_kind != PACKED:
+        pack_lines(
+            lane, lane_stride, lane_k, all_lanes, 0, all_lanes, k, lane_kind, lane_size, lane_words,
+            8 * words, 0,
+        )  # fmt: skip
+        lane, lane_stride = lane_words, 8 * words
     sums = scratch + SUMS
     across = (all_lanes + l_step - 1) // l_step
     part = first_part(counter)
@@ -322,105 +295,6 @@ def product(
                     unit_scale, lane_scale, bias,
                 )  # fmt: skip
         part = next_part(counter, part)
-
-
-@_inline
-def _signs(address, kind, size, count):
-    """Return the signs of up to 64 neighbours, from bit 0."""
-    if count == 64:
-        return mask_64(address, kind)
-    word = np.uint64(0)
-    for i in range(0, count & ~7, 8):
-        word |= mask_8(address + i * size, kind) << np.uint64(i)
-    for i in range(count & ~7, count):
-        word |= mask(address + i * size, kind) << np.uint64(i)
-    return word
-
-
-@_inline
-def _transpose(x):
-    """Transpose 64 × 64 bits: bit j of word i becomes bit i of word j.
-
-    Blocks are swapped as in Warren, Hacker's Delight, section 7-3.
-    """
-    bits, low = 32, np.uint64(0x00000000FFFFFFFF)
-    while bits:
-        shift = np.uint64(bits)
-        for first in range(0, 64, 2 * bits):
-            for i in range(first, first + bits):
-                differ = ((x[i] >> shift) ^ x[i + bits]) & low
-                x[i] ^= differ << shift
-                x[i + bits] ^= differ
-        bits >>= 1
-        low ^= low << np.uint64(bits)
-
-
-@cached
-def pack(
-    counter, parts, x, line_stride, k_stride, lines, step, k, kind, size, out, out_stride, ones
-):
-    """Pack the signs of all lines, or of the parts that this thread takes, and count their ones.
-
-    Parameters
-    ----------
-    counter, parts : address or 0, int
-        See `cupybnn.backends.cpu.threads`: ceil(lines / step).
-    x : address of the elements; strides in bytes
-    step : int
-        Lines of a part.
-    kind, size : int
-        `intrinsics.KINDS` of the dtype, and bytes of an element.
-    out : address of ceil(k / 64) words for each line
-    ones : address of an int32 for each line
-    """
-    part = first_part(counter)
-    while part < parts:
-        start = part * step
-        _pack_lines(
-            x, line_stride, k_stride, lines, start, min(start + step, lines), k, kind, size, out,
-            out_stride, ones,
-        )  # fmt: skip
-        part = next_part(counter, part)
-
-
-@_inline
-def _pack_lines(x, line_stride, k_stride, lines, start, stop, k, kind, size, out, out_stride, ones):
-    words = (k + 63) >> 6
-    if k_stride == size or k <= 1:
-        for line in range(start, stop):
-            for w in range(words):
-                source = x + line * line_stride + 64 * w * size
-                store_u64(
-                    out + line * out_stride + 8 * w, _signs(source, kind, size, min(64, k - 64 * w))
-                )
-    elif line_stride == size:
-        square = np.zeros(64, np.uint64)
-        for w in range(words):
-            rows = min(64, k - 64 * w)
-            for first in range(start, stop, 64):
-                # The last tile overlaps the one before it, so that it is as fast.
-                line = max(0, min(first, lines - 64))
-                count = min(64, lines - line)
-                source = x + 64 * w * k_stride + line * size
-                for i in range(rows):
-                    square[i] = _signs(source + i * k_stride, kind, size, count)
-                square[rows:] = np.uint64(0)
-                _transpose(square)
-                for i in range(first - line, min(stop - line, 64)):
-                    store_u64(out + (line + i) * out_stride + 8 * w, square[i])
-    else:
-        for line in range(start, stop):
-            for w in range(words):
-                word = np.uint64(0)
-                for i in range(min(64, k - 64 * w)):
-                    element = x + line * line_stride + (64 * w + i) * k_stride
-                    word |= mask(element, kind) << np.uint64(i)
-                store_u64(out + line * out_stride + 8 * w, word)
-    for line in range(start, stop):
-        total = 0
-        for w in range(words):
-            total += popcount(load_u64(out + line * out_stride + 8 * w))
-        store_i32(ones + 4 * line, np.int32(total))
 
 
 def table() -> Any:

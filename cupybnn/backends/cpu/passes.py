@@ -9,6 +9,7 @@ import numpy as np
 
 from cupybnn import settings
 from cupybnn.backends.cpu import training
+from cupybnn.backends.cpu.addresses import address
 from cupybnn.backends.cpu.threads import run
 
 __all__ = [
@@ -40,11 +41,6 @@ def takes(*arrays: Any) -> bool:
     return True
 
 
-def _address(x: np.ndarray) -> int:
-    address: int = x.__array_interface__["data"][0]
-    return address
-
-
 def _run(kernel: Kernel, axis: int, elements: int, *arguments: Any) -> None:
     """Run a kernel over parts of an axis of `axis` elements."""
     threads = min(settings.kernel_threads(), elements // ELEMENTS_A_THREAD)
@@ -58,7 +54,7 @@ def _run(kernel: Kernel, axis: int, elements: int, *arguments: Any) -> None:
 def sign(x: np.ndarray) -> np.ndarray:
     """Return +1 where ``x >= 0`` and -1 elsewhere."""
     out = np.empty_like(x)
-    _run(training.signs, x.size, x.size, x.size, _address(x), _address(out))
+    _run(training.signs, x.size, x.size, x.size, address(x), address(out))
     return out
 
 
@@ -66,8 +62,8 @@ def gradient_in_window(x: np.ndarray, grad: np.ndarray, window: float) -> np.nda
     """Return ``grad * (abs(x) <= window)``, arrays of one shape."""
     out = np.empty_like(x)
     _run(
-        training.gradient_in_window, x.size, x.size, x.size, _address(x), _address(grad),
-        np.float32(window), _address(out),
+        training.gradient_in_window, x.size, x.size, x.size, address(x), address(grad),
+        np.float32(window), address(out),
     )  # fmt: skip
     return out
 
@@ -80,8 +76,8 @@ def adam(
     numbers = (decay, *rates, eps, factor, np.inf if limit is None else limit)
     # The caller has its threads already, one for each block.
     training.adam(
-        0, 1, weight.size, weight.size, _address(weight), _address(grad), _address(mean),
-        _address(square), *[np.float32(number) for number in numbers],
+        0, 1, weight.size, weight.size, address(weight), address(grad), address(mean),
+        address(square), *[np.float32(number) for number in numbers],
     )  # fmt: skip
 
 
@@ -113,7 +109,7 @@ def batch_norm(
     numbers = (rows, decay, 1 - decay, eps)
     arrays = (x, gamma, beta, *running, normal, out, inverse, work)
     _run(
-        training.batch_norm, features, x.size, rows, features, *map(_address, arrays),
+        training.batch_norm, features, x.size, rows, features, *map(address, arrays),
         *map(np.float32, numbers),
     )  # fmt: skip
     return normal, out, inverse
@@ -130,6 +126,6 @@ def batch_norm_gradient(
     arrays = (grad, normal, gamma, inverse, grad_x, grad_gamma, grad_beta, work)
     _run(
         training.batch_norm_gradient, features, grad.size, rows, features,
-        *map(_address, arrays), np.float32(rows),
+        *map(address, arrays), np.float32(rows),
     )  # fmt: skip
     return grad_x, grad_gamma, grad_beta

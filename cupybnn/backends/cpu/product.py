@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupybnn import settings
 from cupybnn.backends import epilogue as epilogues
-from cupybnn.backends.cpu import kernels
+from cupybnn.backends.cpu import kernels, packing
+from cupybnn.backends.cpu.addresses import address
 from cupybnn.backends.cpu.cache import features, folder
 from cupybnn.backends.cpu.intrinsics import KINDS, SIZES
 from cupybnn.backends.cpu.threads import run
@@ -33,6 +34,7 @@ PARTS_A_THREAD = 8
 SUMS_AT_A_TIME = 1 << 20
 
 WORD = np.dtype("<u8")
+INT32, FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 
 
 def _aligned(size: int) -> np.ndarray:
@@ -42,13 +44,9 @@ def _aligned(size: int) -> np.ndarray:
     return memory[first : first + size]
 
 
-def _address(x: np.ndarray | None) -> int:
-    return 0 if x is None else x.__array_interface__["data"][0]
-
-
 _table = _aligned(1 << 13)
 _table[:] = kernels.table().reshape(-1)
-_TABLE = _address(_table)
+_TABLE = address(_table)
 
 
 class _Scratch(threading.local):
@@ -56,7 +54,7 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self.memory = _aligned(kernels.SCRATCH_BYTES)
-        self.address = _address(self.memory)
+        self.address = address(self.memory)
 
 
 _scratch = _Scratch()
@@ -109,7 +107,7 @@ def pack(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
 def _pack_matrix(x: np.ndarray, axis: int, kind: int, words: np.ndarray, ones: np.ndarray) -> None:
     k, lines = x.shape[axis], x.shape[-1 - axis - 2]
     k_stride, line_stride = x.strides[axis], x.strides[-3 - axis]
-    source, out, counts = _address(x), _address(words), _address(ones)
+    source, out, counts = address(x), address(words), address(ones)
     threads = min(settings.kernel_threads(), x.size // ELEMENTS_A_THREAD)
     step = lines
     if threads > 1:
@@ -118,7 +116,7 @@ def _pack_matrix(x: np.ndarray, axis: int, kind: int, words: np.ndarray, ones: n
     parts, size = -(-lines // step), SIZES[kind]
 
     def kernel(counter: int) -> None:
-        kernels.pack(
+        packing.pack(
             counter, parts, source, line_stride, k_stride, lines, step, k, kind, size, out,
             words.strides[0], counts,
         )  # fmt: skip
@@ -147,15 +145,18 @@ def takes(a: Any, b: Any) -> bool:
 def gemm(a: Any, b: Any, out: np.ndarray, epilogue: Epilogue | None) -> None:
     """Write the product of operands that this `takes`, not empty, as `numpy_backend.gemm`."""
     k = a.shape[-1]
-    left, right = _words(a, -1), _words(b, -2)
     if epilogue is not None:
         epilogue = epilogue.broadcast(out.shape)
     if out.ndim == 2:
-        _matrix_product(left, right, k, out, epilogue)
+        if _threads(out.size * k) < 2:  # the kernel packs
+            _matrix_product(_side(a, -1), _side(b, -2), k, out, epilogue)
+        else:
+            _matrix_product(_packed(_words(a, -1)), _packed(_words(b, -2)), k, out, epilogue)
         return
+    left, right = _words(a, -1), _words(b, -2)
     if right.ndim == 2 and epilogue is None and out.flags.c_contiguous:  # one tall product
         rows = np.ascontiguousarray(left).reshape(-1, left.shape[-1])
-        _matrix_product(rows, right, k, out.reshape(-1, out.shape[-1]), None)
+        _matrix_product(_packed(rows), _packed(right), k, out.reshape(-1, out.shape[-1]), None)
         return
     batch = out.shape[:-2]
     left = np.broadcast_to(left, (*batch, *left.shape[-2:]))
@@ -163,25 +164,57 @@ def gemm(a: Any, b: Any, out: np.ndarray, epilogue: Epilogue | None) -> None:
     every = slice(None)
     for index in np.ndindex(batch):
         part = None if epilogue is None else epilogue.part(index, every, every)
-        _matrix_product(left[index], right[index], k, out[index], part)
+        _matrix_product(_packed(left[index]), _packed(right[index]), k, out[index], part)
 
 
-def _matrix_product(
-    a: np.ndarray, b: np.ndarray, k: int, out: np.ndarray, epilogue: Epilogue | None
-) -> None:
-    if out.dtype == np.int32 and epilogue is None:
-        _launch(a, b, k, out, kernels.INT32, (None, None, None))
-    elif out.dtype == np.float32:
-        given = epilogue or Epilogue()
-        parts = (_flat(given.row_scale), _flat(given.col_scale), _flat(given.bias))
-        _launch(a, b, k, out, kernels.FLOAT32, parts)
+class _Side(NamedTuple):
+    """The lines of an operand, over K: packed words, or numbers to be packed by the kernel."""
+
+    memory: np.ndarray  # that the address points to
+    address: int
+    count: int
+    stride: int
+    k_stride: int
+    kind: int
+    size: int
+
+    def rows(self, start: int, stop: int) -> _Side:
+        """Return some of the lines."""
+        first = self.address + start * self.stride
+        return self._replace(address=first, count=min(stop, self.count) - start)
+
+
+def _packed(words: np.ndarray) -> _Side:
+    """Return lines of packed words, shape (lines, words)."""
+    return _Side(words, address(words), len(words), words.strides[0], 8, kernels.PACKED, 0)
+
+
+def _side(x: Any, k_axis: int) -> _Side:
+    """Return the lines of a matrix, packed or not."""
+    if not isinstance(x, np.ndarray):
+        return _packed(_words(x, k_axis))
+    kind = _kind(x.dtype)
+    assert kind is not None
+    strides, other = x.strides, -3 - k_axis
+    return _Side(x, address(x), x.shape[other], strides[other], strides[k_axis], kind, SIZES[kind])
+
+
+def _matrix_product(a: _Side, b: _Side, k: int, out: np.ndarray, epilogue: Epilogue | None) -> None:
+    if epilogue is None and out.dtype == INT32:
+        _launch(a, b, k, out, kernels.INT32)
+    elif out.dtype == FLOAT32:
+        if epilogue is None:
+            _launch(a, b, k, out, kernels.FLOAT32)
+            return
+        parts = (epilogue.row_scale, epilogue.col_scale, epilogue.bias)
+        _launch(a, b, k, out, kernels.FLOAT32, tuple(map(_flat, parts)))
     else:
         step = max(1, SUMS_AT_A_TIME // out.shape[1])
         every = slice(None)
         for start in range(0, len(out), step):
             rows = slice(start, start + step)
-            sums = np.empty((len(a[rows]), out.shape[1]), np.int32)
-            _launch(a[rows], b, k, sums, kernels.INT32, (None, None, None))
+            sums = np.empty(out[rows].shape, np.int32)
+            _launch(a.rows(start, start + step), b, k, sums, kernels.INT32)
             # From the same numbers as NumPy's product, so that all roundings are the same.
             exact = sums.astype(np.float32 if k <= EXACT_FLOAT32 else np.float64)
             part = None if epilogue is None else epilogue.part((), rows, every)
@@ -209,53 +242,65 @@ def gemm_packed(
         None if threshold is None else np.ascontiguousarray(threshold, np.int32),
     )
     for index in np.ndindex(batch):
-        _launch(left[index], right[index], k, words[index], kernels.BITS, columns)
+        sides = _packed(left[index]), _packed(right[index])
+        _launch(*sides, k, words[index], kernels.BITS, columns)
     return words, np.bitwise_count(words).sum(axis=-1, dtype=np.int32)
 
 
+def _threads(products: int) -> int:
+    """Return with how many threads a product is computed."""
+    wanted = products // PRODUCTS_A_THREAD
+    return wanted if wanted < 2 else min(settings.kernel_threads(), wanted)
+
+
+_NOTHING = (None, None, None)
+
+
 def _launch(
-    a: np.ndarray,
-    b: np.ndarray,
-    k: int,
-    out: np.ndarray,
-    kind: int,
-    parts: tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None],
-) -> None:
+    a: _Side, b: _Side, k: int, out: np.ndarray, kind: int,
+    parts: tuple[np.ndarray | None, ...] = _NOTHING,
+) -> None:  # fmt: skip
     """Run the kernel, on several threads where that is worth it.
 
     Parameters
     ----------
-    a, b : ndarray of uint64, shapes (M, words) and (N, words)
+    a, b : _Side
+        The rows of a and the columns of b; packed words if several threads are worth it.
     out : ndarray, shape (M, N), or words of shape (M, ceil(N / 64))
     parts : scale of rows, scale of columns, bias; for bits flip, None, threshold
     """
-    m, n = len(a), len(b)
-    by_column = kind != kernels.BITS and abs(out.strides[0]) < abs(out.strides[1])
-    swapped = n > m if min(m, n) < FEW_ROWS else by_column
-    row, column, bias = (_address(x) for x in parts)
-    if swapped:
-        units, lanes = b, a
-        strides = (out.strides[1], out.strides[0])
-        scales = (column, row)
+    m, n = a.count, b.count
+    by_row, by_column = out.strides
+    if min(m, n) < FEW_ROWS:
+        swapped = n > m
     else:
-        units, lanes = a, b
-        strides = (out.strides[0], out.strides[1])
-        scales = (row, column)
+        swapped = kind != kernels.BITS and abs(by_row) < abs(by_column)
+    row, column, bias = (0, 0, 0) if parts is _NOTHING else [address(x) for x in parts]
+    units, lanes, scales = (b, a, (column, row)) if swapped else (a, b, (row, column))
+    strides = (by_column, by_row) if swapped else (by_row, by_column)
     if kind == kernels.BITS:
         scales = (row, 0)
-    count, others, words = len(lanes), len(units), a.shape[1]
-    method = kernels.FEW if count <= FEW_LANES else METHOD
+    words = (k + 63) >> 6
+    method = kernels.FEW if lanes.count <= FEW_LANES else METHOD
     block = kernels.block_of(words)
-    unit, lane, result = _address(units), _address(lanes), _address(out)
-    threads = min(settings.kernel_threads(), m * n * k // PRODUCTS_A_THREAD)
-    u_step, l_step = _steps(others, count, block, threads)
-    total = -(-others // u_step) * -(-count // l_step)
+    u_step, l_step, threads = units.count, lanes.count, _threads(m * n * k)
+    total, to_pack, unit_words, lane_words = 1, 0, 0, 0
+    if threads > 1:
+        u_step, l_step = _steps(units.count, lanes.count, block, threads)
+        total = -(-units.count // u_step) * -(-lanes.count // l_step)
+    else:
+        to_pack = sum(side.count for side in (units, lanes) if side.kind != kernels.PACKED)
+    if to_pack:
+        memory = np.empty(to_pack * words, WORD)
+        lane_words = address(memory)
+        unit_words = lane_words + 8 * words * (to_pack - units.count)
+    result = address(out)
 
     def kernel(counter: int) -> None:
         kernels.product(
-            counter, total, method, _TABLE, _scratch.address, block, words, k, unit,
-            units.strides[0], others, u_step, lane, lanes.strides[0], count, l_step, result,
-            *strides, kind, int(swapped), *scales, bias,
+            counter, total, method, _TABLE, _scratch.address, block, k, *units[1:], unit_words,
+            u_step, *lanes[1:], lane_words, l_step, result, *strides, kind, int(swapped), *scales,
+            bias,
         )  # fmt: skip
 
     run(kernel, total, threads)
@@ -263,8 +308,6 @@ def _launch(
 
 def _steps(units: int, lanes: int, block: int, threads: int) -> tuple[int, int]:
     """Return the units and lanes of a part: as many parts as threads need, no smaller."""
-    if threads < 2:
-        return units, lanes
     wanted = PARTS_A_THREAD * threads
     u_step, l_step = min(units, block), lanes
     rows = -(-units // u_step)

@@ -18,7 +18,8 @@ from collections.abc import Callable
 import numpy as np
 
 from cupybnn import settings
-from cupybnn.backends.cpu import kernels
+from cupybnn.backends.cpu import parts as counted
+from cupybnn.backends.cpu.addresses import address as address_of
 
 __all__ = ["run"]
 
@@ -65,7 +66,7 @@ def run(kernel: Callable[[int], object], parts: int, threads: int) -> None:
     ----------
     kernel : callable
         Called in each thread with the address of a counter; takes parts from it until it reaches
-        `parts`, and counts those that are done: see `kernels.first_part`. With the address 0 it
+        `parts`, and counts those that are done: see `parts.first_part`. With the address 0 it
         does all of them.
     parts : int
     threads : int
@@ -75,7 +76,7 @@ def run(kernel: Callable[[int], object], parts: int, threads: int) -> None:
         kernel(0)
         return
     counters = np.zeros(_COUNTERS, np.int64)
-    address = counters.__array_interface__["data"][0]
+    address = address_of(counters)
     address += -address % 64
 
     def job() -> None:
@@ -87,11 +88,11 @@ def run(kernel: Callable[[int], object], parts: int, threads: int) -> None:
         kernel(address)
     finally:
         # Others may be writing to the caller's memory. After an error no part is begun any more.
-        taken = min(kernels.close(address, parts), parts)
+        taken = min(counted.close(address, parts), parts)
         interruption: KeyboardInterrupt | None = None
         while True:
             try:
-                while not kernels.wait(address, taken, _LOOKS):
+                while not counted.wait(address, taken, _LOOKS):
                     time.sleep(_PAUSE)
                 break
             except KeyboardInterrupt as error:

@@ -8,16 +8,15 @@ contracted or reordered. Arguments are addresses of contiguous float32 arrays, a
 from __future__ import annotations
 
 import numpy as np
-from numba import carray, njit
+from numba import carray
 
 from cupybnn.backends.cpu.cache import cached
 from cupybnn.backends.cpu.intrinsics import floats
-from cupybnn.backends.cpu.kernels import first_part, next_part
+from cupybnn.backends.cpu.parts import first_part, inline, next_part
 
 __all__ = ["adam", "batch_norm", "batch_norm_gradient", "gradient_in_window", "signs"]
 
 ONE, ZERO = np.float32(1), np.float32(0)
-_inline = njit(inline="never", nogil=True, error_model="numpy")
 
 
 @cached
@@ -111,7 +110,7 @@ def batch_norm(
         part = next_part(counter, part)
 
 
-@_inline
+@inline
 def _batch_norm(
     rows, n, stride, x, gamma, beta, means, variances, normal, out, inverse, work, number, keep,
     new, eps,
@@ -169,7 +168,7 @@ def batch_norm_gradient(
         part = next_part(counter, part)
 
 
-@_inline
+@inline
 def _batch_norm_gradient(
     rows, n, stride, grad, normal, gamma, inverse, grad_x, grad_gamma, grad_beta, work, number
 ):
