@@ -22,14 +22,18 @@ def way(request, cpu_kernels, monkeypatch):
     if request.param == "LOOKUP" and "avx2" not in cpu_kernels.describe()["features"]:
         pytest.skip("needs a processor with AVX2")
     taken = []
-    original = kernels.product
+    original = cpu_kernels._plan
 
-    def spy(counter, parts, method, *rest):
-        taken.append(method)
-        return original(counter, parts, getattr(kernels, request.param), *rest)
+    def planned(*arguments):
+        plan = original(*arguments)
+        plan.memory[kernels.PLAN.index("method")] = getattr(kernels, request.param)
+        taken.append(plan)
+        return plan
 
-    monkeypatch.setattr(kernels, "product", spy)
+    monkeypatch.setattr(cpu_kernels, "_plan", planned)
+    original.cache_clear()
     yield request.param
+    original.cache_clear()
     assert taken
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "expand_word",
     "fetch_add",
     "floats",
+    "integers",
     "load_counter",
     "load_f32",
     "load_i32",
@@ -122,14 +123,19 @@ def load_counter(typing: Any, address: Any) -> Any:
     return types.int64(types.intp), code
 
 
-@intrinsic
-def floats(typing: Any, address: Any) -> Any:
-    """Return an address as a pointer to float32, for `numba.carray`."""
+def _pointer_to(element: Any, kind: Any) -> Any:
+    @intrinsic
+    def pointer(typing: Any, address: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return _pointer(builder, args[0], kind)
 
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _pointer(builder, args[0], F32)
+        return types.CPointer(element)(types.intp), code
 
-    return types.CPointer(types.float32)(types.intp), code
+    return pointer
+
+
+#: An address as a pointer, for `numba.carray`.
+floats, integers = _pointer_to(types.float32, F32), _pointer_to(types.int64, I64)
 
 
 def _popcount(builder: Any, value: Any) -> Any:

@@ -26,11 +26,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import carray
 
 from cupybnn.backends.cpu import intrinsics
 from cupybnn.backends.cpu.cache import cached
 from cupybnn.backends.cpu.intrinsics import (
     add_counts,
+    integers,
     load_f32,
     load_i32,
     load_u8,
@@ -49,6 +51,7 @@ __all__ = [
     "FEW",
     "LOOKUP",
     "PACKED",
+    "PLAN",
     "SCRATCH_BYTES",
     "block_of",
     "product",
@@ -207,43 +210,50 @@ def _finish(
             store_u64(out + (l0 + i) * out_lane + (u0 + first) // 8, bits)
 
 
+#: What a plan holds, int64 each, in this order.
+PLAN = (
+    *("parts", "method", "table", "block", "k", "kind", "swapped", "out_unit", "out_lane"),
+    *("units", "unit_stride", "unit_k", "unit_kind", "unit_size", "unit_step"),
+    *("lanes", "lane_stride", "lane_k", "lane_kind", "lane_size", "lane_step"),
+)
+
+
 @cached
 def product(
-    counter, parts, method, table, scratch, block, k, unit, all_units, unit_stride, unit_k,
-    unit_kind, unit_size, unit_words, u_step, lane, all_lanes, lane_stride, lane_k, lane_kind,
-    lane_size, lane_words, l_step, out, out_unit, out_lane, kind, swapped, unit_scale, lane_scale,
-    bias,
-):  # fmt: skip
+    counter, plan, scratch, unit, unit_words, lane, lane_words, out, unit_scale, lane_scale, bias
+):
     """Write the products of all units and all lanes, or the parts that this thread takes.
 
     Lines that are not packed yet are packed first, if this thread does all parts.
 
     Parameters
     ----------
-    counter, parts : address or 0, int
-        See `cupybnn.backends.cpu.threads`: ceil(all_units / u_step) * ceil(all_lanes / l_step).
-    method : int
-        LOOKUP, COUNT or FEW.
-    table, scratch : address
-        As `table` returns it; SCRATCH_BYTES aligned to 64 bytes.
-    block : int
-        `block_of` the words of a line.
-    k : int
-        Elements of a line.
-    unit, lane : address of packed words, or of numbers; strides in bytes
-    unit_kind, lane_kind, unit_size, lane_size : int
-        As for `packing.pack`; the kind of packed words is PACKED.
+    counter : address or 0
+        See `cupybnn.backends.cpu.threads`.
+    plan : address
+        Numbers that are the same for all operands of a kind: see `PLAN`. method is LOOKUP, COUNT or
+        FEW; table is the address of `table`; block is `block_of` the words of a line; k is the
+        elements of a line. kind is INT32, FLOAT32 or BITS; swapped, whether lanes are rows of the
+        result and units columns. unit_stride, unit_k, unit_size are bytes and unit_kind a number,
+        as for `packing.pack`, or PACKED. unit_step and lane_step are the lines of a part: where
+        bits are written, multiples of 64 and 32. out_unit and out_lane are strides.
+    scratch : address
+        SCRATCH_BYTES aligned to 64 bytes.
+    unit, lane, out : address
     unit_words, lane_words : address
         Memory for the words of lines that are not packed yet.
-    u_step, l_step : int
-        Units and lanes of a part; where bits are written, multiples of 64 and 32.
-    out : address of the result; strides in bytes
-    kind : int
-        INT32, FLOAT32 or BITS.
-    swapped : int
-        Whether lanes are rows of the result and units columns.
     unit_scale, lane_scale, bias : address or 0
     """
+    p = carray(integers(plan), (21,))
+    parts, method, table, block, k, kind, swapped, out_unit, out_lane = (
+        p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8]
+    )  # fmt: skip
+    all_units, unit_stride, unit_k, unit_kind, unit_size, u_step = (
+        p[9], p[10], p[11], p[12], p[13], p[14]
+    )  # fmt: skip
+    all_lanes, lane_stride, lane_k, lane_kind, lane_size, l_step = (
+        p[15], p[16], p[17], p[18], p[19], p[20]
+    )  # fmt: skip
     words = (k + 63) >> 6
     if unit_kind != PACKED:
         pack_lines(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -167,26 +167,13 @@ def gemm(a: Any, b: Any, out: np.ndarray, epilogue: Epilogue | None) -> None:
         _matrix_product(_packed(left[index]), _packed(right[index]), k, out[index], part)
 
 
-class _Side(NamedTuple):
-    """The lines of an operand, over K: packed words, or numbers to be packed by the kernel."""
-
-    memory: np.ndarray  # that the address points to
-    address: int
-    count: int
-    stride: int
-    k_stride: int
-    kind: int
-    size: int
-
-    def rows(self, start: int, stop: int) -> _Side:
-        """Return some of the lines."""
-        first = self.address + start * self.stride
-        return self._replace(address=first, count=min(stop, self.count) - start)
+#: The lines of an operand, over K, packed or not: the array, its address, and what `_plan` takes.
+_Side = tuple[np.ndarray, int, tuple[int, ...]]
 
 
 def _packed(words: np.ndarray) -> _Side:
     """Return lines of packed words, shape (lines, words)."""
-    return _Side(words, address(words), len(words), words.strides[0], 8, kernels.PACKED, 0)
+    return words, address(words), (len(words), words.strides[0], 8, kernels.PACKED, 0)
 
 
 def _side(x: Any, k_axis: int) -> _Side:
@@ -196,7 +183,14 @@ def _side(x: Any, k_axis: int) -> _Side:
     kind = _kind(x.dtype)
     assert kind is not None
     strides, other = x.strides, -3 - k_axis
-    return _Side(x, address(x), x.shape[other], strides[other], strides[k_axis], kind, SIZES[kind])
+    lines = (x.shape[other], strides[other], strides[k_axis], kind, SIZES[kind])
+    return x, address(x), lines
+
+
+def _some(side: _Side, start: int, stop: int) -> _Side:
+    """Return some lines of an operand."""
+    memory, first, (count, stride, *rest) = side
+    return memory, first + start * stride, (min(stop, count) - start, stride, *rest)
 
 
 def _matrix_product(a: _Side, b: _Side, k: int, out: np.ndarray, epilogue: Epilogue | None) -> None:
@@ -214,7 +208,7 @@ def _matrix_product(a: _Side, b: _Side, k: int, out: np.ndarray, epilogue: Epilo
         for start in range(0, len(out), step):
             rows = slice(start, start + step)
             sums = np.empty(out[rows].shape, np.int32)
-            _launch(a.rows(start, start + step), b, k, sums, kernels.INT32)
+            _launch(_some(a, start, start + step), b, k, sums, kernels.INT32)
             # From the same numbers as NumPy's product, so that all roundings are the same.
             exact = sums.astype(np.float32 if k <= EXACT_FLOAT32 else np.float64)
             part = None if epilogue is None else epilogue.part((), rows, every)
@@ -253,6 +247,72 @@ def _threads(products: int) -> int:
     return wanted if wanted < 2 else min(settings.kernel_threads(), wanted)
 
 
+class _Plan:
+    """What a kernel needs to know about operands of a kind; see `_plan`."""
+
+    __slots__ = ("address", "lane_words", "memory", "parts", "swapped", "threads", "words")
+
+    def __init__(self, numbers: dict[str, int], threads: int) -> None:
+        self.memory = np.array([numbers[name] for name in kernels.PLAN], np.int64)
+        self.address = address(self.memory)
+        self.parts, self.threads, self.swapped = numbers["parts"], threads, numbers["swapped"]
+        #: Words of lines that the kernel packs: of all, and of units, which come first.
+        words = -(-numbers["k"] // 64)
+        unit, lane = (
+            numbers[side + "s"] * words if numbers[side + "_kind"] != kernels.PACKED else 0
+            for side in ("unit", "lane")
+        )
+        self.words, self.lane_words = unit + lane, unit
+
+
+_SIDE = ("s", "_stride", "_k", "_kind", "_size")
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    a: tuple[int, ...], b: tuple[int, ...], k: int, strides: tuple[int, int], kind: int,
+    threads: int, way: int,
+) -> _Plan:  # fmt: skip
+    """Return the plan of a product.
+
+    Parameters
+    ----------
+    a, b : tuple of int
+        Number of lines, strides from line to line and along K, kind and size of elements.
+    strides : (int, int)
+        Of the result.
+    way : int
+        `METHOD`.
+    """
+    m, n = a[0], b[0]
+    if min(m, n) < FEW_ROWS:
+        swapped = n > m
+    else:
+        swapped = kind != kernels.BITS and abs(strides[0]) < abs(strides[1])
+    units, lanes = (b, a) if swapped else (a, b)
+    numbers = dict(zip(["unit" + name for name in _SIDE], units, strict=True))
+    numbers |= zip(["lane" + name for name in _SIDE], lanes, strict=True)
+    out_unit, out_lane = strides[::-1] if swapped else strides
+    block = kernels.block_of(-(-k // 64))
+    u_step, l_step = units[0], lanes[0]
+    if threads > 1:
+        u_step, l_step = _steps(units[0], lanes[0], block, threads)
+    numbers |= {
+        "parts": -(-units[0] // u_step) * -(-lanes[0] // l_step),
+        "method": kernels.FEW if lanes[0] <= FEW_LANES else way,
+        "table": _TABLE,
+        "block": block,
+        "k": k,
+        "kind": kind,
+        "swapped": int(swapped),
+        "out_unit": out_unit,
+        "out_lane": out_lane,
+        "unit_step": u_step,
+        "lane_step": l_step,
+    }
+    return _Plan(numbers, threads)
+
+
 _NOTHING = (None, None, None)
 
 
@@ -269,41 +329,30 @@ def _launch(
     out : ndarray, shape (M, N), or words of shape (M, ceil(N / 64))
     parts : scale of rows, scale of columns, bias; for bits flip, None, threshold
     """
-    m, n = a.count, b.count
-    by_row, by_column = out.strides
-    if min(m, n) < FEW_ROWS:
-        swapped = n > m
-    else:
-        swapped = kind != kernels.BITS and abs(by_row) < abs(by_column)
-    row, column, bias = (0, 0, 0) if parts is _NOTHING else [address(x) for x in parts]
-    units, lanes, scales = (b, a, (column, row)) if swapped else (a, b, (row, column))
-    strides = (by_column, by_row) if swapped else (by_row, by_column)
-    if kind == kernels.BITS:
-        scales = (row, 0)
-    words = (k + 63) >> 6
-    method = kernels.FEW if lanes.count <= FEW_LANES else METHOD
-    block = kernels.block_of(words)
-    u_step, l_step, threads = units.count, lanes.count, _threads(m * n * k)
-    total, to_pack, unit_words, lane_words = 1, 0, 0, 0
-    if threads > 1:
-        u_step, l_step = _steps(units.count, lanes.count, block, threads)
-        total = -(-units.count // u_step) * -(-lanes.count // l_step)
-    else:
-        to_pack = sum(side.count for side in (units, lanes) if side.kind != kernels.PACKED)
-    if to_pack:
-        memory = np.empty(to_pack * words, WORD)
-        lane_words = address(memory)
-        unit_words = lane_words + 8 * words * (to_pack - units.count)
-    result = address(out)
+    row = column = bias = 0
+    if parts is not _NOTHING:
+        row, column, bias = [address(x) for x in parts]
+    threads = _threads(a[2][0] * b[2][0] * k)
+    plan = _plan(a[2], b[2], k, out.strides, kind, threads, METHOD)
+    unit, lane = a[1], b[1]
+    if plan.swapped:
+        unit, lane = lane, unit
+        if kind != kernels.BITS:
+            row, column = column, row
+    unit_words = lane_words = 0
+    if plan.words:
+        memory = np.empty(plan.words, WORD)
+        unit_words = address(memory)
+        lane_words = unit_words + 8 * plan.lane_words
+    pointers = (unit, unit_words, lane, lane_words, address(out), row, column, bias)
+    if plan.parts == 1:
+        kernels.product(0, plan.address, _scratch.address, *pointers)
+        return
 
     def kernel(counter: int) -> None:
-        kernels.product(
-            counter, total, method, _TABLE, _scratch.address, block, k, *units[1:], unit_words,
-            u_step, *lanes[1:], lane_words, l_step, result, *strides, kind, int(swapped), *scales,
-            bias,
-        )  # fmt: skip
+        kernels.product(counter, plan.address, _scratch.address, *pointers)
 
-    run(kernel, total, threads)
+    run(kernel, plan.parts, threads)
 
 
 def _steps(units: int, lanes: int, block: int, threads: int) -> tuple[int, int]:
