@@ -203,7 +203,7 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(cache, tmp_path, monkeyp
 def unknown(monkeypatch):
     """As in a new process: it is not known yet whether Numba can be imported."""
     monkeypatch.setattr(cpu, "_found", None)
-    monkeypatch.setenv("CUPYBNN_CPU_KERNELS", "1")
+    monkeypatch.setattr(settings, "cpu_kernels", lambda: True)
 
 
 def test_without_numba_numpy_computes(unknown, monkeypatch):
@@ -223,7 +223,8 @@ def test_a_small_product_does_not_import_them(unknown):
 @pytest.mark.parametrize(("value", "used"), [("0", False), ("off", False), ("1", True), ("", True)])
 def test_a_variable_switches_them_off(monkeypatch, value, used):
     monkeypatch.setenv("CUPYBNN_CPU_KERNELS", value)
-    assert settings.cpu_kernels() is used
+    assert settings.cpu_kernels.__wrapped__() is used
+    monkeypatch.setattr(settings, "cpu_kernels", settings.cpu_kernels.__wrapped__)
     if not used:
         assert cpu.compiled() is None
         assert "CUPYBNN_CPU_KERNELS" in cpu.status().reason

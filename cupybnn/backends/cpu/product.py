@@ -137,9 +137,11 @@ def _words(operand: Any, k_axis: int) -> np.ndarray:
 
 def takes(a: Any, b: Any) -> bool:
     """Whether the operands of a product can be taken: see `can_pack`, and K within int32."""
-    return 0 < a.shape[-1] <= MAX_K and all(
-        can_pack(x.dtype) for x in (a, b) if isinstance(x, np.ndarray)
-    )
+    if isinstance(a, np.ndarray) and _kind(a.dtype) is None:
+        return False
+    if isinstance(b, np.ndarray) and _kind(b.dtype) is None:
+        return False
+    return 0 < a.shape[-1] <= MAX_K
 
 
 def gemm(a: Any, b: Any, out: np.ndarray, epilogue: Epilogue | None) -> None:
