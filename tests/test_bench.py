@@ -559,7 +559,7 @@ def test_missing_matplotlib_is_reported_before_measuring(monkeypatch, capsys, tm
 
 
 def test_layers_of_pytorch_are_compared_and_checked(monkeypatch):
-    pytest.importorskip("torch", reason="needs PyTorch: pip install cupybnn[torch]")
+    pytest.importorskip("torch", reason="needs PyTorch: pip install .[torch]")
     monkeypatch.setattr(torch_layers, "CPU_QUICK", (48,))
     rows = torch_layers.torch_layers(CPU, HostClock(), quick=True)
     assert [r["layer"] for r in rows] == ["nn.Linear", "XnorLinear", "packed XnorLinear"]

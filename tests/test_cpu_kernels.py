@@ -210,7 +210,7 @@ def test_without_numba_numpy_computes(unknown, monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     a = np.ones((200, 200), np.float32)
     assert (xnor_gemm(a, a) == 200).all()
-    assert cpu.status().reason == "Numba is not installed: install cupybnn[cpu]."
+    assert cpu.status().reason == "Numba is not installed: pip install numba (the extra cpu)."
     assert numpy_backend.kernels() == ["numpy"]
 
 

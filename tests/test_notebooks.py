@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-nbclient = pytest.importorskip("nbclient", reason="needs nbclient: pip install cupybnn[test]")
-nbformat = pytest.importorskip("nbformat", reason="needs nbformat: pip install cupybnn[test]")
-pytest.importorskip("ipykernel", reason="needs ipykernel: pip install cupybnn[test]")
-pytest.importorskip("matplotlib", reason="needs matplotlib: pip install cupybnn[test]")
+nbclient = pytest.importorskip("nbclient", reason="needs nbclient: pip install .[test]")
+nbformat = pytest.importorskip("nbformat", reason="needs nbformat: pip install .[test]")
+pytest.importorskip("ipykernel", reason="needs ipykernel: pip install .[test]")
+pytest.importorskip("matplotlib", reason="needs matplotlib: pip install .[test]")
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

@@ -16,7 +16,7 @@ from test_ops_quantizers import CASES, GRADS, POINTS
 from cupybnn import nn, ops
 from cupybnn.autograd import Tensor
 
-torch = pytest.importorskip("torch", reason="needs PyTorch: pip install cupybnn[torch]")
+torch = pytest.importorskip("torch", reason="needs PyTorch: pip install .[torch]")
 
 from torch.library import opcheck  # noqa: E402
 

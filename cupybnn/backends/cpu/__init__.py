@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from cupybnn import settings
+from cupybnn.extras import to_install
 
 __all__ = ["NAME", "CpuStatus", "compiled", "compiled_passes", "status"]
 
@@ -74,7 +75,7 @@ def _import() -> tuple[CpuStatus, ModuleType | None]:
         import numba
     except ModuleNotFoundError as error:
         if error.name == "numba":
-            return CpuStatus(False, "Numba is not installed: install cupybnn[cpu]."), None
+            return CpuStatus(False, f"Numba is not installed: {to_install('cpu')}."), None
         return CpuStatus(False, f"Numba is installed but cannot be imported: {error}."), None
     except Exception as error:  # such as a NumPy that it does not know yet
         first = (str(error).strip().splitlines() or [repr(error)])[0]

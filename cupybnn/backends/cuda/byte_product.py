@@ -15,7 +15,7 @@ from cupybnn.backends.cuda import dispatch
 from cupybnn.backends.cuda.architectures import sm90
 from cupybnn.backends.cuda.compiler import load_kernel
 from cupybnn.backends.cuda.configs import Config, Problem
-from cupybnn.backends.cuda.fast_launch import FastLaunch
+from cupybnn.backends.cuda.launching import Launch
 from cupybnn.backends.cuda.lines import place
 from cupybnn.backends.cuda.packing import words_shape
 from cupybnn.backends.cuda.product import PRODUCT, gemm, prepare
@@ -124,7 +124,7 @@ class PixelProduct:
             cols=self.inputs, chunks=self.chunks, x=0,
         )  # fmt: skip
         blocks = min(-(-words.size // 1024), 1 << 14)
-        return Arrangement(FastLaunch(kernel, blocks, 256, 0, argument))
+        return Arrangement(Launch(kernel, blocks, 256, 0, argument, _X))
 
     def __call__(self, words: Any, rows: int) -> tuple[Any, Any]:
         """Multiply laid out pixels.
@@ -141,7 +141,7 @@ class PixelProduct:
         self.prepared(words, rows, out, ones)(cupy.cuda.get_current_stream().ptr)
         return out, ones
 
-    def prepared(self, words: Any, rows: int, out: Any, ones: Any) -> FastLaunch:
+    def prepared(self, words: Any, rows: int, out: Any, ones: Any) -> Launch:
         """Return the launch of a call, for results in memory that is zeros before the launch."""
         units, chunks = self.units, self.chunks
         problem = dispatch.problem_on(self._device, rows, units, 1024 * chunks, packed=True)
@@ -156,29 +156,29 @@ class PixelProduct:
             group=config.group, parts=1,
         )  # fmt: skip
         blocks = config.blocks(config.tiles(rows, units, 1), 1, problem.multiprocessors)
-        return FastLaunch(kernel, blocks, config.threads, config.shared, argument)
+        return Launch(kernel, blocks, config.threads, config.shared, argument)
 
 
 class Arrangement:
     """A launch that lays out the pixels of so many images; see `PixelProduct.arrangement`."""
 
-    def __init__(self, launch: FastLaunch) -> None:
+    def __init__(self, launch: Launch) -> None:
         self._launch = launch
 
     def __call__(self, x: Any, stream: int) -> None:
         """Lay out pixels: uint8, shape (rows, inputs), C-contiguous; on a stream's address."""
-        self._launch(stream, _X, BYTE_LINES.size - _X.size, x.data.ptr)
+        self._launch.go(stream, x.data.ptr)
 
 
 class Sum:
     """A launch that puts products with planes together; see `PlaneProduct.prepared`."""
 
-    def __init__(self, launch: FastLaunch) -> None:
+    def __init__(self, launch: Launch) -> None:
         self._launch = launch
 
     def __call__(self, out: Any, stream: int) -> None:
         """Fill `out`: float32, shape (rows, units), C-contiguous; on a stream's address."""
-        self._launch(stream, _OUT, PLANE_SUM.size - _OUT.size, out.data.ptr)
+        self._launch.go(stream, out.data.ptr)
 
 
 class PlaneProduct:
@@ -250,4 +250,4 @@ class PlaneProduct:
             pitch=planes.shape[1], out=0,
         )  # fmt: skip
         blocks = min(-(-rows * self.units // 256), 1 << 14)
-        return Sum(FastLaunch(kernel, blocks, 256, 0, argument))
+        return Sum(Launch(kernel, blocks, 256, 0, argument, _OUT))

@@ -17,7 +17,7 @@ from cupybnn.backends.cuda.compiler import (
     multiprocessors,
     shared_memory_limit,
 )
-from cupybnn.backends.cuda.fast_launch import FastLaunch
+from cupybnn.backends.cuda.launching import Launch
 from cupybnn.backends.cuda.pixel_tiles import bit_tiles, end_tiles, pixel_tiles
 from cupybnn.backends.cuda.steps import MOST_STEPS, STEPS, pack_steps
 from cupybnn.backends.cuda.structs import Kernel, Struct, address
@@ -42,8 +42,6 @@ PIXEL_NETWORK = Struct(
 PIXEL_NETWORK_KERNEL = Kernel(
     "sm90_pixel_network", "pixel_network", "PixelNetwork p", PIXEL_NETWORK
 )
-_OF_LAUNCH = PIXEL_NETWORK.section("x", "rows")
-_OFFSET = PIXEL_NETWORK.size - _OF_LAUNCH.size
 _ARRAYS = PIXEL_NETWORK.section("x", "out")
 _X_TO_CONTROL = PIXEL_NETWORK.section("x", "control")
 
@@ -144,7 +142,7 @@ class PixelNetworkLaunch:
             assert chosen is not None
             if self._places(chosen)[-1] > shared_memory_limit(device) - 2048:
                 raise ValueError("its layers do not fit in shared memory")
-        self._ways: dict[int, FastLaunch] = {}
+        self._ways: dict[int, Launch] = {}
         # By the shape of the input: a launch, and the shape of the result.
         self._usual: dict[tuple[int, int], tuple[Callable[..., None], tuple[int, int]]] = {}
         self._kept: list[_Scratch] = []
@@ -188,20 +186,18 @@ class PixelNetworkLaunch:
 
         rows = len(x)
         stream = cupy.cuda.get_current_stream()
-        captured = stream.ptr > 2 and stream.is_capturing()  # the default streams never are
+        captured = stream.ptr > 1 and stream.is_capturing()  # the default stream never is
         launch = self._ways.get(rows) or self._way(rows)
         scratch = self._scratch_memory(stream, captured) if self._widest > _CLUSTER else None
-        launch(
-            stream.ptr, _OF_LAUNCH, _OFFSET, x.data.ptr, out.data.ptr,
-            *((0, 0) if scratch is None else scratch.addresses), rows,
-        )  # fmt: skip
+        addresses = () if scratch is None else scratch.addresses
+        launch.go(stream.ptr, x.data.ptr, out.data.ptr, *addresses)
 
     def usual(self) -> Callable[[Any], Any]:
         """Return a function that takes the usual calls, for the least of the host's time.
 
         It is given anything, and returns logits, or None where the call is not of the usual kind:
         a CuPy array of uint8, of shape (rows, inputs) and C-contiguous, on this device, the current
-        one, for so many rows as have been here before, and no capture.
+        one, for so many rows as have been here before.
         """
         import cupy
 
@@ -221,13 +217,13 @@ class PixelNetworkLaunch:
             if data.device_id != device or current_device() != device:
                 return None
             stream = current_stream().ptr
-            if stream > 2 and is_capturing(stream):  # the default streams never are
-                return None
             go, shape = way
             if clustered:
                 out = ndarray(shape, number)
                 go(stream, data.ptr, out.data.ptr)
                 return out
+            if stream > 1 and is_capturing(stream):  # the default stream never is
+                return None
             scratch = scratches.get((stream, get_ident()))
             if scratch is None or scratch.launches >= _MOST_LAUNCHES:
                 return None
@@ -238,7 +234,7 @@ class PixelNetworkLaunch:
 
         return logits
 
-    def _way(self, rows: int) -> FastLaunch:
+    def _way(self, rows: int) -> Launch:
         team = choose_team(self._widest, rows, multiprocessors(self._device))
         assert team is not None
         inputs_at, sums_at, last_at, shared = self._places(team)
@@ -258,11 +254,12 @@ class PixelNetworkLaunch:
             sums_at=sums_at, last_at=last_at, after=pack_steps(self._after), x=0, out=0, slots=0,
             control=0, rows=rows,
         )  # fmt: skip
-        way = self._ways[rows] = FastLaunch(
-            kernel, team.blocks, 32 * _WARPS, shared, argument, cooperative=team.cluster == 1
+        way = self._ways[rows] = Launch(
+            kernel, team.blocks, 32 * _WARPS, shared, argument,
+            _ARRAYS if team.cluster > 1 else _X_TO_CONTROL, cooperative=team.cluster == 1,
+            overlap=team.cluster > 1,  # blocks of a whole grid have no room beside those ahead
         )  # fmt: skip
-        section = _ARRAYS if team.cluster > 1 else _X_TO_CONTROL
-        self._usual[rows, self._inputs] = way.bound(section, _OFFSET), (rows, self.classes)
+        self._usual[rows, self._inputs] = way.go, (rows, self.classes)
         return way
 
     def _scratch_memory(self, stream: Any, captured: bool) -> _Scratch:
