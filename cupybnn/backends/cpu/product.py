@@ -296,7 +296,7 @@ def _plan(
     numbers |= zip(["lane" + name for name in _SIDE], lanes, strict=True)
     out_unit, out_lane = strides[::-1] if swapped else strides
     block = kernels.block_of(-(-k // 64))
-    u_step, l_step = units[0], lanes[0]
+    u_step, l_step = max(units[0], 1), max(lanes[0], 1)
     if threads > 1:
         u_step, l_step = _steps(units[0], lanes[0], block, threads)
     numbers |= {
