@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+from cupybnn import backends
 from cupybnn.optim.optimizer import Block, Optimizer, Rules
 
 __all__ = ["Adam", "AdamW"]
@@ -68,8 +69,26 @@ class Adam(Optimizer):
         super().__init__(parameters, lr, betas=betas, eps=eps, **common)
 
     def update(self, block: Block) -> None:
+        self._update(block, 1.0)
+
+    def _update(self, block: Block, decay: float) -> None:
+        """Update a block whose weights are multiplied by `decay` before."""
         xp, grad, (mean, square), (a, b) = block.xp, block.grad, block.slots, block.work
         b1, b2 = block.options["betas"]
+        # Both bias corrections combined, which saves two passes over memory.
+        root = (1 - b2**self.steps) ** 0.5
+        eps, factor = block.options["eps"] * root, block.lr * root / (1 - b1**self.steps)
+        passes = backends.get(grad).passes(block.weight, grad, mean, square)
+        if passes is not None:
+            # A subclass may change the weight once more before it is clipped.
+            block.clipped = type(self) in (Adam, AdamW)
+            passes.adam(
+                block.weight, grad, mean, square, decay=decay, rates=(1 - b1, 1 - b2), eps=eps,
+                factor=factor, limit=block.limit if block.clipped else None,
+            )  # fmt: skip
+            return
+        if decay != 1:
+            block.weight *= decay
         xp.subtract(grad, mean, out=a)
         a *= 1 - b1
         mean += a
@@ -77,12 +96,10 @@ class Adam(Optimizer):
         a -= square
         a *= 1 - b2
         square += a
-        # Both bias corrections combined, which saves two passes over memory.
-        root = (1 - b2**self.steps) ** 0.5
         xp.sqrt(square, out=a)
-        a += block.options["eps"] * root
+        a += eps
         xp.divide(mean, a, out=b)
-        b *= block.lr * root / (1 - b1**self.steps)
+        b *= factor
         block.weight -= b
 
 
@@ -126,5 +143,4 @@ class AdamW(Adam):
         super().__init__(parameters, lr, weight_decay=weight_decay, **common)
 
     def update(self, block: Block) -> None:
-        block.weight *= 1 - block.lr * block.options["weight_decay"]
-        super().update(block)
+        self._update(block, 1 - block.lr * block.options["weight_decay"])

@@ -47,6 +47,10 @@ class Block:
         The arrays named in `Optimizer.slots`; update them in place.
     work : ndarray, shape (2, n)
         Scratch memory.
+    limit : float or None
+        What the weight is clipped to after the update.
+    clipped : bool
+        Whether an update has clipped it already.
 
     Examples
     --------
@@ -70,6 +74,8 @@ class Block:
     grad: Any
     slots: list[Any]
     work: Any
+    limit: float | None = None
+    clipped: bool = False
 
 
 class Optimizer:
@@ -225,8 +231,9 @@ class Optimizer:
                 stored = weight[at]
                 part = stored.astype(dtype, copy=False)
                 slope = grad[at].astype(dtype, copy=False)
-                self.update(Block(xp, group, lr, part, slope, kept, work[:, : part.size]))
-                if limit is not None:
+                block = Block(xp, group, lr, part, slope, kept, work[:, : part.size], limit)
+                self.update(block)
+                if limit is not None and not block.clipped:
                     part.clip(-limit, limit, out=part)
                 if part is not stored:
                     stored[...] = part

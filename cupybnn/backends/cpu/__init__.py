@@ -15,7 +15,7 @@ from types import ModuleType
 from cupybnn import settings
 from cupybnn.extras import to_install
 
-__all__ = ["NAME", "CpuStatus", "compiled", "status"]
+__all__ = ["NAME", "CpuStatus", "compiled", "compiled_passes", "status"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,13 @@ NAME = "numba"
 
 _lock = threading.RLock()
 _found: tuple[CpuStatus, ModuleType | None] | None = None
+
+
+def compiled_passes() -> ModuleType:
+    """Return `cupybnn.backends.cpu.passes`; only where `compiled` returns a module."""
+    from cupybnn.backends.cpu import passes
+
+    return passes
 
 
 def compiled(load: bool = True) -> ModuleType | None:

@@ -40,7 +40,9 @@ class Launch:
     overlap : bool
         Whether the kernel may begin before the one ahead of it has ended: it waits for that itself
         (launch.cuh). Not so in a graph, where blocks that wait would take the place of blocks that
-        work on other branches.
+        work on other branches,
+    captured : bool
+        unless this is set: for a kernel whose predecessor is short, and a kernel, too.
 
     Attributes
     ----------
@@ -58,7 +60,7 @@ class Launch:
 
     def __init__(
         self, kernel: Any, grid: int, block: int, shared: int, argument: bytes, *changing: Section,
-        cooperative: bool = False, overlap: bool = False,
+        cooperative: bool = False, overlap: bool = False, captured: bool = False,
     ) -> None:  # fmt: skip
         data = ctypes.create_string_buffer(argument, len(argument))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(data))
@@ -78,7 +80,7 @@ class Launch:
             with lock:
                 pack(data, offset, *values)
                 config.stream = stream
-                if overlap:
+                if overlap and not captured:
                     config.count = count - (stream > 1 and _is_capturing(stream))
                 error = launch(*arguments)
                 if error == _NO_CONTEXT:  # this thread has not used the device before
