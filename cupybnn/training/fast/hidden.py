@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,14 @@ from cupybnn.packed import PackedMatrix, pack, sign
 from cupybnn.training.fast.layers import HiddenPlan
 from cupybnn.training.fast.plan import NetworkPlan
 
-__all__ = ["HiddenBuffers", "SmallGradients", "extra_norm", "norm_arguments", "rounded"]
+__all__ = [
+    "HiddenBuffers",
+    "SmallGradients",
+    "Whole",
+    "extra_norm",
+    "norm_arguments",
+    "rounded",
+]
 
 #: Returns memory for a gradient of a given shape.
 New = Callable[[tuple[int, ...]], Any]
@@ -146,7 +153,11 @@ def rounded(value: Any) -> Any:
 
 
 def norm_arguments(
-    norm: nn.BatchNorm, new: New, *, statistics: bool = False
+    norm: nn.BatchNorm,
+    new: New,
+    *,
+    statistics: bool = False,
+    whole: Whole | None = None,
 ) -> fused_layers.BatchNorm:
     """Return a batch norm as a kernel argument, with new memory for its gradients.
 
@@ -157,27 +168,60 @@ def norm_arguments(
         Returns memory for a gradient of a given shape.
     statistics : bool
         Whether there is memory for the batch's statistics.
+    whole : Whole, optional
+        If the batch has rows on other ranks.
     """
     import cupy
 
     mean, inverse = (cupy.empty(norm.gamma.shape, np.float32) for _ in range(2))
+    columns = norm.gamma.size
+    both = new((2, -(-columns // 4) * 4))  # kernels load four at a time
     return fused_layers.BatchNorm(
         gamma=norm.gamma._data,
         beta=norm.beta._data,
-        grad_gamma=new(norm.gamma.shape),
-        grad_beta=new(norm.beta.shape),
+        grad_gamma=both[0, :columns],
+        grad_beta=both[1, :columns],
         running_mean=norm.mean,
         running_variance=norm.variance,
         mean=mean if statistics else None,
         inverse=inverse if statistics else None,
         decay=norm.decay,
         eps=norm.eps,
+        whole=None if whole is None else whole.of(both, columns),
     )
 
 
-def extra_norm(norm: nn.BatchNorm, new: New, *, statistics: bool = False) -> fused_layers.BatchNorm:
+def extra_norm(norm: nn.BatchNorm, new: New, **options: Any) -> fused_layers.BatchNorm:
     """Return `norm_arguments` for a pass that leaves the running statistics as they are."""
-    return replace(norm_arguments(norm, new, statistics=statistics), decay=1.0)
+    return replace(norm_arguments(norm, new, **options), decay=1.0)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """How batch norm adds up over the ranks of a run.
+
+    Attributes
+    ----------
+    rows : int
+        Of the whole batch.
+    add_up : callable
+        Writes the sum over all ranks of its first argument into the second.
+    """
+
+    rows: int
+    add_up: Callable[[Any, Any], None]
+
+    def of(self, both: Any, columns: int) -> fused_layers.WholeBatch:
+        """Return what a batch norm needs; `both` has its gradients on this rank."""
+        import cupy
+
+        return fused_layers.WholeBatch(
+            rows=self.rows,
+            sums=cupy.empty((2, columns), np.float64),
+            mine=both,
+            gradients=cupy.empty_like(both),
+            add_up=self.add_up,
+        )
 
 
 class SmallGradients:
