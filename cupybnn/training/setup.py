@@ -134,13 +134,11 @@ def choose_step(
     `notify` is called with the reason if there is a GPU whose kernels are not used.
     """
     reason = _unfused_reason(model, optimizer, data, config, teachers)
-    if team is not None and data.device.kind == "cuda":
-        reason = "they are for a run of one rank"
     if reason is None:
         from cupybnn.training.fast import FusedStep
 
         assert isinstance(optimizer, optim.Adam)
-        return FusedStep(model, objective, optimizer, data, order, config, notify, teachers)
+        return FusedStep(model, objective, optimizer, data, order, config, notify, teachers, team)
     if config.dtype in ("tf32", "bfloat16"):
         notify(f"Dense products are in float32, not {config.dtype}: {reason}.")
     elif data.device.kind == "cuda" and config.fused and not config.debug:

@@ -72,7 +72,7 @@ class SharedWeight:
             if self._share is None or self._share.weight.dtype != weight.dtype:
                 self._share = Share(module_of(weight).zeros(self.length, weight.dtype))
             self._cut(weight, self._share.weight)
-            self._share.grad = None
+            self._share.grad = self._share.bring_up_to_date = None
         self.parameter.share = self._share
 
     def share_out_slots(self, slots: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -53,7 +53,7 @@ class Team:
     config : TrainConfig
         Its fields `batch_size`, `sync_batch_norm` and `debug`.
     wants_stop : callable
-        Whether this rank has been asked to stop.
+        Returns whether this rank has been asked to stop.
 
     Attributes
     ----------
@@ -81,7 +81,7 @@ class Team:
         self.ranks = ranks
         self.stop = False
         self._model, self._optimizer, self._objective = model, optimizer, objective
-        self._debug, self._wants_stop = config.debug, wants_stop
+        self._debug, self.wants_stop = config.debug, wants_stop
         self._batch, self._sync = config.batch_size, config.sync_batch_norm
         first, last = (r * config.batch_size // ranks.size for r in (ranks.rank, ranks.rank + 1))
         self.rows = slice(first, last)
@@ -164,7 +164,7 @@ class Team:
     def _exchange_small(self, parameters: list[nn.Parameter], value: Any) -> Any:
         """Sum small gradients, the loss and the votes to stop in one exchange; return the loss."""
         xp = self._device.xp
-        vote = xp.full((1,), float(self._wants_stop()), value.dtype)
+        vote = xp.full((1,), float(self.wants_stop()), value.dtype)
         dtypes = {value.dtype, *(p.dtype for p in parameters)}
         totals: dict[nn.Parameter, Any] = {}
         for dtype in sorted(dtypes, key=str):
@@ -182,10 +182,10 @@ class Team:
                 start = stop
         for parameter, total in totals.items():
             parameter.grad = total
-        self._count(vote)
+        self.count(vote)
         return xp.asarray(value)
 
-    def _count(self, vote: Any) -> None:
+    def count(self, vote: Any) -> None:
         """Look whether a rank wants to stop; on a GPU, in the step before, which may have ended."""
         if self._device.kind == "cpu":
             self.stop = bool(vote > 0)

@@ -368,6 +368,10 @@ class Trainer:
                 "weights are discarded and the training weights restored. Leave that context first."
             )
         with self.device.scope():
+            if self._team is not None:
+                if self._step is not None and self._step.stale():
+                    self._team.gather()  # another kind of step may follow
+                self._team.share_out()
             if self._step is None or self._step.stale():
                 self._step = choose_step(
                     self.model, self.objective, self.optimizer, self.data, self.order, self.config,

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from cupybnn.backends.cuda.compiler import load_kernel
-from cupybnn.backends.cuda.structs import Kernel
+from cupybnn.backends.cuda.structs import Kernel, address
 
 __all__ = ["PlaceSigns"]
 
@@ -38,7 +36,7 @@ class PlaceSigns:
         rows, cols = self.shape
         real = "float32" if self.dense is None else self.dense.dtype.name
         arguments = PLACE_SIGNS.arguments(
-            gathered=self.gathered.data.ptr + self.start * np.uint32(0).itemsize,
+            gathered=address(self.gathered) + self.start * self.gathered.itemsize,
             of_rank=self.gathered.shape[1], groups=self.groups, rows=rows, cols=cols,
             words=getattr(self.packed, "words", None),
             pops=getattr(self.packed, "popcounts", None), dense=self.dense,

@@ -57,7 +57,13 @@ class HiddenBuffers:
     """
 
     def __init__(
-        self, plan: HiddenPlan, network: NetworkPlan, device: Device, pops: Any, new: New
+        self,
+        plan: HiddenPlan,
+        network: NetworkPlan,
+        device: Device,
+        pops: Any,
+        new: New,
+        whole: Whole | None,
     ) -> None:
         import cupy
 
@@ -74,7 +80,9 @@ class HiddenBuffers:
         self.layer = fused_layers.Layer(
             product=self.products[:batch],
             kept=cupy.empty(fused_layers.mask_shape(*shape), np.uint32) if plan.drop else None,
-            norm=None if plan.norm is None else norm_arguments(plan.norm, new, statistics=True),
+            norm=None
+            if plan.norm is None
+            else norm_arguments(plan.norm, new, statistics=True, whole=whole),
             drop=plan.drop,
             keep_prob=1.0 if plan.dropout is None else plan.dropout.keep_prob,
         )
@@ -113,14 +121,14 @@ class HiddenBuffers:
             window=plan.window,
         )
 
-    def second_pass(self, pops: Any, new: New) -> HiddenBuffers:
+    def second_pass(self, pops: Any, new: New, whole: Whole | None) -> HiddenBuffers:
         """Return the same layer with the memory of the second pass, which has the same dropout."""
         second, batch = copy.copy(self), self.layer.shape[0]
         norm = self.plan.norm
         second.layer = replace(
             self.layer,
             product=self.products[batch:],
-            norm=None if norm is None else extra_norm(norm, new, statistics=True),
+            norm=None if norm is None else extra_norm(norm, new, statistics=True, whole=whole),
         )
         second._make_activations(1, pops)
         return second
@@ -229,16 +237,18 @@ class SmallGradients:
 
     Parameters
     ----------
-    passes : int
-    shapes : sequence of tuple of int
-        What `new` will be asked for in each pass.
+    memory : cupy.ndarray of float32, shape (passes, n)
+        With n from `size`.
     """
 
-    def __init__(self, passes: int, shapes: Sequence[tuple[int, ...]]) -> None:
-        import cupy
+    def __init__(self, memory: Any) -> None:
+        self.memory = memory
+        self._ends = [0] * len(memory)
 
-        self.memory = cupy.zeros((passes, sum(map(self._size, shapes))), np.float32)
-        self._ends = [0] * passes
+    @classmethod
+    def size(cls, shapes: Sequence[tuple[int, ...]]) -> int:
+        """Return the memory for what `new` will be asked for in each pass."""
+        return sum(map(cls._size, shapes))
 
     @staticmethod
     def _size(shape: tuple[int, ...]) -> int:
