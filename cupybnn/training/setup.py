@@ -37,13 +37,6 @@ def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
             f"The 'batch_size', which the ranks share, must be at least their number, so that each "
             f"has an image; got {config.batch_size} images for {ranks.size} ranks.",
         )
-    if config.mix != "none" and ranks.size > 1:
-        raise refusal(
-            ranks,
-            f"The 'mix' must be none with several ranks, because the image that another one is "
-            f"mixed with may be on another rank; got {config.mix!r} for {ranks.size} ranks. Leave "
-            f"it out, or train on one rank.",
-        )
 
 
 def in_turn(ranks: Ranks, load: Callable[[], T]) -> T:

@@ -65,6 +65,8 @@ class Team:
         Whether a rank was asked to stop: the same on all ranks after the same step.
     shared : dict of Parameter to SharedWeight
         The weights that are shared out.
+    is_whole : bool
+        Whether weights, optimizer's arrays and statistics are whole on every rank.
     times_shared_out : int
         How often; each time, weights may have been edited before.
     """
@@ -98,7 +100,7 @@ class Team:
             if layer.weight in self._learned
         }
         self.times_shared_out = 0
-        self._is_whole = True
+        self.is_whole = True
         self._votes: list[Any] = []
 
     @contextlib.contextmanager
@@ -212,9 +214,9 @@ class Team:
 
     def share_out(self) -> None:
         """Keep this rank's shares alone; the weights become signs."""
-        if not self._is_whole:
+        if not self.is_whole:
             return
-        self._is_whole = False
+        self.is_whole = False
         self.times_shared_out += 1
         with self._device.scope():
             for shared in self.shared.values():
@@ -227,9 +229,9 @@ class Team:
 
     def gather(self) -> None:
         """Make weights, the optimizer's arrays and batch norm's statistics whole on every rank."""
-        if self._is_whole:
+        if self.is_whole:
             return
-        self._is_whole = True
+        self.is_whole = True
         with self._device.scope():
             for shared, slots in self._slots():
                 if (arrays := slots.get(shared.parameter)) is not None:
@@ -273,7 +275,7 @@ class Team:
         sums = []
         for _, parameter in parameters:
             host = np.ascontiguousarray(to_device(parameter._data, CPU))
-            if parameter in self.shared and not self._is_whole:
+            if parameter in self.shared and not self.is_whole:
                 host = np.packbits(host.reshape(-1) >= 0)  # the signs, packed
             sums.append(zlib.crc32(host.tobytes()))
         first, *others = (
