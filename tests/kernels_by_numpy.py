@@ -1,7 +1,7 @@
 """The kernels of a fused step by NumPy, so that the step runs on the host, launch for launch.
 
-What is launched reads its arguments as a kernel does: structs, addresses, strides. So a fused step can
-be compared with the plain one without a GPU, in all that is not the kernels themselves.
+What is launched reads its arguments as a kernel does: structs, addresses, strides. So a fused step
+can be compared with the plain one without a GPU, in all that is not the kernels themselves.
 """
 
 from __future__ import annotations
@@ -564,9 +564,9 @@ def teacher_layer(d, address, a, b, rows, cols, out) -> None:
 EMULATED = {
     f.__name__: f
     for f in (
-        gather, attack, dropout_mask, move_images, mix_images, normalise, whole_statistics, activate,
-        gradient_sums, gradient, logits, output_norm, head_sums, head_gradient, adam, unpack_rows,
-        unpack_columns, place_signs, soften, teacher_layer,
+        gather, attack, dropout_mask, move_images, mix_images, normalise, whole_statistics,
+        activate, gradient_sums, gradient, logits, output_norm, head_sums, head_gradient, adam,
+        unpack_rows, unpack_columns, place_signs, soften, teacher_layer,
     )
 } | {"gather_deformed": gather}  # fmt: skip
 
@@ -656,8 +656,26 @@ class Emulator:
         monkeypatch.setattr(sign_gemm, "unsupported_reason", lambda *a: reason)
         monkeypatch.setattr(sign_gemm, "pays", lambda *a: True)
         monkeypatch.setattr(sign_gemm, "transposed_product", transposed_product)
-        monkeypatch.setattr(sign_gemm, "weight_gradient", weight_gradient)
+        monkeypatch.setattr(sign_gemm, "weight_gradient", self._weight_gradient)
+        monkeypatch.setattr(sign_gemm, "weight_update", self._weight_update)
         monkeypatch.setattr("cupybnn.training.setup._unfused_reason", self._unfused_reason)
+
+    def _weight_gradient(self, *arguments) -> None:
+        self.launches.append("weight_gradient")
+        weight_gradient(*arguments)
+
+    def _weight_update(self, signs, matrix, update, *, defines, device) -> None:
+        p = decode(STRUCTS["Parameter"], update["parameter"])
+        gradient = np.empty((signs.shape[1], matrix.shape[1]), np.uint16)
+        weight_gradient(signs, matrix, gradient, device)
+        p |= {"grad": gradient.ctypes.data, "flags": p.flags | 16}
+        rest = {n: _address(update[n]) for n in ("rates", "step", "partials")}
+        choices = {"REAL": "bfloat16_bits", **dict(defines)}
+        adam(
+            choices, Fields(at=[p], count=1), ring=update["ring"],
+            gain_mean=update["gain_mean"], gain_square=update["gain_square"], mean_loss=0, loss=0,
+            earlier=update["earlier"], counted=0, final=False, ticket=0, **rest,
+        )  # fmt: skip
 
     @staticmethod
     def _unfused_reason(model, optimizer, data, config, teachers):

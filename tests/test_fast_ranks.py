@@ -1,76 +1,228 @@
-"""The fused step of several ranks, whose kernels are computed by NumPy; without a GPU."""
+"""The fused step of several ranks, with kernels by NumPy; and with two ranks on one GPU."""
 
 from __future__ import annotations
+
+import warnings
+import zlib
 
 import numpy as np
 import pytest
 from kernels_by_numpy import Emulator
 from ranks import together
-from test_parallel_training import run_together, same_run, train
+from test_parallel_training import COMMON, run_together, train
 
+from cupybnn.deploy import PackedNetwork
+from cupybnn.training import Callback, TrainConfig, Trainer, restored_config
 from cupybnn.training.fast import FusedStep
 
+XNOR = {"binary": True, "xnor": True}
 NETWORKS = {
-    "xnor": {"binary": True, "xnor": True},
-    "penalty, dropout": {
-        "binary": True,
-        "xnor": True,
-        "keep_prob": 0.5,
-        "reg": 1e-4,
-        "input_keep_prob": 0.8,
-    },
-    "sign": {"binary": True, "optimizer": "adamw", "weight_decay": 0.01},
+    "xnor": {**XNOR, "max_steps": 7},
+    "dropout, penalty": {**XNOR, "keep_prob": 0.5, "input_keep_prob": 0.8, "reg": 1e-4},
     "all binary": {
-        "binary": True,
-        "xnor": True,
-        "first": True,
-        "last": True,
-        "loss": "squared_hinge",
-        "lr_scale": "binarynet",
+        **XNOR, "first": True, "last": True, "loss": "squared_hinge", "lr_scale": "binarynet",
     },
-    "clipped": {
-        "binary": True,
-        "xnor": True,
-        "last": True,
-        "ste": "clipped_grad",
-        "batch_norm": False,
-        "penalty": "bipolar",
+    "clipped, without batch norm": {
+        **XNOR, "last": True, "ste": "clipped_grad", "batch_norm": False, "penalty": "bipolar",
         "reg": 1e-4,
     },
-    "fp": {"keep_prob": 0.8, "batch_norm": True},
-    "attacked": {
-        "binary": True,
-        "xnor": True,
-        "adversarial": 0.02,
-        "augment_shift": 1.0,
-        "augment_rotation": 10.0,
+    "full precision": {"keep_prob": 0.8, "optimizer": "adamw", "weight_decay": 0.01},
+    "mixed, against the network": {
+        **XNOR, "mix": "some", "adversarial": 0.02, "augment_shift": 1.0, "augment_rotation": 10.0,
     },
-    "virtual": {"binary": True, "xnor": True, "vat": 0.5, "input_keep_prob": 0.8},
-}
-COMMON = {"debug": False, "graph": False}
+    "virtual": {**XNOR, "vat": 0.5, "input_keep_prob": 0.8, "mix": "uniform"},
+}  # fmt: skip
+FUSED = {"debug": False, "graph": False, "eval_every_n": 3, "max_steps": 5}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_one_rank(name, monkeypatch):
-    settings = {**NETWORKS[name], **COMMON}
+def settings_of(name: str, **more) -> dict:
+    return {**FUSED, **NETWORKS[name], **more}
+
+
+@pytest.mark.parametrize("name", ["dropout, penalty", "all binary", "virtual"])
+def test_kernels_by_numpy_compute_the_plain_step(monkeypatch, name):
     emulator = Emulator(monkeypatch)
-    plain = train(**settings, fused=False)
-    fused = train(**settings)
-    np.testing.assert_allclose(fused[0], plain[0], rtol=1e-4)
+    plain = train(**settings_of(name), fused=False)
+    assert not emulator.launches
+    np.testing.assert_allclose(train(**settings_of(name))[0], plain[0], rtol=1e-4)
+    assert emulator.launches
 
 
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("sync", [False, True])
-@pytest.mark.parametrize("name", NETWORKS)
-def test_ranks(name, size, sync, monkeypatch, tmp_path):
-    settings = {**NETWORKS[name], **COMMON, "sync_batch_norm": sync}
-    if sync and settings.get("batch_norm") is False:
-        return
+@pytest.mark.parametrize(
+    ("name", "size", "sync"),
+    [
+        ("xnor", 2, True),
+        ("dropout, penalty", 3, True),
+        ("all binary", 3, False),
+        ("clipped, without batch norm", 3, False),
+        ("full precision", 2, True),
+        ("mixed, against the network", 3, True),
+        ("virtual", 2, True),
+    ],
+)
+def test_ranks_compute_the_plain_step(monkeypatch, tmp_path, name, size, sync):
+    settings = settings_of(name, sync_batch_norm=sync)
     emulator = Emulator(monkeypatch)
     plain = run_together(tmp_path, size, **settings, fused=False)[0]
-    emulator.launches.clear()
-    fused = run_together(tmp_path, size, **settings)[0]
-    assert emulator.launches
-    np.testing.assert_allclose(fused[0], plain[0], rtol=1e-4)
+    assert not emulator.launches
+    first, *others = run_together(tmp_path, size, **settings)
+    assert "place_signs" in emulator.launches or name == "full precision"
+    np.testing.assert_allclose(first[0], plain[0], rtol=1e-4)
     if sync:
-        np.testing.assert_allclose(fused[0], train(**settings)[0], rtol=1e-4)
+        np.testing.assert_allclose(first[0], train(**settings)[0], rtol=1e-4)
+    for other in others:  # all have the same weights
+        for key, array in first[2].arrays.items():
+            assert array.tobytes() == other[2].arrays[key].tobytes(), key
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_gradients_by_bits(monkeypatch, tmp_path, size):
+    """Two ways to the same gradients in bfloat16; on one rank, neither stores them."""
+    settings = settings_of("xnor", dtype="bfloat16", sync_batch_norm=True)
+
+    def losses(by_bits):
+        with monkeypatch.context() as patch:
+            emulator = Emulator(patch, by_bits)
+            run = run_together(tmp_path, size, **settings)[0] if size > 1 else train(**settings)
+            assert ("weight_gradient" in emulator.launches) == (by_bits and size > 1)
+        return run[0]
+
+    np.testing.assert_allclose(losses(True), losses(False), rtol=2e-3)
+
+
+class Watch(Callback):
+    """Looks at what a rank has after each step."""
+
+    on_every_rank = True
+
+    def __init__(self):
+        self.sums, self.equal = [], []
+
+    def on_step(self, trainer, step, output):
+        assert type(trainer._step) is FusedStep
+        sums = []
+        for hidden in trainer._step.buffers.hidden:
+            parameter = hidden.plan.linear.weight
+            if hidden.packed_weight is None:
+                sums.append(zlib.crc32(host(parameter.data).tobytes()))
+                continue
+            sums.append(zlib.crc32(host(hidden.packed_weight.words).tobytes()))
+            sums.append(zlib.crc32(host(hidden.packed_weight.popcounts).tobytes()))
+            signs = parameter.data  # follow when they are read
+            self.equal.append(set(np.unique(host(signs))) == {-1.0, 1.0})
+            self.equal.append(
+                (host(self.pack(signs).words) == host(hidden.packed_weight.words)).all()
+            )
+        self.sums.append(sums)
+
+    def pack(self, signs):
+        from cupybnn.training.fast import hidden
+
+        return hidden.pack(signs, axis=-2)
+
+
+def host(array):
+    return np.asarray(array.get() if hasattr(array, "get") else array)
+
+
+def signs_are_the_same_on_all_ranks(folder, size, **settings):
+    def run(ranks):
+        watch = Watch()
+        Trainer(TrainConfig(**{**COMMON, **settings}), [watch], ranks=ranks).run()
+        return watch
+
+    first, *others = (watch for watch in together(folder, size, run))
+    assert len(first.sums) == settings["max_steps"]
+    assert all(other.sums == first.sums for other in others)
+    assert all(all(watch.equal) for watch in (first, *others))
+    assert len({str(sums) for sums in first.sums}) > 3  # they change
+
+
+def test_packed_signs_are_the_same_on_all_ranks(monkeypatch, tmp_path):
+    Emulator(monkeypatch)
+    signs_are_the_same_on_all_ranks(tmp_path, 3, **settings_of("xnor", lr=0.01))
+
+
+def a_checkpoint_continues(folder, ranks_of):
+    """Continue a run of two ranks on one and the other way, by both kinds of step."""
+    settings = {**settings_of("xnor", sync_batch_norm=True, max_steps=9), "eval_every_n": 4}
+
+    def go(size, **options):
+        def run(ranks):
+            trainer = Trainer(options["config"], ranks=ranks_of(ranks))
+            trainer.run()
+            return trainer.state()
+
+        states = together(folder, size, run) if size > 1 else [run(None)]
+        assert not any(isinstance(state, Exception) for state in states), states
+        return states[0]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = TrainConfig(**{**COMMON, **settings})
+        whole = go(1, config=config)
+        for size, then in ((2, 1), (1, 2), (2, 2)):
+            log = folder / f"log-{size}-{then}"
+            half = TrainConfig(**{**COMMON, **settings, "max_steps": 5, "log_dir": str(log)})
+            go(size, config=half)
+            (newest,) = log.rglob("newest.npz")
+            rest = restored_config(str(newest), max_steps=9, log_dir=None)
+            state = go(then, config=rest)
+            for name, array in whole.arrays.items():
+                np.testing.assert_allclose(
+                    state.arrays[name], array, rtol=2e-3, atol=2e-3, err_msg=name
+                )
+
+
+def test_a_checkpoint_continues_on_any_number_of_ranks(monkeypatch, tmp_path):
+    Emulator(monkeypatch)
+    a_checkpoint_continues(tmp_path, lambda ranks: ranks)
+
+
+def test_ranks_learn_from_teachers(monkeypatch, tmp_path):
+    teacher = str(tmp_path / "teacher.npz")
+    PackedNetwork.from_model(train(binary=True, max_steps=20)[1].model).save(teacher)
+    settings = settings_of("xnor", sync_batch_norm=True, teacher=(teacher,), mix="uniform")
+    Emulator(monkeypatch)
+    run = run_together(tmp_path, 2, **settings)[0]
+    np.testing.assert_allclose(run[0], train(**settings)[0], rtol=1e-4)
+
+
+def test_one_rank_that_is_asked_to_stop_stops_all(monkeypatch, tmp_path):
+    class Stop(Callback):
+        on_every_rank = True
+
+        def on_step(self, trainer, step, output):
+            if step == 2 and trainer.ranks.rank == 1:
+                trainer.request_stop()
+
+    def run(ranks):
+        config = TrainConfig(**{**COMMON, **settings_of("xnor", max_steps=9)})
+        return Trainer(config, [Stop()], ranks=ranks).run()
+
+    Emulator(monkeypatch)
+    assert [(r.stopped, r.steps) for r in together(tmp_path, 2, run)] == [(True, 4)] * 2
+
+
+def test_edits_between_steps_take_effect(monkeypatch, tmp_path):
+    class Edit(Callback):
+        on_every_rank = True
+
+        def on_evaluate(self, trainer, evaluation):  # weights are whole
+            trainer.model.fc2.weight.data[...] *= -1
+            trainer.model.fc1.weight.data[...] *= 0.5
+
+    def losses(ranks=None, **more):
+        found = []
+
+        class Losses(Callback):
+            def on_step(self, trainer, step, output):
+                found.append(float(output.loss))
+
+        config = TrainConfig(**{**COMMON, **settings_of("xnor", sync_batch_norm=True), **more})
+        Trainer(config, [Edit(), Losses()], ranks=ranks).run()
+        return found
+
+    Emulator(monkeypatch)
+    edited, _ = together(tmp_path, 2, losses)
+    np.testing.assert_allclose(edited, losses(fused=False), rtol=1e-4)
