@@ -14,6 +14,7 @@ from test_parallel_training import COMMON, run_together, train
 from cupybnn.deploy import PackedNetwork
 from cupybnn.training import Callback, TrainConfig, Trainer, restored_config
 from cupybnn.training.fast import FusedStep
+from cupybnn.training.step import PlainStep
 
 XNOR = {"binary": True, "xnor": True}
 NETWORKS = {
@@ -125,13 +126,15 @@ def host(array):
     return np.asarray(array.get() if hasattr(array, "get") else array)
 
 
-def signs_are_the_same_on_all_ranks(folder, size, **settings):
+def signs_are_the_same_on_all_ranks(folder, size, ranks_of, **settings):
     def run(ranks):
         watch = Watch()
-        Trainer(TrainConfig(**{**COMMON, **settings}), [watch], ranks=ranks).run()
+        Trainer(TrainConfig(**{**COMMON, **settings}), [watch], ranks=ranks_of(ranks)).run()
         return watch
 
-    first, *others = (watch for watch in together(folder, size, run))
+    found = together(folder, size, run)
+    assert not any(isinstance(watch, Exception) for watch in found), found
+    first, *others = found
     assert len(first.sums) == settings["max_steps"]
     assert all(other.sums == first.sums for other in others)
     assert all(all(watch.equal) for watch in (first, *others))
@@ -140,12 +143,14 @@ def signs_are_the_same_on_all_ranks(folder, size, **settings):
 
 def test_packed_signs_are_the_same_on_all_ranks(monkeypatch, tmp_path):
     Emulator(monkeypatch)
-    signs_are_the_same_on_all_ranks(tmp_path, 3, **settings_of("xnor", lr=0.01))
+    signs_are_the_same_on_all_ranks(
+        tmp_path, 3, lambda ranks: ranks, **settings_of("xnor", lr=0.01)
+    )
 
 
-def a_checkpoint_continues(folder, ranks_of):
-    """Continue a run of two ranks on one and the other way, by both kinds of step."""
-    settings = {**settings_of("xnor", sync_batch_norm=True, max_steps=9), "eval_every_n": 4}
+def a_checkpoint_continues(folder, ranks_of, **more):
+    """Continue a run of two ranks on one, and the other way."""
+    settings = {**settings_of("xnor", sync_batch_norm=True, max_steps=9), "eval_every_n": 4, **more}
 
     def go(size, **options):
         def run(ranks):
@@ -226,3 +231,103 @@ def test_edits_between_steps_take_effect(monkeypatch, tmp_path):
     Emulator(monkeypatch)
     edited, _ = together(tmp_path, 2, losses)
     np.testing.assert_allclose(edited, losses(fused=False), rtol=1e-4)
+
+
+@pytest.mark.gpu
+class TestOnOneGpu:
+    """Two ranks that have one GPU between them; their exchanges go through files."""
+
+    @staticmethod
+    def staged(ranks):
+        from cupybnn.backends.devices import resolve
+        from cupybnn.parallel.staged import StagedRanks
+
+        return None if ranks is None else StagedRanks(ranks, resolve("cuda"))
+
+    def losses(self, folder, size, kind=FusedStep, **settings):
+        """Return each rank's losses and the state of the run."""
+
+        class Losses(Callback):
+            on_every_rank = True
+
+            def __init__(self):
+                self.losses = []
+
+            def on_step(self, trainer, step, output):
+                assert type(trainer._step) is kind
+                self.losses.append(float(output.loss))
+
+        def run(ranks):
+            found = Losses()
+            config = TrainConfig(**{**COMMON, **settings, "device": "cuda"})
+            trainer = Trainer(config, [found], ranks=self.staged(ranks))
+            trainer.run()
+            return found.losses, trainer.state()
+
+        runs = together(folder, size, run) if size > 1 else [run(None)]
+        assert not any(isinstance(each, Exception) for each in runs), runs
+        return runs
+
+    @pytest.mark.parametrize("sync", [False, True])
+    @pytest.mark.parametrize("name", NETWORKS)
+    def test_the_plain_step(self, tmp_path, name, sync):
+        settings = settings_of(name, sync_batch_norm=sync and "batch_norm" not in NETWORKS[name])
+        plain = self.losses(tmp_path, 2, PlainStep, **settings, fused=False)
+        first, second = self.losses(tmp_path, 2, **settings)
+        np.testing.assert_allclose(first[0], plain[0][0], rtol=1e-3)
+        assert first[0] == second[0]
+        for key, array in first[1].arrays.items():
+            assert array.tobytes() == second[1].arrays[key].tobytes(), key
+        if settings["sync_batch_norm"]:
+            np.testing.assert_allclose(
+                first[0], self.losses(tmp_path, 1, **settings)[0][0], rtol=1e-3
+            )
+
+    def test_packed_signs_are_the_same_on_all_ranks(self, tmp_path):
+        settings = settings_of("xnor", lr=0.01, device="cuda")
+        signs_are_the_same_on_all_ranks(tmp_path, 2, self.staged, **settings)
+
+    def test_a_checkpoint_continues_on_any_number_of_ranks(self, tmp_path):
+        a_checkpoint_continues(tmp_path, self.staged, device="cuda")
+
+    def test_gradients_by_bits(self, monkeypatch, tmp_path):
+        from cupybnn.backends.cuda import sign_gemm
+
+        settings = settings_of("xnor", dtype="bfloat16", n_hidden=1056, batch_size=1200)
+        used = []
+        launch = sign_gemm.weight_gradient
+        monkeypatch.setattr(
+            sign_gemm, "weight_gradient", lambda *given: (used.append(1), launch(*given))
+        )
+        monkeypatch.setattr(sign_gemm, "pays", lambda *given: True)
+        by_bits = self.losses(tmp_path, 2, **settings)
+        if sign_gemm.unsupported_reason(0, "bfloat16", 1056, 1056) is None:
+            assert used
+        monkeypatch.setattr(sign_gemm, "pays", lambda *given: False)
+        dense = self.losses(tmp_path, 2, **settings)
+        np.testing.assert_allclose(by_bits[0][0], dense[0][0], rtol=1e-2)
+
+    @pytest.mark.parametrize("name", ["xnor", "all binary", "dropout, penalty"])
+    def test_exchanges_by_nccl_in_a_graph(self, name):
+        """One rank with itself, whose step is replayed as a graph with all exchanges in it."""
+        from cupybnn.backends.devices import resolve
+        from cupybnn.parallel.nccl import NcclRanks, new_id
+
+        settings = {**settings_of(name, max_steps=12), "graph": True, "device": "cuda"}
+        config = TrainConfig(**{**COMMON, **settings})
+
+        def steps(ranks):
+            trainer = Trainer(config, ranks=ranks)
+            if ranks is not None:
+                trainer._team = trainer._join(None)
+            losses = [float(trainer.make_step(step).loss) for step in range(12)]
+            assert trainer._step._graph is not None, trainer.notices
+            return losses, trainer
+
+        alone, _ = steps(None)
+        with NcclRanks(resolve("cuda"), 0, 1, new_id(), None) as ranks:
+            found, trainer = steps(ranks)
+            assert trainer._step._captured >= 5
+            trainer._team.gather()
+            trainer._team.finish()
+        np.testing.assert_allclose(found, alone, rtol=1e-3)
