@@ -529,18 +529,20 @@ def unpack_columns(d, signs, rows, cols, out) -> None:
     write_real(out, read_signs(signs, int(cols), int(rows)).T, d["REAL"])
 
 
-def place_signs(d, gathered, of_rank, groups, rows, cols, signs, pops, dense) -> None:
-    count = -(-rows // 32)
-    lines = np.empty((count, cols), np.uint32)
-    for word in range(count):
-        rank, own = divmod(word, groups)
-        lines[word] = at(gathered + 4 * (rank * of_rank + own * cols), int(cols), np.uint32)
-    bits = bits_of(lines.T, int(rows))
-    if signs:
-        write_signs(signs, bits)
-        at(pops, cols, np.int32)[...] = bits.sum(axis=1)
-    if dense:
-        write_real(dense, np.where(bits.T, np.float32(1), np.float32(-1)), d["REAL"])
+def place_signs(d, weights) -> None:
+    for p in weights.at[: weights.count]:
+        lines = np.empty((-(-p.rows // 32), p.cols), np.uint32)
+        for word in range(len(lines)):
+            rank, own = divmod(word, p.groups)
+            sent = p.gathered + 4 * (rank * weights.of_rank + own * p.cols)
+            lines[word] = at(sent, p.cols, np.uint32)
+        bits = bits_of(lines.T, p.rows)
+        if p.words:
+            write_signs(p.words, bits)
+            at(p.pops, p.cols, np.int32)[...] = bits.sum(axis=1)
+        if p.dense:
+            kind = "float" if p.wide else d["REAL"]
+            write_real(p.dense, np.where(bits.T, np.float32(1), np.float32(-1)), kind)
 
 
 def soften(d, address, rows, temperature, share, add, out) -> None:
@@ -637,8 +639,7 @@ class Emulator:
             ),
         )
         monkeypatch.setitem(sys.modules, "cupy", cupy)
-        for module in (fused, fused_shares):
-            monkeypatch.setattr(module, "load_kernel", self._load)
+        monkeypatch.setattr(fused, "load_kernel", self._load)
         for module in (fused, fused_walk):
             monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
         monkeypatch.setattr(fused_walk, "architecture", lambda device: 80)

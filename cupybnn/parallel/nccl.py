@@ -117,7 +117,8 @@ class NcclRanks(Ranks):
     ) -> Pending:
         """Begin an exchange that fills an array of `shape`.
 
-        `call` gets the communicator, the two addresses, NCCL's number of the dtype and the stream.
+        `call` gets the communicator, the two addresses, NCCL's number of the dtype, None if it
+        knows no such numbers, and the stream.
         """
         import cupy
 
@@ -132,7 +133,7 @@ class NcclRanks(Ranks):
         if not captured:
             self._count(1)
         addresses = sent.data.ptr, received.data.ptr
-        dtype = _BFLOAT16 if bfloat16 else self._types[sent.dtype]
+        dtype = _BFLOAT16 if bfloat16 else self._types.get(sent.dtype)
         try:
             call(self._communicator, *addresses, dtype, self._stream.ptr)
         except (AttributeError, self._nccl.NcclError):  # aborted meanwhile, by the meeting's thread
@@ -191,13 +192,13 @@ class NcclRanks(Ranks):
 
     def all_gather(self, array: Any, *, out: Any = None) -> Pending:
         def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
-            nccl.allGather(sent, received, array.size, dtype, stream)
+            nccl.allGather(sent, received, array.nbytes, self._nccl.NCCL_UINT8, stream)
 
         return self._issue(array, (self.size, *array.shape), call, out)
 
     def broadcast(self, array: Any) -> Pending:
         def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
-            nccl.broadcast(sent, received, array.size, dtype, 0, stream)
+            nccl.broadcast(sent, received, array.nbytes, self._nccl.NCCL_UINT8, 0, stream)
 
         return self._issue(array, array.shape, call)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -85,6 +86,7 @@ class Ranks:
     #: Whether exchanges between arrays on a GPU can be captured in a CUDA graph.
     capturable = False
     _meeting: Meeting | None = None
+    _holders: tuple[weakref.ref[Any], ...] = ()
 
     def all_reduce(self, array: Any, *, out: Any = None, bfloat16: bool = False) -> Pending:
         """Sum arrays over all ranks."""
@@ -116,10 +118,23 @@ class Ranks:
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave; with an `error`, the others end and report it."""
+        self._closing()
         if error is not None:
             self.abort()
         if self._meeting is not None:
             self._meeting.close(error)
+
+    def release_before(self, holder: Any) -> None:
+        """Call ``holder.release()`` before leaving: a graph with exchanges must not live longer.
+
+        The holder is not kept alive.
+        """
+        self._holders = (*self._holders, weakref.ref(holder))
+
+    def _closing(self) -> None:
+        for reference in self._holders:
+            if (holder := reference()) is not None:
+                holder.release()
 
     def __enter__(self) -> Ranks:
         return self

@@ -36,7 +36,7 @@ class StagedRanks(Ranks):
     def _begin(self, method: str, array: Any, out: Any, **options: Any) -> Pending:
         import cupy
 
-        sent = cupy.ascontiguousarray(array).get()
+        sent = cupy.ascontiguousarray(array).get().reshape(array.shape)
         pending = getattr(self._through, method)(sent, **options)
 
         def finish() -> Any:
@@ -74,4 +74,5 @@ class StagedRanks(Ranks):
         self._through.abort()
 
     def close(self, error: BaseException | None = None) -> None:
+        self._closing()
         self._through.close(error)

@@ -16,11 +16,12 @@ import numpy as np
 
 from cupybnn import nn
 from cupybnn.backends.cuda.blas import operand_dtype
-from cupybnn.backends.cuda.fused_shares import PlaceSigns
+from cupybnn.backends.cuda.fused import Launcher
+from cupybnn.backends.cuda.fused_shares import Placing, place_signs
 from cupybnn.parallel import Pending
 from cupybnn.training.fast.hidden import HiddenBuffers
 from cupybnn.training.fast.plan import NetworkPlan
-from cupybnn.training.shares import ROWS, SharedWeight
+from cupybnn.training.shares import ROWS
 from cupybnn.training.team import Team
 
 __all__ = ["Exchange"]
@@ -43,6 +44,9 @@ class Exchange:
         Weights that are shared out, from the last layer to the first.
     updated : list of Parameter
         Those of which this rank has a share that is not only padding.
+    early : bool
+        Whether all shares can be updated before the gradient of the first hidden layer's weights
+        and the small gradients are there.
     count : int
         Exchanges begun since it was last set to 0.
     """
@@ -55,6 +59,7 @@ class Exchange:
         weights = [plan.head.linear.weight, *(h.linear.weight for h in reversed(plan.hidden))]
         self.shared = {w: team.shared[w] for w in weights if w in team.shared}
         self.updated = [w for w, shared in self.shared.items() if shared.used]
+        self.early = weights[0] not in self.shared and weights[-1] not in self.shared
         real = operand_dtype(plan.precision)
         self._gradients: dict[nn.Parameter, Any] = {}
         self._scattered: dict[nn.Parameter, Any] = {}
@@ -140,34 +145,33 @@ class Exchange:
             self.count += 1
             self._signs = self.ranks.all_gather(self._words, out=self._all_words)
 
-    def receive_signs(self, hidden: Sequence[HiddenBuffers], device: int) -> None:
+    def receive_signs(self, hidden: Sequence[HiddenBuffers], launcher: Launcher) -> None:
         """Wait for the signs of all shares, and put them where the next products read them."""
         self._signs.wait()
-        places = {h.plan.linear.weight: h for h in hidden}
-        for weight, shared in self.shared.items():
-            layer = places.get(weight)
+        layers = {h.plan.linear.weight: h for h in hidden}
+        places = []
+        for weight in self.shared:
+            layer = layers.get(weight)
             # The head reads a float32 array.
             packed, dense = None, weight._data
             if layer is not None:
                 packed, dense = layer.packed_weight, layer.weight if layer.copied else None
-            self._place(weight, shared, device, packed, dense)
+            places.append(self._placing(weight, packed, dense))
+        place_signs(launcher, self._all_words, places)
 
-    def unpack(self, weight: nn.Parameter, device: int) -> None:
+    def unpack(self, weight: nn.Parameter, launcher: Launcher) -> None:
         """Write the signs that all ranks sent last into the elements of a weight."""
-        self._place(weight, self.shared[weight], device, None, weight._data)
+        place_signs(launcher, self._all_words, [self._placing(weight, None, weight._data)])
 
-    def _place(
-        self, weight: nn.Parameter, shared: SharedWeight, device: int, packed: Any, dense: Any
-    ) -> None:
+    def _placing(self, weight: nn.Parameter, packed: Any, dense: Any) -> Placing:
         rows, columns = weight.shape
-        PlaceSigns(
-            gathered=self._all_words,
+        return Placing(
             start=self._starts[weight],
-            groups=shared.groups,
+            groups=self.shared[weight].groups,
             shape=(rows, columns),
             packed=packed,
             dense=dense,
-        ).launch(device)
+        )
 
     def add_up(self, array: Any, out: Any) -> None:
         """Sum an array over all ranks, which the current stream waits for."""

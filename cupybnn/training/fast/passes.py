@@ -131,7 +131,7 @@ class Passes:
         if buffers.exchange is None:
             self._update_layer(0)
         else:
-            self._update_shares(buffers.exchange)
+            self._finish(buffers.exchange)
 
     # Forward -----------------------------------------------------------------------------------
 
@@ -202,7 +202,7 @@ class Passes:
 
         In each layer, the gradient for the layer below comes first. The weight gradient and the
         update run alongside it, or after it without `keep_dense_copies`. The first layer is updated
-        by `launch`. With other ranks, weight gradients are sent, and all layers are updated later.
+        by `launch`. With other ranks, weight gradients are sent, and layers are updated later.
         """
         buffers, exchange = self._buffers, self._buffers.exchange
         *earlier, last = buffers.passes
@@ -236,6 +236,9 @@ class Passes:
             self._activation_gradient(last, i - 1)
             if not self._plan.keep_dense_copies:  # shared memory is free again
                 finish(i)
+        if exchange is not None and self._early(exchange):
+            with fork.aside():
+                self._update_shares(exchange)
         self._weight_gradient(0, buffers.product_grad(0, None)[1], self._blas)
         if exchange is not None:
             exchange.send_gradient(buffers.hidden[0].plan.linear.weight)
@@ -319,24 +322,36 @@ class Passes:
             self._buffers.add_passes(i)
             self.update.launch(self._group(i))
 
+    def _early(self, exchange: Exchange) -> bool:
+        """Whether shares are updated alongside the last gradient of weights.
+
+        Large products fill the device; they should not wait for exchanges.
+        """
+        return self._plan.keep_dense_copies and exchange.early
+
     def _update_shares(self, exchange: Exchange) -> None:
-        """Update this rank's shares of weights, and what every rank has; see `plan_update`."""
-        buffers = self._buffers
-        for i in range(len(buffers.hidden)):
-            buffers.add_passes(i)
-        exchange.send_small()
+        """Update this rank's shares of weights, and send their signs."""
         for number, weight in enumerate(exchange.updated):
             with self.span("wait for gradients"):
                 exchange.receive(weight)
             with self.span("update"):
                 self.update.launch(number)
         exchange.send_signs()
+
+    def _finish(self, exchange: Exchange) -> None:
+        """Update what has not been updated, with the sums over all ranks; see `plan_update`."""
+        buffers = self._buffers
+        for i in range(len(buffers.hidden)):
+            buffers.add_passes(i)
+        exchange.send_small()
+        if not self._early(exchange):
+            self._update_shares(exchange)
         with self.span("wait for gradients"):
             exchange.receive_rest()
         with self.span("update"):
             self.update.launch(len(exchange.updated))
         with self.span("wait for signs"):
-            exchange.receive_signs(buffers.hidden, self._device)
+            exchange.receive_signs(buffers.hidden, self.launcher)
         if self.sums_loss:
             with self.span("wait for the loss"):
                 exchange.add_up(buffers.loss, buffers.loss)

@@ -96,7 +96,6 @@ class FusedStep:
         shared = {} if self.exchange is None else self.exchange.shared
         self._edits = Edits([h for h in self.buffers.hidden if h.plan.linear.weight not in shared])
         self.passes.sums_loss = team is not None and objective.penalty_kind != "none"
-        self._index = data.device.index
         self._shared_out = -1
         self._captured = 0  # exchanges in the graph
         self._lagging: set[nn.Parameter] = set()
@@ -107,6 +106,8 @@ class FusedStep:
         self._bypass_graph = False
         self._warm = self._votes_to_stop = False
         self._capture = config.graph
+        if team is not None:
+            team.ranks.release_before(self)
         if team is not None and not team.ranks.capturable:
             self._capture = False
         elif config.graph and not blas.capturable():
@@ -118,6 +119,10 @@ class FusedStep:
         layers = [self.plan.input_dropout, *(hidden.dropout for hidden in self.plan.hidden)]
         self._dropouts = [layer for layer in layers if layer is not None]
         self._offsets: tuple[int, ...] = ()
+
+    def release(self) -> None:
+        """Give the graph up; a later step captures another."""
+        self._graph = None
 
     def stale(self) -> bool:
         """Whether something that the step was built on has been replaced."""
@@ -176,7 +181,7 @@ class FusedStep:
         if parameter in self._lagging:
             assert self.exchange is not None
             self._lagging.remove(parameter)
-            self.exchange.unpack(parameter, self._index)
+            self.exchange.unpack(parameter, self.passes.launcher)
             parameter.write()
 
     def _capture_graph(self) -> Any:
