@@ -27,7 +27,9 @@ NETWORKS = {
         **XNOR, "last": True, "ste": "clipped_grad", "batch_norm": False, "penalty": "bipolar",
         "reg": 1e-4,
     },
-    "full precision": {"keep_prob": 0.8, "optimizer": "adamw", "weight_decay": 0.01},
+    "full precision": {
+        "batch_norm": True, "keep_prob": 0.8, "optimizer": "adamw", "weight_decay": 0.01,
+    },
     "mixed, against the network": {
         **XNOR, "mix": "some", "adversarial": 0.02, "augment_shift": 1.0, "augment_rotation": 10.0,
     },
@@ -271,14 +273,15 @@ class TestOnOneGpu:
     @pytest.mark.parametrize("sync", [False, True])
     @pytest.mark.parametrize("name", NETWORKS)
     def test_the_plain_step(self, tmp_path, name, sync):
-        settings = settings_of(name, sync_batch_norm=sync and "batch_norm" not in NETWORKS[name])
+        sync = sync and NETWORKS[name].get("batch_norm", True)
+        settings = settings_of(name, sync_batch_norm=sync)
         plain = self.losses(tmp_path, 2, PlainStep, **settings, fused=False)
         first, second = self.losses(tmp_path, 2, **settings)
         np.testing.assert_allclose(first[0], plain[0][0], rtol=1e-3)
         assert first[0] == second[0]
         for key, array in first[1].arrays.items():
             assert array.tobytes() == second[1].arrays[key].tobytes(), key
-        if settings["sync_batch_norm"]:
+        if sync:
             np.testing.assert_allclose(
                 first[0], self.losses(tmp_path, 1, **settings)[0][0], rtol=1e-3
             )

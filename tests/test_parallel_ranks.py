@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -424,11 +425,13 @@ class TestNccl:
         ranks.abort()
         ranks.close()
 
-    def test_ranks_on_two_gpus(self, tmp_path):
+    def test_a_rank_on_each_gpu(self, tmp_path):
         from cupybnn.backends.devices import cuda_status
 
-        if (count := cuda_status().device_count) < 2:
+        if (count := min(cuda_status().device_count, 4)) < 2:
             pytest.skip(f"needs two GPUs for two ranks of NCCL; there is {count}")
+        fused = {"binary": True, "xnor": True, "debug": False, "max_steps": 12}
+        fused |= {"sync_batch_norm": True, "device": "cuda"}
         program = tmp_path / "program.py"
         program.write_text(
             "import sys\n"
@@ -436,26 +439,30 @@ class TestNccl:
             "import cupy\n"
             "from cupybnn import parallel\n"
             "from test_parallel_ranks import check_exchanges\n"
-            "from test_parallel_training import COMMON, train\n"
+            "from test_parallel_training import train\n"
             "with parallel.connect('cuda') as ranks:\n"
             "    with cupy.cuda.Device(ranks.rank):\n"
             "        check_exchanges(ranks, cupy)\n"
             "    losses, _, _ = train(ranks, device='cuda', binary=True, dtype='float64',\n"
             "                         sync_batch_norm=True)\n"
+            f"    fused, _, _ = train(ranks, **{fused})\n"
             "    if ranks.rank == 0:\n"
             "        print(losses)\n"
+            "        print(fused)\n"
         )
         processes = [
             subprocess.Popen(
                 [sys.executable, program, Path(__file__).parent],
-                env=environment(tmp_path, RANK=r, WORLD_SIZE="2", LOCAL_RANK=r),
+                env=environment(tmp_path, RANK=str(r), WORLD_SIZE=str(count), LOCAL_RANK=str(r)),
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
-            for r in "01"
+            for r in range(count)
         ]  # fmt: skip
-        (out, err), _ = [process.communicate(timeout=300) for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], err
+        (out, err), *_ = [process.communicate(timeout=300) for process in processes]
+        assert [process.returncode for process in processes] == [0] * count, err
         from test_parallel_training import train
 
         alone = train(device="cuda", binary=True, dtype="float64", sync_batch_norm=True)
-        np.testing.assert_allclose(np.fromstring(out.strip("[]\n"), sep=","), alone[0], rtol=1e-9)
+        plain, replayed = map(json.loads, out.splitlines())
+        np.testing.assert_allclose(plain, alone[0], rtol=1e-9)
+        np.testing.assert_allclose(replayed, train(**fused)[0], rtol=1e-3)

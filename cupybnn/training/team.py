@@ -102,6 +102,7 @@ class Team:
         self.times_shared_out = 0
         self.is_whole = True
         self._votes: list[Any] = []
+        self._side: Any = None  # the stream that brings votes to the host
 
     @contextlib.contextmanager
     def part(self) -> Iterator[None]:
@@ -196,10 +197,9 @@ class Team:
         self._votes.append((vote, xp.cuda.get_current_stream().record()))
         if len(self._votes) == 2:
             earlier, counted = self._votes.pop(0)
-            side = xp.cuda.Stream(non_blocking=True)
+            side = self._side = self._side or xp.cuda.Stream(non_blocking=True)
             side.wait_event(counted)
-            with side:
-                self.stop = bool(earlier.get(stream=side) > 0)
+            self.stop = bool(earlier.get(stream=side) > 0)
             self.ranks.check()
 
     # Shares --------------------------------------------------------------------------------------
