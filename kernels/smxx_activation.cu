@@ -8,11 +8,16 @@
 // activate: only the activations, also by strips. Signs are packed as a product's left operand
 // (layout.cuh); their popcounts are accumulated word by word, starting from zeros.
 //
+// Of several ranks that normalize over a batch of all their rows, each launches `normalise` for its sums alone
+// (WHOLE), the sums are added up, and `whole_statistics` and `activate` follow.
+//
 // What bounds both: reading the products, once if they stay in shared memory between the passes.
 //
 // The translation unit sets the macros of strips.cuh, and
 //     OUTPUT   OUTPUT_*
 //     GATE     1: write the mask of where the gradient passes
+// and may set
+//     WHOLE    1: the rows are a part of those that batch norm is of
 
 #define OUTPUT_PACKED_SIGN 0
 #define OUTPUT_SIGN 1
@@ -21,6 +26,10 @@
 #define OUTPUT_BOTH_SIGNS 4  // packed, and dense for the backward pass
 
 #define PACKED (OUTPUT == OUTPUT_PACKED_SIGN || OUTPUT == OUTPUT_BOTH_SIGNS)
+
+#ifndef WHOLE
+#define WHOLE 0
+#endif
 
 #include "strips.cuh"
 
@@ -88,8 +97,8 @@ __device__ __forceinline__ void write_activations(const Layer& p, const Strip& a
 #if NORM
 extern "C" __global__ void BY_STRIPS IN_CLUSTERS
     normalise(const __grid_constant__ Layer p, float* partials, u32* tickets, float* mean,
-              float* inverse, float* running_mean, float* running_variance, float decay,
-              float gain, float eps, const __grid_constant__ Activations to) {
+              float* inverse, float* running_mean, float* running_variance, double* sums_of_rows,
+              float decay, float gain, float eps, const __grid_constant__ Activations to) {
   __shared__ double total[2][COLS];
   __shared__ __align__(16) float means[COLS], inverses[COLS];
   const Strip at(p);
@@ -114,6 +123,11 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
   if (threadIdx.x < COLS && col < p.cols) {
     float first[1];
     load_product<1>(p, 0, col, first);
+#if WHOLE
+    const double origin = first[0], sum = total[0][threadIdx.x];
+    sums_of_rows[col] = sum + p.rows * origin;
+    sums_of_rows[p.cols + col] = total[1][threadIdx.x] + origin * (2 * sum + p.rows * origin);
+#else
     const double sum = total[0][threadIdx.x], shift = sum * p.share;
     const float average = (float)(shift + first[0]);
     const float variance = (float)fmax(total[1][threadIdx.x] * p.share - shift * shift, 0.0);
@@ -125,6 +139,7 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
       running_mean[col] = running_mean[col] * decay + gain * average;
       running_variance[col] = running_variance[col] * decay + gain * variance;
     }
+#endif
   }
 #if CLUSTER > 1 && OUTPUT != OUTPUT_NONE
   __syncthreads();
@@ -133,6 +148,24 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
   write_activations(p, at, norm, to);
 #endif
   leave_sums();
+}
+#endif
+
+#if NORM && WHOLE
+// The statistics of a column from the sums of all ranks.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    whole_statistics(const __grid_constant__ Layer p, const double* __restrict__ sums_of_rows, float* mean,
+                     float* inverse, float* running_mean, float* running_variance, float decay,
+                     float gain, float eps) {
+  const i64 col = (i64)blockIdx.x * THREADS + threadIdx.x;
+  if (col >= p.cols) return;
+  const double middle = sums_of_rows[col] * p.share;
+  const float average = (float)middle;
+  const float variance = (float)fmax(sums_of_rows[p.cols + col] * p.share - middle * middle, 0.0);
+  mean[col] = average;
+  inverse[col] = 1.0f / sqrtf(variance + eps);
+  running_mean[col] = running_mean[col] * decay + gain * average;
+  running_variance[col] = running_variance[col] * decay + gain * variance;
 }
 #endif
 

@@ -4,9 +4,10 @@
 // A block takes 32 rows x 128 columns of one parameter, a warp four of the rows, a lane four
 // neighbours of each. For binary weights it writes the signs, dense for the backward products and
 // packed along the rows (a product's right operand, layout.cuh): 32 rows are one word of a column. A
-// column's popcount changes by the flips. Other parameters are treated as flat, with 128 elements per
-// row. A step may have several launches; the last block of the final one sums the penalty over all of
-// them and increments the step.
+// column's popcount changes by the flips. Or, of a share that one of several ranks updates, the words are
+// written as they are sent to the others. Other parameters are treated as flat, with 128 elements per
+// row. A step may have several launches; the last block of the final one sums the first `counted` parts of
+// the penalty and increments the step.
 //
 // The learning rate and Adam's bias corrections come from a table on the device, indexed by the step.
 //
@@ -73,7 +74,7 @@ __device__ __forceinline__ void store_some(E* to, int count, bool whole, const f
 extern "C" __global__ void __launch_bounds__(THREADS)
     adam(const __grid_constant__ Parameters parameters, const Rates* __restrict__ rates, i64 ring,
          i64* step, float gain_mean, float gain_square, const float* mean_loss, float* loss,
-         float* partials, i64 earlier, int final, u32* ticket) {
+         float* partials, i64 earlier, i64 counted, int final, u32* ticket) {
   __shared__ unsigned char nibbles[WARPS][TILE_COLS];  // signs of four rows: after, and before
   __shared__ float sums[WARPS];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -140,7 +141,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         after |= (both & 15) << (4 * i);
         before |= (both >> 4) << (4 * i);
       }
-      pack_signs(p, line, packed_signs(p, line, row0 / 32), after, before);
+      if (p.flags & SENT)
+        p.words[row0 / 32 * p.cols + line] = after;
+      else
+        pack_signs(p, line, packed_signs(p, line, row0 / 32), after, before);
     }
   }
 
@@ -156,7 +160,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   if (!final || !is_last_block(ticket, gridDim.x, PENALTY != PENALTY_NONE)) return;
   double total = 0;
 #if PENALTY != PENALTY_NONE
-  total = sum_of_partials(partials, earlier + gridDim.x);
+  total = sum_of_partials(partials, counted);
 #endif
   if (threadIdx.x == 0) {
     *loss = *mean_loss + (float)total;

@@ -93,8 +93,8 @@ static_assert(WIDTH % THREADS == 0, "the same for all threads");
 
 extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
     logits(const __grid_constant__ Layer p, const float* __restrict__ weight,
-           const void* __restrict__ labels, float smoothing, const float* __restrict__ factor, float* out,
-           float* grad, float* partials) {
+           const void* __restrict__ labels, float smoothing, float share,
+           const float* __restrict__ factor, float* out, float* grad, float* partials) {
   __shared__ __align__(16) float w[CLASSES][STRIDE];
   __shared__ __align__(16) float norms[4][HAS_NORM ? WIDTH : 1];  // mean, 1 / deviation, gamma, beta
 #if !OUTPUT_NORM
@@ -192,7 +192,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
       acc[r][c] *= *factor;
     }
 #endif
-    sum += loss_of_row(acc[r], labels, row, smoothing, (float)p.share, of_logits);
+    sum += loss_of_row(acc[r], labels, row, smoothing, share, of_logits);
 #if HEAD == HEAD_SIGN
 #pragma unroll
     for (int c = 0; c < CLASSES; c++) {
@@ -290,6 +290,7 @@ struct Back {
   float* mean_loss;
   float* grad_factor;
   i64 partial_count;
+  double share;  // of an example in the mean loss
 };
 
 // `of_gamma` and `of_beta` are those of the thread's columns.
@@ -332,10 +333,10 @@ __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
 }
 
 // For one block: sum the parts of the loss, and of the gradient of the logits' factor, from `logits`.
-__device__ __forceinline__ void add_up_loss(const Layer& p, const Back& back) {
+__device__ __forceinline__ void add_up_loss(const Back& back) {
 #if !OUTPUT_NORM
   const double total = sum_of_partials(back.partials, back.partial_count);
-  if (threadIdx.x == 0) *back.mean_loss = (float)(total * p.share);
+  if (threadIdx.x == 0) *back.mean_loss = (float)(total * back.share);
 #if HEAD == HEAD_SIGN
   __syncthreads();
   const double of_factor = sum_of_partials(back.partials + back.partial_count, back.partial_count);
@@ -351,7 +352,7 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
   __shared__ double total[SUMS][COLS];
   __shared__ __align__(16) float gammas[COLS], betas[COLS];
   if (blockIdx.x == gridDim.x - 1) {  // beyond the last strip
-    if (blockIdx.y == 0) add_up_loss(p, back);
+    if (blockIdx.y == 0) add_up_loss(back);
     return;
   }
   const Strip at(p);

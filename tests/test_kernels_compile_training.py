@@ -120,6 +120,8 @@ def activations(arch: str, layer: dict) -> list[dict]:
         {**k, **s} for k, s in itertools.product(kinds, [*strips(arch, 4), *many_rows(arch)])
     ]
     choices += [{"OUTPUT": 0, "GATE": 1, **s} for s in [*strips(arch, 1), *few_rows(arch)]]
+    # Of a batch that several ranks have together; they form no clusters.
+    choices += [{**k, **strips(arch, 4)[0], "WHOLE": 1} for k in kinds[:2]]
     # Nothing dense is written of signs that are only packed, or of batch norm's statistics.
     choices = [{**c, **NO_REAL} if c["OUTPUT"] in (0, 3) else c for c in choices]
     # Of a layer without batch norm whose activations are not wanted there is nothing to compile.
@@ -204,6 +206,7 @@ def test_output_norm(arch):
     kinds = itertools.product((2, 10, 20), (0, 1))
     choices = [{"CLASSES": c, "LOSS": loss, **NO_REAL} for c, loss in kinds]
     choices += [{"CLASSES": 10, "LOSS": loss, "SOFT": 1, **NO_REAL} for loss in (0, 1, 2)]
+    choices += [{"CLASSES": 10, "LOSS": 0, "PART": part, **NO_REAL} for part in (1, 2, 3)]
     compile_all("smxx_output_norm", arch, to_compile(arch, variants(arch, {}, *choices)))
 
 
@@ -235,12 +238,19 @@ def test_unpack_signs(arch):
     compile_all("smxx_unpack_signs", arch, to_compile(arch, variants(arch, {}, *choices)))
 
 
+@every_architecture
+def test_gathered_signs(arch):
+    require(arch)
+    compile_all("smxx_gathered_signs", arch, variants(arch, {}, {}))
+
+
 def test_sign_gemm():
     arch = "sm_90a"  # it is for Hopper alone
     require(arch)
     kinds = itertools.product((0, 1, 2), (0, 1))
     updates = [{"RESULT": 1, "PENALTY": p, "WRITE_GRADIENT": w} for p, w in kinds]
-    choices = [{"RESULT": 0, "PENALTY": 0, "WRITE_GRADIENT": 0}, *updates]
+    stored = [{"RESULT": r, "PENALTY": 0, "WRITE_GRADIENT": 0} for r in (0, 2)]
+    choices = [*stored, *updates]
     # Strictly: what does not fit the registers waits for each instruction of the tensor cores.
     test_kernels_compile.compile_all("sm90_sign_gemm", arch, choices)
 

@@ -22,7 +22,7 @@ ADAM = Kernel(
     "smxx_adam",
     "adam",
     "Parameters parameters; ptr rates; i64 ring; ptr step; float gain_mean, gain_square;"
-    "ptr mean_loss, loss, partials; i64 earlier; int final; ptr ticket",
+    "ptr mean_loss, loss, partials; i64 earlier, counted; int final; ptr ticket",
     PARAMETERS,
 )
 
@@ -77,6 +77,8 @@ class Update:
         Incremented by the last group.
     mean_loss, loss : cupy.ndarray of float32, shape (1,)
         Loss without and with the penalty, which the last group adds.
+    counted : int, optional
+        Number of groups, from the first on, whose penalty is added; by default all.
 
     Notes
     -----
@@ -87,7 +89,7 @@ class Update:
     def __init__(
         self, launcher: Launcher, groups: Sequence[Sequence[ParameterUpdate]], *,
         betas: tuple[float, float], penalty: str, keep_gradients: bool,
-        rates: Any, step: Any, mean_loss: Any, loss: Any,
+        rates: Any, step: Any, mean_loss: Any, loss: Any, counted: int | None = None,
     ) -> None:  # fmt: skip
         import cupy
 
@@ -99,6 +101,8 @@ class Update:
             self._groups.append(_Group(parameters, end))
             end = self._groups[-1].end
         assert self._groups[-1].launches, "the last group increments the step"
+        ends = [0, *(group.end for group in self._groups)]
+        self._counted = ends[len(groups) if counted is None else counted]
         self._losses = {"mean_loss": mean_loss, "loss": loss}
         self._common = {
             "rates": rates, "ring": rates.shape[0], "step": step, "gain_mean": 1 - betas[0],
@@ -128,6 +132,7 @@ class Update:
         for number, (table, blocks, earlier) in enumerate(launches, 1):
             arguments = {
                 "parameters": table, **self._common, **self._losses, "earlier": earlier,
-                "final": last and number == len(launches), "ticket": self._ticket,
+                "counted": self._counted, "final": last and number == len(launches),
+                "ticket": self._ticket,
             }  # fmt: skip
             self._launcher.launch(ADAM, arguments, grid=(blocks,), defines=self._defines)

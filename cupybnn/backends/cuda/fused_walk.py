@@ -49,12 +49,19 @@ class Strips:
 
 
 class Walk:
-    """The choice of strips for layers on a CUDA device."""
+    """The choice of strips for layers on a CUDA device.
 
-    def __init__(self, device: int) -> None:
+    Parameters
+    ----------
+    device : int
+    clusters : bool
+        Whether a kernel may go on with its sums. Not if they are added up over ranks in between.
+    """
+
+    def __init__(self, device: int, clusters: bool = True) -> None:
         self._multiprocessors = multiprocessors(device)
         self._shared = shared_memory_limit(device)
-        self._has_clusters = architecture(device) >= 90
+        self._has_clusters = clusters and architecture(device) >= 90
         # Data-centre Hopper runs clusters of 16 blocks; elsewhere only 8 are guaranteed.
         self._has_large_clusters = architecture(device) == 90
 

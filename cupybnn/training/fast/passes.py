@@ -22,6 +22,7 @@ from cupybnn.backends.cuda.graph import Fork
 from cupybnn.data import DeviceData
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.fast.buffers import Buffers, Pass
+from cupybnn.training.fast.exchange import Exchange
 from cupybnn.training.fast.feed import Feed
 from cupybnn.training.fast.images import Images
 from cupybnn.training.fast.plan import NetworkPlan
@@ -48,11 +49,14 @@ class Passes:
     ----------
     update : Update
         Updates all parameters; must be set before the first launch.
+    sums_loss : bool
+        Whether the loss is still to be summed over all ranks after the update.
     span : callable
         Gets the name of a launch or group of launches, and returns a context for it.
     """
 
     update: Update
+    sums_loss = False
 
     def __init__(
         self,
@@ -71,6 +75,7 @@ class Passes:
             blas.operand_dtype(plan.precision),
             shapes=[(plan.batch, layer.units) for layer in plan.hidden],
             classes=plan.classes,
+            clusters=buffers.clusters,
         )
         # One for each stream with products, because both may run at the same time.
         self._blas = self._side_blas = blas.Blas(plan.precision)
@@ -107,7 +112,11 @@ class Passes:
             if layer.kept is not None:
                 with self.span("dropout"):
                     DropoutMask(
-                        step=feed.step, draw=next(remaining), shape=layer.shape, out=layer.kept
+                        step=feed.step,
+                        draw=next(remaining),
+                        shape=layer.shape,
+                        out=layer.kept,
+                        first=plan.first,
                     ).launch(self.launcher)
         first = buffers.passes[0]
         if plan.adversarial:
@@ -119,7 +128,10 @@ class Passes:
             self._forward(buffers.passes[1])
         self._backward(fork)
         fork.join()
-        self._update_layer(0)
+        if buffers.exchange is None:
+            self._update_layer(0)
+        else:
+            self._finish(buffers.exchange)
 
     # Forward -----------------------------------------------------------------------------------
 
@@ -173,6 +185,7 @@ class Passes:
             gate=last.plan.gate,
             window=last.plan.window,
             out=self._buffers.product_grad(len(at.hidden) - 1, at.number)[1],
+            examples=self._plan.whole,
         )
 
     def _launch_head(self, at: Pass) -> None:
@@ -189,9 +202,9 @@ class Passes:
 
         In each layer, the gradient for the layer below comes first. The weight gradient and the
         update run alongside it, or after it without `keep_dense_copies`. The first layer is updated
-        by `launch`.
+        by `launch`. With other ranks, weight gradients are sent, and layers are updated later.
         """
-        buffers = self._buffers
+        buffers, exchange = self._buffers, self._buffers.exchange
         *earlier, last = buffers.passes
         for at in earlier:  # their gradients of products are kept
             self._descend(at)
@@ -199,13 +212,18 @@ class Passes:
 
         def finish(i: int) -> None:
             own, gradient = buffers.product_grad(i, None)
-            if buffers.hidden[i].plan.backward == "bits":
+            if buffers.hidden[i].plan.backward == "dense":
+                self._weight_gradient(i, gradient, self._side_blas)
+            elif exchange is None:
                 self._update_by_bits(i, gradient)
             else:
-                self._weight_gradient(i, gradient, self._side_blas)
+                self._gradient_by_bits(i, gradient)
             if own is not None:
                 in_use[own] = fork.mark()
-            self._update_layer(i)
+            if exchange is None:
+                self._update_layer(i)
+            else:
+                exchange.send_gradient(buffers.hidden[i].plan.linear.weight)
 
         for i in reversed(range(1, len(buffers.hidden))):
             below = buffers.product_grad(i - 1)[0]
@@ -218,7 +236,12 @@ class Passes:
             self._activation_gradient(last, i - 1)
             if not self._plan.keep_dense_copies:  # shared memory is free again
                 finish(i)
+        if exchange is not None and self._early(exchange):
+            with fork.aside():
+                self._update_shares(exchange)
         self._weight_gradient(0, buffers.product_grad(0, None)[1], self._blas)
+        if exchange is not None:
+            exchange.send_gradient(buffers.hidden[0].plan.linear.weight)
 
     def _descend(self, at: Pass) -> None:
         """Compute the gradients of all products of a pass, without those of hidden weights."""
@@ -282,6 +305,13 @@ class Passes:
         with self.span(f"gradient of {name}'s weights and their update"):
             self.update.launch_fused_update(self._group(i), signs=signs, matrix=gradient)
 
+    def _gradient_by_bits(self, i: int, gradient: Any) -> None:
+        """Compute the gradient of hidden layer `i`'s weights from packed signs."""
+        before, hidden = self._buffers.hidden[i - 1], self._buffers.hidden[i]
+        out = self._buffers.gradients[hidden.plan.linear.weight]
+        with self.span(f"gradient of {hidden.plan.name}'s weights"):
+            sign_gemm.weight_gradient(before.packed, gradient, out, self._device)
+
     def _group(self, i: int) -> int:
         """Return the update group of hidden layer `i`; groups begin with the last layer."""
         return len(self._buffers.hidden) - 1 - i
@@ -291,6 +321,40 @@ class Passes:
         with self.span("update"):
             self._buffers.add_passes(i)
             self.update.launch(self._group(i))
+
+    def _early(self, exchange: Exchange) -> bool:
+        """Whether shares are updated alongside the last gradient of weights.
+
+        Large products fill the device; they should not wait for exchanges.
+        """
+        return self._plan.keep_dense_copies and exchange.early
+
+    def _update_shares(self, exchange: Exchange) -> None:
+        """Update this rank's shares of weights, and send their signs."""
+        for number, weight in enumerate(exchange.updated):
+            with self.span("wait for gradients"):
+                exchange.receive(weight)
+            with self.span("update"):
+                self.update.launch(number)
+        exchange.send_signs()
+
+    def _finish(self, exchange: Exchange) -> None:
+        """Update what has not been updated, with the sums over all ranks; see `plan_update`."""
+        buffers = self._buffers
+        for i in range(len(buffers.hidden)):
+            buffers.add_passes(i)
+        exchange.send_small()
+        if not self._early(exchange):
+            self._update_shares(exchange)
+        with self.span("wait for gradients"):
+            exchange.receive_rest()
+        with self.span("update"):
+            self.update.launch(len(exchange.updated))
+        with self.span("wait for signs"):
+            exchange.receive_signs(buffers.hidden, self.launcher)
+        if self.sums_loss:
+            with self.span("wait for the loss"):
+                exchange.add_up(buffers.loss, buffers.loss)
 
     # Adversarial images ------------------------------------------------------------------------
 
