@@ -266,6 +266,10 @@ class Trainer:
     def notice(self, sentence: str) -> None:
         """Report `sentence` to the callbacks, and keep it for the result."""
         self.notices.append(sentence)
+        self._mention(sentence)
+
+    def _mention(self, sentence: str) -> None:
+        """Report `sentence` to the callbacks; it does not concern the result."""
         for callback in self.callbacks:
             callback.on_notice(self, sentence)
 
@@ -371,7 +375,7 @@ class Trainer:
             if self._step is None or self._step.stale():
                 self._step = choose_step(
                     self.model, self.objective, self.optimizer, self.data, self.order, self.config,
-                    self.notice, self.teachers, self._team,
+                    self.notice, self.teachers, self._team, self._mention,
                 )  # fmt: skip
             return self._step(step)
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 from cupybnn.backends.cuda import architectures
 from cupybnn.backends.cuda.sources import translation_unit
 
-__all__ = ["architecture", "load_kernel", "multiprocessors", "shared_memory_limit"]
+__all__ = [
+    "architecture",
+    "compile_together",
+    "is_dry_run",
+    "load_kernel",
+    "multiprocessors",
+    "shared_memory_limit",
+]
 
 Defines = Sequence[tuple[str, int | str]]
 
@@ -18,11 +29,32 @@ Defines = Sequence[tuple[str, int | str]]
 # (CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED).
 _PORTABLE_CLUSTER, _LARGE_CLUSTERS = 8, 14
 _DEFAULT_SHARED = 48 * 1024  # bytes of shared memory that every launch may use
+# At most so many kernels are compiled at a time: each takes some 100 MB of the host's memory.
+_MOST_THREADS = 16
+_PATIENCE = 2.0  # seconds of compilation that need no words
 
 _lock = threading.Lock()
 # By source, function, defines and device: the kernel, and the dynamic shared memory allowed for its
 # launches so far. Entries are replaced as a whole, so reading needs no lock.
 _kernels: dict[tuple[Any, ...], tuple[Any, int]] = {}
+
+
+class _DryRun(threading.local):
+    """Of a thread: the kernels that a dry run has asked for so far; None outside of one."""
+
+    asked: dict[tuple[Any, ...], None] | None = None
+
+
+class _Absent:
+    """Stands in for a kernel in a dry run: a launch does nothing."""
+
+    kernel = SimpleNamespace(ptr=0)
+
+    def __call__(self, *arguments: Any, **options: Any) -> None:
+        """Do nothing."""
+
+
+_dry_run, _absent = _DryRun(), _Absent()
 
 
 @cache
@@ -72,6 +104,9 @@ def load_kernel(source: str, function: str, defines: Defines, device: int, share
         If the device has less shared memory per block.
     """
     key = (source, function, tuple(defines), device)
+    if _dry_run.asked is not None:
+        _dry_run.asked[key] = None
+        return _absent
     kernel, allowed = _kernels.get(key, (None, -1))
     if shared > allowed:
         with _lock:
@@ -82,6 +117,70 @@ def load_kernel(source: str, function: str, defines: Defines, device: int, share
                 _allow_shared_memory(kernel, function, shared, device)
                 _kernels[key] = kernel, shared
     return kernel
+
+
+def is_dry_run() -> bool:
+    """Whether this thread is in a dry run: kernels are asked for, and none is launched."""
+    return _dry_run.asked is not None
+
+
+@contextmanager
+def _dry() -> Iterator[dict[tuple[Any, ...], None]]:
+    before, _dry_run.asked = _dry_run.asked, {}
+    try:
+        yield _dry_run.asked
+    finally:
+        _dry_run.asked = before
+
+
+def compile_together(launch: Callable[[], None], notify: Callable[[str], None]) -> None:
+    """Compile all kernels that `launch` launches at the same time, and launch none.
+
+    One after the other, as `load_kernel` compiles them, they would take half a second each.
+
+    Parameters
+    ----------
+    launch : callable
+        Called once, in a dry run: kernels by `load_kernel` do nothing. Products by cuBLAS run.
+    notify : callable
+        Called with a sentence if this takes long.
+
+    Raises
+    ------
+    Exception
+        What `launch` raises, and what the compiler does.
+    """
+    with _dry() as asked:
+        launch()
+    missing = [key for key in asked if key not in _kernels]
+    if len(missing) < 2:  # `load_kernel` is as fast
+        return
+    threads = min(len(missing), os.cpu_count() or 1, _MOST_THREADS)
+    with ThreadPoolExecutor(threads, "cupybnn-compiler") as pool:
+        compiling = [pool.submit(_compile_for_later, key) for key in missing]
+        _, left = wait(compiling, timeout=_PATIENCE)
+        if left:
+            notify(
+                f"Compiling {len(missing)} kernels for this GPU, which takes up to a minute. Later "
+                f"runs find them in CuPy's cache."
+            )
+        try:
+            for each in compiling:
+                each.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _compile_for_later(key: tuple[Any, ...]) -> None:
+    """Compile a kernel outside of the lock, in a thread of its own."""
+    import cupy
+
+    source, function, defines, device = key
+    with cupy.cuda.Device(device):  # a new thread starts on device 0
+        kernel = _compile(source, function, dict(defines))
+    with _lock:
+        _kernels.setdefault(key, (kernel, 0))
 
 
 def _compile(source: str, function: str, defines: dict[str, int | str]) -> Any:

@@ -11,6 +11,8 @@ import threading
 from functools import lru_cache
 from typing import Any
 
+from cupybnn.backends.cuda.compiler import is_dry_run
+
 __all__ = ["Launch", "Plans", "alloc", "current_stream", "empty", "zeros"]
 
 
@@ -57,6 +59,8 @@ class Launch:
 
     def __call__(self, stream: int) -> None:
         """Launch on a stream, given by its handle."""
+        if not self._function:  # in a dry run
+            return
         config = self._config
         # In a graph, blocks that wait would take the place of blocks that work on other branches.
         if config is not None and not (stream > 1 and _is_capturing(stream)):
@@ -81,7 +85,9 @@ class Plans(threading.local):
         return self._plans.get(key)
 
     def keep(self, key: tuple[Any, ...], plan: Any) -> Any:
-        """Keep a plan, and return it."""
+        """Keep a plan, and return it; in a dry run its kernels are missing, and it is not kept."""
+        if is_dry_run():
+            return plan
         if len(self._plans) >= _MOST_PLANS:
             self._plans.clear()
         self._plans[key] = plan

@@ -8,6 +8,7 @@ from typing import Any
 
 from cupybnn import nn, optim
 from cupybnn.backends.cuda import blas
+from cupybnn.backends.cuda.compiler import compile_together
 from cupybnn.backends.cuda.fused_batch import Draw
 from cupybnn.backends.cuda.graph import Fork, capture
 from cupybnn.data import BatchOrder, DeviceData
@@ -46,6 +47,8 @@ class FusedStep:
         Called with a sentence when steps cannot be captured.
     teachers : Teachers, optional
         Whose predictions are learned instead of the labels.
+    mention : callable, optional
+        Called with a sentence when the first step takes long, because kernels are compiled.
 
     Notes
     -----
@@ -63,12 +66,14 @@ class FusedStep:
         config: TrainConfig,
         notify: Callable[[str], None] | None = None,
         teachers: Teachers | None = None,
+        mention: Callable[[str], None] | None = None,
     ) -> None:
         import cupy
 
         self.plan = NetworkPlan.of(model, config, data.device.index)
         self._objective, self._optimizer = objective, optimizer
         self._notify = notify or (lambda sentence: None)
+        self._mention = mention or (lambda sentence: None)
         self._recorded = config.log_dir is not None
         self.buffers = Buffers(self.plan, model, data.device, self._recorded)
         self.feed = Feed(order, optimizer)
@@ -112,7 +117,10 @@ class FusedStep:
         if by_graph and self._graph is not None:
             self._graph.launch()
         else:
-            self.passes.launch(Fork(None), self._draws())
+            draws = self._draws()
+            if not self._warm:
+                compile_together(lambda: self.passes.launch(Fork(None), draws), self._mention)
+            self.passes.launch(Fork(None), draws)
             self._warm = True
         self._optimizer.steps += 1
         kept_grads = self.buffers.kept_grads
