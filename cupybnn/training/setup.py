@@ -128,12 +128,10 @@ def choose_step(
     notify: Callable[[str], None],
     teachers: Teachers | None = None,
     team: Team | None = None,
-    mention: Callable[[str], None] | None = None,
 ) -> Step:
     """Return the fused step if the kernels support it, else the plain one.
 
-    `notify` is called with the reason if there is a GPU whose kernels are not used; `mention` with
-    a sentence before a long compilation.
+    `notify` is called with the reason if there is a GPU whose kernels are not used.
     """
     reason = _unfused_reason(model, optimizer, data, config, teachers)
     if team is not None and data.device.kind == "cuda":
@@ -142,9 +140,7 @@ def choose_step(
         from cupybnn.training.fast import FusedStep
 
         assert isinstance(optimizer, optim.Adam)
-        return FusedStep(
-            model, objective, optimizer, data, order, config, notify, teachers, mention
-        )
+        return FusedStep(model, objective, optimizer, data, order, config, notify, teachers)
     if config.dtype in ("tf32", "bfloat16"):
         notify(f"Dense products are in float32, not {config.dtype}: {reason}.")
     elif data.device.kind == "cuda" and config.fused and not config.debug:

@@ -304,6 +304,9 @@ class PlainStep:
         """Never: each step reads the model and the optimizer as they are."""
         return False
 
+    def prepare(self, evaluate: Callable[[], object], mention: Callable[[str], None]) -> None:
+        """Do nothing: operations are compiled when they are first needed."""
+
     def _attacked(self, inputs: Any, labels: Any) -> Any:
         """Move each input by `adversarial` in the direction that increases the loss.
 

@@ -24,7 +24,7 @@ from cupybnn.training import checkpoint as checkpoints
 from cupybnn.training import state
 from cupybnn.training.best import best_before
 from cupybnn.training.config import TrainConfig
-from cupybnn.training.evaluation import Averaging, evaluate
+from cupybnn.training.evaluation import Averaging, evaluate, right_answers
 from cupybnn.training.limits import check_memory
 from cupybnn.training.network import build_network
 from cupybnn.training.records import Callback, Evaluation, TrainResult, closing
@@ -375,8 +375,9 @@ class Trainer:
             if self._step is None or self._step.stale():
                 self._step = choose_step(
                     self.model, self.objective, self.optimizer, self.data, self.order, self.config,
-                    self.notice, self.teachers, self._team, self._mention,
+                    self.notice, self.teachers, self._team,
                 )  # fmt: skip
+                self._step.prepare(self.evaluate, self._mention)
             return self._step(step)
 
     def _checked_step(self, step: int) -> StepOutput:
@@ -396,11 +397,10 @@ class Trainer:
         train_loss = train_accuracy = float("nan")
         if output is not None:
             train_loss = float(output.loss)
-            right = output.logits.argmax(axis=1) == output.labels
-            train_accuracy = float(right.mean())
+            count = [right_answers(output.logits, output.labels), len(output.labels)]
             if self._team is not None:
-                count = self.ranks.sums([float(right.sum()), right.size])
-                train_accuracy = float(count[0] / count[1])
+                count = self.ranks.sums(count)
+            train_accuracy = float(count[0] / count[1])
         return Evaluation(
             step=self.step - 1,
             train_loss=train_loss,

@@ -155,19 +155,20 @@ def compile_together(launch: Callable[[], None], notify: Callable[[str], None]) 
     missing = [key for key in asked if key not in _kernels]
     if len(missing) < 2:  # `load_kernel` is as fast
         return
+    # The longest first, so that none of these is left to the end.
+    missing.sort(key=lambda key: len(translation_unit(key[0])), reverse=True)
     threads = min(len(missing), os.cpu_count() or 1, _MOST_THREADS)
     with ThreadPoolExecutor(threads, "cupybnn-compiler") as pool:
         compiling = [pool.submit(_compile_for_later, key) for key in missing]
-        _, left = wait(compiling, timeout=_PATIENCE)
-        if left:
-            notify(
-                f"Compiling {len(missing)} kernels for this GPU, which takes up to a minute. Later "
-                f"runs find them in CuPy's cache."
-            )
         try:
+            if wait(compiling, timeout=_PATIENCE).not_done:
+                notify(
+                    f"Compiling {len(missing)} kernels for this GPU, which takes up to a minute. "
+                    f"Later runs find them in CuPy's cache."
+                )
             for each in compiling:
                 each.result()
-        except BaseException:
+        except BaseException:  # such as Ctrl-C
             pool.shutdown(cancel_futures=True)
             raise
 

@@ -81,11 +81,11 @@ class Plans(threading.local):
         self._plans: dict[tuple[Any, ...], Any] = {}
 
     def get(self, key: tuple[Any, ...]) -> Any:
-        """Return a plan, or None."""
-        return self._plans.get(key)
+        """Return a plan, or None; in a dry run None, since a plan would launch."""
+        return None if is_dry_run() else self._plans.get(key)
 
     def keep(self, key: tuple[Any, ...], plan: Any) -> Any:
-        """Keep a plan, and return it; in a dry run its kernels are missing, and it is not kept."""
+        """Keep a plan, and return it; in a dry run it has no kernels, and is not kept."""
         if is_dry_run():
             return plan
         if len(self._plans) >= _MOST_PLANS:

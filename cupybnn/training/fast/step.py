@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from cupybnn import nn, optim
@@ -47,8 +47,6 @@ class FusedStep:
         Called with a sentence when steps cannot be captured.
     teachers : Teachers, optional
         Whose predictions are learned instead of the labels.
-    mention : callable, optional
-        Called with a sentence when the first step takes long, because kernels are compiled.
 
     Notes
     -----
@@ -66,14 +64,12 @@ class FusedStep:
         config: TrainConfig,
         notify: Callable[[str], None] | None = None,
         teachers: Teachers | None = None,
-        mention: Callable[[str], None] | None = None,
     ) -> None:
         import cupy
 
         self.plan = NetworkPlan.of(model, config, data.device.index)
         self._objective, self._optimizer = objective, optimizer
         self._notify = notify or (lambda sentence: None)
-        self._mention = mention or (lambda sentence: None)
         self._recorded = config.log_dir is not None
         self.buffers = Buffers(self.plan, model, data.device, self._recorded)
         self.feed = Feed(order, optimizer)
@@ -105,6 +101,17 @@ class FusedStep:
         """Whether something that the step was built on has been replaced."""
         return self._wiring.changed()
 
+    def prepare(self, evaluate: Callable[[], object], mention: Callable[[str], None]) -> None:
+        """Compile the kernels of a step and of `evaluate` at the same time."""
+        self._update_options()
+        draws = self._draws([0] * len(self._dropouts))
+
+        def everything() -> None:
+            self.passes.launch(Fork(None), draws)
+            evaluate()
+
+        compile_together(everything, mention)
+
     def __call__(self, step: int) -> StepOutput:
         """Perform step number `step`."""
         self._edits.refresh_copies()
@@ -117,10 +124,7 @@ class FusedStep:
         if by_graph and self._graph is not None:
             self._graph.launch()
         else:
-            draws = self._draws()
-            if not self._warm:
-                compile_together(lambda: self.passes.launch(Fork(None), draws), self._mention)
-            self.passes.launch(Fork(None), draws)
+            self.passes.launch(Fork(None), self._draws())
             self._warm = True
         self._optimizer.steps += 1
         kept_grads = self.buffers.kept_grads
@@ -196,8 +200,8 @@ class FusedStep:
         if offsets != self._offsets:
             self._offsets, self._graph = offsets, None
 
-    def _draws(self) -> list[Draw]:
+    def _draws(self, offsets: Sequence[int] | None = None) -> list[Draw]:
         return [
             Draw(seed=int(layer.random.state[0]), offset=offset, keep_prob=layer.keep_prob)
-            for layer, offset in zip(self._dropouts, self._offsets, strict=True)
+            for layer, offset in zip(self._dropouts, offsets or self._offsets, strict=True)
         ]
