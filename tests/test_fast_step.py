@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from fast_networks import NETWORKS, arrays, dataset, run, trainer
 
-from cupybnn.training import Trainer
+from cupybnn.training import TrainConfig, Trainer
 from cupybnn.training.step import PlainStep
 
 pytestmark = pytest.mark.gpu
@@ -220,7 +222,6 @@ def test_other_numbers_of_classes(classes):
     )
 
 
-@pytest.mark.gpu
 def test_kernels_of_a_step_and_of_an_evaluation_are_compiled_side_by_side(monkeypatch):
     from cupybnn.backends.cuda import compiler
 

@@ -397,10 +397,10 @@ class Trainer:
         train_loss = train_accuracy = float("nan")
         if output is not None:
             train_loss = float(output.loss)
-            count = [right_answers(output.logits, output.labels), len(output.labels)]
+            right, count = right_answers(output.logits, output.labels), len(output.labels)
             if self._team is not None:
-                count = self.ranks.sums(count)
-            train_accuracy = float(count[0] / count[1])
+                right, count = self.ranks.sums([right, count])
+            train_accuracy = float(right / count)
         return Evaluation(
             step=self.step - 1,
             train_loss=train_loss,
