@@ -33,6 +33,7 @@ from cupybnn.training import recipes
 
 _FINAL = re.compile(r"^Final (?:test|validation) accuracy (\d\.\d+)", re.MULTILINE)
 _TEACHER = re.compile(r"^Teacher .* accuracy (\d\.\d+)", re.MULTILINE)
+_RATE = re.compile(r"^Med ex/s = ([\d.]+)", re.MULTILINE)
 _DEVICE = re.compile(r"; device: (.+)$", re.MULTILINE)
 
 
@@ -42,15 +43,21 @@ def measure(recipe: str, seed: int, options: list[str], at_a_time: int = 1) -> d
     start = time.perf_counter()
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
-    accuracy, device = _FINAL.search(done.stdout), _DEVICE.search(done.stdout)
-    if done.returncode or accuracy is None or device is None:
+    run = outcome(done.stdout)
+    if done.returncode or run is None:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return {"seed": seed, **run, "seconds": seconds, "at_a_time": at_a_time}
+
+
+def outcome(text: str) -> dict[str, Any] | None:
+    """Return what the output of a run says of it; None if it did not come to its end."""
+    accuracy, rate, device = (found.search(text) for found in (_FINAL, _RATE, _DEVICE))
+    if accuracy is None or device is None:
+        return None
     return {
-        "seed": seed,
         "accuracy": float(accuracy[1]),
-        "teachers": [float(each) for each in _TEACHER.findall(done.stdout)],
-        "seconds": seconds,
-        "at_a_time": at_a_time,
+        "teachers": [float(each) for each in _TEACHER.findall(text)],
+        "examples_per_second": None if rate is None else float(rate[1]),
         "device": device[1],
     }
 
