@@ -208,14 +208,14 @@ class TestTogether:
         load(0)
         monkeypatch.setattr(Function, "__call__", lambda *a, **k: pytest.fail("launched"))
         compiler.compile_together(lambda: load(0)((1,), (256,), ()), pytest.fail)
-        with pytest.raises(RuntimeError, match="no"), compiler._dry():
+        with pytest.raises(RuntimeError, match="no"), compiler._dry(print):
             raise RuntimeError("no")
         assert not compiler.is_dry_run()
 
     def test_a_product_is_planned_anew_after_a_dry_run(self, driver):
         plans = launching.Plans()
         plans.keep(("before",), 1)
-        with compiler._dry():
+        with compiler._dry(print):
             assert plans.keep(("within",), 2) == 2
             assert plans.get(("before",)) is None
             absent = compiler.load_kernel("smxx_batch", "gather", (), 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
@@ -40,9 +40,9 @@ _kernels: dict[tuple[Any, ...], tuple[Any, int]] = {}
 
 
 class _DryRun(threading.local):
-    """Of a thread: the kernels that a dry run has asked for so far; None outside of one."""
+    """Of a thread: what gets the kernels that a dry run asks for; None outside of one."""
 
-    asked: dict[tuple[Any, ...], None] | None = None
+    ask: Callable[[tuple[Any, ...]], object] | None = None
 
 
 class _Absent:
@@ -104,8 +104,8 @@ def load_kernel(source: str, function: str, defines: Defines, device: int, share
         If the device has less shared memory per block.
     """
     key = (source, function, tuple(defines), device)
-    if _dry_run.asked is not None:
-        _dry_run.asked[key] = None
+    if _dry_run.ask is not None:
+        _dry_run.ask(key)
         return _absent
     kernel, allowed = _kernels.get(key, (None, -1))
     if shared > allowed:
@@ -121,16 +121,16 @@ def load_kernel(source: str, function: str, defines: Defines, device: int, share
 
 def is_dry_run() -> bool:
     """Whether this thread is in a dry run: kernels are asked for, and none is launched."""
-    return _dry_run.asked is not None
+    return _dry_run.ask is not None
 
 
 @contextmanager
-def _dry() -> Iterator[dict[tuple[Any, ...], None]]:
-    before, _dry_run.asked = _dry_run.asked, {}
+def _dry(ask: Callable[[tuple[Any, ...]], object]) -> Iterator[None]:
+    before, _dry_run.ask = _dry_run.ask, ask
     try:
-        yield _dry_run.asked
+        yield
     finally:
-        _dry_run.asked = before
+        _dry_run.ask = before
 
 
 def compile_together(launch: Callable[[], None], notify: Callable[[str], None]) -> None:
@@ -141,7 +141,8 @@ def compile_together(launch: Callable[[], None], notify: Callable[[str], None]) 
     Parameters
     ----------
     launch : callable
-        Called once, in a dry run: kernels by `load_kernel` do nothing. Products by cuBLAS run.
+        Called once, in a dry run: kernels by `load_kernel` do nothing. All else runs, such as
+        products by cuBLAS, and what CuPy compiles meanwhile.
     notify : callable
         Called with a sentence if this takes long.
 
@@ -150,23 +151,23 @@ def compile_together(launch: Callable[[], None], notify: Callable[[str], None]) 
     Exception
         What `launch` raises, and what the compiler does.
     """
-    with _dry() as asked:
-        launch()
-    missing = [key for key in asked if key not in _kernels]
-    if len(missing) < 2:  # `load_kernel` is as fast
-        return
-    # The longest first, so that none of these is left to the end.
-    missing.sort(key=lambda key: len(translation_unit(key[0])), reverse=True)
-    threads = min(len(missing), os.cpu_count() or 1, _MOST_THREADS)
+    threads = min(os.cpu_count() or 1, _MOST_THREADS)
+    compiling: dict[tuple[Any, ...], Future[None]] = {}
     with ThreadPoolExecutor(threads, "cupybnn-compiler") as pool:
-        compiling = [pool.submit(_compile_for_later, key) for key in missing]
+
+        def ask(key: tuple[Any, ...]) -> None:
+            if key not in _kernels and key not in compiling:
+                compiling[key] = pool.submit(_compile_for_later, key)
+
         try:
-            if wait(compiling, timeout=_PATIENCE).not_done:
+            with _dry(ask):
+                launch()
+            if wait(compiling.values(), timeout=_PATIENCE).not_done:
                 notify(
-                    f"Compiling {len(missing)} kernels for this GPU, which takes up to a minute. "
+                    f"Compiling {len(compiling)} kernels for this GPU, which takes up to a minute. "
                     f"Later runs find them in CuPy's cache."
                 )
-            for each in compiling:
+            for each in compiling.values():
                 each.result()
         except BaseException:  # such as Ctrl-C
             pool.shutdown(cancel_futures=True)

@@ -107,8 +107,8 @@ class FusedStep:
         draws = self._draws([0] * len(self._dropouts))
 
         def everything() -> None:
+            evaluate()  # first: a large product takes longest to compile
             self.passes.launch(Fork(None), draws)
-            evaluate()
 
         compile_together(everything, mention)
 
