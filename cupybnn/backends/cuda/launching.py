@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NoReturn
 
+from cupybnn.backends.cuda.compiler import is_dry_run
 from cupybnn.backends.cuda.structs import Section
 
 __all__ = ["Launch", "Plans", "alloc", "current_stream", "empty", "zeros"]
@@ -62,6 +63,9 @@ class Launch:
         self, kernel: Any, grid: int, block: int, shared: int, argument: bytes, *changing: Section,
         cooperative: bool = False, overlap: bool = False, captured: bool = False,
     ) -> None:  # fmt: skip
+        if is_dry_run():
+            self.go = lambda stream, *values: None
+            return
         data = ctypes.create_string_buffer(argument, len(argument))
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(data))
         numbers = [_COOPERATIVE] * cooperative + [_OVERLAP] * overlap
@@ -132,11 +136,13 @@ class Plans(threading.local):
         self._plans: dict[tuple[Any, ...], Any] = {}
 
     def get(self, key: tuple[Any, ...]) -> Any:
-        """Return a plan, or None."""
-        return self._plans.get(key)
+        """Return a plan, or None; in a dry run None, since a plan would launch."""
+        return None if is_dry_run() else self._plans.get(key)
 
     def keep(self, key: tuple[Any, ...], plan: Any) -> Any:
-        """Keep a plan, and return it."""
+        """Keep a plan, and return it; in a dry run it has no kernels, and is not kept."""
+        if is_dry_run():
+            return plan
         if len(self._plans) >= _MOST_PLANS:
             self._plans.clear()
         self._plans[key] = plan
