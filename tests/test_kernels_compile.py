@@ -309,6 +309,16 @@ def test_random(arch):
     compile_all("smxx_random", arch, share(arch, [{"UNIFORM": 0}, {"UNIFORM": 1}]))
 
 
+def test_architectures_of_one_code_compile_every_variant_between_them():
+    variants = [{"VECTOR": i} for i in range(7)]
+    for alike in ALIKE:
+        shares = [share(arch, variants) for arch in alike]
+        assert sorted(v["VECTOR"] for part in shares for v in part) == list(range(7))
+        assert all(share(arch, variants[:1]) == variants[:1] for arch in alike)
+    for arch in set(ARCHITECTURES).difference(*ALIKE):
+        assert share(arch, variants) == variants
+
+
 def test_every_source_is_compiled_by_a_test():
     covered = {f"{kernel}_xnor_gemm" for kernel, _ in PRODUCTS}
     # Kernels of other subjects have tests of their own beside this one.
