@@ -11,6 +11,7 @@ import pytest
 from cupybnn import settings
 from cupybnn.benchmark import record
 from cupybnn.cli.main import COMMANDS
+from cupybnn.estimator import parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -34,10 +35,12 @@ def name_of(path: Path) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_python_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # Fewer steps of the same calls: where training leads to is for other tests.
+    monkeypatch.setattr(parameters, "_UPDATES", 50)
+    monkeypatch.setattr(parameters, "_FEWEST", 2)
     for code in blocks(page.read_text(encoding="utf-8"), "python"):
         if code.startswith(">>>"):
             continue  # a session with its output: test_sessions_print_what_they_show
-        # Fewer steps of the same calls: where training leads to is for other tests.
         exec(compile(code.replace("max_steps=300", "max_steps=20"), str(page), "exec"), {})
 
 

@@ -38,7 +38,7 @@ SHAPES = [
 INT32, FLOAT32, FLOAT16, BFLOAT16, PACKED, INT16 = range(6)  # OUTPUT_* of product.cuh
 NAMES = ("int32", "float32", "float16", "bfloat16", "packed", "int16")
 #: Results that are written alike, but for the conversion of a number.
-KINDS = ("int32", "float32", "16 bits", "16 bits", "packed", "int16")
+KINDS = ("4 bytes", "4 bytes", "2 bytes", "2 bytes", "packed", "2 bytes")
 #: (OUTPUT, SCALED)
 EVERY_RESULT = [(o, s) for o in (INT32, FLOAT32, FLOAT16, BFLOAT16) for s in (0, 1)]
 EVERY_RESULT += [(PACKED, 0), (INT16, 0)]
@@ -154,8 +154,8 @@ def products_to_compile(kernel: str, arch: str) -> list[dict]:
     """Return variants for all that the table chooses for a kernel on an architecture.
 
     Where more is compiled: each configuration, and each pair of a parameter's value with another's
-    or with a kind of result; both floats of 16 bits are one kind, which differs in nothing but the
-    conversion of a number. Elsewhere: each configuration, and each kind of result. The code
+    or with a kind of result: numbers of one size are one kind, which differ in nothing but their
+    conversion. Elsewhere: each configuration, and each kind of result. The code
     differs there in nothing but the compiler's target; see
     `test_code_that_depends_on_the_architecture`.
     """
@@ -307,6 +307,16 @@ def test_sign(arch):
 def test_random(arch):
     require(arch)
     compile_all("smxx_random", arch, share(arch, [{"UNIFORM": 0}, {"UNIFORM": 1}]))
+
+
+def test_architectures_of_one_code_compile_every_variant_between_them():
+    variants = [{"VECTOR": i} for i in range(7)]
+    for alike in ALIKE:
+        shares = [share(arch, variants) for arch in alike]
+        assert sorted(v["VECTOR"] for part in shares for v in part) == list(range(7))
+        assert all(share(arch, variants[:1]) == variants[:1] for arch in alike)
+    for arch in set(ARCHITECTURES).difference(*ALIKE):
+        assert share(arch, variants) == variants
 
 
 def test_every_source_is_compiled_by_a_test():
