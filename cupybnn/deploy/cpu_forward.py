@@ -94,13 +94,16 @@ class CpuForward:
             raise ValueError("sums do not fit in 32 bits")
         least = np.array(digits.least_sums(layer.threshold, factor, exponent), np.int64)
         padded = -(-layer.inputs // self._kernels.STEP) * self._kernels.STEP
-        parts = np.zeros((2, layer.units, padded), np.int16)
-        parts[:, :, : layer.inputs] = high.T, low.T
+        whole_words = -(-layer.units // 64) * 64
+        parts = np.zeros((2, whole_words, padded), np.int16)
+        parts[:, : layer.units, : layer.inputs] = high.T, low.T
+        ends = np.zeros((2, whole_words), np.int64)
+        ends[:, : layer.units] = least, shift
+        flips = np.packbits(np.pad(layer.flip, (0, whole_words - layer.units)), bitorder="little")
         self._padded = padded
         numbers = [
-            self._array(parts[0], np.int16), self._array(parts[1], np.int16),
-            self._array(least, np.int64), self._array(shift, np.int64),
-            self._array(layer.flip, np.uint8), layer.inputs, padded, layer.units,
+            *(self._array(x, np.int16) for x in parts), *(self._array(x, np.int64) for x in ends),
+            self._array(flips, np.uint8), layer.inputs, padded, layer.units,
         ]  # fmt: skip
         assert len(numbers) == self._kernels.FIRST
         return self._array(numbers, np.int64)
