@@ -63,8 +63,8 @@ class CpuForward:
         self._between = self._addresses(hidden)
         self._end_layer(last)
         self._words = -(-max(layer.units for layer in (first, *hidden)) // 64)
-        # A large network is faster by layer, on several threads.
-        self._few_rows = _FEW_ROWS if first.inputs * first.units < _LARGE else 0
+        # More than a row of a large network is faster by layer, on several threads.
+        self._few_rows = _FEW_ROWS if first.inputs * first.units < _LARGE else 1
         self._through, self._memory = network.through, threading.local()
         self._few_arguments = self._first_layer, self._between, len(hidden), *self._end_arguments
 

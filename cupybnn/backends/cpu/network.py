@@ -39,8 +39,8 @@ from cupybnn.backends.cpu.intrinsics import (
 
 __all__ = ["FIRST", "ROWS", "STEP", "end", "first", "scratch_bytes", "through"]
 
-#: Pixels of an instruction; rows that a kernel has in its scratch memory at a time; bytes of the sums
-#: of 64 units.
+#: Pixels of an instruction; rows that a kernel has in its scratch memory at a time; bytes of the
+#: sums of 64 units.
 STEP, ROWS, SUMS = 16, 16, 256
 _inline = njit(inline="never", nogil=True)
 
