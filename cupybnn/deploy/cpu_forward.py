@@ -82,8 +82,10 @@ class CpuForward:
             whole, exponent = digits.fixed_point(weight)
         else:
             whole, exponent = weight.astype(np.int64), np.zeros(layer.units, np.int64)
-        shift = np.zeros(layer.units, np.int64)
-        for _ in range(digits.PLANES):
+        # As few bits fewer as fit, but for what rounding adds.
+        many = np.maximum(np.abs(whole).max(axis=0) / _MOST_HIGH, _most(whole) / _MOST_SUM)
+        shift = np.ceil(np.log2(np.maximum(many, 1))).astype(np.int64)
+        for _ in range(2):
             high = _rounded(whole, shift)
             large = (np.abs(high).max(axis=0) > _MOST_HIGH) | (_most(high) > _MOST_SUM)
             if not large.any():
