@@ -11,11 +11,11 @@ import numpy as np
 from cupybnn import nn, settings
 from cupybnn.backends.devices import CPU, Device, array_module, resolve
 from cupybnn.deploy import c_header, file, onnx_file, qonnx_file
-from cupybnn.deploy.conversion import packed_layers
+from cupybnn.deploy.conversion import packed_model
 from cupybnn.deploy.evaluation import ClassificationReport, evaluate
 from cupybnn.deploy.inputs import InputSpec, like
 from cupybnn.deploy.layers import PackedLayer
-from cupybnn.training.saved import DataDescription, load_model
+from cupybnn.training.saved import load_model
 
 if TYPE_CHECKING:
     from cupybnn.deploy.cpu_forward import CpuForward
@@ -119,21 +119,7 @@ class PackedNetwork:
         ValueError
             If a layer cannot be packed; the message names it and says why.
         """
-        known: DataDescription | None = vars(model).get("trained_on")
-        if known is not None and pixel_max is None:
-            pixel_max = known.pixel_max
-        if known is not None and image_shape is None:
-            image_shape = known.image_shape
-        if known is not None and classes is None:
-            classes = known.class_names
-        layers = packed_layers(model)
-        inputs = InputSpec(layers[0].inputs, image_shape, pixel_max)
-        if image_shape is not None and np.prod(image_shape) != inputs.features:
-            raise ValueError(
-                f"The 'image_shape' must have {inputs.features} pixels, as many as the model has "
-                f"inputs; got {image_shape}."
-            )
-        names = None if classes is None else list(classes)
+        layers, inputs, names = packed_model(model, pixel_max, image_shape, classes)
         return cls(layers, inputs, names).to(model.device)
 
     @classmethod
@@ -504,7 +490,7 @@ class PackedNetwork:
 
     def summary(self) -> nn.Summary:
         """Return a table of the layers: shapes, bits, bytes, operations; print it to see it."""
-        return nn.Summary(tuple(_row(layer) for layer in self.layers))
+        return nn.Summary(tuple(layer.row() for layer in self.layers))
 
     @property
     def nbytes(self) -> int:
@@ -514,25 +500,3 @@ class PackedNetwork:
     def __repr__(self) -> str:
         sizes = "-".join(str(n) for n in (self.inputs.features, *(y.units for y in self.layers)))
         return f"PackedNetwork({sizes}, {self.nbytes:,} bytes, on {self.device})"
-
-
-def _row(layer: PackedLayer) -> nn.Row:
-    weights, others = layer.inputs * layer.units, 0
-    nbytes = -(-weights // 8) if layer.binary else 4 * weights
-    for name, array in layer.arrays():
-        if name != "weight":
-            others += array.size
-            nbytes += -(-array.size // 8) if name == "flip" else array.nbytes
-    bits = layer.product == "bits"
-    return nn.Row(
-        name=layer.name,
-        kind={"real": "real", "signs": "binary, real input", "bits": "binary"}[layer.product],
-        shape=(layer.inputs, layer.units),
-        bits=1 if layer.binary else 32,
-        one_bit=weights if layer.binary else 0,
-        full=others + (0 if layer.binary else weights),
-        nbytes=nbytes,
-        training_nbytes=4 * (weights + others),
-        binary_products=weights if bits else 0,
-        full_products=0 if bits else weights,
-    )
