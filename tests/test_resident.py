@@ -15,7 +15,7 @@ LIMIT = 232_448  # of a Hopper GPU
 def test_many_rows_meet_wide_strips_and_few_rows_many_strips():
     hidden = Shape(4096, 512)
     assert (hidden.chunks, hidden.last) == (4, 4)
-    for rows, units in ((64, 32), (65_536, 256)):
+    for rows, units in ((64, 128), (128, 128), (1024, 256), (65_536, 256)):
         assert choose(hidden, rows, 132, LIMIT).units == units
     assert choose(hidden, 8192, 132, LIMIT) == Deal(256, 16, 8, 12)
     first = Shape(4096, 784, 1)
@@ -156,6 +156,26 @@ def test_signs_times_real_weights(inputs, units):
             launch = layer.launch(rows, signs.words, None, resident.OUT, ones=counts, deal=deal)
             launch(0, out.data.ptr)
             np.testing.assert_array_equal(out.get(), expected, str(deal))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1, 10), (5, 300), (3000, 10)])
+def test_small_results_share_memory_and_none_is_given_twice(shape):
+    cupy = pytest.importorskip("cupy")
+    from cupybnn.backends.cuda.results import Results
+
+    results = Results(shape)
+    kept = [results.new(0) for _ in range(150)]
+    for i, out in enumerate(kept):
+        assert (out.shape, out.dtype) == (shape, np.float32)
+        assert out.flags.c_contiguous
+        out.fill(i)
+    for i, out in enumerate(kept):
+        assert (out.get() == i).all()
+    memory = {out.data.mem.ptr for out in kept}
+    assert len(memory) == {10: 3, 1500: 30, 30_000: 150}[int(np.prod(shape))]
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        assert results.new(stream.ptr).data.mem.ptr not in memory
 
 
 @pytest.mark.gpu

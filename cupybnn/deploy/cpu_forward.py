@@ -63,8 +63,8 @@ class CpuForward:
         self._between = self._addresses(hidden)
         self._end_layer(last)
         self._words = -(-max(layer.units for layer in (first, *hidden)) // 64)
-        # A large network is faster by layer, on several threads.
-        self._few_rows = _FEW_ROWS if first.inputs * first.units < _LARGE else 0
+        # More than a row of a large network is faster by layer, on several threads.
+        self._few_rows = _FEW_ROWS if first.inputs * first.units < _LARGE else 1
         self._through, self._memory = network.through, threading.local()
         self._few_arguments = self._first_layer, self._between, len(hidden), *self._end_arguments
 
@@ -82,8 +82,10 @@ class CpuForward:
             whole, exponent = digits.fixed_point(weight)
         else:
             whole, exponent = weight.astype(np.int64), np.zeros(layer.units, np.int64)
-        shift = np.zeros(layer.units, np.int64)
-        for _ in range(digits.PLANES):
+        # As few bits fewer as fit, but for what rounding adds.
+        many = np.maximum(np.abs(whole).max(axis=0) / _MOST_HIGH, _most(whole) / _MOST_SUM)
+        shift = np.ceil(np.log2(np.maximum(many, 1))).astype(np.int64)
+        for _ in range(2):
             high = _rounded(whole, shift)
             large = (np.abs(high).max(axis=0) > _MOST_HIGH) | (_most(high) > _MOST_SUM)
             if not large.any():
@@ -94,13 +96,16 @@ class CpuForward:
             raise ValueError("sums do not fit in 32 bits")
         least = np.array(digits.least_sums(layer.threshold, factor, exponent), np.int64)
         padded = -(-layer.inputs // self._kernels.STEP) * self._kernels.STEP
-        parts = np.zeros((2, layer.units, padded), np.int16)
-        parts[:, :, : layer.inputs] = high.T, low.T
+        whole_words = -(-layer.units // 64) * 64
+        parts = np.zeros((2, whole_words, padded), np.int16)
+        parts[:, : layer.units, : layer.inputs] = high.T, low.T
+        ends = np.zeros((2, whole_words), np.int64)
+        ends[:, : layer.units] = least, shift
+        flips = np.packbits(np.pad(layer.flip, (0, whole_words - layer.units)), bitorder="little")
         self._padded = padded
         numbers = [
-            self._array(parts[0], np.int16), self._array(parts[1], np.int16),
-            self._array(least, np.int64), self._array(shift, np.int64),
-            self._array(layer.flip, np.uint8), layer.inputs, padded, layer.units,
+            *(self._array(x, np.int16) for x in parts), *(self._array(x, np.int64) for x in ends),
+            self._array(flips, np.uint8), layer.inputs, padded, layer.units,
         ]  # fmt: skip
         assert len(numbers) == self._kernels.FIRST
         return self._array(numbers, np.int64)
