@@ -90,8 +90,7 @@ class Restless(optim.Adam):
 
 @pytest.mark.parametrize("kind", [optim.Adam, optim.AdamW, Restless])
 @pytest.mark.parametrize("limit", [None, 1.0])
-def test_adam(passes, kind, limit, monkeypatch):
-    monkeypatch.setattr(optim.optimizer, "_HOST_BLOCK", 1000)
+def test_adam(passes, kind, limit):
     rng = np.random.default_rng(2)
     first, slopes = rng.standard_normal((61, 50)).astype(np.float32), numbers(rng, (5, 61, 50))
 
@@ -105,7 +104,7 @@ def test_adam(passes, kind, limit, monkeypatch):
                 optimizer.step()
         return weight.data, *optimizer.state_dict().values()
 
-    same(compute, passes, ["adam"])
+    same(compute, passes, [] if kind is Restless else ["adam"])
 
 
 def test_other_arrays_are_left_to_numpy(passes):

@@ -46,7 +46,7 @@ WORD = np.dtype("<u8")
 # of a pass over arrays. Once they are there, products and packing of any size gain from them.
 IMPORT_PRODUCTS, IMPORT_ELEMENTS, IMPORT_PASS = 1 << 17, 1 << 20, 1 << 18
 # Elements from which a pass gains.
-KERNEL_PASS = 1 << 10
+KERNEL_PASS = 1 << 8
 
 _forced: str | None = None
 

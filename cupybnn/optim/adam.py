@@ -68,33 +68,43 @@ class Adam(Optimizer):
     ) -> None:
         super().__init__(parameters, lr, betas=betas, eps=eps, **common)
 
-    def update(self, block: Block) -> None:
-        self._update(block, 1.0)
+    def _decay(self, group: dict[str, Any], lr: float) -> float:
+        """Return the factor of a weight before its update."""
+        return 1.0
 
-    def _update(self, block: Block, decay: float) -> None:
-        """Update a block whose weights are multiplied by `decay` before."""
-        xp, grad, (mean, square), (a, b) = block.xp, block.grad, block.slots, block.work
-        b1, b2 = block.options["betas"]
+    def _numbers(self, group: dict[str, Any], lr: float) -> dict[str, Any]:
+        """Return the numbers of an update."""
+        b1, b2 = group["betas"]
         # Both bias corrections combined, which saves two passes over memory.
         root = (1 - b2**self.steps) ** 0.5
-        eps, factor = block.options["eps"] * root, block.lr * root / (1 - b1**self.steps)
-        passes = backends.get(grad).passes(block.weight, grad, mean, square)
-        if passes is not None:
-            # A subclass may change the weight once more before it is clipped.
-            block.clipped = type(self) in (Adam, AdamW)
-            passes.adam(
-                block.weight, grad, mean, square, decay=decay, rates=(1 - b1, 1 - b2), eps=eps,
-                factor=factor, limit=block.limit if block.clipped else None,
-            )  # fmt: skip
-            return
+        return {
+            "decay": self._decay(group, lr),
+            "rates": (1 - b1, 1 - b2),
+            "eps": group["eps"] * root,
+            "factor": lr * root / (1 - b1**self.steps),
+        }
+
+    def _pass_over(
+        self, group: dict[str, Any], lr: float, limit: float | None, weight: Any, grad: Any,
+        slots: list[Any],
+    ) -> bool:  # fmt: skip
+        passes = backends.get(weight).passes(weight, grad, *slots)
+        if passes is None or type(self).update is not Adam.update:
+            return False
+        passes.adam(weight, grad, *slots, limit=limit, **self._numbers(group, lr))
+        return True
+
+    def update(self, block: Block) -> None:
+        xp, grad, (mean, square), (a, b) = block.xp, block.grad, block.slots, block.work
+        decay, (rate_1, rate_2), eps, factor = self._numbers(block.options, block.lr).values()
         if decay != 1:
             block.weight *= decay
         xp.subtract(grad, mean, out=a)
-        a *= 1 - b1
+        a *= rate_1
         mean += a
         xp.multiply(grad, grad, out=a)
         a -= square
-        a *= 1 - b2
+        a *= rate_2
         square += a
         xp.sqrt(square, out=a)
         a += eps
@@ -142,5 +152,5 @@ class AdamW(Adam):
     ) -> None:
         super().__init__(parameters, lr, weight_decay=weight_decay, **common)
 
-    def update(self, block: Block) -> None:
-        self._update(block, 1 - block.lr * block.options["weight_decay"])
+    def _decay(self, group: dict[str, Any], lr: float) -> float:
+        return float(1 - lr * group["weight_decay"])

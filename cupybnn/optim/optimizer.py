@@ -47,10 +47,6 @@ class Block:
         The arrays named in `Optimizer.slots`; update them in place.
     work : ndarray, shape (2, n)
         Scratch memory.
-    limit : float or None
-        What the weight is clipped to after the update.
-    clipped : bool
-        Whether an update has clipped it already.
 
     Examples
     --------
@@ -74,8 +70,6 @@ class Block:
     grad: Any
     slots: list[Any]
     work: Any
-    limit: float | None = None
-    clipped: bool = False
 
 
 class Optimizer:
@@ -219,6 +213,8 @@ class Optimizer:
         arrays = (*own, *self._slots_of(parameter))
         weight, grad, *slots = (array.reshape(-1) for array in arrays)
         limit = parameter.limit
+        if self._pass_over(group, lr, limit, weight, grad, slots):
+            return
         xp = module_of(weight)
         dtype = statistics_dtype(weight.dtype)
 
@@ -231,15 +227,24 @@ class Optimizer:
                 stored = weight[at]
                 part = stored.astype(dtype, copy=False)
                 slope = grad[at].astype(dtype, copy=False)
-                block = Block(xp, group, lr, part, slope, kept, work[:, : part.size], limit)
-                self.update(block)
-                if limit is not None and not block.clipped:
+                self.update(Block(xp, group, lr, part, slope, kept, work[:, : part.size]))
+                if limit is not None:
                     part.clip(-limit, limit, out=part)
                 if part is not stored:
                     stored[...] = part
 
         with device_of(weight).scope():
             backends.get(weight).parallel_for(weight.size, weight.size * _PASSES, update)
+
+    def _pass_over(
+        self, group: dict[str, Any], lr: float, limit: float | None, weight: Any, grad: Any,
+        slots: list[Any],
+    ) -> bool:  # fmt: skip
+        """Update and clip a flat weight in one pass of compiled code; return whether that was done.
+
+        A subclass that has such a pass overrides this, for its own `update` alone.
+        """
+        return False
 
     def _slots_of(self, parameter: Parameter) -> tuple[Any, ...]:
         """Return the arrays kept for a parameter, on its device; initially zeros."""

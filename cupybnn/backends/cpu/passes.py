@@ -74,10 +74,9 @@ def adam(
 ) -> None:  # fmt: skip
     """Update a weight and its means in place, and clip it; see `training.adam`."""
     numbers = (decay, *rates, eps, factor, np.inf if limit is None else limit)
-    # The caller has its threads already, one for each block.
-    training.adam(
-        0, 1, weight.size, weight.size, address(weight), address(grad), address(mean),
-        address(square), *[np.float32(number) for number in numbers],
+    _run(
+        training.adam, weight.size, weight.size, weight.size,
+        *map(address, (weight, grad, mean, square)), *map(np.float32, numbers),
     )  # fmt: skip
 
 

@@ -23,8 +23,8 @@ MAX_K = np.iinfo(np.int32).max
 EXACT_FLOAT32 = 1 << 24
 
 # With at most so many lines in one operand, lines are compared one by one.
-FEW_LANES = 8
-# Fewer rows than this are lanes, so that few columns of a tile are left empty.
+FEW_LANES = 4
+# With fewer lines than this in one operand, it decides which is taken as lanes.
 FEW_ROWS = 64
 # What is worth a second thread: multiplications, and elements to pack (100 and 40 microseconds).
 PRODUCTS_A_THREAD, ELEMENTS_A_THREAD = 1 << 25, 1 << 17
@@ -287,10 +287,11 @@ def _plan(
         `METHOD`.
     """
     m, n = a[0], b[0]
-    if min(m, n) < FEW_ROWS:
-        swapped = n > m
-    else:
+    few = min(m, n) <= FEW_LANES
+    if min(m, n) >= FEW_ROWS:
         swapped = kind != kernels.BITS and abs(strides[0]) < abs(strides[1])
+    else:  # a tile takes 32 lanes or 16, but 4 units or one
+        swapped = n > m if few or way != kernels.LOOKUP else m > n
     units, lanes = (b, a) if swapped else (a, b)
     numbers = dict(zip(["unit" + name for name in _SIDE], units, strict=True))
     numbers |= zip(["lane" + name for name in _SIDE], lanes, strict=True)
@@ -301,7 +302,7 @@ def _plan(
         u_step, l_step = _steps(units[0], lanes[0], block, threads)
     numbers |= {
         "parts": -(-units[0] // u_step) * -(-lanes[0] // l_step),
-        "method": kernels.FEW if lanes[0] <= FEW_LANES else way,
+        "method": kernels.FEW if few else way,
         "table": _TABLE,
         "block": block,
         "k": k,
