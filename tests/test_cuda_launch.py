@@ -247,6 +247,26 @@ def test_an_error_of_the_driver_has_its_name_and_number(driver):
     driver.prepare().go(0)
 
 
+def test_a_tensor_map_that_the_driver_refuses_is_reported_alike(driver, monkeypatch):
+    class Anything:
+        CUDA_SUCCESS = 0
+
+        def __getattr__(self, name):
+            return Anything()
+
+        def __call__(self, *arguments):
+            return 1, None
+
+    bindings = SimpleNamespace(driver=Anything())
+    monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace(bindings=bindings))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    with pytest.raises(
+        RuntimeError, match=r"tensor map of a 3 x 64 .*_NAMED.*\(error 1\)\.$"
+    ) as got:
+        sign_gemm._tensor_map(0x1234, (3, 64), 8)
+    assert got.value.status == 1
+
+
 def test_a_thread_that_has_no_context_gets_one(driver):
     no_context = 201
     driver.answers = [no_context, 0]

@@ -217,7 +217,9 @@ TUNED = [(kernel, output) for kernel in architectures.KERNELS for output in (INT
 def tuned_to_compile(kernel: str, output: int) -> list[dict]:
     """Return variants that show what tuning may choose and the table does not.
 
-    Each pair of values for int32 results; for packed ones each value, as the rest is alike.
+    Each pair of values for int32 results, but for the number of stages, which changes no line of
+    code, and the kind of result, which the table's variants pair with every value; for packed ones
+    each value, as the rest is alike.
     """
     arch = home_of(kernel)
     every = {
@@ -228,7 +230,9 @@ def tuned_to_compile(kernel: str, output: int) -> list[dict]:
     assert every
     by_table = products_to_compile(kernel, arch)
     if output == INT32:
-        return covering([every[defines] for defines in sorted(every)], covered=by_table)
+        alone = ("STAGES", "OUTPUT", "SCALED")
+        variants = [every[defines] for defines in sorted(every)]
+        return covering(variants, unpaired=alone, covered=by_table)
     by_table = [v for v in by_table if v["OUTPUT"] == output]
     return covering([every[defines] for defines in sorted(every)], pairs=False, covered=by_table)
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from cupybnn.backends.cuda.compiler import is_dry_run
 from cupybnn.backends.cuda.structs import Section
 
-__all__ = ["Launch", "Plans", "alloc", "current_stream", "empty", "zeros"]
+__all__ = ["Launch", "Plans", "alloc", "current_stream", "driver_error", "empty", "zeros"]
 
 
 class Launch:
@@ -120,13 +120,18 @@ def _writer(sections: tuple[Section, ...]) -> tuple[Callable[..., None], int]:
 
 
 def _fail(kernel: Any, number: int) -> NoReturn:
-    error = sys.modules["cupy"].cuda.driver.CUDADriverError(number)
-    error.args = (
-        f"The CUDA driver did not launch {kernel.name}: {error} (error {number}). If earlier work "
-        f"on the GPU failed, that is reported here; with CUDA_LAUNCH_BLOCKING=1 it is reported "
-        f"where it was launched.",
-    )
-    raise error
+    raise driver_error(
+        number, f"did not launch {kernel.name}",
+        " If earlier work on the GPU failed, that is reported here; with CUDA_LAUNCH_BLOCKING=1 it "
+        "is reported where it was launched.",
+    )  # fmt: skip
+
+
+def driver_error(number: int, what: str, more: str = "") -> Exception:
+    """Return CuPy's exception for an error of the CUDA driver, and what the driver did not do."""
+    error: Exception = sys.modules["cupy"].cuda.driver.CUDADriverError(number)
+    error.args = (f"The CUDA driver {what}: {error} (error {number}).{more}",)
+    return error
 
 
 class Plans(threading.local):

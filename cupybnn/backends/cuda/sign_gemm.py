@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cupybnn.backends.cuda import launching
 from cupybnn.backends.cuda.compiler import Defines, architecture, load_kernel, multiprocessors
 from cupybnn.backends.cuda.fused_parameter import PARAMETER
 from cupybnn.backends.cuda.structs import Kernel, Struct
@@ -177,8 +178,8 @@ def _tensor_map(address: int, shape: tuple[int, int], box_rows: int) -> Any:
 
     Raises
     ------
-    RuntimeError
-        If the driver returns an error.
+    cupy.cuda.driver.CUDADriverError
+        If the driver reports an error.
     """
     from cuda.bindings import driver
 
@@ -198,6 +199,7 @@ def _tensor_map(address: int, shape: tuple[int, int], box_rows: int) -> Any:
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     if error != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"A tensor map of a {rows} x {cols} matrix cannot be made: {error}.")
+        what = f"did not make a tensor map of a {rows} x {cols} matrix"
+        raise launching.driver_error(int(error), what)
     words = np.array([int(word) for word in described.opaque], np.uint64)
     return words.view(TENSOR_MAP.dtype)
