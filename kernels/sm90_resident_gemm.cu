@@ -332,6 +332,7 @@ __device__ __forceinline__ void consume(const ResidentProduct& p, Shared& shared
       const i64 row = (i64)t * ROWS + (threadIdx.x & 127);
       if ((threadIdx.x & 127) < ROWS && row < p.rows) p.cleared[row] = 0;
     }
+    __syncwarp();  // some lanes have stored nothing; instructions for whole warps follow
   }
 }
 

@@ -21,6 +21,7 @@ pytest.importorskip("numba")
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     monkeypatch.delenv("CUPYBNN_CPU_KERNELS", raising=False)
+    monkeypatch.setattr("cupybnn.deploy.network._LEAST_WEIGHTS", 0)
 
 
 def pixels(rows: int, inputs: int) -> np.ndarray:
@@ -113,3 +114,10 @@ def test_other_networks_go_another_way(what, why):
         with np.errstate(invalid="ignore"):
             assert net(np.ones((2, 4), np.uint8)).shape == (2, 2)
         assert net._cpu is False
+
+
+def test_a_small_network_does_not_import_them(monkeypatch):
+    monkeypatch.undo()
+    net = PackedNetwork.from_model(network((30, 20, 3), "real", "real"), pixel_max=256)
+    net(pixels(5, 30))
+    assert net._cpu is None

@@ -25,6 +25,8 @@ __all__ = ["PackedNetwork"]
 
 #: Inputs that go through the layers at a time on the CPU, so that activations stay in the cache.
 _ROWS = 1024
+#: Weights of a first layer for which compiled kernels, imported for them, are worth it.
+_LEAST_WEIGHTS = 1 << 16
 
 
 class PackedNetwork:
@@ -470,7 +472,8 @@ class PackedNetwork:
     @property
     def _on_cpu(self) -> CpuForward | None:
         """The forward pass for pixels by compiled kernels, if there are any for this network."""
-        if not settings.cpu_kernels():
+        first = self.layers[0]
+        if not settings.cpu_kernels() or first.inputs * first.units < _LEAST_WEIGHTS:
             return None
         if self._cpu is None:
             from cupybnn.deploy.cpu_forward import CpuForward
