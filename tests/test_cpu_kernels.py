@@ -246,3 +246,41 @@ def test_verify_and_info_know_them(cpu_kernels):
     assert len(outcomes) == 12
     assert not [outcome.problem for outcome in outcomes if outcome.problem]
     assert any("Numba" in line and "threads" in line for line in info.lines())
+
+
+def test_small_products_of_a_batch_are_left_to_numpy(monkeypatch):
+    monkeypatch.setattr(settings, "cpu_kernels", lambda: True)
+    if cpu.compiled() is None:
+        pytest.skip(f"needs Numba: {cpu.status().reason}")
+    taken = []
+    monkeypatch.setattr(cpu.compiled(), "gemm", lambda a, b, out, e: taken.append(a.shape))
+    many = np.ones((5, 9, 20), np.float32)
+    assert (xnor_gemm(many, many.swapaxes(1, 2)) == 20).all()
+    xnor_gemm(many, np.ones((20, 3)))  # one tall product
+    xnor_gemm(np.ones((2, 64, 64)), np.ones((2, 64, 64)))
+    xnor_gemm(many[0], np.ones((20, 3)))
+    assert taken == [(5, 9, 20), (2, 64, 64), (9, 20)]
+
+
+def test_an_error_in_one_thread_leaves_nothing_running(cpu_kernels):
+    from cupybnn.backends.cpu import parts, threads
+
+    done = []
+
+    def kernel(counter):
+        part = parts.first_part(counter)
+        while part < 40:
+            done.append(part)
+            part = parts.next_part(counter, part)
+
+    def failing(counter):
+        if threading.current_thread() is threading.main_thread():
+            raise MemoryError
+        kernel(counter)
+
+    threads.run(kernel, 40, 3)
+    assert sorted(done) == list(range(40))
+    done.clear()
+    with pytest.raises(MemoryError):
+        threads.run(failing, 40, 3)
+    assert len(done) == len(set(done)) <= 40

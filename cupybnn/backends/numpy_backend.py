@@ -45,8 +45,9 @@ WORD = np.dtype("<u8")
 # Work for which it is worth importing compiled kernels: multiplications, elements to pack, elements
 # of a pass over arrays. Once they are there, products and packing of any size gain from them.
 IMPORT_PRODUCTS, IMPORT_ELEMENTS, IMPORT_PASS = 1 << 17, 1 << 20, 1 << 18
-# Elements from which a pass gains.
-KERNEL_PASS = 1 << 8
+# Elements from which a pass gains; multiplications of each product of a batch, because NumPy takes
+# many small ones together.
+KERNEL_PASS, KERNEL_BATCHED = 1 << 8, 1 << 18
 
 _forced: str | None = None
 
@@ -216,7 +217,10 @@ def _compiled_for(a: Any, b: Any) -> ModuleType | None:
     """Return the compiled kernels for a product, or None if NumPy computes it."""
     shape = a.shape
     products = shape[-2] * shape[-1] * b.shape[-1]
-    if len(shape) > 2 and b.ndim == 2:
+    if b.ndim > 2:
+        if products < KERNEL_BATCHED and _forced is None:
+            return None
+    elif len(shape) > 2:
         products *= math.prod(shape[:-2])
     compiled = _compiled(products, IMPORT_PRODUCTS)
     return compiled if compiled is not None and compiled.takes(a, b) else None

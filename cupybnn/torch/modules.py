@@ -181,7 +181,9 @@ class XnorLinear(torch.nn.Module):
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         weight, keys, dtype = self.weight, (self._input_key, self._key), result_dtype(x)
         if self.binary_input and self.xnor and not (self._random and self.training):
-            return calls.xnor_linear(x, weight, dtype, *keys, self.progress)
+            # Only the gradient depends on it, and looking it up takes a microsecond.
+            progress = self.progress if torch.is_grad_enabled() else None
+            return calls.xnor_linear(x, weight, dtype, *keys, progress)
         if self.binary_input:
             x = drawn_signs(x, self._input_key, self.training, self.progress)
         signs = drawn_signs(weight, self._key, self.training, self.progress)

@@ -15,6 +15,7 @@ __all__ = ["close", "first_part", "inline", "next_part", "wait"]
 #: Compiles what kernels call, as part of each.
 inline = njit(inline="never", nogil=True, error_model="numpy")
 
+CLOSED = 1 << 40  # more parts than there are
 DONE = 64  # bytes from the counter of parts taken to that of parts done
 
 
@@ -34,9 +35,9 @@ def next_part(counter, part):
 
 
 @cached
-def close(counter, parts):
+def close(counter):
     """Let no more parts be taken; return how many were, or a larger number."""
-    return fetch_add(counter, parts)
+    return fetch_add(counter, CLOSED)
 
 
 @cached

@@ -344,6 +344,7 @@ def _launch(
             row, column = column, row
     unit_words = lane_words = 0
     if plan.words:
+        assert threads < 2  # each thread would pack
         memory = np.empty(plan.words, WORD)
         unit_words = address(memory)
         lane_words = unit_words + 8 * plan.lane_words

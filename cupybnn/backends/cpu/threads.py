@@ -88,10 +88,12 @@ def run(kernel: Callable[[int], object], parts: int, threads: int) -> None:
         kernel(address)
     finally:
         # Others may be writing to the caller's memory. After an error no part is begun any more.
-        taken = min(counted.close(address, parts), parts)
+        taken: int | None = None
         interruption: KeyboardInterrupt | None = None
         while True:
             try:
+                if taken is None:
+                    taken = min(counted.close(address), parts)
                 while not counted.wait(address, taken, _LOOKS):
                     time.sleep(_PAUSE)
                 break
