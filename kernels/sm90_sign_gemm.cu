@@ -56,8 +56,6 @@ struct SignProduct {
   i64 m, n, k;
 };
 
-struct alignas(64) TensorMap { u64 opaque[16]; };
-
 struct Shared {
   unsigned char matrix[STAGES][MATRIX_BYTES];
   u32 signs[STAGES][SIGN_WORDS][DEPTH];

@@ -3,7 +3,8 @@
 //
 // logits: a warp computes the logits of ROWS rows, with the weights (transposed) and batch norm of WIDTH
 // columns at a time in shared memory; a block loads all data for them at once, including products, so
-// that it waits only once. Then the loss and its gradient; each block writes its part of the loss.
+// that it waits only once; for single rows, it loads the next columns' before it computes with these.
+// Then the loss and its gradient; each block writes its part of the loss.
 //
 // head_sums: by strips (strips.cuh). An activation's gradient is the product of a row of CLASSES
 // numbers and the column's CLASSES weights, computed on the fly. Sums over rows: the gradients of the
@@ -90,6 +91,7 @@ __device__ __forceinline__ u32 kept_bits(const Layer& p, i64 row, i64 col) {
 constexpr int WIDTH = CLASSES <= 16 ? 512 : 256, STRIDE = WIDTH + 4, TURNS = WIDTH / (32 * VECTOR);
 constexpr int EACH = WIDTH / THREADS;  // columns whose weights and batch norm a thread loads
 static_assert(WIDTH % THREADS == 0, "the same for all threads");
+constexpr bool AHEAD = ROWS == 1;  // the next columns are loaded while these are computed
 
 extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
     logits(const __grid_constant__ Layer p, const float* __restrict__ weight,
@@ -103,9 +105,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const i64 row0 = ((i64)blockIdx.x * WARPS + warp) * ROWS;
   float acc[ROWS][CLASSES] = {};
-  for (i64 col0 = 0; col0 < p.cols; col0 += WIDTH) {
+  Vector<product_t, VECTOR> z[TURNS][ROWS];
+  float weights[EACH * CLASSES], of_norm[4][EACH];
+  const auto fetch = [&](i64 col0) {
     const int width = (int)min((i64)WIDTH, p.cols - col0);
-    Vector<product_t, VECTOR> z[TURNS][ROWS];
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++)
 #pragma unroll
@@ -116,7 +119,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
                                                            col0 + skip);
       }
     // A weight beyond the last is never read.
-    float weights[EACH * CLASSES], of_norm[4][EACH];
 #pragma unroll
     for (int i = 0; i < EACH * CLASSES; i++)
       weights[i] = weight[col0 * CLASSES + min(threadIdx.x + i * THREADS, width * CLASSES - 1)];
@@ -130,6 +132,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
         of_norm[3][i] = p.beta[col];
       }
     }
+  };
+  if (AHEAD) fetch(0);
+  for (i64 col0 = 0; col0 < p.cols; col0 += WIDTH) {
+    const int width = (int)min((i64)WIDTH, p.cols - col0);
+    if (!AHEAD) fetch(col0);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < EACH * CLASSES; i++) {
@@ -143,6 +150,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
         for (int i = 0; i < EACH; i++) norms[n][threadIdx.x + i * THREADS] = of_norm[n][i];
     }
     __syncthreads();
+    Vector<product_t, VECTOR> now[TURNS][ROWS];
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++)
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) now[turn][r] = z[turn][r];
+    if (AHEAD && col0 + WIDTH < p.cols) fetch(col0 + WIDTH);
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
       const int skip = (turn * 32 + lane) * VECTOR;
@@ -155,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
         const u32 kept = kept_bits(p, min(row0 + r, p.rows - 1), col);
 #pragma unroll
         for (int i = 0; i < VECTOR; i++)
-          h[r][i] = Activation(p, norm(i, dropped(p, to_float(z[turn][r].at[i]), kept >> i)),
+          h[r][i] = Activation(p, norm(i, dropped(p, to_float(now[turn][r].at[i]), kept >> i)),
                                kept >> i, 0.0f).value;
       }
 #pragma unroll

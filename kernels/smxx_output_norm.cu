@@ -122,15 +122,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   // Sums of the gradients, of the gradients times the normalised logits, and of the loss.
   float mine[2 * CLASSES + 1] = {};
   for (int row = threadIdx.x; row < rows; row += THREADS) {
-    float logits[CLASSES], grad[CLASSES];
+    // All loads come before the first store, which would hold them up.
+    float n[CLASSES], logits[CLASSES], grad[CLASSES];
 #pragma unroll
-    for (int c = 0; c < CLASSES; c++) logits[c] = logit(normal(row, c), c);
+    for (int c = 0; c < CLASSES; c++) {
+      n[c] = normal(row, c);
+      logits[c] = logit(n[c], c);
+    }
     mine[2 * CLASSES] +=
         loss_of_row(logits, p.labels, row, (float)p.smoothing, (float)p.loss_share, grad);
 #pragma unroll
     for (int c = 0; c < CLASSES; c++) {
       mine[c] += grad[c];
-      mine[CLASSES + c] += grad[c] * normal(row, c);
+      mine[CLASSES + c] += grad[c] * n[c];
       p.grad[row * GRAD_STRIDE + c] = grad[c];
     }
   }
@@ -149,15 +153,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
 
 #if PART != PART_LOSS
-  for (int row = threadIdx.x; row < rows; row += THREADS)
+  for (int row = threadIdx.x; row < rows; row += THREADS) {
+    float n[CLASSES], grad[CLASSES];
 #pragma unroll
     for (int c = 0; c < CLASSES; c++) {
-      const float n = normal(row, c);
-      float& g = p.grad[row * GRAD_STRIDE + c];
-      g = (g - (float)(sums[c] * p.share) - n * (float)(sums[CLASSES + c] * p.share)) *
-          (gamma[c] * inverse[c]);
-      p.logits[row * CLASSES + c] = logit(n, c);
+      n[c] = normal(row, c);
+      grad[c] = p.grad[row * GRAD_STRIDE + c];
     }
+#pragma unroll
+    for (int c = 0; c < CLASSES; c++) {
+      p.grad[row * GRAD_STRIDE + c] =
+          (grad[c] - (float)(sums[c] * p.share) - n[c] * (float)(sums[CLASSES + c] * p.share)) *
+          (gamma[c] * inverse[c]);
+      p.logits[row * CLASSES + c] = logit(n[c], c);
+    }
+  }
 #endif
 #endif
 }

@@ -649,6 +649,7 @@ class Emulator:
             monkeypatch.setattr(f"cupybnn.backends.cuda.{name}.address", _address)
         fast = "cupybnn.training.fast"
         monkeypatch.setattr(f"{fast}.buffers.address", _address)
+        monkeypatch.setattr(f"{fast}.step.compile_together", nothing)
         monkeypatch.setattr("cupybnn.backends.cuda.blas.Blas", Blas)
         monkeypatch.setattr("cupybnn.backends.cuda.blas.capturable", lambda: True)
         monkeypatch.setattr("cupybnn.backends.cuda.gemm", gemm)

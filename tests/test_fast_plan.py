@@ -40,27 +40,26 @@ def test_the_products_of_a_plan():
 
 def test_which_layers_have_a_1_bit_backward_pass(monkeypatch, capsys):
     monkeypatch.setattr(sign_gemm, "architecture", lambda device: 90)
-    monkeypatch.setattr(sign_gemm, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(sign_gemm, "multiprocessors", lambda device: 8)  # as small a GPU as layers
     monkeypatch.setattr(sign_gemm, "_can_map", lambda: True)
     monkeypatch.setattr(cupybnn_settings, "debug", lambda: True)
-    wide = {"binary": True, "xnor": True, "dtype": "bfloat16", "n_hidden": 4096}
+    wide = {"binary": True, "xnor": True, "dtype": "bfloat16", "n_hidden": 512}
 
     def ways(**settings):
-        made = plan(**{"device": 0, "batch_size": 4096, **wide, **settings})
+        made = plan(**{"device": 0, "batch_size": 512, **wide, **settings})
         return [hidden.backward for hidden in made.hidden], capsys.readouterr().err
 
-    made = plan(device=0, batch_size=4096, **wide)
+    made = plan(device=0, batch_size=512, **wide)
     assert [h.activation for h in made.hidden] == ["packed_sign", "packed_sign", "none"]
     capsys.readouterr()
     told = "".join(
-        f"cupybnn: backward pass of fc{i}, 4096 × 4096, 4096 examples: packed signs\n"
-        for i in (2, 3)
+        f"cupybnn: backward pass of fc{i}, 512 × 512, 512 examples: packed signs\n" for i in (2, 3)
     )
     assert ways() == (["dense", "bits", "bits"], told)
     for settings, reason in (
-        ({"batch_size": 1024}, "fewer tiles"),
+        ({"batch_size": 128}, "fewer tiles"),
         ({"dtype": "float32"}, "in float32"),
-        ({"n_hidden": 4100}, "multiple of 8"),
+        ({"n_hidden": 516}, "multiple of 8"),
     ):
         by, told = ways(**settings)
         assert by == ["dense"] * 3

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from fast_networks import NETWORKS, arrays, dataset, run, trainer
 
-from cupybnn.training import Trainer
+from cupybnn.training import TrainConfig, Trainer
 from cupybnn.training.step import PlainStep
 
 pytestmark = pytest.mark.gpu
@@ -218,3 +220,32 @@ def test_other_numbers_of_classes(classes):
     np.testing.assert_allclose(
         fused.model.fcout.weight.grad.get(), plain.model.fcout.weight.grad.get(), atol=1e-6
     )
+
+
+def test_kernels_of_a_step_and_of_an_evaluation_are_compiled_side_by_side(monkeypatch):
+    from cupybnn.backends.cuda import compiler
+
+    compiled = []
+    compile_one = compiler._compile
+
+    def recording(source, *rest):
+        compiled.append((threading.current_thread().name, source))
+        return compile_one(source, *rest)
+
+    monkeypatch.setattr(compiler, "_kernels", {})
+    monkeypatch.setattr(compiler, "_compile", recording)
+    # Shapes of their own: products of others are prepared already.
+    config = TrainConfig(
+        dataset="digits", binary=True, xnor=True, last=True, n_hidden=72, vat=0.5, mix="some",
+        batch_size=24, device="cuda", reg=0.0,
+    )  # fmt: skip
+    trainer = Trainer(config)
+    trainer.make_step(0)
+    alone = {source for thread, source in compiled if "cupybnn-compiler" not in thread}
+    assert alone <= {"smxx_pack", "smxx_sign"}, "memory is made with them, before there is a step"
+    together = {source for thread, source in compiled if "cupybnn-compiler" in thread}
+    assert {"smxx_adam", "smxx_virtual", "smxx_head", "smxx_activation"} <= together
+    compiled.clear()
+    trainer.evaluate()
+    trainer.make_step(1)
+    assert compiled == []

@@ -10,7 +10,7 @@ import pytest
 import test_kernels_compile
 from covering import covering
 from kernel_compiler import compile_cubin, compile_ptx
-from test_kernels_compile import ARCHITECTURES, capability, require
+from test_kernels_compile import ARCHITECTURES, capability, require, share
 
 pytestmark = pytest.mark.slow
 
@@ -98,12 +98,12 @@ def of_layer(arch: str, layer: dict, choices: list[dict]) -> list[dict]:
 def to_compile(arch: str, every: list[dict]) -> list[dict]:
     """Choose variants that stand for all.
 
-    Every pair of two parameters' values on the oldest architecture and on Hopper, which has code
-    of its own for clusters; elsewhere, where no other code is compiled, each value. See
-    `test_code_that_depends_on_the_architecture`.
+    Every pair of two parameters' values on Hopper, which has code of its own for clusters. Each
+    value on the oldest architecture, which converts and clamps numbers in its own way. Others
+    compile no other code, and share each value. See `test_code_that_depends_on_the_architecture`.
     """
     together = ("PRODUCT", "NORM", "DROP", "HEAD", "LOSS")
-    return covering(every, together=together, pairs=arch in ("sm_75", "sm_90a"))
+    return share(arch, covering(every, together=together, pairs=arch == "sm_90a"))
 
 
 @every_architecture

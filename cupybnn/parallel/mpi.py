@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn.errors import SettingError
+from cupybnn.extras import to_install
 from cupybnn.parallel.launch import Launch
 from cupybnn.parallel.meeting import Meeting
 from cupybnn.parallel.ranks import Pending, Ranks, padded, total, written
@@ -35,7 +36,7 @@ def world(launch: Launch) -> Any:
     except ImportError as error:
         raise SettingError(
             f"Ranks that mpirun started need mpi4py, which cannot be imported: {error}. To "
-            f'install it: pip install "cupybnn[mpi]".'
+            f"install it: {to_install('mpi')}."
         ) from error
     found = MPI.COMM_WORLD.Get_size()
     if found != launch.size:

@@ -20,6 +20,7 @@ import numpy as np
 
 from cupybnn.backends.devices import Device
 from cupybnn.errors import DeviceError
+from cupybnn.extras import to_install
 from cupybnn.parallel.meeting import Meeting
 from cupybnn.parallel.ranks import Pending, Ranks
 
@@ -45,8 +46,9 @@ def _binding() -> Any:
 
     if not nccl.available:
         raise DeviceError(
-            "Ranks on GPUs need NCCL, which CuPy cannot load. To install it: pip install "
-            '"cupybnn[distributed-cuda13]", or with CUDA 12 "cupybnn[distributed-cuda12]".'
+            f"Ranks on GPUs need NCCL, which CuPy cannot load. To install it: "
+            f"{to_install('distributed-cuda13')}, or with CUDA 12 "
+            f"{to_install('distributed-cuda12')}."
         )
     return nccl
 

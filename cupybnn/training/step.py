@@ -58,6 +58,13 @@ class Step(Protocol):
         """Whether something that the step was built on was replaced, so that it must be rebuilt."""
         ...
 
+    def prepare(self, evaluate: Callable[[], object], mention: Callable[[str], None]) -> None:
+        """Get ready for the first call, and for one of `evaluate`.
+
+        `mention` is called with a sentence if this takes long.
+        """
+        ...
+
 
 class Objective:
     """What training minimises: the mean loss of a batch plus ``reg`` times a penalty.
@@ -317,6 +324,9 @@ class PlainStep:
     def stale(self) -> bool:
         """Never: each step reads the model and the optimizer as they are."""
         return False
+
+    def prepare(self, evaluate: Callable[[], object], mention: Callable[[str], None]) -> None:
+        """Do nothing: operations are compiled when they are first needed."""
 
     def _attacked(self, inputs: Any, labels: Any) -> Any:
         """Move each input by `adversarial` in the direction that increases the loss.

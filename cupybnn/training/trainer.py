@@ -24,7 +24,7 @@ from cupybnn.training import checkpoint as checkpoints
 from cupybnn.training import state
 from cupybnn.training.best import best_before
 from cupybnn.training.config import TrainConfig
-from cupybnn.training.evaluation import Averaging, evaluate
+from cupybnn.training.evaluation import Averaging, evaluate, right_answers
 from cupybnn.training.limits import check_memory
 from cupybnn.training.network import build_network
 from cupybnn.training.records import Callback, Evaluation, TrainResult, closing
@@ -277,6 +277,10 @@ class Trainer:
     def notice(self, sentence: str) -> None:
         """Report `sentence` to the callbacks, and keep it for the result."""
         self.notices.append(sentence)
+        self._mention(sentence)
+
+    def _mention(self, sentence: str) -> None:
+        """Report `sentence` to the callbacks; it does not concern the result."""
         for callback in self.callbacks:
             callback.on_notice(self, sentence)
 
@@ -399,6 +403,7 @@ class Trainer:
                     self.model, self.objective, self.optimizer, self.data, self.order, self.config,
                     self.notice, self.teachers, self._team,
                 )  # fmt: skip
+                self._step.prepare(self.evaluate, self._mention)
             return self._step(step)
 
     def _checked_step(self, step: int) -> StepOutput:
@@ -418,11 +423,10 @@ class Trainer:
         train_loss = train_accuracy = float("nan")
         if output is not None:
             train_loss = float(output.loss)
-            right = output.logits.argmax(axis=1) == output.labels
-            train_accuracy = float(right.mean())
+            right, count = right_answers(output.logits, output.labels), len(output.labels)
             if self._team is not None:
-                count = self.ranks.sums([float(right.sum()), right.size])
-                train_accuracy = float(count[0] / count[1])
+                right, count = self.ranks.sums([right, count])
+            train_accuracy = float(right / count)
         return Evaluation(
             step=self.step - 1,
             train_loss=train_loss,

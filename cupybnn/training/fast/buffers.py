@@ -216,15 +216,17 @@ class Buffers:
                 kept = cupy.zeros(parameter.shape if total is None else total.shape, np.float32)
             self.gradients[parameter], self.sums[parameter] = gradient, total
             self.kept_grads[parameter] = kept
-        rows = plan.passes * plan.batch * max(hidden.units for hidden in plan.hidden)
+        rows = plan.batch * max(hidden.units for hidden in plan.hidden)
         # If its elements have the same size, a product's gradient overwrites the product.
         self._in_place = [h.layer.product.dtype.itemsize == real.itemsize for h in self.hidden]
-        self._incoming = cupy.empty(rows, real) if any(self._in_place) else None
+        # One for each pass, because two passes may go back at a time, in layers of different width.
+        passes = plan.passes if any(self._in_place) else 0
+        self._incoming = [cupy.empty(rows, real) for _ in range(passes)]
         # Otherwise it has a buffer, which two products read and which can be overwritten when both
         # are done. Two buffers are enough; one for each layer avoids waiting.
         count = self._in_place.count(False)
         count = count if plan.keep_dense_copies else min(count, 2)
-        self._gradients = [cupy.empty(rows, real) for _ in range(count)]
+        self._gradients = [cupy.empty(plan.passes * rows, real) for _ in range(count)]
         unpacked = [
             i
             for i, (layer, following) in enumerate(zip(plan.hidden, plan.hidden[1:], strict=False))
@@ -234,7 +236,7 @@ class Buffers:
         if unpacked:
             # By then the incoming gradient has been read.
             free = all(self._in_place[i] for i in unpacked)
-            self._signs = self._incoming if free else cupy.empty(rows, real)
+            self._signs = self._incoming[0] if free else cupy.empty(rows, real)
 
     @property
     def clusters(self) -> bool:
@@ -331,5 +333,5 @@ class Buffers:
     def incoming_grad(self, number: int, which: int = 0) -> Any:
         """Return the buffer for the gradient of the activations of hidden layer `number`."""
         if self._in_place[number]:
-            return self._rows_of(self._incoming, number, 0)
+            return self._rows_of(self._incoming[which], number)
         return self.product_grad(number, which)[1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from cupybnn.backends import cuda
 from cupybnn.backends.cuda import blas, fused, sign_gemm
@@ -29,6 +29,13 @@ from cupybnn.training.fast.plan import NetworkPlan
 from cupybnn.training.fast.teaching import Teaching
 
 __all__ = ["Passes"]
+
+
+class _Tools(NamedTuple):
+    """What has memory of its own for each stream, because both streams may run at a time."""
+
+    launcher: fused.Launcher
+    products: blas.Blas
 
 
 class Passes:
@@ -70,17 +77,11 @@ class Passes:
         self._plan, self._buffers, self._feed = plan, buffers, feed
         self._data = data
         self._device = data.device.index
-        self.launcher = fused.Launcher(
-            self._device,
-            blas.operand_dtype(plan.precision),
-            shapes=[(plan.batch, layer.units) for layer in plan.hidden],
-            classes=plan.classes,
-            clusters=buffers.clusters,
-        )
-        # One for each stream with products, because both may run at the same time.
-        self._blas = self._side_blas = blas.Blas(plan.precision)
+        self.launcher = self._new_launcher()
+        self._main = self._side = _Tools(self.launcher, blas.Blas(plan.precision))
         if plan.keep_dense_copies and any(h.backward == "dense" for h in plan.hidden[1:]):
-            self._side_blas = blas.Blas(plan.precision)
+            launcher = self._new_launcher() if plan.vat else self.launcher
+            self._side = _Tools(launcher, blas.Blas(plan.precision))
         self._images = Images(plan, buffers, feed, data, config, teaching)
         first, *more = buffers.passes
         labels = buffers.labels if buffers.targets is None else buffers.targets
@@ -93,6 +94,16 @@ class Passes:
         self._input_scale = float(data.pixel_scale) / keep
         self.span: Callable[[str], Any] = no_span
 
+    def _new_launcher(self) -> fused.Launcher:
+        plan = self._plan
+        return fused.Launcher(
+            self._device,
+            blas.operand_dtype(plan.precision),
+            shapes=[(plan.batch, layer.units) for layer in plan.hidden],
+            classes=plan.classes,
+            clusters=self._buffers.clusters,
+        )
+
     def launch(self, fork: Fork, draws: Sequence[Draw]) -> None:
         """Launch a whole step; what nothing waits for goes to the second stream, if any.
 
@@ -103,7 +114,8 @@ class Passes:
             One for each dropout of the model, in layer order.
         """
         plan, buffers, feed = self._plan, self._buffers, self._feed
-        self.launcher.begin_step()
+        for tools in (self._main, self._side):
+            tools.launcher.begin_step()
         remaining = iter(draws)
         pixel_draw = None if plan.input_dropout is None else next(remaining)
         taught = self._images.gather(self.launcher, fork, pixel_draw, self.span)
@@ -124,8 +136,13 @@ class Passes:
             self._attack(pixel_draw)
         self._forward(first, lambda: fork.wait(taught))
         if plan.vat:
+            # Its kernels fill the multiprocessors that those of a search leave idle.
+            with fork.aside():
+                self._descend(first, self._side)
+            descended = fork.mark()
             self._search(pixel_draw)
             self._forward(buffers.passes[1])
+            fork.wait(descended)
         self._backward(fork)
         fork.join()
         if buffers.exchange is None:
@@ -148,7 +165,7 @@ class Passes:
         hidden = at.hidden[i]
         with self.span(hidden.plan.name):
             if i == 0:
-                self._blas.multiply(
+                self._main.products.multiply(
                     at.inputs, hidden.weight, hidden.layer.product, scale=self._input_scale
                 )
             elif hidden.plan.product == "xnor":
@@ -156,7 +173,7 @@ class Passes:
                 cuda.gemm(before, hidden.packed_weight, hidden.layer.product, None)
             else:
                 before = at.hidden[i - 1].dense
-                self._blas.multiply(before, hidden.weight, hidden.layer.product)
+                self._main.products.multiply(before, hidden.weight, hidden.layer.product)
 
     def _activate(self, at: Pass, i: int) -> None:
         """Normalize the product of hidden layer `i`, and take its sign or ReLU."""
@@ -205,15 +222,13 @@ class Passes:
         by `launch`. With other ranks, weight gradients are sent, and layers are updated later.
         """
         buffers, exchange = self._buffers, self._buffers.exchange
-        *earlier, last = buffers.passes
-        for at in earlier:  # their gradients of products are kept
-            self._descend(at)
+        last = buffers.passes[-1]
         in_use: dict[int, Any] = {}  # events after which a gradient buffer is free
 
         def finish(i: int) -> None:
             own, gradient = buffers.product_grad(i, None)
             if buffers.hidden[i].plan.backward == "dense":
-                self._weight_gradient(i, gradient, self._side_blas)
+                self._weight_gradient(i, gradient, self._side.products)
             elif exchange is None:
                 self._update_by_bits(i, gradient)
             else:
@@ -225,31 +240,33 @@ class Passes:
             else:
                 exchange.send_gradient(buffers.hidden[i].plan.linear.weight)
 
+        buffers.add_passes(len(buffers.hidden) - 1)
         for i in reversed(range(1, len(buffers.hidden))):
             below = buffers.product_grad(i - 1)[0]
             if below is not None:
                 fork.wait(in_use.pop(below, None))
-            self._input_gradient(last, i)
+            self._input_gradient(last, i, self._main)
             if self._plan.keep_dense_copies:
                 with fork.aside():
                     finish(i)
-            self._activation_gradient(last, i - 1)
+            self._activation_gradient(last, i - 1, self._main)
+            buffers.add_passes(i - 1)
             if not self._plan.keep_dense_copies:  # shared memory is free again
                 finish(i)
         if exchange is not None and self._early(exchange):
             with fork.aside():
                 self._update_shares(exchange)
-        self._weight_gradient(0, buffers.product_grad(0, None)[1], self._blas)
+        self._weight_gradient(0, buffers.product_grad(0, None)[1], self._main.products)
         if exchange is not None:
             exchange.send_gradient(buffers.hidden[0].plan.linear.weight)
 
-    def _descend(self, at: Pass) -> None:
+    def _descend(self, at: Pass, tools: _Tools) -> None:
         """Compute the gradients of all products of a pass, without those of hidden weights."""
         for i in reversed(range(1, len(at.hidden))):
-            self._input_gradient(at, i)
-            self._activation_gradient(at, i - 1)
+            self._input_gradient(at, i, tools)
+            self._activation_gradient(at, i - 1, tools)
 
-    def _input_gradient(self, at: Pass, i: int) -> None:
+    def _input_gradient(self, at: Pass, i: int, tools: _Tools) -> None:
         """Compute the gradient of the input of hidden layer `i` > 0, counted from 0."""
         hidden = at.hidden[i]
         gradient = self._buffers.product_grad(i, at.number)[1]
@@ -260,9 +277,9 @@ class Passes:
             if by_bits:
                 sign_gemm.transposed_product(hidden.packed_weight, gradient, incoming, self._device)
             else:
-                self._blas.multiply(gradient, weight, incoming, transpose_b=True)
+                tools.products.multiply(gradient, weight, incoming, transpose_b=True)
 
-    def _activation_gradient(self, at: Pass, i: int) -> None:
+    def _activation_gradient(self, at: Pass, i: int, tools: _Tools) -> None:
         """Turn the gradient of hidden layer `i`'s activation into that of its product."""
         hidden = at.hidden[i]
         with self.span("gradient of activation"):
@@ -272,7 +289,7 @@ class Passes:
                 mask=hidden.mask,
                 grad=self._buffers.incoming_grad(i, at.number),
                 out=self._buffers.product_grad(i, at.number)[1],
-            ).launch(self.launcher)
+            ).launch(tools.launcher)
 
     def _weight_of(self, i: int) -> Any:
         """Return hidden layer `i`'s weights for a dense product, unpacked if necessary."""
@@ -319,7 +336,6 @@ class Passes:
     def _update_layer(self, i: int) -> None:
         """Update the parameters of hidden layer `i`; the head's are updated with the last."""
         with self.span("update"):
-            self._buffers.add_passes(i)
             self.update.launch(self._group(i))
 
     def _early(self, exchange: Exchange) -> bool:
@@ -341,8 +357,6 @@ class Passes:
     def _finish(self, exchange: Exchange) -> None:
         """Update what has not been updated, with the sums over all ranks; see `plan_update`."""
         buffers = self._buffers
-        for i in range(len(buffers.hidden)):
-            buffers.add_passes(i)
         exchange.send_small()
         if not self._early(exchange):
             self._update_shares(exchange)
@@ -361,9 +375,9 @@ class Passes:
     def _pixel_gradient(self, at: Pass) -> None:
         """Compute the gradient of the pixels, up to a factor."""
         buffers = self._buffers
-        self._descend(at)
+        self._descend(at, self._main)
         with self.span("gradient of the pixels"):
-            self._blas.multiply(
+            self._main.products.multiply(
                 buffers.product_grad(0, at.number)[1],
                 self._weight_of(0),
                 buffers.input_grad,

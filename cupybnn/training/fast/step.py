@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from cupybnn import nn, optim
 from cupybnn.backends.cuda import blas
+from cupybnn.backends.cuda.compiler import compile_together
 from cupybnn.backends.cuda.fused_batch import Draw
 from cupybnn.backends.cuda.graph import Fork, capture
 from cupybnn.data import BatchOrder, DeviceData
@@ -127,6 +128,17 @@ class FusedStep:
     def stale(self) -> bool:
         """Whether something that the step was built on has been replaced."""
         return self._wiring.changed()
+
+    def prepare(self, evaluate: Callable[[], object], mention: Callable[[str], None]) -> None:
+        """Compile the kernels of a step and of `evaluate` at the same time."""
+        self._update_options()
+        draws = self._draws([0] * len(self._dropouts))
+
+        def everything() -> None:
+            evaluate()  # first: a large product takes longest to compile
+            self.passes.launch(Fork(None), draws)
+
+        compile_together(everything, mention)
 
     def __call__(self, step: int) -> StepOutput:
         """Perform step number `step`."""
@@ -254,8 +266,8 @@ class FusedStep:
         if offsets != self._offsets:
             self._offsets, self._graph = offsets, None
 
-    def _draws(self) -> list[Draw]:
+    def _draws(self, offsets: Sequence[int] | None = None) -> list[Draw]:
         return [
             Draw(seed=int(layer.random.state[0]), offset=offset, keep_prob=layer.keep_prob)
-            for layer, offset in zip(self._dropouts, self._offsets, strict=True)
+            for layer, offset in zip(self._dropouts, offsets or self._offsets, strict=True)
         ]
