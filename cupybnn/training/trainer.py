@@ -403,7 +403,8 @@ class Trainer:
                     self.model, self.objective, self.optimizer, self.data, self.order, self.config,
                     self.notice, self.teachers, self._team,
                 )  # fmt: skip
-                self._step.prepare(self._evaluate_dry, self._mention)
+                with self.ranks.busy():  # others may have compiled the kernels before
+                    self._step.prepare(self._evaluate_dry, self._mention)
             return self._step(step)
 
     def _evaluate_dry(self) -> None:
