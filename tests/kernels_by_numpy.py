@@ -276,7 +276,7 @@ def normalise(
     gain, eps, to,
 ) -> None:  # fmt: skip
     z = Hidden(d, p).z.astype(np.float64)
-    if d.get("WHOLE"):
+    if d.get("SHARED_BATCH"):
         at(sums_of_rows, (2, p.cols), np.float64)[...] = z.sum(axis=0), (z * z).sum(axis=0)
         return
     statistics = (z.sum(axis=0), ((z - z[0]) ** 2).sum(axis=0))
