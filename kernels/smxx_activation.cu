@@ -9,7 +9,7 @@
 // (layout.cuh); their popcounts are accumulated word by word, starting from zeros.
 //
 // Of several ranks that normalize over a batch of all their rows, each launches `normalise` for its sums alone
-// (WHOLE), the sums are added up, and `whole_statistics` and `activate` follow.
+// (SHARED_BATCH), the sums are added up, and `whole_statistics` and `activate` follow.
 //
 // What bounds both: reading the products, once if they stay in shared memory between the passes.
 //
@@ -17,7 +17,7 @@
 //     OUTPUT   OUTPUT_*
 //     GATE     1: write the mask of where the gradient passes
 // and may set
-//     WHOLE    1: the rows are a part of those that batch norm is of
+//     SHARED_BATCH  1: the rows are a part of those that batch norm is of
 
 #define OUTPUT_PACKED_SIGN 0
 #define OUTPUT_SIGN 1
@@ -27,8 +27,8 @@
 
 #define PACKED (OUTPUT == OUTPUT_PACKED_SIGN || OUTPUT == OUTPUT_BOTH_SIGNS)
 
-#ifndef WHOLE
-#define WHOLE 0
+#ifndef SHARED_BATCH
+#define SHARED_BATCH 0
 #endif
 
 #include "strips.cuh"
@@ -123,7 +123,7 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
   if (threadIdx.x < COLS && col < p.cols) {
     float first[1];
     load_product<1>(p, 0, col, first);
-#if WHOLE
+#if SHARED_BATCH
     const double origin = first[0], sum = total[0][threadIdx.x];
     sums_of_rows[col] = sum + p.rows * origin;
     sums_of_rows[p.cols + col] = total[1][threadIdx.x] + origin * (2 * sum + p.rows * origin);
@@ -151,7 +151,7 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
 }
 #endif
 
-#if NORM && WHOLE
+#if NORM && SHARED_BATCH
 // The statistics of a column from the sums of all ranks.
 extern "C" __global__ void __launch_bounds__(THREADS)
     whole_statistics(const __grid_constant__ Layer p, const double* __restrict__ sums_of_rows, float* mean,

@@ -14,6 +14,7 @@ import numpy as np
 
 from cupybnn import backends
 from cupybnn.backends.cuda import (
+    compiler,
     fused,
     fused_batch,
     fused_head,
@@ -275,7 +276,7 @@ def normalise(
     gain, eps, to,
 ) -> None:  # fmt: skip
     z = Hidden(d, p).z.astype(np.float64)
-    if d.get("WHOLE"):
+    if d.get("SHARED_BATCH"):
         at(sums_of_rows, (2, p.cols), np.float64)[...] = z.sum(axis=0), (z * z).sum(axis=0)
         return
     statistics = (z.sum(axis=0), ((z - z[0]) ** 2).sum(axis=0))
@@ -649,7 +650,7 @@ class Emulator:
             monkeypatch.setattr(f"cupybnn.backends.cuda.{name}.address", _address)
         fast = "cupybnn.training.fast"
         monkeypatch.setattr(f"{fast}.buffers.address", _address)
-        monkeypatch.setattr(f"{fast}.step.compile_together", nothing)
+        monkeypatch.setattr(f"{fast}.step.compile_together", _run_dry)
         monkeypatch.setattr("cupybnn.backends.cuda.blas.Blas", Blas)
         monkeypatch.setattr("cupybnn.backends.cuda.blas.capturable", lambda: True)
         monkeypatch.setattr("cupybnn.backends.cuda.gemm", gemm)
@@ -667,6 +668,8 @@ class Emulator:
         weight_gradient(*arguments)
 
     def _weight_update(self, signs, matrix, update, *, defines, device) -> None:
+        if compiler.is_dry_run():
+            return
         p = decode(STRUCTS["Parameter"], update["parameter"])
         gradient = np.empty((signs.shape[1], matrix.shape[1]), np.uint16)
         weight_gradient(signs, matrix, gradient, device)
@@ -688,6 +691,8 @@ class Emulator:
         return unsupported_reason(config, model, optimizer, 90, teachers)
 
     def _load(self, source, function, defines, device, shared=0):
+        if compiler.is_dry_run():
+            return lambda *arguments, **options: None
         kernel, run = KERNELS[source, function], EMULATED[function]
         choices = {"SOFT": 0, **dict(defines)}
 
@@ -703,6 +708,12 @@ class Emulator:
             run(choices, *values)
 
         return launch
+
+
+def _run_dry(launch, notify) -> None:
+    """Do what comes before a first step, without the compilation."""
+    with compiler._dry(lambda key: None), np.errstate(all="ignore"):
+        launch()
 
 
 def _address(x) -> int:

@@ -121,7 +121,7 @@ def activations(arch: str, layer: dict) -> list[dict]:
     ]
     choices += [{"OUTPUT": 0, "GATE": 1, **s} for s in [*strips(arch, 1), *few_rows(arch)]]
     # Of a batch that several ranks have together; they form no clusters.
-    choices += [{**k, **strips(arch, 4)[0], "WHOLE": 1} for k in kinds[:2]]
+    choices += [{**k, **strips(arch, 4)[0], "SHARED_BATCH": 1} for k in kinds[:2]]
     # Nothing dense is written of signs that are only packed, or of batch norm's statistics.
     choices = [{**c, **NO_REAL} if c["OUTPUT"] in (0, 3) else c for c in choices]
     # Of a layer without batch norm whose activations are not wanted there is nothing to compile.

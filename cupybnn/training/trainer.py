@@ -403,8 +403,16 @@ class Trainer:
                     self.model, self.objective, self.optimizer, self.data, self.order, self.config,
                     self.notice, self.teachers, self._team,
                 )  # fmt: skip
-                self._step.prepare(self.evaluate, self._mention)
+                with self.ranks.busy():  # others may have compiled the kernels before
+                    self._step.prepare(self._evaluate_dry, self._mention)
             return self._step(step)
+
+    def _evaluate_dry(self) -> None:
+        """Launch what `evaluate` launches; one of several ranks does so by itself."""
+        if self._team is None:
+            self.evaluate()
+        else:
+            evaluate(self.model, self.objective, self.data, Alone())
 
     def _checked_step(self, step: int) -> StepOutput:
         if not self.config.debug:

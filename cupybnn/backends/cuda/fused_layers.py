@@ -204,7 +204,7 @@ class Activation:
         kinds = to.defines()
         if norm is not None:
             whole = norm.whole
-            kinds = kinds if whole is None else (*kinds, ("WHOLE", 1))
+            kinds = kinds if whole is None else (*kinds, ("SHARED_BATCH", 1))
             sums = Sums(2, most_warps=16)
             strips = launcher.walk.strips(layer, sums)
             statistics = {
@@ -223,7 +223,8 @@ class Activation:
                 whole.add_up(whole.sums, whole.sums)
                 launcher.launch(
                     WHOLE_STATISTICS, {"p": arguments["p"], **statistics},
-                    grid=(-(-layer.shape[1] // THREADS),), defines=(*strips.defines, *kinds),
+                    grid=(-(-layer.shape[1] // strips.threads),), threads=strips.threads,
+                    defines=(*strips.defines, *kinds),
                 )  # fmt: skip
             if strips.clustered:  # that kernel also computes the activations
                 return

@@ -9,13 +9,14 @@ rank. So are the small gradients, in float32, together with the loss.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from cupybnn import nn
 from cupybnn.backends.cuda.blas import operand_dtype
+from cupybnn.backends.cuda.compiler import is_dry_run
 from cupybnn.backends.cuda.fused import Launcher
 from cupybnn.backends.cuda.fused_shares import Placing, place_signs
 from cupybnn.parallel import Pending
@@ -113,21 +114,27 @@ class Exchange:
 
     # Exchanges -----------------------------------------------------------------------------------
 
+    def _begin(
+        self, exchange: Callable[..., Pending], array: Any, out: Any, **more: Any
+    ) -> Pending:
+        """Begin an exchange; in a dry run, only pretend to."""
+        if is_dry_run():
+            return Pending(lambda: out)
+        self.count += 1
+        return exchange(array, out=out, **more)
+
     def send_gradient(self, weight: nn.Parameter) -> None:
         """Begin to sum the gradients of a hidden weight."""
-        self.count += 1
         mine = self._gradients[weight]
-        rounded = mine.dtype == np.uint16
+        exchange, out = self.ranks.all_reduce, mine
         if weight in self.shared:
-            out = self._scattered[weight]
-            self._begun[weight] = self.ranks.reduce_scatter(mine, out=out, bfloat16=rounded)
-        else:
-            self._begun[weight] = self.ranks.all_reduce(mine, out=mine, bfloat16=rounded)
+            exchange, out = self.ranks.reduce_scatter, self._scattered[weight]
+        rounded = mine.dtype == np.uint16
+        self._begun[weight] = self._begin(exchange, mine, out, bfloat16=rounded)
 
     def send_small(self) -> None:
         """Begin to sum small gradients, loss and votes."""
-        self.count += 1
-        self._small = self.ranks.all_reduce(self._mine, out=self._total)
+        self._small = self._begin(self.ranks.all_reduce, self._mine, self._total)
 
     def receive(self, weight: nn.Parameter) -> None:
         """Wait for the sum of a weight's gradients."""
@@ -142,8 +149,7 @@ class Exchange:
     def send_signs(self) -> None:
         """Begin to send the signs of this rank's shares."""
         if self._words.size:
-            self.count += 1
-            self._signs = self.ranks.all_gather(self._words, out=self._all_words)
+            self._signs = self._begin(self.ranks.all_gather, self._words, self._all_words)
 
     def receive_signs(self, hidden: Sequence[HiddenBuffers], launcher: Launcher) -> None:
         """Wait for the signs of all shares, and put them where the next products read them."""
@@ -175,5 +181,4 @@ class Exchange:
 
     def add_up(self, array: Any, out: Any) -> None:
         """Sum an array over all ranks, which the current stream waits for."""
-        self.count += 1
-        self.ranks.all_reduce(array, out=out).wait()
+        self._begin(self.ranks.all_reduce, array, out).wait()
