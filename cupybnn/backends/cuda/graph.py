@@ -89,13 +89,23 @@ class Fork:
         self._stream = stream
         self._used = False
 
+    def ready(self) -> Any:
+        """Return an event after all current work of the first stream, for `aside`."""
+        return None if self._stream is None else self._mark()
+
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Context in which launches go to the second stream, after those before on the first."""
+    def aside(self, after: Any = None) -> Iterator[None]:
+        """Context in which launches go to the second stream.
+
+        Parameters
+        ----------
+        after : event, optional
+            From `ready`: what they wait for. By default, all current work of the first stream.
+        """
         if self._stream is None:
             yield
             return
-        self._stream.wait_event(self._mark())
+        self._stream.wait_event(self._mark() if after is None else after)
         self._used = True
         with self._stream:
             yield

@@ -188,8 +188,10 @@ class Passes:
         """Compute the gradients of hidden weights, from the last layer to the first.
 
         In each layer, the gradient for the layer below comes first. The weight gradient and the
-        update run alongside it, or after it without `keep_dense_copies`. The first layer is updated
-        by `launch`.
+        update follow it, or run alongside it on a second stream, if there is one. They are launched
+        after the gradient of the activation, which the next product waits for: of two kernels that
+        can begin, the device begins the one that was captured first. The first layer is updated by
+        `launch`.
         """
         buffers = self._buffers
         *earlier, last = buffers.passes
@@ -212,11 +214,9 @@ class Passes:
             if below is not None:
                 fork.wait(in_use.pop(below, None))
             self._input_gradient(last, i)
-            if self._plan.keep_dense_copies:
-                with fork.aside():
-                    finish(i)
+            ready = fork.ready()
             self._activation_gradient(last, i - 1)
-            if not self._plan.keep_dense_copies:  # shared memory is free again
+            with fork.aside(ready):
                 finish(i)
         self._weight_gradient(0, buffers.product_grad(0, None)[1], self._blas)
 
