@@ -59,6 +59,8 @@ def test_every_row_has_a_thread_and_what_is_held_fits(monkeypatch, capability, n
             assert way.shared + sums.count * 32 * (way.threads // 8 + 8) <= SHARED
         else:
             assert way.shared == 0
+        whole = defines["HELD"] * at_once * blocks == rows and units % 32 == 0
+        assert defines["WHOLE"] == whole
 
 
 @pytest.mark.parametrize("name", SUMS)

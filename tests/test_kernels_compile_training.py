@@ -65,12 +65,14 @@ def compile_all(source: str, arch: str, variants: list[dict]) -> None:
 
 def strips(arch: str, *vectors: int) -> list[dict]:
     """Ways to walk a layer: with clusters where the architecture has them, and without."""
-    # Blocks of a cluster, and rows of a thread that are held.
-    ways = ((1, 0), (8, 0), (16, 32)) if capability(arch) >= 90 else ((1, 0),)
+    # Blocks of a cluster, rows of a thread that are held, and whether every thread has that many.
+    ways = (
+        ((1, 0, 0), (8, 0, 0), (16, 32, 0), (16, 16, 1)) if capability(arch) >= 90 else ((1, 0, 0),)
+    )
     return [
-        {"VECTOR": vector, "COLS": 32, "CLUSTER": cluster, "HELD": held}
+        {"VECTOR": vector, "COLS": 32, "CLUSTER": cluster, "HELD": held, "WHOLE": whole}
         for vector in vectors
-        for cluster, held in ways
+        for cluster, held, whole in ways
         if vector > 1 or not held  # single elements of 16 bits cannot be held
     ]
 
@@ -148,6 +150,13 @@ def heads(arch: str, layer: dict) -> list[dict]:
     choices = [{**k, **c} for k, c in itertools.product(kinds, logits + back)]
     choices += [{"HEAD": 2, "LOSS": 0, "CLASSES": 32, "GATE": 2, **s} for s in strips(arch, 1)]
     choices += [{"HEAD": 0, "LOSS": 0, "CLASSES": 20, "GATE": 0, **s} for s in strips(arch, 1)]
+    # In clusters, wider: see LINEAR.
+    choices += [
+        {"HEAD": 0, "LOSS": 0, "CLASSES": classes, "GATE": 0, **s}
+        for classes, vector in ((10, 4), (20, 2), (32, 2))
+        for s in strips(arch, vector)
+        if s["CLUSTER"] > 1
+    ]
     # Dropout follows a ReLU, and comes before anything else.
     after = {0: (0, 1, 2), 1: (0, 2), 2: (1,)}[layer["DROP"]]
     choices = [{"OUTPUT_NORM": 0, **c} for c in choices if c["HEAD"] in after]

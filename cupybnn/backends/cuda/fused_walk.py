@@ -29,6 +29,7 @@ class Sums:
     count: int  # sums per column
     itemsize: int = 0  # of the array held in addition to the products; 0 for none
     row_bytes: int = 0  # other bytes held per row
+    block_bytes: int = 0  # other bytes of a block
     most_warps: int = _WARPS  # 16 if registers allow two such blocks per multiprocessor
 
 
@@ -80,6 +81,7 @@ class Walk:
                 if few and rows >= _MANY_ROWS * blocks * at_once:
                     warps = sums.most_warps
                 held, shared = self._held(layer, sums, vector, warps, blocks)
+        whole = cols % _COLS == 0 and rows == held * _rows_at_once(warps, vector) * blocks
         defines = (
             ("BLOCK_WARPS", warps),
             ("CLUSTER", blocks if clustered else 1),
@@ -87,6 +89,7 @@ class Walk:
             *layer.defines(),
             ("HELD", held),
             ("VECTOR", vector),
+            ("WHOLE", int(whole)),
         )
         return Strips(defines, (-(-cols // _COLS), blocks), clustered, 32 * warps, cols, shared)
 
@@ -110,7 +113,7 @@ class Walk:
         """Return the bytes held per row of a strip, and those a block needs in addition."""
         row = _COLS * (itemsize + sums.itemsize) + sums.row_bytes + 4 * (layer.drop != 0)
         # Sums of warps (float) and of the cluster (double), plus a margin.
-        return row, sums.count * _COLS * (4 * warps + 8) + 4096
+        return row, sums.count * _COLS * (4 * warps + 8) + sums.block_bytes + 4096
 
     def _most_blocks(self, layer: Layer, sums: Sums, at_once: int) -> int:
         """Return the maximum blocks per cluster: 8, or 16 if two blocks would not fit an SM.
