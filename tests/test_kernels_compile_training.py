@@ -66,9 +66,9 @@ def compile_all(source: str, arch: str, variants: list[dict]) -> None:
 def strips(arch: str, *vectors: int) -> list[dict]:
     """Ways to walk a layer: with clusters where the architecture has them, and without."""
     # Blocks of a cluster, rows of a thread that are held, and whether every thread has that many.
-    ways = (
-        ((1, 0, 0), (8, 0, 0), (16, 32, 0), (16, 16, 1)) if capability(arch) >= 90 else ((1, 0, 0),)
-    )
+    ways = [(1, 0, 0)]
+    if capability(arch) >= 90:
+        ways += [(8, 0, 0), (16, 32, 0), (16, 16, 1)]
     return [
         {"VECTOR": vector, "COLS": 32, "CLUSTER": cluster, "HELD": held, "WHOLE": whole}
         for vector in vectors

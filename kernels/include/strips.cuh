@@ -20,7 +20,7 @@
 // sums over rows. A thread has VECTOR neighbouring columns, LANES threads have a row.
 constexpr int LANES = COLS / VECTOR, ROWS_AT_ONCE = THREADS / LANES;
 static_assert(COLS == 32, "a row of a strip is a word of a mask");
-static_assert(!WHOLE || HELD, "");
+static_assert(!WHOLE || HELD, "it says how many rows are held");
 
 struct Strip {
   int lane = threadIdx.x % LANES;
@@ -149,7 +149,7 @@ template <int ROWS_, bool FIRST> struct Products {
   u32 keeps[ROWS_];
   __device__ __forceinline__ Products(const Layer& p, const Strip& at, int turn) {
 #if HELD
-    static_assert(GROUP % ROWS_ == 0, "");
+    static_assert(GROUP % ROWS_ == 0, "a batch is part of a group");
     if (FIRST) wait_for_groups(HELD / GROUP - 1 - turn / GROUP);
 #pragma unroll
     for (int b = 0; b < ROWS_; b++) {
