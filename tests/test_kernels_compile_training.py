@@ -248,7 +248,7 @@ def test_sign_gemm():
     arch = "sm_90a"  # it is for Hopper alone
     require(arch)
     kinds = itertools.product((0, 1, 2), (0, 1))
-    updates = [{"RESULT": 1, "PENALTY": p, "WRITE_GRADIENT": w} for p, w in kinds]
+    updates = [{"RESULT": 1, "PENALTY": p, "WRITE_GRADIENT": w, "GATED": int(p != 2)} for p, w in kinds]
     choices = [{"RESULT": 0, "PENALTY": 0, "WRITE_GRADIENT": 0}, *updates]
     # Strictly: what does not fit the registers waits for each instruction of the tensor cores.
     test_kernels_compile.compile_all("sm90_sign_gemm", arch, choices)

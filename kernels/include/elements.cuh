@@ -69,7 +69,8 @@ __device__ __forceinline__ void to_floats(const Vector<bfloat16_bits, V>& x, flo
 }
 
 template <int V, typename E> __device__ __forceinline__ void load(const E* from, float (&v)[V]) {
-  to_floats<V>(*(const Vector<E, V>*)from, v);
+  const Vector<E, V> x = *(const Vector<E, V>*)from;  // one load
+  to_floats<V>(x, v);
 }
 template <int V, typename E> __device__ __forceinline__ void store(E* to, const float (&v)[V]) {
   Vector<E, V> x;

@@ -119,6 +119,8 @@ class Passes:
             self._forward(buffers.passes[1])
         self._backward(fork)
         fork.join()
+        if plan.updates_together:
+            self._buffers.add_passes(1)
         self._update_layer(0)
 
     # Forward -----------------------------------------------------------------------------------
@@ -188,10 +190,10 @@ class Passes:
         """Compute the gradients of hidden weights, from the last layer to the first.
 
         In each layer, the gradient for the layer below comes first. The weight gradient and the
-        update follow it, or run alongside it on a second stream, if there is one. They are launched
+        update follow it, or run alongside it on further streams, if there are any. They are launched
         after the gradient of the activation, which the next product waits for: of two kernels that
         can begin, the device begins the one that was captured first. The first layer is updated by
-        `launch`.
+        `launch`, together with the second if `NetworkPlan.updates_together`.
         """
         buffers = self._buffers
         *earlier, last = buffers.passes
@@ -199,15 +201,19 @@ class Passes:
             self._descend(at)
         in_use: dict[int, Any] = {}  # events after which a gradient buffer is free
 
-        def finish(i: int) -> None:
+        def finish(i: int, ready: Any) -> None:
             own, gradient = buffers.product_grad(i, None)
-            if buffers.hidden[i].plan.backward == "bits":
-                self._update_by_bits(i, gradient)
-            else:
-                self._weight_gradient(i, gradient, self._side_blas)
+            with fork.aside(ready):
+                if buffers.hidden[i].plan.backward == "bits":
+                    self._update_by_bits(i, gradient)
+                else:
+                    self._weight_gradient(i, gradient, self._side_blas)
+            done = fork.mark()
             if own is not None:
-                in_use[own] = fork.mark()
-            self._update_layer(i)
+                in_use[own] = done
+            if i > 1 or not self._plan.updates_together:
+                with fork.aside(done, 1):
+                    self._update_layer(i)
 
         for i in reversed(range(1, len(buffers.hidden))):
             below = buffers.product_grad(i - 1)[0]
@@ -216,8 +222,7 @@ class Passes:
             self._input_gradient(last, i)
             ready = fork.ready()
             self._activation_gradient(last, i - 1)
-            with fork.aside(ready):
-                finish(i)
+            finish(i, ready)
         self._weight_gradient(0, buffers.product_grad(0, None)[1], self._blas)
 
     def _descend(self, at: Pass) -> None:
@@ -284,7 +289,8 @@ class Passes:
 
     def _group(self, i: int) -> int:
         """Return the update group of hidden layer `i`; groups begin with the last layer."""
-        return len(self._buffers.hidden) - 1 - i
+        last = len(self._buffers.hidden) - 1
+        return min(last - i, last - 1) if self._plan.updates_together else last - i
 
     def _update_layer(self, i: int) -> None:
         """Update the parameters of hidden layer `i`; the head's are updated with the last."""

@@ -81,7 +81,8 @@ class FusedStep:
         self._edits = Edits(self.buffers.hidden)
         self._options: UpdateOptions | None = None
         self._stream = cupy.cuda.Stream(non_blocking=True)
-        self._side_stream = cupy.cuda.Stream(non_blocking=True)
+        # One for the gradients of weights, one for updates.
+        self._side_streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
         self._graph: Any = None
         self._bypass_graph = False
         self._warm = False
@@ -112,7 +113,7 @@ class FusedStep:
         if by_graph and self._graph is not None:
             self._graph.launch()
         else:
-            self.passes.launch(Fork(None), self._draws())
+            self.passes.launch(Fork(), self._draws())
             self._warm = True
         self._optimizer.steps += 1
         kept_grads = self.buffers.kept_grads
@@ -125,9 +126,9 @@ class FusedStep:
     def _capture_graph(self) -> Any:
         """Return the graph of a step, or None, with a notice, if it cannot be captured."""
         try:
-            side = self._side_stream if self.plan.keep_dense_copies else None
+            sides = self._side_streams if self.plan.keep_dense_copies else ()
             draws = self._draws()
-            return capture(self._stream, lambda: self.passes.launch(Fork(side), draws))
+            return capture(self._stream, lambda: self.passes.launch(Fork(*sides), draws))
         except RuntimeError as error:
             self._capture = False
             self._notify(f"Training steps run without a CUDA graph: {error}.")

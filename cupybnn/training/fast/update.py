@@ -58,7 +58,8 @@ def plan_update(
 ) -> Update:
     """Return the update, with one group per hidden layer in the order of the backward pass.
 
-    The first group is the last hidden layer's, together with the head's.
+    The first group is the last hidden layer's, together with the head's. The last one is that of the
+    first two layers if `NetworkPlan.updates_together`.
 
     Parameters
     ----------
@@ -99,6 +100,9 @@ def plan_update(
         copies = {"copy": copy, "packed": hidden.packed_weight}
         weight = update_of(linear.weight, latent_gate(linear), **copies)
         groups.append([weight, *norm_updates(layer.norm)])
+    if plan.updates_together:
+        first = groups.pop()
+        groups[-1] += first
     head = plan.head
     weight = update_of(head.linear.weight, latent_gate(head.linear))
     groups[0] += [weight, *norm_updates(head.norm)]
