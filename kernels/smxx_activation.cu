@@ -73,19 +73,25 @@ __device__ __forceinline__ void write_activations(const Layer& p, const Strip& a
       if (at.has(at.row(turn + b))) store<VECTOR>(to.dense + at.offset(at.row(turn + b)), out);
 #endif
     }
-    const int lane = threadIdx.x & 31, number = lane % LANES, row = at.row(turn + number);
-    const bool writes = number < BATCH && at.has_row(row);
+    // The lanes of a word have a row each now.
+    constexpr int OF_WORD = 32 / VECTOR;
+    const int lane = threadIdx.x & 31, number = lane % OF_WORD, row = at.row(turn + number);
+    const int within = (at.first_col >> 5) + at.lane / OF_WORD;  // the word's place in a row
+    const bool writes = number < BATCH && at.has_row(row) && (WHOLE || within * 32 < at.cols);
 #if GATE
     const u32 gate = join_rows<VECTOR, BATCH>(passes & mine, lane);
-    if (writes) to.gate[at.word(row)] = gate;
+    if (writes) to.gate[row * ((at.cols + 31) >> 5) + within] = gate;
 #endif
 #if PACKED
     const u32 word = join_rows<VECTOR, BATCH>(signs & mine, lane);
+    int count = writes ? __popc(word) : 0;
+#pragma unroll
+    for (int apart = OF_WORD; apart < LANES; apart <<= 1) count += __shfl_xor_sync(ALL, count, apart);
     if (writes) {
-      const u32 position = position_of(row), within = blockIdx.x;
+      const u32 position = position_of(row);
       to.words[line_chunk(0, chunks, within / CHUNK_WORDS, p.rows, position) +
-               swizzled_word(position, (int)(within % CHUNK_WORDS))] = word;
-      if (word) atomicAdd(to.pops + row, __popc(word));
+               swizzled_word(position, within % CHUNK_WORDS)] = word;
+      if (at.lane < OF_WORD && count) atomicAdd(to.pops + row, count);
     }
 #endif
   }
@@ -102,12 +108,12 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
 #if HELD
   hold(p, at, [](int) {});
 #endif
-  // What the first two warps need once the sums are there, loaded meanwhile.
-  const int number = threadIdx.x % COLS, warp = threadIdx.x / COLS;
+  // What each part of the threads needs once the sums are there, loaded meanwhile.
+  const int number = threadIdx.x % COLS, part = threadIdx.x / COLS;
   const i64 col = at.first_col + number;
-  const bool exists = warp < 2 && col < p.cols;
+  const bool exists = part < 2 && col < p.cols;
   float first[1] = {}, before_mean = 0, before_variance = 0, gamma = 0, beta = 0;
-  if (exists && warp == 0) {
+  if (exists && part == 0) {
     load_product<1>(p, 0, col, first);
     if (writes_sums()) {
       before_mean = running_mean[col];
@@ -135,7 +141,7 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
     }
   }
   if (!sum_over_rows<2>(sums, partials, tickets, p.cols, total)) return;
-  if (exists && warp == 0) {
+  if (exists && part == 0) {
     const double sum = total[0][number], shift = sum * p.share;
     const float average = (float)(shift + first[0]);
     const float variance = (float)fmax(total[1][number] * p.share - shift * shift, 0.0);

@@ -65,15 +65,17 @@ def compile_all(source: str, arch: str, variants: list[dict]) -> None:
 
 def strips(arch: str, *vectors: int) -> list[dict]:
     """Ways to walk a layer: with clusters where the architecture has them, and without."""
-    # Blocks of a cluster, rows of a thread that are held, and whether every thread has that many.
-    ways = [(1, 0, 0)]
+    # Columns of a strip, blocks of a cluster, rows of a thread that are held, and whether every
+    # thread has that many.
+    ways = [(32, 1, 0, 0), (128, 1, 0, 0), (128, 1, 0, 1)]
     if capability(arch) >= 90:
-        ways += [(8, 0, 0), (16, 32, 0), (16, 16, 1)]
+        ways += [(32, 8, 0, 0), (32, 16, 32, 0), (32, 16, 16, 1)]
     return [
-        {"VECTOR": vector, "COLS": 32, "CLUSTER": cluster, "HELD": held, "WHOLE": whole}
+        {"VECTOR": vector, "COLS": cols, "CLUSTER": cluster, "HELD": held, "WHOLE": whole}
         for vector in vectors
-        for cluster, held, whole in ways
+        for cols, cluster, held, whole in ways
         if vector > 1 or not held  # single elements of 16 bits cannot be held
+        if vector == 4 or cols == 32
     ]
 
 
@@ -248,7 +250,9 @@ def test_sign_gemm():
     arch = "sm_90a"  # it is for Hopper alone
     require(arch)
     kinds = itertools.product((0, 1, 2), (0, 1))
-    updates = [{"RESULT": 1, "PENALTY": p, "WRITE_GRADIENT": w, "GATED": int(p != 2)} for p, w in kinds]
+    updates = [
+        {"RESULT": 1, "PENALTY": p, "WRITE_GRADIENT": w, "GATED": int(p != 2)} for p, w in kinds
+    ]
     choices = [{"RESULT": 0, "PENALTY": 0, "WRITE_GRADIENT": 0}, *updates]
     # Strictly: what does not fit the registers waits for each instruction of the tensor cores.
     test_kernels_compile.compile_all("sm90_sign_gemm", arch, choices)

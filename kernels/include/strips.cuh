@@ -5,7 +5,7 @@
 //     COLS, CLUSTER  columns of a strip and blocks of its cluster (see below)
 //     HELD     rows of a thread that stay in shared memory between passes, or 0 (see below)
 //     BLOCK_WARPS  warps of a block (block.cuh): 16 for strips of many rows
-// and may set WHOLE to 1: every strip has COLS columns, and every thread HELD rows.
+// and may set WHOLE to 1: every strip has COLS columns, and every thread HELD rows, or a multiple of 8.
 #pragma once
 
 #ifndef WHOLE
@@ -19,8 +19,7 @@
 // A strip: COLS neighbouring columns, whose rows are shared by the blocks of one blockIdx.x. Used for
 // sums over rows. A thread has VECTOR neighbouring columns, LANES threads have a row.
 constexpr int LANES = COLS / VECTOR, ROWS_AT_ONCE = THREADS / LANES;
-static_assert(COLS == 32, "a row of a strip is a word of a mask");
-static_assert(!WHOLE || HELD, "it says how many rows are held");
+static_assert(COLS % 32 == 0 && LANES <= 32, "a strip's rows are whole words of masks");
 
 struct Strip {
   int lane = threadIdx.x % LANES;
@@ -36,7 +35,7 @@ struct Strip {
   // Row `turn` of a thread, and whether any thread of the block has one.
   __device__ __forceinline__ int row(int turn) const { return first_row + turn * step + skip; }
   __device__ __forceinline__ bool begins(int turn) const {
-    return WHOLE ? turn < HELD : first_row + turn * step < rows;
+    return WHOLE && HELD ? turn < HELD : first_row + turn * step < rows;
   }
   __device__ __forceinline__ bool has_row(int row) const { return WHOLE || row < rows; }
   __device__ __forceinline__ bool has(int row) const { return has_row(row) && has_cols(); }
@@ -46,9 +45,9 @@ struct Strip {
   __device__ __forceinline__ int offset(int row) const { return safe_row(row) * cols + safe_col(); }
   // Offset of the mask word with a thread's columns of a row, and their first bit in it.
   __device__ __forceinline__ int word(int row) const {
-    return safe_row(row) * ((cols + 31) >> 5) + blockIdx.x;
+    return safe_row(row) * ((cols + 31) >> 5) + (safe_col() >> 5);
   }
-  __device__ __forceinline__ int bit() const { return has_cols() ? lane * VECTOR : 0; }
+  __device__ __forceinline__ int bit() const { return safe_col() & 31; }
 };
 
 // Held: if shared memory has room for a block's rows of a strip, they are copied there once, with all
@@ -59,7 +58,7 @@ struct Strip {
 // Dynamic shared memory holds for each row of the block: COLS products, COLS elements of another array
 // if a kernel holds one (`OTHER`), mask words, and data that a kernel adds at the end.
 #if HELD
-static_assert(CLUSTER > 1, "of use where there is a second pass");
+static_assert(CLUSTER > 1 && COLS == 32, "of use where there is a second pass; a word a row");
 extern __shared__ __align__(16) unsigned char held[];
 constexpr int HELD_ROWS = HELD * ROWS_AT_ONCE;
 

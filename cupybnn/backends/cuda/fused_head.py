@@ -158,6 +158,7 @@ class Head:
             self._classes + 2 * (layer.norm is not None),
             row_bytes=held,
             block_bytes=128 * self._classes * linear,  # the weights of a strip
+            always_clustered=True,  # it computes more than it reads
         )
         strips = walk.strips(layer, sums, 2 * widest if linear else widest)
         if linear and not strips.clustered:

@@ -190,10 +190,10 @@ class Passes:
         """Compute the gradients of hidden weights, from the last layer to the first.
 
         In each layer, the gradient for the layer below comes first. The weight gradient and the
-        update follow it, or run alongside it on further streams, if there are any. They are launched
-        after the gradient of the activation, which the next product waits for: of two kernels that
-        can begin, the device begins the one that was captured first. The first layer is updated by
-        `launch`, together with the second if `NetworkPlan.updates_together`.
+        update follow it, or run alongside it on further streams, if there are any. They are
+        launched after the gradient of the activation, which the next product waits for: of two
+        kernels that can begin, the device begins the one that was captured first. The first layer
+        is updated by `launch`, together with the second if `NetworkPlan.updates_together`.
         """
         buffers = self._buffers
         *earlier, last = buffers.passes

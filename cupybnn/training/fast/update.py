@@ -58,8 +58,8 @@ def plan_update(
 ) -> Update:
     """Return the update, with one group per hidden layer in the order of the backward pass.
 
-    The first group is the last hidden layer's, together with the head's. The last one is that of the
-    first two layers if `NetworkPlan.updates_together`.
+    The first group is the last hidden layer's, together with the head's. The last one is that of
+    the first two layers if `NetworkPlan.updates_together`.
 
     Parameters
     ----------
