@@ -84,7 +84,7 @@ class Walk:
             if rounds > _MOST_ROUNDS and not sums.always_clustered:
                 blocks = 1
         clustered = blocks > 1
-        if clustered:
+        if sums is not None and clustered:
             if rounds <= _FEW_BLOCKS and rows >= _MANY_ROWS * blocks * at_once:
                 warps = sums.most_warps
             held, shared = self._held(layer, sums, vector, warps, blocks)
