@@ -128,8 +128,9 @@ def test_further_streams_wait_for_what_they_are_told_and_are_joined(monkeypatch)
     assert set(main.launch()) == {"a0", "a1", "b1", "b4", "c2"}
 
 
-def test_without_further_streams_everything_is_in_order():
-    fork = Fork()
+@pytest.mark.parametrize("streams", [(), (None,)])
+def test_without_further_streams_everything_is_in_order(streams):
+    fork = Fork(*streams)
     with fork.aside(fork.ready(), 1):
         assert fork.mark(1) is None
     fork.join()

@@ -81,12 +81,12 @@ class Fork:
 
     Parameters
     ----------
-    *streams : cupy.cuda.Stream
-        With none, all launches go to the current stream, in order.
+    *streams : cupy.cuda.Stream or None
+        With none (or None), all launches go to the current stream, in order.
     """
 
     def __init__(self, *streams: Any) -> None:
-        self._streams = streams
+        self._streams = [stream for stream in streams if stream is not None]
         self._used: dict[int, Any] = {}  # by number: the stream
 
     def ready(self) -> Any:
@@ -103,11 +103,12 @@ class Fork:
             From `ready` or `mark`: what they wait for. By default, all current work of the first
             stream.
         number : int
-            Of the stream.
+            Of the stream; the last one, if there are fewer.
         """
         if not self._streams:
             yield
             return
+        number = self._number(number)
         stream = self._used.setdefault(number, self._streams[number])
         stream.wait_event(self._mark() if after is None else after)
         with stream:
@@ -115,6 +116,7 @@ class Fork:
 
     def mark(self, number: int = 0) -> Any:
         """Return an event after all current work of a further stream; None if there is none."""
+        number = self._number(number)
         if number not in self._used:
             return None
         with self._used[number]:
@@ -131,6 +133,9 @@ class Fork:
         """Make the current stream wait for all work of the others."""
         for number in self._used:
             self.wait(self.mark(number))
+
+    def _number(self, number: int) -> int:
+        return min(number, len(self._streams) - 1)
 
     @staticmethod
     def _mark() -> Any:
