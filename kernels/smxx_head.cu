@@ -91,7 +91,11 @@ constexpr int WIDTH = CLASSES <= 16 ? 512 : 256, STRIDE = WIDTH + 4, TURNS = WID
 constexpr int EACH = WIDTH / THREADS;  // columns whose weights and batch norm a thread loads
 static_assert(WIDTH % THREADS == 0, "the same for all threads");
 
-extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 || sizeof(product_t) == 2 ? 2 : 1)
+// Two blocks per multiprocessor where 128 registers are enough.
+constexpr bool FEW_REGISTERS =
+    ROWS <= 2 || (sizeof(product_t) == 2 && CLASSES <= 10 && DROP == DROP_NONE);
+
+extern "C" __global__ void __launch_bounds__(THREADS, FEW_REGISTERS ? 2 : 1)
     logits(const __grid_constant__ Layer p, const float* __restrict__ weight,
            const void* __restrict__ labels, float smoothing, const float* __restrict__ factor, float* out,
            float* grad, float* partials) {

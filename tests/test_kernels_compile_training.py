@@ -208,6 +208,18 @@ def test_kernels_of_a_layer(kernel, arch, layer):
     )
 
 
+def test_logits_of_16_bit_products():
+    """They are to fit half of the registers."""
+    require("sm_90a")
+    layers = [{"PRODUCT": p, "NORM": 1, "DROP": 0} for p in ("float16_bits", "short")]
+    kinds = [{"HEAD": h, "LOSS": h // 2, "CLASSES": 10, "OUTPUT_NORM": 0} for h in (0, 2)]
+    compile_all(
+        "smxx_head",
+        "sm_90a",
+        [{**NO_REAL, **a, **b, "VECTOR": 4, "ROWS": 4} for a in layers for b in kinds],
+    )
+
+
 @every_architecture
 def test_output_norm(arch):
     require(arch)
