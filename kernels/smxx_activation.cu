@@ -8,7 +8,9 @@
 // activate: only the activations, also by strips. Signs are packed as a product's left operand
 // (layout.cuh); their popcounts are accumulated word by word, starting from zeros.
 //
-// What bounds both: reading the products, once if they stay in shared memory between the passes.
+// What bounds them: reading the products, once if they stay in shared memory between the passes; in clusters,
+// a block's chain of loads, barrier and sums; and the L2 cache, which takes some 40 writes a clock, of whole
+// sectors of 32 bytes or of single words. So wide strips write several words of a row at a time.
 //
 // The translation unit sets the macros of strips.cuh, and
 //     OUTPUT   OUTPUT_*
