@@ -38,6 +38,18 @@ def test_the_products_of_a_plan():
     assert [h.inputs for h in plan().hidden] == [784, 128, 128]
 
 
+def test_when_the_first_two_layers_are_updated_together(monkeypatch):
+    assert plan().updates_together
+    assert plan(hidden_layers=2).updates_together
+    assert not plan(hidden_layers=1).updates_together
+    # Gradients of weights share memory, so that each must be used before the next is computed.
+    monkeypatch.setattr("cupybnn.training.fast.plan._DENSE_COPY_BYTES", 0)
+    assert not plan().updates_together
+    monkeypatch.setattr(sign_gemm, "unsupported_reason", lambda *arguments: None)
+    monkeypatch.setattr(sign_gemm, "pays", lambda *arguments: True)
+    assert plan(device=0, binary=True, xnor=True).updates_together
+
+
 def test_which_layers_have_a_1_bit_backward_pass(monkeypatch, capsys):
     monkeypatch.setattr(sign_gemm, "architecture", lambda device: 90)
     monkeypatch.setattr(sign_gemm, "multiprocessors", lambda device: 8)  # as small a GPU as layers

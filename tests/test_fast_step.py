@@ -96,6 +96,38 @@ class TestAgainstThePlainStep:
         np.testing.assert_allclose(np.mean(rounded[20:]), np.mean(exact[20:]), rtol=0.2, atol=left)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "xnor, wide",
+        "xnor, odd sizes",
+        "xnor, a word more than a chunk",
+        "sign",
+        "clipped",
+        "dropout before sign",
+        "virtual, of mixed images, dropout",
+        "full precision, batch norm, dropout",
+    ],
+)
+def test_layers_that_are_walked_by_two_launches(monkeypatch, name):
+    """Large layers are; here, all are."""
+    monkeypatch.setattr("cupybnn.backends.cuda.fused_walk._MOST_ROUNDS", 0)
+    TestAgainstThePlainStep().test_gradients_loss_and_statistics(NETWORKS[name])
+
+
+@pytest.mark.parametrize("batch_size", [256, 2048])
+def test_two_launches_give_the_same_for_packed_and_dense_products(monkeypatch, batch_size):
+    monkeypatch.setattr("cupybnn.backends.cuda.fused_walk._MOST_ROUNDS", 0)
+    settings = {"binary": True, "batch_norm": True, "dtype": "bfloat16", "max_steps": 10}
+    settings |= {"batch_size": batch_size, "n_hidden": 256}
+    a, with_xnor = run(**settings, xnor=True)
+    b, with_matmul = run(**settings)
+    assert with_xnor == with_matmul
+    state = arrays(b)
+    for name, array in arrays(a).items():
+        np.testing.assert_array_equal(array, state[name], err_msg=name)
+
+
 @pytest.mark.parametrize("batch_size", [4500, 9000])
 def test_xnor_and_dense_products_of_signs_train_alike_with_many_rows(batch_size):
     settings = {"binary": True, "batch_norm": True, "dtype": "bfloat16", "max_steps": 10}

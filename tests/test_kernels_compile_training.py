@@ -65,13 +65,17 @@ def compile_all(source: str, arch: str, variants: list[dict]) -> None:
 
 def strips(arch: str, *vectors: int) -> list[dict]:
     """Ways to walk a layer: with clusters where the architecture has them, and without."""
-    # Blocks of a cluster, and rows of a thread that are held.
-    ways = ((1, 0), (8, 0), (16, 32)) if capability(arch) >= 90 else ((1, 0),)
+    # Columns of a strip, blocks of a cluster, rows of a thread that are held, and whether every
+    # thread has that many.
+    ways = [(32, 1, 0, 0), (128, 1, 0, 0), (128, 1, 0, 1)]
+    if capability(arch) >= 90:
+        ways += [(32, 8, 0, 0), (32, 16, 32, 0), (32, 16, 16, 1)]
     return [
-        {"VECTOR": vector, "COLS": 32, "CLUSTER": cluster, "HELD": held}
+        {"VECTOR": vector, "COLS": cols, "CLUSTER": cluster, "HELD": held, "WHOLE": whole}
         for vector in vectors
-        for cluster, held in ways
+        for cols, cluster, held, whole in ways
         if vector > 1 or not held  # single elements of 16 bits cannot be held
+        if vector == 4 or cols == 32
     ]
 
 
@@ -150,6 +154,13 @@ def heads(arch: str, layer: dict) -> list[dict]:
     choices = [{**k, **c} for k, c in itertools.product(kinds, logits + back)]
     choices += [{"HEAD": 2, "LOSS": 0, "CLASSES": 32, "GATE": 2, **s} for s in strips(arch, 1)]
     choices += [{"HEAD": 0, "LOSS": 0, "CLASSES": 20, "GATE": 0, **s} for s in strips(arch, 1)]
+    # In clusters, wider: see LINEAR.
+    choices += [
+        {"HEAD": 0, "LOSS": 0, "CLASSES": classes, "GATE": 0, **s}
+        for classes, vector in ((10, 4), (20, 2), (32, 2))
+        for s in strips(arch, vector)
+        if s["CLUSTER"] > 1
+    ]
     # Dropout follows a ReLU, and comes before anything else.
     after = {0: (0, 1, 2), 1: (0, 2), 2: (1,)}[layer["DROP"]]
     choices = [{"OUTPUT_NORM": 0, **c} for c in choices if c["HEAD"] in after]
@@ -196,6 +207,18 @@ def test_kernels_of_a_layer(kernel, arch, layer):
     require(arch)
     compile_all(
         kernel, arch, [v for v in of_all_layers(kernel, arch) if layer.items() <= v.items()]
+    )
+
+
+def test_logits_of_16_bit_products():
+    """They are to fit half of the registers."""
+    require("sm_90a")
+    layers = [{"PRODUCT": p, "NORM": 1, "DROP": 0} for p in ("float16_bits", "short")]
+    kinds = [{"HEAD": h, "LOSS": h // 2, "CLASSES": 10, "OUTPUT_NORM": 0} for h in (0, 2)]
+    compile_all(
+        "smxx_head",
+        "sm_90a",
+        [{**NO_REAL, **a, **b, "VECTOR": 4, "ROWS": 4} for a in layers for b in kinds],
     )
 
 
@@ -248,7 +271,9 @@ def test_sign_gemm():
     arch = "sm_90a"  # it is for Hopper alone
     require(arch)
     kinds = itertools.product((0, 1, 2), (0, 1))
-    updates = [{"RESULT": 1, "PENALTY": p, "WRITE_GRADIENT": w} for p, w in kinds]
+    updates = [
+        {"RESULT": 1, "PENALTY": p, "WRITE_GRADIENT": w, "GATED": int(p != 2)} for p, w in kinds
+    ]
     stored = [{"RESULT": r, "PENALTY": 0, "WRITE_GRADIENT": 0} for r in (0, 2)]
     choices = [*stored, *updates]
     # Strictly: what does not fit the registers waits for each instruction of the tensor cores.

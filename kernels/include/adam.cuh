@@ -2,8 +2,13 @@
 // latent weight and its clipping; and the description of a parameter.
 //
 // The translation unit sets, in addition to the macros of elements.cuh, PENALTY, one of PENALTY_*; and
-// WRITE_GRADIENT, 1 to write gradients in float, including the penalty.
+// WRITE_GRADIENT, 1 to write gradients in float, including the penalty. It may set GATED to 0 if no
+// parameter is CLIPPED or has a WINDOW.
 #pragma once
+
+#ifndef GATED
+#define GATED 1
+#endif
 
 #include "block.cuh"
 #include "elements.cuh"
@@ -72,8 +77,10 @@ struct Adam {
   // its penalty to `sum`.
   __device__ __forceinline__ void operator()(float& v, float& d, float& m, float& s, bool exists,
                                              float& sum) const {
+#if GATED
     d = within(d, bound);
     d = !windowed | (fabsf(v) <= 1) ? d : 0.0f;
+#endif
 #if PENALTY == PENALTY_L1
     sum += exists ? penalty * fabsf(v) : 0.0f;
     d += v > 0 ? penalty : v < 0 ? -penalty : 0.0f;

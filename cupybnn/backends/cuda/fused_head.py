@@ -7,7 +7,7 @@ from typing import Any
 
 from cupybnn.backends.cuda.compiler import Defines
 from cupybnn.backends.cuda.fused import WARPS, Launcher
-from cupybnn.backends.cuda.fused_layers import GATES, LAYER, BatchNorm, Layer
+from cupybnn.backends.cuda.fused_layers import DROP_ACTIVATION, GATES, LAYER, BatchNorm, Layer
 from cupybnn.backends.cuda.fused_walk import Sums
 from cupybnn.backends.cuda.structs import Kernel, Struct
 
@@ -168,6 +168,8 @@ class Head:
         """Compute the gradients and, without `norm`, sum the loss. Call after `launch_logits`."""
         layer, walk, blocks = self.layer, launcher.walk, self._loss_blocks(launcher)
         widest = 2 if self._classes <= 12 else 1  # wider would need too many registers
+        # In clusters, fewer sums are enough for the gradients of a linear head; see smxx_head.cu.
+        linear = layer.norm is not None and self.reads == "none" and layer.drop != DROP_ACTIVATION
         back = BACK.pack(
             weight=self.weight, grad=self.grad_logits, out=self.out, window=self.window,
             partials=launcher.losses(blocks), mean_loss=self.mean_loss,
@@ -176,8 +178,15 @@ class Head:
         arguments = {"p": layer.pack(), "back": back, **layer.gradients()}
         gate = ("GATE", GATES[self.gate] if self.reads == "sign" else 0)
         held = 4 * self.grad_logits.shape[1]
-        sums = Sums(self._classes + 2 * (layer.norm is not None), row_bytes=held)
-        strips = walk.strips(layer, sums, widest)
+        sums = Sums(
+            self._classes + 2 * (layer.norm is not None),
+            row_bytes=held,
+            block_bytes=128 * self._classes * linear,  # the weights of a strip
+            always_clustered=True,  # it computes more than it reads
+        )
+        strips = walk.strips(layer, sums, 2 * widest if linear else widest)
+        if linear and not strips.clustered:
+            strips = walk.strips(layer, sums, widest)
         scratch = launcher.sums_over_rows(strips, sums.count)
         launcher.launch(
             HEAD_SUMS, {**arguments, **scratch, "grad_weight": self.grad_weight},

@@ -35,11 +35,13 @@ class _Group:
 
     def __init__(self, parameters: Sequence[ParameterUpdate], earlier: int) -> None:
         self.fused: bytes | None = None
+        self.gated = False  # whether the gradient that the product computes passes a gate
         self.earlier = self.end = earlier
         by_product = [p for p in parameters if p.grad is None]
         if by_product:
             assert len(by_product) == 1, "a group has at most one product that updates"
             self.fused = by_product[0].pack(0)
+            self.gated = by_product[0].gate != "none"
             self.end += sign_gemm.tiles(*by_product[0].weight.shape) * sign_gemm.WRITERS
         self.launches: list[tuple[bytes, int, int]] = []  # table, blocks, earlier parts
         others = [p for p in parameters if p.grad is not None]
@@ -122,8 +124,9 @@ class Update:
         """
         parts = self._groups[group]
         update = {"parameter": parts.fused, **self._common, "earlier": parts.earlier}
+        defines = (*self._defines, ("GATED", int(parts.gated)))
         device = self._launcher.device
-        sign_gemm.weight_update(signs, matrix, update, defines=self._defines, device=device)
+        sign_gemm.weight_update(signs, matrix, update, defines=defines, device=device)
 
     def launch(self, group: int) -> None:
         """Update a group; the last one also computes the loss and increments the step."""

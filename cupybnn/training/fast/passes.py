@@ -218,27 +218,33 @@ class Passes:
         """Compute the gradients of hidden weights, from the last layer to the first.
 
         In each layer, the gradient for the layer below comes first. The weight gradient and the
-        update run alongside it, or after it without `keep_dense_copies`. The first layer is updated
-        by `launch`. With other ranks, weight gradients are sent, and layers are updated later.
+        update follow it, or run alongside it on further streams, if there are any. They are
+        launched after the gradient of the activation, which the next product waits for: of two
+        kernels that can begin, the device begins the one that was captured first. The first layer
+        is updated by `launch`, together with the second if `NetworkPlan.updates_together`. With
+        other ranks, weight gradients are sent, and layers are updated later.
         """
         buffers, exchange = self._buffers, self._buffers.exchange
         last = buffers.passes[-1]
         in_use: dict[int, Any] = {}  # events after which a gradient buffer is free
 
-        def finish(i: int) -> None:
+        def finish(i: int, ready: Any) -> None:
             own, gradient = buffers.product_grad(i, None)
-            if buffers.hidden[i].plan.backward == "dense":
-                self._weight_gradient(i, gradient, self._side.products)
-            elif exchange is None:
-                self._update_by_bits(i, gradient)
-            else:
-                self._gradient_by_bits(i, gradient)
+            with fork.aside(ready):
+                if buffers.hidden[i].plan.backward == "dense":
+                    self._weight_gradient(i, gradient, self._side.products)
+                elif exchange is None:
+                    self._update_by_bits(i, gradient)
+                else:
+                    self._gradient_by_bits(i, gradient)
+                if exchange is not None:
+                    exchange.send_gradient(buffers.hidden[i].plan.linear.weight)
+            done = fork.mark()
             if own is not None:
-                in_use[own] = fork.mark()
-            if exchange is None:
-                self._update_layer(i)
-            else:
-                exchange.send_gradient(buffers.hidden[i].plan.linear.weight)
+                in_use[own] = done
+            if exchange is None and (i > 1 or not self._plan.updates_together):
+                with fork.aside(done, 1):
+                    self._update_layer(i)
 
         buffers.add_passes(len(buffers.hidden) - 1)
         for i in reversed(range(1, len(buffers.hidden))):
@@ -246,13 +252,10 @@ class Passes:
             if below is not None:
                 fork.wait(in_use.pop(below, None))
             self._input_gradient(last, i, self._main)
-            if self._plan.keep_dense_copies:
-                with fork.aside():
-                    finish(i)
+            ready = fork.ready()
             self._activation_gradient(last, i - 1, self._main)
             buffers.add_passes(i - 1)
-            if not self._plan.keep_dense_copies:  # shared memory is free again
-                finish(i)
+            finish(i, ready)
         if exchange is not None and self._early(exchange):
             with fork.aside():
                 self._update_shares(exchange)
@@ -331,7 +334,8 @@ class Passes:
 
     def _group(self, i: int) -> int:
         """Return the update group of hidden layer `i`; groups begin with the last layer."""
-        return len(self._buffers.hidden) - 1 - i
+        last = len(self._buffers.hidden) - 1
+        return min(last - i, last - 1) if self._plan.updates_together else last - i
 
     def _update_layer(self, i: int) -> None:
         """Update the parameters of hidden layer `i`; the head's are updated with the last."""

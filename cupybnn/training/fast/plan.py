@@ -82,6 +82,17 @@ class NetworkPlan:
         return int(self.mix != "none" and self.batch < self.whole)
 
     @property
+    def updates_together(self) -> bool:
+        """Whether the first two hidden layers are updated together, at the end of the step.
+
+        Otherwise the last update waits for that of the second layer, which begins shortly before
+        it. Not possible if the layers' gradients share memory.
+        """
+        if len(self.hidden) < 2:
+            return False
+        return self.keep_dense_copies or self.hidden[1].backward == "bits"
+
+    @property
     def passes(self) -> int:
         """Number of passes through the network that are kept for the gradient."""
         return 2 if self.vat else 1

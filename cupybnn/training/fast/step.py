@@ -102,7 +102,8 @@ class FusedStep:
         self._lagging: set[nn.Parameter] = set()
         self._options: UpdateOptions | None = None
         self._stream = cupy.cuda.Stream(non_blocking=True)
-        self._side_stream = cupy.cuda.Stream(non_blocking=True)
+        # One for the gradients of weights, one for updates.
+        self._side_streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
         self._graph: Any = None
         self._bypass_graph = False
         self._warm = self._votes_to_stop = False
@@ -136,7 +137,7 @@ class FusedStep:
 
         def everything() -> None:
             evaluate()  # first: a large product takes longest to compile
-            self.passes.launch(Fork(None), draws)
+            self.passes.launch(Fork(), draws)
 
         compile_together(everything, mention)
 
@@ -156,7 +157,7 @@ class FusedStep:
             if self._team is not None:
                 self._team.ranks.replayed(self._captured)
         else:
-            self.passes.launch(Fork(None), self._draws())
+            self.passes.launch(Fork(), self._draws())
             self._warm = True
         self._optimizer.steps += 1
         kept_grads = self.buffers.kept_grads
@@ -201,9 +202,9 @@ class FusedStep:
         try:
             if self.exchange is not None:
                 self.exchange.count = 0
-            side = self._side_stream if self.plan.keep_dense_copies else None
+            sides = self._side_streams if self.plan.keep_dense_copies else ()
             draws = self._draws()
-            graph = capture(self._stream, lambda: self.passes.launch(Fork(side), draws))
+            graph = capture(self._stream, lambda: self.passes.launch(Fork(*sides), draws))
             self._captured = 0 if self.exchange is None else self.exchange.count
             return graph
         except RuntimeError as error:

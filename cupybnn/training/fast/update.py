@@ -59,9 +59,10 @@ def plan_update(
 ) -> Update:
     """Return the update, with one group per hidden layer in the order of the backward pass.
 
-    The first group is the last hidden layer's, together with the head's. With other ranks, each
-    share that this rank has of a weight is a group, in the order of `Exchange.updated`, and the
-    last group is all that is not shared out.
+    The first group is the last hidden layer's, together with the head's. The last one is that of
+    the first two layers if `NetworkPlan.updates_together`. With other ranks, each share that this
+    rank has of a weight is a group, in the order of `Exchange.updated`, and the last group is all
+    that is not shared out.
 
     Parameters
     ----------
@@ -115,6 +116,9 @@ def plan_update(
         copies = {"copy": copy, "packed": hidden.packed_weight}
         weight = update_of(linear.weight, latent_gate(linear), **copies)
         by_layer.append([weight, *norm_updates(layer.norm)])
+    if plan.updates_together:
+        first = by_layer.pop()
+        by_layer[-1] += first
     head = plan.head
     weight = update_of(head.linear.weight, latent_gate(head.linear))
     by_layer[0] += [weight, *norm_updates(head.norm)]
