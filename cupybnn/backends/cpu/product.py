@@ -152,7 +152,8 @@ def gemm(a: Any, b: Any, out: np.ndarray, epilogue: Epilogue | None) -> None:
     if epilogue is not None:
         epilogue = epilogue.broadcast(out.shape)
     if out.ndim == 2:
-        if _threads(*out.shape, k) < 2:  # the kernel packs
+        m, n = out.shape
+        if _threads(m, n, k) < 2:  # the kernel packs
             _matrix_product(_side(a, -1), _side(b, -2), k, out, epilogue)
         else:
             _matrix_product(_packed(_words(a, -1)), _packed(_words(b, -2)), k, out, epilogue)
