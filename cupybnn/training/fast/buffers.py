@@ -19,7 +19,9 @@ from cupybnn.training.fast.hidden import (
     extra_norm,
     norm_arguments,
 )
+from cupybnn.training.fast.layers import grad_bits
 from cupybnn.training.fast.plan import NetworkPlan
+from cupybnn.training.fast.rounded import RoundedBackward
 
 __all__ = ["Buffers", "Pass"]
 
@@ -153,7 +155,7 @@ class Buffers:
         small_grads = {**first.norm_gradients(plan), **first.head_gradients}
         self._weight_scratch = None
         if not plan.keep_dense_copies:
-            dense = [hidden for hidden in plan.hidden if hidden.backward == "dense"]
+            dense = [hidden for hidden in plan.hidden if hidden.backward != "bits"]
             sizes = [hidden.inputs * hidden.units for hidden in dense]
             self._weight_scratch = cupy.empty(max(sizes), real)
         products = {hidden.linear.weight: hidden for hidden in plan.hidden}
@@ -187,6 +189,12 @@ class Buffers:
             for i, (layer, following) in enumerate(zip(plan.hidden, plan.hidden[1:], strict=False))
             if layer.activation == "packed_sign" and following.backward == "dense"
         ]
+        #: The backward passes of layers whose gradient is rounded, by number, counted from 0.
+        self.rounded = {
+            i: self._make_rounded(i, device)
+            for i, layer in enumerate(plan.hidden)
+            if layer.backward == "planes"
+        }
         self._signs = None
         if unpacked:
             # By then the incoming gradient has been read.
@@ -220,6 +228,14 @@ class Buffers:
             head_norm=None if head.norm is None else arguments(head.norm, new[-1]),
             head_gradients={p: new[-1](p.shape) for p in trained},
         )
+
+    def _make_rounded(self, number: int, device: Device) -> RoundedBackward:
+        hidden = self.hidden[number]
+        weight = hidden.plan.linear.weight
+        return RoundedBackward(
+            grad_bits(hidden.plan.linear), self.hidden[number - 1].packed, hidden.packed_weight,
+            self.incoming_grad(number - 1), self.gradients[weight], device,
+        )  # fmt: skip
 
     def _rows_of(self, memory: Any, number: int, which: int | None = 0) -> Any:
         """View shared memory as the rows of a pass in hidden layer `number`; None: of all."""

@@ -17,6 +17,7 @@ __all__ = [
     "HiddenPlan",
     "Unsupported",
     "exact_product_dtype",
+    "grad_bits",
     "latent_gate",
     "plan_head",
     "plan_hidden",
@@ -54,10 +55,10 @@ class HiddenPlan:
         theirs. Otherwise float32.
     drop : int
         DROP_*: where dropout is applied.
-    backward : {"dense", "bits"}
+    backward : {"dense", "bits", "planes"}
         Whether the products of the backward pass read the weights, and the previous layer's
         activations, as dense numbers or as packed signs. With "bits", the product that computes the
-        gradient of the weights also updates them.
+        gradient of the weights also updates them. With "planes", their gradient is rounded.
     activation : {"packed_sign", "both_signs", "sign", "relu", "none"}
         What is stored for the next layer and the backward pass; "both_signs": packed for the
         former, dense for the latter. "none" for the last layer: the head computes its activations.
@@ -195,8 +196,16 @@ def _product(linear: nn.Linear) -> str:
     return "xnor" if linear.binary_input and linear.xnor else "sign"
 
 
+def grad_bits(linear: nn.Linear) -> int:
+    """Return the bits to which the gradient of a layer's products is rounded, or 0."""
+    rounding = linear.rounding if isinstance(linear, nn.BinaryLinear) else None
+    return 0 if rounding is None else rounding.quantizer.bits
+
+
 def plan_head(block: nn.Block, last: HiddenPlan) -> HeadPlan:
     """Plan the last layer, which follows the hidden layer `last`."""
+    if grad_bits(block.linear):
+        raise Unsupported(f"the gradient of the last layer, {block.name}, is rounded")
     rest = _ModuleQueue(block.name, block.rest)
     norm, scale = rest.take(nn.BatchNorm), rest.take(nn.Scale)
     rest.finish()

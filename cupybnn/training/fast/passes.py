@@ -86,6 +86,7 @@ class Passes:
         keep = 1.0 if plan.input_dropout is None else plan.input_dropout.keep_prob
         #: Factor that turns the whole numbers in `Buffers.inputs` into pixels.
         self._input_scale = float(data.pixel_scale) / keep
+        self._rounding: dict[int, Draw] = {}
         self.span: Callable[[str], Any] = no_span
 
     def launch(self, fork: Fork, draws: Sequence[Draw]) -> None:
@@ -95,7 +96,8 @@ class Passes:
         ----------
         fork : Fork
         draws : sequence of Draw
-            One for each dropout of the model, in layer order.
+            One for each dropout of the model, in layer order, then one for each layer whose
+            gradient is rounded.
         """
         plan, buffers, feed = self._plan, self._buffers, self._feed
         self.launcher.begin_step()
@@ -109,6 +111,7 @@ class Passes:
                     DropoutMask(
                         step=feed.step, draw=next(remaining), shape=layer.shape, out=layer.kept
                     ).launch(self.launcher)
+        self._rounding = dict(zip(buffers.rounded, remaining, strict=True))
         first = buffers.passes[0]
         if plan.adversarial:
             self._forward(first, lambda: fork.wait(taught))
@@ -201,6 +204,9 @@ class Passes:
             own, gradient = buffers.product_grad(i, None)
             if buffers.hidden[i].plan.backward == "bits":
                 self._update_by_bits(i, gradient)
+            elif i in buffers.rounded:
+                with self.span(f"gradient of {buffers.hidden[i].plan.name}'s weights"):
+                    buffers.rounded[i].weight_gradient()
             else:
                 self._weight_gradient(i, gradient, self._side_blas)
             if own is not None:
@@ -230,6 +236,13 @@ class Passes:
         """Compute the gradient of the input of hidden layer `i` > 0, counted from 0."""
         hidden = at.hidden[i]
         gradient = self._buffers.product_grad(i, at.number)[1]
+        if i in self._buffers.rounded:
+            rounded = self._buffers.rounded[i]
+            with self.span("rounding of gradients"):
+                rounded.quantize(gradient, self._rounding[i], self._feed.step)
+            with self.span(f"gradient of {hidden.plan.name}'s input"):
+                rounded.input_gradient()
+            return
         incoming = self._buffers.incoming_grad(i - 1, at.number)
         by_bits = hidden.plan.backward == "bits"
         weight = None if by_bits else self._weight_of(i)

@@ -16,6 +16,7 @@ from cupybnn.training.fast.layers import (
     HeadPlan,
     HiddenPlan,
     Unsupported,
+    grad_bits,
     plan_head,
     plan_hidden,
     plan_input,
@@ -172,7 +173,10 @@ def _plan_backward(
     planned = []
     for layer in hidden:
         backward = "dense"
-        if layer.product == "xnor" and device is not None:
+        if grad_bits(layer.linear):
+            _check_rounded(layer, config)
+            backward = "planes"
+        elif layer.product == "xnor" and device is not None:
             reason = sign_gemm.unsupported_reason(device, config.dtype, layer.inputs, layer.units)
             if reason is None and config.vat:
                 reason = "one product adds up the gradients of two passes"
@@ -190,6 +194,16 @@ def _plan_backward(
                 )
         planned.append(replace(layer, backward=backward))
     return planned
+
+
+def _check_rounded(layer: HiddenPlan, config: TrainConfig) -> None:
+    """Raise unless the kernels can compute the backward pass of a layer with rounded gradients."""
+    if layer.product != "xnor":
+        raise Unsupported(
+            f"rounded gradients need packed products, as with xnor; {layer.name} has dense ones"
+        )
+    if config.vat:
+        raise Unsupported("rounded gradients are not supported with two passes through the network")
 
 
 def _stored_activation(layer: HiddenPlan, following: HiddenPlan | None, dense_copies: bool) -> str:

@@ -94,6 +94,9 @@ class FusedStep:
             )
         layers = [self.plan.input_dropout, *(hidden.dropout for hidden in self.plan.hidden)]
         self._dropouts = [layer for layer in layers if layer is not None]
+        self._quantizers = [
+            self.plan.hidden[i].linear.rounding.quantizer for i in self.buffers.rounded
+        ]
         self._offsets: tuple[int, ...] = ()
 
     def stale(self) -> bool:
@@ -105,7 +108,7 @@ class FusedStep:
         self._edits.refresh_copies()
         self._update_options()
         self.feed.prepare(step)
-        self._advance_dropout(step)
+        self._advance_streams(step)
         by_graph = self._capture and not self._bypass_graph
         if by_graph and self._graph is None and self._warm:
             self._graph = self._capture_graph()
@@ -182,14 +185,18 @@ class FusedStep:
                 self._recorded,
             )
 
-    def _advance_dropout(self, step: int) -> None:
-        """Advance the dropout layers' counters; this step's draws use ``step + offset``."""
-        offsets = tuple(layer.random.next()[1] - step for layer in self._dropouts)
+    def _advance_streams(self, step: int) -> None:
+        """Advance the layers' counters; this step's draws use ``step + offset``."""
+        layers = [*self._dropouts, *self._quantizers]
+        offsets = tuple(layer.random.next()[1] - step for layer in layers)
         if offsets != self._offsets:
             self._offsets, self._graph = offsets, None
 
     def _draws(self) -> list[Draw]:
+        """Return the draws of dropout, then those of rounding, which drops nothing."""
+        layers = [(layer, layer.keep_prob) for layer in self._dropouts]
+        layers += [(quantizer, 1.0) for quantizer in self._quantizers]
         return [
-            Draw(seed=int(layer.random.state[0]), offset=offset, keep_prob=layer.keep_prob)
-            for layer, offset in zip(self._dropouts, self._offsets, strict=True)
+            Draw(seed=int(layer.random.state[0]), offset=offset, keep_prob=keep_prob)
+            for (layer, keep_prob), offset in zip(layers, self._offsets, strict=True)
         ]
