@@ -8,7 +8,7 @@
 // number for both, and packs tiles of 128 x 128 (planes.cuh). Sixteen bits of a Philox word decide: eight
 // elements of a column share a block of four words.
 //
-// What bounds them: reading the gradient; in `quantize` also some forty instructions for an element.
+// What bounds them: reading the gradient; in `quantize` also some thirty instructions for an element.
 //
 // The translation unit sets REAL (elements.cuh) and PLANES.
 
@@ -45,6 +45,23 @@ __device__ __forceinline__ u32 greatest_of_warp(u32 x) {
 #endif
 }
 
+// Two neighbours at a time if a row is a whole number of pairs; of bfloat16 with their bits in one word.
+template <typename T> struct Pair;
+template <> struct Pair<float> {
+  u32 first, second;
+  __device__ __forceinline__ explicit Pair(const float* from) {
+    const uint2 v = __ldg((const uint2*)from);
+    first = v.x & 0x7fffffffu, second = v.y & 0x7fffffffu;
+  }
+};
+template <> struct Pair<bfloat16_bits> {
+  u32 first, second;
+  __device__ __forceinline__ explicit Pair(const bfloat16_bits* from) {
+    const u32 v = __ldg((const u32*)from);
+    first = v << 16 & 0x7fffffffu, second = v & 0x7fff0000u;
+  }
+};
+
 extern "C" __global__ void __launch_bounds__(256) most(const __grid_constant__ Gradient p) {
   __shared__ u32 of_column[MOST_COLS];
   const u32 across = (u32)((p.cols + MOST_COLS - 1) / MOST_COLS);
@@ -52,23 +69,37 @@ extern "C" __global__ void __launch_bounds__(256) most(const __grid_constant__ G
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   of_column[threadIdx.x] = 0;
   __syncthreads();
-  u32 own[MOST_COLS / 32] = {};
+  constexpr int EACH = MOST_COLS / 64;
+  u32 own[EACH][2] = {};
   const i64 end = min(p.rows, row + (warp + 1) * 32);
-#pragma unroll 2
+  const bool pairs = p.cols % 2 == 0;
+#pragma unroll 4
   for (i64 r = row + warp * 32; r < end; r++) {
-    const real_t* from = p.g + r * p.cols + col + lane;
     u32 all = 0;
 #pragma unroll
-    for (int i = 0; i < MOST_COLS / 32; i++) {
-      const u32 x = col + lane + 32 * i < p.cols ? magnitude(to_float(from[32 * i])) : 0;
-      own[i] = max(own[i], x);
-      all = max(all, x);
+    for (int i = 0; i < EACH; i++) {
+      const i64 c = col + 64 * i + 2 * lane;
+      const real_t* from = p.g + r * p.cols + c;
+      u32 x = 0, y = 0;
+      if (pairs) {
+        if (c < p.cols) {
+          const Pair<real_t> both(from);
+          x = both.first, y = both.second;
+        }
+      } else {
+        if (c < p.cols) x = magnitude(to_float(from[0]));
+        if (c + 1 < p.cols) y = magnitude(to_float(from[1]));
+      }
+      own[i][0] = max(own[i][0], x), own[i][1] = max(own[i][1], y);
+      all = max(all, max(x, y));
     }
     all = greatest_of_warp(all);
     if (lane == 0) atomicMax(p.row_most + r, all);
   }
 #pragma unroll
-  for (int i = 0; i < MOST_COLS / 32; i++) atomicMax(of_column + lane + 32 * i, own[i]);
+  for (int i = 0; i < EACH; i++)
+#pragma unroll
+    for (int j = 0; j < 2; j++) atomicMax(of_column + 64 * i + 2 * lane + j, own[i][j]);
   __syncthreads();
   if (col + threadIdx.x < p.cols) atomicMax(p.col_most + col + threadIdx.x, of_column[threadIdx.x]);
 }
@@ -109,40 +140,33 @@ extern "C" __global__ void __launch_bounds__(PLANE_THREADS) quantize(const __gri
     const int i = part / PLANE_PARTS, j = part % PLANE_PARTS;
     const i64 r = row + 32 * i, c = col + 32 * j + lane;
     const float by_col = col_inverse[32 * j + lane];
-    u32 of_row[PLANES], of_col[PLANES] = {};
-#pragma unroll 1
+    Planes<PLANES> of_row, of_col;
+#pragma unroll
     for (int eight = 0; eight < 4; eight++) {
       const i64 top = r + 8 * eight;
       const real_t* from = p.g + top * p.cols + c;
       float g[8];
-      bool exist[8];
 #pragma unroll
-      for (int k = 0; k < 8; k++) {
-        exist[k] = top + k < p.rows && c < p.cols;
-        g[k] = exist[k] ? to_float(from[k * p.cols]) : 0.0f;
-      }
+      for (int k = 0; k < 8; k++) g[k] = top + k < p.rows && c < p.cols ? to_float(from[k * p.cols]) : 0.0f;
       const uint4 four = philox(p.seed, draw, (u64)((p.first + top / 8) * p.cols + c));
       const u32 random[4] = {four.x, four.y, four.z, four.w};
+      float drawn[8];  // HALF + random number; what does not exist becomes 0
 #pragma unroll
       for (int k = 0; k < 8; k++) {
         const u32 sixteen = k & 1 ? random[k / 2] >> 16 : random[k / 2] & 0xffffu;
         // 1 + sixteen / 2**16, exactly, and so is the sum.
-        const float drawn = __uint_as_float(0x3f800000u | sixteen << 7) + (HALF - 1.0f);
-        const u32 by_rows = exist[k] ? number_of(g[k], row_inverse[32 * i + 8 * eight + k], drawn) : 0;
-        const u32 by_cols = exist[k] ? number_of(g[k], by_col, drawn) : 0;
-        const int at = 8 * eight + k;
-#pragma unroll
-        for (int plane = 0; plane < PLANES; plane++) {
-          const u32 word = __ballot_sync(0xffffffffu, by_rows >> (PLANES - 1 - plane) & 1);
-          if (at == lane) of_row[plane] = word;
-          of_col[plane] |= (by_cols >> (PLANES - 1 - plane) & 1) << at;
-        }
+        drawn[k] = __uint_as_float(0x3f800000u | sixteen << 7) + (HALF - 1.0f);
+        if (top + k >= p.rows || c >= p.cols) drawn[k] = -1.0f;
       }
+      of_row.take(eight, [&](int k) {
+        return number_of(g[k], row_inverse[32 * i + 8 * eight + k], drawn[k]);
+      });
+      of_col.take(eight, [&](int k) { return number_of(g[k], by_col, drawn[k]); });
     }
 #pragma unroll
     for (int plane = 0; plane < PLANES; plane++) {
-      row_words.at[plane][32 * i + lane][j] = of_row[plane];
-      col_words.at[plane][32 * j + lane][i] = of_col[plane];
+      row_words.at[plane][32 * i + lane][j] = turned(of_row.word(plane));
+      col_words.at[plane][32 * j + lane][i] = of_col.word(plane);
     }
   }
   __syncthreads();

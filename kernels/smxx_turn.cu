@@ -1,8 +1,8 @@
 // Turns a matrix of signs that is packed along its columns into one packed along its rows, or the other
 // way round: line i of the result has element i of every line.
 //
-// A block takes 128 elements of 128 lines: one piece of each (layout.cuh). A warp turns 32 x 32 bits by
-// ballots. What bounds it: ballots, 32 for 1024 bits.
+// A block takes 128 elements of 128 lines: one piece of each (layout.cuh). A warp turns 32 x 32 bits.
+// What bounds it: reading and writing pieces of 16 bytes.
 
 #include "planes.cuh"
 
@@ -31,15 +31,7 @@ extern "C" __global__ void __launch_bounds__(PLANE_THREADS) turn(const __grid_co
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   for (int part = warp; part < PLANE_PARTS * PLANE_PARTS; part += PLANE_THREADS / 32) {
     const int i = part / PLANE_PARTS, j = part % PLANE_PARTS;
-    const u32 word = from[32 * i + lane][j];
-    // Element `bit` of the lane's line, for which all lanes' bits are a word of the result's line `bit`.
-    u32 mine = 0;
-#pragma unroll
-    for (int bit = 0; bit < 32; bit++) {
-      const u32 turned = __ballot_sync(0xffffffffu, word >> bit & 1);
-      if (bit == lane) mine = turned;
-    }
-    words.at[0][32 * j + lane][i] = mine;
+    words.at[0][32 * j + lane][i] = turned(from[32 * i + lane][j]);
   }
   __syncthreads();
   if (threadIdx.x < PLANE_TILE)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 
@@ -83,7 +82,7 @@ def stored_k(k: int, levels: Levels, kind: str) -> int:
     return levels.bits * unit * int(chunks)
 
 
-def numbers_of(xp: Any, x: Any, levels: Levels) -> Any:
+def numbers_of(x: np.ndarray, levels: Levels) -> np.ndarray:
     """Return the numbers of the levels nearest to the elements of `x`.
 
     Of two levels as near, the greater is taken; NaN gives the least. So signed levels of one bit
@@ -91,8 +90,6 @@ def numbers_of(xp: Any, x: Any, levels: Levels) -> Any:
 
     Parameters
     ----------
-    xp : module
-        numpy or cupy, the module of `x`.
     x : ndarray
         Real; bool stands for the greatest and the least of signed levels of one bit, for +1 and -1
         of more, and for 1 and 0 of unsigned ones.
@@ -104,7 +101,7 @@ def numbers_of(xp: Any, x: Any, levels: Levels) -> Any:
     if x.dtype.kind == "b":
         if not levels.signed:
             return x.astype(np.uint8)
-        x = xp.where(x, np.int8(1), np.int8(-1))
+        x = np.where(x, np.int8(1), np.int8(-1))
     if x.dtype.kind not in "iu" and x.dtype.itemsize < 4:
         x = x.astype(np.float32)
     if x.dtype.kind in "iu" and x.dtype.itemsize == 1:
@@ -114,13 +111,13 @@ def numbers_of(xp: Any, x: Any, levels: Levels) -> Any:
     least, most = (-(1 << levels.bits), levels.top) if levels.signed else (0, levels.top)
     with np.errstate(all="ignore"):
         if x.dtype.kind not in "iu":
-            whole = xp.floor(x)
+            whole = np.floor(x)
             if not levels.signed:
                 whole = whole + (x - whole >= 0.5)
-            whole = xp.where(whole >= least, whole, x.dtype.type(least))  # NaN, too
+            whole = np.where(whole >= least, whole, x.dtype.type(least))  # NaN, too
         elif x.dtype.kind == "i":
-            whole = xp.maximum(whole, x.dtype.type(least))
-        whole = xp.minimum(whole, whole.dtype.type(most)).astype(np.int16)
+            whole = np.maximum(whole, x.dtype.type(least))
+        whole = np.minimum(whole, whole.dtype.type(most)).astype(np.int16)
     if levels.signed:
         whole = (whole >> np.int16(1)) + np.int16(1 << (levels.bits - 1))
     return whole.astype(np.uint8)

@@ -45,7 +45,7 @@ def pack_levels(x: np.ndarray, axis: int, levels: Levels) -> tuple[np.ndarray, n
     sums : ndarray of int32, shape (..., lines)
         Of the levels' numbers.
     """
-    return pack_numbers(numbers_of(np, x, levels), axis, levels)
+    return pack_numbers(numbers_of(x, levels), axis, levels)
 
 
 def pack_numbers(numbers: np.ndarray, axis: int, levels: Levels) -> tuple[np.ndarray, np.ndarray]:
@@ -145,7 +145,7 @@ def quantize_gradient(
     sixteen bits of block ``(first + r // 8) * cols + c`` of the draw: the low or, for an odd r, the
     high half of word ``r % 8 // 2``.
     """
-    g = grad.astype(np.float32, copy=False)
+    g = _normal(grad.astype(np.float32, copy=False))
     rows, cols = g.shape
     top = np.float32(levels.top)
     eights = -(-rows // EIGHT)
@@ -157,11 +157,16 @@ def quantize_gradient(
     for axis in (1, 0):
         with np.errstate(all="ignore"):
             most = np.abs(g).max(axis=axis, initial=0.0)
-            inverse = (top / 2) / most
+            inverse = _normal((top / 2) / most)
             inverse = np.where(np.isfinite(inverse), inverse, np.float32(0))
             v = g * np.expand_dims(inverse, axis) + random
             v = np.where(v > 0, v, np.float32(0))  # NaN, too
             numbers = np.floor(np.minimum(v, top)).astype(np.uint8)
-            scale = most / top
+            scale = _normal(most / top)
         results.append((*pack_numbers(numbers, -1 if axis == 1 else -2, levels), scale))
     return results[0], results[1]
+
+
+def _normal(x: np.ndarray) -> np.ndarray:
+    """Return float32 numbers with denormal ones replaced by 0, as kernels have them."""
+    return np.where(np.abs(x) < np.finfo(np.float32).tiny, np.float32(0), x)

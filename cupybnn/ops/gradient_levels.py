@@ -72,8 +72,8 @@ def quantize_gradient(grad: Any, bits: int, seed: int, counter: int) -> Gradient
 
     with r random, a multiple of ``2**-16`` in [0, 1), and its value is ``q * (m / n)``. So its
     expectation is g, up to ``2**-16`` of a level. Each operation is rounded to float32, except
-    ``n / 2 + r``, which is exact. Where ``(n / 2) / m`` is not finite, 0 replaces it. A NaN makes
-    the scale of its row and of its column NaN.
+    ``n / 2 + r``, which is exact, and denormal numbers count as 0. Where ``(n / 2) / m`` is not
+    finite, 0 replaces it. A NaN makes the scale of its row and of its column NaN.
 
     This is the quantizer of gradients of DoReFa-Net (Zhou et al., arXiv 1606.06160), with a scale
     for each row or column instead of each example. With one bit q is +1 with probability

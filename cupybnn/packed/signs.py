@@ -119,7 +119,12 @@ def pack(x: Any, axis: int = -1, bits: int = 1, signed: bool = True) -> PackedMa
     if type(axis) is int and axis in (-1, -2) and is_cupy(x) and x.ndim == 2 and bits == 1:
         # The usual case on a GPU, where Python's time counts.
         index = x.data.device_id
-        if signed is True and dtype_has_sign(x.dtype) and index == current_cuda_device():
+        if (
+            type(bits) is int
+            and signed is True
+            and dtype_has_sign(x.dtype)
+            and index == current_cuda_device()
+        ):
             words, popcounts = backends.get(x).pack(x, axis)
             return PackedMatrix._of(words, popcounts, x.shape, axis, cuda_device(index))
     levels = _levels(bits, signed)

@@ -6,15 +6,16 @@ other, the highest plane first.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from cupybnn.backends.cuda.compiler import load_kernel
-from cupybnn.backends.cuda.packing import chunk_count, geometry
+from cupybnn.backends.cuda.packing import C_TYPES, chunk_count, geometry
 from cupybnn.backends.cuda.structs import Kernel, Struct
-from cupybnn.backends.levels import Levels, numbers_of, stored_k
+from cupybnn.backends.levels import Levels, stored_k
 
 __all__ = [
     "GradientLevels",
@@ -27,7 +28,10 @@ __all__ = [
 
 PLANE_LINES = Struct("PlaneLines", "ptr words, sums; i64 lines, chunks")
 NUMBERS = Struct(
-    "Numbers", "ptr numbers; i64 batch, rows, cols, along_columns; PlaneLines to", PLANE_LINES
+    "Numbers",
+    "ptr x; i64 batch, rows, cols, batch_stride, row_stride, col_stride, along_columns;"
+    "PlaneLines to",
+    PLANE_LINES,
 )
 TURN = Struct("Turn", "ptr words; i64 lines, k, chunks; PlaneLines to", PLANE_LINES)
 GRADIENT = Struct(
@@ -46,6 +50,13 @@ QUANTIZE = Kernel("smxx_gradient_levels", "quantize", "Gradient p", GRADIENT)
 
 _TILE, _THREADS = 128, 256  # as in planes.cuh
 _MOST_TILE = 256  # rows and columns of a block of `most`
+_C_TYPES = {
+    **C_TYPES,
+    "uint8": "unsigned char",
+    "uint16": "unsigned short",
+    "uint32": "unsigned int",
+    "uint64": "unsigned long long",
+}
 _REAL = {"float32": "float", "uint16": "bfloat16_bits"}
 
 
@@ -76,18 +87,29 @@ def pack_levels(x: Any, axis: int, levels: Levels) -> tuple[Any, Any]:
     """
     import cupy
 
-    numbers = cupy.ascontiguousarray(numbers_of(cupy, x, levels))
+    if x.ndim > 3:
+        words, sums = pack_levels(x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:]), axis, levels)
+        return words, sums.reshape(*x.shape[:-2], sums.shape[-1])
     batch, lines, k = geometry(x.shape, axis)
     words = cupy.zeros(planes_shape(batch, lines, k, levels.bits), np.uint32)
     sums = cupy.zeros((*x.shape[:-2], lines), np.int32)
+    if not x.size:
+        return words, sums
+    to = PLANE_LINES.pack(words=words, sums=sums, lines=lines, chunks=chunk_count(k))
+    along_columns = axis == -2
+    if abs(x.strides[-2]) < abs(x.strides[-1]):  # neighbours of a column are adjacent
+        x, along_columns = x.swapaxes(-1, -2), not along_columns
     rows, cols = x.shape[-2:]
-    if numbers.size:
-        to = PLANE_LINES.pack(words=words, sums=sums, lines=lines, chunks=chunk_count(k))
-        argument = NUMBERS.pack(
-            numbers=numbers, batch=batch, rows=rows, cols=cols, along_columns=axis == -2, to=to
-        )
-        defines = (("PLANES", levels.bits),)
-        _launch(PACK_PLANES, defines, words.device.id, batch * _tiles(rows, cols), p=argument)
+    argument = NUMBERS.pack(
+        x=x, batch=batch, rows=rows, cols=cols, batch_stride=x.strides[0] if x.ndim > 2 else 0,
+        row_stride=x.strides[-2], col_stride=x.strides[-1], along_columns=along_columns, to=to,
+    )  # fmt: skip
+    defines = (
+        ("PLANES", levels.bits),
+        ("TYPE", _C_TYPES[x.dtype.name]),
+        ("UNSIGNED", int(not levels.signed)),
+    )
+    _launch(PACK_PLANES, defines, words.device.id, batch * _tiles(rows, cols), p=argument)
     return words, sums
 
 
