@@ -94,6 +94,62 @@ def _rounded(x):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("bits", [1, 4, 8])
+@pytest.mark.parametrize(
+    ("batch", "count", "units"), [(96, 128, 72), (1100, 2056, 1032), (8, 8, 5000), (300, 16, 8)]
+)
+def test_hopper_s_kernel_stores_the_same_gradient(bits, batch, count, units):
+    import cupy
+
+    from cupybnn.backends.cuda import plane_gemm
+    from cupybnn.backends.cuda.fused_batch import Draw
+    from cupybnn.training.fast.rounded import RoundedBackward
+
+    if plane_gemm.unsupported_reason(0, "bfloat16", count, units) is not None:
+        pytest.skip("not a Hopper GPU")
+    rng = np.random.default_rng(0)
+    x, w = (rng.choice([-1, 1], s).astype(np.float32) for s in ((batch, count), (count, units)))
+    g = cupy.asarray(rng.normal(size=(batch, units)).astype(np.float32)).view(np.uint32)
+    g = (g >> 16).astype(np.uint16)
+    found = []
+    for stored in (cupy.empty((count, units), np.uint16), None):
+        out = cupy.full((batch, count), 0x7FC1, np.uint16)
+        inputs, weight = pack(cupy.asarray(x)), pack(cupy.asarray(w), axis=-2)
+        made = RoundedBackward(bits, inputs, weight, out, stored, Device("cuda", 0))
+        made.quantize(g, Draw(seed=7, offset=5, keep_prob=1.0), None)
+        made.input_gradient()
+        found.append(out)
+    cupy.testing.assert_array_equal(*found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", [1, 4, 8])
+@pytest.mark.parametrize(
+    "settings",
+    [{"reg": 1e-4}, {"n_hidden": (264, 72, 1040), "batch_size": 520, "lr": 0.03},
+     {"penalty": "bipolar", "reg": 1e-4, "n_hidden": 2048, "batch_size": 2304, "adversarial": 0.1}],
+    ids=["even", "different widths", "more tiles than multiprocessors, adversarial"],
+)  # fmt: skip
+def test_updates_by_products_are_those_of_a_launch_of_their_own(bits, settings, monkeypatch):
+    from cupybnn.backends.cuda import plane_gemm
+
+    settings = {**ROUNDED, "grad_bits": bits, "dtype": "bfloat16", "max_steps": 12, **settings}
+    found = []
+    for pays in (True, False):
+        monkeypatch.setattr(plane_gemm, "pays", lambda *shape, pays=pays: pays)
+        made, losses = run(**settings)
+        how = "fused_planes" if pays else "planes"
+        if plane_gemm.unsupported_reason(0, "bfloat16", 8, 8) is not None:
+            pytest.skip("not a Hopper GPU")
+        assert [layer.backward for layer in made._step.plan.hidden][1:] == [how] * 2
+        found.append((losses, arrays(made)))
+    (a, state), (b, other) = found
+    np.testing.assert_allclose(a, b, rtol=1e-5)  # penalties are added up in another order
+    for name, array in state.items():
+        np.testing.assert_array_equal(array, other[name], err_msg=name)
+
+
+@pytest.mark.gpu
 class TestStep:
     @pytest.mark.parametrize("bits", [1, 4, 8])
     @pytest.mark.parametrize(

@@ -159,11 +159,12 @@ class GradientLevels:
         self.row_words = cupy.zeros(planes_shape(1, rows, cols, bits), np.uint32)
         self.col_words = cupy.zeros(planes_shape(1, cols, rows, bits), np.uint32)
         #: What must be zeros when the launches begin.
-        self.cleared = cupy.empty(2 * (rows + cols), np.int32)
-        self.row_sums, self.col_sums = self.cleared[:rows], self.cleared[rows : rows + cols]
-        self._most = self.cleared[rows + cols :]
-        self._scales = cupy.empty(rows + cols, np.float32)
-        self.row_scale, self.col_scale = self._scales[:rows], self._scales[rows:]
+        down, across = (-(-n // 4) * 4 for n in (rows, cols))  # kernels load four at a time
+        self.cleared = cupy.empty(2 * (down + across), np.int32)
+        self.row_sums, self.col_sums = self.cleared[:rows], self.cleared[down : down + cols]
+        self._most = self.cleared[down + across :][:rows], self.cleared[-across:][:cols]
+        self._scales = cupy.empty(down + across, np.float32)
+        self.row_scale, self.col_scale = self._scales[:rows], self._scales[down:][:cols]
 
     def launch(self, grad: Any, seed: int, draw: int, step: Any = None, first: int = 0) -> None:
         """Quantize a gradient on the current stream.
@@ -182,7 +183,7 @@ class GradientLevels:
         rows, cols = self.shape
         self.cleared.data.memset_async(0, self.cleared.nbytes)
         argument = GRADIENT.pack(
-            g=grad, rows=rows, cols=cols, row_most=self._most[:rows], col_most=self._most[rows:],
+            g=grad, rows=rows, cols=cols, row_most=self._most[0], col_most=self._most[1],
             row_scale=self.row_scale, col_scale=self.col_scale,
             by_row=PLANE_LINES.pack(
                 words=self.row_words, sums=self.row_sums, lines=rows, chunks=chunk_count(cols)

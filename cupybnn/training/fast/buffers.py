@@ -19,7 +19,7 @@ from cupybnn.training.fast.hidden import (
     extra_norm,
     norm_arguments,
 )
-from cupybnn.training.fast.layers import grad_bits
+from cupybnn.training.fast.layers import grad_quantizer
 from cupybnn.training.fast.plan import NetworkPlan
 from cupybnn.training.fast.rounded import RoundedBackward
 
@@ -155,7 +155,7 @@ class Buffers:
         small_grads = {**first.norm_gradients(plan), **first.head_gradients}
         self._weight_scratch = None
         if not plan.keep_dense_copies:
-            dense = [hidden for hidden in plan.hidden if hidden.backward != "bits"]
+            dense = [hidden for hidden in plan.hidden if not hidden.updates]
             sizes = [hidden.inputs * hidden.units for hidden in dense]
             self._weight_scratch = cupy.empty(max(sizes), real)
         products = {hidden.linear.weight: hidden for hidden in plan.hidden}
@@ -165,7 +165,7 @@ class Buffers:
             keeps = True
             if parameter in small_grads:
                 gradient = small_grads[parameter]
-            elif products[parameter].backward == "bits":
+            elif products[parameter].updates:
                 gradient, keeps = None, False
             elif plan.keep_dense_copies:
                 gradient = cupy.zeros(parameter.shape, real)
@@ -191,9 +191,7 @@ class Buffers:
         ]
         #: The backward passes of layers whose gradient is rounded, by number, counted from 0.
         self.rounded = {
-            i: self._make_rounded(i, device)
-            for i, layer in enumerate(plan.hidden)
-            if layer.backward == "planes"
+            i: self._make_rounded(i, device) for i, layer in enumerate(plan.hidden) if layer.rounded
         }
         self._signs = None
         if unpacked:
@@ -231,10 +229,14 @@ class Buffers:
 
     def _make_rounded(self, number: int, device: Device) -> RoundedBackward:
         hidden = self.hidden[number]
-        weight = hidden.plan.linear.weight
+        linear, inputs = hidden.plan.linear, self.hidden[number - 1].packed
+        quantizer = grad_quantizer(linear)
+        assert quantizer is not None
+        assert inputs is not None
+        assert hidden.packed_weight is not None
         return RoundedBackward(
-            grad_bits(hidden.plan.linear), self.hidden[number - 1].packed, hidden.packed_weight,
-            self.incoming_grad(number - 1), self.gradients[weight], device,
+            quantizer.bits, inputs, hidden.packed_weight, self.incoming_grad(number - 1),
+            self.gradients[linear.weight], device,
         )  # fmt: skip
 
     def _rows_of(self, memory: Any, number: int, which: int | None = 0) -> Any:

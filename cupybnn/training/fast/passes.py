@@ -205,8 +205,7 @@ class Passes:
             if buffers.hidden[i].plan.backward == "bits":
                 self._update_by_bits(i, gradient)
             elif i in buffers.rounded:
-                with self.span(f"gradient of {buffers.hidden[i].plan.name}'s weights"):
-                    buffers.rounded[i].weight_gradient()
+                self._finish_rounded(i)
             else:
                 self._weight_gradient(i, gradient, self._side_blas)
             if own is not None:
@@ -294,6 +293,16 @@ class Passes:
         signs, name = self._buffers.hidden[i - 1].packed, self._plan.hidden[i].name
         with self.span(f"gradient of {name}'s weights and their update"):
             self.update.launch_fused_update(self._group(i), signs=signs, matrix=gradient)
+
+    def _finish_rounded(self, i: int) -> None:
+        """Compute the gradient of hidden layer `i`'s weights by bit planes; update them, or not."""
+        plan, rounded = self._plan.hidden[i], self._buffers.rounded[i]
+        if plan.updates:
+            with self.span(f"gradient of {plan.name}'s weights and their update"):
+                rounded.weight_update(*self.update.arguments_of(self._group(i)))
+        else:
+            with self.span(f"gradient of {plan.name}'s weights"):
+                rounded.weight_gradient()
 
     def _group(self, i: int) -> int:
         """Return the update group of hidden layer `i`; groups begin with the last layer."""

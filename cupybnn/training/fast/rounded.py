@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
+from cupybnn.backends.cuda import plane_gemm
+from cupybnn.backends.cuda.compiler import Defines
 from cupybnn.backends.cuda.fused_batch import Draw
 from cupybnn.backends.cuda.planes import GradientLevels, TurnedSigns
 from cupybnn.backends.cuda.product import prepare_scaled
 from cupybnn.backends.devices import Device
-from cupybnn.backends.levels import levels_of
+from cupybnn.backends.levels import SIGNS, Levels, levels_of
 from cupybnn.packed import PackedMatrix
 
 __all__ = ["RoundedBackward"]
@@ -28,8 +29,8 @@ class RoundedBackward:
         Their signs.
     inputs_grad : cupy.ndarray, shape (batch, inputs)
         float32, or uint16 for bfloat16: receives the gradient of the inputs.
-    weight_grad : cupy.ndarray, shape (inputs, units)
-        Likewise: receives that of the weights.
+    weight_grad : cupy.ndarray, shape (inputs, units), or None
+        Likewise: receives that of the weights. None if it is not stored: see `weight_update`.
     device : Device
 
     Notes
@@ -41,42 +42,61 @@ class RoundedBackward:
         self, bits: int, inputs: PackedMatrix, weight: PackedMatrix, inputs_grad: Any,
         weight_grad: Any, device: Device,
     ) -> None:  # fmt: skip
-        self._inputs, self._weight = inputs, weight
+        self._inputs, self._weight, self._device = inputs, weight, device.index
         (batch, count), units = inputs.shape, weight.shape[1]
-        self._levels = made = GradientLevels(batch, units, bits)
+        self._made = made = GradientLevels(batch, units, bits)
         self._turned_weight = TurnedSigns.of(units, count)
         self._turned_inputs = TurnedSigns.of(batch, count)
+        levels, shape = levels_of(bits, True), (batch, units)
 
-        def packed(words: Any, sums: Any, shape: tuple[int, int], axis: int, b: int) -> Any:
-            return PackedMatrix._of(words, sums, shape, axis, device, levels_of(b, True))
+        def packed(words: Any, sums: Any, shape: tuple[int, int], axis: int, of: Levels) -> Any:
+            return PackedMatrix._of(words, sums, shape, axis, device, of)
 
         weight_t, inputs_t = self._turned_weight, self._turned_inputs
-        self._for_inputs: Callable[[int], None] = prepare_scaled(
-            packed(made.row_words, made.row_sums, (batch, units), -1, bits),
-            packed(weight_t.words, weight_t.popcounts, (units, count), -2, 1),
-            inputs_grad,
-            rows=made.row_scale,
+        self._for_inputs = (
+            packed(made.row_words, made.row_sums, shape, -1, levels),
+            packed(weight_t.words, weight_t.popcounts, (units, count), -2, SIGNS),
         )
-        self._for_weight: Callable[[int], None] = prepare_scaled(
-            packed(inputs_t.words, inputs_t.popcounts, (count, batch), -1, 1),
-            packed(made.col_words, made.col_sums, (batch, units), -2, bits),
-            weight_grad,
-            columns=made.col_scale,
+        self._for_weight = (
+            packed(inputs_t.words, inputs_t.popcounts, (count, batch), -1, SIGNS),
+            packed(made.col_words, made.col_sums, shape, -2, levels),
         )
+        self._inputs_grad = inputs_grad
+        self._launches: Any = None  # of products that are stored, by any device's kernels
+        if weight_grad is not None:
+            self._launches = (
+                prepare_scaled(*self._for_inputs, inputs_grad, rows=made.row_scale),
+                prepare_scaled(*self._for_weight, weight_grad, columns=made.col_scale),
+            )
 
     def quantize(self, grad: Any, draw: Draw, step: Any) -> None:
         """Round the gradient of the layer's products on the current stream."""
-        self._levels.launch(grad, draw.seed, draw.offset, step)
+        self._made.launch(grad, draw.seed, draw.offset, step)
 
     def input_gradient(self) -> None:
         """Compute the gradient of the inputs, after `quantize`, on the current stream."""
         self._turned_weight.launch(self._weight.words, self._weight.shape[1])
-        self._for_inputs(_stream())
+        if self._launches is not None:
+            self._launches[0](_stream())
+            return
+        plane_gemm.stored_product(
+            *self._for_inputs, self._made.row_scale, self._inputs_grad, self._device
+        )
 
     def weight_gradient(self) -> None:
         """Compute the gradient of the weights, after `quantize`, on the current stream."""
+        self._turn_inputs()
+        self._launches[1](_stream())
+
+    def weight_update(self, update: dict[str, Any], defines: Defines) -> None:
+        """Compute the gradient of the weights and update them; see `Update.arguments_of`."""
+        self._turn_inputs()
+        plane_gemm.weight_update(
+            *self._for_weight, self._made.col_scale, update, defines=defines, device=self._device
+        )
+
+    def _turn_inputs(self) -> None:
         self._turned_inputs.launch(self._inputs.words, self._inputs.shape[0])
-        self._for_weight(_stream())
 
 
 def _stream() -> int:

@@ -15,6 +15,7 @@ from cupybnn.training.config import TrainConfig
 from cupybnn.training.fast.buffers import Buffers
 from cupybnn.training.fast.feed import Feed
 from cupybnn.training.fast.following import Edits, Wiring
+from cupybnn.training.fast.layers import grad_quantizer
 from cupybnn.training.fast.passes import Passes, no_span
 from cupybnn.training.fast.plan import NetworkPlan
 from cupybnn.training.fast.teaching import Teaching
@@ -94,9 +95,8 @@ class FusedStep:
             )
         layers = [self.plan.input_dropout, *(hidden.dropout for hidden in self.plan.hidden)]
         self._dropouts = [layer for layer in layers if layer is not None]
-        self._quantizers = [
-            self.plan.hidden[i].linear.rounding.quantizer for i in self.buffers.rounded
-        ]
+        quantizers = (grad_quantizer(self.plan.hidden[i].linear) for i in self.buffers.rounded)
+        self._quantizers = [quantizer for quantizer in quantizers if quantizer is not None]
         self._offsets: tuple[int, ...] = ()
 
     def stale(self) -> bool:
