@@ -187,14 +187,14 @@ class FusedStep:
 
     def _advance_streams(self, step: int) -> None:
         """Advance the layers' counters; this step's draws use ``step + offset``."""
-        layers = [*self._dropouts, *self._quantizers]
+        layers: list[Any] = [*self._dropouts, *self._quantizers]
         offsets = tuple(layer.random.next()[1] - step for layer in layers)
         if offsets != self._offsets:
             self._offsets, self._graph = offsets, None
 
     def _draws(self) -> list[Draw]:
         """Return the draws of dropout, then those of rounding, which drops nothing."""
-        layers = [(layer, layer.keep_prob) for layer in self._dropouts]
+        layers: list[tuple[Any, float]] = [(layer, layer.keep_prob) for layer in self._dropouts]
         layers += [(quantizer, 1.0) for quantizer in self._quantizers]
         return [
             Draw(seed=int(layer.random.state[0]), offset=offset, keep_prob=keep_prob)
