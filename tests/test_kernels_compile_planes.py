@@ -51,7 +51,7 @@ def test_products(kernel, arch):
     kinds = [(4, 0, 0, INT32, 0), (3, 1, 1, PACKED, 0), (8, 1, 0, BFLOAT16, 1), (1, 0, 1, INT32, 0)]
     variants = []
     for number, config in enumerate(configs):
-        for planes, of_b, unsigned, output, scaled in kinds if number < 2 else kinds[:1]:
+        for planes, of_b, unsigned, output, scaled in kinds if number == 0 else kinds[:1]:
             if output == PACKED and config.swap:
                 continue
             values = {"PLANES": planes, "PLANES_OF_B": of_b, "UNSIGNED": unsigned}
@@ -75,9 +75,15 @@ def test_the_backward_pass_on_hopper(result):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_packing(arch):
-    variants = [("smxx_turn", arch, {}), ("smxx_unpack_planes", arch, {"PLANES": 4, "UNSIGNED": 0})]
-    for planes, real in ((4, "bfloat16_bits"), (8, "float")):
-        variants.append(("smxx_gradient_levels", arch, {"PLANES": planes, "REAL": real}))
+    variants = [("smxx_gradient_levels", arch, {"PLANES": 4, "REAL": "bfloat16_bits"})]
+    if arch not in ("sm_75", HOPPER):  # nothing else depends on the architecture
+        check(variants)
+        return
+    variants += [
+        ("smxx_turn", arch, {}),
+        ("smxx_unpack_planes", arch, {"PLANES": 4, "UNSIGNED": 0}),
+    ]
+    variants.append(("smxx_gradient_levels", arch, {"PLANES": 8, "REAL": "float"}))
     kinds = ("float", "bool", "double", "unsigned long long")
     for number, kind in enumerate(kinds):
         defines = {"PLANES": 2 + number, "TYPE": kind, "UNSIGNED": number % 2}

@@ -32,6 +32,16 @@ class GradientLevels:
     columns : PackedMatrix, shape (M, N), packed along axis -2
         ``columns.unpack() * column_scale`` likewise, by the scale of each column.
     column_scale : array of float32, shape (N,)
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn import ops
+    >>> levels = ops.quantize_gradient(np.array([[2.0, -2.0], [4.0, 4.0]]), bits=1, seed=0, counter=0)
+    >>> (levels.rows.unpack() * levels.row_scale).tolist()
+    [[2.0, -2.0], [4.0, 4.0]]
+    >>> levels.column_scale.tolist()
+    [4.0, 4.0]
     """
 
     rows: PackedMatrix
@@ -91,7 +101,7 @@ def quantize_gradient(grad: Any, bits: int, seed: int, counter: int) -> Gradient
     >>> levels.row_scale.tolist()
     [[0.3333333432674408], [1.0]]
     >>> levels.rows.unpack().tolist()
-    [[1, -3], [3, 1]]
+    [[3, -3], [3, 1]]
     """
     device = device_of(grad) if hasattr(grad, "dtype") else None
     if device is None or not is_floating(grad.dtype):
