@@ -29,6 +29,9 @@
 // digits of b are multiplied one after the other, from the lowest on; in between the accumulators are
 // divided by 256 and rounded down, so that the sign of the last sums, less a threshold, is exact.
 //
+// PLANES > 1: the same for bit planes of one operand, from the highest on; in between the accumulators are
+// doubled. The tensor cores wait for that once for each plane of a tile.
+//
 // The translation unit sets CONSUMERS, BLOCKS_M, TILE_N, STAGES, CLUSTER_M, CLUSTER_N, SPLIT_K,
 // DEFERRED, and the macros of product.cuh.
 
@@ -48,7 +51,11 @@ constexpr int ACC = TILE_N / 2;  // accumulators per thread and block of 64 line
 static_assert(SPLIT_K == 1 || (CLUSTER == 1 && !DEFERRED), "a cluster shares tiles or splits K");
 static_assert(!DIGITS || !DEFERRED, "sums of bytes need more than 16 bits");
 static_assert(DIGITS <= 1 || SPLIT_K == 1, "parts that were rounded down do not add up");
-constexpr int PASSES = DIGITS > 1 ? DIGITS : 1;  // over the chunks of a
+static_assert(PLANES == 1 || (SPLIT_K == 1 && !DEFERRED && !DIGITS), "sums of levels need more than 16 bits");
+// Passes over the chunks of the operand without digits or planes, and those of each operand's.
+constexpr int PASSES = DIGITS > 1 ? DIGITS : PLANES;
+constexpr bool AGAIN_B = PASSES > 1 && !DIGITS && !PLANES_OF_B;  // which is read again
+constexpr int A_PASSES = AGAIN_B ? PASSES : 1, B_PASSES = AGAIN_B ? 1 : PASSES;
 static_assert(TILE_M % (8 * CLUSTER_N) == 0 && TILE_N % (8 * CLUSTER_M) == 0, "whole swizzles");
 
 // Whether a thread's registers depend on its role. Small tiles need few: then two blocks fit a
@@ -152,16 +159,17 @@ __device__ __forceinline__ void produce(const Product& p, const Work& work, Shar
   for (u32 t = place.tile; t < work.count; t += workers) {
     const Tile tile(t, work.tiles_m, work.tiles_n, (u32)p.group);
     Share<TILE_M, CLUSTER_N> a(
-        p.a + (tile.item * p.a_step * p.chunks + begin) * a_lines * CHUNK_PIECES,
+        p.a + (tile.item * p.a_step * p.chunks * A_PASSES + begin) * a_lines * CHUNK_PIECES,
         (tile.m * CLUSTER_M + rank_m) * TILE_M, a_lines, rank_n);
     Share<TILE_N, CLUSTER_M> b(
-        p.b + (tile.item * p.b_step * p.chunks * PASSES + begin) * b_lines * CHUNK_PIECES,
+        p.b + (tile.item * p.b_step * p.chunks * B_PASSES + begin) * b_lines * CHUNK_PIECES,
         (tile.n * CLUSTER_N + rank_n) * TILE_N, b_lines, rank_m);
     int left = end;  // of this pass
     for (int chunk = begin; chunk < end * PASSES; chunk++) {
       if (PASSES > 1 && left-- == 0) {
         left = end - 1;
-        a.from -= (u64)end * a_lines * CHUNK_BYTES;
+        if (AGAIN_B) b.from -= (u64)end * b_lines * CHUNK_BYTES;
+        else a.from -= (u64)end * a_lines * CHUNK_BYTES;
       }
       const u32 full = shared_address(&shared.full[turn.slot]);
       const u32 data = shared_address(shared.slots[turn.slot]);
@@ -184,10 +192,10 @@ __device__ __forceinline__ void prefetch(const Product& p, const Work& work, int
   const Tile tile(place.tile, work.tiles_m, work.tiles_n, (u32)p.group);
   const int begin = place.span.begin, end = min(place.span.end, begin + PREFETCHED);
   Share<TILE_M, CLUSTER_N> a(
-      p.a + (tile.item * p.a_step * p.chunks + begin) * a_lines * CHUNK_PIECES,
+      p.a + (tile.item * p.a_step * p.chunks * A_PASSES + begin) * a_lines * CHUNK_PIECES,
       (tile.m * CLUSTER_M + rank_in_m(rank)) * TILE_M, a_lines, rank_in_n(rank));
   Share<TILE_N, CLUSTER_M> b(
-      p.b + (tile.item * p.b_step * p.chunks + begin) * b_lines * CHUNK_PIECES,
+      p.b + (tile.item * p.b_step * p.chunks * B_PASSES + begin) * b_lines * CHUNK_PIECES,
       (tile.n * CLUSTER_N + rank_in_n(rank)) * TILE_N, b_lines, rank_in_m(rank));
   for (int chunk = begin; chunk < end; chunk++) {
     if (tile.n == 0) bulk_prefetch(a.from, a.bytes);
@@ -292,7 +300,7 @@ __device__ __forceinline__ void multiply(int (&acc)[BLOCKS_M][ACC], Shared& shar
   wgmma_wait<0>();
   release(shared, last);
 }
-// All chunks, once for each digit.
+// All chunks, once for each digit or plane.
 __device__ __forceinline__ void multiply_all(int (&acc)[BLOCKS_M][ACC], Shared& shared, Turn& turn,
                                              int chunks, int wg) {
   multiply(acc, shared, turn, 0, chunks, wg, 0);
@@ -301,7 +309,7 @@ __device__ __forceinline__ void multiply_all(int (&acc)[BLOCKS_M][ACC], Shared& 
 #pragma unroll
     for (int block = 0; block < BLOCKS_M; block++)
 #pragma unroll
-      for (int i = 0; i < ACC; i++) acc[block][i] >>= 8;
+      for (int i = 0; i < ACC; i++) acc[block][i] = DIGITS ? acc[block][i] >> 8 : 2 * acc[block][i];
     multiply(acc, shared, turn, 0, chunks, wg, 0, 1);
   }
 }

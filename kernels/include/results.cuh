@@ -67,13 +67,7 @@ template <int HEIGHT, int WIDTH> struct Results {
 
   // The product, or OUTPUT_PACKED: the product minus its threshold.
   static __device__ __forceinline__ int product(int row_term, int col_term, int acc) {
-#if XOR_ACC
-    return (int)((u32)row_term + (u32)col_term - 2u * (u32)acc);
-#elif DIGITS
-    return (int)((u32)row_term + (u32)col_term + (u32)acc);
-#else
-    return (int)((u32)row_term + (u32)col_term + 4u * (u32)acc);
-#endif
+    return (int)((u32)row_term + (u32)col_term + (u32)ACC_TERM * (u32)acc);
   }
 
 #if OUTPUT != OUTPUT_PACKED
