@@ -15,7 +15,7 @@
 // 4096 (1/TILE_M + 1/TILE_N) bytes per clock from the L2 cache, which was seen to deliver 45 per SM if
 // nothing else is read or written. So tiles are as large as the registers allow, and CLUSTER_M x CLUSTER_N
 // blocks can share their loads: each loads a part of the common lines and the copy engine writes it to all
-// of them. At K = 8192 writing a tile out takes half as long as its products, unless they hide it (DEFERRED).
+// of them. At K = 8192 writing a tile out takes about as long as its products; they hide it if DEFERRED.
 //
 // SPLIT_K > 1: the blocks of a cluster take the same tile and a part of K each, and sum over the
 // cluster's shared memory; for products of few tiles. With `parts` clusters for a tile, the last one to
