@@ -41,7 +41,7 @@ def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
         raise refusal(
             ranks,
             f"Gradients are rounded by the greatest of a whole batch, which several ranks do not "
-            f"have; got 'grad_bits' {config.grad_bits} and {ranks.size} ranks. Leave out one of them.",
+            f"have. Leave out the option; got 'grad_bits' {config.grad_bits}.",
         )
 
 
