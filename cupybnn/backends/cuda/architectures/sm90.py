@@ -91,8 +91,9 @@ def choose(problem: Problem) -> Config:
 
 
 def _many_tiles(problem: Problem) -> Config:
-    # Deferring hides the writing (bench/NOTES.md), but needs accumulators that fit 16 bits, at
-    # least four products, and signs. Wider tiles, unless the last round of them leaves more of the GPU idle.
+    # Deferring hides the writing (bench/NOTES.md), but needs signs, accumulators that fit 16 bits
+    # and at least four products. Wider tiles, unless the last round of them leaves more of the GPU
+    # idle.
     narrow, wide = (
         -(-problem.tiles(256, width) // problem.multiprocessors) * width for width in (128, 192)
     )
