@@ -37,7 +37,8 @@ class GradientLevels:
     --------
     >>> import numpy as np
     >>> from cupybnn import ops
-    >>> levels = ops.quantize_gradient(np.array([[2.0, -2.0], [4.0, 4.0]]), bits=1, seed=0, counter=0)
+    >>> grad = np.array([[2.0, -2.0], [4.0, 4.0]])
+    >>> levels = ops.quantize_gradient(grad, bits=1, seed=0, counter=0)
     >>> (levels.rows.unpack() * levels.row_scale).tolist()
     [[2.0, -2.0], [4.0, 4.0]]
     >>> levels.column_scale.tolist()
