@@ -16,6 +16,7 @@ import numpy as np
 from cupybnn import problem
 from cupybnn.backends import numpy_backend
 from cupybnn.backends.devices import CPU, cuda_device, current_cuda_device, is_cupy
+from cupybnn.backends.levels import SIGNS
 from cupybnn.operands import (
     INT32,
     check_result_dtype,
@@ -46,6 +47,8 @@ def xnor_gemm(
         along its last axis: ``pack(a)``.
     b : array_like or PackedMatrix, shape (..., K, N) or (K,)
         Likewise; packed along its last axis but one: ``pack(b, axis=-2)``. Leading axes broadcast.
+        One of the two may be packed with several bits per element: then the product is that of its
+        levels with the other's signs.
     scale : array or pair of arrays, optional
         Multiplies the columns of the product if of shape (N,) or (..., 1, N), its rows if of shape
         (M, 1) or (..., M, 1); a tuple (row, column) does both. Used as float32.
@@ -69,8 +72,9 @@ def xnor_gemm(
         If an operand's elements have no sign (unsigned integers, complex numbers, objects, masked
         arrays), NumPy and CuPy are mixed, or `out` or `dtype` is of the wrong kind.
     ValueError
-        If the two K differ, the leading axes do not broadcast, `out` has the wrong shape, or an
-        integer `dtype` cannot hold K.
+        If the two K differ, the leading axes do not broadcast, `out` has the wrong shape, an
+        integer `dtype` cannot hold K (times the greatest level), or both operands have levels other
+        than signs.
 
     Warns
     -----
@@ -82,6 +86,9 @@ def xnor_gemm(
     -----
     A result is rounded to nearest even if its dtype cannot hold the integer: in bfloat16 from
     K = 257, in float16 from K = 2049 (and infinite from K = 65520), in float32 from K = 2**24 + 1.
+
+    A product with levels of several bits is the sum of the products with their bit planes, in one
+    kernel on a GPU. The integer must fit an int32, which `pack` ensures.
 
     With a scale or a bias the value is ``(float32(product) * row) * column + bias``, each step
     rounded to float32; for a float64 result the same in float64.
@@ -192,7 +199,7 @@ def _fast_path_home(a: Any, b: Any) -> int | None:
 def _home(x: Any, packed_axis: int) -> int | None:
     kind = type(x)
     if kind is PackedMatrix:
-        if x.axis != packed_axis:
+        if x.axis != packed_axis or x.levels is not SIGNS:
             return None
         return HOST if x.device.kind == "cpu" else x.device.index
     if kind is np.ndarray:

@@ -179,8 +179,11 @@ def check_result_dtype(
     function: str,
     what: str = "'dtype'",
     on_cuda: bool = False,
+    top: int = 1,
 ) -> np.dtype:
     """Return `dtype`, called `what` in errors, after checking it for a product over K = `k`.
+
+    `top` is the greatest level of the operands, 1 for signs.
 
     Raises
     ------
@@ -188,18 +191,18 @@ def check_result_dtype(
         If it is neither a real floating nor a signed integer type, an integer type for a product
         with scale or bias, or a type that GPUs do not support if `on_cuda`.
     ValueError
-        If it is an integer type too small for -K ... K.
+        If it is an integer type too small for -K ... K, times `top`.
     """
     try:
         hash(dtype)
     except TypeError:  # a list or dict may name a dtype but cannot be a cache key
         dtype = as_dtype(dtype, f"{what} of {function}")
-    return _checked_result_dtype(dtype, k, scaled, function, what, on_cuda)
+    return _checked_result_dtype(dtype, k, scaled, function, what, on_cuda, top)
 
 
 @lru_cache(maxsize=256)
 def _checked_result_dtype(
-    dtype: Any, k: int, scaled: bool, function: str, what: str, on_cuda: bool
+    dtype: Any, k: int, scaled: bool, function: str, what: str, on_cuda: bool, top: int
 ) -> np.dtype:
     checked = as_dtype(dtype, f"{what} of {function}")
     if on_cuda and (checked.kind == "i" or is_floating(checked)):
@@ -217,10 +220,11 @@ def _checked_result_dtype(
             f"The {what} of {function} must be a floating type with a scale or a bias; "
             f"got {checked}."
         )
-    if k > np.iinfo(checked).max:
+    if k * top > np.iinfo(checked).max:
+        most = "K" if top == 1 else f"{top}·K"
         raise ValueError(
-            f"The {what} of {function} must hold every integer from -K to K; got {checked} "
-            f"(at most {np.iinfo(checked).max}) for K = {k}. Use a wider integer type or a "
-            f"floating one."
+            f"The {what} of {function} must hold every integer from -{most} to {most}; got "
+            f"{checked} (at most {np.iinfo(checked).max}) for K = {k}. Use a wider integer type or "
+            f"a floating one."
         )
     return checked

@@ -16,6 +16,7 @@ from cupybnn import backends
 from cupybnn.backends.devices import CPU, Device, current_cuda_device, device_of, is_cupy
 from cupybnn.backends.epilogue import Epilogue
 from cupybnn.backends.interop import type_name
+from cupybnn.backends.levels import SIGNS
 from cupybnn.epilogues import checked_epilogue, checked_flip, checked_threshold
 from cupybnn.operands import (
     INT32,
@@ -25,7 +26,7 @@ from cupybnn.operands import (
     is_floating,
     warn_of_zero_one,
 )
-from cupybnn.packed import PackedMatrix
+from cupybnn.packed import PackedMatrix, pack
 
 __all__ = ["general_packed_product", "general_product"]
 
@@ -43,6 +44,8 @@ class _Problem:
     device: Device
     a_is_vector: bool
     b_is_vector: bool
+    dtypes: tuple[np.dtype, np.dtype]  # of the operands, int32 for packed ones
+    top: int = 1  # the greatest level of an operand
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
@@ -101,7 +104,7 @@ def general_packed_product(a: Any, b: Any, threshold: Any, flip: Any) -> PackedM
             f"The 'a' of {function} must be a matrix if 'b' has leading axes; got a vector. "
             f"Make it a matrix of one row: a[None, :]."
         )
-    check_result_dtype(INT32, problem.k, False, function)
+    check_result_dtype(INT32, problem.k, False, function, top=problem.top)
     with problem.device.scope():
         words, popcounts = backends.get(problem.device).gemm_packed(
             problem.a,
@@ -151,6 +154,10 @@ def _arrange(a: Any, b: Any, function: str) -> _Problem:
         raise ValueError(
             f"The leading axes of 'a' and 'b' of {function} must broadcast together; {shapes}."
         ) from None
+    left, right = (INT32 if isinstance(x, PackedMatrix) else x.dtype for x in (matrix_a, matrix_b))
+    top = 1
+    if any(isinstance(x, PackedMatrix) and x.levels is not SIGNS for x in (matrix_a, matrix_b)):
+        matrix_a, matrix_b, top = _one_of_levels(matrix_a, matrix_b, function)
     return _Problem(
         a=matrix_a,
         b=matrix_b,
@@ -161,7 +168,23 @@ def _arrange(a: Any, b: Any, function: str) -> _Problem:
         device=device,
         a_is_vector=x["a"].ndim == 1,
         b_is_vector=x["b"].ndim == 1,
+        dtypes=(left, right),
+        top=top,
     )
+
+
+def _one_of_levels(a: Any, b: Any, function: str) -> tuple[PackedMatrix, PackedMatrix, int]:
+    """Return two operands, of which one has levels other than signs, packed, and the greatest."""
+    packed = [
+        x if isinstance(x, PackedMatrix) else pack(x, axis=axis) for x, axis in ((a, -1), (b, -2))
+    ]
+    first, second = (x.levels for x in packed)
+    if first is not SIGNS and second is not SIGNS:
+        raise ValueError(
+            f"One operand of {function} must be one of signs; 'a' has {first} per element and 'b' "
+            f"{second}. Pack one of them with bits=1, or multiply the unpacked arrays: a.unpack()."
+        )
+    return packed[0], packed[1], (second if first is SIGNS else first).top
 
 
 def _matrix(x: Any, k_axis: int) -> Any:
@@ -171,7 +194,7 @@ def _matrix(x: Any, k_axis: int) -> Any:
     if not isinstance(x, PackedMatrix):
         return x[None, :] if k_axis == -1 else x[:, None]
     shape = (1, x.k) if k_axis == -1 else (x.k, 1)
-    return PackedMatrix._of(x.words, x.popcounts, shape, k_axis, x.device)
+    return PackedMatrix._of(x.words, x.popcounts, shape, k_axis, x.device, x.levels)
 
 
 def _device_of(x: Any) -> Device:
@@ -210,20 +233,22 @@ def _check_current(device: Device, what: str) -> None:
 def _result_dtype(problem: _Problem, dtype: Any, out: Any, scaled: bool, function: str) -> np.dtype:
     on_cuda = problem.device != CPU
     if dtype is not None:
-        return check_result_dtype(dtype, problem.k, scaled, function, on_cuda=on_cuda)
+        return check_result_dtype(
+            dtype, problem.k, scaled, function, on_cuda=on_cuda, top=problem.top
+        )
     if out is not None:
         if not isinstance(out, np.ndarray) and not is_cupy(out):
             raise TypeError(
                 f"The 'out' of {function} must be a NumPy or CuPy array; got {type_name(out)}."
             )
         what = "dtype of 'out'"
-        return check_result_dtype(out.dtype, problem.k, scaled, function, what, on_cuda=on_cuda)
-    default = default_dtype(
-        *(INT32 if isinstance(x, PackedMatrix) else x.dtype for x in (problem.a, problem.b))
-    )
+        return check_result_dtype(
+            out.dtype, problem.k, scaled, function, what, on_cuda=on_cuda, top=problem.top
+        )
+    default = default_dtype(*problem.dtypes)
     if scaled and not is_floating(default):
         default = np.dtype(np.float32)
-    return check_result_dtype(default, problem.k, scaled, function)
+    return check_result_dtype(default, problem.k, scaled, function, top=problem.top)
 
 
 def _check_out(problem: _Problem, out: Any, dtype: np.dtype, function: str) -> None:

@@ -46,14 +46,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_con
   Lines next_a, next_b;
   next_a.load(tile.a, tile.m, tile.a_lines);
   next_b.load(tile.b, tile.n, tile.b_lines);
-  for (i64 chunk = 0; chunk < p.chunks; chunk++) {
+  const i64 chunks = p.chunks * PLANES;
+  for (i64 chunk = 0; chunk < chunks; chunk++) {
     next_a.store(shared_a);
     next_b.store(shared_b);
     __syncthreads();
-    if (chunk + 1 < p.chunks) {
-      next_a.load(tile.a + (chunk + 1) * tile.a_lines * CHUNK_PIECES, tile.m, tile.a_lines);
-      next_b.load(tile.b + (chunk + 1) * tile.b_lines * CHUNK_PIECES, tile.n, tile.b_lines);
+    if (chunk + 1 < chunks) {
+      next_a.load(tile.a_chunk(p, chunk + 1), tile.m, tile.a_lines);
+      next_b.load(tile.b_chunk(p, chunk + 1), tile.n, tile.b_lines);
     }
+#pragma unroll
+    for (int block = 0; block < BLOCKS; block++) double_at_plane(p, chunk, acc[block]);
     const u32* words_a = (const u32*)shared_a + (warp_m + lane / 4) * CHUNK_WORDS;
     const u32* words_b = (const u32*)shared_b + (warp_n + lane / 4) * CHUNK_WORDS;
 #pragma unroll

@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) xnor_gemm(const __grid_
   BlockTile<TILE_M, TILE_N> tile(p);
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int warp_m = warp / WARPS_N * WARP_M, warp_n = warp % WARPS_N * WARP_N;
-  const int chunks = (int)p.chunks;
+  const int chunks = (int)p.chunks * PLANES;
 
   int fetched = 0;
   auto fetch = [&]() {
@@ -63,6 +63,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) xnor_gemm(const __grid_
       tile.a += tile.a_lines * CHUNK_PIECES;
       tile.b += tile.b_lines * CHUNK_PIECES;
       fetched++;
+      if (PLANES > 1 && fetched % (int)p.chunks == 0) {  // the operand of signs begins again
+        if (PLANES_OF_B) tile.a -= p.chunks * tile.a_lines * CHUNK_PIECES;
+        else tile.b -= p.chunks * tile.b_lines * CHUNK_PIECES;
+      }
     }
     asm volatile("cp.async.commit_group;" ::: "memory");  // an empty group keeps the count right
   };
@@ -80,6 +84,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) xnor_gemm(const __grid_
     __syncthreads();  // the chunk has arrived, and all warps have left the slot that is filled next
     fetch();
     const u32 slot = slots + chunk % STAGES * SLOT_BYTES;
+#pragma unroll
+    for (int i = 0; i < BLOCKS_M; i++) double_at_plane(p, chunk, acc[i]);
 #pragma unroll
     for (int step = 0; step < CHUNK_BITS / 256; step++) {
       u32 a[BLOCKS_M][4], b[BLOCKS_N][2];

@@ -22,10 +22,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) xnor_gemm(const __grid_con
 
   terms.fill(p, tile.item, tile.m, tile.n, threadIdx.x, THREADS);
   int acc[EACH][EACH] = {};
-  for (i64 chunk = 0; chunk < p.chunks; chunk++) {
-    load_lines(a, tile.a + chunk * tile.a_lines * CHUNK_PIECES, tile.m, tile.a_lines);
-    load_lines(b, tile.b + chunk * tile.b_lines * CHUNK_PIECES, tile.n, tile.b_lines);
+  for (i64 chunk = 0; chunk < p.chunks * PLANES; chunk++) {
+    load_lines(a, tile.a_chunk(p, chunk), tile.m, tile.a_lines);
+    load_lines(b, tile.b_chunk(p, chunk), tile.n, tile.b_lines);
     __syncthreads();
+#pragma unroll
+    for (int i = 0; i < EACH; i++) double_at_plane(p, chunk, acc[i]);
 #pragma unroll 1
     for (int piece = 0; piece < CHUNK_PIECES; piece++) {
       uint4 x[EACH], y[EACH];

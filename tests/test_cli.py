@@ -482,8 +482,8 @@ def test_verify_reports_a_kernel_that_raises_and_continues(monkeypatch, capsys):
     monkeypatch.setattr(verify, "_product", broken)
     assert main.main(["verify", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
-    assert out.count("FAILED: RuntimeError: illegal address") == 4
-    assert out.count(" equal (") == COMPARISONS - 4
+    assert out.count("FAILED: RuntimeError: illegal address") == 5
+    assert out.count(" equal (") == COMPARISONS - 5
 
 
 def test_verify_finds_a_wrong_scale_threshold_and_popcount(monkeypatch):
@@ -504,6 +504,7 @@ def test_verify_finds_a_wrong_scale_threshold_and_popcount(monkeypatch):
         assert outcomes(**{name: lambda x: x + np.float32(1)}) == ["scaled"]
     assert outcomes(threshold=lambda x: x + 4) == ["signs"]
     assert outcomes(flip=lambda x: ~x) == ["signs"]
+    assert outcomes(times=lambda x: 4 - x) == ["levels"]
     miscounted = verify._with_counts
     monkeypatch.setattr(verify, "_with_counts", lambda s, n: miscounted(s, n + (n.dtype == "i4")))
     assert outcomes() == ["signs"]

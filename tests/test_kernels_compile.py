@@ -270,7 +270,7 @@ def test_code_that_depends_on_the_architecture():
 
 
 PACKS = [("float", "float")]
-_TYPES = sorted(set(packing._C_TYPES.values()))
+_TYPES = sorted(set(packing.C_TYPES.values()))
 PACKS += zip_longest(_TYPES[::2], _TYPES[1::2], fillvalue=_TYPES[0])
 PACK_CASES = [
     (arch, pair) for arch in ARCHITECTURES for pair in PACKS if arch == "sm_90a" or pair == PACKS[0]

@@ -99,7 +99,7 @@ def test_a_missing_folder_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"version": 2}, "it is of version 2; this cupybnn reads version 1"),
+        ({"version": 3}, "it is of version 3; this cupybnn reads versions 1 and 2"),
         ({"format": "other"}, "its format is 'other', not 'cupybnn.PackedMatrix'"),
         ({"words": None}, "it has no entry 'words'"),
         ({"axis": -3}, r"shape \(5, 70\) cannot be packed along axis -3"),

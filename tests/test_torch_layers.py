@@ -402,6 +402,36 @@ def test_a_training_step_in_a_cuda_graph():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("size", [256, 1000])
+def test_products_in_a_cuda_graph_that_overlap_with_their_packing(size):
+    torch.manual_seed(0)
+    layers = [XnorLinear(size, size).cuda() for _ in range(3)]
+    layers[1] = pack_linear(layers[1])
+    x = torch.empty(size, size, device="cuda")
+
+    @torch.no_grad()
+    def forward():
+        results = [x]
+        for layer in layers:  # the memory of one product's words is that of the next
+            results.append(layer(results[-1]))
+        return results[1:]
+
+    aside = torch.cuda.Stream()
+    with torch.cuda.stream(aside):
+        x.normal_()
+        forward()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = forward()
+    for _ in range(20):
+        x.normal_()
+        graph.replay()
+        for mine, alone in zip(results, forward(), strict=True):
+            assert torch.equal(mine, alone)
+
+
+@pytest.mark.gpu
 def test_a_product_runs_on_the_callers_stream_in_pytorchs_memory():
     import cupy
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from cupybnn.backends import cpu, numpy_product
 from cupybnn.backends.epilogue import Epilogue
+from cupybnn.backends.levels import SIGNS, Levels
 from cupybnn.backends.numpy_bits import write_bits
 from cupybnn.backends.numpy_lines import BLOCK, bits_to_signs, blocks
 from cupybnn.backends.numpy_random import random_words, uniform
@@ -29,15 +30,18 @@ __all__ = [
     "gemm_packed",
     "kernels",
     "pack",
+    "pack_levels",
     "parallel_for",
     "parallel_parts",
     "passes",
+    "quantize_gradient",
     "random_words",
     "select",
     "sign",
     "to_canonical",
     "uniform",
     "unpack",
+    "unpack_levels",
 ]
 
 WORD = np.dtype("<u8")
@@ -166,7 +170,14 @@ def gemm(a: Any, b: Any, out: np.ndarray, epilogue: Epilogue | None) -> None:
     out : ndarray, shape (..., M, N)
         Its leading axes are those of `a` and `b`, broadcast. It overlaps neither operand.
     epilogue : Epilogue or None
+
+    Notes
+    -----
+    Of two packed operands, one may have levels other than signs.
     """
+    if _has_levels(a) or _has_levels(b):
+        _planes().gemm_levels(a, b, out, epilogue)
+        return
     compiled = _compiled_for(a, b)
     if compiled is None:
         numpy_product.product(a, b, out, epilogue)
@@ -238,6 +249,8 @@ def gemm_packed(
     threshold : ndarray of int32, shape (N,), or None for 0
     flip : ndarray of bool, shape (N,), or None for False
     """
+    if _has_levels(a) or _has_levels(b):
+        return _planes().gemm_levels_packed(a, b, threshold, flip)  # type: ignore[no-any-return]
     compiled = _compiled_for(a, b)
     if compiled is not None:
         return compiled.gemm_packed(a, b, threshold, flip)
@@ -248,6 +261,34 @@ def gemm_packed(
     if flip is not None:
         bits ^= flip
     return pack(bits, -1)
+
+
+def pack_levels(x: np.ndarray, axis: int, levels: Levels) -> tuple[np.ndarray, np.ndarray]:
+    """Pack the levels nearest to `x`; see `numpy_planes.pack_levels`."""
+    return _planes().pack_levels(x, axis, levels)  # type: ignore[no-any-return]
+
+
+def unpack_levels(
+    words: np.ndarray, shape: tuple[int, ...], axis: int, levels: Levels, dtype: np.dtype
+) -> np.ndarray:
+    """Unpack `words` into an array of levels of shape `shape`."""
+    return _planes().unpack_levels(words, shape, axis, levels, dtype)  # type: ignore[no-any-return]
+
+
+def quantize_gradient(grad: np.ndarray, levels: Levels, seed: int, counter: int, first: int) -> Any:
+    """Quantize a gradient; see `numpy_planes.quantize_gradient`."""
+    return _planes().quantize_gradient(grad, levels, seed, counter, first)
+
+
+def _has_levels(operand: Any) -> bool:
+    return getattr(operand, "levels", SIGNS) is not SIGNS
+
+
+def _planes() -> ModuleType:
+    """Return what works plane by plane, on top of this module."""
+    from cupybnn.backends import numpy_planes
+
+    return numpy_planes
 
 
 def to_canonical(words: np.ndarray, shape: tuple[int, ...], axis: int) -> np.ndarray:

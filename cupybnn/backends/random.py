@@ -21,7 +21,7 @@ import numpy as np
 from cupybnn import backends
 from cupybnn.backends.devices import CPU, Device
 
-__all__ = ["Stream", "bell", "bernoulli", "from_row", "random_words", "uniform"]
+__all__ = ["Stream", "bell", "bernoulli", "first_row", "from_row", "random_words", "uniform"]
 
 _first_row: ContextVar[int] = ContextVar("first_row", default=0)
 
@@ -37,6 +37,11 @@ def from_row(row: int) -> Iterator[None]:
         yield
     finally:
         _first_row.reset(token)
+
+
+def first_row() -> int:
+    """Return the row that `from_row` set, or 0."""
+    return _first_row.get()
 
 
 def random_words(shape: tuple[int, ...], seed: int, counter: Any, xp: Any) -> Any:

@@ -69,9 +69,9 @@ CASES = (
 
 
 def kinds(case: Case) -> tuple[str, ...]:
-    """Return the ways to multiply a case; only matrices have scales and thresholds."""
+    """Return the ways to multiply a case; only matrices have scales, thresholds and levels."""
     matrices = len(case.a) > 1 and len(case.b) > 1
-    return ("arrays", "packed", "scaled", "signs") if matrices else ("arrays", "packed")
+    return ("arrays", "packed", "scaled", "signs", "levels") if matrices else ("arrays", "packed")
 
 
 @dataclass(frozen=True)
@@ -102,9 +102,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description=(
             "Multiply random matrices of +1 and -1 with xnor_gemm and with matmul, and compare "
             "every element, for each kernel that this machine can run and a list of difficult "
-            "shapes, in four ways: from arrays, from packed matrices, with scales and a bias "
-            "('scaled'), and with thresholds and a packed result ('signs'). The exit code is 1 if "
-            "anything differs."
+            "shapes, in five ways: from arrays, from packed matrices, with scales and a bias "
+            "('scaled'), with thresholds and a packed result ('signs'), and of levels of two bits "
+            "with signs ('levels'). The exit code is 1 if anything differs."
         ),
     )
     parser.add_argument(
@@ -199,7 +199,7 @@ def check(
         a, b = _signs(rng, case.a, case.layout), _signs(rng, case.b, case.layout)
         # Exact in float32, because |sum| <= K < 2**24; always computed on the host.
         product = np.matmul(a, b)
-        terms = _terms(rng, product, case.a[-1])
+        terms = _terms(rng, a, b, product)
         # Copying to a device keeps transposed layouts; a strided one is made on the device.
         with device.scope():
             a_device, b_device = (_on_device(x, device, case.layout) for x in (a, b))
@@ -226,11 +226,14 @@ def check(
             )
 
 
-def _terms(rng: np.random.Generator, product: np.ndarray, k: int) -> dict[str, Any]:
-    """Return random scales, bias, thresholds and flips for a product of matrices."""
+def _terms(
+    rng: np.random.Generator, a: np.ndarray, b: np.ndarray, product: np.ndarray
+) -> dict[str, Any]:
+    """Return random scales, bias, thresholds and flips for a product of matrices, and levels."""
     if product.ndim < 2:
         return {}
-    m, n = product.shape[-2:]
+    (m, n), k = product.shape[-2:], a.shape[-1]
+    times = rng.choice([np.float32(1), np.float32(3)], k)
     spread = int(k**0.5) + 1  # of a product of random signs, so that thresholds fall among them
     return {
         "row": rng.standard_normal((m, 1), np.float32),
@@ -238,6 +241,8 @@ def _terms(rng: np.random.Generator, product: np.ndarray, k: int) -> dict[str, A
         "bias": rng.standard_normal((n,), np.float32),
         "threshold": rng.integers(-spread, spread + 1, n).astype(np.int32),
         "flip": rng.random(n) < 0.5,
+        "times": times,  # a's signs times these are levels of two bits
+        "of levels": np.matmul(a * times, b),
     }
 
 
@@ -248,6 +253,9 @@ def _wanted(product: np.ndarray, kind: str, terms: dict[str, Any]) -> np.ndarray
     if kind == "signs":
         plus = (product >= terms["threshold"]) != terms["flip"]
         return _with_counts(np.where(plus, np.float32(1), np.float32(-1)), plus.sum(axis=-1))
+    if kind == "levels":
+        levels: np.ndarray = terms["of levels"]
+        return levels
     return product
 
 
@@ -287,6 +295,8 @@ def _product(a: Any, b: Any, kind: str, terms: dict[str, Any]) -> Any:
     if kind == "signs":
         p = xnor_gemm_packed(a, b, threshold=terms["threshold"], flip=terms["flip"])
         return _with_counts(p.unpack(np.float32), p.popcounts)
+    if kind == "levels":
+        return xnor_gemm(pack(a * terms["times"], bits=2), pack(b, axis=-2))
     if kind == "packed":
         a, b = pack(a, axis=-1), pack(b, axis=-2 if b.ndim > 1 else -1)
     return xnor_gemm(a, b)

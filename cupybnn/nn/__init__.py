@@ -1,6 +1,6 @@
 """Layers and models."""
 
-from cupybnn.nn.binary import BinaryLinear, Sign, SignDropout, set_progress
+from cupybnn.nn.binary import BinaryLinear, GradientRounding, Sign, SignDropout, set_progress
 from cupybnn.nn.chain import Block, Chain, stages
 from cupybnn.nn.containers import ModuleDict, ModuleList, Sequential
 from cupybnn.nn.elementwise import Flatten, HardTanh, Identity, ReLU, Scale, Sigmoid, Tanh
@@ -16,6 +16,7 @@ __all__ = [
     "Chain",
     "Dropout",
     "Flatten",
+    "GradientRounding",
     "HardTanh",
     "Identity",
     "Linear",

@@ -12,9 +12,40 @@ from cupybnn.autograd import Tensor
 from cupybnn.backends.random import Stream, from_row
 from cupybnn.nn.layers import Dropout, Linear, Rng
 from cupybnn.nn.module import Module
-from cupybnn.ops import Quantizer, get_quantizer
+from cupybnn.ops import GradientQuantizer, Quantizer, get_quantizer
 
-__all__ = ["BinaryLinear", "Sign", "SignDropout", "set_progress"]
+__all__ = ["BinaryLinear", "GradientRounding", "Sign", "SignDropout", "set_progress"]
+
+
+class GradientRounding(Module):
+    """The random rounding of a layer's gradient, a part of a `BinaryLinear`.
+
+    Parameters
+    ----------
+    bits : int
+        See `cupybnn.ops.quantize_gradient`.
+    rng : numpy.random.Generator or int, optional
+        Generator, or its seed, that draws the seed of the counter-based random numbers.
+
+    Attributes
+    ----------
+    quantizer : GradientQuantizer
+
+    Examples
+    --------
+    >>> from cupybnn import nn
+    >>> nn.BinaryLinear(3, 2, grad_bits=4, rng=0).rounding
+    GradientRounding(bits=4)
+    """
+
+    def __init__(self, bits: int, *, rng: Rng = None) -> None:
+        self.quantizer = GradientQuantizer(bits, int(np.random.default_rng(rng).integers(2**63)))
+
+    def random_state(self) -> np.ndarray:
+        return self.quantizer.random.state
+
+    def _settings(self) -> str:
+        return f"bits={self.quantizer.bits}"
 
 
 class BinaryLinear(Linear):
@@ -37,8 +68,11 @@ class BinaryLinear(Linear):
         `cupybnn.ops.sign`.
     clip : bool
         Whether optimizers keep the latent weights within [-1, 1].
+    grad_bits : int, optional
+        Round the product's gradient to levels of so many bits, from 1 to 8, for the products of the
+        backward pass: see `cupybnn.ops.quantize_gradient`. None: not at all.
     rng, dtype
-        As in `Linear`.
+        As in `Linear`. The random numbers of the rounding are drawn after the weights.
 
     Attributes
     ----------
@@ -46,6 +80,12 @@ class BinaryLinear(Linear):
         The latent weights.
     quantizer : Quantizer
         The quantizer named by `ste`.
+    rounding : GradientRounding or None
+
+    Raises
+    ------
+    ValueError
+        If `grad_bits` is out of range, or given without `binary_input`.
 
     Warns
     -----
@@ -73,10 +113,19 @@ class BinaryLinear(Linear):
         xnor: bool = True,
         ste: str | Quantizer = "ste_sign",
         clip: bool = True,
+        grad_bits: int | None = None,
         rng: Rng = None,
         dtype: Any = "float32",
     ) -> None:
+        if grad_bits is not None:
+            if not binary_input:
+                raise ValueError(
+                    "The 'grad_bits' of a BinaryLinear must be None without binary_input: only "
+                    "products of signs have gradients by bit planes."
+                )
+            rng = np.random.default_rng(rng)
         super().__init__(in_features, out_features, bias, rng=rng, dtype=dtype)
+        self.rounding = None if grad_bits is None else GradientRounding(grad_bits, rng=rng)
         self.weight.bits = 1
         self.weight.limit = 1.0 if clip else None
         self.binary_input = binary_input
@@ -98,7 +147,8 @@ class BinaryLinear(Linear):
         if not self.binary_input:
             y = x @ signs
         elif x.two_valued:
-            y = ops.binary_matmul(x, signs, self.xnor)
+            rounds = None if self.rounding is None else self.rounding.quantizer
+            y = ops.binary_matmul(x, signs, self.xnor, rounds)
         else:
             raise ValueError(
                 f"The input of a BinaryLinear must hold only +1 and -1; got a tensor of shape "

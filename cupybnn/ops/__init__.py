@@ -27,6 +27,7 @@ from cupybnn.ops.elementwise import (
     subtract,
     tanh,
 )
+from cupybnn.ops.gradient_levels import GradientLevels, GradientQuantizer, quantize_gradient
 from cupybnn.ops.joining import concatenate, stack
 from cupybnn.ops.losses import (
     bipolar_penalty,
@@ -66,6 +67,8 @@ __all__ = [
     "ApproxSign",
     "ClippedGrad",
     "EdeSign",
+    "GradientLevels",
+    "GradientQuantizer",
     "IdentitySign",
     "MagnitudeAwareSign",
     "Quantizer",
@@ -109,6 +112,7 @@ __all__ = [
     "of_length",
     "power",
     "quantize",
+    "quantize_gradient",
     "quantizer_names",
     "register_quantizer",
     "relu",

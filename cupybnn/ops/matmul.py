@@ -6,6 +6,7 @@ from typing import Any
 
 from cupybnn.autograd import Context, Function, Tensor, tensor_or_number
 from cupybnn.gemm import xnor_gemm
+from cupybnn.ops.gradient_levels import GradientQuantizer, quantized_gradients
 
 __all__ = ["binary_matmul", "matmul"]
 
@@ -44,8 +45,11 @@ class BinaryMatmul(Function):
     """a @ b of two arrays of +1 and -1."""
 
     @staticmethod
-    def forward(ctx: Context, a: Any, b: Any, xnor: bool) -> Any:
+    def forward(
+        ctx: Context, a: Any, b: Any, xnor: bool, quantizer: GradientQuantizer | None
+    ) -> Any:
         ctx.save(a, b)
+        ctx.quantizer = quantizer
         if not xnor:
             return ctx.xp.matmul(a, b)
         # Without `dtype`, xnor_gemm returns at least float32.
@@ -53,7 +57,9 @@ class BinaryMatmul(Function):
 
     @staticmethod
     def backward(ctx: Context, grad: Any) -> Any:
-        return _gradients(ctx, grad)
+        if ctx.quantizer is None:
+            return _gradients(ctx, grad)
+        return quantized_gradients(ctx, ctx.quantizer, grad, *ctx.saved)
 
 
 def matmul(a: Any, b: Any) -> Tensor:
@@ -69,7 +75,9 @@ def matmul(a: Any, b: Any) -> Tensor:
     return Matmul.apply(a, b)
 
 
-def binary_matmul(a: Tensor, b: Tensor, xnor: bool = True) -> Tensor:
+def binary_matmul(
+    a: Tensor, b: Tensor, xnor: bool = True, grad_quantizer: GradientQuantizer | None = None
+) -> Tensor:
     """Return the matrix product of two tensors of signs.
 
     Parameters
@@ -81,16 +89,21 @@ def binary_matmul(a: Tensor, b: Tensor, xnor: bool = True) -> Tensor:
     xnor : bool
         Use `cupybnn.xnor_gemm`; otherwise a dense product. Both are exact, and so equal, while
         the dtype holds every integer up to K (float32: 2**24).
+    grad_quantizer : GradientQuantizer, optional
+        Rounds the result's gradient to levels of a few bits: see `quantize_gradient`. `b` is then a
+        matrix, and `a` has at least two axes.
 
     Returns
     -------
     Tensor, shape (..., M, N)
-        Its gradients are dense products with the other factor.
+        Its gradients are dense products with the other factor; with `grad_quantizer`, products of
+        the levels' bit planes with it, by `cupybnn.xnor_gemm`.
 
     Raises
     ------
     ValueError
-        If a factor may hold values other than +1 and -1.
+        If a factor may hold values other than +1 and -1, or the shapes are not those that
+        `grad_quantizer` needs.
 
     Examples
     --------
@@ -109,4 +122,9 @@ def binary_matmul(a: Tensor, b: Tensor, xnor: bool = True) -> Tensor:
                 f"of shape {factor.shape} that may hold other values. Take its sign first: "
                 f"cupybnn.ops.sign(x)."
             )
-    return BinaryMatmul.apply(a, b, xnor=xnor)
+    if grad_quantizer is not None and (a.ndim < 2 or b.ndim != 2):
+        raise ValueError(
+            f"With 'grad_quantizer', the 'b' of binary_matmul must be a matrix and 'a' have two "
+            f"axes or more; got shapes {a.shape} and {b.shape}."
+        )
+    return BinaryMatmul.apply(a, b, xnor=xnor, quantizer=grad_quantizer)

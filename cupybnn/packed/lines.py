@@ -14,7 +14,8 @@ import numpy as np
 
 from cupybnn import backends
 from cupybnn.backends.devices import CPU, is_cupy
-from cupybnn.packed.matrix import PackedMatrix, as_matrix
+from cupybnn.backends.levels import SIGNS
+from cupybnn.packed.matrix import PackedMatrix, stored_shape
 from cupybnn.packed.signs import pack
 
 __all__ = ["concatenate", "equal", "index", "iterate", "lines_of"]
@@ -28,10 +29,11 @@ def lines_of(p: PackedMatrix, key: tuple[Any, ...] | None = None) -> Any:
     Returns
     -------
     ndarray of uint64, shape (..., ceil(k / 64))
-        A vector is the one line of a matrix, shape (1, ...).
+        A vector is the one line of a matrix, shape (1, ...). Of several bits, a line has those of
+        all planes, as the device stores them.
     """
     with p.device.scope():
-        shape = as_matrix(p.shape)
+        shape = stored_shape(p.shape, p.axis, p.levels, p.device)
         return backends.get(p.device).select(
             p.words, shape, p.axis, (EVERY,) * (len(shape) - 1) if key is None else key
         )
@@ -80,8 +82,9 @@ def index(p: PackedMatrix, key: Any) -> PackedMatrix:
         shape = (*outer[:before], p.k, *outer[before:])
         if not outer:
             lines, popcounts = lines.reshape(1, -1), popcounts.reshape(1)
-        words = backends.get(p.device).from_lines(lines, as_matrix(shape), -1 - after)
-    return PackedMatrix._of(words, popcounts, shape, -1 - after, p.device)
+        stored = stored_shape(shape, -1 - after, p.levels, p.device)
+        words = backends.get(p.device).from_lines(lines, stored, -1 - after)
+    return PackedMatrix._of(words, popcounts, shape, -1 - after, p.device, p.levels)
 
 
 def _items(p: PackedMatrix, key: Any) -> list[Any]:
@@ -160,10 +163,10 @@ def iterate(p: PackedMatrix) -> Iterator[PackedMatrix]:
 
 def equal(p: PackedMatrix, q: PackedMatrix) -> bool:
     """Whether two packed matrices have the same shape and the same elements."""
-    if p.shape != q.shape:
+    if p.shape != q.shape or p.levels is not q.levels:
         return False
     if p.axis != q.axis:
-        q = pack(q.unpack(bool), axis=p.axis)
+        q = _packed_again(_elements(q), p.axis, q)
     if p.device != q.device:
         p, q = p.to_numpy(), q.to_numpy()
     with p.device.scope():
@@ -176,10 +179,12 @@ def concatenate(matrices: Iterable[PackedMatrix], axis: int = 0) -> PackedMatrix
     Parameters
     ----------
     matrices : iterable of PackedMatrix
-        Of the same shape except along `axis`, packed along the same axis, on one device.
+        Of the same shape except along `axis`, with the same bits, packed along the same axis, on
+        one device.
     axis : int
-        Any axis. Along the packed one, lines are joined word by word if the lengths of all but the
-        last are multiples of 64; otherwise they are unpacked first, to one byte per element.
+        Any axis. Along the packed one, lines of signs are joined word by word if the lengths of all
+        but the last are multiples of 64; otherwise they are unpacked first, to one byte per
+        element, or two.
 
     Returns
     -------
@@ -228,6 +233,11 @@ def concatenate(matrices: Iterable[PackedMatrix], axis: int = 0) -> PackedMatrix
                 f"The 'matrices' of concatenate must be on one device; got {first.device} and "
                 f"{part.device}. Move them: to_cupy() or to_numpy()."
             )
+        if part.levels is not first.levels:
+            raise ValueError(
+                f"The 'matrices' of concatenate must have elements of the same bits; got "
+                f"{first.levels} and {part.levels}."
+            )
         if part.axis != first.axis:
             raise ValueError(
                 f"The 'matrices' of concatenate must be packed along the same axis; got axis "
@@ -267,12 +277,22 @@ def _join(parts: list[PackedMatrix], axis: int) -> PackedMatrix:
     if axis != packed:
         at = axis if axis < packed else axis - 1
         popcounts = xp.concatenate([part.popcounts for part in parts], axis=at)
-    elif all(part.k % 64 == 0 for part in parts[:-1]):
+    elif first.levels is SIGNS and all(part.k % 64 == 0 for part in parts[:-1]):
         at = -1
         popcounts = sum((part.popcounts for part in parts[1:]), first.popcounts.copy())
     else:
-        signs = xp.concatenate([part.unpack(bool) for part in parts], axis=axis)
-        return pack(signs, axis=first.axis)
+        elements = xp.concatenate([_elements(part) for part in parts], axis=axis)
+        return _packed_again(elements, first.axis, first)
     lines = xp.concatenate([lines_of(part) for part in parts], axis=at)
-    words = backends.get(first.device).from_lines(lines, as_matrix(tuple(shape)), first.axis)
-    return PackedMatrix._of(words, popcounts, tuple(shape), first.axis, first.device)
+    stored = stored_shape(tuple(shape), first.axis, first.levels, first.device)
+    words = backends.get(first.device).from_lines(lines, stored, first.axis)
+    return PackedMatrix._of(words, popcounts, tuple(shape), first.axis, first.device, first.levels)
+
+
+def _elements(p: PackedMatrix) -> Any:
+    return p.unpack(bool if p.levels is SIGNS else None)
+
+
+def _packed_again(elements: Any, axis: int, like: PackedMatrix) -> PackedMatrix:
+    """Pack elements that were unpacked, with the bits of `like`."""
+    return pack(elements, axis=axis, bits=like.bits, signed=like.signed)

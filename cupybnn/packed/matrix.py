@@ -1,4 +1,4 @@
-"""A matrix of signs, stored with one bit per element."""
+"""A matrix of signs, or of a few levels, stored with one bit or a few bits per element."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import numpy as np
 from cupybnn import backends
 from cupybnn.backends.devices import CPU, Device, array_module, resolve
 from cupybnn.backends.interop import as_native, type_name
+from cupybnn.backends.levels import SIGNS, Levels, levels_of, stored_k
 
-__all__ = ["PackedMatrix", "as_matrix", "from_canonical"]
+__all__ = ["PackedMatrix", "as_matrix", "from_canonical", "stored_shape"]
 
 
 class PackedMatrix:
     """A matrix of +1 and -1, or a batch of them, stored with one bit per element.
 
-    Made by `pack`, `from_packbits`, `load` or `cupybnn.xnor_gemm_packed`, never by calling the
+    Or one of a few levels, stored with up to eight bits per element: see `bits` and `pack`. Made by
+    `pack`, `from_packbits`, `load` or `cupybnn.xnor_gemm_packed`, never by calling the
     class. Immutable. The memory layout of the words depends on the device: use `unpack`,
     `to_packbits` or `save` to read them.
 
@@ -37,7 +39,10 @@ class PackedMatrix:
     words : ndarray
         The bits, in the device's own layout.
     popcounts : ndarray of int32, shape (..., lines)
-        Number of +1 in each line; shape (1,) for a 1-D vector.
+        Number of +1 in each line; shape (1,) for a 1-D vector. Of levels, the sum of their numbers,
+        counted from 0.
+    levels : Levels
+        `bits` and `signed`.
     device : Device
         Where `words` is.
 
@@ -54,7 +59,7 @@ class PackedMatrix:
            [-1.]])
     """
 
-    __slots__ = ("axis", "device", "ndim", "popcounts", "shape", "words")
+    __slots__ = ("axis", "device", "levels", "ndim", "popcounts", "shape", "words")
 
     # Makes NumPy and CuPy arrays defer to the packed matrix in arithmetic.
     __array_ufunc__ = None
@@ -65,6 +70,7 @@ class PackedMatrix:
     shape: tuple[int, ...]
     axis: int
     device: Device
+    levels: Levels
     ndim: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -75,8 +81,9 @@ class PackedMatrix:
 
     @classmethod
     def _of(
-        cls, words: Any, popcounts: Any, shape: tuple[int, ...], axis: int, device: Device
-    ) -> PackedMatrix:
+        cls, words: Any, popcounts: Any, shape: tuple[int, ...], axis: int, device: Device,
+        levels: Levels = SIGNS,
+    ) -> PackedMatrix:  # fmt: skip
         """Make one from consistent parts; unchecked, because every packed product passes here."""
         self = object.__new__(cls)
         self.words = words
@@ -84,13 +91,27 @@ class PackedMatrix:
         self.shape = shape
         self.axis = axis
         self.device = device
+        self.levels = levels
         self.ndim = len(shape)
         return self
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of an element when unpacked: int8, unless `unpack` gets another one."""
-        return np.dtype(np.int8)
+        """The dtype of an element when unpacked, unless `unpack` gets another one.
+
+        The smallest that holds all levels: int8 for signs.
+        """
+        return self.levels.dtype
+
+    @property
+    def bits(self) -> int:
+        """Number of bits of an element: 1 for signs."""
+        return self.levels.bits
+
+    @property
+    def signed(self) -> bool:
+        """Whether elements are odd integers, as signs are, or 0 to ``2**bits - 1``."""
+        return self.levels.signed
 
     @property
     def size(self) -> int:
@@ -118,10 +139,12 @@ class PackedMatrix:
         if self.ndim < 2:
             return self
         shape = (*self.shape[:-2], self.shape[-1], self.shape[-2])
-        return PackedMatrix._of(self.words, self.popcounts, shape, -3 - self.axis, self.device)
+        return PackedMatrix._of(
+            self.words, self.popcounts, shape, -3 - self.axis, self.device, self.levels
+        )
 
     def unpack(self, dtype: Any = None) -> Any:
-        """Return the array of +1 and -1; see `cupybnn.unpack`."""
+        """Return the array of +1 and -1, or of levels; see `cupybnn.unpack`."""
         from cupybnn.packed import signs
 
         return signs.unpack(self, dtype)
@@ -198,8 +221,9 @@ class PackedMatrix:
         """Return a copy that shares no memory with this matrix."""
         with self.device.scope():
             return PackedMatrix._of(
-                self.words.copy(), self.popcounts.copy(), self.shape, self.axis, self.device
-            )
+                self.words.copy(), self.popcounts.copy(), self.shape, self.axis, self.device,
+                self.levels,
+            )  # fmt: skip
 
     def to_numpy(self) -> PackedMatrix:
         """Return this matrix in host memory; itself if already there."""
@@ -211,13 +235,17 @@ class PackedMatrix:
         return self if self.device == device else self._moved(device)
 
     def _moved(self, device: Device) -> PackedMatrix:
-        return from_canonical(self._canonical(), self.shape, self.axis, device)
+        return from_canonical(self._canonical(), self.shape, self.axis, device, self.levels)
 
     def _canonical(self) -> np.ndarray:
         with self.device.scope():
-            return backends.get(self.device).to_canonical(
-                self.words, as_matrix(self.shape), self.axis
+            lines = backends.get(self.device).to_canonical(
+                self.words, stored_shape(self.shape, self.axis, self.levels, self.device), self.axis
             )
+        if self.levels is SIGNS or self.device == CPU:
+            return lines  # type: ignore[no-any-return]
+        planes = lines.reshape(*lines.shape[:-1], self.bits, -1)[..., : -(-self.k // 64)]
+        return np.ascontiguousarray(planes).reshape(*lines.shape[:-1], -1)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the matrix to `path` as an .npz file, without pickle and atomically.
@@ -229,7 +257,7 @@ class PackedMatrix:
         """
         from cupybnn.packed import file
 
-        file.write(path, self._canonical(), self.shape, self.axis)
+        file.write(path, self._canonical(), self.shape, self.axis, self.levels)
 
     @staticmethod
     def load(path: str | os.PathLike[str], device: str | Device = "cpu") -> PackedMatrix:
@@ -251,12 +279,12 @@ class PackedMatrix:
         from cupybnn.packed import file
 
         place = resolve(device)
-        canonical, shape, axis = file.read(path)
-        return from_canonical(canonical, shape, axis, place)
+        canonical, shape, axis, levels = file.read(path)
+        return from_canonical(canonical, shape, axis, place, levels)
 
     def __repr__(self) -> str:
         return (
-            f"PackedMatrix(shape={self.shape}, axis={self.axis}, 1 bit per element, "
+            f"PackedMatrix(shape={self.shape}, axis={self.axis}, {self.levels} per element, "
             f"{self.nbytes:,} bytes on {self.device})"
         )
 
@@ -306,7 +334,9 @@ class PackedMatrix:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Like a CuPy array, one from a GPU is restored on the current GPU.
-        return _unpickled, (self._canonical(), self.shape, self.axis, self.device.kind)
+        place = self._canonical(), self.shape, self.axis, self.device.kind
+        more = () if self.levels is SIGNS else (self.bits, self.signed)
+        return _unpickled, (*place, *more)
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         raise TypeError(f"A PackedMatrix is not an array: it stores one bit per element. {_UNPACK}")
@@ -341,18 +371,40 @@ def _array_equal(a: Any, b: Any, equal_nan: bool = False) -> bool:
     return bool(array_module(a, b).array_equal(a, b))
 
 
-def _unpickled(canonical: np.ndarray, shape: tuple[int, ...], axis: int, kind: str) -> PackedMatrix:
-    return from_canonical(canonical, shape, axis, resolve(kind))
+def _unpickled(
+    canonical: np.ndarray, shape: tuple[int, ...], axis: int, kind: str, bits: int = 1,
+    signed: bool = True,
+) -> PackedMatrix:  # fmt: skip
+    return from_canonical(canonical, shape, axis, resolve(kind), levels_of(bits, signed))
 
 
 def from_canonical(
-    canonical: np.ndarray, shape: tuple[int, ...], axis: int, device: Device
-) -> PackedMatrix:
+    canonical: np.ndarray, shape: tuple[int, ...], axis: int, device: Device,
+    levels: Levels = SIGNS,
+) -> PackedMatrix:  # fmt: skip
     """Make a packed matrix on `device` from canonical words on the host."""
-    popcounts = np.bitwise_count(canonical).sum(axis=-1, dtype=np.int32)
+    lines, bits = canonical.shape[:-1], levels.bits
+    planes = canonical.reshape(*lines, bits, canonical.shape[-1] // bits)
+    ones = np.bitwise_count(planes).sum(axis=-1, dtype=np.int32)
+    popcounts = (ones << np.arange(bits - 1, -1, -1, dtype=np.int32)).sum(axis=-1, dtype=np.int32)
+    stored = stored_shape(shape, axis, levels, device)
+    if levels is not SIGNS and device != CPU:
+        # The planes begin at multiples of more words.
+        whole = np.zeros((*lines, bits, stored[axis] // bits // 64), canonical.dtype)
+        whole[..., : planes.shape[-1]] = planes
+        canonical = whole.reshape(*lines, -1)
     with device.scope():
-        words = backends.get(device).from_canonical(canonical, as_matrix(shape), axis)
-        return PackedMatrix._of(words, device.xp.asarray(popcounts), shape, axis, device)
+        words = backends.get(device).from_canonical(canonical, stored, axis)
+        return PackedMatrix._of(words, device.xp.asarray(popcounts), shape, axis, device, levels)
+
+
+def stored_shape(
+    shape: tuple[int, ...], axis: int, levels: Levels, device: Device
+) -> tuple[int, ...]:
+    """Return the shape of the matrix of bits that a backend stores, with at least two axes."""
+    stored = list(as_matrix(shape))
+    stored[axis] = stored_k(stored[axis], levels, device.kind)
+    return tuple(stored)
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:

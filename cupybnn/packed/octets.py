@@ -9,6 +9,7 @@ import numpy as np
 from cupybnn import backends
 from cupybnn.backends.devices import device_of
 from cupybnn.backends.interop import as_native
+from cupybnn.backends.levels import SIGNS
 from cupybnn.packed.lines import lines_of
 from cupybnn.packed.matrix import PackedMatrix, as_matrix
 from cupybnn.packed.signs import packed_axis
@@ -62,6 +63,11 @@ def from_packbits(octets: Any, k: Any, axis: Any, bitorder: str) -> PackedMatrix
 def to_packbits(p: PackedMatrix, bitorder: str) -> Any:
     """Implement `PackedMatrix.to_packbits`."""
     _check_bitorder(bitorder, "to_packbits")
+    if p.levels is not SIGNS:
+        raise ValueError(
+            f"Only a PackedMatrix of signs has the bytes of numpy.packbits; got one of {p.levels} "
+            f"per element. Unpack it first: p.unpack()."
+        )
     xp = p.device.xp
     with p.device.scope():
         lines = lines_of(p)

@@ -1,4 +1,4 @@
-"""Signs of arrays, and packing them to bits and back."""
+"""Signs of arrays, and packing them, or a few levels, to bits and back."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import numpy as np
 
 from cupybnn import backends
 from cupybnn.backends.devices import CPU, cuda_device, current_cuda_device, device_of, is_cupy
+from cupybnn.backends.interop import as_native
+from cupybnn.backends.levels import MOST_BITS, SIGNS, Levels, levels_of
 from cupybnn.operands import (
     as_dtype,
     as_operand,
     check_cuda_dtype,
     dtype_has_sign,
+    is_floating,
     warn_of_zero_one,
 )
 from cupybnn.packed.matrix import PackedMatrix, as_matrix
@@ -54,8 +57,8 @@ def sign(x: Any) -> Any:
         return backends.get(x).sign(x, dtype)
 
 
-def pack(x: Any, axis: int = -1) -> PackedMatrix:
-    """Store the signs of a matrix with one bit per element.
+def pack(x: Any, axis: int = -1, bits: int = 1, signed: bool = True) -> PackedMatrix:
+    """Store the signs of a matrix with one bit per element, or its nearest levels with a few.
 
     Pack a left operand (..., M, K) of `cupybnn.xnor_gemm` along its last axis, a right operand
     (..., K, N) along the last but one: ``pack(a)`` and ``pack(b, axis=-2)``.
@@ -63,9 +66,16 @@ def pack(x: Any, axis: int = -1) -> PackedMatrix:
     Parameters
     ----------
     x : array_like, shape (K,), (M, K) or (..., M, K)
-        Real floating, signed integer or bool; any strides. The sign is that of `cupybnn.sign`.
+        Real floating, signed integer or bool; any strides. The sign is that of `cupybnn.sign`. With
+        ``signed=False``, unsigned integers too.
     axis : int
         The axis along which the bits are packed: one of the last two.
+    bits : int
+        Bits per element, from 1 to 8. Each element becomes the nearest of ``2**bits`` levels, the
+        greater of two as near; NaN becomes the least.
+    signed : bool
+        Levels are the odd integers from ``-(2**bits - 1)`` to ``2**bits - 1``: for one bit, +1 and
+        -1. If not, they are 0 to ``2**bits - 1``.
 
     Returns
     -------
@@ -75,15 +85,24 @@ def pack(x: Any, axis: int = -1) -> PackedMatrix:
     Raises
     ------
     TypeError
-        If the elements of `x` have no sign.
+        If the elements of `x` have no sign, or `bits` or `signed` is of another type.
     ValueError
-        If `x` is a scalar, or `axis` is not one of its last two.
+        If `x` is a scalar, `axis` is not one of its last two, `bits` is out of range, or K is so
+        long that a sum of levels might not fit an int32.
 
     Warns
     -----
     UserWarning
         If `x` is a NumPy array that holds only 0 and 1, whose signs are all +1. CuPy arrays are not
         checked, because that would wait for the GPU.
+
+    Notes
+    -----
+    Signed levels are the values ``sum(2**j * s[j])`` of `bits` signs s: so a matrix of them is as
+    many matrices of signs, its bit planes, and a product with signs is that many products of signs,
+    added up. Unlike two's complement, they are symmetric and have no 0. They are the uniform
+    quantizer of DoReFa-Net (Zhou et al., arXiv 1606.06160): ``(2**bits - 1) * x`` packs numbers x
+    from -1 to 1.
 
     Examples
     --------
@@ -92,32 +111,85 @@ def pack(x: Any, axis: int = -1) -> PackedMatrix:
     >>> a, b = np.array([[1.5, -2.0, 3.0]]), np.array([[1.0], [2.0], [-3.0]])
     >>> pack(a) @ pack(b, axis=-2)
     array([[-1]], dtype=int32)
+    >>> pack(a, bits=2).unpack()
+    array([[ 1, -1,  3]], dtype=int8)
+    >>> pack(np.array([[0, 3, 5]]), bits=2, signed=False) @ pack(b, axis=-2)
+    array([[0]], dtype=int32)
     """
-    if type(axis) is int and axis in (-1, -2) and is_cupy(x) and x.ndim == 2:
+    if type(axis) is int and axis in (-1, -2) and is_cupy(x) and x.ndim == 2 and bits == 1:
         # The usual case on a GPU, where Python's time counts.
         index = x.data.device_id
-        if dtype_has_sign(x.dtype) and index == current_cuda_device():
+        if (
+            type(bits) is int
+            and signed is True
+            and dtype_has_sign(x.dtype)
+            and index == current_cuda_device()
+        ):
             words, popcounts = backends.get(x).pack(x, axis)
             return PackedMatrix._of(words, popcounts, x.shape, axis, cuda_device(index))
-    x = as_operand(x, "'x' of pack")
+    levels = _levels(bits, signed)
+    x = _operand(x, levels)
     axis = packed_axis(x, axis, "x", "pack")
     device = device_of(x)
-    if device == CPU:
+    if device == CPU and levels is SIGNS:
         warn_of_zero_one(x, "'x' of pack")
+    if levels is not SIGNS and x.shape[axis] * levels.top > _MOST_SUM:
+        raise ValueError(
+            f"The 'x' of pack must have at most {_MOST_SUM // levels.top} elements along its "
+            f"packed axis with bits={bits}, so that a sum of levels fits an int32; got shape "
+            f"{x.shape}."
+        )
     with device.scope():
         matrix = x if x.ndim > 1 else x[None, :]
-        words, popcounts = backends.get(device).pack(matrix, axis)
-    return PackedMatrix._of(words, popcounts, x.shape, axis, device)
+        backend = backends.get(device)
+        if levels is SIGNS:
+            words, popcounts = backend.pack(matrix, axis)
+        else:
+            words, popcounts = backend.pack_levels(matrix, axis, levels)
+    return PackedMatrix._of(words, popcounts, x.shape, axis, device, levels)
+
+
+_MOST_SUM = 2**31 - 1
+
+
+def _levels(bits: Any, signed: Any) -> Levels:
+    if isinstance(bits, (bool, np.bool_)) or not isinstance(bits, (int, np.integer)):
+        raise TypeError(f"The 'bits' of pack must be an integer; got {bits!r}.")
+    if not 1 <= bits <= MOST_BITS:
+        raise ValueError(f"The 'bits' of pack must be from 1 to {MOST_BITS}; got {bits}.")
+    if not isinstance(signed, (bool, np.bool_)):
+        raise TypeError(f"The 'signed' of pack must be a bool; got {signed!r}.")
+    return levels_of(int(bits), bool(signed))
+
+
+def _operand(x: Any, levels: Levels) -> Any:
+    """Return `x` as an array whose elements have a nearest level."""
+    what = "'x' of pack"
+    if not levels.signed:
+        array = as_native(x, what)
+        if array.dtype.kind in "biu" or is_floating(array.dtype):
+            return array
+        return as_operand(array, what)  # names the fault
+    if levels is SIGNS:
+        return as_operand(x, what)
+    array = as_native(x, what)
+    if array.dtype.kind == "u":
+        raise TypeError(
+            f"The {what} must be real floating, signed integer or bool for signed levels; got "
+            f"dtype {array.dtype}. Pass signed=False for the levels 0 to {levels.top}."
+        )
+    return as_operand(array, what)
 
 
 def unpack(p: PackedMatrix, dtype: Any = None) -> Any:
-    """Return the +1 and -1 of a `PackedMatrix` as an array.
+    """Return the +1 and -1 of a `PackedMatrix`, or its levels, as an array.
 
     Parameters
     ----------
     p : PackedMatrix
     dtype : dtype, optional
-        Real floating, signed integer, or bool (True for +1); int8 by default.
+        Real floating, signed integer, or bool (True for +1) for one bit; for unsigned levels also
+        unsigned integer. By default ``p.dtype``, int8 for signs.
 
     Returns
     -------
@@ -127,7 +199,7 @@ def unpack(p: PackedMatrix, dtype: Any = None) -> Any:
     Raises
     ------
     TypeError
-        If `p` is not a PackedMatrix, or `dtype` cannot hold both +1 and -1.
+        If `p` is not a PackedMatrix, or `dtype` cannot hold all its levels.
 
     Examples
     --------
@@ -135,19 +207,40 @@ def unpack(p: PackedMatrix, dtype: Any = None) -> Any:
     >>> import cupybnn
     >>> cupybnn.unpack(cupybnn.pack(np.array([2.0, -3.0, 0.0])), "int8")
     array([ 1, -1,  1], dtype=int8)
+    >>> cupybnn.unpack(cupybnn.pack(np.array([2.0, -3.0, 0.0]), bits=2))
+    array([ 3, -3,  1], dtype=int8)
     """
     if not isinstance(p, PackedMatrix):
         raise TypeError(f"The 'p' of unpack must be a PackedMatrix; got {type(p).__name__}.")
-    target = as_dtype(np.int8 if dtype is None else dtype, "'dtype' of unpack")
-    if not dtype_has_sign(target):
-        raise TypeError(
-            f"The 'dtype' of unpack must be real floating, signed integer or bool; got {target}."
-        )
+    target = as_dtype(p.dtype if dtype is None else dtype, "'dtype' of unpack")
+    _check_target(target, p.levels)
     if p.device != CPU:
         check_cuda_dtype(target, "'dtype' of unpack")
     with p.device.scope():
-        matrix = backends.get(p.device).unpack(p.words, as_matrix(p.shape), p.axis, target)
+        backend, shape = backends.get(p.device), as_matrix(p.shape)
+        if p.levels is SIGNS:
+            matrix = backend.unpack(p.words, shape, p.axis, target)
+        else:
+            matrix = backend.unpack_levels(p.words, shape, p.axis, p.levels, target)
     return matrix if p.ndim > 1 else matrix[0]
+
+
+def _check_target(dtype: np.dtype, levels: Levels) -> None:
+    """Raise TypeError unless `dtype` holds all levels."""
+    unsigned = dtype.kind == "u" and not levels.signed
+    if not dtype_has_sign(dtype) and not unsigned:
+        more = "" if levels.signed else ", unsigned integer"
+        raise TypeError(
+            f"The 'dtype' of unpack must be real floating, signed integer{more} or bool; got "
+            f"{dtype}."
+        )
+    if dtype.kind == "b" and levels.bits > 1:
+        raise TypeError(f"The 'dtype' of unpack must hold {levels} per element; got bool.")
+    if dtype.kind in "iu" and np.iinfo(dtype).max < levels.top:
+        raise TypeError(
+            f"The 'dtype' of unpack must hold levels up to {levels.top}; got {dtype}. Use "
+            f"{levels.dtype}."
+        )
 
 
 def packed_axis(x: Any, axis: Any, name: str, function: str) -> int:

@@ -19,6 +19,7 @@ __all__ = [
     "Choice",
     "Device",
     "Number",
+    "OneOf",
     "PathName",
     "PathNames",
     "Rule",
@@ -150,6 +151,29 @@ class Whole(Rule):
         except TypeError:
             raise _Wrong from None
         if number < self.least:
+            raise _Wrong
+        return number
+
+    def parse(self, text: str) -> int:
+        return int(text)
+
+
+@dataclass(frozen=True)
+class OneOf(Rule):
+    """One of a few whole numbers."""
+
+    numbers: tuple[int, ...]
+    metavar: str = "N"
+    kind = "int"
+
+    @property
+    def must(self) -> str:  # type: ignore[override]
+        *first, last = map(str, self.numbers)
+        return f"{', '.join(first)} or {last}"
+
+    def convert(self, value: Any) -> int:
+        number = Whole(min(self.numbers)).convert(value)
+        if number not in self.numbers:
             raise _Wrong
         return number
 

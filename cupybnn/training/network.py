@@ -23,6 +23,7 @@ NETWORK_SETTINGS = (
     "input_keep_prob",
     "sign_keep_prob",
     "ste",
+    "grad_bits",
 )
 
 _BATCH_NORM_EPS = 1e-4
@@ -45,7 +46,8 @@ def build_network(config: TrainConfig, features: int, classes: int) -> nn.Sequen
     between the last hidden product and the last layer. With `first`, the first layer's weights are
     binary too, and without batch norm a trained factor scales its products into the window of the
     sign. With `last`, the last layer's input and weights are binary, and batch norm or, without it,
-    a trained factor turns its products into logits.
+    a trained factor turns its products into logits. With `grad_bits`, the gradients of products of
+    signs are rounded, in all layers but the last.
 
     Parameters
     ----------
@@ -61,7 +63,9 @@ def build_network(config: TrainConfig, features: int, classes: int) -> nn.Sequen
     for number, units in enumerate(config.hidden_sizes, 1):
         first, last = number == 1, number == len(config.hidden_sizes)
         binary = config.binary and (config.first or not first)
-        layers[f"fc{number}"] = make.linear(inputs, units, binary, not first)
+        linear = layers[f"fc{number}"] = make.linear(inputs, units, binary, not first)
+        if isinstance(linear, nn.BinaryLinear) and linear.binary_input:
+            linear.rounding = make.rounding()
         if config.binary:
             layers[f"dropout{number}"] = make.dropout(config.keep_prob)
             layers[f"bn{number}"] = make.batch_norm(units)
@@ -91,9 +95,11 @@ class LayerMaker:
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
-        # Two generators, so that dropout and stochastic signs do not affect the initial weights.
+        # Generators of their own, so that no setting affects what others draw: the initial weights,
+        # dropout and stochastic signs, rounding.
         self._weights = np.random.default_rng([config.seed, 0x1417])
         self.noise = np.random.default_rng([config.seed, 0x2015E])
+        self._rounds = np.random.default_rng([config.seed, 0x20D])
 
     def quantizer(self) -> ops.Quantizer:
         """Return a new quantizer, with random numbers of its own if it draws any."""
@@ -119,6 +125,11 @@ class LayerMaker:
             rng=rng,
             dtype=config.storage_dtype,
         )
+
+    def rounding(self) -> nn.GradientRounding | None:
+        """Return the rounding of a layer's gradient, if the configuration has it."""
+        bits = self._config.grad_bits
+        return nn.GradientRounding(bits, rng=self._rounds) if bits else None
 
     def dropout(self, keep_prob: float) -> nn.Dropout | None:
         """Return a dropout layer, unless it would keep everything."""

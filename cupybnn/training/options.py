@@ -11,6 +11,7 @@ from cupybnn.training.checks import (
     Choice,
     Device,
     Number,
+    OneOf,
     PathName,
     PathNames,
     Switch,
@@ -143,6 +144,15 @@ class Options:
         "magnitude_aware_sign, stochastic_sign, or ede_sign (sharpens over training)",
         needs=("binary",),
         synonyms=("quantizer", "estimator"),
+    )
+    grad_bits: int = _network(
+        0,
+        OneOf((0, 1, 2, 4, 8), "BITS"),
+        "round the gradients of hidden binary products at random to levels of BITS bits, 1, 2, 4 "
+        "or 8, and compute the products of the backward pass from their bit planes (after Zhou et "
+        "al.: DoReFa-Net, arXiv 1606.06160); 0: no rounding",
+        needs=("binary",),
+        synonyms=("gradient_bits", "quantize_gradients", "grad_quant", "dorefa"),
     )
     batch_norm: bool = _network(
         None,

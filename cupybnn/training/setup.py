@@ -30,12 +30,18 @@ def refusal(ranks: Ranks, sentence: str) -> SettingError:
 
 
 def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
-    """Raise SettingError unless the ranks can share each batch, one image at least for each."""
+    """Raise SettingError unless the ranks can share the work, with an image at least for each."""
     if config.batch_size < ranks.size:
         raise refusal(
             ranks,
             f"The 'batch_size', which the ranks share, must be at least their number, so that each "
             f"has an image; got {config.batch_size} images for {ranks.size} ranks.",
+        )
+    if ranks.size > 1 and config.grad_bits:
+        raise refusal(
+            ranks,
+            f"Gradients are rounded by the greatest of a whole batch, which several ranks do not "
+            f"have. Leave out the option; got 'grad_bits' {config.grad_bits}.",
         )
 
 

@@ -5,11 +5,22 @@
 // Arithmetic is modulo 2**32, so the result is right whenever it fits an int32, as it does for every K
 // below 2**31, even if 4 acc does not.
 //
+// One operand may have levels of several bits instead: its chunks are those of all bit planes, the
+// highest first, and the other's are read again for each. A kernel doubles acc before each plane but the
+// first, so that acc is the sum of the levels' numbers where the other operand's bits are 1. With
+// popcounts that are sums of numbers, and top = 2**PLANES - 1, the product is
+//     top K - 2 popcount(a_row) - 2 top popcount(b_col) + 4 acc   if a's are the signed levels,
+//     -popcount(a_row) + 2 acc                                    if they are unsigned, numbers themselves
+// (with row and column exchanged if b's are).
+//
 // The translation unit sets
 //     OUTPUT   one of OUTPUT_*: the type of the result, or its signs, packed
 //     SCALED   1: the result is ((product * row scale) * column scale) + bias, each step rounded in
 //              float32; a null pointer leaves its step out. 0: the integer itself
-//     XOR_ACC  1: acc counts a_row ^ b_col instead, and the product is K - 2 acc
+//     XOR_ACC  1: acc counts a_row ^ b_col instead, and the product is top K - 2 acc or, of unsigned
+//              levels, top popcount(b_col) - acc
+//     PLANES, PLANES_OF_B, UNSIGNED  bit planes of one operand, whether it is b, and whether its levels
+//              are unsigned; by default 1, 0 and 0, for two operands of signs
 //     DIGITS   0; n > 0: a's lines are unsigned bytes, 128 to a chunk, and b's are n digits each to
 //              the base 256, signed bytes; b's chunks are those of the lowest digit first. acc is the
 //              product divided by 256**(n - 1) and rounded down, and the threshold one for that
@@ -36,6 +47,15 @@
 #ifndef DIGITS
 #define DIGITS 0
 #endif
+#ifndef PLANES
+#define PLANES 1
+#endif
+#ifndef PLANES_OF_B
+#define PLANES_OF_B 0
+#endif
+#ifndef UNSIGNED
+#define UNSIGNED 0
+#endif
 
 // Filled by cupybnn/backends/cuda/product.py, field by field in this order.
 struct Product {
@@ -52,7 +72,7 @@ struct Product {
   const unsigned char* flip;
   int* sums;                  // parts > 1: zeros when the kernel starts, see sm90_xnor_gemm.cu
   i64 m, n, k;
-  i64 chunks;                 // of a line of a and of b
+  i64 chunks;                 // of a line of a and of b, in one plane
   i64 batch;
   i64 a_step, b_step;         // 1, or 0 if the operand is the same for the whole batch
   i64 out_row, out_col, out_batch;  // strides of the result, in elements
@@ -61,6 +81,15 @@ struct Product {
   i64 group;                  // tiles of m that are visited together, to keep the L2 cache warm
   i64 parts;                  // clusters that share a tile's K (sm90_xnor_gemm.cu)
 };
+
+// The product is TOP K (no K, if unsigned) + A_TERM popcount(a_row) + B_TERM popcount(b_col) + ACC_TERM acc.
+constexpr int TOP = (1 << PLANES) - 1;
+constexpr int LEVEL_TERM = XOR_ACC ? 0 : UNSIGNED ? -1 : -2;                    // of the operand of levels
+constexpr int SIGN_TERM = UNSIGNED ? (XOR_ACC ? TOP : 0) : XOR_ACC ? 0 : -2 * TOP;  // of the other
+constexpr int A_TERM = PLANES_OF_B ? SIGN_TERM : LEVEL_TERM, B_TERM = PLANES_OF_B ? LEVEL_TERM : SIGN_TERM;
+constexpr int K_TERM = UNSIGNED ? 0 : TOP;
+constexpr int ACC_TERM = DIGITS ? 1 : UNSIGNED ? (XOR_ACC ? -1 : 2) : XOR_ACC ? -2 : 4;
+constexpr int A_PLANES = PLANES_OF_B ? 1 : PLANES, B_PLANES = PLANES_OF_B ? PLANES : 1;
 
 #if OUTPUT == OUTPUT_FLOAT32
 typedef float out_t;
@@ -102,8 +131,8 @@ __device__ __forceinline__ out_t round_to_output(float v) {
 
 // The terms of a tile's rows and columns, in shared memory: what an epilogue adds to accumulators.
 template <int HEIGHT, int WIDTH> struct Terms {
-  int row[HEIGHT];  // K - 2 popcount(a_row)
-  alignas(16) int col[WIDTH];  // -2 popcount(b_col); OUTPUT_PACKED: minus the threshold
+  int row[HEIGHT];  // of signs: K - 2 popcount(a_row)
+  alignas(16) int col[WIDTH];  // of signs: -2 popcount(b_col); OUTPUT_PACKED: minus the threshold
 #if OUTPUT == OUTPUT_PACKED
   u32 flip[(WIDTH + 31) / 32];
 #elif SCALED
@@ -124,7 +153,7 @@ template <int HEIGHT, int WIDTH> struct Terms {
     const int* pop_a = p.pop_a + item * p.a_step * p.m + m;
     const int rows_left = (int)min(p.m - m, (i64)HEIGHT);
     for (int i = thread; i < HEIGHT; i += threads)
-      row[i] = (int)p.k - (!XOR_ACC && i < rows_left ? 2 * __ldg(pop_a + i) : 0);
+      row[i] = K_TERM * (int)p.k + (A_TERM && i < rows_left ? A_TERM * __ldg(pop_a + i) : 0);
 #if OUTPUT != OUTPUT_PACKED && SCALED
     const float* rows = p.row_scale ? p.row_scale + item * p.row_scale_batch : nullptr;
     const float* bias = p.bias && p.swapped ? p.bias + item * p.bias_batch : nullptr;
@@ -148,12 +177,12 @@ template <int HEIGHT, int WIDTH> struct Terms {
     const int* pop_b = p.pop_b + item * p.b_step * p.n + n;
     for (int i = thread; i < (WIDTH + 31) / 32 * 32; i += threads) {
       const bool exists = i < cols_left;
-      int term = !XOR_ACC && exists ? -2 * __ldg(pop_b + i) : 0;
+      int term = B_TERM && exists ? B_TERM * __ldg(pop_b + i) : 0;
 #if OUTPUT == OUTPUT_PACKED
-      // No product exceeds K: with the threshold clamped to [-K, K + 1] their difference fits an
-      // int32 for every K below 2**30.
-      if (p.threshold && exists)
-        term -= max(-(int)p.k, min((int)p.k + 1, __ldg(p.threshold + n + i)));
+      // No product exceeds TOP K: with the threshold clamped to [-TOP K, TOP K + 1] their difference fits
+      // an int32 for every TOP K below 2**30.
+      const int most = TOP * (int)p.k;
+      if (p.threshold && exists) term -= max(-most, min(most + 1, __ldg(p.threshold + n + i)));
       const u32 flips = __ballot_sync(0xffffffffu, p.flip && exists && __ldg(p.flip + n + i));
       if ((i & 31) == 0) flip[i / 32] = flips;
 #endif
@@ -170,6 +199,14 @@ template <int HEIGHT, int WIDTH> struct Terms {
 #endif
   }
 };
+
+// Double accumulators where a plane other than the first begins.
+template <int COUNT>
+__device__ __forceinline__ void double_at_plane(const Product& p, i64 chunk, int (&acc)[COUNT]) {
+  if (PLANES == 1 || chunk == 0 || chunk % p.chunks) return;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) acc[i] += acc[i];
+}
 
 // The `index`-th tile of the result, in an order that visits `group` tiles of m together.
 struct Tile {
@@ -198,7 +235,14 @@ template <int HEIGHT, int WIDTH> struct BlockTile {
     n = (i64)tile.n * WIDTH;
     a_lines = padded_lines(p.m);
     b_lines = padded_lines(p.n);
-    a = p.a + item * p.a_step * p.chunks * a_lines * CHUNK_PIECES;
-    b = p.b + item * p.b_step * p.chunks * b_lines * CHUNK_PIECES;
+    a = p.a + item * p.a_step * p.chunks * A_PLANES * a_lines * CHUNK_PIECES;
+    b = p.b + item * p.b_step * p.chunks * B_PLANES * b_lines * CHUNK_PIECES;
+  }
+  // Words of a chunk, counted through all planes.
+  __device__ __forceinline__ const uint4* a_chunk(const Product& p, i64 chunk) const {
+    return a + (A_PLANES == PLANES ? chunk : chunk % p.chunks) * a_lines * CHUNK_PIECES;
+  }
+  __device__ __forceinline__ const uint4* b_chunk(const Product& p, i64 chunk) const {
+    return b + (B_PLANES == PLANES ? chunk : chunk % p.chunks) * b_lines * CHUNK_PIECES;
   }
 };

@@ -26,6 +26,8 @@ EXACT_FLOAT32 = 1 << 24
 FEW_LANES = 4
 # With fewer lines than this in one operand, it decides which is taken as lanes.
 FEW_ROWS = 64
+# A multiplication takes so many times as long if lines are compared one by one.
+LONGER_BY_LINE = 4
 # What is worth a second thread: multiplications, and elements to pack (100 and 40 microseconds).
 PRODUCTS_A_THREAD, ELEMENTS_A_THREAD = 1 << 25, 1 << 17
 # Parts for each thread, so that none waits long for another.
@@ -150,7 +152,8 @@ def gemm(a: Any, b: Any, out: np.ndarray, epilogue: Epilogue | None) -> None:
     if epilogue is not None:
         epilogue = epilogue.broadcast(out.shape)
     if out.ndim == 2:
-        if _threads(out.size * k) < 2:  # the kernel packs
+        m, n = out.shape
+        if _threads(m, n, k) < 2:  # the kernel packs
             _matrix_product(_side(a, -1), _side(b, -2), k, out, epilogue)
         else:
             _matrix_product(_packed(_words(a, -1)), _packed(_words(b, -2)), k, out, epilogue)
@@ -243,8 +246,11 @@ def gemm_packed(
     return words, np.bitwise_count(words).sum(axis=-1, dtype=np.int32)
 
 
-def _threads(products: int) -> int:
+def _threads(m: int, n: int, k: int) -> int:
     """Return with how many threads a product is computed."""
+    products = m * n * k
+    if m <= FEW_LANES or n <= FEW_LANES:
+        products *= LONGER_BY_LINE
     wanted = products // PRODUCTS_A_THREAD
     return wanted if wanted < 2 else min(settings.kernel_threads(), wanted)
 
@@ -335,7 +341,7 @@ def _launch(
     row = column = bias = 0
     if parts is not _NOTHING:
         row, column, bias = [address(x) for x in parts]
-    threads = _threads(a[2][0] * b[2][0] * k)
+    threads = _threads(a[2][0], b[2][0], k)
     plan = _plan(a[2], b[2], k, out.strides, kind, threads, METHOD)
     unit, lane = a[1], b[1]
     if plan.swapped:

@@ -15,6 +15,7 @@ from cupybnn.backends.cuda.packing import (
     to_canonical,
     unpack,
 )
+from cupybnn.backends.cuda.planes import pack_levels, quantize_gradient, unpack_levels
 from cupybnn.backends.cuda.product import gemm, gemm_packed, matmul
 from cupybnn.backends.cuda.random import random_words, uniform
 from cupybnn.backends.devices import Device
@@ -28,15 +29,18 @@ __all__ = [
     "kernels_for",
     "matmul",
     "pack",
+    "pack_levels",
     "parallel_for",
     "parallel_parts",
     "passes",
+    "quantize_gradient",
     "random_words",
     "select",
     "sign",
     "to_canonical",
     "uniform",
     "unpack",
+    "unpack_levels",
 ]
 
 

@@ -17,6 +17,7 @@ class Problem:
     batch: int = 1
     packed: bool = False  # whether the result is packed, or scaled
     scaled: bool = False
+    planes: int = 1  # bit planes of an operand
     capability: int  # compute capability of the device, 90 for 9.0
     multiprocessors: int  # of the device
 
@@ -32,11 +33,16 @@ class Problem:
     @property
     def key(self) -> str:
         """Name of the shape in a tuned table."""
-        return f"{self.batch}x{self.m}x{self.n}x{self.k}{'p' if self.packed else ''}"
+        return f"{self.batch}x{self.m}x{self.n}x{self.k}{'p' if self.packed else ''}{_planes(self)}"
 
     def __str__(self) -> str:
         packed = " packed" if self.packed else ""
-        return f"{self.batch} x ({self.m}, {self.k}) @ ({self.k}, {self.n}){packed}"
+        planes = f", {self.planes} planes" if self.planes > 1 else ""
+        return f"{self.batch} x ({self.m}, {self.k}) @ ({self.k}, {self.n}){packed}{planes}"
+
+
+def _planes(problem: Problem) -> str:
+    return f"b{problem.planes}" if problem.planes > 1 else ""
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn.backends.cuda import sign_gemm
+from cupybnn.backends.cuda.compiler import Defines
 from cupybnn.backends.cuda.fused import Launcher
 from cupybnn.backends.cuda.fused_parameter import PARAMETER, ParameterUpdate
 from cupybnn.backends.cuda.structs import Kernel, Struct
@@ -122,11 +123,15 @@ class Update:
         signs, matrix
             The factors; see `sign_gemm.weight_update`.
         """
-        parts = self._groups[group]
-        update = {"parameter": parts.fused, **self._common, "earlier": parts.earlier}
-        defines = (*self._defines, ("GATED", int(parts.gated)))
+        update, defines = self.arguments_of(group)
         device = self._launcher.device
         sign_gemm.weight_update(signs, matrix, update, defines=defines, device=device)
+
+    def arguments_of(self, group: int) -> tuple[dict[str, Any], Defines]:
+        """Return what a product's kernel needs to update a group's weights, and its macros."""
+        parts = self._groups[group]
+        update = {"parameter": parts.fused, **self._common, "earlier": parts.earlier}
+        return update, (*self._defines, ("GATED", int(parts.gated)))
 
     def launch(self, group: int) -> None:
         """Update a group; the last one also computes the loss and increments the step."""

@@ -15,6 +15,7 @@ from cupybnn.backends.cuda.structs import Struct
 
 __all__ = [
     "CHUNK_BITS",
+    "C_TYPES",
     "OPERAND",
     "OPERANDS",
     "PackLaunch",
@@ -45,7 +46,7 @@ _ADDRESSES = OPERAND.section("x", "pops")
 _NUMBERS = OPERAND.section("lines", "blocks")
 
 # Element types of smxx_pack.cu by dtype name, because bfloat16 is not a NumPy type.
-_C_TYPES = {
+C_TYPES = {
     "float32": "float",
     "float64": "double",
     "float16": "float16_bits",
@@ -154,7 +155,7 @@ class PackLaunch:
             adds_up.append(bool(fields["across"] and fields["parts"] > 1))
         self.adds_up = tuple(adds_up)
         first, last = operands[0][0].dtype.name, operands[-1][0].dtype.name
-        types = (("TYPE_A", _C_TYPES[first]), ("TYPE_B", _C_TYPES[last]))
+        types = (("TYPE_A", C_TYPES[first]), ("TYPE_B", C_TYPES[last]))
         defines = (("SAME_TYPE", int(first == last)), *types)
         kernel = load_kernel("smxx_pack", "pack_operands", defines, device)
         data = b"".join(bytes(_NUMBERS.offset) + each for each in numbers)
@@ -213,7 +214,7 @@ def _plus_and_minus_one(dtype: np.dtype) -> tuple[str, int, int]:
     special = {"float16": ("unsigned short", 0x3C00, 0xBC00),
                "bfloat16": ("unsigned short", 0x3F80, 0xBF80),
                "bool": ("bool", 1, 0)}  # fmt: skip
-    return special.get(dtype.name) or (_C_TYPES[dtype.name], 1, -1)
+    return special.get(dtype.name) or (C_TYPES[dtype.name], 1, -1)
 
 
 def _flat_grid(count: int) -> tuple[int]:
@@ -229,7 +230,7 @@ def sign(x: Any, dtype: np.dtype) -> Any:
     if out.size:
         c_type, one, minus_one = _plus_and_minus_one(dtype)
         result = (("RESULT", c_type), ("ONE", one), ("MINUS_ONE", minus_one))
-        defines = (("TYPE", _C_TYPES[x.dtype.name]), *result)
+        defines = (("TYPE", C_TYPES[x.dtype.name]), *result)
         kernel = load_kernel("smxx_sign", "sign", defines, out.device.id)
         kernel(_flat_grid(out.size), (256,), (x, out, out.size))
     return out

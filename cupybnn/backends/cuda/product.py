@@ -20,6 +20,7 @@ from cupybnn.backends.cuda.packing import PackLaunch, chunk_count, geometry, wor
 from cupybnn.backends.cuda.structs import Struct
 from cupybnn.backends.devices import is_cupy
 from cupybnn.backends.epilogue import Epilogue
+from cupybnn.backends.levels import SIGNS, Levels
 
 __all__ = [
     "OUTPUTS",
@@ -31,6 +32,7 @@ __all__ = [
     "matmul",
     "prepare",
     "prepare_packed",
+    "prepare_scaled",
 ]
 
 # OUTPUT_* of product.cuh, by the dtype's character, which is faster to look up than its name.
@@ -81,14 +83,22 @@ class ProductLaunch:
     ) -> None:  # fmt: skip
         (m, k), n, batch = a.shape[-2:], b.shape[-1], math.prod(batch_shape)
         packed = output == _PACKED
-        problem = dispatch.problem_on(device, m, n, k, batch=batch, packed=packed, scaled=scaled)
+        levels = [getattr(x, "levels", SIGNS) for x in (a, b)]
+        of_b = levels[1] is not SIGNS
+        problem = dispatch.problem_on(
+            device, m, n, k, batch=batch, packed=packed, scaled=scaled, planes=levels[of_b].bits
+        )
         config = dispatch.choose(problem, tuning.winners(device))
         if packed and config.swap:
             raise ValueError(f"The configuration {config} cannot write packed results.")
+        if problem.planes > 1 and (config.split_k > 1 or config.deferred):
+            raise ValueError(f"The configuration {config} cannot multiply several bit planes.")
         self.swap = config.swap
         self._device = device
         shared = config.shared_bytes(scaled)
         defines = (*config.defines, ("OUTPUT", output), ("SCALED", int(scaled)))
+        if levels[of_b] is not SIGNS:
+            defines = (*defines, *_planes(levels[of_b], of_b != config.swap))
         source = f"{config.kernel}_xnor_gemm"
         kernel = load_kernel(source, "xnor_gemm", defines, device, shared)
         a_step, b_step = (1 if x.shape[:-2] == batch_shape else 0 for x in (a, b))
@@ -238,6 +248,13 @@ class _Clearing:
         self._launch(stream)
 
 
+def _planes(levels: Levels, of_b: bool) -> tuple[tuple[str, int], ...]:
+    """Return what a kernel is to define for an operand of levels; see product.cuh."""
+    return (
+        ("PLANES", levels.bits), ("PLANES_OF_B", int(of_b)), ("UNSIGNED", int(not levels.signed))
+    )  # fmt: skip
+
+
 def _whole(size: int) -> int:
     """Round bytes up to what aligns memory behind them, as a pool does."""
     return (size + 255) & ~255
@@ -261,7 +278,7 @@ def _kind(x: Any) -> Any:
     """Return the properties of an operand that a launch depends on."""
     if isinstance(x, sys.modules["cupy"].ndarray):
         return x.shape, x.strides, x.dtype, x.data.ptr & 15
-    return x.shape
+    return x.shape if x.levels is SIGNS else (x.shape, x.levels)
 
 
 def _launch_for(
@@ -363,10 +380,10 @@ def gemm(a: Any, b: Any, out: Any, epilogue: Epilogue | None) -> None:
 class _Batch:
     """A packed operand with its batch axes merged."""
 
-    __slots__ = ("popcounts", "shape", "words")
+    __slots__ = ("levels", "popcounts", "shape", "words")
 
-    def __init__(self, words: Any, popcounts: Any, shape: tuple[int, ...]) -> None:
-        self.words, self.popcounts, self.shape = words, popcounts, shape
+    def __init__(self, words: Any, popcounts: Any, shape: tuple[int, ...], levels: Levels) -> None:
+        self.words, self.popcounts, self.shape, self.levels = words, popcounts, shape, levels
 
 
 def _batched(x: Any, axis: int, batch_shape: tuple[int, ...]) -> Any:
@@ -380,7 +397,7 @@ def _batched(x: Any, axis: int, batch_shape: tuple[int, ...]) -> Any:
     if math.prod(own) == 1 and count > 1:
         if is_cupy(x):
             return x.reshape(matrix)
-        return _Batch(x.words, x.popcounts, matrix)
+        return _Batch(x.words, x.popcounts, matrix, x.levels)
     if is_cupy(x):
         if own != batch_shape:
             import cupy
@@ -397,7 +414,7 @@ def _batched(x: Any, axis: int, batch_shape: tuple[int, ...]) -> Any:
         popcounts = cupy.ascontiguousarray(
             cupy.broadcast_to(popcounts.reshape(*own, lines), (*batch_shape, lines))
         )
-    return _Batch(words, popcounts, (count, *matrix))
+    return _Batch(words, popcounts, (count, *matrix), x.levels)
 
 
 def _scale(x: Any, batch_shape: tuple[int, ...], length: int) -> tuple[Any, int, int]:
@@ -458,10 +475,12 @@ def gemm_packed(a: Any, b: Any, threshold: Any, flip: Any) -> tuple[Any, Any]:
     batch_shape: tuple[int, ...] = ()
     if len(a.shape) > 2 or len(b.shape) > 2:
         batch_shape = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-    if k >= 2**30:
+    top = max(getattr(x, "levels", SIGNS).top for x in (a, b))
+    if k * top >= 2**30:
+        most = "K" if top == 1 else f"{top}·K"
         raise ValueError(
-            f"A product with a packed result must have K below 2**30, because its distance from "
-            f"the threshold must fit an int32; got K = {k}. Use xnor_gemm and pack its signs."
+            f"A product with a packed result must have {most} below 2**30, because its distance "
+            f"from the threshold must fit an int32; got K = {k}. Use xnor_gemm and pack its signs."
         )
     batch = math.prod(batch_shape)
     shape = words_shape(batch, m, n)
@@ -517,3 +536,26 @@ def prepare(a: Any, b: Any, out: Any) -> Callable[[int], None]:
     steps = out.strides[0] // out.itemsize, 1, 0
     launch = _launch_for(a, b, (), steps, OUTPUTS[out.dtype.char], False, out.data.device_id)
     return launch.prepared(a, b, (out.data.ptr, 0))
+
+
+def prepare_scaled(
+    a: Any, b: Any, out: Any, *, rows: Any = None, columns: Any = None
+) -> Callable[[int], None]:
+    """Return the launch of a `gemm` of two packed matrices with scales.
+
+    Parameters
+    ----------
+    a, b : PackedMatrix
+        (M, K) and (K, N), none of them 0.
+    out : cupy.ndarray, shape (M, N), C-contiguous
+        float32, or uint16 for bfloat16. The caller keeps all arrays.
+    rows, columns : cupy.ndarray of float32, shapes (M,) and (N,), optional
+        The scales of the product's rows and columns.
+    """
+    steps = out.strides[0] // out.itemsize, 1, 0
+    output = OUTPUTS["E" if out.dtype.char == "H" else out.dtype.char]
+    launch = _launch_for(a, b, (), steps, output, True, out.data.device_id)
+    scales = [0 if x is None else x.data.ptr for x in (rows, columns)]
+    if launch.swap:
+        scales.reverse()
+    return launch.prepared(a, b, (out.data.ptr, 0), (*scales, 0, 0, 0))

@@ -168,7 +168,9 @@ def compare(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "best": the index of the fastest row, by median, of "xnor", "matmul" (both ours) and
         "PyTorch", if there is one; "xnor_over_matmul": ratio of ex/s by precision, for captured
         fused steps if there are any, and, as "best", of the fastest rows; "over_pytorch" and
-        "memory_of_pytorch": ratios of our fastest row to PyTorch's fastest, None without one.
+        "memory_of_pytorch": ratios of our fastest row to PyTorch's fastest, None without one;
+        "rounded_over_pytorch": the ratio by product of rows with rounded gradients, which the
+        others do not include.
     """
     done = [(i, row) for i, row in enumerate(rows) if "error" not in row]
 
@@ -205,4 +207,9 @@ def compare(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "xnor_over_matmul": ratios,
         "over_pytorch": over,
         "memory_of_pytorch": memory,
+        "rounded_over_pytorch": {
+            row["product"]: rate(i) / rate(torch)
+            for i, row in done
+            if torch is not None and row["product"] in ours.ROUNDED
+        },
     }

@@ -125,11 +125,27 @@ def comparison(record: dict[str, Any]) -> Iterator[str]:
     yield from table([*header, "xnor/matmul", "ours/PyTorch", "memory/PyTorch"], rows)
 
 
+def rounded(record: dict[str, Any]) -> Iterator[str]:
+    """Yield the steps with rounded gradients, which learn something else; nothing without any."""
+    rows = []
+    for found in record["sizes"]:
+        over = found.get("rounded_over_pytorch", {})
+        for row in found["rows"]:
+            if "plane" in row["product"] and "error" not in row:
+                rate = _rate(row["examples_per_second"]["median"])
+                cells = [str(found["hidden"]), str(found["batch"]), row["product"], rate]
+                rows.append([*cells, times(over.get(row["product"]))])
+    if rows:
+        yield "rounded gradients (--grad_bits), median examples a second"
+        yield from table(["hidden", "batch", "", "", "over the fastest PyTorch"], rows)
+
+
 def summary(record: dict[str, Any]) -> Iterator[str]:
     """Yield the tables over all sizes, and failures."""
     yield from original(record)
     yield ""
     yield from comparison(record)
+    yield from rounded(record)
     yield from failures(record, name_of)
 
 

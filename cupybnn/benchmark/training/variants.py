@@ -130,8 +130,9 @@ class Variant:
     library : {"cupybnn", "PyTorch"}
     how : str
         "fused + graph", "eager", ...
-    product : {"xnor", "matmul"}
-        How binary products are computed.
+    product : {"xnor", "matmul", "4 planes", "1 plane"}
+        How binary products are computed; with planes, those of the backward pass from rounded
+        gradients.
     precision : {"float32", "tf32", "bfloat16"}
         Precision of dense products.
     make : callable(Variant, Size, Device, Dataset, Memory) -> Running

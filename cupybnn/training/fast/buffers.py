@@ -23,7 +23,9 @@ from cupybnn.training.fast.hidden import (
     extra_norm,
     norm_arguments,
 )
+from cupybnn.training.fast.layers import grad_quantizer
 from cupybnn.training.fast.plan import NetworkPlan
+from cupybnn.training.fast.rounded import RoundedBackward
 
 __all__ = ["Buffers", "Pass"]
 
@@ -188,7 +190,7 @@ class Buffers:
         small_grads = {**first.norm_gradients(plan), **first.head_gradients}
         self._weight_scratch = None
         if not plan.keep_dense_copies:
-            dense = [hidden for hidden in plan.hidden if hidden.backward == "dense"]
+            dense = [hidden for hidden in plan.hidden if not hidden.updates]
             sizes = [hidden.inputs * hidden.units for hidden in dense]
             self._weight_scratch = cupy.empty(max(sizes), real)
         products = {hidden.linear.weight: hidden for hidden in plan.hidden}
@@ -201,7 +203,7 @@ class Buffers:
                 gradient = small_grads[parameter]
             elif exchange is not None:
                 gradient = exchange.gradient(parameter)
-            elif products[parameter].backward == "bits":
+            elif products[parameter].updates:
                 gradient, keeps = None, False
             elif plan.keep_dense_copies:
                 gradient = cupy.zeros(parameter.shape, real)
@@ -232,6 +234,10 @@ class Buffers:
             for i, (layer, following) in enumerate(zip(plan.hidden, plan.hidden[1:], strict=False))
             if layer.activation == "packed_sign" and following.backward == "dense"
         ]
+        #: The backward passes of layers whose gradient is rounded, by number, counted from 0.
+        self.rounded = {
+            i: self._make_rounded(i, device) for i, layer in enumerate(plan.hidden) if layer.rounded
+        }
         self._signs = None
         if unpacked:
             # By then the incoming gradient has been read.
@@ -288,6 +294,18 @@ class Buffers:
             else arguments(head.norm, new[-1], whole=self._whole),
             head_gradients={p: new[-1](p.shape) for p in trained},
         )
+
+    def _make_rounded(self, number: int, device: Device) -> RoundedBackward:
+        hidden = self.hidden[number]
+        linear, inputs = hidden.plan.linear, self.hidden[number - 1].packed
+        quantizer = grad_quantizer(linear)
+        assert quantizer is not None
+        assert inputs is not None
+        assert hidden.packed_weight is not None
+        return RoundedBackward(
+            quantizer.bits, inputs, hidden.packed_weight, self.incoming_grad(number - 1),
+            self.gradients[linear.weight], device,
+        )  # fmt: skip
 
     def _rows_of(self, memory: Any, number: int, which: int | None = 0) -> Any:
         """View shared memory as the rows of a pass in hidden layer `number`; None: of all."""

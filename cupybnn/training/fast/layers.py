@@ -17,6 +17,7 @@ __all__ = [
     "HiddenPlan",
     "Unsupported",
     "exact_product_dtype",
+    "grad_quantizer",
     "latent_gate",
     "plan_head",
     "plan_hidden",
@@ -54,9 +55,10 @@ class HiddenPlan:
         theirs. Otherwise float32.
     drop : int
         DROP_*: where dropout is applied.
-    backward : {"dense", "bits"}
+    backward : {"dense", "bits", "planes", "fused_planes"}
         Whether the products of the backward pass read the weights, and the previous layer's
-        activations, as dense numbers or as packed signs. With "bits", the product that computes the
+        activations, as dense numbers or as packed signs. With "planes", the gradient is rounded,
+        and they read its bit planes. With "bits" and "fused_planes", the product that computes the
         gradient of the weights also updates them.
     activation : {"packed_sign", "both_signs", "sign", "relu", "none"}
         What is stored for the next layer and the backward pass; "both_signs": packed for the
@@ -75,6 +77,16 @@ class HiddenPlan:
     drop: int
     backward: str = "dense"
     activation: str = "none"
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the gradient is rounded."""
+        return self.backward in ("planes", "fused_planes")
+
+    @property
+    def updates(self) -> bool:
+        """Whether the product that computes the gradient of the weights updates them."""
+        return self.backward in ("bits", "fused_planes")
 
     @property
     def inputs(self) -> int:
@@ -195,8 +207,16 @@ def _product(linear: nn.Linear) -> str:
     return "xnor" if linear.binary_input and linear.xnor else "sign"
 
 
+def grad_quantizer(linear: nn.Linear) -> ops.GradientQuantizer | None:
+    """Return what rounds the gradient of a layer's products, or None."""
+    rounding = linear.rounding if isinstance(linear, nn.BinaryLinear) else None
+    return None if rounding is None else rounding.quantizer
+
+
 def plan_head(block: nn.Block, last: HiddenPlan) -> HeadPlan:
     """Plan the last layer, which follows the hidden layer `last`."""
+    if grad_quantizer(block.linear) is not None:
+        raise Unsupported(f"the gradient of the last layer, {block.name}, is rounded")
     rest = _ModuleQueue(block.name, block.rest)
     norm, scale = rest.take(nn.BatchNorm), rest.take(nn.Scale)
     rest.finish()

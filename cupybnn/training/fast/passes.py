@@ -92,6 +92,7 @@ class Passes:
         keep = 1.0 if plan.input_dropout is None else plan.input_dropout.keep_prob
         #: Factor that turns the whole numbers in `Buffers.inputs` into pixels.
         self._input_scale = float(data.pixel_scale) / keep
+        self._rounding: dict[int, Draw] = {}
         self.span: Callable[[str], Any] = no_span
 
     def _new_launcher(self) -> fused.Launcher:
@@ -111,7 +112,8 @@ class Passes:
         ----------
         fork : Fork
         draws : sequence of Draw
-            One for each dropout of the model, in layer order.
+            One for each dropout of the model, in layer order, then one for each layer whose
+            gradient is rounded.
         """
         plan, buffers, feed = self._plan, self._buffers, self._feed
         for tools in (self._main, self._side):
@@ -130,6 +132,7 @@ class Passes:
                         out=layer.kept,
                         first=plan.first,
                     ).launch(self.launcher)
+        self._rounding = dict(zip(buffers.rounded, remaining, strict=True))
         first = buffers.passes[0]
         if plan.adversarial:
             self._forward(first, lambda: fork.wait(taught))
@@ -231,7 +234,9 @@ class Passes:
         def finish(i: int, ready: Any) -> None:
             own, gradient = buffers.product_grad(i, None)
             with fork.aside(ready):
-                if buffers.hidden[i].plan.backward == "dense":
+                if i in buffers.rounded:
+                    self._finish_rounded(i)
+                elif buffers.hidden[i].plan.backward == "dense":
                     self._weight_gradient(i, gradient, self._side.products)
                 elif exchange is None:
                     self._update_by_bits(i, gradient)
@@ -273,6 +278,13 @@ class Passes:
         """Compute the gradient of the input of hidden layer `i` > 0, counted from 0."""
         hidden = at.hidden[i]
         gradient = self._buffers.product_grad(i, at.number)[1]
+        if i in self._buffers.rounded:
+            rounded = self._buffers.rounded[i]
+            with self.span("rounding of gradients"):
+                rounded.quantize(gradient, self._rounding[i], self._feed.step)
+            with self.span(f"gradient of {hidden.plan.name}'s input"):
+                rounded.input_gradient()
+            return
         incoming = self._buffers.incoming_grad(i - 1, at.number)
         by_bits = hidden.plan.backward == "bits"
         weight = None if by_bits else self._weight_of(i)
@@ -331,6 +343,16 @@ class Passes:
         out = self._buffers.gradients[hidden.plan.linear.weight]
         with self.span(f"gradient of {hidden.plan.name}'s weights"):
             sign_gemm.weight_gradient(before.packed, gradient, out, self._device)
+
+    def _finish_rounded(self, i: int) -> None:
+        """Compute the gradient of hidden layer `i`'s weights by bit planes; update them, or not."""
+        plan, rounded = self._plan.hidden[i], self._buffers.rounded[i]
+        if plan.updates:
+            with self.span(f"gradient of {plan.name}'s weights and their update"):
+                rounded.weight_update(*self.update.arguments_of(self._group(i)))
+        else:
+            with self.span(f"gradient of {plan.name}'s weights"):
+                rounded.weight_gradient()
 
     def _group(self, i: int) -> int:
         """Return the update group of hidden layer `i`; groups begin with the last layer."""

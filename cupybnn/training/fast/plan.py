@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cupybnn import nn, settings
-from cupybnn.backends.cuda import sign_gemm
+from cupybnn.backends.cuda import plane_gemm, sign_gemm
 from cupybnn.backends.cuda.blas import operand_dtype
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.fast.layers import (
     HeadPlan,
     HiddenPlan,
     Unsupported,
+    grad_quantizer,
     plan_head,
     plan_hidden,
     plan_input,
@@ -90,7 +91,7 @@ class NetworkPlan:
         """
         if len(self.hidden) < 2:
             return False
-        return self.keep_dense_copies or self.hidden[1].backward == "bits"
+        return self.keep_dense_copies or self.hidden[1].updates
 
     @property
     def passes(self) -> int:
@@ -205,7 +206,9 @@ def _plan_backward(
     planned = []
     for layer in hidden:
         backward = "dense"
-        if layer.product == "xnor" and device is not None:
+        if grad_quantizer(layer.linear) is not None:
+            backward = _plan_rounded(layer, config, device)
+        elif layer.product == "xnor" and device is not None:
             reason = sign_gemm.unsupported_reason(device, config.dtype, layer.inputs, layer.units)
             if reason is None and config.vat:
                 reason = "one product adds up the gradients of two passes"
@@ -221,6 +224,29 @@ def _plan_backward(
                 )
         planned.append(replace(layer, backward=backward))
     return planned
+
+
+def _plan_rounded(layer: HiddenPlan, config: TrainConfig, device: int | None) -> str:
+    """Return how the kernels compute the backward pass of a layer with rounded gradients."""
+    if layer.product != "xnor":
+        raise Unsupported(
+            f"rounded gradients need packed products, as with xnor; {layer.name} has dense ones"
+        )
+    if config.vat:
+        raise Unsupported("rounded gradients are not supported with two passes through the network")
+    if device is None:
+        return "planes"
+    shape = layer.inputs, layer.units
+    reason = plane_gemm.unsupported_reason(device, config.dtype, *shape)
+    if reason is None and not plane_gemm.pays(device, config.batch_size, *shape):
+        reason = "its products have fewer tiles than the device has multiprocessors"
+    if settings.debug():
+        how = "product" if reason is None else f"launch of its own, because {reason}"
+        print(
+            f"cupybnn: backward pass of {layer.name}: bit planes, the update by a {how}",
+            file=sys.stderr,
+        )
+    return "fused_planes" if reason is None else "planes"
 
 
 def _stored_activation(layer: HiddenPlan, following: HiddenPlan | None, dense_copies: bool) -> str:

@@ -18,6 +18,7 @@ from cupybnn.training.fast.buffers import Buffers
 from cupybnn.training.fast.exchange import Exchange
 from cupybnn.training.fast.feed import Feed
 from cupybnn.training.fast.following import Edits, Wiring
+from cupybnn.training.fast.layers import grad_quantizer
 from cupybnn.training.fast.passes import Passes, no_span
 from cupybnn.training.fast.plan import NetworkPlan
 from cupybnn.training.fast.teaching import Teaching
@@ -120,6 +121,8 @@ class FusedStep:
             )
         layers = [self.plan.input_dropout, *(hidden.dropout for hidden in self.plan.hidden)]
         self._dropouts = [layer for layer in layers if layer is not None]
+        quantizers = (grad_quantizer(self.plan.hidden[i].linear) for i in self.buffers.rounded)
+        self._quantizers = [quantizer for quantizer in quantizers if quantizer is not None]
         self._offsets: tuple[int, ...] = ()
 
     def release(self) -> None:
@@ -133,7 +136,7 @@ class FusedStep:
     def prepare(self, evaluate: Callable[[], object], mention: Callable[[str], None]) -> None:
         """Compile the kernels of a step and of `evaluate` at the same time."""
         self._update_options()
-        draws = self._draws([0] * len(self._dropouts))
+        draws = self._draws([0] * len([*self._dropouts, *self._quantizers]))
 
         def everything() -> None:
             evaluate()  # first: a large product takes longest to compile
@@ -148,7 +151,7 @@ class FusedStep:
             self._prepare_shares(self._team)
         self._update_options()
         self.feed.prepare(step)
-        self._advance_dropout(step)
+        self._advance_streams(step)
         by_graph = self._capture and not self._bypass_graph
         if by_graph and self._graph is None and self._warm:
             self._graph = self._capture_graph()
@@ -261,14 +264,18 @@ class FusedStep:
                 self._recorded,
             )
 
-    def _advance_dropout(self, step: int) -> None:
-        """Advance the dropout layers' counters; this step's draws use ``step + offset``."""
-        offsets = tuple(layer.random.next()[1] - step for layer in self._dropouts)
+    def _advance_streams(self, step: int) -> None:
+        """Advance the layers' counters; this step's draws use ``step + offset``."""
+        layers: list[Any] = [*self._dropouts, *self._quantizers]
+        offsets = tuple(layer.random.next()[1] - step for layer in layers)
         if offsets != self._offsets:
             self._offsets, self._graph = offsets, None
 
     def _draws(self, offsets: Sequence[int] | None = None) -> list[Draw]:
+        """Return the draws of dropout, then those of rounding, which drops nothing."""
+        layers: list[tuple[Any, float]] = [(layer, layer.keep_prob) for layer in self._dropouts]
+        layers += [(quantizer, 1.0) for quantizer in self._quantizers]
         return [
-            Draw(seed=int(layer.random.state[0]), offset=offset, keep_prob=layer.keep_prob)
-            for layer, offset in zip(self._dropouts, offsets or self._offsets, strict=True)
+            Draw(seed=int(layer.random.state[0]), offset=offset, keep_prob=keep_prob)
+            for (layer, keep_prob), offset in zip(layers, offsets or self._offsets, strict=True)
         ]
