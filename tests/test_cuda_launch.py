@@ -27,6 +27,7 @@ from cupybnn.backends.cuda.dispatch import force_kernel
 from cupybnn.backends.cuda.sources import translation_unit
 from cupybnn.backends.cuda.structs import Struct
 from cupybnn.backends.epilogue import Epilogue
+from cupybnn.backends.levels import SIGNS
 
 WORDS, POPCOUNTS, MIB = 0x2000_0000, 0x3000_0000, 1 << 20
 # The order in which layout.cuh says that sixteen lines stand.
@@ -57,6 +58,8 @@ class Array:
 
 class Packed:
     """What the launch code asks of a packed matrix."""
+
+    levels = SIGNS
 
     def __init__(self, shape, address):
         self.shape = shape
