@@ -104,6 +104,7 @@ def test_a_timed_step_does_not_bring_back_a_graph_of_old_options(monkeypatch):
     launched: list[str] = []
     step = object.__new__(FusedStep)
     step._team = step.exchange = None
+    step._quantizers = []
     nothing = SimpleNamespace(
         refresh_copies=lambda: None, mark_current=lambda: None, prepare=lambda number: None
     )

@@ -252,6 +252,12 @@ def test_a_teacher_that_is_missing_is_reported_once(tmp_path):
     assert not second.report
 
 
+def test_rounded_gradients_are_refused(tmp_path):
+    sentence = refused(tmp_path, lambda r: train(r, binary=True, xnor=True, grad_bits=4))
+    assert sentence.startswith("Gradients are rounded by the greatest of a whole batch")
+    assert "got 4 for fc2" in sentence
+
+
 def test_a_recipe_that_trains_teachers_is_refused(tmp_path):
     from cupybnn.cli.train import _train_with
 

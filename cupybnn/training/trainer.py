@@ -31,7 +31,14 @@ from cupybnn.training.records import Callback, Evaluation, TrainResult, closing
 from cupybnn.training.restore import check_settings
 from cupybnn.training.runs import new_run_folder
 from cupybnn.training.saved import DataDescription
-from cupybnn.training.setup import check_model, check_ranks, choose_step, find_dataset, in_turn
+from cupybnn.training.setup import (
+    check_layers,
+    check_model,
+    check_ranks,
+    choose_step,
+    find_dataset,
+    in_turn,
+)
 from cupybnn.training.step import Objective, Step, StepOutput, augmentation, make_optimizer
 from cupybnn.training.teachers import Teachers
 from cupybnn.training.team import Team
@@ -159,6 +166,7 @@ class Trainer:
 
     def _join(self, stored: checkpoints.Checkpoint | None) -> Team:
         """Check that all ranks do the same, and give them the weights of rank 0."""
+        check_layers(self.model, self.ranks)
         same: dict[str, Any] = {"data": self._description.sha256, "step": self.step}
         if stored is not None:
             same["checkpoint"] = state.checksum(stored.arrays)
