@@ -13,6 +13,7 @@ of the first seed: of ``pickle.dumps`` and, for a binarized network, of the file
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pickle
 import statistics
@@ -89,18 +90,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("dataset", nargs="+", choices=("digits", "mnist"), metavar="DATASET")
     parser.add_argument("--data", metavar="DIR", help="folder with MNIST's four IDX files")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (3)")
+    parser.add_argument("--images", type=int, metavar="N", help="fit the first N images alone")
     parser.add_argument("--json", metavar="FILE", help="write every run and the machine")
     args = parser.parse_args(arguments)
     record: dict[str, Any] = {
         "kind": "estimator",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": describe(),
+        "images": args.images,
         "runs": {},
     }
     print("| data | estimator | accuracy | fit | pickle | packed file |")
     print("| --- | --- | --- | ---: | ---: | ---: |")
     for dataset in args.dataset:
         data = load(dataset, args.data if dataset == "mnist" else None)
+        if args.images is not None:
+            images, labels = data.train_images[: args.images], data.train_labels[: args.images]
+            data = dataclasses.replace(data, train_images=images, train_labels=labels)
         for name in ESTIMATORS:
             runs = record["runs"].setdefault(dataset, {})[name] = []
             for seed in range(args.seeds):

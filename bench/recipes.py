@@ -3,11 +3,13 @@
     python bench/recipes.py digits
     python bench/recipes.py original tiny --json FILE -- FOLDER --device cuda
     python bench/recipes.py tiny --against EARLIER.json -- FOLDER
+    python bench/recipes.py binarynet --at_a_time 2 -- FOLDER
 
 Arguments after ``--`` are passed to ``cupybnn train``: MNIST's folder, the device, ``--validation
 N`` to choose settings. The accuracy is that after the last step; the time is that of the whole
-command, including start-up, data, teachers and evaluations. The deviation is the sample standard
-deviation over seeds. ``--against`` compares with an earlier record by Welch's test.
+command, including start-up, data, teachers and evaluations; with ``--at_a_time`` greater than 1,
+of commands that share the machine. The deviation is the sample standard deviation over seeds.
+``--against`` compares with an earlier record by Welch's test.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 from cupybnn.files import atomic_write
@@ -28,22 +32,32 @@ from cupybnn.machine import describe
 from cupybnn.training import recipes
 
 _FINAL = re.compile(r"^Final (?:test|validation) accuracy (\d\.\d+)", re.MULTILINE)
+_TEACHER = re.compile(r"^Teacher .* accuracy (\d\.\d+)", re.MULTILINE)
+_RATE = re.compile(r"^Med ex/s = ([\d.]+)", re.MULTILINE)
 _DEVICE = re.compile(r"; device: (.+)$", re.MULTILINE)
 
 
-def measure(recipe: str, seed: int, options: list[str]) -> dict[str, Any]:
-    """Return accuracy, seconds and device of one run."""
+def measure(recipe: str, seed: int, options: list[str], at_a_time: int = 1) -> dict[str, Any]:
+    """Return accuracy, seconds and device of one run, and its teachers' accuracy."""
     command = [sys.executable, "-m", "cupybnn", "train", "--recipe", recipe, "--seed", str(seed)]
     start = time.perf_counter()
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
-    accuracy, device = _FINAL.search(done.stdout), _DEVICE.search(done.stdout)
-    if done.returncode or accuracy is None or device is None:
+    run = outcome(done.stdout)
+    if done.returncode or run is None:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return {"seed": seed, **run, "seconds": seconds, "at_a_time": at_a_time}
+
+
+def outcome(text: str) -> dict[str, Any] | None:
+    """Return what the output of a run says of it; None if it did not come to its end."""
+    accuracy, rate, device = (found.search(text) for found in (_FINAL, _RATE, _DEVICE))
+    if accuracy is None or device is None:
+        return None
     return {
-        "seed": seed,
         "accuracy": float(accuracy[1]),
-        "seconds": seconds,
+        "teachers": [float(each) for each in _TEACHER.findall(text)],
+        "examples_per_second": None if rate is None else float(rate[1]),
         "device": device[1],
     }
 
@@ -52,11 +66,13 @@ def row(recipe: str, runs: list[dict[str, Any]]) -> str:
     """Return the recipe's row: mean and deviation of the accuracy, minimum and maximum time."""
     accuracies = [run["accuracy"] for run in runs]
     seconds = [run["seconds"] for run in runs]
+    shared = max(run.get("at_a_time", 1) for run in runs)
+    beside = f", {shared} at a time" if shared > 1 else ""
     mean = statistics.fmean(accuracies)
     deviation = statistics.stdev(accuracies) if len(runs) > 1 else math.nan
     return (
         f"| `{recipe}` | {mean:.4f} ± {deviation:.4f} | "
-        f"{min(seconds):.0f} to {max(seconds):.0f} s a seed on {runs[0]['device']} |"
+        f"{min(seconds):.0f} to {max(seconds):.0f} s a seed on {runs[0]['device']}{beside} |"
     )
 
 
@@ -103,6 +119,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("recipe", nargs="+", choices=recipes.names(), metavar="RECIPE")
     parser.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N - 1 (5)")
+    parser.add_argument(
+        "--at_a_time", type=int, default=1, metavar="N", help="run so many seeds side by side (1)"
+    )
     parser.add_argument("--json", metavar="FILE", help="write every run and the machine")
     parser.add_argument("--against", metavar="FILE", help="compare with what --json wrote earlier")
     given = sys.argv[1:] if arguments is None else arguments
@@ -121,9 +140,11 @@ def main(arguments: list[str] | None = None) -> None:
     }
     for recipe in args.recipe:
         runs = []
-        for seed in range(args.seeds):
-            runs.append(measure(recipe, seed, options))
-            print(f"{recipe}, seed {seed}: {runs[-1]['accuracy']:.4f}", file=sys.stderr)
+        with ThreadPoolExecutor(args.at_a_time) as pool:
+            measured = partial(measure, options=options, at_a_time=args.at_a_time)
+            for run in pool.map(partial(measured, recipe), range(args.seeds)):
+                runs.append(run)
+                print(f"{recipe}, seed {run['seed']}: {run['accuracy']:.4f}", file=sys.stderr)
         record["recipes"][recipe] = {"settings": recipes.load(recipe).settings, "runs": runs}
         print(row(recipe, runs), flush=True)
         if earlier is not None:

@@ -1,7 +1,8 @@
 """Argument handling of a product: the general path of `xnor_gemm` and `xnor_gemm_packed`.
 
 Vectors become matrices, leading axes are broadcast, the dtype is chosen, ``out`` is checked, and
-errors refer to the caller's arguments. Then a backend computes the product.
+errors refer to the caller's arguments. Then a backend computes the product. What is done with it,
+by scale, bias, threshold and flip, is checked in `cupybnn.epilogues`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import numpy as np
 from cupybnn import backends
 from cupybnn.backends.devices import CPU, Device, current_cuda_device, device_of, is_cupy
 from cupybnn.backends.epilogue import Epilogue
-from cupybnn.backends.interop import as_native, type_name
+from cupybnn.backends.interop import type_name
 from cupybnn.backends.levels import SIGNS
+from cupybnn.epilogues import checked_epilogue, checked_flip, checked_threshold
 from cupybnn.operands import (
     INT32,
     as_operand,
@@ -70,7 +72,8 @@ def general_product(a: Any, b: Any, scale: Any, bias: Any, out: Any, dtype: Any)
     function = "xnor_gemm"
     problem = _arrange(a, b, function)
     with problem.device.scope():
-        epilogue = _epilogue(problem, scale, bias, function)
+        shape = problem.matrix_shape
+        epilogue = checked_epilogue(problem.device, shape, scale, bias, function)
         result_dtype = _result_dtype(problem, dtype, out, epilogue is not None, function)
         if out is None:
             result = problem.device.xp.empty(problem.shape, result_dtype)
@@ -106,8 +109,8 @@ def general_packed_product(a: Any, b: Any, threshold: Any, flip: Any) -> PackedM
         words, popcounts = backends.get(problem.device).gemm_packed(
             problem.a,
             problem.b,
-            _per_column(problem, threshold, "iu", "integers", f"'threshold' of {function}", INT32),
-            _per_column(problem, flip, "b", "bools", f"'flip' of {function}", np.dtype(bool)),
+            checked_threshold(problem.device, problem.n, threshold, function),
+            checked_flip(problem.device, problem.n, flip, function),
         )
     return PackedMatrix._of(words, popcounts, problem.shape, -1, problem.device)
 
@@ -302,97 +305,3 @@ def _avoid_overlap(
         for x in (epilogue.row_scale, epilogue.col_scale, epilogue.bias)
     )
     return out, Epilogue(row, column, bias)
-
-
-def _epilogue(problem: _Problem, scale: Any, bias: Any, function: str) -> Epilogue | None:
-    if scale is None and bias is None:
-        return None
-    row = column = None
-    if isinstance(scale, tuple):
-        if len(scale) != 2:
-            raise ValueError(
-                f"The 'scale' of {function} must be an array or a pair (row, column); got a tuple "
-                f"of length {len(scale)}."
-            )
-        row, column = (_factor(problem, x, f"'scale' of {function}") for x in scale)
-        if row is not None and row.ndim == 1:
-            row = row[:, None]
-    elif scale is not None:
-        column = _factor(problem, scale, f"'scale' of {function}")
-        if column.ndim > 1 and column.shape[-1] == 1:
-            row, column = column, None
-    bias = _factor(problem, bias, f"'bias' of {function}")
-    rows, columns = (*problem.batch, problem.m, 1), (*problem.batch, 1, problem.n)
-    for x, target, what in (
-        (row, rows, "a row 'scale'"),
-        (column, columns, "a column 'scale'"),
-        (bias, columns, "the 'bias'"),
-    ):
-        if x is not None and not _broadcasts(x.shape, target):
-            raise ValueError(
-                f"In {function}, {what} must broadcast to shape {target} for a product of shape "
-                f"{problem.matrix_shape}; got shape {x.shape}."
-            )
-    return Epilogue(row, column, bias)
-
-
-def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
-    try:
-        return np.broadcast_shapes(shape, target) == target
-    except ValueError:
-        return False
-
-
-def _factor(problem: _Problem, x: Any, what: str) -> Any:
-    """Return a scale or a bias as float32 on the problem's device; None stays None."""
-    if x is None:
-        return None
-    x = _on_device(problem, x, what)
-    if x.dtype.kind not in "iu" and not is_floating(x.dtype):
-        raise TypeError(f"The {what} must be real numbers; got dtype {x.dtype}.")
-    with np.errstate(all="ignore"):  # overflow gives infinity, as on a GPU
-        return x.astype(np.float32, copy=False)
-
-
-def _on_device(problem: _Problem, x: Any, what: str) -> Any:
-    """Return `x` as an array on the problem's device; only numbers and lists are copied there."""
-    if isinstance(x, (bool, int, float, list, tuple, np.generic)):
-        try:
-            return problem.device.xp.asarray(x)
-        except (TypeError, ValueError) as error:  # e.g. nested lists of different lengths
-            raise TypeError(
-                f"The {what} must be a number, an array, or a list of numbers; got "
-                f"{type_name(x)} ({error})."
-            ) from error
-    array = as_native(x, what)
-    if device_of(array) != problem.device:
-        raise TypeError(
-            f"The {what} must be on the operands' device, {problem.device}; got {type_name(x)} on "
-            f"{device_of(array)}. Move it there first."
-        )
-    return array
-
-
-def _per_column(
-    problem: _Problem, x: Any, kinds: str, numbers: str, what: str, dtype: np.dtype
-) -> Any:
-    """Return a threshold or a flip as an array of shape (N,); None stays None."""
-    if x is None:
-        return None
-    # All products fit int32, so thresholds can be clamped to its limits.
-    limits = np.iinfo(np.int32)
-    if type(x) is int:  # may be too large for any integer type
-        x = max(limits.min, min(x, limits.max))
-    x = _on_device(problem, x, what)
-    if x.dtype.kind not in kinds:
-        raise TypeError(f"The {what} must be {numbers}; got dtype {x.dtype}.")
-    if x.shape not in ((), (problem.n,)):
-        raise ValueError(
-            f"The {what} must have one value per column, shape ({problem.n},); got shape {x.shape}."
-        )
-    xp = problem.device.xp
-    if dtype.kind == "i" and x.dtype != dtype:
-        x = xp.clip(
-            x, max(limits.min, np.iinfo(x.dtype).min), min(limits.max, np.iinfo(x.dtype).max)
-        )
-    return xp.ascontiguousarray(xp.broadcast_to(x.astype(dtype, copy=False), (problem.n,)))

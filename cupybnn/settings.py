@@ -88,6 +88,7 @@ def cache_dir() -> Path:
     return base / "cupybnn"
 
 
+@lru_cache(maxsize=1)
 def cpu_kernels() -> bool:
     """Whether kernels compiled by Numba may be used: unless ``CUPYBNN_CPU_KERNELS`` is 0."""
     given = os.environ.get("CUPYBNN_CPU_KERNELS")

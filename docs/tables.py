@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,41 @@ def results(folder: Path, parts: Path) -> str:
         if make is not None and record["gpu"]:
             sections.append("\n".join(_heading(path, record, parts) + make(record)))
     return "\n\n".join(sections)
+
+
+def recipe_runs(folder: Path) -> str:
+    """Return a table of the runs in the records of ``bench/recipes.py`` that are in `folder`."""
+    lines = [
+        "| recipe | seeds | test accuracy | its teachers | seconds a run | machine |",
+        "| --- | ---: | --- | --- | --- | --- |",
+    ]
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        machine = record["machine"]
+        name = machine["devices"][0]["name"] if machine["devices"] else machine["cpu"]
+        for recipe, found in sorted(record["recipes"].items()):
+            runs = found["runs"]
+            teachers = [accuracy for run in runs for accuracy in run.get("teachers", [])]
+            seconds = [round(run["seconds"]) for run in runs]
+            shared = max(run.get("at_a_time", 1) for run in runs)
+            cells = [
+                f"`{recipe}`",
+                ", ".join(str(run["seed"]) for run in runs),
+                _spread([run["accuracy"] for run in runs]),
+                _spread(teachers) if teachers else "–",
+                f"{min(seconds)} – {max(seconds)}"
+                + (f", {shared} runs at a time" if shared > 1 else ""),
+                f"{name}, {record['date'][:10]}",
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    """Return mean and sample standard deviation, or fewer than three values as they are."""
+    if len(values) < 3:
+        return ", ".join(f"{value:.4f}" for value in values)
+    return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"
 
 
 def _heading(path: Path, record: dict[str, Any], parts: Path) -> list[str]:

@@ -5,6 +5,7 @@
 //                        (N images x K), stored as N x M
 //     RESULT_UPDATE      gradient of the weights: inputs (K images x M) by the products' gradient
 //                        (K x N units); it is not stored, but used to update the weights
+//     RESULT_GRADIENT    the same gradient, stored as M x N, for several ranks that add theirs up
 //
 // The signs are those that the forward product reads, packed across K here: a word holds 32 of the M
 // results' rows at one k. Warps convert them to bfloat16 operands in registers, 16 rows each, where a shift
@@ -26,6 +27,7 @@
 
 #define RESULT_TRANSPOSED 0
 #define RESULT_UPDATE 1
+#define RESULT_GRADIENT 2
 
 #define REAL bfloat16_bits
 #define BLOCK_WARPS 12
@@ -36,7 +38,7 @@ constexpr int TILE_M = 128, TILE_N = 256, DEPTH = 64, STAGES = 4;
 constexpr int CONSUMER_WARPS = 8, WRITERS = 3;
 constexpr int MATRIX_BYTES = TILE_N * DEPTH * 2, SIGN_WORDS = TILE_M / 32;
 static_assert(TILE_M == 128, "of a line of signs a tile has one piece of 16 bytes");
-constexpr bool ACROSS = RESULT == RESULT_UPDATE;  // the matrix's neighbours are columns, not elements of K
+constexpr bool ACROSS = RESULT != RESULT_TRANSPOSED;  // the matrix's neighbours are columns, not elements of K
 constexpr int BOX_BYTES = 64 * DEPTH * 2;         // of 64 columns
 
 // A tile of results: rows of the output array, padded so that eight are in different banks.
@@ -50,11 +52,9 @@ static_assert(WRITER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * (65536 / THREADS 
 
 struct SignProduct {
   const uint4* words;  // of K lines of M signs
-  bfloat16_bits* out;  // RESULT_TRANSPOSED: N x M
+  bfloat16_bits* out;  // RESULT_TRANSPOSED: N x M; RESULT_GRADIENT: M x N
   i64 m, n, k;
 };
-
-struct alignas(64) TensorMap { u64 opaque[16]; };
 
 struct Shared {
   unsigned char matrix[STAGES][MATRIX_BYTES];
@@ -242,18 +242,20 @@ __device__ __forceinline__ void consume(const SignProduct& p, Shared& shared, in
   }
 }
 
-#if RESULT == RESULT_TRANSPOSED
+#if RESULT != RESULT_UPDATE
 // Store a tile of results. For the writers, of which this is number `writer`.
 __device__ __forceinline__ void store_tile(const SignProduct& p, const Shared& shared, int m, int n,
                                            int writer) {
-  constexpr int LANES_OF_ROW = TILE_M / 8, AT_ONCE = 32 / LANES_OF_ROW;
+  constexpr int LANES_OF_ROW = RESULT_COLS / 8, AT_ONCE = 32 / LANES_OF_ROW;
   const int lane = threadIdx.x & 31, col = lane % LANES_OF_ROW * 8;
-  if (m + col >= (int)p.m) return;
-  bfloat16_bits* to = p.out + n * p.m + m + col;
-  const int rows = min(TILE_N, (int)p.n - n);
+  const i64 width = ACROSS ? p.n : p.m, height = ACROSS ? p.m : p.n;
+  const int first_row = ACROSS ? m : n, first_col = ACROSS ? n : m;
+  if (first_col + col >= (int)width) return;
+  bfloat16_bits* to = p.out + first_row * width + first_col + col;
+  const int rows = min(RESULT_ROWS, (int)height - first_row);
 #pragma unroll 4
   for (int row = writer * AT_ONCE + lane / LANES_OF_ROW; row < rows; row += WRITERS * AT_ONCE)
-    *(uint4*)(to + row * p.m) = *(const uint4*)&shared.results[row][col];
+    *(uint4*)(to + row * width) = *(const uint4*)&shared.results[row][col];
 }
 #endif
 
@@ -294,7 +296,7 @@ __device__ __forceinline__ void run(const SignProduct& p, const TensorMap& map, 
   }
 }
 
-#if RESULT == RESULT_TRANSPOSED
+#if RESULT != RESULT_UPDATE
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     sign_gemm(const __grid_constant__ SignProduct p, const __grid_constant__ TensorMap map) {
   run(p, map, [&](const Shared& shared, int m, int n, u32, int writer) {

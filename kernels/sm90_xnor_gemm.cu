@@ -12,17 +12,18 @@
 // terms; the terms.
 //
 // What bounds it: the tensor cores do 32,768 bit products per clock, for which a tile needs
-// 4096 (1/TILE_M + 1/TILE_N) bytes per clock from the L2 cache, which delivers about 30 per SM. So
-// tiles are as large as the registers allow, and CLUSTER_M x CLUSTER_N blocks share their loads: each
-// loads a part of the common lines and the copy engine writes it to all of them.
+// 4096 (1/TILE_M + 1/TILE_N) bytes per clock from the L2 cache, which was seen to deliver 45 per SM if
+// nothing else is read or written. So tiles are as large as the registers allow, and CLUSTER_M x CLUSTER_N
+// blocks can share their loads: each loads a part of the common lines and the copy engine writes it to all
+// of them. At K = 8192 writing a tile out takes about as long as its products; they hide it if DEFERRED.
 //
 // SPLIT_K > 1: the blocks of a cluster take the same tile and a part of K each, and sum over the
 // cluster's shared memory; for products of few tiles. With `parts` clusters for a tile, the last one to
 // add its sums to those in memory stores the results. A block's part must have at most 63 chunks.
 //
 // DEFERRED: a tile is written out while the next one is multiplied. Its accumulators, none above K, are
-// kept as 16-bit numbers, two per register, and 64 columns of them are stored after each of the next
-// tile's first products. Needs K of at most 63 chunks, and of at least TILE_N / 64. Without it the
+// kept as 16-bit numbers, two per register, and 64 columns of them at a time are stored during the next
+// tile's products, at equal intervals. Needs K of at most 63 chunks, and of at least TILE_N / 64. Without it the
 // tensor cores wait for every tile to be written out, a third of the time at K = 8192.
 //
 // DIGITS > 0: the same on bytes, wgmma u8.s8, 64 x N x 32 per instruction, at an eighth of the rate. The
@@ -332,6 +333,7 @@ static_assert(TILE_N % 64 == 0, "whole pieces");
 struct Pending {
   u32 acc[BLOCKS_M][ACC / 2];
   int ones[BLOCKS_M];
+  Leftover<BLOCKS_M> leftover;
 
   __device__ __forceinline__ void take(const int (&from)[BLOCKS_M][ACC]) {
 #pragma unroll
@@ -343,35 +345,19 @@ struct Pending {
     }
   }
 
-  template <int PIECE>
-  __device__ __forceinline__ void store(const TileResults& results, int wg) {
+  template <int PIECE = 0>
+  __device__ __forceinline__ void store(const TileResults& results, int wg, int piece) {
     constexpr int COUNT = TILE_N / 8 / PIECES;
+    if constexpr (PIECE + 1 < PIECES)
+      if (piece > PIECE) return store<PIECE + 1>(results, wg, piece);
     results.store_fragments<PIECE * COUNT, COUNT, TILE_N / 8>(
-        first_row(wg), 64, 0,
-        [&](int block, int i) { return (int)(acc[block][i / 2] >> (i % 2 * 16) & 0xffffu); }, ones);
+        first_row(wg), 64, 0, [&](int block, int i) { return Half{acc[block][i / 2], i % 2}; }, ones,
+        leftover);
     if (PIECE == PIECES - 1) results.count_fragments(first_row(wg), 64, ones);
   }
 };
 
-// The next tile's first chunks from PIECE on; a piece of the pending tile is stored after each.
-template <int PIECE>
-__device__ __forceinline__ void multiply_and_store(int (&acc)[BLOCKS_M][ACC], Shared& shared, Turn& turn,
-                                                   Pending& pending, const TileResults& results, int wg,
-                                                   int& last) {
-  start_chunk(acc, shared, turn, PIECE, wg);
-  pending.store<PIECE>(results, wg);
-  finish_before(shared, turn, PIECE, last);
-  if constexpr (PIECE + 1 < PIECES)
-    multiply_and_store<PIECE + 1>(acc, shared, turn, pending, results, wg, last);
-}
-
-template <int PIECE>
-__device__ __forceinline__ void store_from(Pending& pending, const TileResults& results, int wg) {
-  pending.store<PIECE>(results, wg);
-  if constexpr (PIECE + 1 < PIECES) store_from<PIECE + 1>(pending, results, wg);
-}
-
-// Consume all tiles, writing each out during the next one's first products.
+// Consume all tiles, writing each out during the next one's products.
 __device__ __forceinline__ void consume(const Product& p, const Work& work, Shared& shared, int rank,
                                         u32 worker, u32 workers, int wg) {
   if (worker >= work.count) return;
@@ -385,16 +371,28 @@ __device__ __forceinline__ void consume(const Product& p, const Work& work, Shar
   for (u32 next = t + workers; next < work.count; t = next, next += workers) {
     barrier_wait(shared_address(&shared.terms_full[ring.slot]), ring.parity);
     const TileResults results = results_of(p, work, shared.terms[ring.slot], t, rank);
-    int last = 0;
-    multiply_and_store<0>(acc, shared, turn, pending, results, wg, last);
+    // Pieces are stored at equal intervals. While one is, the products of two chunks are under way; without
+    // products between pieces, the tensor cores would wait.
+    int last = 0, piece = 0, until = (int)p.chunks / PIECES;
+    for (int chunk = 0; chunk < (int)p.chunks; chunk++) {
+      start_chunk(acc, shared, turn, chunk, wg);
+      if (chunk + 1 == until) {
+        pending.store(results, wg, piece);
+        piece++;
+        until = (piece + 1) * (int)p.chunks / PIECES;
+      }
+      finish_before(shared, turn, chunk, last);
+    }
     barrier_arrive(shared_address(&shared.terms_empty[ring.slot]));
     ring.next();
-    multiply(acc, shared, turn, PIECES, (int)p.chunks, wg, last);
+    wgmma_wait<0>();
+    release(shared, last);
     pending.take(acc);
   }
   barrier_wait(shared_address(&shared.terms_full[ring.slot]), ring.parity);
   const TileResults results = results_of(p, work, shared.terms[ring.slot], t, rank);
-  store_from<0>(pending, results, wg);
+#pragma unroll
+  for (int piece = 0; piece < PIECES; piece++) pending.store(results, wg, piece);
 }
 #elif SPLIT_K == 1
 // Consume all tiles, writing each out before starting the next.

@@ -32,39 +32,50 @@ __device__ __forceinline__ HeldByRow<u32> held_gates() {
 }
 #endif
 
-// A thread's gradients of BATCH rows and their gates, loaded after `Products` and in the same way.
-struct Gradients {
+// A thread's gradients of BATCH rows after the gate, loaded after `Products` and in the same way. In the
+// first pass they are held without those that the gate stops.
+template <bool FIRST> struct Gradients {
   Vector<real_t, VECTOR> raw[BATCH];
-  u32 passes[BATCH];
   __device__ __forceinline__ Gradients(const Strip& at, const real_t* grad, const u32* gate, int turn) {
+#if HELD
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
-#if HELD
       raw[b] = held_gradients()(turn + b);
-      passes[b] = GATE == GATE_MASK ? held_gates()(turn + b) >> at.bit() : 0;
+      if (GATE == GATE_MASK && FIRST) {
+        keep_only(raw[b], held_gates()(turn + b) >> at.bit());
+        held_gradients().own[(turn + b) * THREADS] = raw[b];
+      }
+    }
 #else
+    u32 passes[BATCH];
+#pragma unroll
+    for (int b = 0; b < BATCH; b++) {
       const int row = at.row(turn + b);
       raw[b] = *(const Vector<real_t, VECTOR>*)(grad + at.offset(row));
       passes[b] = GATE == GATE_MASK ? gate[at.word(row)] >> at.bit() : 0;
-#endif
     }
+#pragma unroll
+    for (int b = 0; b < BATCH; b++)
+      if (GATE == GATE_MASK) keep_only(raw[b], passes[b]);
+#endif
   }
-  // The gradient after the gate.
-  __device__ __forceinline__ float operator()(const Layer& p, int b, int i) const {
-    float dy = to_float(raw[b].at[i]);
-    if (GATE == GATE_MASK) dy = passes[b] >> i & 1 ? dy : 0.0f;
-    if (GATE == GATE_CLIP) dy = dy > 1 ? 1.0f : dy < -1 ? -1.0f : dy;
-    if (DROP == DROP_ACTIVATION) dy *= (float)p.keep_scale;  // the gate is 0 for dropped elements
-    return dy;
+  // Those of row b.
+  __device__ __forceinline__ void load(const Layer& p, int b, float (&dy)[VECTOR]) const {
+    to_floats<VECTOR>(raw[b], dy);
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++) {
+      if (GATE == GATE_CLIP) dy[i] = dy[i] > 1 ? 1.0f : dy[i] < -1 ? -1.0f : dy[i];
+      if (DROP == DROP_ACTIVATION) dy[i] *= (float)p.keep_scale;  // the gate is 0 for dropped elements
+    }
   }
 };
 
 // `of_gamma` and `of_beta` are those of the thread's columns.
-__device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at, const real_t* grad,
+__device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
+                                                const Normal<VECTOR>& norm, const real_t* grad,
                                                 real_t* out, const u32* gate, const float* of_gamma,
                                                 const float* of_beta) {
 #if NORM
-  const Normal<VECTOR> norm(p, at.safe_col());
   float factor[VECTOR], gammas[VECTOR], betas[VECTOR];
   load<VECTOR>(of_gamma, gammas);
   load<VECTOR>(of_beta, betas);
@@ -75,21 +86,23 @@ __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
     betas[i] *= (float)p.share;
   }
 #endif
+#pragma unroll 1
   for (int turn = 0; at.begins(turn); turn += BATCH) {
-    const Products<BATCH> z(p, at, turn);
-    const Gradients dy(at, grad, gate, turn);
+    const Products<BATCH, false> products(p, at, turn);
+    const Gradients<false> gradients(at, grad, gate, turn);
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
       const int row = at.row(turn + b);
-      float dz[VECTOR];
+      float z[VECTOR], dz[VECTOR];
+      products.load(p, b, z);
+      gradients.load(p, b, dz);
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
-        dz[i] = dy(p, b, i);
 #if NORM
-        dz[i] = (dz[i] - betas[i] - norm.normal(i, z(p, b, i)) * gammas[i]) * factor[i];
+        dz[i] = (dz[i] - betas[i] - norm.normal(i, z[i]) * gammas[i]) * factor[i];
 #endif
 #if DROP == DROP_PRODUCT
-        dz[i] = z.kept(b, i) ? dz[i] * (float)p.keep_scale : 0.0f;
+        dz[i] = products.kept(b, i) ? dz[i] * (float)p.keep_scale : 0.0f;
 #endif
       }
       if (at.has(row)) store<VECTOR>(out + at.offset(row), dz);
@@ -105,24 +118,29 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
   __shared__ __align__(16) float gammas[COLS], betas[COLS];
   const Strip at(p);
 #if HELD
-  hold<BATCH>(p, at, [&](int turn) {
+  hold(p, at, [&](int turn) {
     held_gradients().copy(at, grad, turn);
     if (GATE == GATE_MASK) held_gates().copy(at, gate + at.word(at.row(turn)), turn);
   });
 #endif
   float sums[2][VECTOR] = {};
   const Normal<VECTOR> norm(p, at.safe_col());
+#pragma unroll 1
   for (int turn = 0; at.begins(turn); turn += BATCH) {
-    const Products<BATCH> z(p, at, turn);
-    const Gradients dy(at, grad, gate, turn);
+    const Products<BATCH, true> products(p, at, turn);
+    const Gradients<true> gradients(at, grad, gate, turn);
 #pragma unroll
-    for (int b = 0; b < BATCH; b++)
+    for (int b = 0; b < BATCH; b++) {
+      float z[VECTOR], dy[VECTOR];
+      products.load(p, b, z);
+      gradients.load(p, b, dy);
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
-        const float d = at.has(at.row(turn + b)) ? dy(p, b, i) : 0.0f;
+        const float d = at.has(at.row(turn + b)) ? dy[i] : 0.0f;
         sums[0][i] += d;
-        sums[1][i] += d * norm.normal(i, z(p, b, i));
+        sums[1][i] += d * norm.normal(i, z[i]);
       }
+    }
   }
   if (!sum_over_rows<2>(sums, partials, tickets, p.cols, total)) return;
   const i64 col = at.first_col + threadIdx.x;
@@ -136,7 +154,7 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
   }
 #if CLUSTER > 1
   __syncthreads();
-  write_gradients(p, at, grad, out, gate, gammas + at.lane * VECTOR, betas + at.lane * VECTOR);
+  write_gradients(p, at, norm, grad, out, gate, gammas + at.lane * VECTOR, betas + at.lane * VECTOR);
   __syncwarp();
 #endif
   leave_sums();
@@ -148,6 +166,7 @@ extern "C" __global__ void BY_STRIPS
     gradient(const __grid_constant__ Layer p, const real_t* grad, real_t* out, const u32* gate,
              const float* grad_gamma, const float* grad_beta) {
   const Strip at(p);
-  write_gradients(p, at, grad, out, gate, grad_gamma + at.safe_col(), grad_beta + at.safe_col());
+  write_gradients(p, at, Normal<VECTOR>(p, at.safe_col()), grad, out, gate, grad_gamma + at.safe_col(),
+                  grad_beta + at.safe_col());
 }
 #endif

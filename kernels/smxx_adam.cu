@@ -4,9 +4,10 @@
 // A block takes 32 rows x 128 columns of one parameter, a warp four of the rows, a lane four
 // neighbours of each. For binary weights it writes the signs, dense for the backward products and
 // packed along the rows (a product's right operand, layout.cuh): 32 rows are one word of a column. A
-// column's popcount changes by the flips. Other parameters are treated as flat, with 128 elements per
-// row. A step may have several launches; the last block of the final one sums the penalty over all of
-// them and increments the step.
+// column's popcount changes by the flips. Or, of a share that one of several ranks updates, the words are
+// written as they are sent to the others. Other parameters are treated as flat, with 128 elements per
+// row. A step may have several launches; the last block of the final one sums the first `counted` parts of
+// the penalty and increments the step.
 //
 // The learning rate and Adam's bias corrections come from a table on the device, indexed by the step.
 //
@@ -34,7 +35,7 @@ __device__ __forceinline__ void load_some(const E* from, int count, float (&v)[4
 }
 // Elements of four arrays in EACH rows. In one branch, so that all loads are in flight together.
 template <typename G>
-__device__ __forceinline__ void load_rows(const Parameter& p, i64 row, i64 col, bool whole,
+__device__ __forceinline__ void load_rows(const Parameter& p, const int (&at)[EACH], bool whole,
                                           const int (&exist)[EACH], float (&w)[EACH][4],
                                           float (&g)[EACH][4], float (&m)[EACH][4],
                                           float (&s)[EACH][4]) {
@@ -42,20 +43,18 @@ __device__ __forceinline__ void load_rows(const Parameter& p, i64 row, i64 col, 
   if (whole) {
 #pragma unroll
     for (int r = 0; r < EACH; r++) {
-      const i64 at = (row + r) * p.cols + col;
-      load<4>(p.weight + at, w[r]);
-      load<4>(grad + at, g[r]);
-      load<4>(p.mean + at, m[r]);
-      load<4>(p.square + at, s[r]);
+      load<4>(p.weight + at[r], w[r]);
+      load<4>(grad + at[r], g[r]);
+      load<4>(p.mean + at[r], m[r]);
+      load<4>(p.square + at[r], s[r]);
     }
   } else {
 #pragma unroll
     for (int r = 0; r < EACH; r++) {
-      const i64 at = (row + r) * p.cols + col;
-      load_some(p.weight + at, exist[r], w[r]);
-      load_some(grad + at, exist[r], g[r]);
-      load_some(p.mean + at, exist[r], m[r]);
-      load_some(p.square + at, exist[r], s[r]);
+      load_some(p.weight + at[r], exist[r], w[r]);
+      load_some(grad + at[r], exist[r], g[r]);
+      load_some(p.mean + at[r], exist[r], m[r]);
+      load_some(p.square + at[r], exist[r], s[r]);
     }
   }
 }
@@ -73,7 +72,7 @@ __device__ __forceinline__ void store_some(E* to, int count, bool whole, const f
 extern "C" __global__ void __launch_bounds__(THREADS)
     adam(const __grid_constant__ Parameters parameters, const Rates* __restrict__ rates, i64 ring,
          i64* step, float gain_mean, float gain_square, const float* mean_loss, float* loss,
-         float* partials, i64 earlier, int final, u32* ticket) {
+         float* partials, i64 earlier, i64 counted, int final, u32* ticket) {
   __shared__ unsigned char nibbles[WARPS][TILE_COLS];  // signs of four rows: after, and before
   __shared__ float sums[WARPS];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -82,22 +81,24 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int i = 1; i < MOST; i++)
     number += i < parameters.count && blockIdx.x >= parameters.at[i].first_block;
   const Parameter& p = parameters.at[number];
-  const i64 tiles = (p.cols + TILE_COLS - 1) / TILE_COLS, tile = blockIdx.x - p.first_block;
-  const i64 row0 = tile / tiles * TILE_ROWS, row = row0 + warp * EACH;
-  const i64 col = tile % tiles * TILE_COLS + lane * 4;
+  // 32 bits are enough: a parameter has fewer than 2**31 elements, and offsets are used for those alone.
+  const int cols = (int)p.cols;
+  const int tiles = (cols + TILE_COLS - 1) / TILE_COLS, tile = blockIdx.x - (int)p.first_block;
+  const int row0 = tile / tiles * TILE_ROWS, row = row0 + warp * EACH;
+  const int col = tile % tiles * TILE_COLS + lane * 4;
 
   float w[EACH][4], g[EACH][4], m[EACH][4], s[EACH][4];
-  int exist[EACH];
+  int at[EACH], exist[EACH];
 #pragma unroll
   for (int r = 0; r < EACH; r++) {
-    const i64 at = (row + r) * p.cols + col;
-    exist[r] = row + r < p.rows ? (int)max((i64)0, min((i64)4, min(p.cols - col, p.count - at))) : 0;
+    at[r] = (row + r) * cols + col;
+    exist[r] = row + r < (int)p.rows ? max(0, min(4, min(cols - col, (int)p.count - at[r]))) : 0;
   }
   const bool whole = p.flags & ALIGNED && exist[EACH - 1] == 4;
   if (sizeof(real_t) != 4 && p.flags & ROUNDED)
-    load_rows<real_t>(p, row, col, whole, exist, w, g, m, s);
+    load_rows<real_t>(p, at, whole, exist, w, g, m, s);
   else
-    load_rows<float>(p, row, col, whole, exist, w, g, m, s);
+    load_rows<float>(p, at, whole, exist, w, g, m, s);
   // Read here, so that no other load waits for these two, which depend on each other.
   const Rates rate = rates[*step % ring];
   const Adam move(p, rate, gain_mean, gain_square);
@@ -105,7 +106,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   u32 signs[4] = {};
 #pragma unroll
   for (int r = 0; r < EACH; r++) {
-    const i64 at = (row + r) * p.cols + col;
     float copy[4];
     bool stale = !(p.flags & BINARY);  // signs are written only where one has changed
 #pragma unroll
@@ -118,21 +118,21 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       stale |= after != before;
     }
     if (exist[r] == 0) continue;
-    store_some(p.weight + at, exist[r], whole, w[r]);
-    store_some(p.mean + at, exist[r], whole, m[r]);
-    store_some(p.square + at, exist[r], whole, s[r]);
+    store_some(p.weight + at[r], exist[r], whole, w[r]);
+    store_some(p.mean + at[r], exist[r], whole, m[r]);
+    store_some(p.square + at[r], exist[r], whole, s[r]);
 #if WRITE_GRADIENT
-    store_some(p.kept_grad + at, exist[r], whole, g[r]);
+    store_some(p.kept_grad + at[r], exist[r], whole, g[r]);
 #endif
-    if (p.copy && stale) store_some(p.copy + at, exist[r], whole, copy);
+    if (p.copy && stale) store_some(p.copy + at[r], exist[r], whole, copy);
   }
 
   if (p.words) {  // the same for the whole block
 #pragma unroll
     for (int i = 0; i < 4; i++) nibbles[warp][lane * 4 + i] = (unsigned char)signs[i];
     __syncthreads();
-    const i64 line = tile % tiles * TILE_COLS + threadIdx.x;
-    if (threadIdx.x < TILE_COLS && line < p.cols) {
+    const int line = tile % tiles * TILE_COLS + threadIdx.x;
+    if (threadIdx.x < TILE_COLS && line < cols) {
       u32 after = 0, before = 0;
 #pragma unroll
       for (int i = 0; i < WARPS; i++) {
@@ -140,7 +140,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         after |= (both & 15) << (4 * i);
         before |= (both >> 4) << (4 * i);
       }
-      pack_signs(p, line, packed_signs(p, line, row0 / 32), after, before);
+      if (p.flags & SENT)
+        p.words[row0 / 32 * p.cols + line] = after;
+      else
+        pack_signs(p, line, packed_signs(p, line, row0 / 32), after, before);
     }
   }
 
@@ -156,7 +159,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   if (!final || !is_last_block(ticket, gridDim.x, PENALTY != PENALTY_NONE)) return;
   double total = 0;
 #if PENALTY != PENALTY_NONE
-  total = sum_of_partials(partials, earlier + gridDim.x);
+  total = sum_of_partials(partials, counted);
 #endif
   if (threadIdx.x == 0) {
     *loss = *mean_loss + (float)total;

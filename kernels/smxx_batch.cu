@@ -17,6 +17,8 @@
 //
 // The step number is read from the device, so that each launch of a captured graph draws new numbers.
 //
+// The rows may be a part of a batch. Random numbers are those of an image's place in the whole batch.
+//
 // The translation unit sets REAL, VECTOR (for gather and attack), and DROP to whether pixels are dropped.
 
 #include "block.cuh"
@@ -27,25 +29,30 @@
 struct Batch {
   const unsigned char* images;
   const i64* all_labels;
-  const int* order;  // (ring, rows): indices of the images of each step
+  const int* order;  // (ring, whole): indices of the images of each step
   const i64* step;
   real_t* x;
   i64* labels;
   int* pops;  // to be cleared
   i64 ring, rows, cols, pop_count;
+  i64 first, whole;  // place of row 0 in the whole batch, and its images; after the last comes the first
   u64 seed;   // of the dropped pixels
   i64 draw, last;
 };
 
 __device__ __forceinline__ const int* images_of_step(const Batch& p) {
-  return p.order + *p.step % p.ring * p.rows;
+  return p.order + *p.step % p.ring * p.whole;
+}
+__device__ __forceinline__ i64 place_of_row(const Batch& p, i64 row) {
+  const i64 place = p.first + row;
+  return place < p.whole ? place : place - p.whole;
 }
 __device__ __forceinline__ void clear_pops(const Batch& p) {
   for (i64 i = (i64)blockIdx.x * THREADS + threadIdx.x; i < p.pop_count; i += (i64)gridDim.x * THREADS)
     p.pops[i] = 0;
 }
 
-// Set the dropped ones of N neighbouring pixels to 0.
+// Set the dropped ones of N neighbouring pixels to 0; `first` is the place of the first in the whole batch.
 template <int N>
 __device__ __forceinline__ void drop_pixels(const Batch& p, i64 first, float (&v)[N]) {
   if (!DROP) return;
@@ -69,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gather(const __grid_consta
       const i64 i = min(first + g * step, count - 1);
       row[g] = i / groups;
       col[g] = (i - row[g] * groups) * VECTOR;
-      image[g] = batch[row[g]];
+      image[g] = batch[place_of_row(p, row[g])];
     }
 #pragma unroll
     for (int g = 0; g < EACH; g++)
@@ -80,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gather(const __grid_consta
       float v[VECTOR];
 #pragma unroll
       for (int e = 0; e < VECTOR; e++) v[e] = pixels[g].at[e];
-      drop_pixels<VECTOR>(p, row[g] * p.cols + col[g], v);
+      drop_pixels<VECTOR>(p, place_of_row(p, row[g]) * p.cols + col[g], v);
       store<VECTOR>(p.x + row[g] * p.cols + col[g], v);
       if (col[g] == 0) p.labels[row[g]] = p.all_labels[image[g]];
     }
@@ -133,9 +140,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     gather_deformed(const __grid_constant__ Batch p, const __grid_constant__ Deformation d) {
   extern __shared__ unsigned char image[];
   __shared__ Sampling shared;
-  const i64 row = blockIdx.x, number = images_of_step(p)[row];
+  const i64 row = blockIdx.x, place = place_of_row(p, row), number = images_of_step(p)[place];
   if (threadIdx.x == 0) {
-    shared = Sampling(d, (u64)*p.step, (u32)row);
+    shared = Sampling(d, (u64)*p.step, (u32)place);
     p.labels[row] = p.all_labels[number];
   }
   for (int i = threadIdx.x; i < p.cols; i += THREADS) image[i] = p.images[number * p.cols + i];
@@ -155,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const float above = a + (x - left) * (pixel(image, d, r, c + 1) - a);
     const float below = b + (x - left) * (pixel(image, d, r + 1, c + 1) - b);
     float v[1] = {above + (y - top) * (below - above)};
-    drop_pixels<1>(p, row * p.cols + i, v);
+    drop_pixels<1>(p, place * p.cols + i, v);
     store<1>(p.x + row * p.cols + i, v);
   }
   clear_pops(p);
@@ -170,19 +177,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     load<VECTOR>(p.x + i * VECTOR, v);
 #pragma unroll
     for (int e = 0; e < VECTOR; e++) moved[e] = v[e] + (g[e] > 0 ? amount : g[e] < 0 ? -amount : 0.0f);
-    drop_pixels<VECTOR>(p, i * VECTOR, moved);
+    drop_pixels<VECTOR>(p, p.first * p.cols + i * VECTOR, moved);
     store<VECTOR>(p.x + i * VECTOR, moved);
   }
   clear_pops(p);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    dropout_mask(const i64* __restrict__ step, i64 rows, i64 cols, u64 seed, i64 draw, u32 last,
-                 u32* __restrict__ kept) {
+    dropout_mask(const i64* __restrict__ step, i64 rows, i64 cols, i64 first, u64 seed, i64 draw,
+                 u32 last, u32* __restrict__ kept) {
   const i64 words = mask_words(cols), count = rows * words;
   for (i64 i = (i64)blockIdx.x * THREADS + threadIdx.x; i < count; i += (i64)gridDim.x * THREADS) {
     const i64 row = i / words, col = (i - row * words) * 32;
-    kept[i] = Draw{seed, (u64)(*step + draw), last}.kept(row * cols + col,
+    kept[i] = Draw{seed, (u64)(*step + draw), last}.kept((first + row) * cols + col,
                                                          (int)min((i64)32, cols - col));
   }
 }

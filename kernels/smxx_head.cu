@@ -3,7 +3,8 @@
 //
 // logits: a warp computes the logits of ROWS rows, with the weights (transposed) and batch norm of WIDTH
 // columns at a time in shared memory; a block loads all data for them at once, including products, so
-// that it waits only once. Then the loss and its gradient; each block writes its part of the loss.
+// that it waits only once; for single rows, it loads the next columns' before it computes with these.
+// Then the loss and its gradient; each block writes its part of the loss.
 //
 // head_sums: by strips (strips.cuh). An activation's gradient is the product of a row of CLASSES
 // numbers and the column's CLASSES weights, computed on the fly. Sums over rows: the gradients of the
@@ -90,11 +91,16 @@ __device__ __forceinline__ u32 kept_bits(const Layer& p, i64 row, i64 col) {
 constexpr int WIDTH = CLASSES <= 16 ? 512 : 256, STRIDE = WIDTH + 4, TURNS = WIDTH / (32 * VECTOR);
 constexpr int EACH = WIDTH / THREADS;  // columns whose weights and batch norm a thread loads
 static_assert(WIDTH % THREADS == 0, "the same for all threads");
+constexpr bool AHEAD = ROWS == 1;  // the next columns are loaded while these are computed
 
-extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
+// Two blocks per multiprocessor where 128 registers are enough.
+constexpr bool FEW_REGISTERS =
+    ROWS <= 2 || (sizeof(product_t) == 2 && CLASSES <= 10 && DROP == DROP_NONE);
+
+extern "C" __global__ void __launch_bounds__(THREADS, FEW_REGISTERS ? 2 : 1)
     logits(const __grid_constant__ Layer p, const float* __restrict__ weight,
-           const void* __restrict__ labels, float smoothing, const float* __restrict__ factor, float* out,
-           float* grad, float* partials) {
+           const void* __restrict__ labels, float smoothing, float share,
+           const float* __restrict__ factor, float* out, float* grad, float* partials) {
   __shared__ __align__(16) float w[CLASSES][STRIDE];
   __shared__ __align__(16) float norms[4][HAS_NORM ? WIDTH : 1];  // mean, 1 / deviation, gamma, beta
 #if !OUTPUT_NORM
@@ -103,9 +109,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const i64 row0 = ((i64)blockIdx.x * WARPS + warp) * ROWS;
   float acc[ROWS][CLASSES] = {};
-  for (i64 col0 = 0; col0 < p.cols; col0 += WIDTH) {
+  Vector<product_t, VECTOR> z[TURNS][ROWS];
+  float weights[EACH * CLASSES], of_norm[4][EACH];
+  const auto fetch = [&](i64 col0) {
     const int width = (int)min((i64)WIDTH, p.cols - col0);
-    Vector<product_t, VECTOR> z[TURNS][ROWS];
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++)
 #pragma unroll
@@ -116,7 +123,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
                                                            col0 + skip);
       }
     // A weight beyond the last is never read.
-    float weights[EACH * CLASSES], of_norm[4][EACH];
 #pragma unroll
     for (int i = 0; i < EACH * CLASSES; i++)
       weights[i] = weight[col0 * CLASSES + min(threadIdx.x + i * THREADS, width * CLASSES - 1)];
@@ -130,6 +136,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
         of_norm[3][i] = p.beta[col];
       }
     }
+  };
+  if (AHEAD) fetch(0);
+  for (i64 col0 = 0; col0 < p.cols; col0 += WIDTH) {
+    const int width = (int)min((i64)WIDTH, p.cols - col0);
+    if (!AHEAD) fetch(col0);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < EACH * CLASSES; i++) {
@@ -143,6 +154,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
         for (int i = 0; i < EACH; i++) norms[n][threadIdx.x + i * THREADS] = of_norm[n][i];
     }
     __syncthreads();
+    Vector<product_t, VECTOR> now[TURNS][ROWS];
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++)
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) now[turn][r] = z[turn][r];
+    if (AHEAD && col0 + WIDTH < p.cols) fetch(col0 + WIDTH);
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
       const int skip = (turn * 32 + lane) * VECTOR;
@@ -153,10 +170,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
 #pragma unroll
       for (int r = 0; r < ROWS; r++) {
         const u32 kept = kept_bits(p, min(row0 + r, p.rows - 1), col);
+        float products[VECTOR];
+        to_floats<VECTOR>(now[turn][r], products);
 #pragma unroll
         for (int i = 0; i < VECTOR; i++)
-          h[r][i] = Activation(p, norm(i, dropped(p, to_float(z[turn][r].at[i]), kept >> i)),
-                               kept >> i, 0.0f).value;
+          h[r][i] = Activation(p, norm(i, dropped(p, products[i], kept >> i)), kept >> i, 0.0f).value;
       }
 #pragma unroll
       for (int c = 0; c < CLASSES; c++) {
@@ -192,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
       acc[r][c] *= *factor;
     }
 #endif
-    sum += loss_of_row(acc[r], labels, row, smoothing, (float)p.share, of_logits);
+    sum += loss_of_row(acc[r], labels, row, smoothing, share, of_logits);
 #if HEAD == HEAD_SIGN
 #pragma unroll
     for (int c = 0; c < CLASSES; c++) {
@@ -222,7 +240,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, ROWS <= 2 ? 2 : 1)
 #endif
 }
 #else
-constexpr int MOST = CLASSES <= 12 ? 4 : 1;
+// If the last layer reads what batch norm gives, the sums for its weights and for batch norm's parameters are
+// all made of the sums of normal * (gradient of a logit), and of those gradients alone: with n rows,
+//     weight'[j][c] = gamma[j] * N[j][c] + beta[j] * G[c],   N[j][c] = sum(normal[j] * logit'[c]),
+//     gamma'[j] = sum_c(w[j][c] * N[j][c]),  beta'[j] = sum_c(w[j][c] * G[c]),  G[c] = sum(logit'[c])
+// where a class's G takes the place of the sum of a column (in a cluster, which sums up all COLS of a strip).
+#define LINEAR (NORM && HEAD == HEAD_NONE && DROP != DROP_ACTIVATION && CLUSTER > 1)
+constexpr int MOST = CLASSES > 12 ? 1 : VECTOR == 4 ? 2 : 4;
 constexpr int BATCH = HELD && HELD < MOST ? HELD : MOST;  // rows whose loads are in flight
 
 struct alignas(16) RowOfLogits { float4 at[GRAD_STRIDE / 4]; };
@@ -242,7 +266,7 @@ struct OfLogits {
 #if HELD
       raw[b] = held_of_logits()(turn + b);
 #else
-      raw[b] = ((const RowOfLogits*)grad)[min(at.row(turn + b), at.rows - 1)];
+      raw[b] = ((const RowOfLogits*)grad)[at.safe_row(at.row(turn + b))];
 #endif
     }
   }
@@ -255,6 +279,15 @@ struct OfLogits {
 // The weights of a thread's columns, and the gradient of their activations in a row.
 struct Weights {
   float w[VECTOR][CLASSES];
+  __device__ __forceinline__ Weights(const float (&of_strip)[CLASSES][COLS], int lane) {
+#pragma unroll
+    for (int c = 0; c < CLASSES; c++) {
+      float of_class[VECTOR];
+      load<VECTOR>(&of_strip[c][lane * VECTOR], of_class);
+#pragma unroll
+      for (int i = 0; i < VECTOR; i++) w[i][c] = of_class[i];
+    }
+  }
   __device__ __forceinline__ Weights(const float* weight, int col) {
 #pragma unroll
     for (int i = 0; i < VECTOR; i++)
@@ -290,6 +323,7 @@ struct Back {
   float* mean_loss;
   float* grad_factor;
   i64 partial_count;
+  double share;  // of an example in the mean loss
 };
 
 // `of_gamma` and `of_beta` are those of the thread's columns.
@@ -307,23 +341,25 @@ __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
     betas[i] *= (float)p.share;
   }
 #endif
+#pragma unroll 1
   for (int turn = 0; at.begins(turn); turn += BATCH) {
-    const Products<BATCH> z(p, at, turn);
+    const Products<BATCH, false> products(p, at, turn);
     const OfLogits of_logits(at, back.grad, turn);
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
       const int row = at.row(turn + b);
-      float dz[VECTOR];
+      float z[VECTOR], dz[VECTOR];
+      products.load(p, b, z);
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
-        const Activation h(p, norm(i, z(p, b, i)), z.kept(b, i), (float)back.window);
+        const Activation h(p, norm(i, z[i]), products.kept(b, i), (float)back.window);
         dz[i] = gated(weights.gradient(i, of_logits, b), h);
 #if NORM
-        dz[i] = (dz[i] - betas[i] - norm.normal(i, z(p, b, i)) * gammas[i]) *
+        dz[i] = (dz[i] - betas[i] - norm.normal(i, z[i]) * gammas[i]) *
                 (norm.gamma[i] * norm.inverse[i]);
 #endif
 #if DROP == DROP_PRODUCT
-        dz[i] = z.kept(b, i) ? dz[i] * (float)p.keep_scale : 0.0f;
+        dz[i] = products.kept(b, i) ? dz[i] * (float)p.keep_scale : 0.0f;
 #endif
       }
       if (at.has(row)) store<VECTOR>(back.out + at.offset(row), dz);
@@ -332,10 +368,10 @@ __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
 }
 
 // For one block: sum the parts of the loss, and of the gradient of the logits' factor, from `logits`.
-__device__ __forceinline__ void add_up_loss(const Layer& p, const Back& back) {
+__device__ __forceinline__ void add_up_loss(const Back& back) {
 #if !OUTPUT_NORM
   const double total = sum_of_partials(back.partials, back.partial_count);
-  if (threadIdx.x == 0) *back.mean_loss = (float)(total * p.share);
+  if (threadIdx.x == 0) *back.mean_loss = (float)(total * back.share);
 #if HEAD == HEAD_SIGN
   __syncthreads();
   const double of_factor = sum_of_partials(back.partials + back.partial_count, back.partial_count);
@@ -344,47 +380,134 @@ __device__ __forceinline__ void add_up_loss(const Layer& p, const Back& back) {
 #endif
 }
 
+#if LINEAR
+// The sums N of a thread's columns, and G of class at.lane + LANES * i in place i.
+__device__ __forceinline__ void add_up(const Layer& p, const Strip& at, const Back& back,
+                                       const Normal<VECTOR>& norm,
+                                       float (&sums)[CLASSES + 1][VECTOR]) {
+#pragma unroll 1
+  for (int turn = 0; at.begins(turn); turn += BATCH) {
+    const Products<BATCH, true> products(p, at, turn);
+    const OfLogits of_logits(at, back.grad, turn);
+#pragma unroll
+    for (int b = 0; b < BATCH; b++) {
+      const int row = at.row(turn + b);
+      float z[VECTOR];
+      products.load(p, b, z);
+#pragma unroll
+      for (int i = 0; i < VECTOR; i++) {
+        const float normal = at.has(row) ? norm.normal(i, z[i]) : 0.0f;
+#pragma unroll
+        for (int c = 0; c < CLASSES; c++) sums[c][i] += normal * of_logits(b, c);
+      }
+#if HELD
+      const float* of_row = (const float*)&held_of_logits()(turn + b);
+#else
+      const float* of_row = back.grad + at.safe_row(row) * GRAD_STRIDE;
+#endif
+#pragma unroll
+      for (int i = 0; i * LANES < CLASSES; i++)
+        if (at.lane + i * LANES < CLASSES && at.has_row(row)) sums[CLASSES][i] += of_row[at.lane + i * LANES];
+    }
+  }
+}
+#endif
+
 extern "C" __global__ void BY_STRIPS IN_CLUSTERS
     head_sums(const __grid_constant__ Layer p, const __grid_constant__ Back back, float* partials,
               u32* tickets, float* grad_weight, float* grad_gamma, float* grad_beta) {
-  constexpr int SUMS = CLASSES + (HAS_NORM ? 2 : 0);
+  constexpr int SUMS = CLASSES + (LINEAR ? 1 : HAS_NORM ? 2 : 0);
   __shared__ double total[SUMS][COLS];
   __shared__ __align__(16) float gammas[COLS], betas[COLS];
   if (blockIdx.x == gridDim.x - 1) {  // beyond the last strip
-    if (blockIdx.y == 0) add_up_loss(p, back);
+    if (blockIdx.y == 0) add_up_loss(back);
     return;
   }
   const Strip at(p);
 #if HELD
-  hold<BATCH>(p, at, [&](int turn) {
-    const int row = min(at.row(turn), at.rows - 1);
+  hold(p, at, [&](int turn) {
+    const int row = at.safe_row(at.row(turn));
     held_of_logits().copy(at, (const RowOfLogits*)back.grad + row, turn);
   });
 #endif
   float sums[SUMS][VECTOR] = {};
   const Normal<VECTOR> norm(p, at.safe_col());
+#if LINEAR
+  // Loaded meanwhile, and written where `sum_over_rows` makes them visible.
+  __shared__ __align__(16) float of_strip[CLASSES][COLS];
+  __shared__ float of_norm[2][COLS];  // gamma, beta
+  constexpr int EACH = (COLS * CLASSES + THREADS - 1) / THREADS;
+  const auto exists = [&](int i) { return i < COLS * CLASSES && at.first_col + i / CLASSES < at.cols; };
+  float some[EACH], gamma_or_beta = 0;
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    const int number = threadIdx.x + i * THREADS;
+    some[i] = exists(number) ? as_read(back.weight[at.first_col * CLASSES + number]) : 0.0f;
+  }
+  const int column = threadIdx.x % COLS;
+  if (threadIdx.x < 2 * COLS && at.first_col + column < at.cols)
+    gamma_or_beta = (threadIdx.x < COLS ? p.gamma : p.beta)[at.first_col + column];
+  add_up(p, at, back, norm, sums);
+#pragma unroll
+  for (int i = 0; i < EACH; i++) {
+    const int number = threadIdx.x + i * THREADS;
+    if (number < COLS * CLASSES) of_strip[number % CLASSES][number / CLASSES] = some[i];
+  }
+  if (threadIdx.x < 2 * COLS) of_norm[threadIdx.x / COLS][column] = gamma_or_beta;
+#else
   const Weights weights(back.weight, at.safe_col());
+#pragma unroll 1
   for (int turn = 0; at.begins(turn); turn += BATCH) {
-    const Products<BATCH> z(p, at, turn);
+    const Products<BATCH, true> products(p, at, turn);
     const OfLogits of_logits(at, back.grad, turn);
 #pragma unroll
     for (int b = 0; b < BATCH; b++) {
       const bool inside = at.has(at.row(turn + b));
+      float z[VECTOR];
+      products.load(p, b, z);
 #pragma unroll
       for (int i = 0; i < VECTOR; i++) {
-        const Activation h(p, norm(i, z(p, b, i)), z.kept(b, i), (float)back.window);
+        const Activation h(p, norm(i, z[i]), products.kept(b, i), (float)back.window);
         const float value = inside ? h.value : 0.0f;
 #pragma unroll
         for (int c = 0; c < CLASSES; c++) sums[c][i] += value * of_logits(b, c);
 #if NORM
         const float dy = inside ? gated(weights.gradient(i, of_logits, b), h) : 0.0f;
         sums[CLASSES][i] += dy;
-        sums[CLASSES + 1][i] += dy * norm.normal(i, z(p, b, i));
+        sums[CLASSES + 1][i] += dy * norm.normal(i, z[i]);
 #endif
       }
     }
   }
+#endif
   if (!sum_over_rows<SUMS>(sums, partials, tickets, p.cols, total)) return;
+#if LINEAR
+  const auto of_class = [&](int c) { return total[CLASSES][c % LANES * VECTOR + c / LANES]; };
+  if (writes_sums())
+    for (int i = threadIdx.x; exists(i); i += THREADS) {
+      const int j = i / CLASSES, c = i % CLASSES;
+      grad_weight[at.first_col * CLASSES + i] =
+          (float)(of_norm[0][j] * total[c][j] + of_norm[1][j] * of_class(c));
+    }
+  if (threadIdx.x < COLS) {
+    double of_gamma = 0, of_beta = 0;
+#pragma unroll
+    for (int c = 0; c < CLASSES; c++) {
+      of_gamma += of_strip[c][column] * total[c][column];
+      of_beta += of_strip[c][column] * of_class(c);
+    }
+    gammas[column] = (float)of_gamma;
+    betas[column] = (float)of_beta;
+    if (writes_sums() && at.first_col + column < at.cols) {
+      grad_gamma[at.first_col + column] = gammas[column];
+      grad_beta[at.first_col + column] = betas[column];
+    }
+  }
+  __syncthreads();
+  write_gradients(p, at, back, norm, Weights(of_strip, at.lane), gammas + at.lane * VECTOR,
+                  betas + at.lane * VECTOR);
+  __syncwarp();
+#else
   if (writes_sums())
     for (int i = threadIdx.x; i < COLS * CLASSES; i += THREADS)
       if (at.first_col + i / CLASSES < p.cols)
@@ -403,6 +526,7 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
   __syncthreads();
   write_gradients(p, at, back, norm, weights, gammas + at.lane * VECTOR, betas + at.lane * VECTOR);
   __syncwarp();
+#endif
 #endif
   leave_sums();
 }

@@ -213,35 +213,46 @@ __device__ __forceinline__ void separate(const u32 (&mixed)[4], u32 (&word)[4]) 
     word[e] = __byte_perm(front[e / 2], back[e / 2], e % 2 ? 0x7632 : 0x5410);
 }
 
-// Word `warp` of eight, 256 places of a line, for V neighbouring lines of a lane. `left` places exist.
-template <typename T, int V>
-__device__ __forceinline__ void pack_word_across(const char* from, i64 stride, i64 left, u32 (&word)[V]) {
+// Bytes as they are loaded: as small elements they would be taken apart and put together again.
+template <int BYTES> struct Raw { typedef Vector<u32, BYTES / 4> type; };
+template <> struct Raw<2> { typedef unsigned short type; };
+template <> struct Raw<1> { typedef unsigned char type; };
+
+// How a lane reads 32 places of V neighbouring lines: BATCH at a time, and the next ones before it uses
+// them, so that loads are always under way.
+template <typename T, int V> struct Places {
   // Whether a lane's elements of one place fill registers, for signs to be taken all at a time.
-  constexpr bool FILL = sizeof(T) < 4 && V > 1;
-  constexpr int BYTES = V * sizeof(T), BATCH = BYTES <= 4 ? 32 : BYTES == 8 ? 16 : 8;  // in flight
-  constexpr int REGISTERS = FILL ? BYTES / 4 : 1, LINES = V / REGISTERS, BITS = 8 * sizeof(T);
-  u32 mixed[REGISTERS][LINES] = {};  // bit i of each element of number i / BITS is of place i
+  static constexpr bool FILL = sizeof(T) < 4 && V > 1;
+  static constexpr int BYTES = V * sizeof(T), BATCH = BYTES <= 4 ? 16 : BYTES == 8 ? 8 : 4;
+  static constexpr int REGISTERS = FILL ? BYTES / 4 : 1, LINES = V / REGISTERS, BITS = 8 * sizeof(T);
+  typedef typename Raw<BYTES>::type Bytes;
+  typedef Bytes Batch[BATCH];
+
+  u32 mixed[REGISTERS][LINES];  // FILL: bit i of each element of number i / BITS is of place i
+  u32 word[V];
+
+  // `left` places exist.
+  static __device__ __forceinline__ void load(Batch& v, const char* from, i64 stride, i64 left) {
+    if (left >= BATCH) {
 #pragma unroll
-  for (int e = 0; e < V; e++) word[e] = 0;
-  asm volatile("" : "+l"(stride));  // or its multiples are computed in advance and spilled
-#pragma unroll
-  for (int first = 0; first < 32; first += BATCH) {
-    Vector<T, V> v[BATCH];
-    if (left >= 32) {
-#pragma unroll
-      for (int i = 0; i < BATCH; i++) v[i] = *(const Vector<T, V>*)(from + i * stride);
+      for (int i = 0; i < BATCH; i++) v[i] = *(const Bytes*)(from + i * stride);
     } else {
 #pragma unroll
-      for (int i = 0; i < BATCH; i++) {
-        if (first + i < left) {
-          v[i] = *(const Vector<T, V>*)(from + i * stride);
-        } else {
-#pragma unroll
-          for (int e = 0; e < V; e++) v[i].at[e] = missing<T>();
-        }
-      }
+      for (int i = 0; i < BATCH; i++)
+        if (i < left) v[i] = *(const Bytes*)(from + i * stride);
+        else memset(&v[i], IsBool<T>::value ? 0 : 255, sizeof(Bytes));  // a negative number or a NaN
     }
-    from += BATCH * stride;
+  }
+  __device__ __forceinline__ void begin() {
+#pragma unroll
+    for (int r = 0; r < REGISTERS; r++)
+#pragma unroll
+      for (int e = 0; e < LINES; e++) mixed[r][e] = 0;
+#pragma unroll
+    for (int e = 0; e < V; e++) word[e] = 0;
+  }
+  // Take the signs of places `first` and following.
+  __device__ __forceinline__ void take(const Batch& v, int first) {
 #pragma unroll
     for (int i = 0; i < BATCH; i++) {
       const int place = first + i;
@@ -249,23 +260,25 @@ __device__ __forceinline__ void pack_word_across(const char* from, i64 stride, i
 #pragma unroll
         for (int r = 0; r < REGISTERS; r++)
           mixed[r][place / BITS] |=
-              nonnegative_each<T>(((const u32*)&v[i])[r]) >> (BITS - 1 - place % BITS);
+              nonnegative_each<T>(v[i].at[r]) >> (BITS - 1 - place % BITS);
       } else {
 #pragma unroll
-        for (int e = 0; e < V; e++) word[e] |= (u32)nonnegative(v[i].at[e]) << place;
+        for (int e = 0; e < V; e++) word[e] |= (u32)nonnegative(((const T*)&v[i])[e]) << place;
       }
     }
   }
-  if constexpr (FILL) {
+  __device__ __forceinline__ void end() {
+    if constexpr (FILL) {
 #pragma unroll
-    for (int r = 0; r < REGISTERS; r++) {
-      u32 apart[LINES];
-      separate(mixed[r], apart);
+      for (int r = 0; r < REGISTERS; r++) {
+        u32 apart[LINES];
+        separate(mixed[r], apart);
 #pragma unroll
-      for (int e = 0; e < LINES; e++) word[r * LINES + e] = apart[e];
+        for (int e = 0; e < LINES; e++) word[r * LINES + e] = apart[e];
+      }
     }
   }
-}
+};
 
 // A block takes 256 places of 32 V lines at a time, eight words, which it turns in shared memory: then two
 // threads write 32 bytes of a line, a whole sector of the L2 cache.
@@ -280,11 +293,31 @@ __device__ __forceinline__ void pack_across(const Operand& p, u32 block, u32* sh
   const char* x = p.x + item * p.batch_stride + line * p.line_stride;
   const bool inside = line + V <= p.lines;  // V divides the number of lines
   int ones[EACH] = {};
-  for (u32 quarter = part; quarter < 4 * (u32)p.chunks; quarter += parts) {
-    const i64 start = (i64)quarter * 256 + warp * 32;
-    u32 word[V];
-    pack_word_across<T, V>(x + start * p.k_stride, p.k_stride, inside ? p.k - start : 0, word);
-    *(Vector<u32, V>*)(shared + warp * PITCH + lane * V) = *(const Vector<u32, V>*)word;
+  typedef Places<T, V> Reader;
+  constexpr int BATCH = Reader::BATCH;
+  Reader places;
+  typename Reader::Batch v[2];
+  const u32 quarters = 4 * (u32)p.chunks;
+  i64 stride = p.k_stride;
+  asm volatile("" : "+l"(stride));  // or its multiples are computed in advance and spilled
+  // Of this warp's 32 places of a quarter: where they begin, and how many exist.
+  auto place = [&](u32 quarter) { return (i64)quarter * 256 + warp * 32; };
+  auto left = [&](u32 quarter) { return inside ? p.k - place(quarter) : 0; };
+  Reader::load(v[0], x + place(part) * stride, stride, left(part));
+  for (u32 quarter = part; quarter < quarters; quarter += parts) {
+    const char* from = x + place(quarter) * stride;
+    places.begin();
+#pragma unroll
+    for (int first = 0; first < 32; first += BATCH) {
+      from += BATCH * stride;
+      if (first + BATCH < 32)
+        Reader::load(v[(first / BATCH + 1) % 2], from, stride, left(quarter) - first - BATCH);
+      else if (quarter + parts < quarters)
+        Reader::load(v[0], x + place(quarter + parts) * stride, stride, left(quarter + parts));
+      places.take(v[first / BATCH % 2], first);
+    }
+    places.end();
+    *(Vector<u32, V>*)(shared + warp * PITCH + lane * V) = *(const Vector<u32, V>*)places.word;
     __syncthreads();
 #pragma unroll
     for (int e = 0; e < EACH; e++) {

@@ -11,6 +11,8 @@
 //
 // The step number is read from the device, so that each launch of a captured graph draws new numbers.
 //
+// The rows may be a part of a batch. Random numbers are those of an image's place in the whole batch.
+//
 // The translation unit sets REAL, DIRECTION to one of DIRECTION_*, and DROP to whether pixels are dropped.
 
 #include "block.cuh"
@@ -29,6 +31,7 @@ struct Move {
   real_t* out;
   int* pops;  // to be cleared
   i64 rows, cols, pop_count;
+  i64 first;      // place of row 0 in the whole batch
   u64 seed;       // of random directions
   u64 drop_seed;  // of the dropped pixels
   i64 draw, last;
@@ -45,11 +48,12 @@ __device__ __forceinline__ bool keeps(const Move& p, u64 number, i64 at) {
   return !DROP || Draw{p.drop_seed, number + p.draw, (u32)p.last}.kept(at, 1);
 }
 
-__device__ __forceinline__ float direction(const Move& p, u64 number, i64 at) {
+// Of the element `at` of the rows, which is number `drawn` of the whole batch.
+__device__ __forceinline__ float direction(const Move& p, u64 number, i64 at, i64 drawn) {
 #if DIRECTION == DIRECTION_GRADIENT
-  return keeps(p, number, at) ? to_float(p.gradient[at]) : 0.0f;
+  return keeps(p, number, drawn) ? to_float(p.gradient[at]) : 0.0f;
 #elif DIRECTION == DIRECTION_RANDOM
-  const u32 word = random_word(p.seed, number, at);
+  const u32 word = random_word(p.seed, number, drawn);
   const u32 pairs = (word & 0xff00ffu) + (word >> 8 & 0xff00ffu);
   return (float)((pairs & 0xffffu) + (pairs >> 16)) - 510.0f;
 #else
@@ -60,12 +64,12 @@ __device__ __forceinline__ float direction(const Move& p, u64 number, i64 at) {
 extern "C" __global__ void __launch_bounds__(THREADS) move_images(const __grid_constant__ Move p) {
   __shared__ double parts[WARPS];
   const u64 number = (u64)*p.step;
-  const i64 base = (i64)blockIdx.x * p.cols;
+  const i64 base = (i64)blockIdx.x * p.cols, drawn = p.first * p.cols + base;
   double factor = 0;
   if (DIRECTION != DIRECTION_NONE) {
     double sum = 0;  // of squares, which may be too small for a float
     for (i64 i = threadIdx.x; i < p.cols; i += THREADS) {
-      const double d = direction(p, number, base + i);
+      const double d = direction(p, number, base + i, drawn + i);
       sum += d * d;
     }
 #pragma unroll
@@ -78,8 +82,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) move_images(const __grid_c
   }
   for (i64 i = threadIdx.x; i < p.cols; i += THREADS) {
     const i64 at = base + i;
-    const float moved = to_float(p.x[at]) + (float)(direction(p, number, at) * factor);
-    from_float(keeps(p, number, at) ? moved : 0.0f, p.out[at]);
+    const float moved = to_float(p.x[at]) + (float)(direction(p, number, at, drawn + i) * factor);
+    from_float(keeps(p, number, drawn + i) ? moved : 0.0f, p.out[at]);
   }
   for (i64 i = base / p.cols * THREADS + threadIdx.x; i < p.pop_count; i += p.rows * THREADS)
     p.pops[i] = 0;
@@ -91,17 +95,18 @@ struct Mix {
   const i64* labels;
   real_t* out;
   float* targets;  // (rows, classes), or null
-  i64 rows, cols, classes;
+  i64 rows, cols, classes;  // rows of the result
+  i64 sources, first;       // rows of x, one more if they are a part of a batch; place of row 0
   u64 seed;
   i64 some;  // whether only half of the images are mixed
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) mix_images(const __grid_constant__ Mix p) {
   const u64 number = (u64)*p.step;
-  const i64 row = blockIdx.x, next = row + 1 < p.rows ? row + 1 : 0;
+  const i64 row = blockIdx.x, next = row + 1 < p.sources ? row + 1 : 0, place = p.first + row;
   // Two numbers per image, uniform in [0, 1).
-  float share = 0.5f * ((float)(random_word(p.seed, number, 2 * row) >> 8) * 0x1p-24f);
-  if (p.some && (float)(random_word(p.seed, number, 2 * row + 1) >> 8) * 0x1p-24f >= 0.5f) share = 0;
+  float share = 0.5f * ((float)(random_word(p.seed, number, 2 * place) >> 8) * 0x1p-24f);
+  if (p.some && (float)(random_word(p.seed, number, 2 * place + 1) >> 8) * 0x1p-24f >= 0.5f) share = 0;
   const auto mixed = [&](float own, float other) { return own + share * (other - own); };
   for (i64 i = threadIdx.x; i < p.cols; i += THREADS)
     from_float(mixed(to_float(p.x[row * p.cols + i]), to_float(p.x[next * p.cols + i])),

@@ -76,9 +76,10 @@ def cpu_kernels(monkeypatch: pytest.MonkeyPatch):
 
     Everywhere else the tests switch them off, so that what NumPy computes is tested.
     """
+    from cupybnn import settings
     from cupybnn.backends import cpu, numpy_backend
 
-    monkeypatch.setenv("CUPYBNN_CPU_KERNELS", "1")
+    monkeypatch.setattr(settings, "cpu_kernels", lambda: True)
     status = cpu.status()
     if not status.available:
         pytest.skip(f"needs Numba: {status.reason}")

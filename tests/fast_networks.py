@@ -92,6 +92,14 @@ NETWORKS = {
         "last": True,
         "vat": 2.0,
     },
+    "virtual, of different widths": {
+        "binary": True,
+        "xnor": True,
+        "batch_norm": True,
+        "n_hidden": (40, 200, 72),
+        "last": True,
+        "vat": 2.0,
+    },
     "virtual, of mixed images, dropout": {
         "binary": True,
         "xnor": True,

@@ -1,10 +1,11 @@
 """``cupybnn bench``: what it measures is right, and nothing that fails is lost or hidden."""
 
+import contextlib
 import copy
+import io
 import json
 import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -39,17 +40,21 @@ def device_for(xp):
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
+def small_cache():
+    """Give the machine a small cache, so that few sets of operands fill it."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (products, torch_layers):
+            patch.setattr(module, "memory", lambda device: (1 << 18, 2 << 30))
+        yield
+
+
+@pytest.fixture(scope="module")
+def quick(small_cache, tmp_path_factory):
     """Run the command once on the CPU; return its output and its record."""
     path = tmp_path_factory.mktemp("bench") / "record.json"
-    done = subprocess.run(
-        [sys.executable, "-m", "cupybnn", "bench", "--quick", "--device", "cpu", "--json", path],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads(path.read_text())
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main.main(["bench", "--quick", "--device", "cpu", "--json", str(path)]) == 0
+    return out.getvalue(), json.loads(path.read_text())
 
 
 def test_record_has_machine_versions_and_date(quick):
@@ -325,7 +330,7 @@ def test_a_wrong_result_is_found_and_named(method):
     assert f"wrong result at {where}" in products.wrong_element(prepared, CPU)
 
 
-def test_a_wrong_result_makes_the_command_fail(monkeypatch, capsys, tmp_path):
+def test_a_wrong_result_makes_the_command_fail(small_cache, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(products, "wrong_element", lambda *_: "wrong result at [0, 0]: 1 not 2")
     path = tmp_path / "r.json"
     only = ["--only", "skinny", "--quick", "--device", "cpu", "--json", str(path)]
@@ -559,7 +564,7 @@ def test_missing_matplotlib_is_reported_before_measuring(monkeypatch, capsys, tm
 
 
 def test_layers_of_pytorch_are_compared_and_checked(monkeypatch):
-    pytest.importorskip("torch", reason="needs PyTorch: pip install cupybnn[torch]")
+    pytest.importorskip("torch", reason="needs PyTorch: pip install .[torch]")
     monkeypatch.setattr(torch_layers, "CPU_QUICK", (48,))
     rows = torch_layers.torch_layers(CPU, HostClock(), quick=True)
     assert [r["layer"] for r in rows] == ["nn.Linear", "XnorLinear", "packed XnorLinear"]

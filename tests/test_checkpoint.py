@@ -39,8 +39,8 @@ LEFTOVER = ".cupybnn-0123456789ab.tmp"  # as a writer that was killed leaves one
 def example(step: int = 7) -> Checkpoint:
     rng = np.random.default_rng(step)
     arrays = {
-        "model/fc1.weight": rng.standard_normal((30, 20)).astype(np.float32),
-        "model/fc2.weight": rng.standard_normal((20, 10)),
+        "model/fc1.weight": rng.standard_normal((6, 5)).astype(np.float32),
+        "model/fc2.weight": rng.standard_normal((5, 3)),
         "optimizer/step": np.array(step),
         "model/empty": np.zeros((0, 3), np.float32),
     }

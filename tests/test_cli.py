@@ -20,6 +20,7 @@ from cupybnn import machine, settings
 from cupybnn.backends import devices
 from cupybnn.backends.devices import CPU, Device, cuda_status
 from cupybnn.cli import info, main, verify
+from cupybnn.extras import to_install
 from cupybnn.training import TrainConfig, Trainer
 from cupybnn.training.limits import needed_bytes
 
@@ -390,8 +391,8 @@ def test_info_reports_missing_cupy_extras(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = dict(re.findall(r"^  (NVRTC|runtime|driver) +(\S.*)$", done.stdout, re.MULTILINE))
     assert rows == {
-        "NVRTC": "cannot be loaded, but is needed to compile kernels: install "
-        "cupybnn[cuda13] or cupybnn[cuda12], which include it",
+        "NVRTC": f"cannot be loaded, but is needed to compile kernels: {to_install('cuda13')}, or "
+        "the extra cuda12, which include it",
         "runtime": "cannot be loaded",
         "driver": "no NVIDIA driver found",
     }

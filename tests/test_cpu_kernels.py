@@ -12,7 +12,7 @@ import pytest
 from gemm_cases import BFLOAT16, array, assert_product, reference
 
 from cupybnn import pack, settings, sign, unpack, xnor_gemm, xnor_gemm_packed
-from cupybnn.backends import cpu, numpy_backend, numpy_threads
+from cupybnn.backends import cpu, numpy_backend
 
 
 @pytest.fixture(params=["LOOKUP", "COUNT", "FEW"])
@@ -22,14 +22,18 @@ def way(request, cpu_kernels, monkeypatch):
     if request.param == "LOOKUP" and "avx2" not in cpu_kernels.describe()["features"]:
         pytest.skip("needs a processor with AVX2")
     taken = []
-    original = kernels.product
+    original = cpu_kernels._plan
 
-    def spy(method, *rest):
-        taken.append(method)
-        return original(getattr(kernels, request.param), *rest)
+    def planned(*arguments):
+        plan = original(*arguments)
+        plan.memory[kernels.PLAN.index("method")] = getattr(kernels, request.param)
+        taken.append(plan)
+        return plan
 
-    monkeypatch.setattr(kernels, "product", spy)
+    monkeypatch.setattr(cpu_kernels, "_plan", planned)
+    original.cache_clear()
     yield request.param
+    original.cache_clear()
     assert taken
 
 
@@ -75,8 +79,8 @@ def test_packing_follows_the_sign_at_its_edges(cpu_kernels, dtype, monkeypatch):
         values = [-np.inf, -1.0, -0.0, 0.0, 1e-30, -1e-30, np.inf, np.nan, -np.nan]
     x = np.resize(np.array(values, dtype), (3, 70, 141))
     taken = []
-    original = cpu_kernels.kernels.pack
-    monkeypatch.setattr(cpu_kernels.kernels, "pack", lambda *a: taken.append(1) or original(*a))
+    original = cpu_kernels.packing.pack
+    monkeypatch.setattr(cpu_kernels.packing, "pack", lambda *a: taken.append(1) or original(*a))
     views = (x, x[:, ::2, ::3], x[..., ::-1], x.swapaxes(1, 2), x[:, :5], x[:, :, :9], x[:, :1])
     for view, axis in itertools.product(views, (-1, -2)):
         assert np.array_equal(unpack(pack(view, axis=axis), bool), sign(view) > 0)
@@ -90,9 +94,14 @@ def test_other_dtypes_are_left_to_numpy(cpu_kernels, dtype):
     assert_product(xnor_gemm(x, x.T), reference(x, x.T), dtype)
 
 
+def several_threads(module, monkeypatch, count):
+    monkeypatch.setattr(settings, "kernel_threads", lambda: count)
+    monkeypatch.setattr(module, "PRODUCTS_A_THREAD", 1)
+    monkeypatch.setattr(module, "ELEMENTS_A_THREAD", 1)
+
+
 def test_parts_of_several_threads_make_one_result(cpu_kernels, monkeypatch):
-    monkeypatch.setattr(settings, "kernel_threads", lambda: 3)
-    monkeypatch.setattr(numpy_threads, "ELEMENTS_A_THREAD", 1)
+    several_threads(cpu_kernels, monkeypatch, 3)
     rng = np.random.default_rng(0)
     for m, k, n in ((300, 200, 500), (20, 200, 500), (300, 200, 9)):
         a, b = array(rng, np, (m, k)), array(rng, np, (k, n))
@@ -123,8 +132,7 @@ def test_many_threads_may_call_at_once(cpu_kernels):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_computes(cpu_kernels, monkeypatch):
-    monkeypatch.setattr(settings, "kernel_threads", lambda: 2)
-    monkeypatch.setattr(numpy_threads, "ELEMENTS_A_THREAD", 1)
+    several_threads(cpu_kernels, monkeypatch, 2)
     a = np.ones((100, 100), np.float32)
     expected = xnor_gemm(a, a)  # starts the parent's threads
     child = os.fork()
@@ -195,14 +203,14 @@ def test_a_folder_that_cannot_be_written_to_is_no_error(cache, tmp_path, monkeyp
 def unknown(monkeypatch):
     """As in a new process: it is not known yet whether Numba can be imported."""
     monkeypatch.setattr(cpu, "_found", None)
-    monkeypatch.setenv("CUPYBNN_CPU_KERNELS", "1")
+    monkeypatch.setattr(settings, "cpu_kernels", lambda: True)
 
 
 def test_without_numba_numpy_computes(unknown, monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     a = np.ones((200, 200), np.float32)
     assert (xnor_gemm(a, a) == 200).all()
-    assert cpu.status().reason == "Numba is not installed: install cupybnn[cpu]."
+    assert cpu.status().reason == "Numba is not installed: pip install numba (the extra cpu)."
     assert numpy_backend.kernels() == ["numpy"]
 
 
@@ -215,7 +223,8 @@ def test_a_small_product_does_not_import_them(unknown):
 @pytest.mark.parametrize(("value", "used"), [("0", False), ("off", False), ("1", True), ("", True)])
 def test_a_variable_switches_them_off(monkeypatch, value, used):
     monkeypatch.setenv("CUPYBNN_CPU_KERNELS", value)
-    assert settings.cpu_kernels() is used
+    assert settings.cpu_kernels.__wrapped__() is used
+    monkeypatch.setattr(settings, "cpu_kernels", settings.cpu_kernels.__wrapped__)
     if not used:
         assert cpu.compiled() is None
         assert "CUPYBNN_CPU_KERNELS" in cpu.status().reason
@@ -237,3 +246,41 @@ def test_verify_and_info_know_them(cpu_kernels):
     assert len(outcomes) == 12
     assert not [outcome.problem for outcome in outcomes if outcome.problem]
     assert any("Numba" in line and "threads" in line for line in info.lines())
+
+
+def test_small_products_of_a_batch_are_left_to_numpy(monkeypatch):
+    monkeypatch.setattr(settings, "cpu_kernels", lambda: True)
+    if cpu.compiled() is None:
+        pytest.skip(f"needs Numba: {cpu.status().reason}")
+    taken = []
+    monkeypatch.setattr(cpu.compiled(), "gemm", lambda a, b, out, e: taken.append(a.shape))
+    many = np.ones((5, 9, 20), np.float32)
+    assert (xnor_gemm(many, many.swapaxes(1, 2)) == 20).all()
+    xnor_gemm(many, np.ones((20, 3)))  # one tall product
+    xnor_gemm(np.ones((2, 64, 64)), np.ones((2, 64, 64)))
+    xnor_gemm(many[0], np.ones((20, 3)))
+    assert taken == [(5, 9, 20), (2, 64, 64), (9, 20)]
+
+
+def test_an_error_in_one_thread_leaves_nothing_running(cpu_kernels):
+    from cupybnn.backends.cpu import parts, threads
+
+    done = []
+
+    def kernel(counter):
+        part = parts.first_part(counter)
+        while part < 40:
+            done.append(part)
+            part = parts.next_part(counter, part)
+
+    def failing(counter):
+        if threading.current_thread() is threading.main_thread():
+            raise MemoryError
+        kernel(counter)
+
+    threads.run(kernel, 40, 3)
+    assert sorted(done) == list(range(40))
+    done.clear()
+    with pytest.raises(MemoryError):
+        threads.run(failing, 40, 3)
+    assert len(done) == len(set(done)) <= 40

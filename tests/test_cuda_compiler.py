@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import threading
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
-from cupybnn.backends.cuda import compiler, fused, fused_batch
+from cupybnn.backends.cuda import compiler, fused, fused_batch, launching
 
 STATIC_LIMIT, LIMIT = 48 * 1024, 227 * 1024
 
@@ -57,11 +58,21 @@ def driver(monkeypatch):
             made.append(Function(current.number))
             return made[-1]
 
+    class Device:
+        attributes: ClassVar = {"MaxSharedMemoryPerBlockOptin": LIMIT, "MultiProcessorCount": 132}
+        compute_capability = "90"
+
+        def __init__(self, number):
+            self.number = number
+
+        def __enter__(self):
+            current.number = self.number
+
+        def __exit__(self, *error):
+            pass
+
     cuda = SimpleNamespace(
-        Device=lambda number: SimpleNamespace(
-            attributes={"MaxSharedMemoryPerBlockOptin": LIMIT, "MultiProcessorCount": 132},
-            compute_capability="90",
-        ),
+        Device=Device,
         get_current_stream=lambda: SimpleNamespace(ptr=7),
     )
     cupy = SimpleNamespace(RawModule=Module, cuda=cuda, empty=np.empty, zeros=np.zeros)
@@ -157,3 +168,70 @@ def test_images_of_another_size_are_deformed_in_the_same_process(driver):
         gather(side).launch(launcher)
     (function,) = driver.made
     assert function.history == [64, 784, 90_000]
+
+
+class TestTogether:
+    """Kernels of a dry run are compiled side by side, and nothing is launched."""
+
+    def test_all_that_a_launch_asks_for_is_compiled_once(self, driver, monkeypatch):
+        at_a_time, most, lock = [0], [0], threading.Lock()
+        both = threading.Barrier(2, timeout=10)
+        compile_one = compiler._compile
+
+        def slow(*arguments):
+            with lock:
+                at_a_time[0] += 1
+                most[0] = max(most[0], at_a_time[0])
+            both.wait()  # for a second one at the same time
+            with lock:
+                at_a_time[0] -= 1
+            return compile_one(*arguments)
+
+        monkeypatch.setattr(compiler, "_compile", slow)
+        monkeypatch.setattr(compiler.os, "cpu_count", lambda: 2)
+        launched = []
+
+        def launch():
+            for drop in (0, 1, 2, 3, 0):
+                launched.append(load(0, drop=drop)((1,), (256,), ()))
+
+        compiler.compile_together(launch, pytest.fail)
+        assert launched == [None] * 5
+        assert (len(driver.made), most[0]) == (4, 2)
+        both.abort()  # another compilation would fail
+        for drop in range(4):
+            assert isinstance(load(60_000, drop=drop), Function)
+        compiler.compile_together(launch, pytest.fail)
+        assert len(driver.made) == 4
+
+    def test_kernels_that_are_there_already_are_not_launched_either(self, driver, monkeypatch):
+        load(0)
+        monkeypatch.setattr(Function, "__call__", lambda *a, **k: pytest.fail("launched"))
+        compiler.compile_together(lambda: load(0)((1,), (256,), ()), pytest.fail)
+        with pytest.raises(RuntimeError, match="no"), compiler._dry(print):
+            raise RuntimeError("no")
+        assert not compiler.is_dry_run()
+
+    def test_a_product_is_planned_anew_after_a_dry_run(self, driver):
+        plans = launching.Plans()
+        plans.keep(("before",), 1)
+        with compiler._dry(print):
+            assert plans.keep(("within",), 2) == 2
+            assert plans.get(("before",)) is None
+            absent = compiler.load_kernel("smxx_batch", "gather", (), 0)
+            launching.Launch(absent, 1, 32, 0, bytes(8))(stream=7)  # has no function to call
+        assert plans.get(("before",)) == 1
+        assert plans.get(("within",)) is None
+
+    def test_a_long_compilation_is_announced_and_its_error_raised(self, driver, monkeypatch):
+        def fails(*arguments):
+            threading.Event().wait(0.05)
+            raise RuntimeError("does not compile")
+
+        monkeypatch.setattr(compiler, "_compile", fails)
+        monkeypatch.setattr(compiler, "_PATIENCE", 0.0)
+        said = []
+        with pytest.raises(RuntimeError, match="does not compile"):
+            compiler.compile_together(lambda: [load(0, drop=d) for d in range(3)], said.append)
+        assert len(said) == 1
+        assert said[0].startswith("Compiling 3 kernels for this GPU")

@@ -53,6 +53,17 @@ def test_the_built_in_choice_keeps_the_kernels_rules(shape, packed, scaled):
         assert config.blocks(config.tiles(m, n, 1), config.parts_of(chunks), 132) > 0
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_large_products_are_deferred_unless_wider_tiles_fill_the_gpu_better(packed):
+    for n, k in ((4096, 4096), (8192, 8192), (16384, 16384), (8192, 63 * 1024)):
+        assert picked(90, n, n, k, packed=packed).deferred
+    # One round of 256 x 192 tiles, or two of half as many results.
+    filled = picked(90, 3072, 2112, 16384, packed=packed)
+    assert (filled.tile_m, filled.tile_n, filled.deferred) == (256, 192, False)
+    # Counts would exceed 16 bits.
+    assert not picked(90, 16384, 16384, 63 * 1024 + 1, packed=packed).deferred
+
+
 def test_an_architecture_gets_its_own_kernel():
     kernels = {c: picked(c, 4096, 4096, 4096).kernel for c in (60, 75, 80, 86, 90, 100, 120, 999)}
     assert kernels == {

@@ -122,7 +122,7 @@ def test_a_batch(machine):
     (launch,) = machine.launches
     assert launch.arguments["p"] == {
         **{name: at(array) for name, array in arrays.items()},
-        "ring": 5, "rows": 64, "cols": 784, "pop_count": 192,
+        "ring": 5, "rows": 64, "cols": 784, "pop_count": 192, "first": 0, "whole": 64,
         "seed": 2**63 + 9, "draw": -3, "last": 2**31 - 1,
     }  # fmt: skip
     assert launch.defines == {"REAL": "bfloat16_bits", "DROP": 1, "VECTOR": 16}
@@ -280,7 +280,8 @@ def test_a_head_of_signs_is_followed_by_a_factor_or_a_norm(machine):
         "gamma": at(norm.gamma), "beta": at(norm.beta), "running_mean": at(norm.running_mean),
         "running_variance": at(norm.running_variance), "grad_gamma": at(norm.grad_gamma),
         "grad_beta": at(norm.grad_beta), "mean_loss": at(head.mean_loss), "rows": 64,
-        "share": 1 / 64, "decay": 0.75, "eps": 0.5, "smoothing": 0.25,
+        "totals": 0, "whole_gamma": 0, "whole_beta": 0, "share": 1 / 64, "loss_share": 1 / 64,
+        "decay": 0.75, "eps": 0.5, "smoothing": 0.25,
     }  # fmt: skip
 
 

@@ -10,18 +10,24 @@ from __future__ import annotations
 import ctypes
 import itertools
 import re
+import struct
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+import cupybnn
 from cupybnn.backends.cuda import dispatch, launching, packing, product, sign_gemm
 from cupybnn.backends.cuda.architectures import sm90
 from cupybnn.backends.cuda.dispatch import force_kernel
 from cupybnn.backends.cuda.sources import translation_unit
+from cupybnn.backends.cuda.structs import Struct
 from cupybnn.backends.epilogue import Epilogue
+from cupybnn.backends.levels import SIGNS
 
 WORDS, POPCOUNTS, MIB = 0x2000_0000, 0x3000_0000, 1 << 20
 # The order in which layout.cuh says that sixteen lines stand.
@@ -53,6 +59,8 @@ class Array:
 class Packed:
     """What the launch code asks of a packed matrix."""
 
+    levels = SIGNS
+
     def __init__(self, shape, address):
         self.shape = shape
         self.words = SimpleNamespace(data=SimpleNamespace(ptr=address))
@@ -69,6 +77,19 @@ class Memory:
         return Memory(self.ptr + offset, self.mem.size)
 
 
+class Launched:
+    """What the driver is asked to launch."""
+
+    def __init__(self, config, pointers, size):
+        config = config._obj
+        (self.grid, *grid), (self.block, *block) = config.grid, config.block
+        assert grid == block == [1, 1]
+        self.shared, self.stream = config.shared, config.stream or 0
+        self.attributes = [config.attributes[i].id for i in range(config.count)]
+        assert all(config.attributes[i].value == 1 for i in range(config.count))
+        self.argument = ctypes.string_at(pointers[0], size)
+
+
 class Launches(list):
     """Launches in order, and what was cleared before each."""
 
@@ -80,7 +101,7 @@ def launches(monkeypatch):
     """Record launches, on a machine that has an H100 as far as the launch code can tell."""
     recorded = Launches()
     recorded.cleared = []
-    allocated = itertools.count(1)
+    allocated, loaded = itertools.count(1), {}
 
     def load_kernel(source, function, defines, device, shared=0):
         def launch(grid, block, arguments, shared_mem=0):
@@ -94,16 +115,19 @@ def launches(monkeypatch):
             )  # fmt: skip
 
         launch.name = function
-        launch.kernel = SimpleNamespace(ptr=launch)  # what a prepared launch hands to the driver
+        launch.kernel = SimpleNamespace(
+            ptr=id(launch)
+        )  # what a prepared launch hands to the driver
+        loaded[id(launch)] = launch
         return launch
 
-    def launch_kernel(function, x, y, z, threads, y2, z2, shared, stream, pointers, extra):
-        assert (y, z, y2, z2, extra) == (1, 1, 1, 1, 0)
-        size = {"pack_operands": packing.OPERANDS, "xnor_gemm": product.PRODUCT}
-        struct = size[function.name]
-        (address,) = (ctypes.c_void_p * 1).from_address(pointers)
-        argument = struct.argument(ctypes.string_at(address, struct.size))
-        function((x,), (threads,), (argument,), shared_mem=shared)
+    def launch_kernel(config, function, pointers, extra):
+        kernel = loaded[function.value]
+        layout = {"pack_operands": packing.OPERANDS, "xnor_gemm": product.PRODUCT}[kernel.name]
+        launched = Launched(config, pointers, layout.size)
+        argument = layout.argument(launched.argument)
+        kernel((launched.grid,), (launched.block,), (argument,), shared_mem=launched.shared)
+        return 0
 
     def clear(address, value, size, stream):
         assert value == 0
@@ -118,8 +142,7 @@ def launches(monkeypatch):
         ),
     )  # fmt: skip
     monkeypatch.setattr(launching, "_blocks", launching._Blocks())
-    monkeypatch.setattr(launching, "_launch", lambda: launch_kernel)
-    monkeypatch.setattr(launching, "_launch_overlapping", lambda: None)
+    monkeypatch.setattr(launching, "_launch_function", lambda: launch_kernel)
     monkeypatch.setattr(launching, "_get_current_stream", lambda: cupy.cuda.get_current_stream)
     cupy.asarray = np.asarray
     cupy.ascontiguousarray = lambda x, dtype=None: x
@@ -142,10 +165,143 @@ def launches(monkeypatch):
     return recorded
 
 
-def fields_of(source: str, struct: str) -> list[str]:
+@pytest.fixture
+def driver(monkeypatch):
+    """Stand for the driver: what it is asked to launch, and what it answers."""
+    numbers = Struct("Numbers", "ptr x; i64 n; ptr out; i64 rows")
+    asked = SimpleNamespace(launched=[], answers=[], used=0, numbers=numbers)
+
+    def launch_kernel(config, function, pointers, extra):
+        assert (function.value, extra) == (77, None)
+        asked.launched.append(Launched(config, pointers, numbers.size))
+        return asked.answers.pop(0) if asked.answers else 0
+
+    class Device:
+        def use(self):
+            asked.used += 1
+
+    class CUDADriverError(RuntimeError):
+        def __init__(self, status):
+            self.status = status
+            super().__init__("CUDA_ERROR_NAMED: an explanation")
+
+    cupy: Any = ModuleType("cupy")
+    cupy.cuda = SimpleNamespace(
+        Device=Device, driver=SimpleNamespace(CUDADriverError=CUDADriverError)
+    )
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(launching, "_launch_function", lambda: launch_kernel)
+
+    def prepare(*changing, **attributes):
+        kernel = SimpleNamespace(name="walk", kernel=SimpleNamespace(ptr=77))
+        argument = numbers.pack(x=1, n=2, out=3, rows=4)
+        sections = (numbers.section(*names) for names in changing)
+        return launching.Launch(kernel, 5, 128, 1 << 16, argument, *sections, **attributes)
+
+    asked.prepare = prepare
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("changing", "values", "expected"),
+    [
+        ([], [], (1, 2, 3, 4)),
+        ([("x", "x")], [2**64 - 1], (2**64 - 1, 2, 3, 4)),
+        ([("n", "out")], [-7, 9], (1, -7, 9, 4)),
+        ([("x", "x"), ("out", "rows")], [8, 9, -1], (8, 2, 9, -1)),
+    ],
+)
+def test_a_launch_sets_its_fields_and_keeps_the_rest(driver, changing, values, expected):
+    launch = driver.prepare(*changing)
+    launch(0x1234, *values)
+    launch.go(0, *values)
+    for launched, stream in zip(driver.launched, (0x1234, 0), strict=True):
+        assert driver.numbers.section("x", "rows").fields.unpack(launched.argument) == expected
+        assert (launched.grid, launched.block, launched.shared) == (5, 128, 1 << 16)
+        assert (launched.stream, launched.attributes) == (stream, [])
+    with pytest.raises(struct.error):
+        launch.go(0, *values, 1)
+    if values:
+        with pytest.raises(struct.error):
+            launch.go(0, *values[1:])
+    assert len(driver.launched) == 2
+
+
+def test_a_launch_overlaps_except_in_a_graph(driver, monkeypatch):
+    monkeypatch.setattr(launching, "_is_capturing", lambda stream: stream == 99)
+    cooperative, overlap = 2, 6  # CUlaunchAttributeID of cuda.h
+    for attributes, alone, captured in (
+        ({}, [], []),
+        ({"overlap": True}, [overlap], []),
+        ({"cooperative": True}, [cooperative], [cooperative]),
+        ({"cooperative": True, "overlap": True}, [cooperative, overlap], [cooperative]),
+    ):
+        launch = driver.prepare(**attributes)
+        for stream, expected in ((98, alone), (99, captured), (98, alone), (0, alone), (1, alone)):
+            launch.go(stream)
+            assert driver.launched[-1].attributes == expected
+
+
+def test_an_error_of_the_driver_has_its_name_and_number(driver):
+    driver.answers = [719]
+    with pytest.raises(RuntimeError, match=r"launch walk: CUDA_ERROR_NAMED.*\(error 719\)") as got:
+        driver.prepare().go(0)
+    assert got.value.status == 719
+    driver.prepare().go(0)
+
+
+def test_a_tensor_map_that_the_driver_refuses_is_reported_alike(driver, monkeypatch):
+    class Anything:
+        CUDA_SUCCESS = 0
+
+        def __getattr__(self, name):
+            return Anything()
+
+        def __call__(self, *arguments):
+            return 1, None
+
+    bindings = SimpleNamespace(driver=Anything())
+    monkeypatch.setitem(sys.modules, "cuda", SimpleNamespace(bindings=bindings))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    with pytest.raises(
+        RuntimeError, match=r"tensor map of a 3 x 64 .*_NAMED.*\(error 1\)\.$"
+    ) as got:
+        sign_gemm._tensor_map(0x1234, (3, 64), 8)
+    assert got.value.status == 1
+
+
+def test_a_thread_that_has_no_context_gets_one(driver):
+    no_context = 201
+    driver.answers = [no_context, 0]
+    driver.prepare().go(0)
+    assert (driver.used, len(driver.launched)) == (1, 2)
+    driver.answers = [no_context, no_context]
+    with pytest.raises(RuntimeError, match=r"\(error 201\)"):
+        driver.prepare().go(0)
+
+
+def test_threads_that_share_a_launch_do_not_mix_their_fields(driver, monkeypatch):
+    def launch_kernel(config, function, pointers, extra):
+        before = Launched(config, pointers, driver.numbers.size)
+        time.sleep(0.001)  # others run, as they do while the driver works
+        after = Launched(config, pointers, driver.numbers.size)
+        assert (before.stream, before.argument) == (after.stream, after.argument)
+        driver.launched.append(before)
+        return 0
+
+    monkeypatch.setattr(launching, "_launch_function", lambda: launch_kernel)
+    launch = driver.prepare(("x", "x"), ("out", "out"))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: launch.go(i, i, 2 * i), range(40)))
+    fields = driver.numbers.section("x", "rows").fields
+    got = sorted((each.stream, *fields.unpack(each.argument)) for each in driver.launched)
+    assert got == [(i, i, 2, 2 * i, 4) for i in range(40)]
+
+
+def fields_of(source: str, name: str) -> list[str]:
     """Names of a struct's fields in a kernel's source; every one must take eight bytes."""
     text = re.sub(r"//.*", "", translation_unit(source))
-    body = re.search(rf"struct {struct} \{{(.*?)\}};", text, re.DOTALL)
+    body = re.search(rf"struct {name} \{{(.*?)\}};", text, re.DOTALL)
     assert body is not None
     names = []
     for declaration in body[1].replace("\n", " ").split(";"):
@@ -180,7 +336,7 @@ def product_of(launch) -> dict[str, int]:
 def test_packing_one_array(launches):
     x = Array((3, 70, 1100), strides=(90_000, 1200, 1))
     launch_one = packing.PackLaunch([(x, -1)], 0)
-    launch_one([(x.data.ptr, WORDS, POPCOUNTS)], 0)
+    launch_one(0, x.data.ptr, WORDS, POPCOUNTS)
     (launch,) = launches
     a, b = operands_of(launch)
     # Two chunks: two warps to a line, so four lines of 80 x 3 to a block.
@@ -198,7 +354,7 @@ def test_packing_one_array(launches):
 def test_packing_both_operands_in_one_launch(launches):
     a, b = Array((33, 2000), np.int8), Array((2000, 50), np.float16, address=0x5000_0000)
     launch_both = packing.PackLaunch([(a, -1), (b, -2)], 0)
-    launch_both([(a.data.ptr, WORDS, POPCOUNTS), (b.data.ptr, WORDS + 64, POPCOUNTS + 64)], 0)
+    launch_both(0, a.data.ptr, WORDS, POPCOUNTS, b.data.ptr, WORDS + 64, POPCOUNTS + 64)
     (launch,) = launches
     first, second = operands_of(launch)
     assert (first["x"], first["words"], first["pops"]) == (a.data.ptr, WORDS, POPCOUNTS)
@@ -523,3 +679,26 @@ def test_update_by_signs(sign_launches):
     assert [(type(x), x) for x in rest] == list(zip(types, values, strict=True))
     assert launch.blocks == 132  # which take 32 x 32 tiles in turn
     assert launch.defines == {"RESULT": 1, "PENALTY": 1, "WRITE_GRADIENT": 0}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["product", "network"])
+def test_a_new_thread_launches_before_it_does_anything_else(kind):
+    import cupy
+
+    signs = np.random.default_rng(0).integers(0, 2, (64, 64)) * 2 - 1
+    if kind == "product":
+        packed = cupybnn.pack(cupy.asarray(signs.astype(np.int8)), axis=-1)
+        call = lambda: cupybnn.xnor_gemm(packed, packed.T)  # noqa: E731
+        expected = signs @ signs.T
+    else:
+        layer = cupybnn.nn.BinaryLinear(64, 64, binary_input=False, rng=0)
+        layer.weight.write()[...] = signs
+        network = cupybnn.PackedNetwork.from_model(cupybnn.nn.Sequential(layer)).to("cuda")
+        x = cupy.asarray(signs.astype(np.float32))
+        call = lambda: network(x)  # noqa: E731
+        expected = signs @ signs
+    call()  # memory of the pool, for the next
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit(call).result()
+    np.testing.assert_array_equal(got.get(), expected)

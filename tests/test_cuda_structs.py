@@ -180,6 +180,11 @@ def test_arguments_have_the_types_of_the_parameters():
 
 def test_a_section_packs_neighbours_and_refuses_what_has_padding():
     numbers = Struct("Numbers", "ptr a, b; i64 c, d")
-    assert numbers.section("b", "c").pack(1, -1) == b"\1" + b"\0" * 7 + b"\xff" * 8
+    section = numbers.section("b", "c")
+    assert section.fields.pack(1, -1) == b"\1" + b"\0" * 7 + b"\xff" * 8
+    assert (section.offset, section.within(32).offset) == (8, 40)
+    assert (
+        Struct("Outer", "int n; double d; Numbers m; ptr p", numbers).section("p", "p").offset == 48
+    )
     with pytest.raises(AssertionError, match="padding"):
         MIXED.section("x", "b")

@@ -17,7 +17,7 @@ UNITS = (1, 2, 45, 96, 512, 514, 1024, 4096, 8192)
 SUMS = {
     "statistics": Sums(2, most_warps=16),
     "gradient": Sums(2, 2, 4, most_warps=16),
-    "head": Sums(12, 0, 48),
+    "head": Sums(12, 0, 48, always_clustered=True),
 }
 
 
@@ -41,7 +41,8 @@ def test_every_row_has_a_thread_and_what_is_held_fits(monkeypatch, capability, n
         way = walk.strips(layer_of(rows, units, dtype), sums)
         defines, (strips, blocks) = dict(way.defines), way.grid
         assert way.threads == 32 * defines["BLOCK_WARPS"]
-        assert (strips - 1) * 32 < units <= strips * 32
+        width = defines["COLS"]
+        assert (strips - 1) * width < units <= strips * width
         assert units % defines["VECTOR"] == 0
         assert way.partials(3) == (0 if way.clustered else blocks * 3 * units)
         assert way.partials(3) <= walk.most_partials(rows, units, 3)
@@ -49,7 +50,7 @@ def test_every_row_has_a_thread_and_what_is_held_fits(monkeypatch, capability, n
         if way.clustered:
             assert capability >= 90
             assert blocks <= (16 if capability == 90 else 8)
-        at_once = way.threads * defines["VECTOR"] // 32
+        at_once = way.threads * defines["VECTOR"] // width
         if defines["HELD"]:
             assert way.clustered
             assert defines["HELD"] * at_once * blocks >= rows
@@ -59,6 +60,10 @@ def test_every_row_has_a_thread_and_what_is_held_fits(monkeypatch, capability, n
             assert way.shared + sums.count * 32 * (way.threads // 8 + 8) <= SHARED
         else:
             assert way.shared == 0
+        # Threads without held rows take eight at a time.
+        turns = defines["HELD"] or 8 * (not way.clustered)
+        whole = turns and rows % (turns * at_once * blocks) == 0 and units % width == 0
+        assert defines["WHOLE"] == whole
 
 
 @pytest.mark.parametrize("name", SUMS)
@@ -74,6 +79,20 @@ def test_the_order_of_summation_does_not_depend_on_the_type_of_products(monkeypa
             )
         }
         assert len(ways) == 1, (rows, units)
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_large_layers_are_walked_without_clusters(monkeypatch, name):
+    walk = walk_of(monkeypatch, 90)
+    for rows, units in ((512, 512), (8192, 512), (1024, 1024), (4096, 1024)):
+        assert walk.strips(layer_of(rows, units, "int16"), SUMS[name]).clustered
+    for rows, units in ((4096, 4096), (8192, 8192), (8191, 8188)):
+        way = walk.strips(layer_of(rows, units, "int16"), SUMS[name])
+        assert way.clustered == (name == "head")
+        if not way.clustered:
+            assert dict(way.defines)["COLS"] == 128
+            assert dict(way.defines)["WHOLE"] == (rows % 2 == 0)
+            assert way.grid[0] * way.grid[1] >= 4 * MULTIPROCESSORS
 
 
 def test_more_threads_only_where_blocks_are_few_and_rows_many(monkeypatch):

@@ -1,6 +1,7 @@
 """README and pages: examples run, and what is read from the code is complete."""
 
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from cupybnn import settings
 from cupybnn.benchmark import record
 from cupybnn.cli.main import COMMANDS
+from cupybnn.estimator import parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -33,10 +35,12 @@ def name_of(path: Path) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_python_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # Fewer steps of the same calls: where training leads to is for other tests.
+    monkeypatch.setattr(parameters, "_UPDATES", 50)
+    monkeypatch.setattr(parameters, "_FEWEST", 2)
     for code in blocks(page.read_text(encoding="utf-8"), "python"):
         if code.startswith(">>>"):
             continue  # a session with its output: test_sessions_print_what_they_show
-        # Fewer steps of the same calls: where training leads to is for other tests.
         exec(compile(code.replace("max_steps=300", "max_steps=20"), str(page), "exec"), {})
 
 
@@ -148,6 +152,27 @@ def test_the_published_records_have_their_tables(generate, tmp_path):
         if found["gpu"]:
             assert found["gpu"]["name"] in text
     assert text.count("| ---") >= 2
+
+
+def test_runs_of_recipes_are_in_a_table(generate, tmp_path):
+    def run(seed, accuracy, **more):
+        return {"seed": seed, "accuracy": accuracy, "seconds": 20.4 + seed, "device": "x", **more}
+
+    runs = [run(0, 0.99), run(1, 0.992), run(2, 0.994)]
+    shared = [run(3, 0.5, teachers=[0.75, 0.25], at_a_time=2)]
+    found = {
+        "date": "2026-11-29T07:13:00+00:00",
+        "machine": {"cpu": "a CPU", "devices": []},
+        "recipes": {"b": {"runs": runs}, "a": {"runs": shared}},
+    }
+    (tmp_path / "one.json").write_text(json.dumps(found))
+    rows = generate.tables.recipe_runs(tmp_path).splitlines()[2:]
+    assert rows == [
+        "| `a` | 3 | 0.5000 | 0.7500, 0.2500 | 23 – 23, 2 runs at a time | a CPU, 2026-11-29 |",
+        "| `b` | 0, 1, 2 | 0.9920 ± 0.0020 | – | 20 – 22 | a CPU, 2026-11-29 |",
+    ]
+    published = generate.tables.recipe_runs(ROOT / "bench" / "results" / "recipes")
+    assert "`binarynet`" in published
 
 
 def test_a_table_from_a_record(generate):

@@ -231,7 +231,7 @@ class TestErrors:
 
     def test_without_the_package(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "onnx", None)
-        with pytest.raises(SettingError, match=r'pip install "cupybnn\[onnx\]"'):
+        with pytest.raises(SettingError, match=r"pip install onnx \(the extra onnx\)"):
             self.net.to_onnx(tmp_path / "net.onnx")
 
 

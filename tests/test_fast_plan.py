@@ -38,29 +38,40 @@ def test_the_products_of_a_plan():
     assert [h.inputs for h in plan().hidden] == [784, 128, 128]
 
 
+def test_when_the_first_two_layers_are_updated_together(monkeypatch):
+    assert plan().updates_together
+    assert plan(hidden_layers=2).updates_together
+    assert not plan(hidden_layers=1).updates_together
+    # Gradients of weights share memory, so that each must be used before the next is computed.
+    monkeypatch.setattr("cupybnn.training.fast.plan._DENSE_COPY_BYTES", 0)
+    assert not plan().updates_together
+    monkeypatch.setattr(sign_gemm, "unsupported_reason", lambda *arguments: None)
+    monkeypatch.setattr(sign_gemm, "pays", lambda *arguments: True)
+    assert plan(device=0, binary=True, xnor=True).updates_together
+
+
 def test_which_layers_have_a_1_bit_backward_pass(monkeypatch, capsys):
     monkeypatch.setattr(sign_gemm, "architecture", lambda device: 90)
-    monkeypatch.setattr(sign_gemm, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(sign_gemm, "multiprocessors", lambda device: 8)  # as small a GPU as layers
     monkeypatch.setattr(sign_gemm, "_can_map", lambda: True)
     monkeypatch.setattr(cupybnn_settings, "debug", lambda: True)
-    wide = {"binary": True, "xnor": True, "dtype": "bfloat16", "n_hidden": 4096}
+    wide = {"binary": True, "xnor": True, "dtype": "bfloat16", "n_hidden": 512}
 
     def ways(**settings):
-        made = plan(**{"device": 0, "batch_size": 4096, **wide, **settings})
+        made = plan(**{"device": 0, "batch_size": 512, **wide, **settings})
         return [hidden.backward for hidden in made.hidden], capsys.readouterr().err
 
-    made = plan(device=0, batch_size=4096, **wide)
+    made = plan(device=0, batch_size=512, **wide)
     assert [h.activation for h in made.hidden] == ["packed_sign", "packed_sign", "none"]
     capsys.readouterr()
     told = "".join(
-        f"cupybnn: backward pass of fc{i}, 4096 × 4096, 4096 examples: packed signs\n"
-        for i in (2, 3)
+        f"cupybnn: backward pass of fc{i}, 512 × 512, 512 examples: packed signs\n" for i in (2, 3)
     )
     assert ways() == (["dense", "bits", "bits"], told)
     for settings, reason in (
-        ({"batch_size": 1024}, "fewer tiles"),
+        ({"batch_size": 128}, "fewer tiles"),
         ({"dtype": "float32"}, "in float32"),
-        ({"n_hidden": 4100}, "multiple of 8"),
+        ({"n_hidden": 516}, "multiple of 8"),
     ):
         by, told = ways(**settings)
         assert by == ["dense"] * 3

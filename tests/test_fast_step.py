@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from fast_networks import NETWORKS, arrays, dataset, run, trainer
 
-from cupybnn.training import Trainer
+from cupybnn.training import TrainConfig, Trainer
 from cupybnn.training.step import PlainStep
 
 pytestmark = pytest.mark.gpu
@@ -92,6 +94,38 @@ class TestAgainstThePlainStep:
         # What is left of the loss; of next to nothing, a fifth says nothing.
         left = 0.01 * exact[0]
         np.testing.assert_allclose(np.mean(rounded[20:]), np.mean(exact[20:]), rtol=0.2, atol=left)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "xnor, wide",
+        "xnor, odd sizes",
+        "xnor, a word more than a chunk",
+        "sign",
+        "clipped",
+        "dropout before sign",
+        "virtual, of mixed images, dropout",
+        "full precision, batch norm, dropout",
+    ],
+)
+def test_layers_that_are_walked_by_two_launches(monkeypatch, name):
+    """Large layers are; here, all are."""
+    monkeypatch.setattr("cupybnn.backends.cuda.fused_walk._MOST_ROUNDS", 0)
+    TestAgainstThePlainStep().test_gradients_loss_and_statistics(NETWORKS[name])
+
+
+@pytest.mark.parametrize("batch_size", [256, 2048])
+def test_two_launches_give_the_same_for_packed_and_dense_products(monkeypatch, batch_size):
+    monkeypatch.setattr("cupybnn.backends.cuda.fused_walk._MOST_ROUNDS", 0)
+    settings = {"binary": True, "batch_norm": True, "dtype": "bfloat16", "max_steps": 10}
+    settings |= {"batch_size": batch_size, "n_hidden": 256}
+    a, with_xnor = run(**settings, xnor=True)
+    b, with_matmul = run(**settings)
+    assert with_xnor == with_matmul
+    state = arrays(b)
+    for name, array in arrays(a).items():
+        np.testing.assert_array_equal(array, state[name], err_msg=name)
 
 
 @pytest.mark.parametrize("batch_size", [4500, 9000])
@@ -218,3 +252,32 @@ def test_other_numbers_of_classes(classes):
     np.testing.assert_allclose(
         fused.model.fcout.weight.grad.get(), plain.model.fcout.weight.grad.get(), atol=1e-6
     )
+
+
+def test_kernels_of_a_step_and_of_an_evaluation_are_compiled_side_by_side(monkeypatch):
+    from cupybnn.backends.cuda import compiler
+
+    compiled = []
+    compile_one = compiler._compile
+
+    def recording(source, *rest):
+        compiled.append((threading.current_thread().name, source))
+        return compile_one(source, *rest)
+
+    monkeypatch.setattr(compiler, "_kernels", {})
+    monkeypatch.setattr(compiler, "_compile", recording)
+    # Shapes of their own: products of others are prepared already.
+    config = TrainConfig(
+        dataset="digits", binary=True, xnor=True, last=True, n_hidden=72, vat=0.5, mix="some",
+        batch_size=24, device="cuda", reg=0.0,
+    )  # fmt: skip
+    trainer = Trainer(config)
+    trainer.make_step(0)
+    alone = {source for thread, source in compiled if "cupybnn-compiler" not in thread}
+    assert alone <= {"smxx_pack", "smxx_sign"}, "memory is made with them, before there is a step"
+    together = {source for thread, source in compiled if "cupybnn-compiler" in thread}
+    assert {"smxx_adam", "smxx_virtual", "smxx_head", "smxx_activation"} <= together
+    compiled.clear()
+    trainer.evaluate()
+    trainer.make_step(1)
+    assert compiled == []

@@ -6,11 +6,12 @@ import contextlib
 import gc
 import sys
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
 from cupybnn.backends.cuda import blas
-from cupybnn.backends.cuda.graph import capture
+from cupybnn.backends.cuda.graph import Fork, capture
 
 
 class CuBlasError(Exception):
@@ -80,6 +81,59 @@ def test_our_own_errors_are_not_converted(stream):
         capture(stream, lambda: 1 // 0)
     assert stream.ended == 1
     assert gc.isenabled()
+
+
+class Recorded:
+    """Stands for a stream that records what its work waits for."""
+
+    current: ClassVar[list[Recorded]] = []
+
+    def __init__(self, name):
+        self.name, self.done = name, []
+
+    def __enter__(self):
+        self.current.append(self)
+
+    def __exit__(self, *error):
+        self.current.pop()
+
+    def wait_event(self, event):
+        self.done += event
+
+    def launch(self):
+        """Launch something; return what has been done by then, as far as the stream knows."""
+        self.done += [f"{self.name}{len(self.done)}"]
+        return self.done[:-1]
+
+
+def test_further_streams_wait_for_what_they_are_told_and_are_joined(monkeypatch):
+    main, first, second = (Recorded(name) for name in "abc")
+    monkeypatch.setattr(Recorded, "current", [main])
+    monkeypatch.setattr(Fork, "_mark", staticmethod(lambda: list(Recorded.current[-1].done)))
+    current = SimpleNamespace(get_current_stream=lambda: Recorded.current[-1])
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=current))
+    fork = Fork(first, second)
+    assert fork.mark() is None
+    main.launch()
+    ready = fork.ready()
+    main.launch()
+    with fork.aside(ready):
+        assert first.launch() == ["a0"]
+    with fork.aside(fork.mark(), 1):
+        assert second.launch() == ["a0", "b1"]
+    with fork.aside():
+        assert first.launch() == ["a0", "b1", "a0", "a1"]
+    assert fork.mark(1) == ["a0", "b1", "c2"]
+    fork.join()
+    assert set(main.launch()) == {"a0", "a1", "b1", "b4", "c2"}
+
+
+@pytest.mark.parametrize("streams", [(), (None,)])
+def test_without_further_streams_everything_is_in_order(streams):
+    fork = Fork(*streams)
+    with fork.aside(fork.ready(), 1):
+        assert fork.mark(1) is None
+    fork.join()
 
 
 @pytest.mark.gpu

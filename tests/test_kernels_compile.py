@@ -22,6 +22,10 @@ pytestmark = pytest.mark.slow
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 
+#: Architectures for which a kernel of any architecture is the same code: only what the assembler
+#: makes of it differs. See `test_code_that_depends_on_the_architecture`.
+ALIKE = (("sm_80", "sm_86", "sm_89"), ("sm_100", "sm_120"))
+
 #: Products of every kind the dispatch tells apart, (m, n, k): few rows, few columns, few tiles with
 #: a short and a long K, up to large ones.
 SHAPES = [
@@ -34,7 +38,7 @@ SHAPES = [
 INT32, FLOAT32, FLOAT16, BFLOAT16, PACKED, INT16 = range(6)  # OUTPUT_* of product.cuh
 NAMES = ("int32", "float32", "float16", "bfloat16", "packed", "int16")
 #: Results that are written alike, but for the conversion of a number.
-KINDS = ("int32", "float32", "16 bits", "16 bits", "packed", "int16")
+KINDS = ("4 bytes", "4 bytes", "2 bytes", "2 bytes", "packed", "2 bytes")
 #: (OUTPUT, SCALED)
 EVERY_RESULT = [(o, s) for o in (INT32, FLOAT32, FLOAT16, BFLOAT16) for s in (0, 1)]
 EVERY_RESULT += [(PACKED, 0), (INT16, 0)]
@@ -67,6 +71,14 @@ def most_shared_bytes(arch: str) -> int:
     specifications)."""
     kib = {"sm_75": 64, "sm_80": 163, "sm_90a": 227, "sm_100": 227}
     return 1024 * kib.get(arch, 99)
+
+
+def share(arch: str, variants: list[dict]) -> list[dict]:
+    """Return what is to be compiled for an architecture: those of one code divide it up."""
+    for alike in ALIKE:
+        if arch in alike:
+            return variants[alike.index(arch) :: len(alike)] or variants[:1]
+    return variants
 
 
 def compile_all(
@@ -142,8 +154,8 @@ def products_to_compile(kernel: str, arch: str) -> list[dict]:
     """Return variants for all that the table chooses for a kernel on an architecture.
 
     Where more is compiled: each configuration, and each pair of a parameter's value with another's
-    or with a kind of result; both floats of 16 bits are one kind, which differs in nothing but the
-    conversion of a number. Elsewhere: each configuration, and each kind of result. The code
+    or with a kind of result: numbers of one size are one kind, which differ in nothing but their
+    conversion. Elsewhere: each configuration, and each kind of result. The code
     differs there in nothing but the compiler's target; see
     `test_code_that_depends_on_the_architecture`.
     """
@@ -205,7 +217,9 @@ TUNED = [(kernel, output) for kernel in architectures.KERNELS for output in (INT
 def tuned_to_compile(kernel: str, output: int) -> list[dict]:
     """Return variants that show what tuning may choose and the table does not.
 
-    Each pair of values for int32 results; for packed ones each value, as the rest is alike.
+    Each pair of values for int32 results, but for the number of stages, which changes no line of
+    code, and the kind of result, which the table's variants pair with every value; for packed ones
+    each value, as the rest is alike.
     """
     arch = home_of(kernel)
     every = {
@@ -216,7 +230,9 @@ def tuned_to_compile(kernel: str, output: int) -> list[dict]:
     assert every
     by_table = products_to_compile(kernel, arch)
     if output == INT32:
-        return covering([every[defines] for defines in sorted(every)], covered=by_table)
+        alone = ("STAGES", "OUTPUT", "SCALED")
+        variants = [every[defines] for defines in sorted(every)]
+        return covering(variants, unpaired=alone, covered=by_table)
     by_table = [v for v in by_table if v["OUTPUT"] == output]
     return covering([every[defines] for defines in sorted(every)], pairs=False, covered=by_table)
 
@@ -279,7 +295,7 @@ def test_unpack(arch):
     types = [("float", 1, -1), ("unsigned short", 0x3C00, 0xBC00), ("signed char", 1, -1)]
     types += [("double", 1, -1), ("long long", 1, -1)]
     names = ("TYPE", "ONE", "MINUS_ONE")
-    compile_all("smxx_unpack", arch, [dict(zip(names, t, strict=True)) for t in types])
+    compile_all("smxx_unpack", arch, share(arch, [dict(zip(names, t, strict=True)) for t in types]))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -288,13 +304,23 @@ def test_sign(arch):
     names = ("TYPE", "RESULT", "ONE", "MINUS_ONE")
     types = [("float", "float", 1, -1), ("float16_bits", "unsigned short", 0x3C00, 0xBC00)]
     types += [("double", "double", 1, -1), ("bool", "signed char", 1, -1)]
-    compile_all("smxx_sign", arch, [dict(zip(names, t, strict=True)) for t in types])
+    compile_all("smxx_sign", arch, share(arch, [dict(zip(names, t, strict=True)) for t in types]))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_random(arch):
     require(arch)
-    compile_all("smxx_random", arch, [{"UNIFORM": 0}, {"UNIFORM": 1}])
+    compile_all("smxx_random", arch, share(arch, [{"UNIFORM": 0}, {"UNIFORM": 1}]))
+
+
+def test_architectures_of_one_code_compile_every_variant_between_them():
+    variants = [{"VECTOR": i} for i in range(7)]
+    for alike in ALIKE:
+        shares = [share(arch, variants) for arch in alike]
+        assert sorted(v["VECTOR"] for part in shares for v in part) == list(range(7))
+        assert all(share(arch, variants[:1]) == variants[:1] for arch in alike)
+    for arch in set(ARCHITECTURES).difference(*ALIKE):
+        assert share(arch, variants) == variants
 
 
 def test_every_source_is_compiled_by_a_test():

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import pytest
 from kernel_compiler import compile_cubin
-from test_kernels_compile import ARCHITECTURES, capability, compile_all, most_shared_bytes, require
+from test_kernels_compile import (
+    ALIKE,
+    ARCHITECTURES,
+    capability,
+    compile_all,
+    most_shared_bytes,
+    require,
+)
 
 from cupybnn.backends.cuda.architectures import sm90
 from cupybnn.backends.cuda.byte_product import pixel_config
 from cupybnn.backends.cuda.configs import Problem
 from cupybnn.backends.cuda.packed_network import Team
+from cupybnn.backends.cuda.resident import Shape
 
 pytestmark = pytest.mark.slow
 
@@ -24,8 +32,11 @@ def test_the_kernels_compile(arch):
     if capability(arch) < 80:
         return
     teams = [t for t in TEAMS if t.shared <= most_shared_bytes(arch)]
-    # The team that needs most registers is enough elsewhere: each takes seconds.
-    teams = teams if arch == "sm_90a" else [t for t in teams if t.cluster == 1][-1:]
+    if arch != "sm_90a":
+        # Each takes seconds: the team that needs most registers, on one architecture of each code,
+        # and one of few rows on the others.
+        first = any(arch == alike[0] for alike in ALIKE)
+        teams = [t for t in teams if t.cluster == 1][-1:] if first else [Team(8, 1, 1, 1 << 14)]
     variants = [{**dict(t.defines), "PIXELS": int(t.rows != 16)} for t in teams]
     compile_all("sm80_packed_network", arch, variants, asked=[t.shared for t in teams])
 
@@ -42,6 +53,21 @@ def test_the_kernels_for_pixels_compile():
     teams = [(8, 16), (8, 1), (16, 1), (32, 1), (64, 1)]
     variants = [{"ROWS": r, "CLUSTER": c, "DIGITS": d} for r, c in teams for d in (1, 3)]
     compile_all("sm90_pixel_network", "sm_90a", variants)
+
+
+def test_layers_that_stay_in_shared_memory_compile():
+    require("sm_90a")
+    limit = most_shared_bytes("sm_90a")
+    shapes = [Shape(4096, 784, 1), Shape(4096, 784, 3), Shape(4096, 512), Shape(512, 64),
+              Shape(10, 512, end=True)]  # fmt: skip
+    variants, asked = [], []
+    for shape in shapes:
+        for units in shape.strips:
+            if stages := shape.stages(units, limit):
+                variants.append(dict(shape.defines(units, stages)))
+                asked.append(shape.shared_bytes(units, stages))
+    assert len(variants) >= 12
+    compile_all("sm90_resident_gemm", "sm_90a", variants, asked=asked)
 
 
 def test_bytes_need_a_packed_result():

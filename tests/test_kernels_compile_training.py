@@ -10,7 +10,7 @@ import pytest
 import test_kernels_compile
 from covering import covering
 from kernel_compiler import compile_cubin, compile_ptx
-from test_kernels_compile import ARCHITECTURES, capability, require
+from test_kernels_compile import ARCHITECTURES, capability, require, share
 
 pytestmark = pytest.mark.slow
 
@@ -65,13 +65,17 @@ def compile_all(source: str, arch: str, variants: list[dict]) -> None:
 
 def strips(arch: str, *vectors: int) -> list[dict]:
     """Ways to walk a layer: with clusters where the architecture has them, and without."""
-    # Blocks of a cluster, and rows of a thread that are held.
-    ways = ((1, 0), (8, 0), (16, 32)) if capability(arch) >= 90 else ((1, 0),)
+    # Columns of a strip, blocks of a cluster, rows of a thread that are held, and whether every
+    # thread has that many.
+    ways = [(32, 1, 0, 0), (128, 1, 0, 0), (128, 1, 0, 1)]
+    if capability(arch) >= 90:
+        ways += [(32, 8, 0, 0), (32, 16, 32, 0), (32, 16, 16, 1)]
     return [
-        {"VECTOR": vector, "COLS": 32, "CLUSTER": cluster, "HELD": held}
+        {"VECTOR": vector, "COLS": cols, "CLUSTER": cluster, "HELD": held, "WHOLE": whole}
         for vector in vectors
-        for cluster, held in ways
+        for cols, cluster, held, whole in ways
         if vector > 1 or not held  # single elements of 16 bits cannot be held
+        if vector == 4 or cols == 32
     ]
 
 
@@ -98,12 +102,12 @@ def of_layer(arch: str, layer: dict, choices: list[dict]) -> list[dict]:
 def to_compile(arch: str, every: list[dict]) -> list[dict]:
     """Choose variants that stand for all.
 
-    Every pair of two parameters' values on the oldest architecture and on Hopper, which has code
-    of its own for clusters; elsewhere, where no other code is compiled, each value. See
-    `test_code_that_depends_on_the_architecture`.
+    Every pair of two parameters' values on Hopper, which has code of its own for clusters. Each
+    value on the oldest architecture, which converts and clamps numbers in its own way. Others
+    compile no other code, and share each value. See `test_code_that_depends_on_the_architecture`.
     """
     together = ("PRODUCT", "NORM", "DROP", "HEAD", "LOSS")
-    return covering(every, together=together, pairs=arch in ("sm_75", "sm_90a"))
+    return share(arch, covering(every, together=together, pairs=arch == "sm_90a"))
 
 
 @every_architecture
@@ -120,6 +124,8 @@ def activations(arch: str, layer: dict) -> list[dict]:
         {**k, **s} for k, s in itertools.product(kinds, [*strips(arch, 4), *many_rows(arch)])
     ]
     choices += [{"OUTPUT": 0, "GATE": 1, **s} for s in [*strips(arch, 1), *few_rows(arch)]]
+    # Of a batch that several ranks have together; they form no clusters.
+    choices += [{**k, **strips(arch, 4)[0], "SHARED_BATCH": 1} for k in kinds[:2]]
     # Nothing dense is written of signs that are only packed, or of batch norm's statistics.
     choices = [{**c, **NO_REAL} if c["OUTPUT"] in (0, 3) else c for c in choices]
     # Of a layer without batch norm whose activations are not wanted there is nothing to compile.
@@ -148,6 +154,13 @@ def heads(arch: str, layer: dict) -> list[dict]:
     choices = [{**k, **c} for k, c in itertools.product(kinds, logits + back)]
     choices += [{"HEAD": 2, "LOSS": 0, "CLASSES": 32, "GATE": 2, **s} for s in strips(arch, 1)]
     choices += [{"HEAD": 0, "LOSS": 0, "CLASSES": 20, "GATE": 0, **s} for s in strips(arch, 1)]
+    # In clusters, wider: see LINEAR.
+    choices += [
+        {"HEAD": 0, "LOSS": 0, "CLASSES": classes, "GATE": 0, **s}
+        for classes, vector in ((10, 4), (20, 2), (32, 2))
+        for s in strips(arch, vector)
+        if s["CLUSTER"] > 1
+    ]
     # Dropout follows a ReLU, and comes before anything else.
     after = {0: (0, 1, 2), 1: (0, 2), 2: (1,)}[layer["DROP"]]
     choices = [{"OUTPUT_NORM": 0, **c} for c in choices if c["HEAD"] in after]
@@ -197,6 +210,18 @@ def test_kernels_of_a_layer(kernel, arch, layer):
     )
 
 
+def test_logits_of_16_bit_products():
+    """They are to fit half of the registers."""
+    require("sm_90a")
+    layers = [{"PRODUCT": p, "NORM": 1, "DROP": 0} for p in ("float16_bits", "short")]
+    kinds = [{"HEAD": h, "LOSS": h // 2, "CLASSES": 10, "OUTPUT_NORM": 0} for h in (0, 2)]
+    compile_all(
+        "smxx_head",
+        "sm_90a",
+        [{**NO_REAL, **a, **b, "VECTOR": 4, "ROWS": 4} for a in layers for b in kinds],
+    )
+
+
 @every_architecture
 def test_output_norm(arch):
     require(arch)
@@ -204,6 +229,7 @@ def test_output_norm(arch):
     kinds = itertools.product((2, 10, 20), (0, 1))
     choices = [{"CLASSES": c, "LOSS": loss, **NO_REAL} for c, loss in kinds]
     choices += [{"CLASSES": 10, "LOSS": loss, "SOFT": 1, **NO_REAL} for loss in (0, 1, 2)]
+    choices += [{"CLASSES": 10, "LOSS": 0, "PART": part, **NO_REAL} for part in (1, 2, 3)]
     compile_all("smxx_output_norm", arch, to_compile(arch, variants(arch, {}, *choices)))
 
 
@@ -235,12 +261,21 @@ def test_unpack_signs(arch):
     compile_all("smxx_unpack_signs", arch, to_compile(arch, variants(arch, {}, *choices)))
 
 
+@every_architecture
+def test_gathered_signs(arch):
+    require(arch)
+    compile_all("smxx_gathered_signs", arch, variants(arch, {}, {}))
+
+
 def test_sign_gemm():
     arch = "sm_90a"  # it is for Hopper alone
     require(arch)
     kinds = itertools.product((0, 1, 2), (0, 1))
-    updates = [{"RESULT": 1, "PENALTY": p, "WRITE_GRADIENT": w} for p, w in kinds]
-    choices = [{"RESULT": 0, "PENALTY": 0, "WRITE_GRADIENT": 0}, *updates]
+    updates = [
+        {"RESULT": 1, "PENALTY": p, "WRITE_GRADIENT": w, "GATED": int(p != 2)} for p, w in kinds
+    ]
+    stored = [{"RESULT": r, "PENALTY": 0, "WRITE_GRADIENT": 0} for r in (0, 2)]
+    choices = [*stored, *updates]
     # Strictly: what does not fit the registers waits for each instruction of the tensor cores.
     test_kernels_compile.compile_all("sm90_sign_gemm", arch, choices)
 

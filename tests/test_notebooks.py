@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-nbclient = pytest.importorskip("nbclient", reason="needs nbclient: pip install cupybnn[test]")
-nbformat = pytest.importorskip("nbformat", reason="needs nbformat: pip install cupybnn[test]")
-pytest.importorskip("ipykernel", reason="needs ipykernel: pip install cupybnn[test]")
-pytest.importorskip("matplotlib", reason="needs matplotlib: pip install cupybnn[test]")
+nbclient = pytest.importorskip("nbclient", reason="needs nbclient: pip install .[test]")
+nbformat = pytest.importorskip("nbformat", reason="needs nbformat: pip install .[test]")
+pytest.importorskip("ipykernel", reason="needs ipykernel: pip install .[test]")
+pytest.importorskip("matplotlib", reason="needs matplotlib: pip install .[test]")
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -97,9 +97,11 @@ def run(tmp_path, monkeypatch):
     return execute
 
 
-#: Measure the products that `cupybnn bench --quick` does, for a few milliseconds each.
+#: Measure the products that `cupybnn bench --quick` does, for a few milliseconds each, with few
+#: sets of operands, as for a small cache.
 BRIEFLY = """
-from cupybnn.benchmark import record
+from cupybnn.benchmark import products, record
+products.memory = lambda device: (1 << 18, 2 << 30)
 measure, shapes = record.measure, record.shapes
 record.measure = lambda *products, budget: measure(*products, budget=0.005)
 record.shapes = lambda gpu, quick: shapes(gpu, True)

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import cupybnn
+from cupybnn import extras
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels"
@@ -48,6 +51,29 @@ def execute(*command, **options) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_messages_name_the_packages_of_the_extras():
+    """The same packages, without their lower bounds and without this package itself."""
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    declared = tomllib.loads(text)["project"]["optional-dependencies"]
+    for extra, packages in extras._PACKAGES.items():
+        wanted = []
+        for each in declared[extra]:
+            name, *bounds = re.split(r"(?=[<>])|,", each.partition(";")[0])
+            if name.startswith("cupybnn["):
+                continue
+            wanted.append(name + "".join(bound for bound in bounds if bound.startswith("<")))
+        assert shlex.split(packages) == wanted
+    told = set(
+        re.findall(
+            r"to_install\(['\"]([\w-]+)",
+            "".join(path.read_text(encoding="utf-8") for path in (ROOT / "cupybnn").rglob("*.py")),
+        )
+    )
+    assert told <= extras._PACKAGES.keys()
+    assert extras.to_install("mpi") == "pip install mpi4py (the extra mpi)"
 
 
 @pytest.fixture(scope="module")

@@ -79,7 +79,7 @@ def test_layers_are_what_the_kernel_reads():
     launch = NetworkLaunch(given, 0.25, 0)
     assert launch.most_rows == 64
     size = NETWORK_LAYER.size
-    fixed = np.frombuffer(launch._fixed, np.int64)
+    fixed = np.frombuffer(launch._argument, np.int64)
     names = ["weight", "pops", "threshold", "flip", "by0", "by1", "by2", "by3", "kinds", "steps",
              "inputs", "units", "product", "pitch", "width"]  # fmt: skip
     first, second, third = (
@@ -96,7 +96,8 @@ def test_layers_are_what_the_kernel_reads():
     after = fixed[16 * size // 8 :]
     assert after[:3].tolist() == [3, 2, 40]  # layers; words and numbers of a row between them
     assert after[3:4].view(np.float64) == 0.25
-    assert len(launch._fixed) + 48 == NETWORK.size
+    assert not after[4:].any()  # what each launch sets
+    assert (len(after[4:]), packed_network._OF_LAUNCH.offset) == (6, NETWORK.size - 48)
 
 
 def test_large_real_layers_take_fewer_rows_in_one_launch():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from ranks import MPIEXEC, needs_mpi, together
 
 from cupybnn import parallel
 from cupybnn.errors import RankError, SettingError
+from cupybnn.parallel import ranks as exchanging
 from cupybnn.parallel.launch import detect
 from cupybnn.parallel.meeting import LAUNCHER, Meeting, hold, is_held, release, remove_abandoned
 
@@ -117,11 +119,50 @@ def check_exchanges(ranks, xp=np):
         begun = [ranks.reduce_scatter(own(r, (n * 6,), "float64")) for _ in range(3)]
         for pending in reversed(begun):  # several at once, and awaited in another order
             assert float(abs(pending.wait() - whole[r * 6 : r * 6 + 6]).max()) < 1e-12
+    check_results_written_elsewhere(ranks, xp)
     assert ranks.sums([1, 2.5, r]).tolist() == [n, 2.5 * n, n * (n - 1) / 2]
     texts = [b"x" * k for k in range(n)]
     assert ranks.gather_bytes(texts[r]) == texts
     ranks.agree("agree", {"a": 1, "b": [1, 2]})
     ranks.barrier()
+
+
+def check_results_written_elsewhere(ranks, xp):
+    """Check exchanges with an `out`, of bit patterns of bfloat16 among others."""
+    n, r = ranks.size, ranks.rank
+    for count in (3, 5000):  # MPI takes another way for large arrays
+        whole = np.random.default_rng(7).integers(-9, 10, (n, n * count)).astype(np.float32)
+        total = whole.sum(axis=0)
+        for bfloat16 in (False, True):
+            mine, expected = (as_bfloat16(x) if bfloat16 else x for x in (whole, total))
+            mine = xp.array(mine[r])
+            out = xp.empty_like(mine)
+            assert ranks.all_reduce(mine, out=out, bfloat16=bfloat16).wait() is out
+            assert (out == xp.asarray(expected)).all()
+            part = xp.empty(count, mine.dtype)
+            ranks.reduce_scatter(mine, out=part, bfloat16=bfloat16).wait()
+            assert (part == xp.asarray(expected[r * count :][:count])).all()
+            rows = xp.empty((n, count), mine.dtype)
+            ranks.all_gather(part, out=rows).wait()
+            assert (rows.reshape(-1) == xp.asarray(expected)).all()
+            ranks.all_reduce(mine, out=mine, bfloat16=bfloat16).wait()
+            assert (mine == xp.asarray(expected)).all()
+
+
+def as_bfloat16(numbers):
+    """Return the bit patterns of float32 numbers that bfloat16 holds exactly."""
+    patterns = numbers.view(np.uint32)
+    assert not (patterns & 0xFFFF).any()
+    return (patterns >> 16).astype(np.uint16)
+
+
+def test_sums_of_bfloat16_are_rounded_once():
+    one, least = 0x3F80, 0x3B80  # 1 and 2**-8, half a unit in the last place of 1
+    parts = np.array([[one, one, 0x7F80], [least, least, 0xFF80], [0, least, 0]], np.uint16)
+    # To even; above the half; infinity less infinity.
+    first, second, third = exchanging.total(parts, bfloat16=True).tolist()
+    assert (first, second) == (one, one + 1)
+    assert third & 0x7FFF > 0x7F80
 
 
 def contribution(rank, shape, dtype, xp):
@@ -312,7 +353,61 @@ class TestMeeting:
 
 
 @pytest.mark.gpu
+def test_exchanges_between_arrays_on_a_gpu_by_files(tmp_path):
+    import cupy
+
+    from cupybnn.backends.devices import resolve
+    from cupybnn.parallel.staged import StagedRanks
+
+    def run(ranks):
+        check_exchanges(StagedRanks(ranks, resolve("cuda")), cupy)
+
+    assert together(tmp_path, 2, run) == [None] * 2
+
+
+@pytest.mark.gpu
 class TestNccl:
+    def test_exchanges_in_a_graph(self):
+        import cupy
+
+        from cupybnn.backends.cuda.graph import capture
+        from cupybnn.backends.devices import resolve
+        from cupybnn.parallel.nccl import NcclRanks, new_id
+
+        numbers = np.random.default_rng(0).integers(-9, 10, 1 << 20).astype(np.float32)
+        with NcclRanks(resolve("cuda"), 0, 1, new_id(), None) as ranks:
+            assert ranks.capturable
+            source, patterns = cupy.asarray(numbers), cupy.asarray(as_bfloat16(numbers))
+            total, scattered = cupy.empty_like(source), cupy.empty_like(patterns)
+            gathered = cupy.empty((1, source.size), np.float32)
+
+            def launch():
+                begun = [
+                    ranks.reduce_scatter(patterns, out=scattered, bfloat16=True),
+                    ranks.all_reduce(source, out=total),
+                ]
+                for pending in begun:
+                    pending.wait()
+                cupy.add(total, 1, out=total)
+                ranks.all_gather(total, out=gathered).wait()
+
+            launch()  # as a fused step does before it is captured
+            stream = cupy.cuda.Stream(non_blocking=True)
+            graph = capture(stream, launch)
+            for factor in (1, 3):
+                source[...] = cupy.asarray(numbers) * factor
+                patterns[...] = cupy.asarray(as_bfloat16(numbers * factor))
+                scattered.fill(0)
+                gathered.fill(0)
+                graph.launch()
+                ranks.replayed(3)
+                assert (gathered[0].get() == numbers * factor + 1).all()
+                assert (scattered.get() == as_bfloat16(numbers * factor)).all()
+            graph.launch()
+            ranks.replayed(3)
+            del graph  # NCCL waits for graphs that contain its exchanges
+            ranks.abort()
+
     def test_one_rank_with_itself(self):
         """All but what another GPU could add: the binding, streams, dtypes, abort."""
         import cupy
@@ -331,11 +426,13 @@ class TestNccl:
         ranks.abort()
         ranks.close()
 
-    def test_ranks_on_two_gpus(self, tmp_path):
+    def test_a_rank_on_each_gpu(self, tmp_path):
         from cupybnn.backends.devices import cuda_status
 
-        if (count := cuda_status().device_count) < 2:
+        if (count := min(cuda_status().device_count, 4)) < 2:
             pytest.skip(f"needs two GPUs for two ranks of NCCL; there is {count}")
+        fused = {"binary": True, "xnor": True, "debug": False, "max_steps": 12}
+        fused |= {"sync_batch_norm": True, "device": "cuda"}
         program = tmp_path / "program.py"
         program.write_text(
             "import sys\n"
@@ -343,26 +440,30 @@ class TestNccl:
             "import cupy\n"
             "from cupybnn import parallel\n"
             "from test_parallel_ranks import check_exchanges\n"
-            "from test_parallel_training import COMMON, train\n"
+            "from test_parallel_training import train\n"
             "with parallel.connect('cuda') as ranks:\n"
             "    with cupy.cuda.Device(ranks.rank):\n"
             "        check_exchanges(ranks, cupy)\n"
             "    losses, _, _ = train(ranks, device='cuda', binary=True, dtype='float64',\n"
             "                         sync_batch_norm=True)\n"
+            f"    fused, _, _ = train(ranks, **{fused})\n"
             "    if ranks.rank == 0:\n"
             "        print(losses)\n"
+            "        print(fused)\n"
         )
         processes = [
             subprocess.Popen(
                 [sys.executable, program, Path(__file__).parent],
-                env=environment(tmp_path, RANK=r, WORLD_SIZE="2", LOCAL_RANK=r),
+                env=environment(tmp_path, RANK=str(r), WORLD_SIZE=str(count), LOCAL_RANK=str(r)),
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             )
-            for r in "01"
+            for r in range(count)
         ]  # fmt: skip
-        (out, err), _ = [process.communicate(timeout=300) for process in processes]
-        assert [process.returncode for process in processes] == [0, 0], err
+        (out, err), *_ = [process.communicate(timeout=300) for process in processes]
+        assert [process.returncode for process in processes] == [0] * count, err
         from test_parallel_training import train
 
         alone = train(device="cuda", binary=True, dtype="float64", sync_batch_norm=True)
-        np.testing.assert_allclose(np.fromstring(out.strip("[]\n"), sep=","), alone[0], rtol=1e-9)
+        plain, replayed = map(json.loads, out.splitlines())
+        np.testing.assert_allclose(plain, alone[0], rtol=1e-9)
+        np.testing.assert_allclose(replayed, train(**fused)[0], rtol=1e-3)

@@ -49,6 +49,7 @@ NETWORKS = {
     # Dropout by halves, because activations times two are whole numbers, whose sums are exact.
     "virtual": {"binary": True, "vat": 0.5, "keep_prob": 0.5, "augment_shift": 1},
     "l2": {"binary": True, "penalty": "l2", "reg": 1e-3, "shuffle": False},
+    "mixed": {"binary": True, "mix": "some", "augment_shift": 1, "augment_elastic": 0.5},
 }  # fmt: skip
 
 
@@ -251,12 +252,6 @@ def test_a_teacher_that_is_missing_is_reported_once(tmp_path):
     assert not second.report
 
 
-def test_mixed_images_are_refused(tmp_path):
-    sentence = refused(tmp_path, lambda ranks: train(ranks, mix="uniform"))
-    assert "must be none with several ranks" in sentence
-    assert sentence.endswith("Leave it out, or train on one rank.")
-
-
 def test_a_recipe_that_trains_teachers_is_refused(tmp_path):
     from cupybnn.cli.train import _train_with
 
@@ -267,26 +262,74 @@ def test_a_recipe_that_trains_teachers_is_refused(tmp_path):
     assert "must run on one rank; got 2 ranks. Train its teachers by 'cupybnn train" in sentence
 
 
-@pytest.mark.parametrize("what", [{"monitor": "accuracy"}, {"keep_best": True}, {"decay": 2.0}])
-def test_early_stopping_that_needs_all_ranks_is_refused(tmp_path, what):
+@pytest.mark.parametrize(
+    ("what", "stops"),
+    [
+        ({"tol": np.inf, "patience": 1}, True),
+        ({"monitor": "accuracy", "tol": np.inf, "patience": 1, "keep_best": True}, True),
+        ({"tol": np.inf, "patience": 1, "decay": 2.0}, False),
+    ],
+)
+def test_early_stopping_is_the_same_on_all_ranks(tmp_path, what, stops):
+    settings = {**COMMON, "binary": True, "batch_size": 600, "dtype": "float64"}
+    config = TrainConfig(**{**settings, "sync_batch_norm": True, "max_steps": 14})
+
     def run(ranks):
-        Trainer(TrainConfig(**COMMON), [EarlyStopping(**what)], ranks=ranks).run()
+        stopping = EarlyStopping(**what)
+        trainer = Trainer(config, [stopping], ranks=ranks)
+        return trainer.run(), stopping, trainer.optimizer.groups[0]["lr"]
+
+    alone, *runs = run(None), *together(tmp_path, 2, run)
+    result, stopping, lr = alone
+    assert result.stopped == stops
+    assert lr < 1e-3 or stops
+    for other, found, other_lr in runs:
+        assert other.steps in (result.steps, result.steps + 1)  # a vote is counted a step later
+        assert other_lr == lr
+        np.testing.assert_allclose(found.losses[: len(stopping.losses)], stopping.losses, rtol=1e-9)
+        assert found.accuracies[: len(stopping.accuracies)] == stopping.accuracies
+        assert (found.best_state is None) == (stopping.best_state is None)
+
+
+def test_what_needs_all_ranks_is_refused_in_on_step(tmp_path):
+    class Evaluate(Callback):
+        def on_step(self, trainer, step, output):
+            trainer.evaluate()
+
+    def run(ranks):
+        Trainer(TrainConfig(**COMMON), [Evaluate()], ranks=ranks).run()
 
     first, second = together(tmp_path, 2, run)
     assert isinstance(first, SettingError)
-    assert "must watch the loss and only stop" in str(first)
+    assert "must be called on all ranks after a step" in str(first)
+    assert "on_every_rank = True" in str(first)
     assert isinstance(second, RankError)  # with the same reason, which rank 0 prints
 
 
-def test_early_stopping_by_the_loss_stops_all_ranks(tmp_path):
-    def run(ranks):
-        stopping = EarlyStopping(tol=np.inf, patience=1)
-        config = TrainConfig(**{**COMMON, "batch_size": 600, "max_steps": 40})
-        return Trainer(config, [stopping], ranks=ranks).run()
+def test_callbacks_may_evaluate_where_weights_are_whole(tmp_path):
+    class Evaluate(Callback):
+        def __init__(self, everywhere):
+            self.on_every_rank, self.found = everywhere, []
 
-    one, other = together(tmp_path, 2, run)
-    assert one.stopped
-    assert one.steps == other.steps < 40
+        def on_evaluate(self, trainer, evaluation):
+            self.found.append((trainer.evaluate(), evaluation.test_accuracy, trainer.state().step))
+
+        def on_step(self, trainer, step, output):
+            if self.on_every_rank and step == 2:
+                self.found.append((trainer.evaluate()[1], trainer.state().step))
+
+    def run(ranks):
+        callbacks = [Evaluate(False), Evaluate(True)]
+        Trainer(TrainConfig(**{**COMMON, "binary": True}), callbacks, ranks=ranks).run()
+        return [callback.found for callback in callbacks]
+
+    (alone, every), (nothing, other) = together(tmp_path, 2, run)
+    assert not nothing
+    assert len(alone) == 2
+    for (_, accuracy), reported, _ in alone:
+        assert accuracy == reported
+    assert every == other
+    assert len(every) == 3
 
 
 def test_more_ranks_than_test_images(tmp_path):

@@ -140,6 +140,27 @@ def test_pixels_give_exact_logits_in_one_launch(sizes, first, last):
 
 
 @pytest.mark.gpu
+def test_a_launch_that_begins_early_waits_for_its_pixels():
+    import cupy
+
+    net = PackedNetwork.from_model(network((784, 512, 10), "real", "real"), pixel_max=256)
+    on_gpu = net.to("cuda")
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 784)).astype(np.uint8)
+    expected, there = net(pixels), cupy.asarray(pixels)
+    on_gpu(there[:8])
+    if on_gpu._cuda.pixel_launch is None:
+        pytest.skip("the launch for pixels needs a Hopper GPU")
+    x = cupy.empty((8, 784), np.uint8)
+    got = []
+    for i in range(290):
+        cupy.subtract(there[i : i + 8], 0, out=x)  # by a kernel, in front of the launch
+        got += [on_gpu(x), on_gpu(x[:5])]
+    for i in range(290):
+        np.testing.assert_array_equal(got[2 * i].get(), expected[i : i + 8])
+        np.testing.assert_array_equal(got[2 * i + 1].get(), expected[i : i + 5])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("width", [64, 2048])
 def test_streams_and_a_users_graph_do_not_disturb_each_other(width):
     import cupy

@@ -51,7 +51,7 @@ def packed(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def image():
-    return pytest.importorskip("PIL.Image", reason="needs Pillow: pip install cupybnn[images]")
+    return pytest.importorskip("PIL.Image", reason="needs Pillow: pip install .[images]")
 
 
 def canvas(size: tuple[int, int], place: tuple[int, int], ink: np.ndarray) -> np.ndarray:
@@ -445,9 +445,7 @@ class TestBadFiles:
 
     def test_without_pillow(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "PIL", None)
-        with pytest.raises(
-            SettingError, match=r"pip install pillow \(or the extra cupybnn\[images"
-        ):
+        with pytest.raises(SettingError, match=r"pip install pillow \(the extra images\)"):
             read_image(io.BytesIO(b"\x89PNG\r\n\x1a\n"))
 
 

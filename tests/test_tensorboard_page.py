@@ -15,7 +15,7 @@ import pytest
 
 from cupybnn import train
 
-pytest.importorskip("tensorboard", reason="needs tensorboard: pip install cupybnn[tensorboard]")
+pytest.importorskip("tensorboard", reason="needs tensorboard: pip install .[tensorboard]")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 SCALARS = {"accuracy/test", "loss/train", "examples_per_second", "flips/fc2", "sign_entropy/fc1"}

@@ -16,12 +16,13 @@ from test_ops_quantizers import CASES, GRADS, POINTS
 from cupybnn import nn, ops
 from cupybnn.autograd import Tensor
 
-torch = pytest.importorskip("torch", reason="needs PyTorch: pip install cupybnn[torch]")
+torch = pytest.importorskip("torch", reason="needs PyTorch: pip install .[torch]")
 
 from torch.library import opcheck  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import cupybnn.torch as ct  # noqa: E402
-from cupybnn.torch import SignSTE, XnorLinear, operators, pack_linear, sign_ste  # noqa: E402
+from cupybnn.torch import SignSTE, XnorLinear, calls, operators, pack_linear, sign_ste  # noqa: E402
 from cupybnn.torch import xnor_linear as functional_xnor_linear  # noqa: E402
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -231,6 +232,60 @@ def test_progress_sharpens_a_pseudo_gradient():
 # --- PyTorch's machinery
 
 
+class Tagged(torch.Tensor):
+    """A subclass, which may change what operators do."""
+
+
+def watched(x):
+    """Yield the name of each case in which PyTorch must see a call on `x`, and its tensor."""
+    other = {
+        "subclass": x.as_subclass(Tagged), "sparse": x.to_sparse(), "meta": x.to("meta"),
+        "negated": torch.complex(x, x).conj().imag,
+    }  # fmt: skip
+    yield from other.items()
+    with torch.device(x.device):
+        yield "mode of functions", x
+    with FlopCounterMode(display=False):
+        yield "mode of the dispatcher", x
+    with torch.autograd.forward_ad.dual_level():
+        yield "forward mode", x
+    with torch._subclasses.FakeTensorMode() as fakes:
+        yield "fake", fakes.from_tensor(x)
+    with torch.autograd.profiler.profile():
+        yield "profiler", x
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_the_dispatcher_is_passed_by_only_where_it_has_nothing_to_do(device):
+    x, weight = torch.randn(4, 6, device=device), torch.nn.Parameter(torch.randn(3, 6))
+    weight = weight.to(device)
+    for mode in (torch.no_grad, torch.inference_mode, lambda: torch.autocast(device)):
+        with mode():
+            for plain in (x, x[1:], x.T.contiguous().T, torch.randn(4, 6, device=device)):
+                assert calls.are_plain(plain, weight)
+                assert calls.are_plain(plain, weight.detach())
+    for case, tensor in watched(x):
+        assert not calls.are_plain(tensor, weight), case
+    seen = []
+
+    def look(row):
+        seen.append(calls.are_plain(row, weight))
+        return row.sum()
+
+    torch.func.vmap(look)(x)
+    torch.func.grad(look)(x)
+    torch.jit.trace(look, x, check_trace=False)
+    assert seen == [False] * len(seen)
+    assert len(seen) >= 3
+
+
+def test_a_profiler_sees_the_operator(device):
+    layer, x = XnorLinear(6, 3).to(device), torch.randn(4, 6, device=device)
+    with torch.autograd.profiler.profile() as profile:
+        layer(x)
+    assert "cupybnn::xnor_linear" in [event.key for event in profile.key_averages()]
+
+
 def test_operators_are_what_pytorch_expects(device):
     x = torch.randn(2, 3, 40, device=device, requires_grad=True)
     weight = torch.randn(5, 40, device=device, requires_grad=True)
@@ -344,6 +399,36 @@ def test_a_training_step_in_a_cuda_graph():
         graph.replay()
         assert torch.equal(y.cpu(), expected)
         assert not torch.equal(layer.weight, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [256, 1000])
+def test_products_in_a_cuda_graph_that_overlap_with_their_packing(size):
+    torch.manual_seed(0)
+    layers = [XnorLinear(size, size).cuda() for _ in range(3)]
+    layers[1] = pack_linear(layers[1])
+    x = torch.empty(size, size, device="cuda")
+
+    @torch.no_grad()
+    def forward():
+        results = [x]
+        for layer in layers:  # the memory of one product's words is that of the next
+            results.append(layer(results[-1]))
+        return results[1:]
+
+    aside = torch.cuda.Stream()
+    with torch.cuda.stream(aside):
+        x.normal_()
+        forward()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = forward()
+    for _ in range(20):
+        x.normal_()
+        graph.replay()
+        for mine, alone in zip(results, forward(), strict=True):
+            assert torch.equal(mine, alone)
 
 
 @pytest.mark.gpu

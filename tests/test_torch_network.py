@@ -9,7 +9,7 @@ import pytest
 
 from cupybnn import PackedNetwork, data
 
-torch = pytest.importorskip("torch", reason="needs PyTorch: pip install cupybnn[torch]")
+torch = pytest.importorskip("torch", reason="needs PyTorch: pip install .[torch]")
 
 from cupybnn.torch import SignSTE, XnorLinear, clip_after_step, pack_linear  # noqa: E402
 

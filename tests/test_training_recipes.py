@@ -606,18 +606,41 @@ def test_row_of_a_recipe():
     expected = "| `digits` | 0.9803 ± 0.0045 | 9 to 12 s a seed on cpu |"
     assert script.row("digits", runs) == expected
     assert "0.9859 ± nan" in script.row("digits", runs[:1])
+    shared = [{**run, "at_a_time": 2} for run in runs]
+    assert script.row("digits", shared).endswith("s a seed on cpu, 2 at a time |")
+
+
+def test_what_the_output_of_a_run_says():
+    text = """\
+Teacher 1 of 2: recipe teacher, seed 0, test accuracy 0.9929
+Teacher 2 of 2: recipe teacher, seed 1, test accuracy 0.9927
+Data: mnist, 60,000 training and 10,000 test images; device: cuda:0
+step 0, loss = 4.0903, test accuracy 0.6555 (64.8 ex/s)
+Final test accuracy 0.9919
+Avg ex/s = 191700.7
+Med ex/s = 494101.7
+"""
+    assert bench_script().outcome(text) == {
+        "accuracy": 0.9919,
+        "teachers": [0.9929, 0.9927],
+        "examples_per_second": 494101.7,
+        "device": "cuda:0",
+    }
+    assert bench_script().outcome(text.partition("Final")[0]) is None
 
 
 def test_bench_script_makes_a_row_and_a_record(tmp_path):
     path = tmp_path / "recipes.json"
     command = [sys.executable, str(ROOT / "bench/recipes.py"), "digits", "--seeds", "2"]
-    command += ["--json", str(path), "--", "--max_steps", "3", "--n_hidden", "8", "--device", "cpu"]
+    command += ["--at_a_time", "2", "--json", str(path)]
+    command += ["--", "--max_steps", "3", "--n_hidden", "8", "--device", "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     number = r"\d\.\d{4}"
     assert re.fullmatch(
-        rf"\| `digits` \| {number} ± {number} \| \d+ to \d+ s a seed on cpu \|\n", done.stdout
+        rf"\| `digits` \| {number} ± {number} \| \d+ to \d+ s a seed on cpu, 2 at a time \|\n",
+        done.stdout,
     )
     record = json.loads(path.read_text(encoding="utf-8"))
     runs = record["recipes"]["digits"]["runs"]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn.errors import DeviceError, SettingError
+from cupybnn.extras import to_install
 
 __all__ = [
     "CPU",
@@ -28,6 +29,8 @@ __all__ = [
     "synchronize",
     "to_device",
 ]
+
+_TO_INSTALL = f"For an NVIDIA GPU: {to_install('cuda13')}, or the extra cuda12."
 
 
 @dataclass(frozen=True)
@@ -96,10 +99,7 @@ def cuda_status() -> CudaStatus:
     except ModuleNotFoundError as error:
         if error.name != "cupy":
             return CudaStatus(False, f"CuPy is installed but cannot be imported: {error}.")
-        return CudaStatus(
-            False,
-            "CuPy is not installed: for an NVIDIA GPU install cupybnn[cuda13] or cupybnn[cuda12].",
-        )
+        return CudaStatus(False, f"CuPy is not installed. {_TO_INSTALL}")
     except (Exception, SystemExit) as error:  # CuPy raises whatever its libraries raise
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         return CudaStatus(False, f"CuPy is installed but cannot be imported: {first_line}")
@@ -109,8 +109,7 @@ def cuda_status() -> CudaStatus:
             sys.modules.pop("cupy", None)
         return CudaStatus(
             False,
-            f"CuPy is not installed ({_whereabouts(cupy)} is imported in its place): for an NVIDIA "
-            f"GPU install cupybnn[cuda13] or cupybnn[cuda12].",
+            f"CuPy is not installed ({_whereabouts(cupy)} is imported in its place). {_TO_INSTALL}",
         )
     version = str(cupy.__version__)
     try:

@@ -33,6 +33,7 @@ __all__ = [
     "pack_levels",
     "parallel_for",
     "parallel_parts",
+    "passes",
     "quantize_gradient",
     "random_words",
     "select",
@@ -45,17 +46,21 @@ __all__ = [
 
 WORD = np.dtype("<u8")
 
-# Work from which compiled kernels win against the time of calling them: multiplications of a
-# product of packed operands, or of arrays; elements to pack.
-KERNEL_PRODUCTS, KERNEL_PRODUCTS_OF_ARRAYS, KERNEL_ELEMENTS = 1 << 12, 1 << 21, 1 << 16
-# And from which it is worth importing them, where that has not been done.
-IMPORT_PRODUCTS, IMPORT_ELEMENTS = 1 << 17, 1 << 20
+# Work for which it is worth importing compiled kernels: multiplications, elements to pack, elements
+# of a pass over arrays. Once they are there, products and packing of any size gain from them.
+IMPORT_PRODUCTS, IMPORT_ELEMENTS, IMPORT_PASS = 1 << 17, 1 << 20, 1 << 18
+# Elements from which a pass gains; multiplications of each product of a batch, because NumPy takes
+# many small ones together.
+KERNEL_PASS, KERNEL_BATCHED = 1 << 8, 1 << 18
 
 _forced: str | None = None
 
 
 def sign(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return +1 where `x` is not negative and -1 elsewhere, in `dtype`."""
+    if x.dtype == dtype and (compiled := passes(x)) is not None:
+        result: np.ndarray = compiled.sign(x)
+        return result
     # numpy.where branches on each element: on random signs this is ten times as fast.
     signs = np.empty_like(x, dtype)
 
@@ -80,7 +85,7 @@ def pack(x: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
     words : ndarray of uint64, shape (..., lines, ceil(k / 64))
     popcounts : ndarray of int32, shape (..., lines)
     """
-    compiled = _compiled(x.shape[-2] * x.shape[-1], KERNEL_ELEMENTS, IMPORT_ELEMENTS)
+    compiled = _compiled(x.shape[-2] * x.shape[-1], IMPORT_ELEMENTS)
     if compiled is not None and compiled.can_pack(x.dtype):
         return compiled.pack(x, axis)
     batch, k, lines = x.shape[:-2], x.shape[axis], x.shape[-3 - axis]
@@ -196,21 +201,39 @@ def force_kernel(name: str) -> Iterator[None]:
         _forced = before
 
 
-def _compiled(work: int, least: int, load: int) -> ModuleType | None:
-    """Return the compiled kernels, if there are any and `work` is worth it."""
+def passes(x: Any, *others: Any) -> ModuleType | None:
+    """Return what passes over arrays in compiled code, with NumPy's results, or None.
+
+    Parameters
+    ----------
+    x, *others
+        The arrays; the size of the first decides whether it is worth it.
+    """
+    if type(x) is not np.ndarray or x.size < max(KERNEL_PASS, 1):
+        return None
+    if _compiled(x.size, IMPORT_PASS) is None:
+        return None
+    found = cpu.compiled_passes()
+    return found if found.takes(x, *others) else None
+
+
+def _compiled(work: int, load: int) -> ModuleType | None:
+    """Return the compiled kernels, if there are any and `work` is worth importing them."""
     if _forced is not None:
         return cpu.compiled() if _forced == cpu.NAME else None
-    return cpu.compiled(work >= load) if work >= least else None
+    return cpu.compiled(work >= load)
 
 
 def _compiled_for(a: Any, b: Any) -> ModuleType | None:
     """Return the compiled kernels for a product, or None if NumPy computes it."""
-    products = a.shape[-2] * a.shape[-1] * b.shape[-1]
-    if b.ndim == 2:
-        products *= math.prod(a.shape[:-2])
-    packed = not (isinstance(a, np.ndarray) or isinstance(b, np.ndarray))
-    least = KERNEL_PRODUCTS if packed else KERNEL_PRODUCTS_OF_ARRAYS
-    compiled = _compiled(products, least, IMPORT_PRODUCTS)
+    shape = a.shape
+    products = shape[-2] * shape[-1] * b.shape[-1]
+    if b.ndim > 2:
+        if products < KERNEL_BATCHED and _forced is None:
+            return None
+    elif len(shape) > 2:
+        products *= math.prod(shape[:-2])
+    compiled = _compiled(products, IMPORT_PRODUCTS)
     return compiled if compiled is not None and compiled.takes(a, b) else None
 
 

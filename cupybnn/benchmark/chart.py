@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cupybnn.errors import SettingError
+from cupybnn.extras import to_install
 from cupybnn.files import atomic_write
 
 __all__ = ["draw", "needs_matplotlib", "new_figure", "write"]
@@ -40,8 +41,7 @@ def needs_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise SettingError(
-            "The '--chart' needs matplotlib, which is not installed: pip install matplotlib "
-            "(or the extra cupybnn[bench])."
+            f"The '--chart' needs matplotlib, which is not installed: {to_install('bench')}."
         ) from error
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cupybnn.cli import models
 from cupybnn.errors import CheckpointError, SettingError
+from cupybnn.extras import to_install
 from cupybnn.files import is_stream
 from cupybnn.paths import user_path
 
@@ -28,13 +29,13 @@ ENDINGS = {".npz": "npz", ".onnx": "onnx", ".h": "c"}
 FORMATS = (*ENDINGS.values(), "qonnx")
 _LONGEST_CLASS = 200  # characters
 
-_DESCRIPTION = """\
+_DESCRIPTION = f"""\
 Write a trained network to a file; in all formats but the last a binary weight
 takes one bit.
 
   npz   for cupybnn.PackedNetwork.load
-  onnx  for onnxruntime and other programs that read ONNX (needs the package
-        onnx: pip install "cupybnn[onnx]")
+  onnx  for onnxruntime and other programs that read ONNX (needs onnx:
+        {to_install("onnx")})
   c     a C99 header that needs no library
   qonnx for FINN and hls4ml, with weights as numbers; needs onnx, too"""
 

@@ -11,12 +11,13 @@ from cupybnn import machine, settings
 from cupybnn.backends import cpu as cpu_kernels
 from cupybnn.backends import numpy_backend
 from cupybnn.backends.devices import Device, cuda_status, resolve
+from cupybnn.extras import to_install
 
 __all__ = ["add_parser", "lines", "run"]
 
 _NO_NVRTC = (
-    "cannot be loaded, but is needed to compile kernels: install cupybnn[cuda13] or "
-    "cupybnn[cuda12], which include it"
+    f"cannot be loaded, but is needed to compile kernels: {to_install('cuda13')}, or the extra "
+    f"cuda12, which include it"
 )
 #: Optional packages for use with CuPy, and what they enable.
 _CUPY_EXTRAS = {

@@ -65,7 +65,11 @@ class Mixing:
         return shares
 
     @staticmethod
-    def mix(x: Any, shares: Any) -> Any:
-        """Return rows of `x`, shape (batch, n), mixed by `shares`; of the dtype of `x`."""
-        shares = shares.astype(x.dtype)
-        return x + shares * (module_of(x).roll(x, -1, axis=0) - x)
+    def mix(x: Any, shares: Any, following: Any = None) -> Any:
+        """Return rows of `x`, shape (batch, n), mixed by `shares`; of the dtype of `x`.
+
+        With `following`, shape (1, n), `x` is a part of a batch and that is the row after its last.
+        """
+        xp, shares = module_of(x), shares.astype(x.dtype)
+        following = x[:1] if following is None else following
+        return x + shares * (xp.concatenate([x[1:], following]) - x)

@@ -2,21 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from cupybnn import nn
 from cupybnn.backends.devices import CPU, to_device
+from cupybnn.deploy.inputs import InputSpec
 from cupybnn.deploy.layers import PackedLayer, Step
 from cupybnn.deploy.thresholds import integer_threshold, real_threshold
 from cupybnn.packed import pack
+from cupybnn.training.saved import DataDescription
 
-__all__ = ["packed_layers"]
+__all__ = ["packed_layers", "packed_model"]
 
 #: Layers that do nothing to a matrix of inputs outside of training.
 _IN_TRAINING = (nn.Dropout, nn.Flatten, nn.Identity)
+
+
+def packed_model(
+    model: nn.Module,
+    pixel_max: float | None,
+    image_shape: tuple[int, ...] | None,
+    classes: Iterable[Any] | None,
+) -> tuple[tuple[PackedLayer, ...], InputSpec, list[Any] | None]:
+    """Return the layers of a model, on the CPU, its inputs, and the names of its classes.
+
+    The parameters are those of `cupybnn.PackedNetwork.from_model`; what is None is taken from what
+    the model was trained on, if it knows that.
+
+    Raises
+    ------
+    ValueError
+        If a layer cannot be packed; the message names it. If the image shape does not fit.
+    """
+    known: DataDescription | None = vars(model).get("trained_on")
+    if known is not None:
+        pixel_max = known.pixel_max if pixel_max is None else pixel_max
+        image_shape = known.image_shape if image_shape is None else image_shape
+        classes = known.class_names if classes is None else classes
+    layers = packed_layers(model)
+    inputs = InputSpec(layers[0].inputs, image_shape, pixel_max)
+    if image_shape is not None and np.prod(image_shape) != inputs.features:
+        raise ValueError(
+            f"The 'image_shape' must have {inputs.features} pixels, as many as the model has "
+            f"inputs; got {image_shape}."
+        )
+    return layers, inputs, None if classes is None else list(classes)
 
 
 def packed_layers(model: nn.Module) -> tuple[PackedLayer, ...]:

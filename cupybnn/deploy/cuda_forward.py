@@ -23,16 +23,19 @@ from cupybnn.backends.cuda.compiler import architecture
 from cupybnn.backends.cuda.graph import capture
 from cupybnn.backends.cuda.pixel_network import MOST_ROWS
 from cupybnn.backends.cuda.product import gemm, gemm_packed
+from cupybnn.backends.cuda.resident import Weights
+from cupybnn.backends.cuda.results import Run, usual_calls
 from cupybnn.backends.cuda.threshold_pack import threshold_pack
 from cupybnn.backends.devices import Device
 from cupybnn.backends.epilogue import Epilogue
-from cupybnn.deploy.cuda_plan import PixelPlan
+from cupybnn.deploy.cuda_plan import PixelPlan, ResidentPlan
 from cupybnn.deploy.cuda_products import (
     PixelParts,
     are_signs,
     end_product,
     pixel_launch,
     plane_product,
+    resident_layers,
 )
 from cupybnn.deploy.digits import PLANES
 from cupybnn.deploy.inputs import InputSpec
@@ -83,7 +86,7 @@ class CudaForward:
         self._seen: Recent = Recent(64, 64)
         # Stream of the last graph, and an event after it.
         self._last: tuple[Any, Any] = (None, None)
-        parts = PixelParts.of(self._layers[0], inputs, device)
+        parts = self._parts = PixelParts.of(self._layers[0], inputs, device)
         #: The one launch for pixels.
         self.pixel_launch = None if parts is None else pixel_launch(parts, self._layers, device)
         self._pixels = (
@@ -99,6 +102,12 @@ class CudaForward:
         self._end = None
         if self._pixels is not None and are_signs(self._layers[1:-1]):
             self._end = end_product(self._layers[-1])
+        self._resident: list[Weights] | None = None
+        self._runs: dict[tuple[int, ...], Run] = {}
+        if self.pixel_launch is not None:
+            self._runs = self.pixel_launch.runs
+        #: Takes calls like some before, and returns None for others.
+        self.usual = None if parts is None else usual_calls(self._runs, device.index)
         self._real = any(
             layer.product != "bits" and planes is None
             for layer, planes in zip(self._layers, self._planes, strict=True)
@@ -138,9 +147,12 @@ class CudaForward:
             return self.by_layer(rows, None if self._blas is None else self._multiply)
         if self._blas is None and self._real and self._captures:
             self._blas = blas.Blas("float32")
-        kept = self._captures or self._planned(rows)
-        if kept and self._bytes(count, self._are_pixels(rows)) <= MOST_BYTES:
-            logits = self._by_graph(rows)
+        if self._bytes(count, self._are_pixels(rows)) <= MOST_BYTES:
+            logits = None
+            if self._end is not None and self._are_pixels(rows):
+                logits = self._by_plan(rows)
+            elif self._captures:
+                logits = self._by_graph(rows)
             if logits is not None:
                 return logits
         return self.by_layer(rows)
@@ -213,7 +225,49 @@ class CudaForward:
             each[-1] += 2 * PLANES * layer.units if planes is not None else 0
         return rows * max(a + b for a, b in itertools.pairwise(each))
 
-    # As a graph --------------------------------------------------------------------------------
+    # By prepared launches, or as a graph ---------------------------------------------------------
+
+    def _by_plan(self, rows: Any) -> Any:
+        """Return the logits by launches prepared for this batch size, or None where there are none.
+
+        Plans are of one stream and thread: calls follow each other, since they share memory.
+        """
+        import cupy
+
+        key = len(rows), cupy.cuda.get_current_stream().ptr, threading.get_ident()
+        with self._lock:
+            plan = self._graphs.get(key)
+            if plan is None:
+                if self._seen.get(key) is None:
+                    self._seen.put(key, True, 1)
+                    return None
+                plan = self._plan(len(rows))
+                self._graphs.put(key, plan, self._bytes(len(rows), True))
+                self._runs[rows.shape] = self._run(len(rows))
+        return plan.run(rows, key[1])
+
+    def _run(self, rows: int) -> Run:
+        """Return a function for calls that have a plan, of so many rows."""
+        plans, lock, get_ident = self._graphs, self._lock, threading.get_ident
+
+        def run(x: Any, stream: int) -> Any:
+            with lock:
+                plan = plans.get((rows, stream, get_ident()))
+            return None if plan is None else plan.run(x, stream)
+
+        return run
+
+    def _plan(self, rows: int) -> PixelPlan | ResidentPlan:
+        assert self._pixels is not None
+        assert self._end is not None
+        if self._resident is None:
+            assert self._parts is not None
+            self._resident = resident_layers(self._parts, self._pixels, self._layers, self._device)
+        if len(self._resident) > 2 and all(layer.deal(rows) for layer in self._resident):
+            return ResidentPlan(rows, self._resident)
+        *hidden, last = self._layers[1:]
+        steps = [(step.kind, step.by) for step in last.steps]
+        return PixelPlan(rows, self._pixels, hidden, self._end, steps, self._device)
 
     def _by_graph(self, rows: Any) -> Any:
         """Return the logits by a graph for this batch size, or None where there is none."""
@@ -243,17 +297,7 @@ class CudaForward:
             self._last = here, event
             return logits
 
-    def _planned(self, rows: Any) -> bool:
-        """Whether there are prepared launches for these inputs."""
-        return self._end is not None and self._are_pixels(rows)
-
-    def _captured(self, rows: Any) -> _Graph | PixelPlan | None:
-        if self._planned(rows):
-            assert self._pixels is not None
-            assert self._end is not None
-            *hidden, last = self._layers[1:]
-            steps = [(step.kind, step.by) for step in last.steps]
-            return PixelPlan(len(rows), self._pixels, hidden, self._end, steps, self._device)
+    def _captured(self, rows: Any) -> _Graph | None:
         try:
             return _Graph(lambda x: self.by_layer(x, self._multiply), rows)
         except RuntimeError:

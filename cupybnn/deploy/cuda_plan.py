@@ -11,14 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from cupybnn.backends.cuda import resident
 from cupybnn.backends.cuda.byte_product import PixelProduct, PlaneProduct
 from cupybnn.backends.cuda.packing import words_shape
 from cupybnn.backends.cuda.product import prepare_packed
+from cupybnn.backends.cuda.resident import Weights
+from cupybnn.backends.cuda.results import Results
 from cupybnn.backends.devices import Device
 from cupybnn.deploy.layers import PackedLayer
 from cupybnn.packed import PackedMatrix
 
-__all__ = ["PixelPlan"]
+__all__ = ["PixelPlan", "ResidentPlan"]
 
 
 class PixelPlan:
@@ -75,21 +78,82 @@ class PixelPlan:
         product, self._sum = last.prepared(x, planes, steps)
         self._launches.append(product)
         self._kept.append(planes)
-        self._shape = rows, last.units
+        self._new = Results((rows, last.units)).new
 
-    def __call__(self, x: Any) -> Any:
-        """Return the logits of pixels, on the current stream, in new memory.
+    def run(self, x: Any, stream: int) -> Any:
+        """Return the logits of pixels in new memory.
 
         Parameters
         ----------
         x : cupy.ndarray of uint8, shape (rows, inputs), C-contiguous
+        stream : int
+            Handle of the current stream.
         """
-        import cupy
-
-        stream = cupy.cuda.get_current_stream().ptr
-        out = cupy.empty(self._shape, np.float32)
+        out = self._new(stream)
         self._arrange(x, stream)
         for launch in self._launches:
             launch(stream)
         self._sum(out, stream)
+        return out
+
+
+class ResidentPlan:
+    """The launches for batches of one size, of layers whose weights stay in shared memory.
+
+    Parameters
+    ----------
+    rows : int
+        Images of a batch.
+    layers : sequence of Weights
+        From the first to the last, at least three; each takes so many rows.
+
+    Notes
+    -----
+    As for `PixelPlan`.
+    """
+
+    def __init__(self, rows: int, layers: Sequence[Weights]) -> None:
+        import cupy
+
+        first, *hidden, last = layers
+        self._rows, self._cols = rows, first.shape.width
+        self._pitch = -(-self._cols // 16) * 16  # as the copy engine needs it
+        #: Pixels where the caller's are not aligned.
+        self._copy: Any = None
+        # The ones of each row that comes out of a layer. The launch after next clears them, since
+        # nothing reads them any more; the first launch clears those of the last signs.
+        ones = cupy.zeros((len(layers) - 1, -(-rows // 64) * 64), np.int32)
+        words = [
+            # Padding stays zeros: no launch writes it.
+            cupy.zeros(words_shape(1, rows, layer.shape.units), np.uint32)
+            for layer in layers[:-1]
+        ]
+        counts = None, ones[0], ones[-1]
+        self._first = first.launch(rows, None, words[0], resident.MAP, ones=counts).go
+        self._hidden = []
+        for i, layer in enumerate(hidden, 1):
+            counts = ones[i - 1], ones[i], ones[i - 2] if i > 1 else None
+            self._hidden.append(layer.launch(rows, words[i - 1], words[i], ones=counts).go)
+        counts = ones[-1], None, ones[-2]
+        self._last = last.launch(rows, words[-1], None, resident.OUT, ones=counts).go
+        self._kept = [ones, words, layers]
+        self._new = Results((rows, last.shape.units)).new
+        # Launches read the weights before they wait for the work in front of them.
+        cupy.cuda.get_current_stream().synchronize()
+
+    def run(self, x: Any, stream: int) -> Any:
+        """Return the logits of pixels in new memory: see `PixelPlan.run`."""
+        address, pitch = x.data.ptr, self._cols
+        if (address | pitch) & 15:
+            if self._copy is None:
+                import cupy
+
+                self._copy = cupy.zeros((self._rows, self._pitch), np.uint8)
+            self._copy[:, : self._cols] = x
+            address, pitch = self._copy.data.ptr, self._pitch
+        out = self._new(stream)
+        self._first(stream, *resident.pixel_map(address, self._rows, self._cols, pitch))
+        for go in self._hidden:
+            go(stream)
+        self._last(stream, out.data.ptr)
         return out

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cupybnn.backends.cuda.byte_product import MOST_SIGNS, PlaneProduct, runs_on
+from cupybnn.backends.cuda.byte_product import MOST_SIGNS, PixelProduct, PlaneProduct, runs_on
 from cupybnn.backends.cuda.compiler import architecture
 from cupybnn.backends.cuda.pixel_network import PixelNetworkLaunch
 from cupybnn.backends.cuda.pixel_tiles import BitLayer, PixelLayer, RealEnd
+from cupybnn.backends.cuda.resident import Weights
 from cupybnn.backends.cuda.steps import MOST_STEPS
 from cupybnn.backends.devices import CPU, Device, to_device
 from cupybnn.deploy import digits
@@ -22,7 +23,15 @@ from cupybnn.deploy.inputs import InputSpec
 from cupybnn.deploy.layers import PackedLayer
 from cupybnn.packed import pack
 
-__all__ = ["MOST_PLANE_UNITS", "PixelParts", "pixel_launch", "plane_product"]
+__all__ = [
+    "MOST_PLANE_UNITS",
+    "PixelParts",
+    "are_signs",
+    "end_product",
+    "pixel_launch",
+    "plane_product",
+    "resident_layers",
+]
 
 #: Units of a layer of real weights up to which signs meet their bit planes.
 MOST_PLANE_UNITS = 64
@@ -107,9 +116,22 @@ def plane_product(layer: PackedLayer) -> PlaneProduct | None:
     return _planes(layer) if layer.product == "real" else None
 
 
-def _planes(layer: PackedLayer) -> PlaneProduct | None:
-    import cupy
+def resident_layers(
+    parts: PixelParts, pixels: PixelProduct, layers: Sequence[PackedLayer], device: Device
+) -> list[Weights]:
+    """Return the layers of a network that has an `end_product`, for a plan."""
+    _, *hidden, last = layers
+    whole = _whole(last)
+    assert whole is not None
+    steps = [(step.kind, step.by) for step in last.steps]
+    index = device.index
+    first = Weights.of_pixels(pixels.words, parts.digits, pixels.threshold, pixels.flip, index)
+    between = [Weights.of_signs(y.weight, y.threshold, y.flip, index) for y in hidden]
+    return [first, *between, Weights.of_end(*whole, steps, index)]
 
+
+def _whole(layer: PackedLayer) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the weights of a layer whose inputs are signs as `digits.fixed_point`, or None."""
     if layer.units > MOST_PLANE_UNITS or layer.inputs > MOST_SIGNS:
         return None
     weight = _numbers(layer)
@@ -118,6 +140,16 @@ def _planes(layer: PackedLayer) -> PlaneProduct | None:
     whole, shift = digits.fixed_point(weight)
     if np.abs(shift).max(initial=0) > 126:  # steps that float32 does not have
         return None
+    return whole, shift
+
+
+def _planes(layer: PackedLayer) -> PlaneProduct | None:
+    import cupy
+
+    found = _whole(layer)
+    if found is None:
+        return None
+    whole, shift = found
     signs = digits.sign_planes(whole)
     # Whole tiles of results are stored faster.
     padded = np.zeros((layer.inputs, -(-signs.shape[1] // 64) * 64), bool)

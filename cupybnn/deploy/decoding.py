@@ -14,6 +14,7 @@ import numpy as np
 
 from cupybnn.data.idx import read_idx_stream
 from cupybnn.errors import DataError, SettingError
+from cupybnn.extras import to_install
 from cupybnn.paths import user_path
 
 __all__ = ["Grey", "content", "name_of"]
@@ -100,8 +101,7 @@ def _decoded(stream: Any, kind: str, name: str) -> Grey:
         from PIL import Image, ImageOps
     except ImportError as error:
         raise SettingError(
-            "Reading PNG and JPEG needs Pillow, which is not installed: pip install pillow (or the "
-            "extra cupybnn[images])."
+            f"Reading PNG and JPEG needs Pillow, which is not installed: {to_install('images')}."
         ) from error
     try:
         with warnings.catch_warnings():

@@ -13,7 +13,15 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["CONSTANTS", "MOST_INPUTS", "PLANES", "fixed_point", "pixel_digits", "sign_planes"]
+__all__ = [
+    "CONSTANTS",
+    "MOST_INPUTS",
+    "PLANES",
+    "fixed_point",
+    "least_sums",
+    "pixel_digits",
+    "sign_planes",
+]
 
 _BASE = 256  # of digits
 MOST = 127 * (_BASE**2 + _BASE + 1)  # three digits from -128 to 127
@@ -47,7 +55,7 @@ def fixed_point(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(np.ldexp(wide, shift)).astype(np.int64), shift
 
 
-def _least(threshold: np.ndarray, factor: Any, shift: np.ndarray) -> list[int]:
+def least_sums(threshold: np.ndarray, factor: Any, shift: np.ndarray) -> list[int]:
     """Return the least integers that, times ``factor * 2.0 ** -shift``, are at least `threshold`.
 
     Nothing is at least NaN.
@@ -86,7 +94,7 @@ def pixel_digits(
         divided by ``256 ** (digits - 1)`` and rounded down, is at least this.
     """
     unit = _BASE ** (digits - 1)
-    wanted = _least(threshold, factor, shift)
+    wanted = least_sums(threshold, factor, shift)
     # A remainder is added to the sum, so that what it is compared with is a multiple of `unit`.
     rest = np.array([-w % unit for w in wanted], np.int64)
     least = np.array([(w + r) // unit for w, r in zip(wanted, rest.tolist(), strict=True)])

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn import backends
+from cupybnn import backends, nn
 from cupybnn.backends.devices import Device, array_module, to_device
 from cupybnn.packed import PackedMatrix, pack
 
@@ -134,6 +134,28 @@ class PackedLayer:
         if self.threshold is not None:
             return pack((y >= self.threshold) != self.flip)
         return apply_steps(self.steps, y)
+
+    def row(self) -> nn.Row:
+        """Return the layer's row of a summary."""
+        weights, others = self.inputs * self.units, 0
+        nbytes = -(-weights // 8) if self.binary else 4 * weights
+        for name, array in self.arrays():
+            if name != "weight":
+                others += array.size
+                nbytes += -(-array.size // 8) if name == "flip" else array.nbytes
+        bits = self.product == "bits"
+        return nn.Row(
+            name=self.name,
+            kind={"real": "real", "signs": "binary, real input", "bits": "binary"}[self.product],
+            shape=(self.inputs, self.units),
+            bits=1 if self.binary else 32,
+            one_bit=weights if self.binary else 0,
+            full=others + (0 if self.binary else weights),
+            nbytes=nbytes,
+            training_nbytes=4 * (weights + others),
+            binary_products=weights if bits else 0,
+            full_products=0 if bits else weights,
+        )
 
     def to(self, device: Device) -> PackedLayer:
         """Return the layer with its arrays on a device."""

@@ -8,22 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cupybnn import nn
+from cupybnn import nn, settings
 from cupybnn.backends.devices import CPU, Device, array_module, resolve
 from cupybnn.deploy import c_header, file, onnx_file, qonnx_file
-from cupybnn.deploy.conversion import packed_layers
+from cupybnn.deploy.conversion import packed_model
 from cupybnn.deploy.evaluation import ClassificationReport, evaluate
 from cupybnn.deploy.inputs import InputSpec, like
 from cupybnn.deploy.layers import PackedLayer
-from cupybnn.training.saved import DataDescription, load_model
+from cupybnn.training.saved import load_model
 
 if TYPE_CHECKING:
+    from cupybnn.deploy.cpu_forward import CpuForward
     from cupybnn.deploy.cuda_forward import CudaForward
 
 __all__ = ["PackedNetwork"]
 
 #: Inputs that go through the layers at a time on the CPU, so that activations stay in the cache.
 _ROWS = 1024
+#: Weights of a first layer for which compiled kernels, imported for them, are worth it.
+_LEAST_WEIGHTS = 1 << 16
 
 
 class PackedNetwork:
@@ -73,12 +76,14 @@ class PackedNetwork:
         self.device = device
         self._usual_types = "f" if inputs.pixel_max is None else "fB"
         self._cuda: CudaForward | None = None
+        # For pixels on a CPU; False: there is none.
+        self._cpu: CpuForward | bool | None = None
         # Takes calls of the usual kind on a GPU, and returns None for others.
         self._usual: Callable[[Any], Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # Graphs and locks are of this process.
-        return {**vars(self), "_cuda": None, "_usual": None}
+        return {**vars(self), "_cuda": None, "_cpu": None, "_usual": None}
 
     # Making one --------------------------------------------------------------------------------
 
@@ -116,21 +121,7 @@ class PackedNetwork:
         ValueError
             If a layer cannot be packed; the message names it and says why.
         """
-        known: DataDescription | None = vars(model).get("trained_on")
-        if known is not None and pixel_max is None:
-            pixel_max = known.pixel_max
-        if known is not None and image_shape is None:
-            image_shape = known.image_shape
-        if known is not None and classes is None:
-            classes = known.class_names
-        layers = packed_layers(model)
-        inputs = InputSpec(layers[0].inputs, image_shape, pixel_max)
-        if image_shape is not None and np.prod(image_shape) != inputs.features:
-            raise ValueError(
-                f"The 'image_shape' must have {inputs.features} pixels, as many as the model has "
-                f"inputs; got {image_shape}."
-            )
-        names = None if classes is None else list(classes)
+        layers, inputs, names = packed_model(model, pixel_max, image_shape, classes)
         return cls(layers, inputs, names).to(model.device)
 
     @classmethod
@@ -384,7 +375,8 @@ class PackedNetwork:
         more, exactly. The product of a layer with real weights or real inputs is rounded in a way
         that depends on all this: such results agree within rounding, and a sign behind them may
         differ where one is that close to its threshold. What is exact in the model, products of
-        signs, is exact here.
+        signs, is exact here. On a CPU with the extra ``cpu``, uint8 pixels are multiplied exactly
+        with the same weights as on Hopper.
         """
         if self._usual is not None:
             logits = self._usual(x)
@@ -439,8 +431,14 @@ class PackedNetwork:
     def _logits(self, x: Any) -> Any:
         if self.device.kind == "cuda":
             return self._logits_on_gpu(x)
-        rows, single = self.inputs.rows(x, self.device)
-        if len(rows) <= _ROWS:
+        if type(x) is np.ndarray and x.dtype == np.uint8 and x.shape[1:] == (self.inputs.features,):
+            rows, single = x, False
+        else:
+            rows, single = self.inputs.rows(x, self.device)
+        forward = self._on_cpu if rows.dtype == np.uint8 and len(rows) else None
+        if forward is not None:
+            logits = forward(np.ascontiguousarray(rows))
+        elif len(rows) <= _ROWS:
             logits = self._forward(self.inputs.numbers(rows))
         else:
             parts = (rows[i : i + _ROWS] for i in range(0, len(rows), _ROWS))
@@ -468,9 +466,23 @@ class PackedNetwork:
 
             # Two threads may both make one: either is as good.
             self._cuda = CudaForward(self.layers, self.inputs, self.device)
-            if self._cuda.pixel_launch is not None:
-                self._usual = self._cuda.pixel_launch.usual()
+            self._usual = self._cuda.usual
         return self._cuda
+
+    @property
+    def _on_cpu(self) -> CpuForward | None:
+        """The forward pass for pixels by compiled kernels, if there are any for this network."""
+        first = self.layers[0]
+        if not settings.cpu_kernels() or first.inputs * first.units < _LEAST_WEIGHTS:
+            return None
+        if self._cpu is None:
+            from cupybnn.deploy.cpu_forward import CpuForward
+
+            try:
+                self._cpu = CpuForward(self.layers, self.inputs)
+            except ValueError:  # the other way takes it
+                self._cpu = False
+        return None if isinstance(self._cpu, bool) else self._cpu
 
     def _forward(self, x: Any) -> Any:
         for layer in self.layers:
@@ -481,7 +493,7 @@ class PackedNetwork:
 
     def summary(self) -> nn.Summary:
         """Return a table of the layers: shapes, bits, bytes, operations; print it to see it."""
-        return nn.Summary(tuple(_row(layer) for layer in self.layers))
+        return nn.Summary(tuple(layer.row() for layer in self.layers))
 
     @property
     def nbytes(self) -> int:
@@ -491,25 +503,3 @@ class PackedNetwork:
     def __repr__(self) -> str:
         sizes = "-".join(str(n) for n in (self.inputs.features, *(y.units for y in self.layers)))
         return f"PackedNetwork({sizes}, {self.nbytes:,} bytes, on {self.device})"
-
-
-def _row(layer: PackedLayer) -> nn.Row:
-    weights, others = layer.inputs * layer.units, 0
-    nbytes = -(-weights // 8) if layer.binary else 4 * weights
-    for name, array in layer.arrays():
-        if name != "weight":
-            others += array.size
-            nbytes += -(-array.size // 8) if name == "flip" else array.nbytes
-    bits = layer.product == "bits"
-    return nn.Row(
-        name=layer.name,
-        kind={"real": "real", "signs": "binary, real input", "bits": "binary"}[layer.product],
-        shape=(layer.inputs, layer.units),
-        bits=1 if layer.binary else 32,
-        one_bit=weights if layer.binary else 0,
-        full=others + (0 if layer.binary else weights),
-        nbytes=nbytes,
-        training_nbytes=4 * (weights + others),
-        binary_products=weights if bits else 0,
-        full_products=0 if bits else weights,
-    )

@@ -10,6 +10,7 @@ import numpy as np
 
 from cupybnn.deploy.layers import Step
 from cupybnn.errors import SettingError
+from cupybnn.extras import to_install
 
 __all__ = ["Graph", "onnx_module"]
 
@@ -26,8 +27,7 @@ def onnx_module() -> ModuleType:
         import onnx
     except ImportError as error:
         raise SettingError(
-            'An ONNX file needs the package onnx, which is not installed: pip install "cupybnn'
-            '[onnx]".'
+            f"An ONNX file needs the package onnx, which is not installed: {to_install('onnx')}."
         ) from error
     return onnx
 

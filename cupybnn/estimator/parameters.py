@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from cupybnn.training.checks import Choice, Device, Number, Rule, Switch, Whole, Widths, _Wrong
-from cupybnn.training.config import DTYPES, TrainConfig
-from cupybnn.training.options import _ste_names
+from cupybnn.training.checks import Choice, Number, Rule, Switch, Whole, Widths
+from cupybnn.training.config import TrainConfig
+from cupybnn.training.declaration import declared
 
 __all__ = ["Parameters"]
 
@@ -39,22 +39,20 @@ class Or(Rule):
         return value if same else self.rule.convert(value)
 
 
-class Flag(Rule):
+class Flag(Switch):
     """True or False, or a number in place of them, as scikit-learn allows for `verbose`."""
 
-    must = "True or False"
-
     def convert(self, value: Any) -> bool:
-        if not isinstance(value, (bool, int)):
-            raise _Wrong
-        return bool(value)
+        return super().convert(bool(value) if isinstance(value, int) else value)
 
+
+_declared = declared(TrainConfig)
 
 RULES: dict[str, Rule] = {
     "hidden_layer_sizes": Widths(),
     "binarize": Choice.of("hidden", "all"),
-    "ste": Choice(_ste_names),
-    "xnor": Switch(),
+    "ste": _declared["ste"].rule,
+    "xnor": _declared["xnor"].rule,
     "scaling": Or(None, Choice.of("standard", "max")),
     "solver": Choice.of("adam", "sgd"),
     "alpha": _from_0("ALPHA"),
@@ -63,15 +61,15 @@ RULES: dict[str, Rule] = {
     "learning_rate_init": _positive("LR"),
     "momentum": Number("in [0, 1)", lambda x: 0 <= x < 1, "M"),
     "max_iter": Or("auto", Whole(1)),
-    "shuffle": Switch(),
+    "shuffle": _declared["shuffle"].rule,
     "tol": _from_0("TOL"),
     "verbose": Flag(),
     "warm_start": Switch(),
     "early_stopping": Switch(),
     "validation_fraction": _between("F"),
     "n_iter_no_change": Whole(1),
-    "device": Device(),
-    "dtype": Choice.of(*DTYPES),
+    "device": _declared["device"].rule,
+    "dtype": _declared["dtype"].rule,
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from reprlib import recursive_repr
 from typing import Any, ClassVar, TypeVar
@@ -32,10 +32,13 @@ class Share:
         Its latent weights.
     grad : ndarray, shape (n,), or None
         Their gradient.
+    bring_up_to_date : callable or None
+        Writes the signs into the weight's elements, where these may be those of an earlier step.
     """
 
     weight: Any
     grad: Any = None
+    bring_up_to_date: Callable[[], None] | None = None
 
 
 class Parameter(Tensor):
@@ -77,6 +80,17 @@ class Parameter(Tensor):
         super().__init__(data, requires_grad=True)
         self.bits = bits
         self.limit = limit
+
+    @property
+    def data(self) -> Any:
+        """The array; see `Tensor.data`."""
+        if self.share is not None and self.share.bring_up_to_date is not None:
+            self.share.bring_up_to_date()
+        return Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
 
 
 class Module:

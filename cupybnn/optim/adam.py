@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+from cupybnn import backends
 from cupybnn.optim.optimizer import Block, Optimizer, Rules
 
 __all__ = ["Adam", "AdamW"]
@@ -67,22 +68,48 @@ class Adam(Optimizer):
     ) -> None:
         super().__init__(parameters, lr, betas=betas, eps=eps, **common)
 
+    def _decay(self, group: dict[str, Any], lr: float) -> float:
+        """Return the factor of a weight before its update."""
+        return 1.0
+
+    def _numbers(self, group: dict[str, Any], lr: float) -> dict[str, Any]:
+        """Return the numbers of an update."""
+        b1, b2 = group["betas"]
+        # Both bias corrections combined, which saves two passes over memory.
+        root = (1 - b2**self.steps) ** 0.5
+        return {
+            "decay": self._decay(group, lr),
+            "rates": (1 - b1, 1 - b2),
+            "eps": group["eps"] * root,
+            "factor": lr * root / (1 - b1**self.steps),
+        }
+
+    def _pass_over(
+        self, group: dict[str, Any], lr: float, limit: float | None, weight: Any, grad: Any,
+        slots: list[Any],
+    ) -> bool:  # fmt: skip
+        passes = backends.get(weight).passes(weight, grad, *slots)
+        if passes is None or type(self).update is not Adam.update:
+            return False
+        passes.adam(weight, grad, *slots, limit=limit, **self._numbers(group, lr))
+        return True
+
     def update(self, block: Block) -> None:
         xp, grad, (mean, square), (a, b) = block.xp, block.grad, block.slots, block.work
-        b1, b2 = block.options["betas"]
+        decay, (rate_1, rate_2), eps, factor = self._numbers(block.options, block.lr).values()
+        if decay != 1:
+            block.weight *= decay
         xp.subtract(grad, mean, out=a)
-        a *= 1 - b1
+        a *= rate_1
         mean += a
         xp.multiply(grad, grad, out=a)
         a -= square
-        a *= 1 - b2
+        a *= rate_2
         square += a
-        # Both bias corrections combined, which saves two passes over memory.
-        root = (1 - b2**self.steps) ** 0.5
         xp.sqrt(square, out=a)
-        a += block.options["eps"] * root
+        a += eps
         xp.divide(mean, a, out=b)
-        b *= block.lr * root / (1 - b1**self.steps)
+        b *= factor
         block.weight -= b
 
 
@@ -125,6 +152,5 @@ class AdamW(Adam):
     ) -> None:
         super().__init__(parameters, lr, weight_decay=weight_decay, **common)
 
-    def update(self, block: Block) -> None:
-        block.weight *= 1 - block.lr * block.options["weight_decay"]
-        super().update(block)
+    def _decay(self, group: dict[str, Any], lr: float) -> float:
+        return float(1 - lr * group["weight_decay"])

@@ -213,6 +213,8 @@ class Optimizer:
         arrays = (*own, *self._slots_of(parameter))
         weight, grad, *slots = (array.reshape(-1) for array in arrays)
         limit = parameter.limit
+        if self._pass_over(group, lr, limit, weight, grad, slots):
+            return
         xp = module_of(weight)
         dtype = statistics_dtype(weight.dtype)
 
@@ -233,6 +235,16 @@ class Optimizer:
 
         with device_of(weight).scope():
             backends.get(weight).parallel_for(weight.size, weight.size * _PASSES, update)
+
+    def _pass_over(
+        self, group: dict[str, Any], lr: float, limit: float | None, weight: Any, grad: Any,
+        slots: list[Any],
+    ) -> bool:  # fmt: skip
+        """Update and clip a flat weight in one pass of compiled code; return whether that was done.
+
+        A subclass that has such a pass overrides this, for its own `update` alone.
+        """
+        return False
 
     def _slots_of(self, parameter: Parameter) -> tuple[Any, ...]:
         """Return the arrays kept for a parameter, on its device; initially zeros."""

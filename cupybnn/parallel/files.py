@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn.parallel.meeting import Meeting
-from cupybnn.parallel.ranks import Pending, Ranks
+from cupybnn.parallel.ranks import Pending, Ranks, total, written
 
 __all__ = ["FileRanks"]
 
@@ -80,35 +80,33 @@ class FileRanks(Ranks):
                 self._meeting.check()
                 time.sleep(_POLL)
 
-    def all_reduce(self, array: np.ndarray) -> Pending:
-        number = self._begin(array)
-
-        def finish() -> np.ndarray:
-            return _sum(self._end(number, array, 0, array.size)).reshape(array.shape)
-
-        return Pending(finish)
-
-    def reduce_scatter(self, array: np.ndarray) -> Pending:
-        number, count = self._begin(array), array.size // self.size
-        return Pending(lambda: _sum(self._end(number, array, self.rank * count, count)))
-
-    def all_gather(self, array: np.ndarray) -> Pending:
+    def all_reduce(self, array: Any, *, out: Any = None, bfloat16: bool = False) -> Pending:
         number = self._begin(array)
 
         def finish() -> np.ndarray:
             parts = self._end(number, array, 0, array.size)
-            return np.stack(parts).reshape(self.size, *array.shape)
+            return written(total(parts, bfloat16).reshape(array.shape), out)  # type: ignore[no-any-return]
+
+        return Pending(finish)
+
+    def reduce_scatter(self, array: Any, *, out: Any = None, bfloat16: bool = False) -> Pending:
+        number, count = self._begin(array), array.size // self.size
+
+        def finish() -> np.ndarray:
+            parts = self._end(number, array, self.rank * count, count)
+            return written(total(parts, bfloat16), out)  # type: ignore[no-any-return]
+
+        return Pending(finish)
+
+    def all_gather(self, array: Any, *, out: Any = None) -> Pending:
+        number = self._begin(array)
+
+        def finish() -> np.ndarray:
+            parts = self._end(number, array, 0, array.size)
+            return written(np.stack(parts).reshape(self.size, *array.shape), out)  # type: ignore[no-any-return]
 
         return Pending(finish)
 
     def broadcast(self, array: np.ndarray) -> Pending:
         number = self._begin(array if self.rank == 0 else np.empty(0, array.dtype))
         return Pending(lambda: self._end(number, array, 0, array.size)[0].reshape(array.shape))
-
-
-def _sum(parts: list[Any]) -> Any:
-    """Add arrays in their order, into the first."""
-    total = parts[0]
-    for part in parts[1:]:
-        total += part
-    return total

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from cupybnn.errors import SettingError
+from cupybnn.extras import to_install
 from cupybnn.parallel.launch import Launch
 from cupybnn.parallel.meeting import Meeting
-from cupybnn.parallel.ranks import Pending, Ranks, padded
+from cupybnn.parallel.ranks import Pending, Ranks, padded, total, written
 
 __all__ = ["MpiRanks", "world"]
 
@@ -35,7 +36,7 @@ def world(launch: Launch) -> Any:
     except ImportError as error:
         raise SettingError(
             f"Ranks that mpirun started need mpi4py, which cannot be imported: {error}. To "
-            f'install it: pip install "cupybnn[mpi]".'
+            f"install it: {to_install('mpi')}."
         ) from error
     found = MPI.COMM_WORLD.Get_size()
     if found != launch.size:
@@ -93,19 +94,19 @@ class MpiRanks(Ranks):
             time.sleep(pause)
             pause = min(1.2 * pause, _LONGEST_PAUSE)
 
-    def all_reduce(self, array: np.ndarray) -> Pending:
+    def all_reduce(self, array: Any, *, out: Any = None, bfloat16: bool = False) -> Pending:
         if array.nbytes <= _SMALL:
             gathered = self.all_gather(array)
-            return Pending(lambda: _sum(gathered.wait()))
-        scattered = self.reduce_scatter(padded(array, self.size))
+            return Pending(lambda: written(total(gathered.wait(), bfloat16), out))
+        scattered = self.reduce_scatter(padded(array, self.size), bfloat16=bfloat16)
 
         def finish() -> np.ndarray:
             parts = self.all_gather(scattered.wait()).wait()
-            return parts.reshape(-1)[: array.size].reshape(array.shape)
+            return written(parts.reshape(-1)[: array.size].reshape(array.shape), out)  # type: ignore[no-any-return]
 
         return Pending(finish)
 
-    def reduce_scatter(self, array: np.ndarray) -> Pending:
+    def reduce_scatter(self, array: Any, *, out: Any = None, bfloat16: bool = False) -> Pending:
         sent = np.ascontiguousarray(array).reshape(self.size, -1)
         received = np.empty_like(sent)
         number = self._number()
@@ -113,11 +114,11 @@ class MpiRanks(Ranks):
 
         def finish() -> np.ndarray:
             self._await(request, number)
-            return _sum(received)
+            return written(total(received, bfloat16), out)  # type: ignore[no-any-return]
 
         return Pending(finish)
 
-    def all_gather(self, array: np.ndarray) -> Pending:
+    def all_gather(self, array: Any, *, out: Any = None) -> Pending:
         sent = np.ascontiguousarray(array)
         received = np.empty((self.size, *array.shape), array.dtype)
         number = self._number()
@@ -125,7 +126,7 @@ class MpiRanks(Ranks):
 
         def finish() -> np.ndarray:
             self._await(request, number)
-            return received
+            return written(received, out)  # type: ignore[no-any-return]
 
         return Pending(finish)
 
@@ -159,11 +160,3 @@ class MpiRanks(Ranks):
 def _bytes(array: np.ndarray) -> np.ndarray:
     """Return an array's memory as bytes: MPI then needs to know no dtype."""
     return array.reshape(-1).view(np.uint8)
-
-
-def _sum(rows: np.ndarray) -> np.ndarray:
-    """Add rows in their order."""
-    total = rows[0].copy()
-    for row in rows[1:]:
-        total += row
-    return total

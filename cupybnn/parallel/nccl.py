@@ -10,6 +10,7 @@ restored run; and its wheels need cuda-core and the CUTLASS DSL.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -19,11 +20,13 @@ import numpy as np
 
 from cupybnn.backends.devices import Device
 from cupybnn.errors import DeviceError
+from cupybnn.extras import to_install
 from cupybnn.parallel.meeting import Meeting
 from cupybnn.parallel.ranks import Pending, Ranks
 
 __all__ = ["NcclRanks", "new_id"]
 
+_BFLOAT16 = 9  # ncclBfloat16
 _DTYPES = ("int8", "uint8", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64")
 
 
@@ -43,8 +46,9 @@ def _binding() -> Any:
 
     if not nccl.available:
         raise DeviceError(
-            "Ranks on GPUs need NCCL, which CuPy cannot load. To install it: pip install "
-            '"cupybnn[distributed-cuda13]", or with CUDA 12 "cupybnn[distributed-cuda12]".'
+            f"Ranks on GPUs need NCCL, which CuPy cannot load. To install it: "
+            f"{to_install('distributed-cuda13')}, or with CUDA 12 "
+            f"{to_install('distributed-cuda12')}."
         )
     return nccl
 
@@ -55,11 +59,22 @@ def new_id() -> bytes:
     return unique_id
 
 
+def _mark(stream: Any) -> Any:
+    """Return an event after all current work of a stream, which may be being captured."""
+    import cupy
+
+    event = cupy.cuda.Event(disable_timing=True)
+    event.record(stream)
+    return event
+
+
 class NcclRanks(Ranks):
     """Ranks with a GPU each, which NCCL connects.
 
     Exchanges run on a stream of their own, behind what the current stream has been given so far and
-    beside what it is given next. `Pending.wait` makes the current stream wait.
+    beside what it is given next. `Pending.wait` makes the current stream wait. While that one is
+    being captured as a CUDA graph, exchanges are captured, too: they need an `out`, and `replayed`
+    must be called after each launch.
 
     Parameters
     ----------
@@ -71,6 +86,8 @@ class NcclRanks(Ranks):
     meeting : Meeting or None
         Notices ranks that are lost. Exchanges that wait for them are then aborted.
     """
+
+    capturable = True
 
     def __init__(
         self, device: Device, rank: int, size: int, unique_id: bytes, meeting: Meeting | None
@@ -92,30 +109,41 @@ class NcclRanks(Ranks):
             meeting.waiting_since = self._waiting_since
             meeting.on_lost.append(self.abort)
 
-    def _issue(self, array: Any, shape: tuple[int, ...], call: Callable[..., Any]) -> Pending:
+    def _issue(
+        self,
+        array: Any,
+        shape: tuple[int, ...],
+        call: Callable[..., Any],
+        out: Any = None,
+        bfloat16: bool = False,
+    ) -> Pending:
         """Begin an exchange that fills an array of `shape`.
 
-        `call` gets the communicator, the two addresses, NCCL's number of the dtype and the stream.
+        `call` gets the communicator, the two addresses, NCCL's number of the dtype, None if it
+        knows no such numbers, and the stream.
         """
         import cupy
 
         self.check()
+        current = cupy.cuda.get_current_stream()
+        captured = current.is_capturing()
         sent = cupy.ascontiguousarray(array)
-        received = cupy.empty(shape, sent.dtype)
-        self._stream.wait_event(cupy.cuda.get_current_stream().record())
-        if self._meeting is not None:
-            self._meeting.begun += 1
-            self._meeting.needed = self._meeting.begun
+        received = cupy.empty(shape, sent.dtype) if out is None else out
+        assert received.flags.c_contiguous
+        assert received.size == math.prod(shape)
+        self._stream.wait_event(_mark(current))
+        if not captured:
+            self._count(1)
         addresses = sent.data.ptr, received.data.ptr
+        dtype = _BFLOAT16 if bfloat16 else self._types.get(sent.dtype)
         try:
-            call(self._communicator, *addresses, self._types[sent.dtype], self._stream.ptr)
+            call(self._communicator, *addresses, dtype, self._stream.ptr)
         except (AttributeError, self._nccl.NcclError):  # aborted meanwhile, by the meeting's thread
             self.check()
             raise
-        ended = self._stream.record()
-        self._unfinished.append((ended, time.monotonic()))
-        if self._meeting is None:
-            self._waiting_since()  # forgets those that have ended
+        ended = _mark(self._stream)
+        if not captured:
+            self._will_end(ended)
         kept = [sent]
 
         def finish() -> Any:
@@ -126,6 +154,23 @@ class NcclRanks(Ranks):
 
         return Pending(finish)
 
+    def _count(self, exchanges: int) -> None:
+        if self._meeting is not None:
+            self._meeting.begun += exchanges
+            self._meeting.needed = self._meeting.begun
+
+    def _will_end(self, ended: Any) -> None:
+        self._unfinished.append((ended, time.monotonic()))
+        if self._meeting is None:
+            self._waiting_since()  # forgets those that have ended
+
+    def replayed(self, exchanges: int) -> None:
+        import cupy
+
+        self.check()
+        self._count(exchanges)
+        self._will_end(_mark(cupy.cuda.get_current_stream()))
+
     def _waiting_since(self) -> float | None:
         """Return when the oldest exchange that has not ended was issued."""
         with self._gpu.scope():
@@ -133,29 +178,29 @@ class NcclRanks(Ranks):
                 self._unfinished.popleft()
         return self._unfinished[0][1] if self._unfinished else None
 
-    def all_reduce(self, array: Any) -> Pending:
+    def all_reduce(self, array: Any, *, out: Any = None, bfloat16: bool = False) -> Pending:
         def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
             nccl.allReduce(sent, received, array.size, dtype, self._nccl.NCCL_SUM, stream)
 
-        return self._issue(array, array.shape, call)
+        return self._issue(array, array.shape, call, out, bfloat16)
 
-    def reduce_scatter(self, array: Any) -> Pending:
+    def reduce_scatter(self, array: Any, *, out: Any = None, bfloat16: bool = False) -> Pending:
         count = array.size // self.size
 
         def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
             nccl.reduceScatter(sent, received, count, dtype, self._nccl.NCCL_SUM, stream)
 
-        return self._issue(array, (count,), call)
+        return self._issue(array, (count,), call, out, bfloat16)
 
-    def all_gather(self, array: Any) -> Pending:
+    def all_gather(self, array: Any, *, out: Any = None) -> Pending:
         def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
-            nccl.allGather(sent, received, array.size, dtype, stream)
+            nccl.allGather(sent, received, array.nbytes, self._nccl.NCCL_UINT8, stream)
 
-        return self._issue(array, (self.size, *array.shape), call)
+        return self._issue(array, (self.size, *array.shape), call, out)
 
     def broadcast(self, array: Any) -> Pending:
         def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
-            nccl.broadcast(sent, received, array.size, dtype, 0, stream)
+            nccl.broadcast(sent, received, array.nbytes, self._nccl.NCCL_UINT8, 0, stream)
 
         return self._issue(array, array.shape, call)
 

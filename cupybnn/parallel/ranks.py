@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from cupybnn.autograd.storage import module_of
 from cupybnn.errors import SettingError
 from cupybnn.parallel.meeting import Meeting
 
-__all__ = ["Alone", "Pending", "Ranks", "padded"]
+__all__ = ["Alone", "Pending", "Ranks", "padded", "total", "written"]
 
 
 class Pending:
@@ -53,6 +54,10 @@ class Ranks:
     exchange begins when its method is called and ends with `Pending.wait`; until then, do not write
     to its array.
 
+    Where a method has `out`, the result is written there, by `Pending.wait` at the latest, and
+    returned; `out` may be the array itself where both have one shape. With ``bfloat16=True``, the
+    arrays' elements are bit patterns of bfloat16, as uint16, and sums are rounded to bfloat16.
+
     Attributes
     ----------
     rank : int
@@ -78,22 +83,29 @@ class Ranks:
     rank = 0
     size = 1
     device = "auto"
+    #: Whether exchanges between arrays on a GPU can be captured in a CUDA graph.
+    capturable = False
     _meeting: Meeting | None = None
+    _holders: tuple[weakref.ref[Any], ...] = ()
 
-    def all_reduce(self, array: Any) -> Pending:
+    def all_reduce(self, array: Any, *, out: Any = None, bfloat16: bool = False) -> Pending:
         """Sum arrays over all ranks."""
         raise NotImplementedError
 
-    def reduce_scatter(self, array: Any) -> Pending:
+    def reduce_scatter(self, array: Any, *, out: Any = None, bfloat16: bool = False) -> Pending:
         """Sum flat arrays of ``size * n`` elements; rank r gets elements ``r * n`` to the next."""
         raise NotImplementedError
 
-    def all_gather(self, array: Any) -> Pending:
+    def all_gather(self, array: Any, *, out: Any = None) -> Pending:
         """Return the arrays of all ranks, shape (size, ...)."""
         raise NotImplementedError
 
     def broadcast(self, array: Any) -> Pending:
         """Return rank 0's array."""
+        raise NotImplementedError
+
+    def replayed(self, exchanges: int) -> None:
+        """Record that a CUDA graph was launched in which so many exchanges have been captured."""
         raise NotImplementedError
 
     def check(self) -> None:
@@ -106,10 +118,23 @@ class Ranks:
 
     def close(self, error: BaseException | None = None) -> None:
         """Leave; with an `error`, the others end and report it."""
+        self._closing()
         if error is not None:
             self.abort()
         if self._meeting is not None:
             self._meeting.close(error)
+
+    def release_before(self, holder: Any) -> None:
+        """Call ``holder.release()`` before leaving: a graph with exchanges must not live longer.
+
+        The holder is not kept alive.
+        """
+        self._holders = (*self._holders, weakref.ref(holder))
+
+    def _closing(self) -> None:
+        for reference in self._holders:
+            if (holder := reference()) is not None:
+                holder.release()
 
     def __enter__(self) -> Ranks:
         return self
@@ -198,13 +223,47 @@ class Alone(Ranks):
     Alone(rank=0, size=1, device='auto')
     """
 
-    def all_reduce(self, array: Any) -> Pending:
+    def all_reduce(self, array: Any, *, out: Any = None, bfloat16: bool = False) -> Pending:
+        return Pending(lambda: written(array, out))
+
+    reduce_scatter = all_reduce
+
+    def all_gather(self, array: Any, *, out: Any = None) -> Pending:
+        return Pending(lambda: written(array[None], out))
+
+    def broadcast(self, array: Any) -> Pending:
         return Pending(lambda: array)
 
-    reduce_scatter = broadcast = all_reduce
 
-    def all_gather(self, array: Any) -> Pending:
-        return Pending(lambda: array[None])
+def written(result: Any, out: Any) -> Any:
+    """Return `result`, or `out` after it has been written there."""
+    if out is None:
+        return result
+    if out is not result:
+        out[...] = result
+    return out
+
+
+def total(parts: Any, bfloat16: bool = False) -> Any:
+    """Add arrays of the host in their order; those of bfloat16 in float32, rounded once."""
+    first, *others = parts
+    if not bfloat16:
+        first = first.copy()
+        for part in others:
+            first += part
+        return first
+    wide = _widened(first)
+    with np.errstate(all="ignore"):  # as NCCL
+        for part in others:
+            wide += _widened(part)
+    bits = wide.view(np.uint32)
+    near = (bits + np.uint32(0x7FFF) + ((bits >> 16) & np.uint32(1))) >> 16
+    return np.where(np.isnan(wide), (bits >> 16) | np.uint32(0x40), near).astype(np.uint16)
+
+
+def _widened(patterns: np.ndarray) -> np.ndarray:
+    """Return the float32 numbers of bit patterns of bfloat16."""
+    return (patterns.astype(np.uint32) << 16).view(np.float32)
 
 
 def padded(array: Any, multiple: int) -> Any:

@@ -4,8 +4,10 @@
 element, and `cupybnn.PackedNetwork.from_torch` packs a whole network. The products are operators of
 PyTorch: they work with autocast, `torch.compile` and CUDA graphs, on the current stream.
 
-Needs PyTorch 2.4 or newer, and CuPy for tensors on a GPU: ``pip install cupybnn[torch]``.
+Needs PyTorch 2.4 or newer (the extra ``torch``), and CuPy for tensors on a GPU.
 """
+
+from cupybnn.extras import to_install as _to_install
 
 try:
     import torch as _torch  # noqa: F401
@@ -13,8 +15,8 @@ except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
     raise ModuleNotFoundError(
-        "cupybnn.torch needs PyTorch 2.4 or newer, which is not installed. Install "
-        "cupybnn[torch], or PyTorch as https://pytorch.org/get-started describes.",
+        f"cupybnn.torch needs PyTorch 2.4 or newer, which is not installed. Install it as "
+        f"https://pytorch.org/get-started describes, or: {_to_install('torch')}.",
         name="torch",
     ) from error
 

@@ -28,7 +28,7 @@ _OUTPUTS = {
     torch.float16: OUTPUTS["e"],
     torch.bfloat16: OUTPUTS["E"],
 }
-_launches = launching.Plans()
+_plans = launching.Plans()
 
 
 @lru_cache(maxsize=1)
@@ -75,8 +75,15 @@ def product(x: Any, weight: Any, dtype: Any) -> Any:
     -------
     torch.Tensor, shape (..., out_features)
     """
-    kind = (weight.shape, weight.stride(), weight.dtype, weight.data_ptr() & 15)
-    return _product(x, weight.t(), kind, weight.data_ptr(), weight.shape[0], dtype)
+    at = weight.data_ptr()
+    key = (
+        x.shape, x.stride(), x.dtype, x.data_ptr() & 15, weight.shape, weight.stride(),
+        weight.dtype, at & 15, dtype, x.device, dispatch.forced(),
+    )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans.keep(key, _Plan(x, weight.t(), weight.shape[0], dtype))
+    return plan(x, at)
 
 
 def packed_product(x: Any, words: Any, popcounts: Any, dtype: Any) -> Any:
@@ -94,41 +101,72 @@ def packed_product(x: Any, words: Any, popcounts: Any, dtype: Any) -> Any:
     -------
     torch.Tensor, shape (..., out_features)
     """
-    outputs = popcounts.shape[0]
-    address = words.data_ptr(), popcounts.data_ptr()
-    return _product(x, None, None, address, outputs, dtype)
-
-
-def _product(x: Any, right: Any, kind: Any, address: Any, outputs: int, dtype: Any) -> Any:
-    features = x.shape[-1]
-    native = dtype in _OUTPUTS
-    y = x.new_empty((*x.shape[:-1], outputs), dtype=dtype if native else torch.int32)
-    if features == 0:
-        y.zero_()
-    elif y.numel():
-        rows = x if x.dim() == 2 else x.reshape(-1, features)
-        device, at = x.device.index, rows.data_ptr()
-        key = (
-            rows.shape, rows.stride(), rows.dtype, at & 15, kind, outputs, y.dtype, device,
-            dispatch.forced(),
-        )  # fmt: skip
-        with scope(device):
-            launch = _launches.get(key)
-            if launch is None:
-                launch = _launches.keep(key, _prepare(rows, right, outputs, y.dtype, device))
-            # Freed on return, for reuse by later work on the stream.
-            workspace = rows.new_empty(launch.workspace_bytes, dtype=torch.uint8)
-            stream = launching.current_stream()
-            launch.launch([at, address], workspace.data_ptr(), (y.data_ptr(), 0), stream)
-    return y if native else y.to(dtype)
-
-
-def _prepare(rows: Any, right: Any, outputs: int, dtype: Any, device: int) -> ProductLaunch:
-    b = _Packed((rows.shape[1], outputs)) if right is None else _Operand(right)
-    return ProductLaunch(
-        _Operand(rows), b, batch_shape=(), strides=(outputs, 1, 0), output=_OUTPUTS[dtype],
-        scaled=False, device=device,
+    key = (
+        x.shape, x.stride(), x.dtype, x.data_ptr() & 15, popcounts.shape, dtype, x.device,
+        dispatch.forced(),
     )  # fmt: skip
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans.keep(key, _Plan(x, None, popcounts.shape[0], dtype))
+    return plan(x, (words.data_ptr(), popcounts.data_ptr()))
+
+
+@lru_cache(maxsize=1)
+def _overlaps_in_graphs() -> bool:
+    """Whether graphs may hold launches that overlap: with drivers from CUDA 12.3 on."""
+    import cupy
+
+    return bool(cupy.cuda.runtime.driverGetVersion() >= 12030)
+
+
+class _Plan:
+    """All that is the same in each product of operands of a kind.
+
+    Parameters
+    ----------
+    x : torch.Tensor, shape (..., in_features)
+    right : torch.Tensor, shape (in_features, outputs), or None for packed weights
+    outputs : int
+    dtype : torch.dtype
+        Of the result.
+    """
+
+    def __init__(self, x: Any, right: Any, outputs: int, dtype: Any) -> None:
+        self._shape = (*x.shape[:-1], outputs)
+        self._dtype = dtype
+        self._native = dtype if dtype in _OUTPUTS else torch.int32
+        self._features, self._matrix = x.shape[-1], x.dim() == 2
+        self._device = x.device.index
+        self._launch: ProductLaunch | None = None
+        if self._features and x.numel() and outputs:
+            rows = x if self._matrix else x.reshape(-1, self._features)
+            b = _Packed((self._features, outputs)) if right is None else _Operand(right)
+            with scope(self._device):
+                self._launch = ProductLaunch(
+                    _Operand(rows), b, batch_shape=(), strides=(outputs, 1, 0),
+                    output=_OUTPUTS[self._native], scaled=False, device=self._device,
+                    captured=_overlaps_in_graphs(),
+                )  # fmt: skip
+
+    def __call__(self, x: Any, weight: Any) -> Any:
+        """Return the product of an `x` of the kind and weights, given by their address."""
+        y = x.new_empty(self._shape, dtype=self._native)
+        launch = self._launch
+        if launch is None:
+            y.zero_()  # no elements, or sums of none
+        else:
+            rows = x if self._matrix else x.reshape(-1, self._features)
+            device = self._device
+            # Freed on return, for reuse by later work on the stream.
+            workspace = x.new_empty(launch.workspace_bytes, dtype=torch.uint8)
+            addresses = [rows.data_ptr(), weight], workspace.data_ptr(), (y.data_ptr(), 0)
+            stream = torch._C._cuda_getCurrentRawStream(device)
+            if torch._C._cuda_getDevice() == device:
+                launch.launch(*addresses, stream)
+            else:
+                with scope(device):
+                    launch.launch(*addresses, stream)
+        return y if self._native is self._dtype else y.to(self._dtype)
 
 
 def scope(device: int) -> AbstractContextManager[Any]:

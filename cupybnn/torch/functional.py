@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from cupybnn.ops import Quantizer
-from cupybnn.torch import operators, quantizers
+from cupybnn.torch import calls, operators, quantizers
 
 __all__ = ["check_features", "drawn_signs", "result_dtype", "sign_ste", "xnor_linear"]
 
@@ -109,7 +109,7 @@ def xnor_linear(
             f"The 'x' and 'weight' of xnor_linear must be on one device; got {x.device} and "
             f"{weight.device}."
         )
-    y = operators.xnor_linear(
+    y = calls.xnor_linear(
         x, weight, result_dtype(x), quantizers.key_of(input_ste), quantizers.key_of(ste), None
     )
     return y if bias is None else y + bias.to(y.dtype)

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from cupybnn import nn
 from cupybnn.ops import Quantizer, get_quantizer
-from cupybnn.torch import operators, quantizers
+from cupybnn.torch import calls, operators, quantizers
 from cupybnn.torch.functional import check_features, drawn_signs, result_dtype
 
 __all__ = ["SignSTE", "XnorLinear", "set_progress"]
@@ -181,12 +181,14 @@ class XnorLinear(torch.nn.Module):
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         weight, keys, dtype = self.weight, (self._input_key, self._key), result_dtype(x)
         if self.binary_input and self.xnor and not (self._random and self.training):
-            return operators.xnor_linear(x, weight, dtype, *keys, self.progress)
+            # Only the gradient depends on it, and looking it up takes a microsecond.
+            progress = self.progress if torch.is_grad_enabled() else None
+            return calls.xnor_linear(x, weight, dtype, *keys, progress)
         if self.binary_input:
             x = drawn_signs(x, self._input_key, self.training, self.progress)
         signs = drawn_signs(weight, self._key, self.training, self.progress)
         if self.binary_input and self.xnor:
-            return operators.xnor_linear(x, signs, dtype, "identity", "identity", None)
+            return calls.xnor_linear(x, signs, dtype, "identity", "identity", None)
         return functional.linear(x, signs.to(x.dtype)).to(dtype)
 
     def extra_repr(self) -> str:

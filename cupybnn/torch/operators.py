@@ -16,7 +16,16 @@ from cupybnn.backends.devices import CPU
 from cupybnn.packed import PackedMatrix
 from cupybnn.torch import quantizers
 
-__all__ = ["as_rows", "packed_linear", "sign_ste", "weight_scale", "xnor_linear"]
+__all__ = [
+    "KERNELS",
+    "as_rows",
+    "packed_linear",
+    "product_backward",
+    "save_product",
+    "sign_ste",
+    "weight_scale",
+    "xnor_linear",
+]
 
 _LIBRARY = torch.library.Library("cupybnn", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -133,12 +142,14 @@ def _packed_cuda(x: Any, words: Any, popcounts: Any, dtype: Any) -> Any:
     return cuda.packed_product(x, words, popcounts, dtype)
 
 
+#: What computes `xnor_linear` and `packed_linear` on each kind of device.
+KERNELS = {"cpu": (_xnor_cpu, _packed_cpu), "cuda": (_xnor_cuda, _packed_cuda)}
+
 _LIBRARY.impl("sign_ste", _sign_forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("weight_scale", _scale_forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("xnor_linear", _xnor_cpu, "CPU")
-_LIBRARY.impl("xnor_linear", _xnor_cuda, "CUDA")
-_LIBRARY.impl("packed_linear", _packed_cpu, "CPU")
-_LIBRARY.impl("packed_linear", _packed_cuda, "CUDA")
+for _device, _kernels in KERNELS.items():
+    for _name, _kernel in zip(("xnor_linear", "packed_linear"), _kernels, strict=True):
+        _LIBRARY.impl(_name, _kernel, _device.upper())
 
 
 # Backward passes -------------------------------------------------------------------------------
@@ -179,12 +190,14 @@ def _sign_backward(ctx: Any, grad: Any) -> Any:
     return _once(result, grad, x), None, None, None
 
 
-def _save_product(ctx: Any, inputs: Any, output: Any) -> None:
+def save_product(ctx: Any, inputs: Any, output: Any) -> None:
+    """Save what the backward pass of `xnor_linear` needs, given its inputs."""
     x, weight, _, ctx.input_ste, ctx.ste, progress = inputs
     ctx.save_for_backward(x, weight, progress)
 
 
-def _product_backward(ctx: Any, grad: Any) -> Any:
+def product_backward(ctx: Any, grad: Any) -> Any:
+    """Return the gradients of the inputs of `xnor_linear`."""
     x, weight, progress = ctx.saved_tensors
     grad_x = grad_weight = None
     with torch.no_grad():
@@ -206,5 +219,5 @@ torch.library.register_autograd(
     "cupybnn::sign_ste", _sign_backward, setup_context=_save_sign, lib=_LIBRARY
 )
 torch.library.register_autograd(
-    "cupybnn::xnor_linear", _product_backward, setup_context=_save_product, lib=_LIBRARY
+    "cupybnn::xnor_linear", product_backward, setup_context=save_product, lib=_LIBRARY
 )

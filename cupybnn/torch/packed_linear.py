@@ -11,7 +11,7 @@ import torch
 from cupybnn import backends
 from cupybnn.backends.devices import Device
 from cupybnn.packed import pack
-from cupybnn.torch import operators
+from cupybnn.torch import calls
 from cupybnn.torch.functional import check_features, result_dtype
 from cupybnn.torch.modules import XnorLinear
 
@@ -131,7 +131,7 @@ class PackedLinear(torch.nn.Module):
                 "XnorLinear that it was made of."
             )
         words = self._layout if self.words.is_cuda else self.words
-        y = operators.packed_linear(x, words, self._popcounts, result_dtype(x))
+        y = calls.packed_linear(x, words, self._popcounts, result_dtype(x))
         if self.scale is not None:
             y = y * self.scale.to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)

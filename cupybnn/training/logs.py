@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cupybnn import nn
+from cupybnn.extras import to_install
 from cupybnn.training.best import with_final
 from cupybnn.training.checkpoint import CheckpointFolder
 from cupybnn.training.event_file import EventFile
@@ -95,8 +96,8 @@ class TensorBoardWriter(Callback):
             self._file = EventFile(self._folder)
         except ImportError:
             trainer.notice(
-                "TensorBoard records are not written because tensorboard is not installed; to "
-                'install it: pip install "cupybnn[tensorboard]". Checkpoints are still written.'
+                f"TensorBoard records are not written because tensorboard is not installed; to "
+                f"install it: {to_install('tensorboard')}. Checkpoints are still written."
             )
             return
         self._flips = FlipCounter(trainer.model)

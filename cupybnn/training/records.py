@@ -123,6 +123,13 @@ class Callback:
 
     An exception raised by a method ends the run.
 
+    Attributes
+    ----------
+    on_every_rank : bool
+        Whether, in a run of several ranks, each of them calls it, rather than rank 0 alone. All
+        must then do the same: `on_step` may call `Trainer.evaluate` and `Trainer.state`, for which
+        the ranks exchange arrays, and change options of the optimizer.
+
     Examples
     --------
     >>> import cupybnn
@@ -138,6 +145,8 @@ class Callback:
     >>> len(losses.losses) > 0
     True
     """
+
+    on_every_rank = False
 
     def on_notice(self, trainer: TrainingRun, sentence: str) -> None:
         """On something that the user should know, other than figures."""

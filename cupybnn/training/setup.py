@@ -30,19 +30,18 @@ def refusal(ranks: Ranks, sentence: str) -> SettingError:
 
 
 def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
-    """Raise SettingError unless the ranks can share each batch, one image at least for each."""
+    """Raise SettingError unless the ranks can share the work, with an image at least for each."""
     if config.batch_size < ranks.size:
         raise refusal(
             ranks,
             f"The 'batch_size', which the ranks share, must be at least their number, so that each "
             f"has an image; got {config.batch_size} images for {ranks.size} ranks.",
         )
-    if config.mix != "none" and ranks.size > 1:
+    if ranks.size > 1 and config.grad_bits:
         raise refusal(
             ranks,
-            f"The 'mix' must be none with several ranks, because the image that another one is "
-            f"mixed with may be on another rank; got {config.mix!r} for {ranks.size} ranks. Leave "
-            f"it out, or train on one rank.",
+            f"Gradients are rounded by the greatest of a whole batch, which several ranks do not "
+            f"have. Leave out the option; got 'grad_bits' {config.grad_bits}.",
         )
 
 
@@ -134,13 +133,11 @@ def choose_step(
     `notify` is called with the reason if there is a GPU whose kernels are not used.
     """
     reason = _unfused_reason(model, optimizer, data, config, teachers)
-    if team is not None and data.device.kind == "cuda":
-        reason = "they are for a run of one rank"
     if reason is None:
         from cupybnn.training.fast import FusedStep
 
         assert isinstance(optimizer, optim.Adam)
-        return FusedStep(model, objective, optimizer, data, order, config, notify, teachers)
+        return FusedStep(model, objective, optimizer, data, order, config, notify, teachers, team)
     if config.dtype in ("tf32", "bfloat16"):
         notify(f"Dense products are in float32, not {config.dtype}: {reason}.")
     elif data.device.kind == "cuda" and config.fused and not config.debug:

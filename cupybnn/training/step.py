@@ -11,7 +11,7 @@ import numpy as np
 
 from cupybnn import nn, ops, optim
 from cupybnn.autograd import Tensor
-from cupybnn.backends.random import bell
+from cupybnn.backends.random import bell, from_row
 from cupybnn.data import Augmentation, BatchOrder, DeviceData, Mixing
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.teachers import Teachers
@@ -56,6 +56,13 @@ class Step(Protocol):
 
     def stale(self) -> bool:
         """Whether something that the step was built on was replaced, so that it must be rebuilt."""
+        ...
+
+    def prepare(self, evaluate: Callable[[], object], mention: Callable[[str], None]) -> None:
+        """Get ready for the first call, and for one of `evaluate`.
+
+        `mention` is called with a sentence if this takes long.
+        """
         ...
 
 
@@ -248,8 +255,7 @@ class PlainStep:
         team = self._team
         with contextlib.nullcontext() if team is None else team.part():
             indices = self._order.indices(step)
-            inputs, labels = self._data.batch(indices if team is None else indices[team.rows])
-            inputs = self._augment(inputs, self._data.image_shape, self._seed, step)
+            inputs, labels = self._images(indices if team is None else indices[team.rows], step)
             inputs, targets = self._mixed(inputs, labels, step)
             if self._teachers is not None:
                 targets = self._teachers.targets(inputs)
@@ -274,14 +280,29 @@ class PlainStep:
                 value = team.learn(loss)
         return StepOutput(value, logits.data, labels)
 
+    def _images(self, indices: Any, step: int) -> tuple[Any, Any]:
+        """Return deformed images, and their labels."""
+        inputs, labels = self._data.batch(indices)
+        return self._augment(inputs, self._data.image_shape, self._seed, step), labels
+
     def _mixed(self, inputs: Any, labels: Any, step: int) -> tuple[Any, Any]:
         """Mix images in pairs, and labels by the same shares."""
         if not self._mixing:
             return inputs, labels
-        xp = self._data.device.xp
-        shares = self._mixing.shares(len(inputs), self._mixing_seed, step, xp)
-        one_hot = (labels[:, None] == xp.arange(self._data.classes)).astype(inputs.dtype)
-        return self._mixing.mix(inputs, shares), self._mixing.mix(one_hot, shares)
+        shares = self._mixing.shares(len(inputs), self._mixing_seed, step, self._data.device.xp)
+        one_hot, next_input, next_one_hot = self._one_hot(labels, inputs.dtype), None, None
+        if self._team is not None:  # the one after the last is another rank's
+            place = self._team.rows.stop % self._order.batch_size
+            with from_row(place):
+                next_input, following = self._images(
+                    self._order.indices(step)[place : place + 1], step
+                )
+            next_one_hot = self._one_hot(following, inputs.dtype)
+        inputs = self._mixing.mix(inputs, shares, next_input)
+        return inputs, self._mixing.mix(one_hot, shares, next_one_hot)
+
+    def _one_hot(self, labels: Any, dtype: Any) -> Any:
+        return (labels[:, None] == self._data.device.xp.arange(self._data.classes)).astype(dtype)
 
     def _virtual(self, inputs: Any, step: int) -> tuple[Tensor, Tensor]:
         """Return the logits, and how far predictions change where inputs move most adversely."""
@@ -303,6 +324,9 @@ class PlainStep:
     def stale(self) -> bool:
         """Never: each step reads the model and the optimizer as they are."""
         return False
+
+    def prepare(self, evaluate: Callable[[], object], mention: Callable[[str], None]) -> None:
+        """Do nothing: operations are compiled when they are first needed."""
 
     def _attacked(self, inputs: Any, labels: Any) -> Any:
         """Move each input by `adversarial` in the direction that increases the loss.

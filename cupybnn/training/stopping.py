@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cupybnn.errors import SettingError
 from cupybnn.training.records import Callback
 
 if TYPE_CHECKING:
@@ -68,6 +67,8 @@ class EarlyStopping(Callback):
     True
     """
 
+    on_every_rank = True
+
     def __init__(
         self,
         monitor: str = "loss",
@@ -96,21 +97,7 @@ class EarlyStopping(Callback):
         self._steps = self._epochs = self._idle = 0
 
     def on_start(self, trainer: TrainingRun) -> None:
-        """Count epochs from the current step on.
-
-        Raises
-        ------
-        SettingError
-            If several ranks train together, unless only the training loss is watched.
-        """
-        if trainer.ranks.size > 1 and (
-            self._monitor != "loss" or self._keep_best or self._decay is not None
-        ):
-            raise SettingError(
-                f"An EarlyStopping on several ranks must watch the loss and only stop, because it "
-                f"runs on rank 0 alone; got {trainer.ranks.size} ranks. Leave out "
-                f"monitor='accuracy', keep_best and decay, or train on one rank."
-            )
+        """Count epochs from the current step on."""
         self._epochs = trainer.epoch
 
     def on_step(self, trainer: TrainingRun, step: int, output: StepOutput) -> None:

@@ -23,88 +23,21 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn import backends, nn, optim
+from cupybnn import nn, optim
 from cupybnn.autograd import Tensor
-from cupybnn.autograd.storage import module_of
-from cupybnn.backends.devices import CPU, device_of, synchronize, to_device
+from cupybnn.backends.devices import CPU, synchronize, to_device
 from cupybnn.backends.random import from_row
 from cupybnn.errors import RankError
-from cupybnn.nn.module import Share
-from cupybnn.ops import Quantizer
 from cupybnn.ops.norm import whole_batch
 from cupybnn.parallel import Pending, Ranks
-from cupybnn.parallel.ranks import padded
 from cupybnn.training.config import TrainConfig
+from cupybnn.training.shares import SharedWeight, can_be_shared
 from cupybnn.training.step import Objective
 
-__all__ = ["Team", "can_be_shared"]
+__all__ = ["Team"]
 
 #: Gradients of at most this many elements are sent together, when the backward pass is done.
 _SMALL = 1 << 15
-#: A share is packed as a matrix of 16 lines, the fewest that a GPU stores without padding.
-_LINES = 16
-
-
-def can_be_shared(layer: nn.Module) -> bool:
-    """Whether a layer uses nothing but the signs of its weight, whatever the latent weights are.
-
-    A quantizer with a scale, or with random signs, needs the latent weights in the forward pass.
-    """
-    if type(layer) is not nn.BinaryLinear:
-        return False
-    kind = type(layer.quantizer)
-    return kind.forward is Quantizer.forward and kind.scale is Quantizer.scale
-
-
-class _Shared:
-    """A binary weight that is shared out: its place, and the exchanges that concern it."""
-
-    def __init__(self, name: str, layer: nn.BinaryLinear, ranks: Ranks) -> None:
-        self.name, self.parameter, self.quantizer = name, layer.weight, layer.quantizer
-        self._ranks = ranks
-        lines = 1024 if layer.weight.device.kind == "cuda" else 64  # bits that are packed together
-        line = -(-layer.weight.size // (ranks.size * _LINES))
-        self._shape = (_LINES, -(-line // lines) * lines)
-        self.length = self._shape[0] * self._shape[1]
-        self._start = ranks.rank * self.length
-        #: Number of elements of the share that are weights; the others are padding.
-        self.used = min(max(layer.weight.size - self._start, 0), self.length)
-
-    def cut(self, array: Any) -> Any:
-        """Return this rank's share of a whole array, with zeros appended."""
-        xp = module_of(array)
-        share = xp.zeros(self.length, array.dtype)
-        share[: self.used] = array.reshape(-1)[self._start : self._start + self.used]
-        return share
-
-    def whole(self, share: Any) -> Any:
-        """Return the whole array, made of all ranks' shares."""
-        parts = self._ranks.all_gather(share).wait().reshape(-1)
-        return parts[: self.parameter.size].reshape(self.parameter.shape)
-
-    def scatter(self, gradient: Any) -> Pending:
-        """Begin to sum a gradient over the ranks; the result is this rank's share of it."""
-        flat = padded(gradient, self._ranks.size * self.length)
-        return self._ranks.reduce_scatter(flat)
-
-    def send_signs(self) -> Pending:
-        """Begin to send the signs of this rank's share to the others, one bit a weight."""
-        assert self.parameter.share is not None
-        latent = self.parameter.share.weight
-        with device_of(latent).scope():
-            words, _ = backends.get(latent).pack(latent.reshape(self._shape), -1)
-        return self._ranks.all_gather(words)
-
-    def set_signs(self, words: Any) -> None:
-        """Set the weight to the signs that all ranks sent."""
-        weight = self.parameter.write()
-        if words.ndim == 5:  # on a GPU, a matrix's words have an axis for a batch of matrices
-            words = words.reshape(-1, *words.shape[2:])
-        shape = (self._ranks.size, *self._shape)
-        with device_of(weight).scope():
-            signs = backends.get(weight).unpack(words, shape, -1, weight.dtype)
-            weight[...] = signs.reshape(-1)[: weight.size].reshape(weight.shape)
-        self.parameter.two_valued = True
 
 
 class Team:
@@ -120,7 +53,7 @@ class Team:
     config : TrainConfig
         Its fields `batch_size`, `sync_batch_norm` and `debug`.
     wants_stop : callable
-        Whether this rank has been asked to stop.
+        Returns whether this rank has been asked to stop.
 
     Attributes
     ----------
@@ -130,6 +63,12 @@ class Team:
         Their number as a part of the batch's.
     stop : bool
         Whether a rank was asked to stop: the same on all ranks after the same step.
+    shared : dict of Parameter to SharedWeight
+        The weights that are shared out.
+    is_whole : bool
+        Whether weights, optimizer's arrays and statistics are whole on every rank.
+    times_shared_out : int
+        How often; each time, weights may have been edited before.
     """
 
     def __init__(
@@ -144,24 +83,26 @@ class Team:
         self.ranks = ranks
         self.stop = False
         self._model, self._optimizer, self._objective = model, optimizer, objective
-        self._debug, self._wants_stop = config.debug, wants_stop
+        self._debug, self.wants_stop = config.debug, wants_stop
         self._batch, self._sync = config.batch_size, config.sync_batch_norm
         first, last = (r * config.batch_size // ranks.size for r in (ranks.rank, ranks.rank + 1))
         self.rows = slice(first, last)
         self.share_of_batch = (last - first) / config.batch_size
         self._learned = {p for group in optimizer.groups for p in group["params"]}
         self._device = next((p.device for p in self._learned), CPU)
-        layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-        uses = [layer.weight for _, layer in layers]
-        self._shared = {
-            layer.weight: _Shared(name, layer, ranks)
-            for name, layer in layers
+        layers = [m for _, m in model.named_modules() if isinstance(m, nn.Linear)]
+        uses = [layer.weight for layer in layers]
+        self.shared = {
+            layer.weight: SharedWeight(layer, ranks)
+            for layer in layers
             if isinstance(layer, nn.BinaryLinear) and can_be_shared(layer)
             if layer.weight.size and sum(w is layer.weight for w in uses) == 1
             if layer.weight in self._learned
         }
-        self._is_whole = True
+        self.times_shared_out = 0
+        self.is_whole = True
         self._votes: list[Any] = []
+        self._side: Any = None  # the stream that brings votes to the host
 
     @contextlib.contextmanager
     def part(self) -> Iterator[None]:
@@ -184,8 +125,8 @@ class Team:
 
         def completed(leaf: Any) -> None:
             """Send a gradient on its way while the backward pass goes on."""
-            if leaf in self._shared:
-                begun[leaf] = self._shared[leaf].scatter(leaf.grad)
+            if leaf in self.shared:
+                begun[leaf] = self.shared[leaf].scatter(leaf.grad)
                 leaf.grad = leaf.share.grad = None
             elif leaf.size > _SMALL and leaf in self._learned:
                 begun[leaf] = self.ranks.all_reduce(leaf.grad)
@@ -193,7 +134,7 @@ class Team:
         factor = self.weight_of(loss)
         loss.backward(factor, completed=completed)
         value = loss._data * factor
-        for parameter, shared in self._shared.items():
+        for parameter, shared in self.shared.items():
             if parameter in begun:
                 value = value + self._receive(shared, begun.pop(parameter))
         for parameter, pending in begun.items():
@@ -202,14 +143,14 @@ class Team:
         small = [p for p in small if p.grad is not None]
         value = self._exchange_small(small, value)
         self._optimizer.step()
-        sent = [(shared, shared.send_signs()) for shared in self._shared.values()]
+        sent = [(shared, shared.send_signs()) for shared in self.shared.values()]
         for shared, pending in sent:
             shared.set_signs(pending.wait())
         if self._debug:
             self.compare()
         return value
 
-    def _receive(self, shared: _Shared, pending: Pending) -> Any:
+    def _receive(self, shared: SharedWeight, pending: Pending) -> Any:
         """Turn the sum of the gradients of signs into that of the share; return its penalty."""
         share = shared.parameter.share
         assert share is not None
@@ -226,7 +167,7 @@ class Team:
     def _exchange_small(self, parameters: list[nn.Parameter], value: Any) -> Any:
         """Sum small gradients, the loss and the votes to stop in one exchange; return the loss."""
         xp = self._device.xp
-        vote = xp.full((1,), float(self._wants_stop()), value.dtype)
+        vote = xp.full((1,), float(self.wants_stop()), value.dtype)
         dtypes = {value.dtype, *(p.dtype for p in parameters)}
         totals: dict[nn.Parameter, Any] = {}
         for dtype in sorted(dtypes, key=str):
@@ -244,10 +185,10 @@ class Team:
                 start = stop
         for parameter, total in totals.items():
             parameter.grad = total
-        self._count(vote)
+        self.count(vote)
         return xp.asarray(value)
 
-    def _count(self, vote: Any) -> None:
+    def count(self, vote: Any) -> None:
         """Look whether a rank wants to stop; on a GPU, in the step before, which may have ended."""
         if self._device.kind == "cpu":
             self.stop = bool(vote > 0)
@@ -256,52 +197,49 @@ class Team:
         self._votes.append((vote, xp.cuda.get_current_stream().record()))
         if len(self._votes) == 2:
             earlier, counted = self._votes.pop(0)
-            side = xp.cuda.Stream(non_blocking=True)
+            side = self._side = self._side or xp.cuda.Stream(non_blocking=True)
             side.wait_event(counted)
-            with side:
-                self.stop = bool(earlier.get(stream=side) > 0)
+            self.stop = bool(earlier.get(stream=side) > 0)
             self.ranks.check()
 
     # Shares --------------------------------------------------------------------------------------
 
-    def _slots(self) -> Iterator[tuple[_Shared, dict[nn.Parameter, tuple[Any, ...]]]]:
+    def _slots(self) -> Iterator[tuple[SharedWeight, dict[nn.Parameter, tuple[Any, ...]]]]:
         """Yield each shared weight with the arrays that its optimizer keeps, by parameter."""
         for each in getattr(self._optimizer, "optimizers", (self._optimizer,)):
             mine = {id(p) for group in each.groups for p in group["params"]}
-            for parameter, shared in self._shared.items():
+            for parameter, shared in self.shared.items():
                 if id(parameter) in mine:
                     yield shared, each._slots
 
     def share_out(self) -> None:
         """Keep this rank's shares alone; the weights become signs."""
-        if not self._is_whole:
+        if not self.is_whole:
             return
-        self._is_whole = False
-        for parameter, shared in self._shared.items():
-            weight = parameter._data
-            with device_of(weight).scope():
-                parameter.share = Share(shared.cut(weight))
-        for shared, slots in self._slots():
-            if (arrays := slots.get(shared.parameter)) is not None:
-                slots[shared.parameter] = tuple(shared.cut(array) for array in arrays)
-        for shared in self._shared.values():
-            shared.set_signs(shared.send_signs().wait())
+        self.is_whole = False
+        self.times_shared_out += 1
+        with self._device.scope():
+            for shared in self.shared.values():
+                shared.share_out()
+            for shared, slots in self._slots():
+                if (arrays := slots.get(shared.parameter)) is not None:
+                    slots[shared.parameter] = shared.share_out_slots(arrays)
+            for shared in self.shared.values():
+                shared.set_signs(shared.send_signs().wait())
 
     def gather(self) -> None:
         """Make weights, the optimizer's arrays and batch norm's statistics whole on every rank."""
-        if self._is_whole:
+        if self.is_whole:
             return
-        self._is_whole = True
-        for shared, slots in self._slots():
-            if (arrays := slots.get(shared.parameter)) is not None:
-                slots[shared.parameter] = tuple(shared.whole(array) for array in arrays)
-        for parameter, shared in self._shared.items():
-            assert parameter.share is not None
-            latent = shared.whole(parameter.share.weight)
-            parameter.share = None
-            parameter.write()[...] = latent
-        if not self._sync:
-            self._average_statistics()
+        self.is_whole = True
+        with self._device.scope():
+            for shared, slots in self._slots():
+                if (arrays := slots.get(shared.parameter)) is not None:
+                    slots[shared.parameter] = shared.gather_slots(arrays)
+            for shared in self.shared.values():
+                shared.gather()
+            if not self._sync:
+                self._average_statistics()
 
     def _average_statistics(self) -> None:
         """Give all ranks the mean of their running statistics, weighted by their images.
@@ -337,7 +275,7 @@ class Team:
         sums = []
         for _, parameter in parameters:
             host = np.ascontiguousarray(to_device(parameter._data, CPU))
-            if parameter in self._shared and not self._is_whole:
+            if parameter in self.shared and not self.is_whole:
                 host = np.packbits(host.reshape(-1) >= 0)  # the signs, packed
             sums.append(zlib.crc32(host.tobytes()))
         first, *others = (

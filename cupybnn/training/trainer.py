@@ -17,14 +17,14 @@ from cupybnn import nn
 from cupybnn.autograd import debug
 from cupybnn.backends.devices import resolve
 from cupybnn.data import BatchOrder, Dataset, DeviceData
-from cupybnn.errors import CheckpointError, NonFiniteError
+from cupybnn.errors import CheckpointError, NonFiniteError, SettingError
 from cupybnn.files import remove_leftovers
 from cupybnn.parallel import Alone, Ranks
 from cupybnn.training import checkpoint as checkpoints
 from cupybnn.training import state
 from cupybnn.training.best import best_before
 from cupybnn.training.config import TrainConfig
-from cupybnn.training.evaluation import Averaging, evaluate
+from cupybnn.training.evaluation import Averaging, evaluate, right_answers
 from cupybnn.training.limits import check_memory
 from cupybnn.training.network import build_network
 from cupybnn.training.records import Callback, Evaluation, TrainResult, closing
@@ -61,8 +61,9 @@ class Trainer:
         Instead of the one that `config` names; `Dataset.from_arrays` makes one from any arrays.
     ranks : Ranks, optional
         From `cupybnn.parallel.connect`: the processes that train together. Each makes the same
-        Trainer and calls the same methods. Rank 0 alone has callbacks and a log directory. Binary
-        weights hold signs in ``on_step``, and latent weights in the other callbacks.
+        Trainer and calls the same methods. Rank 0 alone has a log directory, and callbacks other
+        than those with `on_every_rank`. Binary weights hold signs in ``on_step``, and latent
+        weights in the other methods of callbacks.
 
     Examples
     --------
@@ -129,7 +130,10 @@ class Trainer:
         self._given_model = model is not None
         self.ranks = Alone() if ranks is None else ranks
         self._team: Team | None = None
-        self.callbacks = list(callbacks) if self.ranks.rank == 0 else []
+        self.callbacks = [
+            c for c in callbacks if self.ranks.rank == 0 or getattr(c, "on_every_rank", False)
+        ]
+        self._alone = False  # whether this rank runs a callback that others do not
         self.notices: list[str] = []
         self.run_folder: Path | None = None
         self.history: list[Evaluation] = []
@@ -169,8 +173,15 @@ class Trainer:
 
     def _gather(self) -> None:
         """Make the weights whole; all ranks come here at the same time."""
-        if self._team is not None:
-            self._team.gather()
+        if self._team is None:
+            return
+        if self._alone and not self._team.is_whole:
+            raise SettingError(
+                f"Trainer.evaluate, state and averaged must be called on all ranks after a step, "
+                f"and on_step of a callback runs on rank 0 alone; got {self.ranks.size} ranks. Set "
+                f"on_every_rank = True in the callback's class, or call them in on_evaluate."
+            )
+        self._team.gather()
 
     def _build(self, model: nn.Module | None) -> None:
         config = self.config
@@ -266,6 +277,10 @@ class Trainer:
     def notice(self, sentence: str) -> None:
         """Report `sentence` to the callbacks, and keep it for the result."""
         self.notices.append(sentence)
+        self._mention(sentence)
+
+    def _mention(self, sentence: str) -> None:
+        """Report `sentence` to the callbacks; it does not concern the result."""
         for callback in self.callbacks:
             callback.on_notice(self, sentence)
 
@@ -320,7 +335,8 @@ class Trainer:
             self._averaging.update(step)
             self.step = step + 1
             for callback in self.callbacks:
-                callback.on_step(self, step, output)
+                with self._calling(callback):
+                    callback.on_step(self, step, output)
             if self.config.eval_every_n and step % self.config.eval_every_n == 0:
                 evaluation = self._evaluation(output)
                 self.history.append(evaluation)
@@ -352,7 +368,17 @@ class Trainer:
         """Call a method of every callback, while the other ranks wait."""
         with self.ranks.busy():
             for callback in self.callbacks:
-                getattr(callback, method)(self, *arguments)
+                with self._calling(callback):
+                    getattr(callback, method)(self, *arguments)
+
+    @contextlib.contextmanager
+    def _calling(self, callback: Callback) -> Iterator[None]:
+        """Context in which a callback runs, on this rank alone or on all."""
+        self._alone = self._team is not None and not getattr(callback, "on_every_rank", False)
+        try:
+            yield
+        finally:
+            self._alone = False
 
     def make_step(self, step: int) -> StepOutput:
         """Perform training step number `step`, with the fused kernels if they support it.
@@ -368,12 +394,25 @@ class Trainer:
                 "weights are discarded and the training weights restored. Leave that context first."
             )
         with self.device.scope():
+            if self._team is not None:
+                if self._step is not None and self._step.stale():
+                    self._team.gather()  # another kind of step may follow
+                self._team.share_out()
             if self._step is None or self._step.stale():
                 self._step = choose_step(
                     self.model, self.objective, self.optimizer, self.data, self.order, self.config,
                     self.notice, self.teachers, self._team,
                 )  # fmt: skip
+                with self.ranks.busy():  # others may have compiled the kernels before
+                    self._step.prepare(self._evaluate_dry, self._mention)
             return self._step(step)
+
+    def _evaluate_dry(self) -> None:
+        """Launch what `evaluate` launches; one of several ranks does so by itself."""
+        if self._team is None:
+            self.evaluate()
+        else:
+            evaluate(self.model, self.objective, self.data, Alone())
 
     def _checked_step(self, step: int) -> StepOutput:
         if not self.config.debug:
@@ -392,11 +431,10 @@ class Trainer:
         train_loss = train_accuracy = float("nan")
         if output is not None:
             train_loss = float(output.loss)
-            right = output.logits.argmax(axis=1) == output.labels
-            train_accuracy = float(right.mean())
+            right, count = right_answers(output.logits, output.labels), len(output.labels)
             if self._team is not None:
-                count = self.ranks.sums([float(right.sum()), right.size])
-                train_accuracy = float(count[0] / count[1])
+                right, count = self.ranks.sums([right, count])
+            train_accuracy = float(right / count)
         return Evaluation(
             step=self.step - 1,
             train_loss=train_loss,
@@ -409,7 +447,9 @@ class Trainer:
     def evaluate(self) -> tuple[float, float]:
         """Return loss (with penalty) and accuracy on the test set, with averaged weights if any."""
         with self.averaged(), np.errstate(**_UNDERFLOW_IS_ZERO):
-            return evaluate(self.model, self.objective, self.data, self.ranks)
+            # The weights are whole, so one rank can do it by itself.
+            ranks = Alone() if self._alone else self.ranks
+            return evaluate(self.model, self.objective, self.data, ranks)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

@@ -2,8 +2,13 @@
 // latent weight and its clipping; and the description of a parameter.
 //
 // The translation unit sets, in addition to the macros of elements.cuh, PENALTY, one of PENALTY_*; and
-// WRITE_GRADIENT, 1 to write gradients in float, including the penalty.
+// WRITE_GRADIENT, 1 to write gradients in float, including the penalty. It may set GATED to 0 if no
+// parameter is CLIPPED or has a WINDOW.
 #pragma once
+
+#ifndef GATED
+#define GATED 1
+#endif
 
 #include "block.cuh"
 #include "elements.cuh"
@@ -17,6 +22,7 @@ constexpr i64 CLIPPED = 2;  // pseudo-gradient: limited to [-1, 1]
 constexpr i64 WINDOW = 4;   // pseudo-gradient: 0 where the weight is outside [-1, 1]
 constexpr i64 ALIGNED = 8;  // four neighbours can be loaded and stored together
 constexpr i64 ROUNDED = 16; // the gradient comes from a dense product, in real_t; otherwise float
+constexpr i64 SENT = 32;    // `words` has a word of 32 rows for each column, row by row, to be sent
 
 // Filled by cupybnn/backends/cuda/fused_parameter.py, field by field in this order.
 struct Parameter {
@@ -71,8 +77,10 @@ struct Adam {
   // its penalty to `sum`.
   __device__ __forceinline__ void operator()(float& v, float& d, float& m, float& s, bool exists,
                                              float& sum) const {
+#if GATED
     d = within(d, bound);
     d = !windowed | (fabsf(v) <= 1) ? d : 0.0f;
+#endif
 #if PENALTY == PENALTY_L1
     sum += exists ? penalty * fabsf(v) : 0.0f;
     d += v > 0 ? penalty : v < 0 ? -penalty : 0.0f;

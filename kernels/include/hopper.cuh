@@ -71,6 +71,9 @@ __device__ __forceinline__ void bulk_prefetch(const void* from, u32 bytes) {
   if (bytes) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
+// How the copy engine finds boxes of a matrix (CUtensorMap of the driver API).
+struct alignas(64) TensorMap { u64 opaque[16]; };
+
 // Copy a box of a matrix described by a tensor map, starting at column x and row y; elements outside
 // the matrix are zeros, which `bar` counts too.
 __device__ __forceinline__ void tensor_load(u32 to, const void* map, int x, int y, u32 bar) {

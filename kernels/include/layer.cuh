@@ -25,7 +25,7 @@ struct Layer {
   const float* beta;
   i64 rows, cols;
   double keep_scale;  // 1 / keep_prob
-  double share;       // 1 / rows: a division would need a stack
+  double share;       // 1 / rows that batch norm is of: a division would need a stack
 };
 
 #if NORM

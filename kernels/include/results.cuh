@@ -52,20 +52,40 @@ __device__ __forceinline__ void fill_chunk(const Product& p, i64 item, i64 m, i6
 }
 #endif
 
+// An accumulator kept as a 16-bit number, with another in the same register.
+struct Half {
+  u32 pair;
+  int second;  // which of the two
+};
+
+// What storing some of a tile's columns leaves for the next ones: results of a lane's first row that are
+// stored with them (store_ragged). For more rows there are no registers; theirs are computed again.
+template <int BLOCKS> struct Leftover {
+  u32 results[4];
+  static __device__ constexpr bool kept(int row) { return !SCALED && BLOCKS == 1 && row == 0; }
+};
+
 // The results of one tile: from accumulators to the caller's memory.
 template <int HEIGHT, int WIDTH> struct Results {
   const Product& p;
   const Terms<HEIGHT, WIDTH>& terms;
-  const i64 item, m, n;  // batch item, and the tile's first row and column
+  const i64 item;   // of the batch
+  const u32 m, n;   // the tile's first row and column
   out_t* const out;      // the tile's first result
 
   __device__ __forceinline__ Results(const Product& product, const Terms<HEIGHT, WIDTH>& tile_terms,
                                      i64 batch_item, i64 first_row, i64 first_col)
-      : p(product), terms(tile_terms), item(batch_item), m(first_row), n(first_col),
+      : p(product), terms(tile_terms), item(batch_item), m((u32)first_row), n((u32)first_col),
         out((out_t*)product.out + batch_item * product.out_batch + first_row * product.out_row +
             first_col * product.out_col) {}
 
   // The product, or OUTPUT_PACKED: the product minus its threshold.
+#if __CUDA_ARCH__ >= 900
+  static __device__ __forceinline__ int product(int row_term, int col_term, const Half& acc) {
+    // Of the two 16-bit numbers one times 4 and the other times 0: one instruction to take it and add.
+    return (int)__dp2a_lo(acc.pair, acc.second ? 0x400u : 4u, (u32)row_term + (u32)col_term);
+  }
+#endif
   static __device__ __forceinline__ int product(int row_term, int col_term, int acc) {
     return (int)((u32)row_term + (u32)col_term + (u32)ACC_TERM * (u32)acc);
   }
@@ -203,7 +223,7 @@ template <int HEIGHT, int WIDTH> struct Results {
   // either end of a row, fewer than four, are stored one by each lane.
   template <int FIRST, int COUNT, int TOTAL, int BLOCKS, typename Acc>
   __device__ __forceinline__ void store_ragged(int row, int block_rows, int rows, int col, int cols,
-                                               int lane, const Acc& acc) const {
+                                               int lane, const Acc& acc, Leftover<BLOCKS>& leftover) const {
     constexpr int SECTOR = 32 / sizeof(out_t);
     constexpr u32 ALL = 0xffffffffu;
     const int quad = lane & 3;
@@ -230,9 +250,10 @@ template <int HEIGHT, int WIDTH> struct Results {
           for (int i = 0; i < 4; i++) now[i] = within & 2 ? w[i ^ 2] : w[i];
         };
         if constexpr (FIRST > 0) {
-          take(FIRST - 2);
+          if (!Leftover<BLOCKS>::kept(below)) take(FIRST - 2);
 #pragma unroll
-          for (int i = 0; i < 4; i++) before[i] = now[i];
+          for (int i = 0; i < 4; i++)
+            before[i] = Leftover<BLOCKS>::kept(below) ? leftover.results[i] : now[i];
         }
         constexpr int STOP = FIRST + COUNT + (FIRST + COUNT == TOTAL ? 2 : 0);
 #pragma unroll
@@ -269,6 +290,10 @@ template <int HEIGHT, int WIDTH> struct Results {
               store_one(to + 8 * j + away, one);
           }
         }
+        if (Leftover<BLOCKS>::kept(below) && STOP < TOTAL) {
+#pragma unroll
+          for (int i = 0; i < 4; i++) leftover.results[i] = before[i];
+        }
       }
   }
 
@@ -304,10 +329,11 @@ template <int HEIGHT, int WIDTH> struct Results {
   // lane / 4 + 8, and of eight column positions 2 (lane % 4) and the next (PTX ISA, matrix fragments
   // of mma.m16n8k256): rows two apart, and in two fragments four neighbouring columns (layout.cuh).
   // acc(block, i) is accumulator i of a lane, four per fragment.
-  // OUTPUT_PACKED: `ones` counts the bits of the lane's rows, for count_fragments.
+  // OUTPUT_PACKED: `ones` counts the bits of the lane's rows, for count_fragments. Fragments are stored in
+  // order, from 0 to TOTAL, with the same `leftover`.
   template <int FIRST, int COUNT, int TOTAL, int BLOCKS, typename Acc>
   __device__ __forceinline__ void store_fragments(int row, int block_rows, int col, const Acc& acc,
-                                                  int (&ones)[BLOCKS]) const {
+                                                  int (&ones)[BLOCKS], Leftover<BLOCKS>& leftover) const {
     constexpr int ROWS = 2 * BLOCKS;
     static_assert(FIRST % 2 == 0 && COUNT % 2 == 0, "two fragments make four neighbours");
     int lane;
@@ -317,16 +343,17 @@ template <int HEIGHT, int WIDTH> struct Results {
 #if OUTPUT != OUTPUT_PACKED
     // The part of the tile that exists.
     const int rows = (int)min(p.m - m, (i64)HEIGHT), cols = (int)min(p.n - n, (i64)WIDTH);
-    // Whether these results are inside the matrix, and neighbours can be stored together. All lanes
-    // agree; telling the compiler saves a second copy of every exchange, for diverged lanes.
+    // Whether the warp's results are inside the matrix, and neighbours can be stored together: the same
+    // for all fragments. All lanes agree; telling the compiler saves a second copy of every exchange, for
+    // diverged lanes.
     out_t* to = out + r0 * p.out_row + (c0 + 8 * FIRST) * p.out_col;
     const bool whole = __all_sync(
         0xffffffffu, row + (BLOCKS - 1) * block_rows + 16 <= rows &&
-                         col + 8 * (FIRST + COUNT) <= cols && p.out_col == 1 &&
+                         col + 8 * TOTAL <= cols && p.out_col == 1 &&
                          (p.out_row & 3) == 0 && ((u64)to & (4 * sizeof(out_t) - 1)) == 0);
     if (!whole) {
       if (p.out_col == 1)
-        store_ragged<FIRST, COUNT, TOTAL, BLOCKS>(row, block_rows, rows, col, cols, lane, acc);
+        store_ragged<FIRST, COUNT, TOTAL, BLOCKS>(row, block_rows, rows, col, cols, lane, acc, leftover);
       else
         store_scattered<FIRST, COUNT, BLOCKS>(row, block_rows, rows, col, cols, lane, acc);
       return;
@@ -404,8 +431,9 @@ template <int HEIGHT, int WIDTH> struct Results {
   __device__ __forceinline__ void store_all(int row, int block_rows, int col,
                                             const int (&acc)[BLOCKS][ACC]) const {
     int ones[BLOCKS] = {};
+    Leftover<BLOCKS> none;
     store_fragments<0, ACC / 4, ACC / 4>(
-        row, block_rows, col, [&](int block, int i) { return acc[block][i]; }, ones);
+        row, block_rows, col, [&](int block, int i) { return acc[block][i]; }, ones, none);
     count_fragments(row, block_rows, ones);
   }
 };

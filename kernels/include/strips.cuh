@@ -5,7 +5,12 @@
 //     COLS, CLUSTER  columns of a strip and blocks of its cluster (see below)
 //     HELD     rows of a thread that stay in shared memory between passes, or 0 (see below)
 //     BLOCK_WARPS  warps of a block (block.cuh): 16 for strips of many rows
+// and may set WHOLE to 1: every strip has COLS columns, and every thread HELD rows, or a multiple of 8.
 #pragma once
+
+#ifndef WHOLE
+#define WHOLE 0
+#endif
 
 #include "block.cuh"
 #include "hopper.cuh"
@@ -24,20 +29,23 @@ struct Strip {
   int skip = threadIdx.x / LANES;             // ... whose rows are this much further
   int rows, cols;
   __device__ __forceinline__ explicit Strip(const Layer& p) : rows((int)p.rows), cols((int)p.cols) {}
-  __device__ __forceinline__ bool has_cols() const { return col < cols; }
+  __device__ __forceinline__ bool has_cols() const { return WHOLE || col < cols; }
   // Existing columns, in place of those beyond the last.
   __device__ __forceinline__ int safe_col() const { return has_cols() ? col : 0; }
   // Row `turn` of a thread, and whether any thread of the block has one.
   __device__ __forceinline__ int row(int turn) const { return first_row + turn * step + skip; }
-  __device__ __forceinline__ bool begins(int turn) const { return first_row + turn * step < rows; }
-  __device__ __forceinline__ bool has(int row) const { return row < rows && has_cols(); }
-  // Offset of a thread's elements of a row; of the last row, in place of one beyond it.
-  __device__ __forceinline__ int offset(int row) const {
-    return min(row, rows - 1) * cols + safe_col();
+  __device__ __forceinline__ bool begins(int turn) const {
+    return WHOLE && HELD ? turn < HELD : first_row + turn * step < rows;
   }
+  __device__ __forceinline__ bool has_row(int row) const { return WHOLE || row < rows; }
+  __device__ __forceinline__ bool has(int row) const { return has_row(row) && has_cols(); }
+  // A row that exists: the last one, in place of one beyond it.
+  __device__ __forceinline__ int safe_row(int row) const { return WHOLE ? row : min(row, rows - 1); }
+  // Offset of a thread's elements of a row that exists.
+  __device__ __forceinline__ int offset(int row) const { return safe_row(row) * cols + safe_col(); }
   // Offset of the mask word with a thread's columns of a row, and their first bit in it.
   __device__ __forceinline__ int word(int row) const {
-    return min(row, rows - 1) * ((cols + 31) >> 5) + (safe_col() >> 5);
+    return safe_row(row) * ((cols + 31) >> 5) + (safe_col() >> 5);
   }
   __device__ __forceinline__ int bit() const { return safe_col() & 31; }
 };
@@ -111,16 +119,17 @@ __device__ __forceinline__ HeldElements<product_t> held_products() {
 }
 __device__ __forceinline__ HeldByRow<u32> held_kept() { return HeldByRow<u32>(held + HELD_PRODUCTS); }
 
-// Start all copies, BATCH rows per group: products, dropout masks, and the copies of `copy_more` for
+// Start all copies, GROUP rows per group: products, dropout masks, and the copies of `copy_more` for
 // row `turn` of a thread.
-template <int BATCH, typename More>
+constexpr int GROUP = HELD < 8 ? HELD : 8;
+static_assert(HELD % GROUP == 0, "whole groups");
+template <typename More>
 __device__ __forceinline__ void hold(const Layer& p, const Strip& at, const More& copy_more) {
-  static_assert(HELD % BATCH == 0, "whole groups");
 #pragma unroll 1
-  for (int turn = 0; turn < HELD; turn += BATCH) {
+  for (int turn = 0; turn < HELD; turn += GROUP) {
     if (at.begins(turn)) {
 #pragma unroll
-      for (int b = 0; b < BATCH; b++) {
+      for (int b = 0; b < GROUP; b++) {
         held_products().copy(at, p.z, turn + b);
         if (DROP != DROP_NONE) held_kept().copy(at, p.kept + at.word(at.row(turn + b)), turn + b);
         copy_more(turn + b);
@@ -132,13 +141,15 @@ __device__ __forceinline__ void hold(const Layer& p, const Strip& at, const More
 #endif
 
 // A thread's products of ROWS rows from row `turn` on, and their dropout masks. All are loaded before
-// the first is used, whether the row exists or not: no load waits for another.
-template <int ROWS_> struct Products {
+// the first is used, whether the row exists or not: no load waits for another. In the FIRST pass, what is
+// held may be still on its way.
+template <int ROWS_, bool FIRST> struct Products {
   Vector<product_t, VECTOR> raw[ROWS_];
   u32 keeps[ROWS_];
   __device__ __forceinline__ Products(const Layer& p, const Strip& at, int turn) {
 #if HELD
-    wait_for_groups((HELD - turn) / ROWS_ - 1);
+    static_assert(GROUP % ROWS_ == 0, "a batch is part of a group");
+    if (FIRST) wait_for_groups(HELD / GROUP - 1 - turn / GROUP);
 #pragma unroll
     for (int b = 0; b < ROWS_; b++) {
       raw[b] = held_products()(turn + b);
@@ -154,10 +165,13 @@ template <int ROWS_> struct Products {
 #endif
   }
   __device__ __forceinline__ u32 kept(int b, int i) const { return keeps[b] >> i & 1; }
-  __device__ __forceinline__ float operator()(const Layer& p, int b, int i) const {
-    const float z = to_float(raw[b].at[i]);
-    if (DROP != DROP_PRODUCT) return z;
-    return kept(b, i) ? __fmul_rn(z, (float)p.keep_scale) : 0.0f;
+  // Those of row b, after dropout if that comes first.
+  __device__ __forceinline__ void load(const Layer& p, int b, float (&z)[VECTOR]) const {
+    to_floats<VECTOR>(raw[b], z);
+    if (DROP != DROP_PRODUCT) return;
+#pragma unroll
+    for (int i = 0; i < VECTOR; i++)
+      z[i] = kept(b, i) ? __fmul_rn(z[i], (float)p.keep_scale) : 0.0f;
   }
 };
 

@@ -7,6 +7,8 @@
 #include "adam.cuh"
 
 constexpr int TOGETHER = 2;  // rows of a group, which a warp updates at a time
+// Offsets of elements are of 32 bits: a parameter has fewer than 2**31, and 64 bits take three times as many
+// instructions.
 
 // Four columns per lane, in some rows of the weights and of the optimizer's means.
 struct Rows {
@@ -16,7 +18,7 @@ struct Rows {
     if (col >= (int)p.cols) return;
 #pragma unroll
     for (int r = 0; r < TOGETHER; r++) {
-      const i64 at = min(row + r, (int)p.rows - 1) * p.cols + col;
+      const int at = min(row + r, (int)p.rows - 1) * (int)p.cols + col;
       load<4>(p.weight + at, weight[r]);
       load<4>(p.mean + at, mean[r]);
       load<4>(p.square + at, square[r]);
@@ -65,7 +67,7 @@ __device__ __forceinline__ float update_tile(const Parameter& p, const Adam& mov
           signs[e] |= now.weight[r][e] >= 0 & exists ? 1u << r : 0;
         }
         if (exists) {
-          const i64 at = (i64)(row + r) * p.cols + col;
+          const int at = (row + r) * (int)p.cols + col;
           store<4>(p.weight + at, now.weight[r]);
           store<4>(p.mean + at, now.mean[r]);
           store<4>(p.square + at, now.square[r]);

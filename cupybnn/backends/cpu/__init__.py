@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from cupybnn import settings
+from cupybnn.extras import to_install
 
-__all__ = ["NAME", "CpuStatus", "compiled", "status"]
+__all__ = ["NAME", "CpuStatus", "compiled", "compiled_passes", "status"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,13 @@ NAME = "numba"
 
 _lock = threading.RLock()
 _found: tuple[CpuStatus, ModuleType | None] | None = None
+
+
+def compiled_passes() -> ModuleType:
+    """Return `cupybnn.backends.cpu.passes`; only where `compiled` returns a module."""
+    from cupybnn.backends.cpu import passes
+
+    return passes
 
 
 def compiled(load: bool = True) -> ModuleType | None:
@@ -67,7 +75,7 @@ def _import() -> tuple[CpuStatus, ModuleType | None]:
         import numba
     except ModuleNotFoundError as error:
         if error.name == "numba":
-            return CpuStatus(False, "Numba is not installed: install cupybnn[cpu]."), None
+            return CpuStatus(False, f"Numba is not installed: {to_install('cpu')}."), None
         return CpuStatus(False, f"Numba is installed but cannot be imported: {error}."), None
     except Exception as error:  # such as a NumPy that it does not know yet
         first = (str(error).strip().splitlines() or [repr(error)])[0]

@@ -84,7 +84,8 @@ def cached(function: Callable[..., Any]) -> Any:
     That is ``NUMBA_CACHE_DIR``, or ``__pycache__`` next to this package, or the user's cache folder
     if that cannot be written to. Where none can, each process compiles for itself.
     """
-    dispatcher = njit(nogil=True)(function)
+    # Divisions as in NumPy: by 0 they give an infinity or NaN.
+    dispatcher = njit(nogil=True, error_model="numpy")(function)
     with contextlib.suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dispatcher._cache = _Cache(dispatcher.py_func)

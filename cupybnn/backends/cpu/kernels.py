@@ -26,29 +26,40 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import carray
 
 from cupybnn.backends.cpu import intrinsics
 from cupybnn.backends.cpu.cache import cached
 from cupybnn.backends.cpu.intrinsics import (
     add_counts,
+    integers,
     load_f32,
     load_i32,
     load_u8,
     load_u64,
-    mask,
-    mask_8,
-    mask_64,
     popcount,
     store_f32,
     store_i32,
     store_u64,
 )
+from cupybnn.backends.cpu.packing import pack_lines
+from cupybnn.backends.cpu.parts import first_part, inline, next_part
 
-__all__ = ["BLOCK", "COUNT", "FEW", "LOOKUP", "SCRATCH_BYTES", "block_of", "pack", "product"]
+__all__ = [
+    "BLOCK",
+    "COUNT",
+    "FEW",
+    "LOOKUP",
+    "PACKED",
+    "PLAN",
+    "SCRATCH_BYTES",
+    "block_of",
+    "product",
+]
 
 LOOKUP, COUNT, FEW = 0, 1, 2
 INT32, FLOAT32, BITS = 0, 1, 2
+PACKED = -1  # instead of one of `intrinsics.KINDS`
 
 LANES = intrinsics.LANES
 #: Words of K that are expanded at a time for 32 lanes (twice as many for 16), and that sums of
@@ -66,15 +77,13 @@ _tile_1_32 = intrinsics.add_lookups[1, 32]
 _tile_1_16 = intrinsics.add_lookups[1, 16]
 _expand_32, _expand_16 = intrinsics.expand_word[32], intrinsics.expand_word[16]
 
-_inline = njit(inline="never", nogil=True)
-
 
 def block_of(words: int) -> int:
     """Return the units in a block of lines of so many words, a multiple of 64."""
     return max(64, min(BLOCK, BLOCK_BYTES // (8 * max(words, 1)) // 64 * 64))
 
 
-@_inline
+@inline
 def _look_up(unit, unit_stride, units, lane, lane_stride, lanes, words, table, scratch):
     sums = scratch + SUMS
     step = WORDS if lanes > 16 else 2 * WORDS
@@ -108,7 +117,7 @@ def _look_up(unit, unit_stride, units, lane, lane_stride, lanes, words, table, s
                         _tile_1_16(row + i * unit_stride, unit_stride, index, here, table, target)
 
 
-@_inline
+@inline
 def _count_differing(unit, lane, words):
     total = 0
     for w in range(words):
@@ -116,7 +125,7 @@ def _count_differing(unit, lane, words):
     return total
 
 
-@_inline
+@inline
 def _count(unit, unit_stride, units, lane, lane_stride, lanes, words, scratch, width):
     sums = scratch + SUMS
     for u in range(0, units - 3, 4):
@@ -136,7 +145,7 @@ def _count(unit, unit_stride, units, lane, lane_stride, lanes, words, scratch, w
             store_i32(sums + 4 * (u * width + i), np.int32(total))
 
 
-@_inline
+@inline
 def _finish(
     sums, width, k, units, lanes, u0, l0, out, out_unit, out_lane, kind, swapped,
     unit_scale, lane_scale, bias,
@@ -201,142 +210,101 @@ def _finish(
             store_u64(out + (l0 + i) * out_lane + (u0 + first) // 8, bits)
 
 
+#: What a plan holds, int64 each, in this order.
+PLAN = (
+    *("parts", "method", "table", "block", "k", "kind", "swapped", "out_unit", "out_lane"),
+    *("units", "unit_stride", "unit_k", "unit_kind", "unit_size", "unit_step"),
+    *("lanes", "lane_stride", "lane_k", "lane_kind", "lane_size", "lane_step"),
+)
+
+
 @cached
 def product(
-    method, table, scratch, block, words, k, unit, unit_stride, u0, u1, lane, lane_stride, l0, l1,
-    out, out_unit, out_lane, kind, swapped, unit_scale, lane_scale, bias,
-):  # fmt: skip
-    """Write the products of the units u0 ... u1 and the lanes l0 ... l1, a multiple of 32.
+    counter, plan, scratch, unit, unit_words, lane, lane_words, out, unit_scale, lane_scale, bias
+):
+    """Write the products of all units and all lanes, or the parts that this thread takes.
+
+    Lines that are not packed yet are packed first, if this thread does all parts.
 
     Parameters
     ----------
-    method : int
-        LOOKUP, COUNT or FEW.
-    table, scratch : address
-        As `table` returns it; SCRATCH_BYTES aligned to 64 bytes.
-    block : int
-        `block_of` the words of a line.
-    words, k : int
-        Words and elements of a line.
-    unit, lane : address of packed words; strides from line to line in bytes
-    out : address of the result; strides in bytes
-    kind : int
-        INT32, FLOAT32 or BITS.
-    swapped : int
-        Whether lanes are rows of the result and units columns.
+    counter : address or 0
+        See `cupybnn.backends.cpu.threads`.
+    plan : address
+        Numbers that are the same for all operands of a kind: see `PLAN`. method is LOOKUP, COUNT or
+        FEW; table is the address of `table`; block is `block_of` the words of a line; k is the
+        elements of a line. kind is INT32, FLOAT32 or BITS; swapped, whether lanes are rows of the
+        result and units columns. unit_stride, unit_k, unit_size are bytes and unit_kind a number,
+        as for `packing.pack`, or PACKED. unit_step and lane_step are the lines of a part: where
+        bits are written, multiples of 64 and 32. out_unit and out_lane are strides.
+    scratch : address
+        SCRATCH_BYTES aligned to 64 bytes.
+    unit, lane, out : address
+    unit_words, lane_words : address
+        Memory for the words of lines that are not packed yet.
     unit_scale, lane_scale, bias : address or 0
     """
-    sums = scratch + SUMS
-    for ub in range(u0, u1, block):
-        units = min(block, u1 - ub)
-        first = unit + ub * unit_stride
-        for lb in range(l0, l1, LANES):
-            lanes = min(LANES, l1 - lb)
-            width = LANES if method == COUNT or lanes > 16 else 16
-            second = lane + lb * lane_stride
-            if method == FEW:
-                for u in range(units):
-                    for i in range(lanes):
-                        total = _count_differing(
-                            first + u * unit_stride, second + i * lane_stride, words
-                        )
-                        store_i32(sums + 4 * (u * width + i), np.int32(total))
-            else:
-                for i in range(0, 4 * units * width, 8):
-                    store_u64(sums + i, np.uint64(0))
-                if method == LOOKUP:
-                    _look_up(
-                        first, unit_stride, units, second, lane_stride, lanes, words, table, scratch
-                    )
-                else:
-                    _count(
-                        first, unit_stride, units, second, lane_stride, lanes, words, scratch, width
-                    )
-            _finish(
-                sums, width, k, units, lanes, ub, lb, out, out_unit, out_lane, kind, swapped,
-                unit_scale, lane_scale, bias,
-            )  # fmt: skip
-
-
-@_inline
-def _signs(address, kind, size, count):
-    """Return the signs of up to 64 neighbours, from bit 0."""
-    if count == 64:
-        return mask_64(address, kind)
-    word = np.uint64(0)
-    for i in range(0, count & ~7, 8):
-        word |= mask_8(address + i * size, kind) << np.uint64(i)
-    for i in range(count & ~7, count):
-        word |= mask(address + i * size, kind) << np.uint64(i)
-    return word
-
-
-@_inline
-def _transpose(x):
-    """Transpose 64 × 64 bits: bit j of word i becomes bit i of word j.
-
-    Blocks are swapped as in Warren, Hacker's Delight, section 7-3.
-    """
-    bits, low = 32, np.uint64(0x00000000FFFFFFFF)
-    while bits:
-        shift = np.uint64(bits)
-        for first in range(0, 64, 2 * bits):
-            for i in range(first, first + bits):
-                differ = ((x[i] >> shift) ^ x[i + bits]) & low
-                x[i] ^= differ << shift
-                x[i + bits] ^= differ
-        bits >>= 1
-        low ^= low << np.uint64(bits)
-
-
-@cached
-def pack(x, line_stride, k_stride, lines, start, stop, k, kind, size, out, out_stride, ones):
-    """Pack the signs of the lines start ... stop, of `lines`, and count their ones.
-
-    Parameters
-    ----------
-    x : address of the elements; strides in bytes
-    kind, size : int
-        `intrinsics.KINDS` of the dtype, and bytes of an element.
-    out : address of ceil(k / 64) words for each line
-    ones : address of an int32 for each line
-    """
+    p = carray(integers(plan), (21,))
+    parts, method, table, block, k, kind, swapped, out_unit, out_lane = (
+        p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8]
+    )  # fmt: skip
+    all_units, unit_stride, unit_k, unit_kind, unit_size, u_step = (
+        p[9], p[10], p[11], p[12], p[13], p[14]
+    )  # fmt: skip
+    all_lanes, lane_stride, lane_k, lane_kind, lane_size, l_step = (
+        p[15], p[16], p[17], p[18], p[19], p[20]
+    )  # fmt: skip
     words = (k + 63) >> 6
-    if k_stride == size or k <= 1:
-        for line in range(start, stop):
-            for w in range(words):
-                source = x + line * line_stride + 64 * w * size
-                store_u64(
-                    out + line * out_stride + 8 * w, _signs(source, kind, size, min(64, k - 64 * w))
-                )
-    elif line_stride == size:
-        square = np.zeros(64, np.uint64)
-        for w in range(words):
-            rows = min(64, k - 64 * w)
-            for first in range(start, stop, 64):
-                # The last tile overlaps the one before it, so that it is as fast.
-                line = max(0, min(first, lines - 64))
-                count = min(64, lines - line)
-                source = x + 64 * w * k_stride + line * size
-                for i in range(rows):
-                    square[i] = _signs(source + i * k_stride, kind, size, count)
-                square[rows:] = np.uint64(0)
-                _transpose(square)
-                for i in range(first - line, min(stop - line, 64)):
-                    store_u64(out + (line + i) * out_stride + 8 * w, square[i])
-    else:
-        for line in range(start, stop):
-            for w in range(words):
-                word = np.uint64(0)
-                for i in range(min(64, k - 64 * w)):
-                    element = x + line * line_stride + (64 * w + i) * k_stride
-                    word |= mask(element, kind) << np.uint64(i)
-                store_u64(out + line * out_stride + 8 * w, word)
-    for line in range(start, stop):
-        total = 0
-        for w in range(words):
-            total += popcount(load_u64(out + line * out_stride + 8 * w))
-        store_i32(ones + 4 * line, np.int32(total))
+    if unit_kind != PACKED:
+        pack_lines(
+            unit, unit_stride, unit_k, all_units, 0, all_units, k, unit_kind, unit_size, unit_words,
+            8 * words, 0,
+        )  # fmt: skip
+        unit, unit_stride = unit_words, 8 * words
+    if lane_kind != PACKED:
+        pack_lines(
+            lane, lane_stride, lane_k, all_lanes, 0, all_lanes, k, lane_kind, lane_size, lane_words,
+            8 * words, 0,
+        )  # fmt: skip
+        lane, lane_stride = lane_words, 8 * words
+    sums = scratch + SUMS
+    across = (all_lanes + l_step - 1) // l_step
+    part = first_part(counter)
+    while part < parts:
+        u0, l0 = part // across * u_step, part % across * l_step
+        u1, l1 = min(u0 + u_step, all_units), min(l0 + l_step, all_lanes)
+        for ub in range(u0, u1, block):
+            units = min(block, u1 - ub)
+            first = unit + ub * unit_stride
+            for lb in range(l0, l1, LANES):
+                lanes = min(LANES, l1 - lb)
+                width = LANES if method == COUNT or lanes > 16 else 16
+                second = lane + lb * lane_stride
+                if method == FEW:
+                    for u in range(units):
+                        for i in range(lanes):
+                            total = _count_differing(
+                                first + u * unit_stride, second + i * lane_stride, words
+                            )
+                            store_i32(sums + 4 * (u * width + i), np.int32(total))
+                else:
+                    for i in range(0, 4 * units * width, 8):
+                        store_u64(sums + i, np.uint64(0))
+                    if method == LOOKUP:
+                        _look_up(
+                            first, unit_stride, units, second, lane_stride, lanes, words, table,
+                            scratch,
+                        )  # fmt: skip
+                    else:
+                        _count(
+                            first, unit_stride, units, second, lane_stride, lanes, words, scratch,
+                            width,
+                        )  # fmt: skip
+                _finish(
+                    sums, width, k, units, lanes, ub, lb, out, out_unit, out_lane, kind, swapped,
+                    unit_scale, lane_scale, bias,
+                )  # fmt: skip
+        part = next_part(counter, part)
 
 
 def table() -> Any:

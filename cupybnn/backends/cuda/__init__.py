@@ -32,6 +32,7 @@ __all__ = [
     "pack_levels",
     "parallel_for",
     "parallel_parts",
+    "passes",
     "quantize_gradient",
     "random_words",
     "select",
@@ -58,3 +59,7 @@ def parallel_for(
 def parallel_parts(x: Any, axis: int, work: Callable[[Any], None]) -> None:
     """Call ``work(...)``, with the index of all of `x`: kernels need no threads on the host."""
     work(...)
+
+
+def passes(x: Any, *others: Any) -> None:
+    """Return None: what compiled code passes over on a CPU, CuPy's operations do here."""

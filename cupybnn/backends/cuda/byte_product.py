@@ -15,7 +15,7 @@ from cupybnn.backends.cuda import dispatch
 from cupybnn.backends.cuda.architectures import sm90
 from cupybnn.backends.cuda.compiler import load_kernel
 from cupybnn.backends.cuda.configs import Config, Problem
-from cupybnn.backends.cuda.fast_launch import FastLaunch
+from cupybnn.backends.cuda.launching import Launch
 from cupybnn.backends.cuda.lines import place
 from cupybnn.backends.cuda.packing import words_shape
 from cupybnn.backends.cuda.product import PRODUCT, gemm, prepare
@@ -75,6 +75,12 @@ class PixelProduct:
     flip : cupy.ndarray of bool, shape (units,)
     device : int
         Number of the current device, one that `runs_on` allows.
+
+    Attributes
+    ----------
+    words : cupy.ndarray of uint32, shape (1, digits * chunks, padded units, 32)
+        The digits, laid out.
+    threshold, flip : cupy.ndarray
     """
 
     def __init__(self, digits: np.ndarray, threshold: np.ndarray, flip: Any, device: int) -> None:
@@ -97,8 +103,8 @@ class PixelProduct:
             for each in lines
         ]
         self.chunks = words[0].shape[1]
-        self._words = cupy.asarray(np.concatenate(words, axis=1))
-        self._threshold, self._flip = cupy.asarray(threshold), flip
+        self.words = cupy.asarray(np.concatenate(words, axis=1))
+        self.threshold, self.flip = cupy.asarray(threshold), flip
 
     def lines_like(self, rows: int) -> Any:
         """Return memory for the pixels of so many images."""
@@ -124,7 +130,7 @@ class PixelProduct:
             cols=self.inputs, chunks=self.chunks, x=0,
         )  # fmt: skip
         blocks = min(-(-words.size // 1024), 1 << 14)
-        return Arrangement(FastLaunch(kernel, blocks, 256, 0, argument))
+        return Arrangement(Launch(kernel, blocks, 256, 0, argument, _X))
 
     def __call__(self, words: Any, rows: int) -> tuple[Any, Any]:
         """Multiply laid out pixels.
@@ -141,7 +147,7 @@ class PixelProduct:
         self.prepared(words, rows, out, ones)(cupy.cuda.get_current_stream().ptr)
         return out, ones
 
-    def prepared(self, words: Any, rows: int, out: Any, ones: Any) -> FastLaunch:
+    def prepared(self, words: Any, rows: int, out: Any, ones: Any) -> Launch:
         """Return the launch of a call, for results in memory that is zeros before the launch."""
         units, chunks = self.units, self.chunks
         problem = dispatch.problem_on(self._device, rows, units, 1024 * chunks, packed=True)
@@ -149,36 +155,36 @@ class PixelProduct:
         defines = (*config.defines, ("OUTPUT", _PACKED), ("SCALED", 0), ("DIGITS", self.digits))
         kernel = load_kernel("sm90_xnor_gemm", "xnor_gemm", defines, self._device, config.shared)
         argument = PRODUCT.pack(
-            a=words, b=self._words, pop_a=0, pop_b=0, out=out, out_pop=ones, row_scale=0,
-            col_scale=0, bias=0, threshold=self._threshold, flip=self._flip, sums=0, m=rows,
+            a=words, b=self.words, pop_a=0, pop_b=0, out=out, out_pop=ones, row_scale=0,
+            col_scale=0, bias=0, threshold=self.threshold, flip=self.flip, sums=0, m=rows,
             n=units, k=self.inputs, chunks=chunks, batch=1, a_step=1, b_step=1, out_row=0,
             out_col=0, out_batch=0, row_scale_batch=0, col_scale_batch=0, bias_batch=0, swapped=0,
             group=config.group, parts=1,
         )  # fmt: skip
         blocks = config.blocks(config.tiles(rows, units, 1), 1, problem.multiprocessors)
-        return FastLaunch(kernel, blocks, config.threads, config.shared, argument)
+        return Launch(kernel, blocks, config.threads, config.shared, argument)
 
 
 class Arrangement:
     """A launch that lays out the pixels of so many images; see `PixelProduct.arrangement`."""
 
-    def __init__(self, launch: FastLaunch) -> None:
+    def __init__(self, launch: Launch) -> None:
         self._launch = launch
 
     def __call__(self, x: Any, stream: int) -> None:
         """Lay out pixels: uint8, shape (rows, inputs), C-contiguous; on a stream's address."""
-        self._launch(stream, _X, BYTE_LINES.size - _X.size, x.data.ptr)
+        self._launch.go(stream, x.data.ptr)
 
 
 class Sum:
     """A launch that puts products with planes together; see `PlaneProduct.prepared`."""
 
-    def __init__(self, launch: FastLaunch) -> None:
+    def __init__(self, launch: Launch) -> None:
         self._launch = launch
 
     def __call__(self, out: Any, stream: int) -> None:
         """Fill `out`: float32, shape (rows, units), C-contiguous; on a stream's address."""
-        self._launch(stream, _OUT, PLANE_SUM.size - _OUT.size, out.data.ptr)
+        self._launch.go(stream, out.data.ptr)
 
 
 class PlaneProduct:
@@ -250,4 +256,4 @@ class PlaneProduct:
             pitch=planes.shape[1], out=0,
         )  # fmt: skip
         blocks = min(-(-rows * self.units // 256), 1 << 14)
-        return Sum(FastLaunch(kernel, blocks, 256, 0, argument))
+        return Sum(Launch(kernel, blocks, 256, 0, argument, _OUT))

@@ -38,6 +38,8 @@ class Launcher:
         nothing is summed over rows.
     classes : int
         Columns of the logits.
+    clusters : bool
+        As for `Walk`.
 
     Notes
     -----
@@ -48,13 +50,13 @@ class Launcher:
 
     def __init__(
         self, device: int, real: np.dtype, *, shapes: Sequence[tuple[int, int]] = (),
-        classes: int = 0,
+        classes: int = 0, clusters: bool = True,
     ) -> None:  # fmt: skip
         import cupy
 
         self.device, self.itemsize = device, real.itemsize
         self.multiprocessors = multiprocessors(device)
-        self.walk = Walk(device)
+        self.walk = Walk(device, clusters)
         self._real = _REAL[real.name]
         most = max((self.walk.most_partials(*shape, classes + 2) for shape in shapes), default=0)
         strips = max((-(-cols // 32) for _, cols in shapes), default=0)

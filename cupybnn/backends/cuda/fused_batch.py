@@ -14,7 +14,7 @@ __all__ = ["ALL_KEPT", "Attack", "Deformation", "Draw", "DropoutMask", "Gather"]
 BATCH = Struct(
     "Batch",
     "ptr images, all_labels, order, step, x, labels, pops; i64 ring, rows, cols, pop_count;"
-    "u64 seed; i64 draw, last",
+    "i64 first, whole; u64 seed; i64 draw, last",
 )
 DEFORMATION = Struct(
     "Deformation", "i64 height, width; u64 seed; double shift, rotation, scale, shear"
@@ -25,7 +25,9 @@ GATHER_DEFORMED = Kernel(
 )
 ATTACK = Kernel("smxx_batch", "attack", "Batch p; ptr gradient; float amount", BATCH)
 DROPOUT_MASK = Kernel(
-    "smxx_batch", "dropout_mask", "ptr step; i64 rows, cols; u64 seed; i64 draw; u32 last; ptr kept"
+    "smxx_batch",
+    "dropout_mask",
+    "ptr step; i64 rows, cols, first; u64 seed; i64 draw; u32 last; ptr kept",
 )
 
 
@@ -74,6 +76,8 @@ class _Batch:
 
     step: Any  # int64, (1,): the step number, on the device
     x: Any  # (batch, pixels): receives the pixels
+    first: int = 0  # place of its first row in the whole batch, of which it may be a part
+    whole: int | None = None  # images of the whole batch; None: as many as rows
     drop: Draw | None = None  # dropout of pixels; kept ones are not scaled
     pops: Any = None  # int32: set to 0
 
@@ -83,8 +87,8 @@ class _Batch:
         return BATCH.pack(
             **arrays, step=self.step, x=self.x, pops=self.pops,
             ring=0 if order is None else order.shape[0], rows=rows, cols=cols,
-            pop_count=0 if self.pops is None else self.pops.size,
-            **(self.drop or ALL_KEPT).fields(),
+            pop_count=0 if self.pops is None else self.pops.size, first=self.first,
+            whole=rows if self.whole is None else self.whole, **(self.drop or ALL_KEPT).fields(),
         )  # fmt: skip
 
     def _defines(self, vector: int) -> tuple[tuple[str, int], ...]:
@@ -100,7 +104,7 @@ class Gather(_Batch):
 
     images: Any  # uint8, (images, pixels)
     all_labels: Any  # int64, (images,)
-    order: Any  # int32, (ring, batch): indices of the images of step s in row s % ring
+    order: Any  # int32, (ring, whole): indices of the images of step s in row s % ring
     labels: Any  # int64, (batch,): receives the labels
     deformation: Deformation | None = None
 
@@ -145,11 +149,13 @@ class DropoutMask:
     draw: Draw
     shape: tuple[int, int]  # (batch, units)
     out: Any  # uint32, fused_layers.mask_shape: receives one bit per element
+    first: int = 0  # place of the first row in the whole batch
 
     def launch(self, launcher: Launcher) -> None:
         """Launch on the current stream."""
         rows, cols = self.shape
         fields = {**self.draw.fields(), "step": self.step, "rows": rows, "cols": cols}
+        fields["first"] = self.first
         grid = launcher.flat_grid(self.out.size)
         defines = (("DROP", 0), ("VECTOR", 1))
         launcher.launch(DROPOUT_MASK, {**fields, "kept": self.out}, grid=grid, defines=defines)

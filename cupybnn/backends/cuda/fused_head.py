@@ -7,7 +7,7 @@ from typing import Any
 
 from cupybnn.backends.cuda.compiler import Defines
 from cupybnn.backends.cuda.fused import WARPS, Launcher
-from cupybnn.backends.cuda.fused_layers import GATES, LAYER, BatchNorm, Layer
+from cupybnn.backends.cuda.fused_layers import DROP_ACTIVATION, GATES, LAYER, BatchNorm, Layer
 from cupybnn.backends.cuda.fused_walk import Sums
 from cupybnn.backends.cuda.structs import Kernel, Struct
 
@@ -16,20 +16,23 @@ __all__ = ["LOSSES", "READS", "Head"]
 # As in loss.cuh and smxx_head.cu.
 LOSSES = {"cross_entropy": 0, "squared_hinge": 1, "divergence": 2}
 READS = {"none": 0, "relu": 1, "sign": 2}
+_SUMS, _LOSS, _GRADIENT = 1, 2, 3  # as in smxx_output_norm.cu
 
 BACK = Struct(
     "Back",
-    "ptr weight, grad, out; double window; ptr partials, mean_loss, grad_factor; i64 partial_count",
+    "ptr weight, grad, out; double window; ptr partials, mean_loss, grad_factor; i64 partial_count;"
+    "double share",
 )
 OUTPUT_NORM = Struct(
     "OutputNorm",
     "ptr logits, grad, labels, gamma, beta, running_mean, running_variance, grad_gamma, grad_beta;"
-    "ptr mean_loss; i64 rows; double share, decay, eps, smoothing",
+    "ptr mean_loss, totals, whole_gamma, whole_beta; i64 rows;"
+    "double share, loss_share, decay, eps, smoothing",
 )
 LOGITS = Kernel(
     "smxx_head",
     "logits",
-    "Layer p; ptr weight, labels; float smoothing; ptr factor, out, grad, partials",
+    "Layer p; ptr weight, labels; float smoothing, share; ptr factor, out, grad, partials",
     LAYER,
 )
 HEAD_SUMS = Kernel(
@@ -74,6 +77,7 @@ class Head:
     # (batch, units), a dense operand: receives the gradient of the layer's product. It may share
     # the product's memory if elements have the same size.
     out: Any
+    examples: int | None = None  # of the mean loss, if others are on other ranks
 
     def __post_init__(self) -> None:
         followed = (self.factor is not None) + (self.norm is not None)
@@ -84,6 +88,11 @@ class Head:
     @property
     def _soft(self) -> bool:
         return len(self.labels.shape) == 2
+
+    @property
+    def _share(self) -> float:
+        """Of an example in the mean loss."""
+        return 1 / (self.layer.shape[0] if self.examples is None else self.examples)
 
     @property
     def _classes(self) -> int:
@@ -115,8 +124,8 @@ class Head:
         vector = 4 if layer.shape[1] % 4 == 0 else 1
         arguments = {
             "p": layer.pack(), "weight": self.weight, "labels": self.labels,
-            "smoothing": self.smoothing, "factor": self.factor, "out": self.logits,
-            "grad": self.grad_logits, "partials": launcher.losses(blocks),
+            "smoothing": self.smoothing, "share": self._share, "factor": self.factor,
+            "out": self.logits, "grad": self.grad_logits, "partials": launcher.losses(blocks),
         }  # fmt: skip
         ways = (("VECTOR", vector), ("ROWS", self._rows_of_warp(launcher)))
         defines = (*layer.defines(), *self._defines(), *ways)
@@ -126,34 +135,58 @@ class Head:
 
     def _launch_norm(self, launcher: Launcher, norm: BatchNorm) -> None:
         """Normalize the logits over the batch, compute the loss and both gradients."""
-        rows = self.logits.shape[0]
+        rows, whole = self.logits.shape[0], norm.whole
+        of_whole = {"grad_gamma": None, "grad_beta": None}
+        of_whole = of_whole if whole is None else whole.arrays(self._classes)
         packed = OUTPUT_NORM.pack(
             logits=self.logits, grad=self.grad_logits, labels=self.labels, gamma=norm.gamma,
             beta=norm.beta, running_mean=norm.running_mean, running_variance=norm.running_variance,
-            **norm.gradients(), mean_loss=self.mean_loss, rows=rows, share=1 / rows,
-            decay=norm.decay, eps=norm.eps, smoothing=self.smoothing,
+            **norm.gradients(), mean_loss=self.mean_loss,
+            totals=None if whole is None else whole.sums, whole_gamma=of_whole["grad_gamma"],
+            whole_beta=of_whole["grad_beta"], rows=rows, share=1 / norm.rows(rows),
+            loss_share=self._share, decay=norm.decay, eps=norm.eps, smoothing=self.smoothing,
         )  # fmt: skip
         defines = (
             ("CLASSES", self._classes),
             ("LOSS", LOSSES[self.loss]),
             ("SOFT", int(self._soft)),
         )
-        launcher.launch(NORMALISE_OUTPUT, {"p": packed}, grid=(1,), defines=defines)
+
+        def launch(*part: tuple[str, int]) -> None:
+            launcher.launch(NORMALISE_OUTPUT, {"p": packed}, grid=(1,), defines=(*defines, *part))
+
+        if whole is None:
+            launch()
+            return
+        launch(("PART", _SUMS))
+        whole.add_up(whole.sums, whole.sums)
+        launch(("PART", _LOSS))
+        norm.sum_gradients()
+        launch(("PART", _GRADIENT))
 
     def launch_gradient(self, launcher: Launcher) -> None:
         """Compute the gradients and, without `norm`, sum the loss. Call after `launch_logits`."""
         layer, walk, blocks = self.layer, launcher.walk, self._loss_blocks(launcher)
         widest = 2 if self._classes <= 12 else 1  # wider would need too many registers
+        # In clusters, fewer sums are enough for the gradients of a linear head; see smxx_head.cu.
+        linear = layer.norm is not None and self.reads == "none" and layer.drop != DROP_ACTIVATION
         back = BACK.pack(
             weight=self.weight, grad=self.grad_logits, out=self.out, window=self.window,
             partials=launcher.losses(blocks), mean_loss=self.mean_loss,
-            grad_factor=self.grad_factor, partial_count=blocks,
+            grad_factor=self.grad_factor, partial_count=blocks, share=self._share,
         )  # fmt: skip
         arguments = {"p": layer.pack(), "back": back, **layer.gradients()}
         gate = ("GATE", GATES[self.gate] if self.reads == "sign" else 0)
         held = 4 * self.grad_logits.shape[1]
-        sums = Sums(self._classes + 2 * (layer.norm is not None), row_bytes=held)
-        strips = walk.strips(layer, sums, widest)
+        sums = Sums(
+            self._classes + 2 * (layer.norm is not None),
+            row_bytes=held,
+            block_bytes=128 * self._classes * linear,  # the weights of a strip
+            always_clustered=True,  # it computes more than it reads
+        )
+        strips = walk.strips(layer, sums, 2 * widest if linear else widest)
+        if linear and not strips.clustered:
+            strips = walk.strips(layer, sums, widest)
         scratch = launcher.sums_over_rows(strips, sums.count)
         launcher.launch(
             HEAD_SUMS, {**arguments, **scratch, "grad_weight": self.grad_weight},
@@ -162,6 +195,8 @@ class Head:
             threads=strips.threads, shared=strips.shared,
         )  # fmt: skip
         if not strips.clustered:
+            if layer.norm is not None:
+                arguments |= layer.norm.sum_gradients()
             strips = walk.strips(layer, None, widest)
             defines = (*strips.defines, *self._defines(), gate)
             launcher.launch(HEAD_GRADIENT, arguments, grid=strips.grid, defines=defines)

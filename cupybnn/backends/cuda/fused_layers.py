@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "Layer",
     "UnpackColumns",
     "UnpackRows",
+    "WholeBatch",
     "mask_shape",
 ]
 
@@ -44,10 +46,17 @@ ACTIVATIONS = Struct("Activations", "ptr dense, words, pops, gate; double window
 NORMALISE = Kernel(
     "smxx_activation",
     "normalise",
-    "Layer p; ptr partials, tickets, mean, inverse, running_mean, running_variance;"
+    "Layer p; ptr partials, tickets, mean, inverse, running_mean, running_variance, sums_of_rows;"
     "float decay, gain, eps; Activations to",
     LAYER,
     ACTIVATIONS,
+)
+WHOLE_STATISTICS = Kernel(
+    "smxx_activation",
+    "whole_statistics",
+    "Layer p; ptr sums_of_rows, mean, inverse, running_mean, running_variance;"
+    "float decay, gain, eps",
+    LAYER,
 )
 ACTIVATE = Kernel("smxx_activation", "activate", "Layer p; Activations to", LAYER, ACTIVATIONS)
 GRADIENT_SUMS = Kernel(
@@ -72,6 +81,22 @@ def mask_shape(rows: int, cols: int) -> tuple[int, int]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WholeBatch:
+    """What a batch norm needs whose batch has further rows on other ranks."""
+
+    rows: int  # of all ranks
+    sums: Any  # float64, (2, columns): receives the sums of products and of their squares
+    mine: Any  # float32, (2, n): the gradients of gamma and beta in a row each
+    gradients: Any  # likewise: receives the sum of these
+    add_up: Callable[[Any, Any], None]  # writes the sum over all ranks of an array into another
+
+    def arrays(self, columns: int) -> dict[str, Any]:
+        """Return the gradients of the parameters, by the kernels' names."""
+        gamma, beta = self.gradients[:, :columns]
+        return {"grad_gamma": gamma, "grad_beta": beta}
+
+
+@dataclass(frozen=True, kw_only=True)
 class BatchNorm:
     """Batch norm: float32 arrays with one element per column."""
 
@@ -85,10 +110,22 @@ class BatchNorm:
     inverse: Any = None  # 1 / standard deviation
     decay: float
     eps: float
+    whole: WholeBatch | None = None
 
     def gradients(self) -> dict[str, Any]:
         """Return the arrays for the parameters' gradients, by the kernels' names."""
         return {"grad_gamma": self.grad_gamma, "grad_beta": self.grad_beta}
+
+    def sum_gradients(self) -> dict[str, Any]:
+        """Return the gradients over all rows that are normalized together, adding up if need be."""
+        if self.whole is None:
+            return self.gradients()
+        self.whole.add_up(self.whole.mine, self.whole.gradients)
+        return self.whole.arrays(self.gamma.size)
+
+    def rows(self, rows: int) -> int:
+        """Return how many rows are normalized together with `rows` of this rank."""
+        return rows if self.whole is None else self.whole.rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +160,11 @@ class Layer:
     def pack(self) -> bytes:
         """Return struct Layer."""
         rows, cols = self.shape
+        together = rows if self.norm is None else self.norm.rows(rows)
         names = ("mean", "inverse", "gamma", "beta")
         return LAYER.pack(
             z=self.product, kept=self.kept, **{n: getattr(self.norm, n, None) for n in names},
-            rows=rows, cols=cols, keep_scale=1 / self.keep_prob, share=1 / rows,
+            rows=rows, cols=cols, keep_scale=1 / self.keep_prob, share=1 / together,
         )  # fmt: skip
 
 
@@ -163,25 +201,36 @@ class Activation:
         """Launch on the current stream."""
         layer, norm, to = self.layer, self.layer.norm, self.to
         arguments = {"p": layer.pack(), "to": to.pack()}
+        kinds = to.defines()
         if norm is not None:
+            whole = norm.whole
+            kinds = kinds if whole is None else (*kinds, ("SHARED_BATCH", 1))
             sums = Sums(2, most_warps=16)
             strips = launcher.walk.strips(layer, sums)
             statistics = {
-                **launcher.sums_over_rows(strips, sums.count), "mean": norm.mean,
+                "sums_of_rows": None if whole is None else whole.sums, "mean": norm.mean,
                 "inverse": norm.inverse, "running_mean": norm.running_mean,
                 "running_variance": norm.running_variance, "decay": norm.decay,
                 "gain": 1 - norm.decay, "eps": norm.eps,
             }  # fmt: skip
+            scratch = launcher.sums_over_rows(strips, sums.count)
             launcher.launch(
-                NORMALISE, {**arguments, **statistics}, grid=strips.grid,
-                defines=(*strips.defines, *to.defines()), threads=strips.threads,
-                shared=strips.shared,
+                NORMALISE, {**arguments, **scratch, **statistics}, grid=strips.grid,
+                defines=(*strips.defines, *kinds), threads=strips.threads, shared=strips.shared,
             )  # fmt: skip
+            if whole is not None:
+                assert not strips.clustered, "the activations follow later"
+                whole.add_up(whole.sums, whole.sums)
+                launcher.launch(
+                    WHOLE_STATISTICS, {"p": arguments["p"], **statistics},
+                    grid=(-(-layer.shape[1] // strips.threads),), threads=strips.threads,
+                    defines=(*strips.defines, *kinds),
+                )  # fmt: skip
             if strips.clustered:  # that kernel also computes the activations
                 return
         if to.output != "none":
             strips = launcher.walk.strips(layer)
-            defines = (*strips.defines, *to.defines())
+            defines = (*strips.defines, *kinds)
             launcher.launch(ACTIVATE, arguments, grid=strips.grid, defines=defines)
 
 
@@ -213,6 +262,7 @@ class ActivationGradient:
             )  # fmt: skip
             if strips.clustered:  # that kernel also computes the gradient
                 return
+            arguments |= layer.norm.sum_gradients()
         strips = walk.strips(layer)
         launcher.launch(GRADIENT, arguments, grid=strips.grid, defines=(*strips.defines, gate))
 

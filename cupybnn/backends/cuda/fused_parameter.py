@@ -19,7 +19,7 @@ PARAMETER = Struct(
 #: A row of the rate table.
 RATES = Struct("Rates", "float lr, factor, eps, unused")
 
-_BINARY, _CLIPPED, _WINDOW, _ALIGNED, _ROUNDED = 1, 2, 4, 8, 16
+_BINARY, _CLIPPED, _WINDOW, _ALIGNED, _ROUNDED, _SENT = 1, 2, 4, 8, 16, 32
 _TILE_ROWS, _TILE_COLS = 32, 128
 
 
@@ -34,7 +34,8 @@ class ParameterUpdate:
     kept_grad: Any = None  # receives the gradient, including the penalty, if gradients are kept
     copy: Any = None  # the copy that products read: the weight in their dtype, or its sign
     packed: Any = None  # PackedMatrix of the signs, along the first axis
-    binary: bool = False  # whether `copy` and `packed` hold signs
+    sent: Any = None  # uint32, (rows / 32, columns): receives the signs of 32 rows each, to be sent
+    binary: bool = False  # whether `copy`, `packed` and `sent` hold signs
     gate: str = "none"  # pseudo-gradient of a latent weight: "none", "window" or "clip"
     limit: float | None = None  # the weight is clipped to [-limit, limit]
     lr_scale: float = 1.0
@@ -64,9 +65,11 @@ class ParameterUpdate:
             + _WINDOW * (self.gate == "window")
             + _ALIGNED * (cols % 4 == 0 and not any(x % 16 for x in arrays.values()))
             + _ROUNDED * (self.grad is not None and self.grad.dtype != np.float32)
+            + _SENT * (self.sent is not None)
         )
+        words = getattr(self.packed, "words", None) if self.sent is None else self.sent
         return PARAMETER.pack(
-            **arrays, words=getattr(self.packed, "words", None),
+            **arrays, words=words,
             pops=getattr(self.packed, "popcounts", None), rows=rows, cols=cols,
             count=self.weight.size, first_block=first_block, flags=flags, limit=self.limit or 0.0,
             lr_scale=self.lr_scale, penalty=self.penalty, weight_decay=self.weight_decay,

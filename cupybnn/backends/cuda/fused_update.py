@@ -23,7 +23,7 @@ ADAM = Kernel(
     "smxx_adam",
     "adam",
     "Parameters parameters; ptr rates; i64 ring; ptr step; float gain_mean, gain_square;"
-    "ptr mean_loss, loss, partials; i64 earlier; int final; ptr ticket",
+    "ptr mean_loss, loss, partials; i64 earlier, counted; int final; ptr ticket",
     PARAMETERS,
 )
 
@@ -36,11 +36,13 @@ class _Group:
 
     def __init__(self, parameters: Sequence[ParameterUpdate], earlier: int) -> None:
         self.fused: bytes | None = None
+        self.gated = False  # whether the gradient that the product computes passes a gate
         self.earlier = self.end = earlier
         by_product = [p for p in parameters if p.grad is None]
         if by_product:
             assert len(by_product) == 1, "a group has at most one product that updates"
             self.fused = by_product[0].pack(0)
+            self.gated = by_product[0].gate != "none"
             self.end += sign_gemm.tiles(*by_product[0].weight.shape) * sign_gemm.WRITERS
         self.launches: list[tuple[bytes, int, int]] = []  # table, blocks, earlier parts
         others = [p for p in parameters if p.grad is not None]
@@ -78,6 +80,8 @@ class Update:
         Incremented by the last group.
     mean_loss, loss : cupy.ndarray of float32, shape (1,)
         Loss without and with the penalty, which the last group adds.
+    counted : int, optional
+        Number of groups, from the first on, whose penalty is added; by default all.
 
     Notes
     -----
@@ -88,7 +92,7 @@ class Update:
     def __init__(
         self, launcher: Launcher, groups: Sequence[Sequence[ParameterUpdate]], *,
         betas: tuple[float, float], penalty: str, keep_gradients: bool,
-        rates: Any, step: Any, mean_loss: Any, loss: Any,
+        rates: Any, step: Any, mean_loss: Any, loss: Any, counted: int | None = None,
     ) -> None:  # fmt: skip
         import cupy
 
@@ -100,6 +104,8 @@ class Update:
             self._groups.append(_Group(parameters, end))
             end = self._groups[-1].end
         assert self._groups[-1].launches, "the last group increments the step"
+        ends = [0, *(group.end for group in self._groups)]
+        self._counted = ends[len(groups) if counted is None else counted]
         self._losses = {"mean_loss": mean_loss, "loss": loss}
         self._common = {
             "rates": rates, "ring": rates.shape[0], "step": step, "gain_mean": 1 - betas[0],
@@ -125,7 +131,7 @@ class Update:
         """Return what a product's kernel needs to update a group's weights, and its macros."""
         parts = self._groups[group]
         update = {"parameter": parts.fused, **self._common, "earlier": parts.earlier}
-        return update, self._defines
+        return update, (*self._defines, ("GATED", int(parts.gated)))
 
     def launch(self, group: int) -> None:
         """Update a group; the last one also computes the loss and increments the step."""
@@ -134,6 +140,7 @@ class Update:
         for number, (table, blocks, earlier) in enumerate(launches, 1):
             arguments = {
                 "parameters": table, **self._common, **self._losses, "earlier": earlier,
-                "final": last and number == len(launches), "ticket": self._ticket,
+                "counted": self._counted, "final": last and number == len(launches),
+                "ticket": self._ticket,
             }  # fmt: skip
             self._launcher.launch(ADAM, arguments, grid=(blocks,), defines=self._defines)

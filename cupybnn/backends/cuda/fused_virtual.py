@@ -17,11 +17,12 @@ _KINDS = {"affine": 0, "relu": 1, "sign": 2}
 
 MOVE = Struct(
     "Move",
-    "ptr x, gradient, step, out, pops; i64 rows, cols, pop_count; u64 seed, drop_seed;"
+    "ptr x, gradient, step, out, pops; i64 rows, cols, pop_count, first; u64 seed, drop_seed;"
     "i64 draw, last; double distance",
 )
 MIX = Struct(
-    "Mix", "ptr x, step, labels, out, targets; i64 rows, cols, classes; u64 seed; i64 some"
+    "Mix",
+    "ptr x, step, labels, out, targets; i64 rows, cols, classes, sources, first; u64 seed;i64 some",
 )
 MOVE_IMAGES = Kernel("smxx_virtual", "move_images", "Move p", MOVE)
 MIX_IMAGES = Kernel("smxx_virtual", "mix_images", "Mix p", MIX)
@@ -46,6 +47,7 @@ class MoveImages:
     seed: int = 0  # for "random"
     drop: Draw | None = None
     pops: Any = None  # int32: set to 0
+    first: int = 0  # place of the first row in the whole batch, of which it may be a part
 
     def launch(self, launcher: Launcher) -> None:
         """Launch on the current stream."""
@@ -54,6 +56,7 @@ class MoveImages:
         packed = MOVE.pack(
             x=self.x, gradient=self.gradient, step=self.step, out=self.out, pops=self.pops,
             rows=rows, cols=cols, pop_count=0 if self.pops is None else self.pops.size,
+            first=self.first,
             seed=self.seed, drop_seed=draw["seed"], draw=draw["draw"], last=draw["last"],
             distance=self.distance,
         )  # fmt: skip
@@ -68,21 +71,23 @@ class MoveImages:
 class MixImages:
     """Mix the images of a batch in pairs, and their labels; see `cupybnn.data.Mixing`."""
 
-    x: Any  # (batch, pixels), a dense operand
-    out: Any  # likewise, other memory
+    # (batch, pixels), a dense operand; of a part of a batch with the image after its last.
+    x: Any
+    out: Any  # (batch, pixels), likewise, other memory
     step: Any  # int64, (1,)
-    labels: Any  # int64, (batch,)
+    labels: Any  # int64, one for each row of `x`
     targets: Any  # float32, (batch, classes): receives the labels' shares; or None
     seed: int
     kind: str  # "some" or "uniform"
+    first: int = 0  # place of the first row in the whole batch
 
     def launch(self, launcher: Launcher) -> None:
         """Launch on the current stream."""
-        rows, cols = self.x.shape
+        rows, cols = self.out.shape
         packed = MIX.pack(
             x=self.x, step=self.step, labels=self.labels, out=self.out, targets=self.targets,
             rows=rows, cols=cols, classes=0 if self.targets is None else self.targets.shape[1],
-            seed=self.seed, some=self.kind == "some",
+            sources=self.x.shape[0], first=self.first, seed=self.seed, some=self.kind == "some",
         )  # fmt: skip
         defines = (("DIRECTION", 0), ("DROP", 0))
         launcher.launch(MIX_IMAGES, {"p": packed}, grid=(rows,), defines=defines)

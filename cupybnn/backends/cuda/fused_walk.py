@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["Strips", "Sums", "Walk"]
 
 _WARPS, _COLS = 8, 32
+# Without clusters, threads of four columns take wider strips: words of signs and masks are then
+# written four at a time.
+_WIDE = 128
+# With more blocks of clusters per multiprocessor than this, two launches that only read and write
+# are faster than one that waits for its sums, although they read everything twice.
+_MOST_ROUNDS = 4
 # With few blocks and many rows per thread, use more threads.
 _FEW_BLOCKS, _MANY_ROWS = 1, 8  # blocks per multiprocessor, rows per thread
 
@@ -29,7 +35,9 @@ class Sums:
     count: int  # sums per column
     itemsize: int = 0  # of the array held in addition to the products; 0 for none
     row_bytes: int = 0  # other bytes held per row
+    block_bytes: int = 0  # other bytes of a block
     most_warps: int = _WARPS  # 16 if registers allow two such blocks per multiprocessor
+    always_clustered: bool = False  # for large layers, too
 
 
 @dataclass(frozen=True)
@@ -49,12 +57,19 @@ class Strips:
 
 
 class Walk:
-    """The choice of strips for layers on a CUDA device."""
+    """The choice of strips for layers on a CUDA device.
 
-    def __init__(self, device: int) -> None:
+    Parameters
+    ----------
+    device : int
+    clusters : bool
+        Whether a kernel may go on with its sums. Not if they are added up over ranks in between.
+    """
+
+    def __init__(self, device: int, clusters: bool = True) -> None:
         self._multiprocessors = multiprocessors(device)
         self._shared = shared_memory_limit(device)
-        self._has_clusters = architecture(device) >= 90
+        self._has_clusters = clusters and architecture(device) >= 90
         # Data-centre Hopper runs clusters of 16 blocks; elsewhere only 8 are guaranteed.
         self._has_large_clusters = architecture(device) == 90
 
@@ -68,27 +83,35 @@ class Walk:
             vector //= 2
         at_once = _rows_at_once(_WARPS, vector)
         blocks, warps, held, shared = 1, _WARPS, 0, 0
-        clustered = False
-        if sums is None or not self._has_clusters:
-            blocks = self.row_blocks(rows, cols, vector)
-        else:
+        width, turns = _COLS, 0
+        if sums is not None and self._has_clusters:
             while blocks < min(self._most_blocks(layer, sums, at_once), -(-rows // at_once)):
                 blocks *= 2
-            clustered = blocks > 1
-            if clustered:
-                few = -(-cols // _COLS) * blocks <= _FEW_BLOCKS * self._multiprocessors
-                if few and rows >= _MANY_ROWS * blocks * at_once:
-                    warps = sums.most_warps
-                held, shared = self._held(layer, sums, vector, warps, blocks)
+            rounds = -(-cols // _COLS) * blocks / self._multiprocessors
+            if rounds > _MOST_ROUNDS and not sums.always_clustered:
+                blocks = 1
+        clustered = blocks > 1
+        if sums is not None and clustered:
+            if rounds <= _FEW_BLOCKS and rows >= _MANY_ROWS * blocks * at_once:
+                warps = sums.most_warps
+            held, shared = self._held(layer, sums, vector, warps, blocks)
+            turns = held
+        else:
+            width = self.width(cols, vector)
+            blocks = self.row_blocks(rows, cols, vector)
+            turns = 8
+        at_once = _rows_at_once(warps, vector, width)
+        whole = turns > 0 and cols % width == 0 and rows % (turns * at_once * blocks) == 0
         defines = (
             ("BLOCK_WARPS", warps),
             ("CLUSTER", blocks if clustered else 1),
-            ("COLS", _COLS),
+            ("COLS", width),
             *layer.defines(),
             ("HELD", held),
             ("VECTOR", vector),
+            ("WHOLE", int(whole)),
         )
-        return Strips(defines, (-(-cols // _COLS), blocks), clustered, 32 * warps, cols, shared)
+        return Strips(defines, (-(-cols // width), blocks), clustered, 32 * warps, cols, shared)
 
     def _held(
         self, layer: Layer, sums: Sums, vector: int, warps: int, blocks: int
@@ -110,7 +133,7 @@ class Walk:
         """Return the bytes held per row of a strip, and those a block needs in addition."""
         row = _COLS * (itemsize + sums.itemsize) + sums.row_bytes + 4 * (layer.drop != 0)
         # Sums of warps (float) and of the cluster (double), plus a margin.
-        return row, sums.count * _COLS * (4 * warps + 8) + 4096
+        return row, sums.count * _COLS * (4 * warps + 8) + sums.block_bytes + 4096
 
     def _most_blocks(self, layer: Layer, sums: Sums, at_once: int) -> int:
         """Return the maximum blocks per cluster: 8, or 16 if two blocks would not fit an SM.
@@ -127,11 +150,21 @@ class Walk:
         """Return the maximum of `Strips.partials` for a layer of this shape."""
         return max(self.row_blocks(rows, cols, vector) for vector in (1, 2, 4)) * sums * cols
 
+    @staticmethod
+    def width(cols: int, vector: int) -> int:
+        """Return the columns of a strip, without clusters."""
+        return _WIDE if vector == 4 and cols >= _WIDE else _COLS
+
     def row_blocks(self, rows: int, cols: int, vector: int) -> int:
-        """Return the number of blocks that share the rows of a strip, without clusters."""
-        fill = -(-8 * self._multiprocessors // -(-cols // _COLS))
-        return max(1, min(rows // (16 * vector), fill))
+        """Return the number of blocks that share the rows of a strip, without clusters.
+
+        A power of two, so that layers whose shapes are powers of two need no checks.
+        """
+        width = self.width(cols, vector)
+        fill = -(-8 * self._multiprocessors // -(-cols // width))
+        most = max(1, min(rows // (2 * _rows_at_once(_WARPS, vector, width)), fill))
+        return 1 << (most.bit_length() - 1)
 
 
-def _rows_at_once(warps: int, vector: int) -> int:
-    return 32 * warps * vector // _COLS
+def _rows_at_once(warps: int, vector: int, width: int = _COLS) -> int:
+    return 32 * warps * vector // width

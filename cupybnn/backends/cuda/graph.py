@@ -77,34 +77,49 @@ def _refuse(size: int) -> Any:
 
 
 class Fork:
-    """A second stream alongside the current one, or none.
+    """Further streams alongside the current one, or none.
 
     Parameters
     ----------
-    stream : cupy.cuda.Stream or None
-        None: its launches go to the current stream, in order.
+    *streams : cupy.cuda.Stream or None
+        With none (or None), all launches go to the current stream, in order.
     """
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-        self._used = False
+    def __init__(self, *streams: Any) -> None:
+        self._streams = [stream for stream in streams if stream is not None]
+        self._used: dict[int, Any] = {}  # by number: the stream
+
+    def ready(self) -> Any:
+        """Return an event after all current work of the first stream, for `aside`."""
+        return self._mark() if self._streams else None
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Context in which launches go to the second stream, after those before on the first."""
-        if self._stream is None:
+    def aside(self, after: Any = None, number: int = 0) -> Iterator[None]:
+        """Context in which launches go to a further stream.
+
+        Parameters
+        ----------
+        after : event, optional
+            From `ready` or `mark`: what they wait for. By default, all current work of the first
+            stream.
+        number : int
+            Of the stream; the last one, if there are fewer.
+        """
+        if not self._streams:
             yield
             return
-        self._stream.wait_event(self._mark())
-        self._used = True
-        with self._stream:
+        number = self._number(number)
+        stream = self._used.setdefault(number, self._streams[number])
+        stream.wait_event(self._mark() if after is None else after)
+        with stream:
             yield
 
-    def mark(self) -> Any:
-        """Return an event after all current work of the second stream; None if there is none."""
-        if not self._used:
+    def mark(self, number: int = 0) -> Any:
+        """Return an event after all current work of a further stream; None if there is none."""
+        number = self._number(number)
+        if number not in self._used:
             return None
-        with self._stream:
+        with self._used[number]:
             return self._mark()
 
     def wait(self, event: Any) -> None:
@@ -115,8 +130,12 @@ class Fork:
             cupy.cuda.get_current_stream().wait_event(event)
 
     def join(self) -> None:
-        """Make the current stream wait for all work of the second."""
-        self.wait(self.mark())
+        """Make the current stream wait for all work of the others."""
+        for number in self._used:
+            self.wait(self.mark(number))
+
+    def _number(self, number: int) -> int:
+        return min(number, len(self._streams) - 1)
 
     @staticmethod
     def _mark() -> Any:

@@ -6,68 +6,132 @@ Host time dominates a small product, so what does not change between calls is pr
 from __future__ import annotations
 
 import ctypes
+import itertools
+import struct
 import sys
 import threading
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
-__all__ = ["Launch", "Plans", "alloc", "current_stream", "empty", "zeros"]
+from cupybnn.backends.cuda.compiler import is_dry_run
+from cupybnn.backends.cuda.structs import Section
+
+__all__ = ["Launch", "Plans", "alloc", "current_stream", "driver_error", "empty", "zeros"]
 
 
 class Launch:
-    """A kernel with its grid, block and argument, a struct whose addresses change.
+    """A kernel with its grid, block and argument: a struct of which a few fields change.
 
-    For one thread: the argument's memory is read by the launch itself, without the interpreter's
-    lock.
+    It takes the least of the host's time: all else is laid out beforehand in the driver's
+    structures (CUDA driver API, cuLaunchKernelEx). Any thread may call it.
 
     Parameters
     ----------
-    kernel : cupy.RawKernel
-    blocks, threads : int
-        Of the grid, and of a block.
-    shared : int
-        Dynamic shared memory of a block, in bytes.
+    kernel : cupy.RawKernel or function of a cupy.RawModule
+        For the current device; a cluster's size is part of it.
+    grid, block, shared : int
+        Blocks, threads of each, and bytes of dynamic shared memory.
     argument : bytes
         The struct.
+    *changing : Section
+        Those of its fields that each launch sets.
+    cooperative : bool
+        Whether all blocks must run at a time.
     overlap : bool
         Whether the kernel may begin before the one ahead of it has ended: it waits for that itself
-        (launch.cuh).
+        (launch.cuh). Not so in a graph, where blocks that wait would take the place of blocks that
+        work on other branches,
+    captured : bool
+        unless this is set: for a kernel whose predecessor is short, and a kernel, too.
 
     Attributes
     ----------
-    argument : ctypes array of char
-        The struct's memory, to be changed by `struct.Struct.pack_into` before a call.
+    go : callable(stream, *values)
+        Launches on a stream, given by its handle, with the values of the changing fields in order.
+        A call of the object does the same, 0.1 µs later.
+
+    Raises
+    ------
+    cupy.cuda.driver.CUDADriverError
+        At a launch, if the driver reports an error.
     """
 
-    __slots__ = ("_address", "_config", "_function", "_kernel", "_numbers", "_pointer", "argument")
+    __slots__ = ("go",)
 
     def __init__(
-        self, kernel: Any, blocks: int, threads: int, shared: int, argument: bytes,
-        overlap: bool = False,
+        self, kernel: Any, grid: int, block: int, shared: int, argument: bytes, *changing: Section,
+        cooperative: bool = False, overlap: bool = False, captured: bool = False,
     ) -> None:  # fmt: skip
-        self.argument = ctypes.create_string_buffer(argument, len(argument))
-        self._pointer = ctypes.c_void_p(ctypes.addressof(self.argument))
-        self._address = ctypes.addressof(self._pointer)  # of an array of one pointer
-        self._kernel = kernel  # keeps the function loaded
-        self._function = kernel.kernel.ptr
-        self._numbers = (blocks, 1, 1, threads, 1, 1, shared)
-        self._config = None
-        if overlap and _launch_overlapping() is not None:
-            self._config = _LaunchConfig(*self._numbers, 0, ctypes.addressof(_OVERLAP), 1)
-
-    def __call__(self, stream: int) -> None:
-        """Launch on a stream, given by its handle."""
-        config = self._config
-        # In a graph, blocks that wait would take the place of blocks that work on other branches.
-        if config is not None and not (stream > 1 and _is_capturing(stream)):
-            config.stream = stream
-            status = _launch_overlapping()(
-                ctypes.addressof(config), self._function, self._address, None
-            )
-            if status:
-                raise sys.modules["cupy"].cuda.driver.CUDADriverError(status)
+        if is_dry_run():
+            self.go = lambda stream, *values: None
             return
-        _launch()(self._function, *self._numbers, stream, self._address, 0)
+        data = ctypes.create_string_buffer(argument, len(argument))
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(data))
+        numbers = [_COOPERATIVE] * cooperative + [_OVERLAP] * overlap
+        attributes = (_Attribute * 2)(*(_Attribute(id=number, value=1) for number in numbers))
+        count = len(numbers)
+        config = _Config(
+            grid=(grid, 1, 1), block=(block, 1, 1), shared=shared, attributes=attributes,
+            count=count,
+        )  # fmt: skip
+        arguments = ctypes.byref(config), ctypes.c_void_p(kernel.kernel.ptr), pointers, None
+        pack, offset = _writer(changing)
+        launch, lock = _launch_function(), threading.Lock()
+
+        def go(stream: int, *values: int) -> None:
+            # The driver copies the argument, for which it lets other threads of Python run.
+            with lock:
+                pack(data, offset, *values)
+                config.stream = stream
+                if overlap and not captured:
+                    config.count = count - (stream > 1 and _is_capturing(stream))
+                error = launch(*arguments)
+                if error == _NO_CONTEXT:  # this thread has not used the device before
+                    sys.modules["cupy"].cuda.Device().use()
+                    error = launch(*arguments)
+            if error:
+                _fail(kernel, error)
+
+        self.go = go
+
+    def __call__(self, stream: int, *values: int) -> None:
+        """Launch: see `go`."""
+        self.go(stream, *values)
+
+
+def _writer(sections: tuple[Section, ...]) -> tuple[Callable[..., None], int]:
+    """Return a function of the struct's memory, an offset and values, and that offset."""
+    if not sections:
+        return struct.Struct("").pack_into, 0
+    if len(sections) == 1:
+        return sections[0].fields.pack_into, sections[0].offset
+    ends = list(itertools.accumulate(section.fields.size // 8 for section in sections))
+    parts = [
+        (section.fields.pack_into, section.offset, slice(begin, end))
+        for section, begin, end in zip(sections, [0, *ends], [*ends[:-1], None], strict=False)
+    ]
+
+    def pack(data: Any, _: int, *values: int) -> None:
+        for pack_into, offset, part in parts:
+            pack_into(data, offset, *values[part])
+
+    return pack, 0
+
+
+def _fail(kernel: Any, number: int) -> NoReturn:
+    raise driver_error(
+        number, f"did not launch {kernel.name}",
+        " If earlier work on the GPU failed, that is reported here; with CUDA_LAUNCH_BLOCKING=1 it "
+        "is reported where it was launched.",
+    )  # fmt: skip
+
+
+def driver_error(number: int, what: str, more: str = "") -> Exception:
+    """Return CuPy's exception for an error of the CUDA driver, and what the driver did not do."""
+    error: Exception = sys.modules["cupy"].cuda.driver.CUDADriverError(number)
+    error.args = (f"The CUDA driver {what}: {error} (error {number}).{more}",)
+    return error
 
 
 class Plans(threading.local):
@@ -77,11 +141,13 @@ class Plans(threading.local):
         self._plans: dict[tuple[Any, ...], Any] = {}
 
     def get(self, key: tuple[Any, ...]) -> Any:
-        """Return a plan, or None."""
-        return self._plans.get(key)
+        """Return a plan, or None; in a dry run None, since a plan would launch."""
+        return None if is_dry_run() else self._plans.get(key)
 
     def keep(self, key: tuple[Any, ...], plan: Any) -> Any:
-        """Keep a plan, and return it."""
+        """Keep a plan, and return it; in a dry run it has no kernels, and is not kept."""
+        if is_dry_run():
+            return plan
         if len(self._plans) >= _MOST_PLANS:
             self._plans.clear()
         self._plans[key] = plan
@@ -91,46 +157,35 @@ class Plans(threading.local):
 _MOST_PLANS = 10_000  # bounds memory in a program whose shapes never repeat
 
 
-class _LaunchAttribute(ctypes.Structure):
+# CUlaunchAttributeID: cooperative; programmatic stream serialization.
+_COOPERATIVE, _OVERLAP = 2, 6
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+
+
+class _Attribute(ctypes.Structure):
     """CUlaunchAttribute of cuda.h, for an attribute whose value is an integer."""
 
-    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16))
+    _fields_ = (
+        ("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int),
+        ("rest", ctypes.c_char * 60),
+    )  # fmt: skip
 
 
-class _LaunchConfig(ctypes.Structure):
+class _Config(ctypes.Structure):
     """CUlaunchConfig of cuda.h."""
 
     _fields_ = (
-        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z")),
-        *((name, ctypes.c_uint) for name in ("block_x", "block_y", "block_z", "shared")),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.c_void_p),
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(_Attribute)),
         ("count", ctypes.c_uint),
-    )
-
-
-# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-_OVERLAP = _LaunchAttribute(id=6, value=(1,))
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1)
-def _launch_overlapping() -> Any:
-    """Return cuLaunchKernelEx, or None where it is missing."""
-    try:
-        name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-        function = ctypes.CDLL(name).cuLaunchKernelEx
-    except (OSError, AttributeError):
-        return None
-    function.argtypes = (ctypes.c_void_p,) * 4
-    return function
-
-
-@lru_cache(maxsize=1)
-def _launch() -> Any:
-    # A RawKernel's own call takes twice as long.
-    from cupy_backends.cuda.api import driver  # type: ignore[import-untyped]
-
-    return driver.launchKernel
+def _launch_function() -> Any:
+    library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    # Its arguments are ctypes objects: with `argtypes` each call would check and convert them.
+    return library.cuLaunchKernelEx
 
 
 def current_stream() -> int:

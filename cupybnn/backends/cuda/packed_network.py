@@ -17,7 +17,7 @@ from cupybnn.backends.cuda.compiler import (
     multiprocessors,
     shared_memory_limit,
 )
-from cupybnn.backends.cuda.fast_launch import FastLaunch
+from cupybnn.backends.cuda.launching import Launch
 from cupybnn.backends.cuda.packing import pack
 from cupybnn.backends.cuda.structs import Kernel, Struct, address
 
@@ -187,15 +187,14 @@ class NetworkLaunch:
         words = (-(-y.units // 32) for y in hidden if y.threshold is not None)
         numbers = (_round_up(y.units) for y in hidden if y.threshold is None)
         self._pitches = max(words, default=0), max(numbers, default=0)
-        whole = NETWORK.pack(
+        self._argument = NETWORK.pack(
             layers=b"".join(packed), count=len(packed), word_pitch=self._pitches[0],
             number_pitch=self._pitches[1], factor=factor, x=0, out=0, bits=0, numbers=0, arrived=0,
             rows=0,
         )  # fmt: skip
-        self._fixed = whole[: -_OF_LAUNCH.size]
         real = max((y.inputs * y.units for y in layers if y.product != "bits"), default=0)
         self.most_rows = min(MOST_ROWS, _MOST_REAL // max(real, 1))
-        self._ways: dict[tuple[int, str], FastLaunch] = {}
+        self._ways: dict[tuple[int, str], Launch] = {}
         self._scratch: OrderedDict[tuple[int, int], _Scratch] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -239,12 +238,9 @@ class NetworkLaunch:
         launch = self._ways.get((rows, x.dtype.char)) or self._way(rows, x.dtype.char)
         stream = cupy.cuda.get_current_stream()
         scratch = self._scratch_memory(stream)  # kept until the launch has been issued
-        launch(
-            stream.ptr, _OF_LAUNCH, len(self._fixed), x.data.ptr, out.data.ptr,
-            *scratch.addresses, rows,
-        )  # fmt: skip
+        launch.go(stream.ptr, x.data.ptr, out.data.ptr, *scratch.addresses, rows)
 
-    def _way(self, rows: int, char: str) -> FastLaunch:
+    def _way(self, rows: int, char: str) -> Launch:
         device = self._device
         team = choose_team(
             self._layers, rows, architecture(device), multiprocessors(device),
@@ -252,13 +248,13 @@ class NetworkLaunch:
         )  # fmt: skip
         return self.use(team, rows, char)
 
-    def use(self, team: Team, rows: int, char: str) -> FastLaunch:
+    def use(self, team: Team, rows: int, char: str) -> Launch:
         """Let a team compute so many rows of a type ("f" or "B") from now on."""
         defines = (*team.defines, ("PIXELS", int(char == "B")))
         source, function = PACKED_NETWORK.source, PACKED_NETWORK.function
         kernel = load_kernel(source, function, defines, self._device, team.shared)
-        way = self._ways[rows, char] = FastLaunch(
-            kernel, team.blocks, 32 * _WARPS, team.shared, self._fixed + bytes(_OF_LAUNCH.size),
+        way = self._ways[rows, char] = Launch(
+            kernel, team.blocks, 32 * _WARPS, team.shared, self._argument, _OF_LAUNCH,
             cooperative=team.cluster == 1,
         )  # fmt: skip
         return way

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -107,7 +106,7 @@ class _Plan:
         if self._launch.adds_up[0]:
             memory = launching.zeros(4 * math.prod(self._popcounts), words.data.device_id, stream)
         popcounts = launching.empty(self._popcounts, np.int32, memory)
-        self._launch(((x.data.ptr, words.data.ptr, popcounts.data.ptr),), stream)
+        self._launch(stream, x.data.ptr, words.data.ptr, popcounts.data.ptr)
         return words, popcounts
 
 
@@ -116,8 +115,6 @@ _plans = launching.Plans()
 
 class PackLaunch:
     """A launch that packs one array, or both operands of a product, of a given kind.
-
-    For one thread, as `Launch` is.
 
     Parameters
     ----------
@@ -139,7 +136,7 @@ class PackLaunch:
         If an operand has 2**31 lines or more.
     """
 
-    __slots__ = ("_launch", "_second", "adds_up")
+    __slots__ = ("_go", "adds_up")
 
     def __init__(self, operands: list[tuple[Any, int]], device: int) -> None:
         numbers: list[bytes] = []
@@ -153,29 +150,24 @@ class PackLaunch:
                     f"One call packs fewer than 2**31 lines; got {batch} times {lines}. "
                     f"Pack in parts."
                 )
-            numbers.append(_NUMBERS.pack(*fields.values()))
+            numbers.append(_NUMBERS.fields.pack(*fields.values()))
             blocks += fields["blocks"]
             adds_up.append(bool(fields["across"] and fields["parts"] > 1))
         self.adds_up = tuple(adds_up)
-        self._second = len(numbers) > 1
         first, last = operands[0][0].dtype.name, operands[-1][0].dtype.name
         types = (("TYPE_A", C_TYPES[first]), ("TYPE_B", C_TYPES[last]))
         defines = (("SAME_TYPE", int(first == last)), *types)
         kernel = load_kernel("smxx_pack", "pack_operands", defines, device)
-        addresses = bytes(_ADDRESSES.size)
-        second = numbers[1] if self._second else bytes(_NUMBERS.size)
-        data = addresses + numbers[0] + addresses + second
-        self._launch = Launch(
-            kernel, blocks, 32 * _WARPS, 0, data, overlap=architecture(device) >= 90
-        )
+        data = b"".join(bytes(_NUMBERS.offset) + each for each in numbers)
+        places = [_ADDRESSES.within(OPERAND.size * i) for i in range(len(numbers))]
+        self._go = Launch(
+            kernel, blocks, 32 * _WARPS, 0, data.ljust(OPERANDS.size, b"\0"), *places,
+            overlap=architecture(device) >= 90,
+        ).go  # fmt: skip
 
-    def __call__(self, addresses: Sequence[tuple[int, int, int]], stream: int) -> None:
-        """Pack operands on a stream, given the addresses of array, words and popcounts."""
-        launch = self._launch
-        _ADDRESSES.pack_into(launch.argument, 0, *addresses[0])
-        if self._second:
-            _ADDRESSES.pack_into(launch.argument, OPERAND.size, *addresses[1])
-        launch(stream)
+    def __call__(self, stream: int, *addresses: int) -> None:
+        """Pack operands on a stream, given the addresses of each one's array, words, popcounts."""
+        self._go(stream, *addresses)
 
 
 def _operand(x: Any, axis: int, multiprocessors: int) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ from cupybnn.backends.cuda.compiler import (
     multiprocessors,
     shared_memory_limit,
 )
-from cupybnn.backends.cuda.fast_launch import FastLaunch
+from cupybnn.backends.cuda.launching import Launch
 from cupybnn.backends.cuda.pixel_tiles import bit_tiles, end_tiles, pixel_tiles
+from cupybnn.backends.cuda.results import Results, Run
 from cupybnn.backends.cuda.steps import MOST_STEPS, STEPS, pack_steps
 from cupybnn.backends.cuda.structs import Kernel, Struct, address
 
@@ -42,8 +43,6 @@ PIXEL_NETWORK = Struct(
 PIXEL_NETWORK_KERNEL = Kernel(
     "sm90_pixel_network", "pixel_network", "PixelNetwork p", PIXEL_NETWORK
 )
-_OF_LAUNCH = PIXEL_NETWORK.section("x", "rows")
-_OFFSET = PIXEL_NETWORK.size - _OF_LAUNCH.size
 _ARRAYS = PIXEL_NETWORK.section("x", "out")
 _X_TO_CONTROL = PIXEL_NETWORK.section("x", "control")
 
@@ -124,6 +123,8 @@ class PixelNetworkLaunch:
         self._steps = [steps for _, steps in made]
         self._blocks = [len(tiles) for tiles in parts]
         self._widest = max(self._blocks)
+        #: Whether groups of rows are clusters, not the whole grid.
+        self.clustered = self._widest <= _CLUSTER
         team = choose_team(self._widest, MOST_ROWS, multiprocessors(device))
         if team is None:
             raise ValueError("its layers have more tiles than the GPU multiprocessors")
@@ -144,9 +145,9 @@ class PixelNetworkLaunch:
             assert chosen is not None
             if self._places(chosen)[-1] > shared_memory_limit(device) - 2048:
                 raise ValueError("its layers do not fit in shared memory")
-        self._ways: dict[int, FastLaunch] = {}
-        # By the shape of the input: a launch, and the shape of the result.
-        self._usual: dict[tuple[int, int], tuple[Callable[..., None], tuple[int, int]]] = {}
+        self._ways: dict[int, Launch] = {}
+        #: By the shape of pixels, calls like those before.
+        self.runs: dict[tuple[int, ...], Run] = {}
         self._kept: list[_Scratch] = []
         self._scratch: OrderedDict[tuple[int, int], _Scratch] = OrderedDict()
         self._lock = threading.Lock()
@@ -188,57 +189,37 @@ class PixelNetworkLaunch:
 
         rows = len(x)
         stream = cupy.cuda.get_current_stream()
-        captured = stream.ptr > 2 and stream.is_capturing()  # the default streams never are
+        captured = stream.ptr > 1 and stream.is_capturing()  # the default stream never is
         launch = self._ways.get(rows) or self._way(rows)
-        scratch = self._scratch_memory(stream, captured) if self._widest > _CLUSTER else None
-        launch(
-            stream.ptr, _OF_LAUNCH, _OFFSET, x.data.ptr, out.data.ptr,
-            *((0, 0) if scratch is None else scratch.addresses), rows,
-        )  # fmt: skip
+        scratch = self._scratch_memory(stream, captured) if not self.clustered else None
+        addresses = () if scratch is None else scratch.addresses
+        launch.go(stream.ptr, x.data.ptr, out.data.ptr, *addresses)
 
-    def usual(self) -> Callable[[Any], Any]:
-        """Return a function that takes the usual calls, for the least of the host's time.
+    def _run(self, rows: int, launch: Launch) -> Run:
+        """Return a function for the calls that follow the first one of so many rows."""
+        go, new = launch.go, Results((rows, self.classes)).new
+        if self.clustered:
 
-        It is given anything, and returns logits, or None where the call is not of the usual kind:
-        a CuPy array of uint8, of shape (rows, inputs) and C-contiguous, on this device, the current
-        one, for so many rows as have been here before, and no capture.
-        """
-        import cupy
-
-        ndarray, device, pixel, number = cupy.ndarray, self._device, np.dtype("u1"), np.dtype("f4")
-        current_device, current_stream = cupy.cuda.runtime.getDevice, cupy.cuda.get_current_stream
-        is_capturing = cupy.cuda.runtime.streamIsCapturing
-        clustered, ways, scratches = self._widest <= _CLUSTER, self._usual, self._scratch
-        get_ident = threading.get_ident
-
-        def logits(x: Any) -> Any:
-            if type(x) is not ndarray:
-                return None
-            way = ways.get(x.shape)
-            data = x.data
-            if way is None or x.dtype is not pixel or not x._c_contiguous:
-                return None
-            if data.device_id != device or current_device() != device:
-                return None
-            stream = current_stream().ptr
-            if stream > 2 and is_capturing(stream):  # the default streams never are
-                return None
-            go, shape = way
-            if clustered:
-                out = ndarray(shape, number)
-                go(stream, data.ptr, out.data.ptr)
+            def in_clusters(x: Any, stream: int) -> Any:
+                out = new(stream)
+                go(stream, x.data.ptr, out.data.ptr)
                 return out
+
+            return in_clusters
+        scratches, get_ident = self._scratch, threading.get_ident
+
+        def by_the_grid(x: Any, stream: int) -> Any:
             scratch = scratches.get((stream, get_ident()))
             if scratch is None or scratch.launches >= _MOST_LAUNCHES:
                 return None
             scratch.launches += 1
-            out = ndarray(shape, number)
-            go(stream, data.ptr, out.data.ptr, *scratch.addresses)
+            out = new(stream)
+            go(stream, x.data.ptr, out.data.ptr, *scratch.addresses)
             return out
 
-        return logits
+        return by_the_grid
 
-    def _way(self, rows: int) -> FastLaunch:
+    def _way(self, rows: int) -> Launch:
         team = choose_team(self._widest, rows, multiprocessors(self._device))
         assert team is not None
         inputs_at, sums_at, last_at, shared = self._places(team)
@@ -258,11 +239,12 @@ class PixelNetworkLaunch:
             sums_at=sums_at, last_at=last_at, after=pack_steps(self._after), x=0, out=0, slots=0,
             control=0, rows=rows,
         )  # fmt: skip
-        way = self._ways[rows] = FastLaunch(
-            kernel, team.blocks, 32 * _WARPS, shared, argument, cooperative=team.cluster == 1
+        way = self._ways[rows] = Launch(
+            kernel, team.blocks, 32 * _WARPS, shared, argument,
+            _ARRAYS if team.cluster > 1 else _X_TO_CONTROL, cooperative=team.cluster == 1,
+            overlap=team.cluster > 1,  # blocks of a whole grid have no room beside those ahead
         )  # fmt: skip
-        section = _ARRAYS if team.cluster > 1 else _X_TO_CONTROL
-        self._usual[rows, self._inputs] = way.bound(section, _OFFSET), (rows, self.classes)
+        self.runs[rows, self._inputs] = self._run(rows, way)
         return way
 
     def _scratch_memory(self, stream: Any, captured: bool) -> _Scratch:

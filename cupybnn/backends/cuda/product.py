@@ -15,7 +15,6 @@ import numpy as np
 
 from cupybnn.backends.cuda import dispatch, launching, tuning
 from cupybnn.backends.cuda.compiler import load_kernel
-from cupybnn.backends.cuda.fast_launch import FastLaunch
 from cupybnn.backends.cuda.launching import Launch
 from cupybnn.backends.cuda.packing import PackLaunch, chunk_count, geometry, words_shape
 from cupybnn.backends.cuda.structs import Struct
@@ -46,16 +45,15 @@ PRODUCT = Struct(
     "i64 m, n, k, chunks, batch, a_step, b_step, out_row, out_col, out_batch;"
     "i64 row_scale_batch, col_scale_batch, bias_batch, swapped, group, parts",
 )
-_ADDRESSES = PRODUCT.section("a", "sums").pack_into
-_SCALES = PRODUCT.section("row_scale_batch", "bias_batch").pack_into
-_SCALES_AT = 8 * (len(PRODUCT.fields) - 6)
+_ADDRESSES = PRODUCT.section("a", "sums")
+_SCALES = PRODUCT.section("row_scale_batch", "bias_batch")
 _NO_COLUMNS: tuple[int, ...] = (0,) * 5
 
 
 class ProductLaunch:
     """Everything in a product's launches that depends on shapes, strides and dtypes.
 
-    For one thread, as `Launch` is.
+    With `captured`, product and packing overlap in a graph, too, where other branches may lose.
 
     Attributes
     ----------
@@ -66,11 +64,12 @@ class ProductLaunch:
     """
 
     __slots__ = (
+        "_argument",
         "_arrays",
         "_bytes",
         "_device",
+        "_go",
         "_kernel",
-        "_launch",
         "_pack",
         "_sums",
         "_zeros",
@@ -80,7 +79,7 @@ class ProductLaunch:
 
     def __init__(
         self, a: Any, b: Any, *, batch_shape: tuple[int, ...], strides: tuple[int, int, int],
-        output: int, scaled: bool, device: int,
+        output: int, scaled: bool, device: int, captured: bool = False,
     ) -> None:  # fmt: skip
         (m, k), n, batch = a.shape[-2:], b.shape[-1], math.prod(batch_shape)
         packed = output == _PACKED
@@ -121,7 +120,13 @@ class ProductLaunch:
             "swapped": config.swap, "group": config.group, "parts": parts,
         }  # fmt: skip
         self._kernel = kernel, blocks, config.threads, shared
-        self._launch = Launch(*self._kernel, PRODUCT.pack(**fields), config.overlap)
+        self._argument = PRODUCT.pack(**fields)
+        changing = (_ADDRESSES, _SCALES) if scaled else (_ADDRESSES,)
+        packs = not (hasattr(a, "words") and hasattr(b, "words"))
+        self._go = Launch(
+            *self._kernel, self._argument, *changing, overlap=config.overlap,
+            captured=captured and packs,
+        ).go  # fmt: skip
         self._prepare_packing(a, b, device)
 
     def _prepare_packing(self, a: Any, b: Any, device: int) -> None:
@@ -146,7 +151,7 @@ class ProductLaunch:
 
     def __call__(
         self, a: Any, b: Any, *, out: tuple[int, int], columns: tuple[int, ...] = _NO_COLUMNS,
-        strides: tuple[int, ...] | None = None, stream: int | None = None,
+        strides: tuple[int, ...] = (), stream: int | None = None,
     ) -> None:  # fmt: skip
         """Launch for operands of this kind.
 
@@ -158,7 +163,7 @@ class ProductLaunch:
         columns : tuple of int
             Addresses of row scale, column scale, bias, threshold and flip, or 0.
         strides : tuple of int, optional
-            Batch strides of row scale, column scale and bias.
+            Batch strides of row scale, column scale and bias, for a scaled product.
         stream : int, optional
             Handle of the current stream, if known.
         """
@@ -170,30 +175,25 @@ class ProductLaunch:
             sides: list[Any] = [a, b]
             # Freed on return, for reuse by later work on the stream.
             memory = [launching.alloc(self._bytes)]
-            base, arrays = memory[0].ptr, []
+            base = memory[0].ptr
+            arrays: list[int] = []
             for i, words, counts, cleared in self._arrays:
                 side = base + words, base + counts
                 if cleared:
                     memory.append(launching.zeros(cleared, self._device, stream))
                     side = base + words, memory[-1].ptr
-                arrays.append((sides[i].data.ptr, *side))
+                arrays += [sides[i].data.ptr, *side]
                 sides[i] = side
-            self._pack(arrays, stream)
+            self._pack(stream, *arrays)
             left, right = (x if type(x) is tuple else _addresses(x) for x in sides)
         sums = launching.zeros(self._sums, self._device, stream).ptr if self._sums else 0
-        self._start(left, right, (*out, *columns, sums), strides, stream)
+        self._go(stream, *self._operands(left, right), *out, *columns, sums, *strides)
 
-    def _start(
-        self, left: tuple[int, int], right: tuple[int, int], rest: tuple[int, ...],
-        strides: tuple[int, ...] | None, stream: int,
-    ) -> None:  # fmt: skip
+    def _operands(self, left: tuple[int, int], right: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Return the addresses of packed operands as the kernel takes them."""
         if self.swap:
             left, right = right, left
-        launch = self._launch
-        _ADDRESSES(launch.argument, 0, left[0], right[0], left[1], right[1], *rest)
-        if strides is not None:
-            _SCALES(launch.argument, _SCALES_AT, *strides)
-        launch(stream)
+        return left[0], right[0], left[1], right[1]
 
     def launch(self, sides: list[Any], workspace: int, out: tuple[int, int], stream: int) -> None:
         """Launch for addresses alone, whoever owns the memory.
@@ -213,35 +213,33 @@ class ProductLaunch:
         if self._zeros:
             sys.modules["cupy"].cuda.runtime.memsetAsync(zeros, 0, self._zeros, stream)
         if self._pack is not None:
-            arrays = []
+            arrays: list[int] = []
             for i, words, counts, cleared in self._arrays:
                 side = workspace + words, zeros if cleared else workspace + counts
                 zeros += _whole(cleared)
-                arrays.append((sides[i], *side))
+                arrays += [sides[i], *side]
                 sides[i] = side
-            self._pack(arrays, stream)
+            self._pack(stream, *arrays)
         sums = zeros if self._sums else 0
-        self._start(sides[0], sides[1], (*out, *_NO_COLUMNS, sums), None, stream)
+        self._go(stream, *self._operands(*sides), *out, *_NO_COLUMNS, sums)
 
     def prepared(
         self, a: Any, b: Any, out: tuple[int, int], columns: tuple[int, ...] = _NO_COLUMNS
     ) -> Callable[[int], None]:
         """Return the launch of two packed operands; the caller keeps the arrays."""
-        left, right = _addresses(a), _addresses(b)
-        if self.swap:
-            left, right = right, left
         memory = launching.alloc(self._sums) if self._sums else None
-        argument = bytearray(self._launch.argument.raw)
         sums = 0 if memory is None else memory.ptr
-        _ADDRESSES(argument, 0, left[0], right[0], left[1], right[1], *out, *columns, sums)
-        launch = FastLaunch(*self._kernel, bytes(argument))
+        operands = self._operands(_addresses(a), _addresses(b))
+        argument = bytearray(self._argument)
+        _ADDRESSES.fields.pack_into(argument, _ADDRESSES.offset, *operands, *out, *columns, sums)
+        launch = Launch(*self._kernel, bytes(argument)).go
         return launch if memory is None else _Clearing(launch, memory, self._sums)
 
 
 class _Clearing:
     """A launch, and the memory for its sums, which is cleared before."""
 
-    def __init__(self, launch: FastLaunch, memory: Any, size: int) -> None:
+    def __init__(self, launch: Callable[[int], None], memory: Any, size: int) -> None:
         self._launch, self._memory, self._size = launch, memory, size
 
     def __call__(self, stream: int) -> None:

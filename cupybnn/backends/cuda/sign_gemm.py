@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cupybnn.backends.cuda import launching
 from cupybnn.backends.cuda.compiler import Defines, architecture, load_kernel, multiprocessors
 from cupybnn.backends.cuda.fused_parameter import PARAMETER
 from cupybnn.backends.cuda.structs import Kernel, Struct
@@ -20,20 +21,22 @@ __all__ = [
     "tiles",
     "transposed_product",
     "unsupported_reason",
+    "weight_gradient",
     "weight_update",
 ]
 
 # As in sm90_sign_gemm.cu.
 _TILE_M, _TILE_N, _DEPTH, _STAGES = 128, 256, 64, 4
 _THREADS = 384
-_TRANSPOSED, _UPDATE = 0, 1
+_TRANSPOSED, _UPDATE, _GRADIENT = 0, 1, 2
+_PLAIN = (("PENALTY", 0), ("WRITE_GRADIENT", 0))  # neither is there
 #: Warps that write a tile; each writes its part of the penalty.
 WRITERS = 3
 
 SIGN_PRODUCT = Struct("SignProduct", "ptr words, out; i64 m, n, k")
 TENSOR_MAP = Struct("TensorMap", "u64 opaque[16]")
 _OPERANDS = "SignProduct p; TensorMap map"
-TRANSPOSED = Kernel("sm90_sign_gemm", "sign_gemm", _OPERANDS, SIGN_PRODUCT, TENSOR_MAP)
+PRODUCT = Kernel("sm90_sign_gemm", "sign_gemm", _OPERANDS, SIGN_PRODUCT, TENSOR_MAP)
 UPDATE = Kernel(
     "sm90_sign_gemm",
     "sign_gemm",
@@ -86,8 +89,24 @@ def transposed_product(signs: Any, matrix: Any, out: Any, device: int) -> None:
     (batch, units), inputs = matrix.shape, out.shape[1]
     product = SIGN_PRODUCT.pack(words=signs.words, out=out, m=inputs, n=batch, k=units)
     arguments = {"p": product, "map": _tensor_map(matrix.data.ptr, matrix.shape, _TILE_N)}
-    defines = (("RESULT", _TRANSPOSED), ("PENALTY", 0), ("WRITE_GRADIENT", 0))
-    _launch(TRANSPOSED, arguments, defines, tiles(inputs, batch), device)
+    _launch(PRODUCT, _TRANSPOSED, arguments, _PLAIN, tiles(inputs, batch), device)
+
+
+def weight_gradient(signs: Any, matrix: Any, out: Any, device: int) -> None:
+    """Compute ``out = signs.T @ matrix``, the gradient of a layer's weights.
+
+    Parameters
+    ----------
+    signs : PackedMatrix, shape (batch, inputs), packed along the inputs
+        The layer's inputs.
+    matrix : cupy.ndarray of uint16, shape (batch, units)
+        Bit patterns of bfloat16: the gradient of the layer's products.
+    out : cupy.ndarray of uint16, shape (inputs, units)
+        Likewise, rounded to nearest even.
+    device : int
+        Index of the current CUDA device.
+    """
+    _launch(PRODUCT, _GRADIENT, _of_weights(signs, matrix, out), _PLAIN, tiles(*out.shape), device)
 
 
 def weight_update(
@@ -108,18 +127,28 @@ def weight_update(
     device : int
         Index of the current CUDA device.
     """
+    arguments = {**_of_weights(signs, matrix, None), **update}
+    count = tiles(signs.shape[-1], matrix.shape[1])
+    _launch(UPDATE, _UPDATE, arguments, defines, count, device)
+
+
+def _of_weights(signs: Any, matrix: Any, out: Any) -> dict[str, Any]:
+    """Return the operands of a product that is the gradient of weights."""
     (batch, units), inputs = matrix.shape, signs.shape[-1]
-    product = SIGN_PRODUCT.pack(words=signs.words, out=None, m=inputs, n=units, k=batch)
-    # Here the matrix's rows run along K; above, they are columns of the product.
-    arguments = {"p": product, "map": _tensor_map(matrix.data.ptr, matrix.shape, _DEPTH)}
-    defines = (("RESULT", _UPDATE), *defines)
-    _launch(UPDATE, {**arguments, **update}, defines, tiles(inputs, units), device)
+    product = SIGN_PRODUCT.pack(words=signs.words, out=out, m=inputs, n=units, k=batch)
+    # Here the matrix's rows run along K; in `transposed_product`, they are columns of the product.
+    return {"p": product, "map": _tensor_map(matrix.data.ptr, matrix.shape, _DEPTH)}
 
 
 def _launch(
-    kernel: Kernel, arguments: dict[str, Any], defines: Defines, tiles: int, device: int
+    kernel: Kernel,
+    result: int,
+    arguments: dict[str, Any],
+    defines: Defines,
+    tiles: int,
+    device: int,
 ) -> None:
-    shared = _shared_bytes(_UPDATE if kernel is UPDATE else _TRANSPOSED)
+    shared, defines = _shared_bytes(result), (("RESULT", result), *defines)
     loaded = load_kernel(kernel.source, kernel.function, defines, device, shared)
     blocks = min(tiles, multiprocessors(device))
     loaded((blocks,), (_THREADS,), kernel.arguments(**arguments), shared_mem=shared)
@@ -128,9 +157,8 @@ def _launch(
 def _shared_bytes(result: int) -> int:
     """Return the size of struct Shared in bytes."""
     slot = _TILE_N * _DEPTH * 2 + _DEPTH * _TILE_M // 8
-    rows, cols, signs = _TILE_N, _TILE_M, 0
-    if result == _UPDATE:
-        rows, cols, signs = _TILE_M, _TILE_N, _TILE_M // 2 * _TILE_N
+    rows, cols = (_TILE_N, _TILE_M) if result == _TRANSPOSED else (_TILE_M, _TILE_N)
+    signs = _TILE_M // 2 * _TILE_N if result == _UPDATE else 0
     return _STAGES * (slot + 16) + rows * (cols + 8) * 2 + signs + 16
 
 
@@ -150,8 +178,8 @@ def _tensor_map(address: int, shape: tuple[int, int], box_rows: int) -> Any:
 
     Raises
     ------
-    RuntimeError
-        If the driver returns an error.
+    cupy.cuda.driver.CUDADriverError
+        If the driver reports an error.
     """
     from cuda.bindings import driver
 
@@ -171,6 +199,7 @@ def _tensor_map(address: int, shape: tuple[int, int], box_rows: int) -> Any:
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     if error != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"A tensor map of a {rows} x {cols} matrix cannot be made: {error}.")
+        what = f"did not make a tensor map of a {rows} x {cols} matrix"
+        raise launching.driver_error(int(error), what)
     words = np.array([int(word) for word in described.opaque], np.uint64)
     return words.view(TENSOR_MAP.dtype)

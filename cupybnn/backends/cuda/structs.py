@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Field", "Kernel", "Struct", "address"]
+__all__ = ["Field", "Kernel", "Section", "Struct", "address"]
 
 # C types, in the module `struct` and in NumPy.
 _SCALARS: dict[str, tuple[str, Any]] = {
@@ -73,6 +73,26 @@ def _scalar(c_type: str, value: Any) -> int | float:
     return whole % 2**64 if c_type == "u64" else whole
 
 
+@dataclass(frozen=True)
+class Section:
+    """Adjacent 8-byte fields of a struct, for launches that must be fast.
+
+    Attributes
+    ----------
+    fields : struct.Struct
+        Packs and unpacks them.
+    offset : int
+        Where they begin.
+    """
+
+    fields: struct.Struct
+    offset: int
+
+    def within(self, offset: int) -> Section:
+        """Return the same fields of a struct that begins at an offset of another one."""
+        return Section(self.fields, offset + self.offset)
+
+
 class Struct:
     """A struct of a kernel.
 
@@ -90,6 +110,7 @@ class Struct:
         self.name, self.fields = name, _parse(declaration)
         inner = {n.name: n for n in nested}
         self._codes: dict[str, str] = {}
+        self._offsets: dict[str, int] = {}
         self.size, self.align = 0, 1
         format_, end = "<", 0
         for field in self.fields:
@@ -101,6 +122,7 @@ class Struct:
             opaque = field.type in inner or field.count
             self._codes[field.name] = f"{size * (field.count or 1)}s" if opaque else code
             padding = -end % align
+            self._offsets[field.name] = end + padding
             format_ += f"{padding}x{self._codes[field.name]}"
             end += padding + size * (field.count or 1)
             self.align = max(self.align, align)
@@ -132,13 +154,13 @@ class Struct:
         # Much faster than setting an array's elements.
         return np.frombuffer(data, self.dtype)
 
-    def section(self, first: str, last: str) -> struct.Struct:
-        """Return a `struct.Struct` of adjacent 8-byte fields, for launches that must be fast."""
+    def section(self, first: str, last: str) -> Section:
+        """Return adjacent 8-byte fields."""
         names = list(self._codes)
         codes = [self._codes[n] for n in names[names.index(first) : names.index(last) + 1]]
         assert codes
         assert all(code in ("Q", "q", "d") for code in codes), "there is no padding between them"
-        return struct.Struct("<" + "".join(codes))
+        return Section(struct.Struct("<" + "".join(codes)), self._offsets[first])
 
 
 class Kernel:

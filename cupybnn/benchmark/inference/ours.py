@@ -21,6 +21,11 @@ def variants(device: Device) -> list[Variant]:
 
 
 def _make(variant: Variant, network: Network, x: np.ndarray, device: Device) -> Calls:
-    net = PackedNetwork.from_model(network.model, pixel_max=PIXEL_MAX).to(device)
+    made = vars(network)  # of this network and no other: batches of all sizes share it
+    net = made.get("packed")
+    if net is None or net.device != device:
+        net = made["packed"] = PackedNetwork.from_model(network.model, pixel_max=PIXEL_MAX).to(
+            device
+        )
     there = device.xp.asarray(x)
     return Calls(lambda: net(there), lambda y: y.get() if device.kind == "cuda" else y)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from cupybnn.benchmark import tables
+from cupybnn.benchmark import size_tables, tables
+from cupybnn.benchmark.size_tables import failures, heading
 from cupybnn.benchmark.tables import percent, times
-from cupybnn.benchmark.training.tables import failures, heading
 from cupybnn.text_table import table
 
 __all__ = ["heading", "lines", "size", "summary"]
@@ -80,10 +80,4 @@ def _is_ours(row: dict[str, Any], binary_first: bool) -> bool:
 
 def lines(record: dict[str, Any]) -> Iterator[str]:
     """Yield the whole record."""
-    yield from heading(record)
-    for found in record["sizes"]:
-        yield ""
-        yield from size(found)
-    if record["sizes"]:
-        yield ""
-        yield from summary(record)
+    return size_tables.lines(record, size, summary)

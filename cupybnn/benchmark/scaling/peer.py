@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cupybnn import settings
 from cupybnn.backends.devices import Device
-from cupybnn.benchmark.scaling.worker import time_steps
+from cupybnn.benchmark.scaling.steps import time_steps
 from cupybnn.benchmark.training.peer import Network, Stepper
 from cupybnn.benchmark.training.record import random_images
 from cupybnn.parallel import Alone, Ranks

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-from cupybnn.benchmark import tables
+from cupybnn.benchmark import size_tables, tables
+from cupybnn.benchmark.size_tables import failures, heading
 from cupybnn.benchmark.tables import percent, times
 from cupybnn.text_table import table
 
-__all__ = ["comparison", "kernels", "lines", "original", "size", "summary"]
+__all__ = ["comparison", "heading", "kernels", "lines", "original", "size", "summary"]
 
 
 def name_of(row: dict[str, Any]) -> str:
@@ -140,13 +140,6 @@ def rounded(record: dict[str, Any]) -> Iterator[str]:
         yield from table(["hidden", "batch", "", "", "over the fastest PyTorch"], rows)
 
 
-def heading(record: dict[str, Any]) -> Iterator[str]:
-    """Yield device, versions, date and method."""
-    yield from tables.heading(record)
-    for what, how in record["method"].items():
-        yield from textwrap.wrap(f"{what}: {how}", 100, subsequent_indent="  ")
-
-
 def summary(record: dict[str, Any]) -> Iterator[str]:
     """Yield the tables over all sizes, and failures."""
     yield from original(record)
@@ -156,25 +149,6 @@ def summary(record: dict[str, Any]) -> Iterator[str]:
     yield from failures(record, name_of)
 
 
-def failures(record: dict[str, Any], name: Callable[[dict[str, Any]], str]) -> Iterator[str]:
-    """Yield the cupybnn rows that failed, by their names; nothing if there are none."""
-    wrong = [
-        f"  {found['hidden']}x{found['batch']} {name(row)}, {row['precision']}: {row['error']}"
-        for found in record["sizes"]
-        for row in found["rows"]
-        if row.get("failed") and row["library"] == "cupybnn"
-    ]
-    if wrong:
-        yield f"{len(wrong)} FAILED:"
-        yield from wrong
-
-
 def lines(record: dict[str, Any]) -> Iterator[str]:
     """Yield the whole record."""
-    yield from heading(record)
-    for found in record["sizes"]:
-        yield ""
-        yield from size(found)
-    if record["sizes"]:
-        yield ""
-        yield from summary(record)
+    return size_tables.lines(record, size, summary)

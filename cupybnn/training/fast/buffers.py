@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +13,13 @@ import numpy as np
 from cupybnn import nn
 from cupybnn.backends.cuda import fused_layers
 from cupybnn.backends.cuda.blas import operand_dtype
+from cupybnn.backends.cuda.structs import address
 from cupybnn.backends.devices import Device
+from cupybnn.training.fast.exchange import Exchange
 from cupybnn.training.fast.hidden import (
     HiddenBuffers,
     SmallGradients,
+    Whole,
     extra_norm,
     norm_arguments,
 )
@@ -90,6 +94,10 @@ class Buffers:
     device : Device
     recorded : bool
         Whether every gradient is recorded.
+    exchange : Exchange, optional
+        With the other ranks of the run.
+    sync : bool
+        Whether batch norm is of the whole batch.
 
     Attributes
     ----------
@@ -100,7 +108,7 @@ class Buffers:
         The inputs of all passes.
     gathered, undropped : cupy.ndarray, shape (batch, features)
         The images before they are mixed, and before pixels are dropped; `inputs` where nothing
-        comes between.
+        comes between. `gathered` and `all_labels` have the plan's `further` images, too.
     targets : cupy.ndarray of float32, shape (batch, classes), or None
         Class probabilities to be learned instead of labels.
     predictions : cupy.ndarray of float32, shape (batch, classes), or None
@@ -111,9 +119,13 @@ class Buffers:
     loss : cupy.ndarray of float32, shape (1,)
         With the penalty.
     gradients : dict of Parameter to cupy.ndarray
-        Hidden layers' weight gradients, which dense products write, are in the operands' dtype and,
+        Hidden layers' weight gradients, which products write, are in the operands' dtype and,
         without `keep_dense_copies`, share `weight_scratch`. Gradients that are never stored are
-        None.
+        None. With an `exchange`, they are those of this rank.
+    sums : dict of Parameter to cupy.ndarray
+        The gradients over all ranks; of a weight that is shared out, the share's rows.
+    vote, votes : cupy.ndarray of float32, shape (1,)
+        With other ranks: greater than 0 if this one is to stop, and the sum over all.
     kept_grads : dict of Parameter to cupy.ndarray
         Gradients in float32 that are kept until the next step; None for others.
 
@@ -125,18 +137,34 @@ class Buffers:
     """
 
     def __init__(
-        self, plan: NetworkPlan, model: nn.Module, device: Device, recorded: bool
-    ) -> None:  # fmt: skip
+        self,
+        plan: NetworkPlan,
+        model: nn.Module,
+        device: Device,
+        recorded: bool,
+        exchange: Exchange | None = None,
+        sync: bool = False,
+    ) -> None:
         import cupy
+
+        self.exchange = exchange
+        self._whole = None
+        if exchange is not None and sync:
+            self._whole = Whole(plan.whole, exchange.add_up)
 
         self._batch, self._features = plan.batch, plan.features
         self._real = real = operand_dtype(plan.precision)
         self.all_inputs = cupy.empty((plan.passes * plan.batch, plan.features), real)
         attacks = plan.adversarial or plan.vat
         self.input_grad = cupy.empty((plan.batch, plan.features), real) if attacks else None
-        self.labels = cupy.empty(plan.batch, np.int64)
+        self.all_labels = cupy.empty(plan.batch + plan.further, np.int64)
+        self.labels = self.all_labels[: plan.batch]
+        shapes = [_small_shapes(plan, i) for i in range(len(plan.hidden))]
+        ends = np.cumsum([0, *(SmallGradients.size(each) for each in shapes), 4]).tolist()
+        #: Small gradients and the loss of each pass, and the vote.
+        self._all_small = cupy.zeros((plan.passes, ends[-1]), np.float32)
         self._small = [
-            SmallGradients(plan.passes, _small_shapes(plan, i)) for i in range(len(plan.hidden))
+            SmallGradients(self._all_small[:, a:b]) for a, b in itertools.pairwise(ends[:-1])
         ]
         first = self._make_pass(plan, 0, device, [])
         self.passes = [first]
@@ -151,7 +179,14 @@ class Buffers:
         self.undropped = self.inputs
         if soft and plan.input_dropout is not None:
             self.undropped = cupy.empty_like(self.inputs)
-        self.gathered = self.undropped if plan.mix == "none" else cupy.empty_like(self.inputs)
+        self.gathered = self.undropped
+        if plan.mix != "none":
+            self.gathered = cupy.empty((plan.batch + plan.further, plan.features), real)
+        mine, self._total = self._all_small[0], self._all_small[0]
+        if exchange is not None:
+            self._total = cupy.zeros_like(mine)
+            exchange.use_small(mine, self._total)
+        self.vote, self.votes = (each[ends[-2] :][:1] for each in (mine, self._total))
         small_grads = {**first.norm_gradients(plan), **first.head_gradients}
         self._weight_scratch = None
         if not plan.keep_dense_copies:
@@ -160,30 +195,40 @@ class Buffers:
             self._weight_scratch = cupy.empty(max(sizes), real)
         products = {hidden.linear.weight: hidden for hidden in plan.hidden}
         self.gradients: dict[nn.Parameter, Any] = {}
+        self.sums: dict[nn.Parameter, Any] = {}
         self.kept_grads: dict[nn.Parameter, Any] = {}
         for parameter in model.parameters():
             keeps = True
             if parameter in small_grads:
                 gradient = small_grads[parameter]
+            elif exchange is not None:
+                gradient = exchange.gradient(parameter)
             elif products[parameter].updates:
                 gradient, keeps = None, False
             elif plan.keep_dense_copies:
                 gradient = cupy.zeros(parameter.shape, real)
             else:
                 gradient, keeps = self.weight_scratch(parameter.shape), False
-            kept = gradient if keeps and gradient.dtype == np.float32 else None
+            total = gradient
+            if exchange is not None:
+                total = self._sum_of(exchange, parameter, small_grads.get(parameter))
+                keeps = parameter not in exchange.shared
+            kept = total if keeps and total.dtype == np.float32 else None
             if kept is None and recorded:
-                kept = cupy.zeros(parameter.shape, np.float32)
-            self.gradients[parameter], self.kept_grads[parameter] = gradient, kept
-        rows = plan.passes * plan.batch * max(hidden.units for hidden in plan.hidden)
+                kept = cupy.zeros(parameter.shape if total is None else total.shape, np.float32)
+            self.gradients[parameter], self.sums[parameter] = gradient, total
+            self.kept_grads[parameter] = kept
+        rows = plan.batch * max(hidden.units for hidden in plan.hidden)
         # If its elements have the same size, a product's gradient overwrites the product.
         self._in_place = [h.layer.product.dtype.itemsize == real.itemsize for h in self.hidden]
-        self._incoming = cupy.empty(rows, real) if any(self._in_place) else None
+        # One for each pass, because two passes may go back at a time, in layers of different width.
+        passes = plan.passes if any(self._in_place) else 0
+        self._incoming = [cupy.empty(rows, real) for _ in range(passes)]
         # Otherwise it has a buffer, which two products read and which can be overwritten when both
         # are done. Two buffers are enough; one for each layer avoids waiting.
         count = self._in_place.count(False)
         count = count if plan.keep_dense_copies else min(count, 2)
-        self._gradients = [cupy.empty(rows, real) for _ in range(count)]
+        self._gradients = [cupy.empty(plan.passes * rows, real) for _ in range(count)]
         unpacked = [
             i
             for i, (layer, following) in enumerate(zip(plan.hidden, plan.hidden[1:], strict=False))
@@ -197,7 +242,24 @@ class Buffers:
         if unpacked:
             # By then the incoming gradient has been read.
             free = all(self._in_place[i] for i in unpacked)
-            self._signs = self._incoming if free else cupy.empty(rows, real)
+            self._signs = self._incoming[0] if free else cupy.empty(rows, real)
+
+    @property
+    def clusters(self) -> bool:
+        """Whether kernels that sum over rows may go on; no if ranks add their sums up first."""
+        return self._whole is None
+
+    def total_of(self, small: Any) -> Any:
+        """Return the sum over all ranks of a small gradient, or of the loss, of the first pass."""
+        start = (address(small) - address(self._all_small)) // small.itemsize
+        return self._total[start : start + small.size].reshape(small.shape)
+
+    def _sum_of(self, exchange: Exchange, parameter: nn.Parameter, small: Any) -> Any:
+        """Return the sum over all ranks of a parameter's gradient, or the share's rows of it."""
+        if small is None:
+            return exchange.sum_of(parameter)
+        total = self.total_of(small)
+        return exchange.rows_of(parameter, total) if parameter in exchange.shared else total
 
     def _make_pass(
         self, plan: NetworkPlan, number: int, device: Device, first: list[HiddenBuffers]
@@ -208,10 +270,14 @@ class Buffers:
         pops = cupy.zeros((len(plan.hidden), plan.batch), np.int32)
         new = [partial(small.new, number) for small in self._small]
         if first:
-            hidden = [h.second_pass(p, n) for h, p, n in zip(first, pops, new, strict=True)]
+            hidden = [
+                h.second_pass(p, n, self._whole) for h, p, n in zip(first, pops, new, strict=True)
+            ]
         else:
             layers = zip(plan.hidden, pops, new, strict=True)
-            hidden = [HiddenBuffers(layer, plan, device, p, n) for layer, p, n in layers]
+            hidden = [
+                HiddenBuffers(layer, plan, device, p, n, self._whole) for layer, p, n in layers
+            ]
         head = plan.head
         arguments = extra_norm if number else norm_arguments
         trained = [head.linear.weight, *([] if head.scale is None else [head.scale.factor])]
@@ -223,7 +289,9 @@ class Buffers:
             logits_grad=cupy.zeros((plan.batch, -(-plan.classes // 4) * 4), np.float32),
             mean_loss=new[-1]((1,)),
             pops=pops,
-            head_norm=None if head.norm is None else arguments(head.norm, new[-1]),
+            head_norm=None
+            if head.norm is None
+            else arguments(head.norm, new[-1], whole=self._whole),
             head_gradients={p: new[-1](p.shape) for p in trained},
         )
 
@@ -283,5 +351,5 @@ class Buffers:
     def incoming_grad(self, number: int, which: int = 0) -> Any:
         """Return the buffer for the gradient of the activations of hidden layer `number`."""
         if self._in_place[number]:
-            return self._rows_of(self._incoming, number, 0)
+            return self._rows_of(self._incoming[which], number)
         return self.product_grad(number, which)[1]

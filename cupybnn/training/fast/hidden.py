@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,14 @@ from cupybnn.packed import PackedMatrix, pack, sign
 from cupybnn.training.fast.layers import HiddenPlan
 from cupybnn.training.fast.plan import NetworkPlan
 
-__all__ = ["HiddenBuffers", "SmallGradients", "extra_norm", "norm_arguments", "rounded"]
+__all__ = [
+    "HiddenBuffers",
+    "SmallGradients",
+    "Whole",
+    "extra_norm",
+    "norm_arguments",
+    "rounded",
+]
 
 #: Returns memory for a gradient of a given shape.
 New = Callable[[tuple[int, ...]], Any]
@@ -50,7 +57,13 @@ class HiddenBuffers:
     """
 
     def __init__(
-        self, plan: HiddenPlan, network: NetworkPlan, device: Device, pops: Any, new: New
+        self,
+        plan: HiddenPlan,
+        network: NetworkPlan,
+        device: Device,
+        pops: Any,
+        new: New,
+        whole: Whole | None,
     ) -> None:
         import cupy
 
@@ -67,7 +80,9 @@ class HiddenBuffers:
         self.layer = fused_layers.Layer(
             product=self.products[:batch],
             kept=cupy.empty(fused_layers.mask_shape(*shape), np.uint32) if plan.drop else None,
-            norm=None if plan.norm is None else norm_arguments(plan.norm, new, statistics=True),
+            norm=None
+            if plan.norm is None
+            else norm_arguments(plan.norm, new, statistics=True, whole=whole),
             drop=plan.drop,
             keep_prob=1.0 if plan.dropout is None else plan.dropout.keep_prob,
         )
@@ -106,14 +121,14 @@ class HiddenBuffers:
             window=plan.window,
         )
 
-    def second_pass(self, pops: Any, new: New) -> HiddenBuffers:
+    def second_pass(self, pops: Any, new: New, whole: Whole | None) -> HiddenBuffers:
         """Return the same layer with the memory of the second pass, which has the same dropout."""
         second, batch = copy.copy(self), self.layer.shape[0]
         norm = self.plan.norm
         second.layer = replace(
             self.layer,
             product=self.products[batch:],
-            norm=None if norm is None else extra_norm(norm, new, statistics=True),
+            norm=None if norm is None else extra_norm(norm, new, statistics=True, whole=whole),
         )
         second._make_activations(1, pops)
         return second
@@ -146,7 +161,11 @@ def rounded(value: Any) -> Any:
 
 
 def norm_arguments(
-    norm: nn.BatchNorm, new: New, *, statistics: bool = False
+    norm: nn.BatchNorm,
+    new: New,
+    *,
+    statistics: bool = False,
+    whole: Whole | None = None,
 ) -> fused_layers.BatchNorm:
     """Return a batch norm as a kernel argument, with new memory for its gradients.
 
@@ -157,27 +176,60 @@ def norm_arguments(
         Returns memory for a gradient of a given shape.
     statistics : bool
         Whether there is memory for the batch's statistics.
+    whole : Whole, optional
+        If the batch has rows on other ranks.
     """
     import cupy
 
     mean, inverse = (cupy.empty(norm.gamma.shape, np.float32) for _ in range(2))
+    columns = norm.gamma.size
+    both = new((2, -(-columns // 4) * 4))  # kernels load four at a time
     return fused_layers.BatchNorm(
         gamma=norm.gamma._data,
         beta=norm.beta._data,
-        grad_gamma=new(norm.gamma.shape),
-        grad_beta=new(norm.beta.shape),
+        grad_gamma=both[0, :columns],
+        grad_beta=both[1, :columns],
         running_mean=norm.mean,
         running_variance=norm.variance,
         mean=mean if statistics else None,
         inverse=inverse if statistics else None,
         decay=norm.decay,
         eps=norm.eps,
+        whole=None if whole is None else whole.of(both, columns),
     )
 
 
-def extra_norm(norm: nn.BatchNorm, new: New, *, statistics: bool = False) -> fused_layers.BatchNorm:
+def extra_norm(norm: nn.BatchNorm, new: New, **options: Any) -> fused_layers.BatchNorm:
     """Return `norm_arguments` for a pass that leaves the running statistics as they are."""
-    return replace(norm_arguments(norm, new, statistics=statistics), decay=1.0)
+    return replace(norm_arguments(norm, new, **options), decay=1.0)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """How batch norm adds up over the ranks of a run.
+
+    Attributes
+    ----------
+    rows : int
+        Of the whole batch.
+    add_up : callable
+        Writes the sum over all ranks of its first argument into the second.
+    """
+
+    rows: int
+    add_up: Callable[[Any, Any], None]
+
+    def of(self, both: Any, columns: int) -> fused_layers.WholeBatch:
+        """Return what a batch norm needs; `both` has its gradients on this rank."""
+        import cupy
+
+        return fused_layers.WholeBatch(
+            rows=self.rows,
+            sums=cupy.empty((2, columns), np.float64),
+            mine=both,
+            gradients=cupy.empty_like(both),
+            add_up=self.add_up,
+        )
 
 
 class SmallGradients:
@@ -185,16 +237,18 @@ class SmallGradients:
 
     Parameters
     ----------
-    passes : int
-    shapes : sequence of tuple of int
-        What `new` will be asked for in each pass.
+    memory : cupy.ndarray of float32, shape (passes, n)
+        With n from `size`.
     """
 
-    def __init__(self, passes: int, shapes: Sequence[tuple[int, ...]]) -> None:
-        import cupy
+    def __init__(self, memory: Any) -> None:
+        self.memory = memory
+        self._ends = [0] * len(memory)
 
-        self.memory = cupy.zeros((passes, sum(map(self._size, shapes))), np.float32)
-        self._ends = [0] * passes
+    @classmethod
+    def size(cls, shapes: Sequence[tuple[int, ...]]) -> int:
+        """Return the memory for what `new` will be asked for in each pass."""
+        return sum(map(cls._size, shapes))
 
     @staticmethod
     def _size(shape: tuple[int, ...]) -> int:

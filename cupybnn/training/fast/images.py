@@ -74,10 +74,12 @@ class Images:
                 order=feed.images,
                 step=feed.step,
                 x=buffers.gathered,
-                labels=buffers.labels,
+                labels=buffers.all_labels,
                 drop=pixel_draw if direct else None,
                 pops=buffers.pops,
                 deformation=self._deformation,
+                first=plan.first,
+                whole=plan.whole,
             ).launch(launcher)
         if plan.mix != "none":
             with span("mix"):
@@ -85,10 +87,11 @@ class Images:
                     x=buffers.gathered,
                     out=buffers.undropped,
                     step=feed.step,
-                    labels=buffers.labels,
+                    labels=buffers.all_labels,
                     targets=None if self._teaching else buffers.targets,
                     seed=self._mixing_seed,
                     kind=plan.mix,
+                    first=plan.first,
                 ).launch(launcher)
         taught = None
         if self._teaching is not None:
@@ -103,6 +106,7 @@ class Images:
                     step=feed.step,
                     direction="none",
                     drop=pixel_draw,
+                    first=plan.first,
                 ).launch(launcher)
         return taught
 
@@ -116,6 +120,8 @@ class Images:
             amount=self._plan.adversarial / float(self._data.pixel_scale),
             x=buffers.inputs,
             pops=buffers.pops,
+            first=self._plan.first,
+            whole=self._plan.whole,
         ).launch(launcher)
 
     def move(
@@ -142,4 +148,5 @@ class Images:
             seed=self._vat_seed,
             drop=pixel_draw,
             pops=second.pops,
+            first=self._plan.first,
         ).launch(launcher)

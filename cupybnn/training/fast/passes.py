@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from cupybnn.backends import cuda
 from cupybnn.backends.cuda import blas, fused, sign_gemm
@@ -22,12 +22,20 @@ from cupybnn.backends.cuda.graph import Fork
 from cupybnn.data import DeviceData
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.fast.buffers import Buffers, Pass
+from cupybnn.training.fast.exchange import Exchange
 from cupybnn.training.fast.feed import Feed
 from cupybnn.training.fast.images import Images
 from cupybnn.training.fast.plan import NetworkPlan
 from cupybnn.training.fast.teaching import Teaching
 
 __all__ = ["Passes"]
+
+
+class _Tools(NamedTuple):
+    """What has memory of its own for each stream, because both streams may run at a time."""
+
+    launcher: fused.Launcher
+    products: blas.Blas
 
 
 class Passes:
@@ -48,11 +56,14 @@ class Passes:
     ----------
     update : Update
         Updates all parameters; must be set before the first launch.
+    sums_loss : bool
+        Whether the loss is still to be summed over all ranks after the update.
     span : callable
         Gets the name of a launch or group of launches, and returns a context for it.
     """
 
     update: Update
+    sums_loss = False
 
     def __init__(
         self,
@@ -66,16 +77,11 @@ class Passes:
         self._plan, self._buffers, self._feed = plan, buffers, feed
         self._data = data
         self._device = data.device.index
-        self.launcher = fused.Launcher(
-            self._device,
-            blas.operand_dtype(plan.precision),
-            shapes=[(plan.batch, layer.units) for layer in plan.hidden],
-            classes=plan.classes,
-        )
-        # One for each stream with products, because both may run at the same time.
-        self._blas = self._side_blas = blas.Blas(plan.precision)
+        self.launcher = self._new_launcher()
+        self._main = self._side = _Tools(self.launcher, blas.Blas(plan.precision))
         if plan.keep_dense_copies and any(h.backward == "dense" for h in plan.hidden[1:]):
-            self._side_blas = blas.Blas(plan.precision)
+            launcher = self._new_launcher() if plan.vat else self.launcher
+            self._side = _Tools(launcher, blas.Blas(plan.precision))
         self._images = Images(plan, buffers, feed, data, config, teaching)
         first, *more = buffers.passes
         labels = buffers.labels if buffers.targets is None else buffers.targets
@@ -89,6 +95,16 @@ class Passes:
         self._rounding: dict[int, Draw] = {}
         self.span: Callable[[str], Any] = no_span
 
+    def _new_launcher(self) -> fused.Launcher:
+        plan = self._plan
+        return fused.Launcher(
+            self._device,
+            blas.operand_dtype(plan.precision),
+            shapes=[(plan.batch, layer.units) for layer in plan.hidden],
+            classes=plan.classes,
+            clusters=self._buffers.clusters,
+        )
+
     def launch(self, fork: Fork, draws: Sequence[Draw]) -> None:
         """Launch a whole step; what nothing waits for goes to the second stream, if any.
 
@@ -100,7 +116,8 @@ class Passes:
             gradient is rounded.
         """
         plan, buffers, feed = self._plan, self._buffers, self._feed
-        self.launcher.begin_step()
+        for tools in (self._main, self._side):
+            tools.launcher.begin_step()
         remaining = iter(draws)
         pixel_draw = None if plan.input_dropout is None else next(remaining)
         taught = self._images.gather(self.launcher, fork, pixel_draw, self.span)
@@ -109,7 +126,11 @@ class Passes:
             if layer.kept is not None:
                 with self.span("dropout"):
                     DropoutMask(
-                        step=feed.step, draw=next(remaining), shape=layer.shape, out=layer.kept
+                        step=feed.step,
+                        draw=next(remaining),
+                        shape=layer.shape,
+                        out=layer.kept,
+                        first=plan.first,
                     ).launch(self.launcher)
         self._rounding = dict(zip(buffers.rounded, remaining, strict=True))
         first = buffers.passes[0]
@@ -118,11 +139,19 @@ class Passes:
             self._attack(pixel_draw)
         self._forward(first, lambda: fork.wait(taught))
         if plan.vat:
+            # Its kernels fill the multiprocessors that those of a search leave idle.
+            with fork.aside():
+                self._descend(first, self._side)
+            descended = fork.mark()
             self._search(pixel_draw)
             self._forward(buffers.passes[1])
+            fork.wait(descended)
         self._backward(fork)
         fork.join()
-        self._update_layer(0)
+        if buffers.exchange is None:
+            self._update_layer(0)
+        else:
+            self._finish(buffers.exchange)
 
     # Forward -----------------------------------------------------------------------------------
 
@@ -139,7 +168,7 @@ class Passes:
         hidden = at.hidden[i]
         with self.span(hidden.plan.name):
             if i == 0:
-                self._blas.multiply(
+                self._main.products.multiply(
                     at.inputs, hidden.weight, hidden.layer.product, scale=self._input_scale
                 )
             elif hidden.plan.product == "xnor":
@@ -147,7 +176,7 @@ class Passes:
                 cuda.gemm(before, hidden.packed_weight, hidden.layer.product, None)
             else:
                 before = at.hidden[i - 1].dense
-                self._blas.multiply(before, hidden.weight, hidden.layer.product)
+                self._main.products.multiply(before, hidden.weight, hidden.layer.product)
 
     def _activate(self, at: Pass, i: int) -> None:
         """Normalize the product of hidden layer `i`, and take its sign or ReLU."""
@@ -176,6 +205,7 @@ class Passes:
             gate=last.plan.gate,
             window=last.plan.window,
             out=self._buffers.product_grad(len(at.hidden) - 1, at.number)[1],
+            examples=self._plan.whole,
         )
 
     def _launch_head(self, at: Pass) -> None:
@@ -191,47 +221,60 @@ class Passes:
         """Compute the gradients of hidden weights, from the last layer to the first.
 
         In each layer, the gradient for the layer below comes first. The weight gradient and the
-        update run alongside it, or after it without `keep_dense_copies`. The first layer is updated
-        by `launch`.
+        update follow it, or run alongside it on further streams, if there are any. They are
+        launched after the gradient of the activation, which the next product waits for: of two
+        kernels that can begin, the device begins the one that was captured first. The first layer
+        is updated by `launch`, together with the second if `NetworkPlan.updates_together`. With
+        other ranks, weight gradients are sent, and layers are updated later.
         """
-        buffers = self._buffers
-        *earlier, last = buffers.passes
-        for at in earlier:  # their gradients of products are kept
-            self._descend(at)
+        buffers, exchange = self._buffers, self._buffers.exchange
+        last = buffers.passes[-1]
         in_use: dict[int, Any] = {}  # events after which a gradient buffer is free
 
-        def finish(i: int) -> None:
+        def finish(i: int, ready: Any) -> None:
             own, gradient = buffers.product_grad(i, None)
-            if buffers.hidden[i].plan.backward == "bits":
-                self._update_by_bits(i, gradient)
-            elif i in buffers.rounded:
-                self._finish_rounded(i)
-            else:
-                self._weight_gradient(i, gradient, self._side_blas)
+            with fork.aside(ready):
+                if i in buffers.rounded:
+                    self._finish_rounded(i)
+                elif buffers.hidden[i].plan.backward == "dense":
+                    self._weight_gradient(i, gradient, self._side.products)
+                elif exchange is None:
+                    self._update_by_bits(i, gradient)
+                else:
+                    self._gradient_by_bits(i, gradient)
+                if exchange is not None:
+                    exchange.send_gradient(buffers.hidden[i].plan.linear.weight)
+            done = fork.mark()
             if own is not None:
-                in_use[own] = fork.mark()
-            self._update_layer(i)
+                in_use[own] = done
+            if exchange is None and (i > 1 or not self._plan.updates_together):
+                with fork.aside(done, 1):
+                    self._update_layer(i)
 
+        buffers.add_passes(len(buffers.hidden) - 1)
         for i in reversed(range(1, len(buffers.hidden))):
             below = buffers.product_grad(i - 1)[0]
             if below is not None:
                 fork.wait(in_use.pop(below, None))
-            self._input_gradient(last, i)
-            if self._plan.keep_dense_copies:
-                with fork.aside():
-                    finish(i)
-            self._activation_gradient(last, i - 1)
-            if not self._plan.keep_dense_copies:  # shared memory is free again
-                finish(i)
-        self._weight_gradient(0, buffers.product_grad(0, None)[1], self._blas)
+            self._input_gradient(last, i, self._main)
+            ready = fork.ready()
+            self._activation_gradient(last, i - 1, self._main)
+            buffers.add_passes(i - 1)
+            finish(i, ready)
+        if exchange is not None and self._early(exchange):
+            with fork.aside():
+                self._update_shares(exchange)
+        self._weight_gradient(0, buffers.product_grad(0, None)[1], self._main.products)
+        if exchange is not None:
+            exchange.send_gradient(buffers.hidden[0].plan.linear.weight)
 
-    def _descend(self, at: Pass) -> None:
+    def _descend(self, at: Pass, tools: _Tools) -> None:
         """Compute the gradients of all products of a pass, without those of hidden weights."""
         for i in reversed(range(1, len(at.hidden))):
-            self._input_gradient(at, i)
-            self._activation_gradient(at, i - 1)
+            self._input_gradient(at, i, tools)
+            self._activation_gradient(at, i - 1, tools)
 
-    def _input_gradient(self, at: Pass, i: int) -> None:
+    def _input_gradient(self, at: Pass, i: int, tools: _Tools) -> None:
         """Compute the gradient of the input of hidden layer `i` > 0, counted from 0."""
         hidden = at.hidden[i]
         gradient = self._buffers.product_grad(i, at.number)[1]
@@ -249,9 +292,9 @@ class Passes:
             if by_bits:
                 sign_gemm.transposed_product(hidden.packed_weight, gradient, incoming, self._device)
             else:
-                self._blas.multiply(gradient, weight, incoming, transpose_b=True)
+                tools.products.multiply(gradient, weight, incoming, transpose_b=True)
 
-    def _activation_gradient(self, at: Pass, i: int) -> None:
+    def _activation_gradient(self, at: Pass, i: int, tools: _Tools) -> None:
         """Turn the gradient of hidden layer `i`'s activation into that of its product."""
         hidden = at.hidden[i]
         with self.span("gradient of activation"):
@@ -261,7 +304,7 @@ class Passes:
                 mask=hidden.mask,
                 grad=self._buffers.incoming_grad(i, at.number),
                 out=self._buffers.product_grad(i, at.number)[1],
-            ).launch(self.launcher)
+            ).launch(tools.launcher)
 
     def _weight_of(self, i: int) -> Any:
         """Return hidden layer `i`'s weights for a dense product, unpacked if necessary."""
@@ -294,6 +337,13 @@ class Passes:
         with self.span(f"gradient of {name}'s weights and their update"):
             self.update.launch_fused_update(self._group(i), signs=signs, matrix=gradient)
 
+    def _gradient_by_bits(self, i: int, gradient: Any) -> None:
+        """Compute the gradient of hidden layer `i`'s weights from packed signs."""
+        before, hidden = self._buffers.hidden[i - 1], self._buffers.hidden[i]
+        out = self._buffers.gradients[hidden.plan.linear.weight]
+        with self.span(f"gradient of {hidden.plan.name}'s weights"):
+            sign_gemm.weight_gradient(before.packed, gradient, out, self._device)
+
     def _finish_rounded(self, i: int) -> None:
         """Compute the gradient of hidden layer `i`'s weights by bit planes; update them, or not."""
         plan, rounded = self._plan.hidden[i], self._buffers.rounded[i]
@@ -306,22 +356,54 @@ class Passes:
 
     def _group(self, i: int) -> int:
         """Return the update group of hidden layer `i`; groups begin with the last layer."""
-        return len(self._buffers.hidden) - 1 - i
+        last = len(self._buffers.hidden) - 1
+        return min(last - i, last - 1) if self._plan.updates_together else last - i
 
     def _update_layer(self, i: int) -> None:
         """Update the parameters of hidden layer `i`; the head's are updated with the last."""
         with self.span("update"):
-            self._buffers.add_passes(i)
             self.update.launch(self._group(i))
+
+    def _early(self, exchange: Exchange) -> bool:
+        """Whether shares are updated alongside the last gradient of weights.
+
+        Large products fill the device; they should not wait for exchanges.
+        """
+        return self._plan.keep_dense_copies and exchange.early
+
+    def _update_shares(self, exchange: Exchange) -> None:
+        """Update this rank's shares of weights, and send their signs."""
+        for number, weight in enumerate(exchange.updated):
+            with self.span("wait for gradients"):
+                exchange.receive(weight)
+            with self.span("update"):
+                self.update.launch(number)
+        exchange.send_signs()
+
+    def _finish(self, exchange: Exchange) -> None:
+        """Update what has not been updated, with the sums over all ranks; see `plan_update`."""
+        buffers = self._buffers
+        exchange.send_small()
+        if not self._early(exchange):
+            self._update_shares(exchange)
+        with self.span("wait for gradients"):
+            exchange.receive_rest()
+        with self.span("update"):
+            self.update.launch(len(exchange.updated))
+        with self.span("wait for signs"):
+            exchange.receive_signs(buffers.hidden, self.launcher)
+        if self.sums_loss:
+            with self.span("wait for the loss"):
+                exchange.add_up(buffers.loss, buffers.loss)
 
     # Adversarial images ------------------------------------------------------------------------
 
     def _pixel_gradient(self, at: Pass) -> None:
         """Compute the gradient of the pixels, up to a factor."""
         buffers = self._buffers
-        self._descend(at)
+        self._descend(at, self._main)
         with self.span("gradient of the pixels"):
-            self._blas.multiply(
+            self._main.products.multiply(
                 buffers.product_grad(0, at.number)[1],
                 self._weight_of(0),
                 buffers.input_grad,

@@ -37,6 +37,9 @@ class NetworkPlan:
     Attributes
     ----------
     batch, features, classes : int
+        `batch` is the number of images that this process has of a batch.
+    first, whole : int
+        Place of the first of them in the whole batch, and the number of images of that.
     precision : {"float32", "tf32", "bfloat16"}
         Precision of dense products.
     input_dropout : Dropout or None
@@ -58,6 +61,8 @@ class NetworkPlan:
     """
 
     batch: int
+    first: int
+    whole: int
     features: int
     classes: int
     precision: str
@@ -73,12 +78,34 @@ class NetworkPlan:
     keep_dense_copies: bool
 
     @property
+    def further(self) -> int:
+        """Images needed beyond those of this process: mixing reads the one after the last."""
+        return int(self.mix != "none" and self.batch < self.whole)
+
+    @property
+    def updates_together(self) -> bool:
+        """Whether the first two hidden layers are updated together, at the end of the step.
+
+        Otherwise the last update waits for that of the second layer, which begins shortly before
+        it. Not possible if the layers' gradients share memory.
+        """
+        if len(self.hidden) < 2:
+            return False
+        return self.keep_dense_copies or self.hidden[1].updates
+
+    @property
     def passes(self) -> int:
         """Number of passes through the network that are kept for the gradient."""
         return 2 if self.vat else 1
 
     @classmethod
-    def of(cls, model: nn.Module, config: TrainConfig, device: int | None = None) -> NetworkPlan:
+    def of(
+        cls,
+        model: nn.Module,
+        config: TrainConfig,
+        device: int | None = None,
+        rows: slice | None = None,
+    ) -> NetworkPlan:
         """Plan the steps of a model.
 
         Parameters
@@ -89,12 +116,16 @@ class NetworkPlan:
             Its settings of the step; those of the network are ignored.
         device : int, optional
             Index of the CUDA device; without one, only features that every device has are used.
+        rows : slice, optional
+            The images of a batch that this process has, one of several; by default all.
 
         Raises
         ------
         Unsupported
             If the kernels cannot compute the model.
         """
+        first, last = (0, config.batch_size) if rows is None else (rows.start, rows.stop)
+        batch = last - first
         chain = _chain(model)
         hidden = [plan_hidden(block, config.dtype) for block in chain.blocks[:-1]]
         if not hidden:
@@ -110,17 +141,19 @@ class NetworkPlan:
         itemsize = operand_dtype(config.dtype).itemsize
         # Virtual adversarial training keeps two passes through the network until both have their
         # gradients, which one product then adds up: no layer can share its memory.
-        dense_copies = config.vat > 0 or config.batch_size * widest * itemsize <= _DENSE_COPY_BYTES
-        hidden = _plan_backward(hidden, config, device)
+        dense_copies = config.vat > 0 or batch * widest * itemsize <= _DENSE_COPY_BYTES
+        hidden = _plan_backward(hidden, config, batch, device)
         following = [*hidden[1:], None]
         features, classes = hidden[0].inputs, head.linear.weight.shape[1]
         largest = max(features, widest)
         if classes > _MAX_CLASSES:
             raise Unsupported(f"more than {_MAX_CLASSES} classes are not supported")
-        if max(config.batch_size, widest) * largest > _MAX_ELEMENTS:
+        if max(batch, widest) * largest > _MAX_ELEMENTS:
             raise Unsupported("an array would have more than 2**31 - 1 elements")
         return cls(
-            batch=config.batch_size,
+            batch=batch,
+            first=first,
+            whole=config.batch_size,
             features=features,
             classes=classes,
             precision=config.dtype,
@@ -167,7 +200,7 @@ def _chain(model: nn.Module) -> nn.Chain:
 
 
 def _plan_backward(
-    hidden: Sequence[HiddenPlan], config: TrainConfig, device: int | None
+    hidden: Sequence[HiddenPlan], config: TrainConfig, batch: int, device: int | None
 ) -> list[HiddenPlan]:
     """Decide which layers' backward products read packed signs."""
     planned = []
@@ -179,16 +212,14 @@ def _plan_backward(
             reason = sign_gemm.unsupported_reason(device, config.dtype, layer.inputs, layer.units)
             if reason is None and config.vat:
                 reason = "one product adds up the gradients of two passes"
-            if reason is None and not sign_gemm.pays(
-                device, config.batch_size, layer.inputs, layer.units
-            ):
+            if reason is None and not sign_gemm.pays(device, batch, layer.inputs, layer.units):
                 reason = "its products have fewer tiles than the device has multiprocessors"
             backward = "bits" if reason is None else "dense"
             if settings.debug():
                 how = "packed signs" if reason is None else f"dense products, because {reason}"
                 print(
                     f"cupybnn: backward pass of {layer.name}, {layer.inputs} × {layer.units}, "
-                    f"{config.batch_size} examples: {how}",
+                    f"{batch} examples: {how}",
                     file=sys.stderr,
                 )
         planned.append(replace(layer, backward=backward))

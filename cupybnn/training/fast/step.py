@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from cupybnn import nn, optim
 from cupybnn.backends.cuda import blas
+from cupybnn.backends.cuda.compiler import compile_together
 from cupybnn.backends.cuda.fused_batch import Draw
 from cupybnn.backends.cuda.graph import Fork, capture
 from cupybnn.data import BatchOrder, DeviceData
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.fast.buffers import Buffers
+from cupybnn.training.fast.exchange import Exchange
 from cupybnn.training.fast.feed import Feed
 from cupybnn.training.fast.following import Edits, Wiring
 from cupybnn.training.fast.layers import grad_quantizer
@@ -22,6 +25,7 @@ from cupybnn.training.fast.teaching import Teaching
 from cupybnn.training.fast.update import UpdateOptions, plan_update
 from cupybnn.training.step import Objective, StepOutput
 from cupybnn.training.teachers import Teachers
+from cupybnn.training.team import Team
 
 __all__ = ["FusedStep"]
 
@@ -47,9 +51,14 @@ class FusedStep:
         Called with a sentence when steps cannot be captured.
     teachers : Teachers, optional
         Whose predictions are learned instead of the labels.
+    team : Team, optional
+        The ranks that perform the step together; weights must be shared out.
 
     Notes
     -----
+    With a `team`, the elements of a weight that is shared out follow its signs when its `data` is
+    read, and not before: the next products read packed signs.
+
     The next step overwrites what a step returned, and parameters' gradients. `grad` is None if the
     gradient is rounded or never stored, unless the run has a log directory.
     """
@@ -64,14 +73,21 @@ class FusedStep:
         config: TrainConfig,
         notify: Callable[[str], None] | None = None,
         teachers: Teachers | None = None,
+        team: Team | None = None,
     ) -> None:
         import cupy
 
-        self.plan = NetworkPlan.of(model, config, data.device.index)
+        self.plan = NetworkPlan.of(
+            model, config, data.device.index, None if team is None else team.rows
+        )
+        self._team = team
+        self.exchange = None if team is None else Exchange(team, self.plan)
         self._objective, self._optimizer = objective, optimizer
         self._notify = notify or (lambda sentence: None)
         self._recorded = config.log_dir is not None
-        self.buffers = Buffers(self.plan, model, data.device, self._recorded)
+        self.buffers = Buffers(
+            self.plan, model, data.device, self._recorded, self.exchange, config.sync_batch_norm
+        )
         self.feed = Feed(order, optimizer)
         teaching = None
         if teachers is not None:
@@ -79,15 +95,25 @@ class FusedStep:
         self.passes = Passes(self.plan, self.buffers, self.feed, data, config, teaching)
         self._parameters = list(model.parameters())
         self._wiring = Wiring(model, optimizer)
-        self._edits = Edits(self.buffers.hidden)
+        shared = {} if self.exchange is None else self.exchange.shared
+        self._edits = Edits([h for h in self.buffers.hidden if h.plan.linear.weight not in shared])
+        self.passes.sums_loss = team is not None and objective.penalty_kind != "none"
+        self._shared_out = -1
+        self._captured = 0  # exchanges in the graph
+        self._lagging: set[nn.Parameter] = set()
         self._options: UpdateOptions | None = None
         self._stream = cupy.cuda.Stream(non_blocking=True)
-        self._side_stream = cupy.cuda.Stream(non_blocking=True)
+        # One for the gradients of weights, one for updates.
+        self._side_streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(2)]
         self._graph: Any = None
         self._bypass_graph = False
-        self._warm = False
+        self._warm = self._votes_to_stop = False
         self._capture = config.graph
-        if config.graph and not blas.capturable():
+        if team is not None:
+            team.ranks.release_before(self)
+        if team is not None and not team.ranks.capturable:
+            self._capture = False
+        elif config.graph and not blas.capturable():
             self._capture = False
             self._notify(
                 "Training steps run without a CUDA graph, because CuPy's dense products cannot be "
@@ -99,13 +125,30 @@ class FusedStep:
         self._quantizers = [quantizer for quantizer in quantizers if quantizer is not None]
         self._offsets: tuple[int, ...] = ()
 
+    def release(self) -> None:
+        """Give the graph up; a later step captures another."""
+        self._graph = None
+
     def stale(self) -> bool:
         """Whether something that the step was built on has been replaced."""
         return self._wiring.changed()
 
+    def prepare(self, evaluate: Callable[[], object], mention: Callable[[str], None]) -> None:
+        """Compile the kernels of a step and of `evaluate` at the same time."""
+        self._update_options()
+        draws = self._draws([0] * len([*self._dropouts, *self._quantizers]))
+
+        def everything() -> None:
+            evaluate()  # first: a large product takes longest to compile
+            self.passes.launch(Fork(), draws)
+
+        compile_together(everything, mention)
+
     def __call__(self, step: int) -> StepOutput:
         """Perform step number `step`."""
         self._edits.refresh_copies()
+        if self._team is not None:
+            self._prepare_shares(self._team)
         self._update_options()
         self.feed.prepare(step)
         self._advance_streams(step)
@@ -114,23 +157,59 @@ class FusedStep:
             self._graph = self._capture_graph()
         if by_graph and self._graph is not None:
             self._graph.launch()
+            if self._team is not None:
+                self._team.ranks.replayed(self._captured)
         else:
-            self.passes.launch(Fork(None), self._draws())
+            self.passes.launch(Fork(), self._draws())
             self._warm = True
         self._optimizer.steps += 1
         kept_grads = self.buffers.kept_grads
         for parameter in self._parameters:
+            if parameter.share is not None:
+                parameter.share.grad = kept_grads[parameter]
+                self._lagging.add(parameter)
+                continue
             parameter.write()  # records that it changed
             parameter.grad = kept_grads[parameter]
         self._edits.mark_current()
+        if self._team is not None:
+            self._team.count(self.buffers.votes.copy())
         return StepOutput(self.buffers.loss.reshape(()), self.buffers.logits, self.buffers.labels)
+
+    def _prepare_shares(self, team: Team) -> None:
+        """Follow what happened to weights that were whole in between; vote to stop, if asked to."""
+        assert self.exchange is not None
+        if team.times_shared_out != self._shared_out:
+            self._shared_out = team.times_shared_out
+            self._lagging.clear()
+            for hidden in self.buffers.hidden:
+                if hidden.plan.linear.weight in self.exchange.shared:
+                    hidden.refresh()
+            for parameter in self.exchange.shared:
+                assert parameter.share is not None
+                parameter.share.bring_up_to_date = partial(self._unpack, parameter)
+        if team.wants_stop() and not self._votes_to_stop:
+            self._votes_to_stop = True
+            self.buffers.vote.fill(1)
+
+    def _unpack(self, parameter: nn.Parameter) -> None:
+        """Write the current signs of a weight that is shared out into its elements."""
+        if parameter in self._lagging:
+            assert self.exchange is not None
+            self._lagging.remove(parameter)
+            self.exchange.unpack(parameter, self.passes.launcher)
+            parameter.write()
 
     def _capture_graph(self) -> Any:
         """Return the graph of a step, or None, with a notice, if it cannot be captured."""
         try:
-            side = self._side_stream if self.plan.keep_dense_copies else None
+            if self.exchange is not None:
+                self.exchange.count = 0
+            sides = self._side_streams if self.plan.keep_dense_copies else ()
             draws = self._draws()
-            return capture(self._stream, lambda: self.passes.launch(Fork(side), draws))
+            graph = capture(self._stream, lambda: self.passes.launch(Fork(*sides), draws))
+            self._captured = 0 if self.exchange is None else self.exchange.count
+            return graph
         except RuntimeError as error:
             self._capture = False
             self._notify(f"Training steps run without a CUDA graph: {error}.")
@@ -192,11 +271,11 @@ class FusedStep:
         if offsets != self._offsets:
             self._offsets, self._graph = offsets, None
 
-    def _draws(self) -> list[Draw]:
+    def _draws(self, offsets: Sequence[int] | None = None) -> list[Draw]:
         """Return the draws of dropout, then those of rounding, which drops nothing."""
         layers: list[tuple[Any, float]] = [(layer, layer.keep_prob) for layer in self._dropouts]
         layers += [(quantizer, 1.0) for quantizer in self._quantizers]
         return [
             Draw(seed=int(layer.random.state[0]), offset=offset, keep_prob=keep_prob)
-            for (layer, keep_prob), offset in zip(layers, self._offsets, strict=True)
+            for (layer, keep_prob), offset in zip(layers, offsets or self._offsets, strict=True)
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,10 @@ def plan_update(
 ) -> Update:
     """Return the update, with one group per hidden layer in the order of the backward pass.
 
-    The first group is the last hidden layer's, together with the head's.
+    The first group is the last hidden layer's, together with the head's. The last one is that of
+    the first two layers if `NetworkPlan.updates_together`. With other ranks, each share that this
+    rank has of a weight is a group, in the order of `Exchange.updated`, and the last group is all
+    that is not shared out.
 
     Parameters
     ----------
@@ -70,13 +74,23 @@ def plan_update(
     recorded : bool
         Whether to keep the gradients, including the penalty's part.
     """
+    import cupy
+
     lr_scales = dict(zip(parameters, options.lr_scales, strict=True))
+    exchange = buffers.exchange
+    shared = {} if exchange is None else exchange.shared
+    shares: dict[nn.Parameter, ParameterUpdate] = {}
 
     def update_of(parameter: nn.Parameter, gate: str = "none", **copies: Any) -> ParameterUpdate:
-        mean, square = optimizer._slots_of(parameter)
-        return ParameterUpdate(
-            weight=parameter._data,
-            grad=buffers.gradients[parameter],
+        weight, (mean, square) = parameter._data, optimizer._slots_of(parameter)
+        if exchange is not None and parameter in shared:
+            assert parameter.share is not None
+            arrays = (parameter.share.weight, mean, square)
+            weight, mean, square = (exchange.share_of(parameter, array) for array in arrays)
+            copies = {"sent": exchange.words_of(parameter)}
+        update = ParameterUpdate(
+            weight=weight,
+            grad=buffers.sums[parameter],
             mean=mean,
             square=square,
             kept_grad=buffers.kept_grads[parameter],
@@ -88,22 +102,36 @@ def plan_update(
             weight_decay=options.weight_decay,
             **copies,
         )
+        if parameter in shared:
+            shares[parameter] = update
+        return update
 
     def norm_updates(norm: nn.BatchNorm | None) -> list[ParameterUpdate]:
         return [] if norm is None else [update_of(norm.gamma), update_of(norm.beta)]
 
-    groups = []
+    by_layer = []
     for layer, hidden in reversed(list(zip(plan.hidden, buffers.hidden, strict=True))):
         copy = hidden.weight if hidden.copied else None
         linear = layer.linear
         copies = {"copy": copy, "packed": hidden.packed_weight}
         weight = update_of(linear.weight, latent_gate(linear), **copies)
-        groups.append([weight, *norm_updates(layer.norm)])
+        by_layer.append([weight, *norm_updates(layer.norm)])
+    if plan.updates_together:
+        first = by_layer.pop()
+        by_layer[-1] += first
     head = plan.head
     weight = update_of(head.linear.weight, latent_gate(head.linear))
-    groups[0] += [weight, *norm_updates(head.norm)]
+    by_layer[0] += [weight, *norm_updates(head.norm)]
     if head.scale is not None:
-        groups[0].append(update_of(head.scale.factor))
+        by_layer[0].append(update_of(head.scale.factor))
+    groups, counted, mean_loss = by_layer, None, buffers.total_of(buffers.mean_loss)
+    if exchange is not None:
+        everything = list(itertools.chain.from_iterable(by_layer))
+        groups = [[shares[parameter]] for parameter in exchange.updated]
+        groups.append([u for u in everything if u.sent is None])
+        if exchange.ranks.rank and objective.penalty_kind != "none":
+            # Rank 0 alone counts what all ranks have, because the losses will be summed.
+            counted, mean_loss = len(groups) - 1, cupy.zeros_like(mean_loss)
     return Update(
         launcher,
         groups,
@@ -112,6 +140,7 @@ def plan_update(
         keep_gradients=recorded,
         rates=feed.rates,
         step=feed.step,
-        mean_loss=buffers.mean_loss,
+        mean_loss=mean_loss,
         loss=buffers.loss,
+        counted=counted,
     )

@@ -91,18 +91,16 @@ def choose(problem: Problem) -> Config:
 
 
 def _many_tiles(problem: Problem) -> Config:
-    # Measured at 4096, 8192 and 16384 cubed (bench/NOTES.md). With a long K the tensor cores take
-    # most of the time, and the tile with the least traffic wins; with a short K writing out does,
-    # which deferring hides. It needs accumulators that fit 16 bits and at least four products.
-    if problem.k >= 12288 or problem.chunks < 4 or problem.planes > 1:
-        # Wider tiles, unless the last round of them leaves more of the GPU idle.
-        narrow, wide = (
-            -(-problem.tiles(256, width) // problem.multiprocessors) * width for width in (128, 192)
-        )
-        return LARGER if problem.scaled or narrow < wide else config(2, 192, 4)
-    if problem.packed and problem.k < 6144:
-        return config(2, 128, 4, deferred=True)
-    return config(1, 256, 4, deferred=True, group=16)
+    # Deferring hides the writing (bench/NOTES.md), but needs signs, accumulators that fit 16 bits
+    # and at least four products. Wider tiles, unless the last round of them leaves more of the GPU
+    # idle.
+    narrow, wide = (
+        -(-problem.tiles(256, width) // problem.multiprocessors) * width for width in (128, 192)
+    )
+    fits = problem.planes == 1 and 4 <= problem.chunks <= 63
+    if fits and (problem.chunks < 12 or narrow <= 1.1 * wide):
+        return config(1, 256, 4, deferred=True, group=16)
+    return LARGER if problem.scaled or narrow < wide else config(2, 192, 4)
 
 
 def _split(problem: Problem) -> Config | None:

@@ -1,0 +1,184 @@
+"""What the ranks of a run send each other within a fused step.
+
+In the backward pass, each rank computes the gradients of all hidden weights over its own images.
+Each is sent, in the type of dense operands, as soon as it is there. The sum of those of a weight
+that is shared out is scattered: each rank gets the part of its share, updates that, and sends its
+signs, one bit a weight, those of all layers together. Those of other weights are summed for every
+rank. So are the small gradients, in float32, together with the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from cupybnn import nn
+from cupybnn.backends.cuda.blas import operand_dtype
+from cupybnn.backends.cuda.compiler import is_dry_run
+from cupybnn.backends.cuda.fused import Launcher
+from cupybnn.backends.cuda.fused_shares import Placing, place_signs
+from cupybnn.parallel import Pending
+from cupybnn.training.fast.hidden import HiddenBuffers
+from cupybnn.training.fast.plan import NetworkPlan
+from cupybnn.training.shares import ROWS
+from cupybnn.training.team import Team
+
+__all__ = ["Exchange"]
+
+
+class Exchange:
+    """The exchanges of a step, with their memory.
+
+    An exchange begins behind what the current stream has been given, and a ``receive`` method makes
+    the current stream wait for its end.
+
+    Parameters
+    ----------
+    team : Team
+    plan : NetworkPlan
+
+    Attributes
+    ----------
+    shared : dict of Parameter to SharedWeight
+        Weights that are shared out, from the last layer to the first.
+    updated : list of Parameter
+        Those of which this rank has a share that is not only padding.
+    early : bool
+        Whether all shares can be updated before the gradient of the first hidden layer's weights
+        and the small gradients are there.
+    count : int
+        Exchanges begun since it was last set to 0.
+    """
+
+    def __init__(self, team: Team, plan: NetworkPlan) -> None:
+        import cupy
+
+        self.ranks = team.ranks
+        self.count = 0
+        weights = [plan.head.linear.weight, *(h.linear.weight for h in reversed(plan.hidden))]
+        self.shared = {w: team.shared[w] for w in weights if w in team.shared}
+        self.updated = [w for w, shared in self.shared.items() if shared.used]
+        self.early = weights[0] not in self.shared and weights[-1] not in self.shared
+        real = operand_dtype(plan.precision)
+        self._gradients: dict[nn.Parameter, Any] = {}
+        self._scattered: dict[nn.Parameter, Any] = {}
+        for weight in weights[1:]:
+            shared = self.shared.get(weight)
+            length = weight.size if shared is None else self.ranks.size * shared.length
+            self._gradients[weight] = cupy.zeros(length, real)  # padding stays 0
+            if shared is not None:
+                self._scattered[weight] = cupy.empty(shared.length, real)
+        self._starts: dict[nn.Parameter, int] = {}
+        words = 0
+        for weight, shared in self.shared.items():
+            self._starts[weight] = words
+            words += shared.groups * weight.shape[1]
+        self._words = cupy.zeros(words, np.uint32)
+        self._all_words = cupy.zeros((self.ranks.size, words), np.uint32)
+        self._begun: dict[nn.Parameter, Pending] = {}
+        self._small = self._signs = Pending(lambda: None)
+
+    # Memory --------------------------------------------------------------------------------------
+
+    def use_small(self, mine: Any, total: Any) -> None:
+        """Use memory for what is summed over all ranks in float32: its parts and its sum."""
+        self._mine, self._total = mine, total
+
+    def gradient(self, weight: nn.Parameter) -> Any:
+        """Return memory for the gradient of a hidden weight on this rank."""
+        return self._gradients[weight][: weight.size].reshape(weight.shape)
+
+    def sum_of(self, weight: nn.Parameter) -> Any:
+        """Return the sum of the gradients of a hidden weight: of all of it, or of the share."""
+        if weight in self.shared:
+            return self.share_of(weight, self._scattered[weight])
+        return self.gradient(weight)
+
+    def share_of(self, weight: nn.Parameter, elements: Any) -> Any:
+        """Return a share's elements, without padding, as rows of the weight."""
+        return elements[: self.shared[weight].used].reshape(-1, weight.shape[1])
+
+    def rows_of(self, weight: nn.Parameter, whole: Any) -> Any:
+        """Return the rows of a whole array that are this rank's share."""
+        shared = self.shared[weight]
+        first = self.ranks.rank * shared.groups * ROWS
+        return whole[first : first + shared.used // weight.shape[1]]
+
+    def words_of(self, weight: nn.Parameter) -> Any:
+        """Return memory for the signs of this rank's share, to be sent."""
+        start, columns = self._starts[weight], weight.shape[1]
+        groups = self.shared[weight].groups
+        return self._words[start : start + groups * columns].reshape(groups, columns)
+
+    # Exchanges -----------------------------------------------------------------------------------
+
+    def _begin(
+        self, exchange: Callable[..., Pending], array: Any, out: Any, **more: Any
+    ) -> Pending:
+        """Begin an exchange; in a dry run, only pretend to."""
+        if is_dry_run():
+            return Pending(lambda: out)
+        self.count += 1
+        return exchange(array, out=out, **more)
+
+    def send_gradient(self, weight: nn.Parameter) -> None:
+        """Begin to sum the gradients of a hidden weight."""
+        mine = self._gradients[weight]
+        exchange, out = self.ranks.all_reduce, mine
+        if weight in self.shared:
+            exchange, out = self.ranks.reduce_scatter, self._scattered[weight]
+        rounded = mine.dtype == np.uint16
+        self._begun[weight] = self._begin(exchange, mine, out, bfloat16=rounded)
+
+    def send_small(self) -> None:
+        """Begin to sum small gradients, loss and votes."""
+        self._small = self._begin(self.ranks.all_reduce, self._mine, self._total)
+
+    def receive(self, weight: nn.Parameter) -> None:
+        """Wait for the sum of a weight's gradients."""
+        self._begun.pop(weight, self._small).wait()
+
+    def receive_rest(self) -> None:
+        """Wait for all sums."""
+        for weight in list(self._begun):
+            self.receive(weight)
+        self._small.wait()
+
+    def send_signs(self) -> None:
+        """Begin to send the signs of this rank's shares."""
+        if self._words.size:
+            self._signs = self._begin(self.ranks.all_gather, self._words, self._all_words)
+
+    def receive_signs(self, hidden: Sequence[HiddenBuffers], launcher: Launcher) -> None:
+        """Wait for the signs of all shares, and put them where the next products read them."""
+        self._signs.wait()
+        layers = {h.plan.linear.weight: h for h in hidden}
+        places = []
+        for weight in self.shared:
+            layer = layers.get(weight)
+            # The head reads a float32 array.
+            packed, dense = None, weight._data
+            if layer is not None:
+                packed, dense = layer.packed_weight, layer.weight if layer.copied else None
+            places.append(self._placing(weight, packed, dense))
+        place_signs(launcher, self._all_words, places)
+
+    def unpack(self, weight: nn.Parameter, launcher: Launcher) -> None:
+        """Write the signs that all ranks sent last into the elements of a weight."""
+        place_signs(launcher, self._all_words, [self._placing(weight, None, weight._data)])
+
+    def _placing(self, weight: nn.Parameter, packed: Any, dense: Any) -> Placing:
+        rows, columns = weight.shape
+        return Placing(
+            start=self._starts[weight],
+            groups=self.shared[weight].groups,
+            shape=(rows, columns),
+            packed=packed,
+            dense=dense,
+        )
+
+    def add_up(self, array: Any, out: Any) -> None:
+        """Sum an array over all ranks, which the current stream waits for."""
+        self._begin(self.ranks.all_reduce, array, out).wait()
