@@ -193,12 +193,13 @@ def test_only_a_failure_of_ours_makes_the_command_fail(library, code, monkeypatc
 def test_variants_of_a_gpu_are_settings_of_fused_steps():
     device = Device("cuda", 0)
     found = ours.variants(device, False)
-    assert len(set(map(str, found))) == len(found) == 10
+    assert len(set(map(str, found))) == len(found) == 12
     for variant in found:
         config = ours.config_for(variant, SMALL, device)
         assert config.binary
         assert config.batch_norm
-        assert config.xnor == (variant.product == "xnor")
+        assert config.xnor == (variant.product != "matmul")
+        assert config.grad_bits == {"4 planes": 4, "1 plane": 1}.get(variant.product, 0)
         assert config.fused == ("fused" in variant.how)
         assert config.dtype == variant.precision
         if config.fused:
@@ -349,7 +350,20 @@ def test_a_comparison_without_pytorch_or_without_anything():
     mine = [r for r in gpu_rows(1.0) if r["library"] == "cupybnn"]
     assert record.compare(mine)["over_pytorch"] is None
     nothing = {"best": {}, "xnor_over_matmul": {}, "over_pytorch": None, "memory_of_pytorch": None}
+    nothing["rounded_over_pytorch"] = {}
     assert record.compare(gpu_rows(1.0)[-1:]) == nothing
+
+
+def test_steps_with_rounded_gradients_stand_apart():
+    rows = [*gpu_rows(1.0), row("cupybnn", "fused + graph", "4 planes", "bfloat16", 65e6)]
+    found, without = record.compare(rows), record.compare(rows[:-1])
+    assert found.pop("rounded_over_pytorch") == {"4 planes": pytest.approx(5.0)}
+    assert without.pop("rounded_over_pytorch") == {}
+    assert found == without
+    size = {"hidden": 512, "batch": 512, "rows": rows, **record.compare(rows)}
+    lines = [" ".join(line.split()) for line in tables.rounded({"sizes": [size]})]
+    assert any("512 512 4 planes 65,000,000 5.0" in line for line in lines), lines
+    assert list(tables.rounded({"sizes": [{**size, "rows": rows[:-1]}]})) == []
 
 
 def test_tables_of_a_gpus_record():
