@@ -9,7 +9,7 @@ import pytest
 from test_packed_network import hidden, settle
 from test_pixel_network import exact_real, network
 
-from cupybnn import PackedNetwork, nn
+from cupybnn import PackedNetwork, nn, settings
 from cupybnn.deploy import digits
 from cupybnn.deploy.cpu_forward import CpuForward
 from cupybnn.deploy.inputs import InputSpec
@@ -20,7 +20,7 @@ pytest.importorskip("numba")
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    monkeypatch.delenv("CUPYBNN_CPU_KERNELS", raising=False)
+    monkeypatch.setattr(settings, "cpu_kernels", lambda: True)
     monkeypatch.setattr("cupybnn.deploy.network._LEAST_WEIGHTS", 0)
 
 
@@ -38,9 +38,9 @@ def test_logits_are_exact(sizes, first, monkeypatch):
     last = "binary" if sizes[0] == 16 else "real"
     net = PackedNetwork.from_model(network(sizes, first, last), pixel_max=256)
     x = pixels(70, sizes[0])
-    monkeypatch.setenv("CUPYBNN_CPU_KERNELS", "0")
+    monkeypatch.setattr(settings, "cpu_kernels", lambda: False)
     expected = net(x)
-    monkeypatch.delenv("CUPYBNN_CPU_KERNELS")
+    monkeypatch.setattr(settings, "cpu_kernels", lambda: True)
     for rows in (1, 3, 4, 5, 33, 70):
         np.testing.assert_array_equal(net(x[:rows]), expected[:rows])
     assert isinstance(net._cpu, CpuForward)

@@ -243,7 +243,7 @@ def test_verify_and_info_know_them(cpu_kernels):
 
     assert verify._kernels(CPU) == ["numpy", "numba"]
     outcomes = [*verify.check(CPU, "numba", cases=verify.CASES[8:11])]
-    assert len(outcomes) == 12
+    assert len(outcomes) == 15
     assert not [outcome.problem for outcome in outcomes if outcome.problem]
     assert any("Numba" in line and "threads" in line for line in info.lines())
 

@@ -266,7 +266,7 @@ def test_code_that_depends_on_the_architecture():
         (True, "#if __CUDA_ARCH__ >= 900"),
     }
     included = {path.name for path in paths if '"launch.cuh"' in path.read_text()}
-    assert included == {"smxx_pack.cu", "sm90_xnor_gemm.cu"}
+    assert included == {"smxx_pack.cu", "sm90_xnor_gemm.cu", "sm90_resident_gemm.cu"}
 
 
 PACKS = [("float", "float")]

@@ -299,21 +299,21 @@ class TestFallback:
 def test_a_step_gets_ready_once_and_may_say_that_it_takes_long(monkeypatch):
     from cupybnn.training.step import PlainStep
 
-    said, accuracies = [], []
+    said, evaluated = [], []
 
     class Listener(Callback):
         def on_notice(self, trainer, sentence):
             said.append(sentence)
 
     def prepare(self, evaluate, mention):
-        accuracies.append(evaluate()[1])
+        evaluated.append(evaluate())
         mention("This takes long.")
 
     monkeypatch.setattr(PlainStep, "prepare", prepare)
     result = Trainer(TrainConfig(**{**QUICK, "max_steps": 3}), [Listener()]).run()
     assert said == ["This takes long."]
     assert result.notices == ()  # it is about this machine, not about the result
-    assert len(accuracies) == 1
+    assert len(evaluated) == 1
     monkeypatch.undo()
     again = Trainer(TrainConfig(**{**QUICK, "max_steps": 3})).run()
     assert again.final.test_loss == result.final.test_loss

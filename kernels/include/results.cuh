@@ -80,12 +80,10 @@ template <int HEIGHT, int WIDTH> struct Results {
             first_col * product.out_col) {}
 
   // The product, or OUTPUT_PACKED: the product minus its threshold.
-#if __CUDA_ARCH__ >= 900
   static __device__ __forceinline__ int product(int row_term, int col_term, const Half& acc) {
     // Of the two 16-bit numbers one times 4 and the other times 0: one instruction to take it and add.
     return (int)__dp2a_lo(acc.pair, acc.second ? 0x400u : 4u, (u32)row_term + (u32)col_term);
   }
-#endif
   static __device__ __forceinline__ int product(int row_term, int col_term, int acc) {
     return (int)((u32)row_term + (u32)col_term + (u32)ACC_TERM * (u32)acc);
   }
