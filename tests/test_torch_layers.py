@@ -403,7 +403,7 @@ def test_a_training_step_in_a_cuda_graph():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [256, 1000])
-def test_products_in_a_cuda_graph_that_overlap_with_their_packing(size):
+def test_products_in_a_cuda_graph_share_memory_one_after_another(size):
     torch.manual_seed(0)
     layers = [XnorLinear(size, size).cuda() for _ in range(3)]
     layers[1] = pack_linear(layers[1])

@@ -111,14 +111,6 @@ def packed_product(x: Any, words: Any, popcounts: Any, dtype: Any) -> Any:
     return plan(x, (words.data_ptr(), popcounts.data_ptr()))
 
 
-@lru_cache(maxsize=1)
-def _overlaps_in_graphs() -> bool:
-    """Whether graphs may hold launches that overlap: with drivers from CUDA 12.3 on."""
-    import cupy
-
-    return bool(cupy.cuda.runtime.driverGetVersion() >= 12030)
-
-
 class _Plan:
     """All that is the same in each product of operands of a kind.
 
@@ -145,7 +137,6 @@ class _Plan:
                 self._launch = ProductLaunch(
                     _Operand(rows), b, batch_shape=(), strides=(outputs, 1, 0),
                     output=_OUTPUTS[self._native], scaled=False, device=self._device,
-                    captured=_overlaps_in_graphs(),
                 )  # fmt: skip
 
     def __call__(self, x: Any, weight: Any) -> Any:

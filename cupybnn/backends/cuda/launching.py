@@ -41,9 +41,7 @@ class Launch:
     overlap : bool
         Whether the kernel may begin before the one ahead of it has ended: it waits for that itself
         (launch.cuh). Not so in a graph, where blocks that wait would take the place of blocks that
-        work on other branches,
-    captured : bool
-        unless this is set: for a kernel whose predecessor is short, and a kernel, too.
+        work on other branches.
 
     Attributes
     ----------
@@ -61,7 +59,7 @@ class Launch:
 
     def __init__(
         self, kernel: Any, grid: int, block: int, shared: int, argument: bytes, *changing: Section,
-        cooperative: bool = False, overlap: bool = False, captured: bool = False,
+        cooperative: bool = False, overlap: bool = False,
     ) -> None:  # fmt: skip
         if is_dry_run():
             self.go = lambda stream, *values: None
@@ -84,7 +82,7 @@ class Launch:
             with lock:
                 pack(data, offset, *values)
                 config.stream = stream
-                if overlap and not captured:
+                if overlap:
                     config.count = count - (stream > 1 and _is_capturing(stream))
                 error = launch(*arguments)
                 if error == _NO_CONTEXT:  # this thread has not used the device before

@@ -53,8 +53,6 @@ _NO_COLUMNS: tuple[int, ...] = (0,) * 5
 class ProductLaunch:
     """Everything in a product's launches that depends on shapes, strides and dtypes.
 
-    With `captured`, product and packing overlap in a graph, too, where other branches may lose.
-
     Attributes
     ----------
     swap : bool
@@ -79,7 +77,7 @@ class ProductLaunch:
 
     def __init__(
         self, a: Any, b: Any, *, batch_shape: tuple[int, ...], strides: tuple[int, int, int],
-        output: int, scaled: bool, device: int, captured: bool = False,
+        output: int, scaled: bool, device: int,
     ) -> None:  # fmt: skip
         (m, k), n, batch = a.shape[-2:], b.shape[-1], math.prod(batch_shape)
         packed = output == _PACKED
@@ -122,11 +120,7 @@ class ProductLaunch:
         self._kernel = kernel, blocks, config.threads, shared
         self._argument = PRODUCT.pack(**fields)
         changing = (_ADDRESSES, _SCALES) if scaled else (_ADDRESSES,)
-        packs = not (hasattr(a, "words") and hasattr(b, "words"))
-        self._go = Launch(
-            *self._kernel, self._argument, *changing, overlap=config.overlap,
-            captured=captured and packs,
-        ).go  # fmt: skip
+        self._go = Launch(*self._kernel, self._argument, *changing, overlap=config.overlap).go
         self._prepare_packing(a, b, device)
 
     def _prepare_packing(self, a: Any, b: Any, device: int) -> None:
