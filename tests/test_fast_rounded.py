@@ -101,11 +101,11 @@ def _rounded(x):
 def test_hopper_s_kernel_stores_the_same_gradient(bits, batch, count, units):
     import cupy
 
-    from cupybnn.backends.cuda import plane_gemm
+    from cupybnn.backends.cuda import sign_gemm
     from cupybnn.backends.cuda.fused_batch import Draw
     from cupybnn.training.fast.rounded import RoundedBackward
 
-    if plane_gemm.unsupported_reason(0, "bfloat16", count, units) is not None:
+    if sign_gemm.unsupported_layer(0, "bfloat16", count, units) is not None:
         pytest.skip("not a Hopper GPU")
     rng = np.random.default_rng(0)
     x, w = (rng.choice([-1, 1], s).astype(np.float32) for s in ((batch, count), (count, units)))
@@ -131,7 +131,7 @@ def test_hopper_s_kernel_stores_the_same_gradient(bits, batch, count, units):
     ids=["even", "different widths", "more tiles than multiprocessors, adversarial"],
 )  # fmt: skip
 def test_updates_by_products_are_those_of_a_launch_of_their_own(bits, settings, monkeypatch):
-    from cupybnn.backends.cuda import plane_gemm
+    from cupybnn.backends.cuda import plane_gemm, sign_gemm
 
     settings = {**ROUNDED, "grad_bits": bits, "dtype": "bfloat16", "max_steps": 12, **settings}
     found = []
@@ -139,7 +139,7 @@ def test_updates_by_products_are_those_of_a_launch_of_their_own(bits, settings, 
         monkeypatch.setattr(plane_gemm, "pays", lambda *shape, pays=pays: pays)
         made, losses = run(**settings)
         how = "fused_planes" if pays else "planes"
-        if plane_gemm.unsupported_reason(0, "bfloat16", 8, 8) is not None:
+        if sign_gemm.unsupported_layer(0, "bfloat16", 8, 8) is not None:
             pytest.skip("not a Hopper GPU")
         assert [layer.backward for layer in made._step.plan.hidden][1:] == [how] * 2
         found.append((losses, arrays(made)))

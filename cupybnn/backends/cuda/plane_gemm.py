@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from cupybnn.backends.cuda.compiler import Defines, architecture, load_kernel, multiprocessors
+from cupybnn.backends.cuda.compiler import Defines, load_kernel, multiprocessors
 from cupybnn.backends.cuda.fused_parameter import PARAMETER
 from cupybnn.backends.cuda.packing import chunk_count
+from cupybnn.backends.cuda.sign_gemm import UPDATE_ARGUMENTS
 from cupybnn.backends.cuda.structs import Kernel, Struct
 
-__all__ = ["pays", "stored_product", "unsupported_reason", "weight_update"]
+__all__ = ["pays", "stored_product", "weight_update"]
 
 # As in sm90_plane_gemm.cu.
 _TILE_M, _TILE_N, _STAGES = 128, 256, 3
@@ -24,25 +25,10 @@ STORED = Kernel("sm90_plane_gemm", "plane_gemm", "PlaneProduct p", PLANE_PRODUCT
 UPDATE = Kernel(
     "sm90_plane_gemm",
     "plane_gemm",
-    "PlaneProduct p; Parameter parameter; ptr rates; i64 ring; ptr step;"
-    "float gain_mean, gain_square; ptr partials; i64 earlier",
+    f"PlaneProduct p; {UPDATE_ARGUMENTS}",
     PLANE_PRODUCT,
     PARAMETER,
 )
-
-
-def unsupported_reason(device: int, precision: str, inputs: int, units: int) -> str | None:
-    """Return why the kernel cannot run a layer's backward pass, or None if it can.
-
-    The reason is the end of a sentence.
-    """
-    if architecture(device) != 90:
-        return "the device does not have compute capability 9.0"
-    if precision != "bfloat16":
-        return f"dense products are in {precision}"
-    if inputs % 8 or units % 8:  # rows must be multiples of 16 bytes
-        return "the number of units is not a multiple of 8"
-    return None
 
 
 def pays(device: int, batch: int, inputs: int, units: int) -> bool:

@@ -16,10 +16,12 @@ from cupybnn.backends.cuda.fused_parameter import PARAMETER
 from cupybnn.backends.cuda.structs import Kernel, Struct
 
 __all__ = [
+    "UPDATE_ARGUMENTS",
     "WRITERS",
     "pays",
     "tiles",
     "transposed_product",
+    "unsupported_layer",
     "unsupported_reason",
     "weight_gradient",
     "weight_update",
@@ -37,11 +39,15 @@ SIGN_PRODUCT = Struct("SignProduct", "ptr words, out; i64 m, n, k")
 TENSOR_MAP = Struct("TensorMap", "u64 opaque[16]")
 _OPERANDS = "SignProduct p; TensorMap map"
 PRODUCT = Kernel("sm90_sign_gemm", "sign_gemm", _OPERANDS, SIGN_PRODUCT, TENSOR_MAP)
+#: What a product that updates weights takes besides its operands.
+UPDATE_ARGUMENTS = (
+    "Parameter parameter; ptr rates; i64 ring; ptr step; float gain_mean, gain_square;"
+    "ptr partials; i64 earlier"
+)
 UPDATE = Kernel(
     "sm90_sign_gemm",
     "sign_gemm",
-    f"{_OPERANDS}; Parameter parameter; ptr rates; i64 ring; ptr step;"
-    "float gain_mean, gain_square; ptr partials; i64 earlier",
+    f"{_OPERANDS}; {UPDATE_ARGUMENTS}",
     SIGN_PRODUCT,
     TENSOR_MAP,
     PARAMETER,
@@ -53,13 +59,19 @@ def unsupported_reason(device: int, precision: str, inputs: int, units: int) -> 
 
     The reason is the end of a sentence.
     """
+    reason = unsupported_layer(device, precision, inputs, units)
+    return reason if reason or _can_map() else "the package cuda-bindings is missing"
+
+
+def unsupported_layer(device: int, precision: str, inputs: int, units: int) -> str | None:
+    """Return why no product for Hopper can update a layer's weights, or None."""
     if architecture(device) != 90:
         return "the device does not have compute capability 9.0"
     if precision != "bfloat16":
         return f"dense products are in {precision}"
     if inputs % 8 or units % 8:  # rows must be multiples of 16 bytes
         return "the number of units is not a multiple of 8"
-    return None if _can_map() else "the package cuda-bindings is missing"
+    return None
 
 
 def pays(device: int, batch: int, inputs: int, units: int) -> bool:

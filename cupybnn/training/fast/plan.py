@@ -237,7 +237,7 @@ def _plan_rounded(layer: HiddenPlan, config: TrainConfig, device: int | None) ->
     if device is None:
         return "planes"
     shape = layer.inputs, layer.units
-    reason = plane_gemm.unsupported_reason(device, config.dtype, *shape)
+    reason = sign_gemm.unsupported_layer(device, config.dtype, *shape)
     if reason is None and not plane_gemm.pays(device, config.batch_size, *shape):
         reason = "its products have fewer tiles than the device has multiprocessors"
     if settings.debug():
