@@ -39,10 +39,9 @@ __all__ = [
 #: Lines of one operand whose products a tile computes side by side.
 LANES = 32
 
-I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F32, F64 = ir.FloatType(), ir.DoubleType()
 BYTES = ir.VectorType(I8, 32)
-HALVES = 2  # vectors of 16 lanes in a tile
 
 
 def _pointer(builder: Any, address: Any, kind: Any) -> Any:

@@ -134,7 +134,6 @@ class PixelNetworkLaunch:
         tiles = np.zeros((team.size, int(at[-1])), np.uint32)
         for part, begin in zip(parts, at.tolist(), strict=False):
             tiles[: len(part), begin : begin + part.shape[1]] = part
-        self._team_size = team.size
         self._tiles = cupy.asarray(tiles)
         self._pitch = (team.size + 1) & ~1
         self._after = tuple(end.steps)
