@@ -125,29 +125,34 @@ class NcclRanks(Ranks):
         import cupy
 
         self.check()
-        current = cupy.cuda.get_current_stream()
-        captured = current.is_capturing()
-        sent = cupy.ascontiguousarray(array)
-        received = cupy.empty(shape, sent.dtype) if out is None else out
-        assert received.flags.c_contiguous
-        assert received.size == math.prod(shape)
-        self._stream.wait_event(_mark(current))
-        if not captured:
-            self._count(1)
-        addresses = sent.data.ptr, received.data.ptr
-        dtype = _BFLOAT16 if bfloat16 else self._types.get(sent.dtype)
-        try:
-            call(self._communicator, *addresses, dtype, self._stream.ptr)
-        except (AttributeError, self._nccl.NcclError):  # aborted meanwhile, by the meeting's thread
-            self.check()
-            raise
-        ended = _mark(self._stream)
-        if not captured:
-            self._will_end(ended)
+        with self._gpu.scope():  # streams and events have a device: the caller may be on another
+            current = cupy.cuda.get_current_stream()
+            captured = current.is_capturing()
+            sent = cupy.ascontiguousarray(array)
+            received = cupy.empty(shape, sent.dtype) if out is None else out
+            assert received.flags.c_contiguous
+            assert received.size == math.prod(shape)
+            self._stream.wait_event(_mark(current))
+            if not captured:
+                self._count(1)
+            addresses = sent.data.ptr, received.data.ptr
+            dtype = _BFLOAT16 if bfloat16 else self._types.get(sent.dtype)
+            try:
+                call(self._communicator, *addresses, dtype, self._stream.ptr)
+            except (
+                AttributeError,
+                self._nccl.NcclError,
+            ):  # aborted meanwhile, by the meeting's thread
+                self.check()
+                raise
+            ended = _mark(self._stream)
+            if not captured:
+                self._will_end(ended)
         kept = [sent]
 
         def finish() -> Any:
-            cupy.cuda.get_current_stream().wait_event(ended)
+            with self._gpu.scope():
+                cupy.cuda.get_current_stream().wait_event(ended)
             # Not before: the current stream could then use its memory while NCCL still reads it.
             kept.clear()
             return received
@@ -169,7 +174,8 @@ class NcclRanks(Ranks):
 
         self.check()
         self._count(exchanges)
-        self._will_end(_mark(cupy.cuda.get_current_stream()))
+        with self._gpu.scope():
+            self._will_end(_mark(cupy.cuda.get_current_stream()))
 
     def _waiting_since(self) -> float | None:
         """Return when the oldest exchange that has not ended was issued."""

@@ -42,7 +42,7 @@ class StagedRanks(Ranks):
         def finish() -> Any:
             result = pending.wait()
             if out is None:
-                return cupy.asarray(result)
+                return self._own(result)
             out.reshape(-1).set(np.ascontiguousarray(result).reshape(-1))
             return out
 
