@@ -33,8 +33,11 @@ def figures(task):
 @pytest.fixture
 def scaling(monkeypatch):
     monkeypatch.setattr(record.importlib.util, "find_spec", lambda name: name)  # "torch" is there
-    monkeypatch.setattr(record, "measure", figures)
-    return record.run(CPU, [1, 2, 4], sizes=[SMALL])
+    tasks = []
+    monkeypatch.setattr(record, "measure", lambda task: tasks.append(task) or figures(task))
+    made = record.run(CPU, [1, 2, 4], sizes=[SMALL])
+    assert len(tasks) == 2 * 5  # on one rank, weak and strong scaling are the same
+    return made
 
 
 def test_speedup_efficiency_and_ratio(scaling):
