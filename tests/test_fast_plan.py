@@ -157,7 +157,7 @@ def test_product_dtype_holds_every_value(k):
         ({"optimizer": "sgd"}, 90, "SGD"),
         ({"debug": True}, 90, "--debug"),
         ({"augment_shift": 1.0, "augment_rotation": 5.0}, 90, None),
-        ({"augment_elastic": 1.0}, 90, "'augment_elastic'"),
+        ({"augment_elastic": 1.0, "augment_flip": True}, 90, None),
         ({"binary": True, "sign_keep_prob": 0.9}, 90, "SignDropout"),
         ({"adversarial": 0.1}, 90, None),
         ({"binary": True, "optimizer": "bop"}, 90, "Combined"),

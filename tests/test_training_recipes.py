@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from typing import ClassVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from cupybnn import nn
 from cupybnn.autograd import Tensor
 from cupybnn.cli import train as command
 from cupybnn.cli.main import main
+from cupybnn.data import Augmentation
 from cupybnn.errors import CheckpointError
 from cupybnn.training import Callback, TrainConfig, Trainer, recipes, train
 
@@ -39,7 +41,7 @@ def test_original_is_the_defaults():
     assert TrainConfig.from_mapping(recipes.load("original").settings) == TrainConfig()
 
 
-AUGMENT = tuple(f"augment_{name}" for name in ("shift", "rotation", "scale", "shear", "elastic"))
+AUGMENT = tuple(f"augment_{field.name}" for field in fields(Augmentation))
 
 
 def test_recipes_match_their_names():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from cupybnn.backends.cuda.fused import Launcher
@@ -10,6 +11,7 @@ from cupybnn.backends.cuda.fused_batch import Attack, Deformation, Draw, Gather
 from cupybnn.backends.cuda.fused_virtual import MixImages, MoveImages
 from cupybnn.backends.cuda.graph import Fork
 from cupybnn.data import DeviceData
+from cupybnn.data.augmentation import bump_width, count_knots
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.fast.buffers import Buffers
 from cupybnn.training.fast.feed import Feed
@@ -43,16 +45,13 @@ class Images:
         self._mixing_seed = stream_seed(config, MIXING)
         self._vat_seed = stream_seed(config, DIRECTIONS)
         self._deformation = None
-        if any(plan.augment):
+        if plan.augment:
             assert data.image_shape is not None, "checked before: only images are augmented"
-            shift, rotation, scale, shear = plan.augment
             self._deformation = Deformation(
                 shape=data.image_shape,
                 seed=augmentation_seed(config),
-                shift=shift,
-                rotation=rotation,
-                scale=scale,
-                shear=shear,
+                bumps=tuple((bump_width(n), count_knots(n)) for n in data.image_shape),
+                **asdict(plan.augment),
             )
 
     def gather(
