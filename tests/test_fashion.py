@@ -19,7 +19,8 @@ from cupybnn.cli.main import main
 from cupybnn.data import fashion, load, openml
 from cupybnn.deploy import PackedNetwork
 from cupybnn.errors import DataError
-from cupybnn.training import recipes
+from cupybnn.training import TrainConfig, Trainer, recipes
+from cupybnn.training.evaluation import right_by_class
 
 TRAIN, TEST = 60, 20
 
@@ -95,6 +96,19 @@ def test_class_names_in_reports(folder, tmp_path, capsys):
     images, labels = pictures(TEST, 1)
     predicted = network.predict(images)
     assert (predicted == np.array(fashion.CLASS_NAMES)[labels]).mean() > 0.7
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_right_answers_by_class(folder, device):
+    config = TrainConfig(
+        data_dir=str(folder), dataset="fashion", max_steps=9, n_hidden=32, device=device
+    )
+    trainer = Trainer(config)
+    accuracy = trainer.run().final_accuracy
+    right, count = right_by_class(trainer.model, trainer.data)
+    np.testing.assert_array_equal(count, np.full(10, TEST // 10))
+    assert (right <= count).all()
+    assert right.sum() / TEST == pytest.approx(accuracy)
 
 
 def test_recipes():

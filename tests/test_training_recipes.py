@@ -632,6 +632,13 @@ class TestTeachers:
         assert main(["train", "--restore", str(run), "--max_steps", "32"]) == 0
         assert "Teacher 1 of 2" not in capsys.readouterr().out
 
+    def test_their_progress_on_a_terminal(self, recipe, capsys, monkeypatch):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        assert main(["train", "--recipe", recipe, "--max_steps", "1"]) == 0
+        err = capsys.readouterr().err
+        assert re.search(r"teacher 2 of 2: +0%.*0/40 ", err)
+        assert "1/1" in err  # of the network itself
+
     def test_others_can_be_named(self, recipe, capsys, tmp_path):
         assert main(["train", "--recipe", recipe, "--teacher", "", "--max_steps", "1"]) == 0
         out = capsys.readouterr().out

@@ -10,7 +10,7 @@ from cupybnn.backends.cuda.fused import Launcher
 from cupybnn.backends.cuda.fused_batch import Attack, Deformation, Draw, Gather
 from cupybnn.backends.cuda.fused_virtual import MixImages, MoveImages
 from cupybnn.backends.cuda.graph import Fork
-from cupybnn.data import DeviceData
+from cupybnn.data import Augmentation, DeviceData
 from cupybnn.data.augmentation import bump_width, count_knots
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.fast.buffers import Buffers
@@ -19,7 +19,13 @@ from cupybnn.training.fast.plan import NetworkPlan
 from cupybnn.training.fast.teaching import Teaching
 from cupybnn.training.step import DIRECTIONS, MIXING, augmentation_seed, stream_seed
 
-__all__ = ["Images"]
+__all__ = ["Images", "deformation"]
+
+
+def deformation(amounts: Augmentation, shape: tuple[int, int], seed: int) -> Deformation:
+    """Return how the kernel deforms images of a shape, (height, width)."""
+    bumps = tuple((bump_width(size), count_knots(size)) for size in shape)
+    return Deformation(shape=shape, seed=seed, bumps=bumps, **asdict(amounts))
 
 
 class Images:
@@ -47,11 +53,8 @@ class Images:
         self._deformation = None
         if plan.augment:
             assert data.image_shape is not None, "checked before: only images are augmented"
-            self._deformation = Deformation(
-                shape=data.image_shape,
-                seed=augmentation_seed(config),
-                bumps=tuple((bump_width(n), count_knots(n)) for n in data.image_shape),
-                **asdict(plan.augment),
+            self._deformation = deformation(
+                plan.augment, data.image_shape, augmentation_seed(config)
             )
 
     def gather(
