@@ -56,6 +56,7 @@ def write_all(folder: Path) -> None:
     parts.mkdir(parents=True)
     (parts / "options.md").write_text(tables.options(), encoding="utf-8")
     (parts / "environment.md").write_text(environment(), encoding="utf-8")
+    (parts / "recipe_table.md").write_text(tables.recipe_table(), encoding="utf-8")
     (parts / "recipes.md").write_text(recipe_sections(), encoding="utf-8")
     runs = tables.recipe_runs(ROOT / "bench/results/recipes")
     (parts / "recipe_runs.md").write_text(runs, encoding="utf-8")
@@ -156,7 +157,7 @@ def recipe_sections() -> str:
         path = Path(recipes.__file__).parent / f"{name}.toml"
         text = path.read_text(encoding="utf-8").strip()
         summary = recipes.load(name).summary
-        sections.append(f"## {name}\n\n{summary}.\n\n```toml\n{text}\n```")
+        sections.append(f"### {name}\n\n{summary}.\n\n```toml\n{text}\n```")
     return "\n\n".join(sections)
 
 

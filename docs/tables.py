@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cupybnn.benchmark import record as records
+from cupybnn.training import recipes
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.declaration import declared
 
@@ -66,18 +67,34 @@ def recipe_runs(folder: Path) -> str:
         for recipe, found in sorted(record["recipes"].items()):
             runs = found["runs"]
             teachers = [accuracy for run in runs for accuracy in run.get("teachers", [])]
-            seconds = [round(run["seconds"]) for run in runs]
-            shared = max(run.get("at_a_time", 1) for run in runs)
             cells = [
                 f"`{recipe}`",
                 ", ".join(str(run["seed"]) for run in runs),
                 _spread([run["accuracy"] for run in runs]),
                 _spread(teachers) if teachers else "–",
-                f"{min(seconds)} – {max(seconds)}"
-                + (f", {shared} runs at a time" if shared > 1 else ""),
+                _seconds(runs),
                 f"{name}, {record['date'][:10]}",
             ]
             lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _seconds(runs: list[dict[str, Any]]) -> str:
+    """Return the times of runs, apart for each number of runs that shared the machine."""
+    texts = []
+    for shared in sorted({run.get("at_a_time", 1) for run in runs}):
+        times = [round(run["seconds"]) for run in runs if run.get("at_a_time", 1) == shared]
+        text = " – ".join(str(time) for time in sorted({min(times), max(times)}))
+        texts.append(text + (f" ({shared} at a time)" if shared > 1 else ""))
+    return "; ".join(texts)
+
+
+def recipe_table() -> str:
+    """Return a table of the recipes, and what each reached."""
+    lines = ["| recipe | what it trains | test accuracy | measured |", "| --- | --- | --- | --- |"]
+    for name in recipes.names():
+        each = recipes.load(name)
+        lines.append(f"| `{name}` | {each.summary} | {each.accuracy} | {each.measured} |")
     return "\n".join(lines)
 
 

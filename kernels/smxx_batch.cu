@@ -6,8 +6,9 @@
 // at a random address, are read one after another. Clears popcounts that later kernels add to.
 //
 // gather_deformed: the same with a random deformation of each image (formulas in
-// cupybnn/data/augmentation.py). A block takes an image and samples it from shared memory. Bounded by
-// arithmetic.
+// cupybnn/data/augmentation.py). A block takes an image and samples it from shared memory, where the
+// elastic field's bumps and noise are too: first columns of the field are summed, then each pixel's.
+// Bounded by arithmetic.
 //
 // attack: moves the pixels of the batch by the sign of their gradient, which a first pass through the
 // network has computed. Bounded by memory.
@@ -98,28 +99,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) gather(const __grid_consta
 struct Deformation {
   i64 height, width;
   u64 seed;
-  double shift, rotation, scale, shear;  // rotation in radians
+  double shift, rotation, scale, shear, elastic;  // rotation in radians
+  double bump_height, bump_width;                 // of the elastic field, in pixels
+  i64 knots_down, knots_right, flip;
 };
 
 // The source positions of the pixels of one deformed image.
 struct Sampling {
   float cosine, sine, tall, wide, shear, down, right;
+  bool flip;
   Sampling() = default;
   __device__ __forceinline__ Sampling(const Deformation& d, u64 step, u32 image) {
+    // Eight numbers per image, in [-1, 1).
     float draw[8];
-    // Six numbers per image, in [-1, 1).
-    const u64 first = (u64)image * 6, skip = first & 3;
 #pragma unroll
-    for (int block = 0; block < 3; block++) {
-      const uint4 words = philox(d.seed, 2 * step, (first >> 2) + block);
+    for (int block = 0; block < 2; block++) {
+      const uint4 words = philox(d.seed, 2 * step, 2 * (u64)image + block);
       const u32 four[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int at = block * 4 + i - (int)skip;
-#pragma unroll
-        for (int j = 0; j < 6; j++)
-          if (at == j) draw[j] = 2.0f * ((float)(four[i] >> 8) * 0x1p-24f) - 1.0f;
-      }
+      for (int i = 0; i < 4; i++) draw[4 * block + i] = 2.0f * ((float)(four[i] >> 8) * 0x1p-24f) - 1.0f;
     }
     const float angle = draw[0] * (float)d.rotation;
     cosine = cosf(angle);
@@ -129,6 +127,66 @@ struct Sampling {
     shear = (float)d.shear * draw[3];
     down = (float)d.shift * draw[4];
     right = (float)d.shift * draw[5];
+    flip = d.flip && draw[6] < 0;
+  }
+};
+
+// A smooth random field: bumps at the knots of a grid, each times a random number. In shared memory.
+struct Field {
+  float *noise, *down, *right, *columns;  // (2, down, right), (height, down), (width, right), (2, height, right)
+  int knots_down, knots_right;
+
+  __device__ __forceinline__ Field(const Deformation& d, float* at)
+      : knots_down((int)d.knots_down), knots_right((int)d.knots_right) {
+    noise = at;
+    down = noise + 2 * knots_down * knots_right;
+    right = down + (int)d.height * knots_down;
+    columns = right + (int)d.width * knots_right;
+  }
+  __device__ __forceinline__ float* end(const Deformation& d) const {
+    return columns + 2 * (int)d.height * knots_right;
+  }
+  // Bumps at the pixels of an axis, each row of unit norm times `amount`.
+  __device__ __forceinline__ static void bumps(float* table, int size, int knots, float width, float amount) {
+    for (int i = threadIdx.x; i < size; i += THREADS) {
+      float square = 0;
+      for (int k = 0; k < knots; k++) {
+        const float far = ((float)i - width * (float)(k - 2)) / width, bump = expf(-0.5f * far * far);
+        table[i * knots + k] = bump;
+        square += bump * bump;
+      }
+      const float scale = amount / sqrtf(square);
+      for (int k = 0; k < knots; k++) table[i * knots + k] *= scale;
+    }
+  }
+  // The whole block calls it; `place` is the image's in its batch.
+  __device__ __forceinline__ void make(const Deformation& d, u64 step, u64 place) {
+    const int height = (int)d.height, numbers = 2 * knots_down * knots_right;
+    for (int i = threadIdx.x; i < numbers; i += THREADS) {
+      const u64 at = place * numbers + i;
+      const uint4 words = philox(d.seed, 2 * step + 1, at >> 2);
+      const u32 word = (at & 3) == 0 ? words.x : (at & 3) == 1 ? words.y : (at & 3) == 2 ? words.z : words.w;
+      // Of variance 1.
+      noise[i] = (2.0f * ((float)(word >> 8) * 0x1p-24f) - 1.0f) * 1.7320508f;
+    }
+    bumps(down, height, knots_down, (float)d.bump_height, (float)d.elastic);
+    bumps(right, (int)d.width, knots_right, (float)d.bump_width, 1.0f);
+    __syncthreads();
+    for (int i = threadIdx.x; i < 2 * height * knots_right; i += THREADS) {
+      const int right_knot = i % knots_right, line = i / knots_right, axis = line >= height;
+      const float* bump = down + (line - axis * height) * knots_down;
+      const float* random = noise + axis * knots_down * knots_right + right_knot;
+      float sum = 0;
+      for (int k = 0; k < knots_down; k++) sum += bump[k] * random[k * knots_right];
+      columns[i] = sum;
+    }
+  }
+  // How far the pixel is displaced down (axis 0) or right (axis 1).
+  __device__ __forceinline__ float at(const Deformation& d, int axis, int row, int col) const {
+    const float* line = columns + (axis * (int)d.height + row) * knots_right;
+    float sum = 0;
+    for (int k = 0; k < knots_right; k++) sum += line[k] * right[col * knots_right + k];
+    return sum;
   }
 };
 
@@ -138,24 +196,32 @@ __device__ __forceinline__ float pixel(const unsigned char* image, const Deforma
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     gather_deformed(const __grid_constant__ Batch p, const __grid_constant__ Deformation d) {
-  extern __shared__ unsigned char image[];
+  extern __shared__ float dynamic[];
   __shared__ Sampling shared;
+  Field field(d, dynamic);
+  const bool elastic = d.elastic > 0;
+  unsigned char* image = (unsigned char*)(elastic ? field.end(d) : dynamic);
   const i64 row = blockIdx.x, place = place_of_row(p, row), number = images_of_step(p)[place];
   if (threadIdx.x == 0) {
     shared = Sampling(d, (u64)*p.step, (u32)place);
     p.labels[row] = p.all_labels[number];
   }
   for (int i = threadIdx.x; i < p.cols; i += THREADS) image[i] = p.images[number * p.cols + i];
+  if (elastic) field.make(d, (u64)*p.step, (u64)place);
   __syncthreads();
   const Sampling s = shared;
   const float middle_y = (d.height - 1) * 0.5f, middle_x = (d.width - 1) * 0.5f;
   for (int i = threadIdx.x; i < p.cols; i += THREADS) {
-    const float y0 = i / (int)d.width - middle_y - s.down, x0 = i % (int)d.width - middle_x - s.right;
+    const int at_row = i / (int)d.width, at_col = i - at_row * (int)d.width;
+    const float y0 = at_row - middle_y - s.down, x0 = at_col - middle_x - s.right;
     const float y1 = s.cosine * y0 + s.sine * x0;
     const float x1 = s.cosine * x0 - s.sine * y0 - s.shear * y1;
     // Beyond the border of zeros there are only zeros.
-    const float y = fminf(fmaxf(y1 / s.tall + middle_y, -1.0f), (float)d.height);
-    const float x = fminf(fmaxf(x1 / s.wide + middle_x, -1.0f), (float)d.width);
+    const float y2 = y1 / s.tall + middle_y, x2 = (s.flip ? -x1 : x1) / s.wide + middle_x;
+    const float y3 = elastic ? y2 + field.at(d, 0, at_row, at_col) : y2;
+    const float x3 = elastic ? x2 + field.at(d, 1, at_row, at_col) : x2;
+    const float y = fminf(fmaxf(y3, -1.0f), (float)d.height);
+    const float x = fminf(fmaxf(x3, -1.0f), (float)d.width);
     const float top = floorf(y), left = floorf(x);
     const int r = (int)top, c = (int)left;
     const float a = pixel(image, d, r, c), b = pixel(image, d, r + 1, c);

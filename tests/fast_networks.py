@@ -73,6 +73,8 @@ NETWORKS = {
         "augment_scale": 0.1,
         "augment_shear": 0.1,
     },
+    "elastic images": {"batch_norm": True, "augment_elastic": 1.0, "augment_shift": 1.0},
+    "mirrored images": {"batch_norm": True, "augment_flip": True, "augment_rotation": 10.0},
     "against the network": {
         "binary": True,
         "xnor": True,

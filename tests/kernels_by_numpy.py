@@ -30,7 +30,7 @@ from cupybnn.backends.cuda.structs import Kernel, Struct
 from cupybnn.backends.devices import CPU
 from cupybnn.backends.random import from_row
 from cupybnn.data import Augmentation
-from cupybnn.data.augmentation import sample
+from cupybnn.data.augmentation import bump_width, count_knots, sample
 
 MODULES = (
     fused_batch, fused_head, fused_layers, fused_parameter, fused_shares, fused_update,
@@ -160,11 +160,16 @@ def gather(d, p, deformation=None) -> None:
     pixels = at(p.images, (images.max() + 1, p.cols), np.uint8)[images].astype(np.float32)
     if deformation is not None:
         f = deformation
-        amounts = (f.shift, np.degrees(f.rotation), f.scale, f.shear)
+        amounts = Augmentation(
+            f.shift, np.degrees(f.rotation), f.scale, f.shear, f.elastic, bool(f.flip)
+        )
         shape = (f.height, f.width)
+        if f.elastic:
+            assert (f.knots_down, f.knots_right) == tuple(map(count_knots, shape))
+            assert (f.bump_height, f.bump_width) == tuple(map(bump_width, shape))
         for i, row in enumerate(place):
             with from_row(int(row)):
-                where = Augmentation(*amounts).coordinates(1, shape, f.seed, step, np)
+                where = amounts.coordinates(1, shape, f.seed, step, np)
             pixels[i] = sample(pixels[i].reshape(1, *shape), *where).reshape(-1)
     at(p.labels, p.rows, np.int64)[...] = at(p.all_labels, images.max() + 1, np.int64)[images]
     write_real(p.x, dropped_pixels(d, p, pixels, step, place), d["REAL"])

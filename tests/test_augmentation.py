@@ -12,7 +12,14 @@ from cupybnn.data.augmentation import Augmentation, sample
 
 SHAPE = (28, 20)
 CENTRE = np.array([13.5, 9.5])
-AMOUNTS = {"shift": 2.0, "rotation": 12.0, "scale": 0.15, "shear": 0.15, "elastic": 1.0}
+AMOUNTS = {
+    "shift": 2.0,
+    "rotation": 12.0,
+    "scale": 0.15,
+    "shear": 0.15,
+    "elastic": 1.0,
+    "flip": True,
+}
 
 
 def coordinates(xp, batch=2000, shape=SHAPE, seed=5, number=3, **amounts):
@@ -115,6 +122,14 @@ class TestDeformations:
         assert alike(1) > 0.95
         assert 0.6 < alike(4) < 0.9
         assert abs(alike(16)) < 0.05
+
+    def test_flip(self, xp):
+        images = np.random.default_rng(0).random((2000, 560), np.float32)
+        got = host(Augmentation(flip=True)(xp.asarray(images), SHAPE, 5, 3)).reshape(-1, *SHAPE)
+        images = images.reshape(got.shape)
+        same = (got == images).all(axis=(1, 2))
+        assert 0.45 < same.mean() < 0.55
+        np.testing.assert_array_equal(got[~same], images[~same][:, :, ::-1])
 
     def test_all_together_and_each_image_its_own(self, xp):
         images = np.zeros((50, 28, 20), np.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -153,8 +154,16 @@ def test_deformed_images_are_held_in_shared_memory(machine):
     assert (launch.function, launch.grid, launch.shared) == ("gather_deformed", (4,), 63)
     assert launch.arguments["d"] == {
         "height": 7, "width": 9, "seed": 5, "shift": 1.5, "rotation": np.pi, "scale": 0.25,
-        "shear": 0.5,
+        "shear": 0.5, "elastic": 0, "bump_height": 1, "bump_width": 1, "knots_down": 0,
+        "knots_right": 0, "flip": 0,
     }  # fmt: skip
+    smooth = replace(deformation, elastic=1.5, flip=True, bumps=((1.0, 12), (9 / 7, 12)))
+    fused_batch.Gather(**arrays, deformation=smooth).launch(launcher)
+    launch = machine.launches[1]
+    # Noise, bumps down and right, and columns of the field, in float32; and the image.
+    assert launch.shared == 4 * (2 * 12 * 12 + 7 * 12 + 9 * 12 + 2 * 7 * 12) + 63
+    wanted = {"elastic": 1.5, "bump_width": 9 / 7, "knots_down": 12, "knots_right": 12, "flip": 1}
+    assert wanted.items() <= launch.arguments["d"].items()
 
 
 @pytest.mark.parametrize("capability", [80, 90])

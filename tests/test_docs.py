@@ -12,6 +12,7 @@ from cupybnn import settings
 from cupybnn.benchmark import record
 from cupybnn.cli.main import COMMANDS
 from cupybnn.estimator import parameters
+from cupybnn.training import recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -159,7 +160,7 @@ def test_runs_of_recipes_are_in_a_table(generate, tmp_path):
         return {"seed": seed, "accuracy": accuracy, "seconds": 20.4 + seed, "device": "x", **more}
 
     runs = [run(0, 0.99), run(1, 0.992), run(2, 0.994)]
-    shared = [run(3, 0.5, teachers=[0.75, 0.25], at_a_time=2)]
+    shared = [run(3, 0.5, teachers=[0.75, 0.25], at_a_time=2), run(4, 0.5)]
     found = {
         "date": "2026-11-29T07:13:00+00:00",
         "machine": {"cpu": "a CPU", "devices": []},
@@ -168,11 +169,18 @@ def test_runs_of_recipes_are_in_a_table(generate, tmp_path):
     (tmp_path / "one.json").write_text(json.dumps(found))
     rows = generate.tables.recipe_runs(tmp_path).splitlines()[2:]
     assert rows == [
-        "| `a` | 3 | 0.5000 | 0.7500, 0.2500 | 23 – 23, 2 runs at a time | a CPU, 2026-11-29 |",
+        "| `a` | 3, 4 | 0.5000, 0.5000 | 0.7500, 0.2500 | 24; 23 (2 at a time) "
+        "| a CPU, 2026-11-29 |",
         "| `b` | 0, 1, 2 | 0.9920 ± 0.0020 | – | 20 – 22 | a CPU, 2026-11-29 |",
     ]
     published = generate.tables.recipe_runs(ROOT / "bench" / "results" / "recipes")
     assert "`binarynet`" in published
+
+
+def test_a_table_of_the_recipes(generate):
+    rows = generate.tables.recipe_table().splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == [f"| `{name}`" for name in recipes.names()]
+    assert all(re.search(r"\| 0\.9\d{3}( ± 0\.\d{4})? \| \w+ seeds", row) for row in rows)
 
 
 def test_a_table_from_a_record(generate):

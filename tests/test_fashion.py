@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from cupybnn.cli.main import main
 from cupybnn.data import fashion, load, openml
 from cupybnn.deploy import PackedNetwork
 from cupybnn.errors import DataError
-from cupybnn.training import recipes
+from cupybnn.training import TrainConfig, Trainer, recipes
+from cupybnn.training.evaluation import right_by_class
 
 TRAIN, TEST = 60, 20
 
@@ -72,12 +74,20 @@ def test_class_names_in_reports(folder, tmp_path, capsys):
     assert main([*run, *quick, "--export", str(tmp_path / "net.npz")]) == 0
     out = capsys.readouterr().out
     assert "Data: fashion, 60 training and 20 test images" in out
+    (line,) = re.findall(r"^By class: ((?:.*\n  )*.*)$", out, re.MULTILINE)
+    shares = dict(part.rsplit(" ", 1) for part in re.split(r",\s+", line))
+    assert set(shares) == set(fashion.CLASS_NAMES)
+    listed = [float(share) for share in shares.values()]
+    assert listed == sorted(listed)
+    final = float(re.search(r"^Final test accuracy (\S+)$", out, re.MULTILINE)[1])
+    assert np.mean(listed) == pytest.approx(final, abs=1e-3)  # as many images of each class
     (made,) = tmp_path.rglob("best.npz")
     for model in (made.parent, tmp_path / "net.npz"):
         data = [] if model == made.parent else [str(folder)]
         assert main(["evaluate", str(model), *data, "--device", "cpu"]) == 0
         report = capsys.readouterr().out
         assert all(name in report for name in fashion.CLASS_NAMES)
+        assert "Data: fashion, 20 test images" in report
     network = PackedNetwork.from_run(made.parent, device="cpu")
     assert tuple(network.classes) == fashion.CLASS_NAMES
     trained = load_model(made.parent, device="cpu")
@@ -88,8 +98,76 @@ def test_class_names_in_reports(folder, tmp_path, capsys):
     assert (predicted == np.array(fashion.CLASS_NAMES)[labels]).mean() > 0.7
 
 
-def test_a_recipe():
-    assert recipes.load("fashion").settings["dataset"] == "fashion"
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_right_answers_by_class(folder, device):
+    config = TrainConfig(
+        data_dir=str(folder), dataset="fashion", max_steps=9, n_hidden=32, device=device
+    )
+    trainer = Trainer(config)
+    accuracy = trainer.run().final_accuracy
+    right, count = right_by_class(trainer.model, trainer.data)
+    np.testing.assert_array_equal(count, np.full(10, TEST // 10))
+    assert (right <= count).all()
+    assert right.sum() / TEST == pytest.approx(accuracy)
+
+
+def test_recipes():
+    recipe = recipes.load("fashion")
+    assert recipe.settings["dataset"] == "fashion"
+    assert recipes.load(recipe.teachers.recipe).settings["dataset"] == "fashion"
+
+
+class TestPackage:
+    """The folder of Debian's package, whose files need no argument."""
+
+    @pytest.fixture
+    def package(self, folder, monkeypatch, tmp_path) -> Path:
+        small = {"train_images": (TRAIN, 784), "train_labels": (TRAIN,)}
+        small |= {"test_images": (TEST, 784), "test_labels": (TEST,)}
+        monkeypatch.setattr(openml, "MEMBERS", small)
+        monkeypatch.setenv("CUPYBNN_DATA_DIR", str(tmp_path / "data"))
+        where = tmp_path / "fashion-mnist"
+        where.mkdir()
+        for path in folder.iterdir():
+            (where / path.name).write_bytes(path.read_bytes())
+        monkeypatch.setattr(fashion, "PACKAGE_FOLDER", str(where))
+        return where
+
+    def test_it_is_found(self, package, tmp_path, capsys):
+        net = str(tmp_path / "net.npz")
+        quick = ["--n_hidden", "8", "--max_steps", "1", "--device", "cpu", "--export", net]
+        assert main(["train", "--dataset", "fashion", *quick]) == 0
+        captured = capsys.readouterr()
+        assert "Data: fashion, 60 training and 20 test images" in captured.out
+        assert "Fetching" not in captured.err
+        assert not (tmp_path / "data").exists()  # there is no need of a copy
+        # A packed network says by its classes what to evaluate it on.
+        assert main(["evaluate", net, "--device", "cpu"]) == 0
+        assert "Data: fashion, 20 test images" in capsys.readouterr().out
+
+    def test_a_copy_in_the_data_folder_comes_first(self, package, tmp_path, monkeypatch):
+        images, labels = pictures(TRAIN, 5)
+        tests, wanted = pictures(TEST, 6)
+        (tmp_path / "data").mkdir()
+        np.savez(
+            tmp_path / "data" / fashion.SOURCE.cache_name,
+            train_images=images.reshape(TRAIN, 784), train_labels=labels,
+            test_images=tests.reshape(TEST, 784), test_labels=wanted,
+        )  # fmt: skip
+        np.testing.assert_array_equal(load("fashion").test_labels, wanted)
+
+    def test_wrong_files_are_reported_and_passed_over(self, package, monkeypatch):
+        monkeypatch.setattr(openml, "fetch", refuse)
+        labels = package / "t10k-labels-idx1-ubyte.gz"
+        labels.write_bytes(labels.read_bytes()[:-9])
+        said: list[str] = []
+        with pytest.raises(DataError, match=r"apt install dataset-fashion-mnist"):
+            load("fashion", notify=said.append)
+        assert "is truncated" in said[0]
+
+
+def refuse(*arguments):
+    raise OSError("no network")
 
 
 class TestFetching:

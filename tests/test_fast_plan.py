@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from fast_networks import SMALL, trainer
 from cupybnn import nn, ops, optim
 from cupybnn import settings as cupybnn_settings
 from cupybnn.backends.cuda import sign_gemm
-from cupybnn.training import Callback, TrainConfig
+from cupybnn.training import Callback, TrainConfig, setup
 from cupybnn.training.fast import NetworkPlan, unsupported_reason
 from cupybnn.training.fast.layers import exact_product_dtype, latent_gate
 from cupybnn.training.network import build_network
@@ -157,7 +158,7 @@ def test_product_dtype_holds_every_value(k):
         ({"optimizer": "sgd"}, 90, "SGD"),
         ({"debug": True}, 90, "--debug"),
         ({"augment_shift": 1.0, "augment_rotation": 5.0}, 90, None),
-        ({"augment_elastic": 1.0}, 90, "'augment_elastic'"),
+        ({"augment_elastic": 1.0, "augment_flip": True}, 90, None),
         ({"binary": True, "sign_keep_prob": 0.9}, 90, "SignDropout"),
         ({"adversarial": 0.1}, 90, None),
         ({"binary": True, "optimizer": "bop"}, 90, "Combined"),
@@ -281,3 +282,27 @@ def test_settings_of_the_step_are_plain_settings():
     config = TrainConfig(**SMALL, fused=False, graph=False)
     assert TrainConfig.from_json(config.to_json()) == config
     assert dataclasses.replace(config, dtype="tf32").storage_dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("side", "settings", "fits"),
+    [
+        (28, {"augment_elastic": 1.0}, True),
+        (350, {"augment_elastic": 1.0}, True),
+        (400, {"augment_shift": 1.0}, True),
+        (400, {"augment_elastic": 1.0}, False),  # 160,000 bytes, and 80,000 of the elastic field
+        (500, {"augment_flip": True}, False),
+        (500, {}, True),
+    ],
+)
+def test_images_that_do_not_fit_into_shared_memory(monkeypatch, side, settings, fits):
+    from cupybnn.backends.cuda import compiler
+
+    monkeypatch.setattr(compiler, "architecture", lambda index: 90)
+    monkeypatch.setattr(compiler, "shared_memory_limit", lambda index: 232_448)
+    made = trainer(**settings, device="cpu")
+    data = SimpleNamespace(
+        device=SimpleNamespace(kind="cuda", index=0), pixel_scale=1.0, image_shape=(side, side)
+    )
+    reason = setup._unfused_reason(made.model, made.optimizer, data, made.config, None)
+    assert reason == (None if fits else "the images are too large to be deformed in shared memory")

@@ -31,7 +31,8 @@ NETWORKS = {
         "batch_norm": True, "keep_prob": 0.8, "optimizer": "adamw", "weight_decay": 0.01,
     },
     "mixed, against the network": {
-        **XNOR, "mix": "some", "adversarial": 0.02, "augment_shift": 1.0, "augment_rotation": 10.0,
+        **XNOR, "mix": "some", "adversarial": 0.02, "augment_shift": 1.0, "augment_elastic": 1.0,
+        "augment_flip": True,
     },
     "virtual": {**XNOR, "vat": 0.5, "input_keep_prob": 0.8, "mix": "uniform"},
 }  # fmt: skip

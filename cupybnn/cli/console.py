@@ -4,16 +4,66 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING, Any
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
 
 from cupybnn.training.declaration import without_effect
+from cupybnn.training.evaluation import right_by_class
 from cupybnn.training.records import Callback, Evaluation, TrainResult
+from cupybnn.training.step import augmentation
 
 if TYPE_CHECKING:
     from cupybnn.training.protocol import TrainingRun
     from cupybnn.training.step import StepOutput
 
-__all__ = ["Console"]
+__all__ = ["Console", "Progress"]
+
+_WIDTH = 100  # of long lines
+_CLASSES = 20  # that are listed at most
+_JOINT = "\0"
+
+
+class Progress:
+    """A progress bar on standard error, if that is a terminal, and lines printed above it.
+
+    Parameters
+    ----------
+    steps : int
+    done : int
+        Steps that are done already.
+    what : str, optional
+        In front of the bar.
+    """
+
+    def __init__(self, steps: int, done: int = 0, what: str | None = None) -> None:
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=done, desc=what, unit="step", file=sys.stderr)
+
+    def write(self, line: str, file: TextIO) -> None:
+        """Print a line."""
+        if self._bar is None:
+            print(line, file=file, flush=True)
+        else:
+            self._bar.write(line, file=file)
+            file.flush()
+
+    def update(self) -> None:
+        """Count a step."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
 class Console(Callback):
@@ -27,22 +77,19 @@ class Console(Callback):
 
     def __init__(self, chosen: str = "") -> None:
         self._chosen = chosen
-        self._bar: Any = None
+        self._progress: Progress | None = None
         self._finite = True
 
-    def _say(self, line: str) -> None:
-        if self._bar is None:
-            print(line, flush=True)
+    def _say(self, line: str, file: TextIO | None = None) -> None:
+        file = sys.stdout if file is None else file
+        if self._progress is None:
+            print(line, file=file, flush=True)
         else:
-            self._bar.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            self._progress.write(line, file)
 
     def on_notice(self, trainer: TrainingRun, sentence: str) -> None:
         """Print the notice on standard error, apart from the figures."""
-        if self._bar is None:
-            print(sentence, file=sys.stderr, flush=True)
-        else:
-            self._bar.write(sentence, file=sys.stderr)
+        self._say(sentence, sys.stderr)
 
     def on_start(self, trainer: TrainingRun) -> None:
         """Print the data, the network and where the run is logged."""
@@ -75,6 +122,9 @@ class Console(Callback):
             details.append(f"adversarial images ({config.adversarial:g})")
         if config.vat:
             details.append(f"virtual adversarial images ({config.vat:g})")
+        amounts = augmentation(config)
+        deformed = [n for n in asdict(amounts) if getattr(amounts, n)]
+        details += [f"deformed images ({', '.join(deformed)})"] * bool(deformed)
         details += ["images mixed in pairs"] * (config.mix != "none")
         self._say(f"Network: {data.features}-{hidden}-{data.classes}, {', '.join(details)}")
         if config.teacher:
@@ -93,17 +143,12 @@ class Console(Callback):
             self._say(f"best.npz is chosen by {kind} accuracy{note}")
         if config.restore is not None:
             self._say(f"Continuing from step {trainer.step} of {config.restore}")
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=config.max_steps, initial=trainer.step, unit="step", file=sys.stderr
-            )
+        self._progress = Progress(config.max_steps, trainer.step)
 
     def on_step(self, trainer: TrainingRun, step: int, output: StepOutput) -> None:
         """Advance the progress bar."""
-        if self._bar is not None:
-            self._bar.update()
+        if self._progress is not None:
+            self._progress.update()
 
     def on_evaluate(self, trainer: TrainingRun, evaluation: Evaluation) -> None:
         """Print loss, accuracy and speed."""
@@ -129,7 +174,8 @@ class Console(Callback):
         self.close()
         # The test loss, because a run without any steps has no training loss.
         self._check_finite(trainer, result.final.test_loss)
-        kind = "validation" if trainer.dataset.test_is_validation else "test"
+        data = trainer.dataset
+        kind = "validation" if data.test_is_validation else "test"
         note = ""
         if result.fallback_reason is not None:
             note = " (on the bundled 8x8 digits, NOT ON MNIST)"
@@ -138,6 +184,8 @@ class Console(Callback):
             self._say(f"{kind.capitalize()} accuracy so far {result.final_accuracy:.4f}{note}")
         else:
             self._say(f"Final {kind} accuracy {result.final_accuracy:.4f}{note}")
+        if data.class_names is not None:
+            self._say(_by_class(data.class_names, *right_by_class(result.model, trainer.data)))
         for word, rate in (
             ("Avg", result.average_examples_per_second),
             ("Med", result.median_examples_per_second),
@@ -149,6 +197,17 @@ class Console(Callback):
 
     def close(self) -> None:
         """Remove the progress bar."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        if self._progress is not None:
+            self._progress.close()
+
+
+def _by_class(names: Sequence[str], right: np.ndarray, count: np.ndarray) -> str:
+    """Return the accuracy of each class that has images, the lowest first."""
+    shares = sorted((right[i] / count[i], name) for i, name in enumerate(names) if count[i])
+    listed = [f"{name} {share:.3f}" for share, name in shares[:_CLASSES]]
+    if len(shares) > _CLASSES:
+        listed.append(f"{len(shares) - _CLASSES} more")
+    # A name and its figure stay on one line.
+    text = f"By class: {', '.join(each.replace(' ', _JOINT) for each in listed)}"
+    lines = textwrap.fill(text, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    return lines.replace(_JOINT, " ")

@@ -39,7 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="DATA",
         nargs="?",
         help="mnist, fashion, digits, or a folder with MNIST's four IDX files; default: the data "
-        "of the run, and mnist where it is not known",
+        "of the run, or what the network's classes say, and mnist otherwise",
     )
     parser.add_argument(
         "--chart",
@@ -85,10 +85,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _data(args: argparse.Namespace, network: PackedNetwork) -> Dataset:
     from cupybnn import data
+    from cupybnn.data import fashion
 
     name, folder = _named(args) if args.data is None else _chosen(args.data)
     if name == "auto" and network.inputs.image_shape == (8, 8):
         name = "digits"
+    # The files of both have the same names; a packed network knows what it tells apart.
+    named = args.data in data.DATASETS
+    if not named and name in ("auto", "mnist") and tuple(network.classes) == fashion.CLASS_NAMES:
+        name = "fashion"
     found = data.load("mnist" if name == "auto" else name, folder, notify=_say)
     shape = network.inputs.image_shape or (network.inputs.features,)
     if network.inputs.features != found.features or len(network.classes) != found.classes:

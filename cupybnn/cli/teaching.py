@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from cupybnn.cli.console import Progress
 from cupybnn.cli.export import packed
 from cupybnn.cli.signals import Signals
 from cupybnn.data import Dataset
@@ -13,16 +17,32 @@ from cupybnn.training import Callback, TrainConfig, Trainer
 from cupybnn.training.protocol import TrainingRun
 from cupybnn.training.recipes import TeacherRecipe, load
 
+if TYPE_CHECKING:
+    from cupybnn.training.step import StepOutput
+
 __all__ = ["train_teachers"]
 
 #: What teachers have in common with the network that learns from them.
 _SHARED = ("dataset", "data_dir", "validation", "device")
 
 
-class _Notices(Callback):
+class _Watch(Callback):
+    """Shows how far a teacher is, on standard error."""
+
+    def __init__(self, steps: int, what: str) -> None:
+        self._progress = Progress(steps, what=what)
+
     def on_notice(self, trainer: TrainingRun, sentence: str) -> None:
-        """Print it on standard error."""
-        print(sentence, file=sys.stderr, flush=True)
+        """Print it."""
+        self._progress.write(sentence, sys.stderr)
+
+    def on_step(self, trainer: TrainingRun, step: int, output: StepOutput) -> None:
+        """Advance the progress bar."""
+        self._progress.update()
+
+    def close(self) -> None:
+        """Remove the progress bar."""
+        self._progress.close()
 
 
 def train_teachers(
@@ -54,16 +74,24 @@ def train_teachers(
         settings = {**settings, **shared, "seed": seed}
         teacher = TrainConfig.from_mapping(settings, source=f"recipe {recipe.recipe}")
         teacher = replace(teacher, eval_every_n=max(teacher.max_steps, 1))
-        trainer = Trainer(teacher, [_Notices()], data=data)
-        signals.training_begins(trainer)
-        result = trainer.run()
+        of = f"teacher {number + 1} of {recipe.count}"
+        print(
+            f"Training {of}: recipe {recipe.recipe}, {teacher.max_steps:,} steps",
+            file=sys.stderr,
+            flush=True,
+        )
+        begun = time.perf_counter()
+        with contextlib.closing(_Watch(teacher.max_steps, of)) as watch:
+            trainer = Trainer(teacher, [watch], data=data)
+            signals.training_begins(trainer)
+            result = trainer.run()
         if result.stopped:
             print("Stopped while training a teacher", flush=True)
             return None
         kind = "validation" if trainer.dataset.test_is_validation else "test"
         print(
-            f"Teacher {number + 1} of {recipe.count}: recipe {recipe.recipe}, seed {seed}, {kind} "
-            f"accuracy {result.final_accuracy:.4f}",
+            f"{of.capitalize()}: recipe {recipe.recipe}, seed {seed}, {kind} accuracy "
+            f"{result.final_accuracy:.4f}, {time.perf_counter() - begun:.1f} s",
             flush=True,
         )
         path = folder / f"{Path(recipe.recipe).stem}-{seed}.npz"

@@ -8,6 +8,7 @@ import itertools
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "train",
         help="train a full-precision or binarized network",
-        description="Train a multilayer perceptron on MNIST or on the bundled digits.",
+        description="Train a multilayer perceptron on MNIST, Fashion-MNIST or the bundled digits.",
         epilog="Defaults are in parentheses. Options may also be spelled with hyphens (--log-dir). "
         "The prefix --no_ turns a switch off that a default, a recipe or a restored run turns on.",
         argument_default=argparse.SUPPRESS,
@@ -62,7 +63,11 @@ def add_parser(subparsers: Any) -> None:
     options.add_argument(
         "--recipe", metavar="NAME", help="start from a recipe's settings: a name or a .toml file"
     )
-    options.add_argument("--list_recipes", action="store_true", help="list the recipes and exit")
+    options.add_argument(
+        "--list_recipes",
+        action="store_true",
+        help="list the recipes, with the test accuracy and time of each, and exit",
+    )
     options.add_argument("--gpu", metavar="N", type=int, help="the same as --device cuda:N")
     options = parser.add_argument_group(
         "several ranks",
@@ -119,7 +124,10 @@ def _typed(rule: Rule) -> Any:
 def run(args: argparse.Namespace) -> int:
     """Train with the options in `args`; return the exit code."""
     if "list_recipes" in args:
-        return _list_recipes()
+        from cupybnn.cli.recipe_report import listing
+
+        print("\n".join(listing()))
+        return 0
     given = vars(args)
     if "gpus" in args or "ranks" in args:
         from cupybnn.cli.spawn import spawn
@@ -155,12 +163,14 @@ def _end(sentence: str) -> None:
 
 def _train_with(ranks: Ranks, config: TrainConfig, given: dict[str, Any], signals: Signals) -> None:
     from cupybnn.cli.console import Console
+    from cupybnn.cli.recipe_report import ended
     from cupybnn.cli.teaching import train_teachers
     from cupybnn.data import load
-    from cupybnn.training import Trainer
+    from cupybnn.training import Trainer, recipes
     from cupybnn.training.setup import refusal
 
     export = Export.of(given["export"]) if "export" in given and ranks.rank == 0 else None
+    begun, taught_in = time.perf_counter(), 0.0
     console = Console(_chosen(config, given))
     data, teachers = None, _teachers(given)
     if teachers is not None and ranks.size > 1:
@@ -178,7 +188,7 @@ def _train_with(ranks: Ranks, config: TrainConfig, given: dict[str, Any], signal
                 taught = train_teachers(teachers, config, data, folder, signals)
                 if taught is None:
                     return
-                config = taught
+                config, taught_in = taught, time.perf_counter() - begun
             trainer = Trainer(config, [console, RunFolderFile()], data=data, ranks=ranks)
         if export is not None:
             packed(trainer.model, trainer.dataset)  # now, rather than after hours, if it cannot be
@@ -196,6 +206,9 @@ def _train_with(ranks: Ranks, config: TrainConfig, given: dict[str, Any], signal
             result = trainer.run()
     finally:
         console.close()
+    if "recipe" in given and not result.stopped and ranks.rank == 0:
+        seconds = time.perf_counter() - begun
+        print(ended(recipes.load(given["recipe"]), result, seconds, taught_in), flush=True)
     if export is not None:
         print(export.write(packed(result.model, trainer.dataset)))
 
@@ -220,14 +233,6 @@ def _teachers_folder(config: TrainConfig, stack: contextlib.ExitStack) -> Path:
 
 def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
-
-
-def _list_recipes() -> int:
-    from cupybnn.training import recipes
-
-    for name in recipes.names():
-        print(f"{name:12} {recipes.load(name).summary}")
-    return 0
 
 
 def _config(given: dict[str, Any]) -> TrainConfig:

@@ -11,7 +11,7 @@ import numpy as np
 from cupybnn.autograd.storage import module_of
 from cupybnn.backends.random import uniform
 
-__all__ = ["Augmentation", "sample"]
+__all__ = ["Augmentation", "bump_width", "count_knots", "sample"]
 
 #: Elastic deformations are smooth over this share of an image: 4 pixels of 28.
 _SMOOTH = 1 / 7
@@ -21,9 +21,9 @@ _SMOOTH = 1 / 7
 class Augmentation:
     """Deform each image of a batch independently.
 
-    The image is scaled, sheared and rotated about its centre, displaced elastically and shifted, in
-    a single bilinear sampling; pixels outside the image are 0. An amount of 0 turns a deformation
-    off.
+    The image is mirrored, scaled, sheared and rotated about its centre, displaced elastically and
+    shifted, in a single bilinear sampling; pixels outside the image are 0. An amount of 0 turns a
+    deformation off.
 
     Attributes
     ----------
@@ -40,6 +40,8 @@ class Augmentation:
     elastic : float
         Pixels: standard deviation of the displacements of an elastic deformation, a smooth random
         field.
+    flip : bool
+        Whether half of the images are mirrored, left to right.
 
     Raises
     ------
@@ -57,7 +59,7 @@ class Augmentation:
     --------
     >>> from cupybnn.data import Augmentation
     >>> Augmentation(shift=2.0, rotation=10.0)
-    Augmentation(shift=2.0, rotation=10.0, scale=0.0, shear=0.0, elastic=0.0)
+    Augmentation(shift=2.0, rotation=10.0, scale=0.0, shear=0.0, elastic=0.0, flip=False)
     """
 
     shift: float = 0.0
@@ -65,6 +67,7 @@ class Augmentation:
     scale: float = 0.0
     shear: float = 0.0
     elastic: float = 0.0
+    flip: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -126,8 +129,9 @@ class Augmentation:
         rows, columns : array of float32, shape (batch, height, width)
         """
         height, width = shape
-        # Six numbers per image, in [-1, 1); each has a fixed use, whichever deformations are on.
-        draw = 2 * uniform((batch, 6, 1, 1), seed, 2 * number, xp) - 1
+        # Eight numbers per image, in [-1, 1), two blocks of the generator; each has a fixed use,
+        # whichever deformations are on. The last has none.
+        draw = 2 * uniform((batch, 8, 1, 1), seed, 2 * number, xp) - 1
         angle = draw[:, 0] * np.float32(math.radians(self.rotation))
         tall, wide = 1 + self.scale * draw[:, 1], 1 + self.scale * draw[:, 2]
         shear, down, right = self.shear * draw[:, 3], self.shift * draw[:, 4], draw[:, 5]
@@ -138,7 +142,10 @@ class Augmentation:
         cos, sin = xp.cos(angle), xp.sin(angle)
         y, x = cos * y + sin * x, cos * x - sin * y
         x = x - shear * y
-        y, x = y / tall + np.float32((height - 1) / 2), x / wide + np.float32((width - 1) / 2)
+        y, x = y / tall, x / wide
+        if self.flip:
+            x = xp.where(draw[:, 6] < 0, -x, x)
+        y, x = y + np.float32((height - 1) / 2), x + np.float32((width - 1) / 2)
         if self.elastic > 0:
             field = self._field(batch, shape, seed, 2 * number + 1, xp)
             y, x = y + field[:, 0], x + field[:, 1]
@@ -147,16 +154,26 @@ class Augmentation:
     def _field(self, batch: int, shape: tuple[int, int], seed: int, counter: int, xp: Any) -> Any:
         """Return smooth random displacements, float32 of shape (batch, 2, height, width)."""
         down, right = (xp.asarray(_bumps(size)) for size in shape)
-        knots = (len(down.T), len(right.T))
+        knots = tuple(count_knots(size) for size in shape)
         # Uniform noise of variance 1.
         noise = (2 * uniform((batch, 2, *knots), seed, counter, xp) - 1) * np.float32(math.sqrt(3))
         return xp.matmul(xp.matmul(down * np.float32(self.elastic), noise), right.T)
 
 
+def bump_width(size: int) -> float:
+    """Return the width of an elastic field's bumps, and their distance, along an axis."""
+    return max(size * _SMOOTH, 1.0)
+
+
+def count_knots(size: int) -> int:
+    """Return the number of an elastic field's bumps along an axis; two begin before the image."""
+    return math.ceil(size / bump_width(size)) + 5
+
+
 def _bumps(size: int) -> np.ndarray:
     """Return Gaussian bumps, shape (size, knots), each row of unit norm."""
-    width = max(size * _SMOOTH, 1.0)
-    knots = width * np.arange(-2, math.ceil(size / width) + 3)
+    width = bump_width(size)
+    knots = width * (np.arange(count_knots(size)) - 2)
     bumps = np.exp(-(((np.arange(size)[:, None] - knots) / width) ** 2) / 2)
     bumps /= np.sqrt((bumps**2).sum(axis=1, keepdims=True))
     return np.ascontiguousarray(bumps, np.float32)

@@ -29,7 +29,8 @@ def load(
     name : {"auto", "mnist", "fashion", "digits"}
         "mnist": the IDX files in `data_dir` if given; otherwise the copy in the data folder
         (``CUPYBNN_DATA_DIR``); otherwise scikit-learn fetches it once from OpenML, and it is kept
-        there. "fashion": Fashion-MNIST, likewise. "digits": scikit-learn's bundled 8×8 digits,
+        there. "fashion": Fashion-MNIST, likewise; the package dataset-fashion-mnist of Debian and
+        Ubuntu is found, too. "digits": scikit-learn's bundled 8×8 digits,
         which need no download. "auto": MNIST if available, otherwise the digits, with the reason in
         ``Dataset.fallback_reason``; with a `data_dir`, the same as "mnist".
     data_dir : path-like, optional
@@ -63,8 +64,8 @@ def load(
             )
         return digits.load()
     if data_dir is not None:
-        data = idx.load_folder(data_dir, notify=notify)
-        return _as_fashion(data, data_dir) if name == "fashion" else data
+        read = fashion.load_folder if name == "fashion" else idx.load_folder
+        return read(data_dir, notify=notify)
     if name == "fashion":
         return fashion.load(notify=notify)
     try:
@@ -73,14 +74,3 @@ def load(
         if name == "mnist":
             raise
         return replace(digits.load(), fallback_reason=str(error))
-
-
-def _as_fashion(data: Dataset, folder: str | os.PathLike[str]) -> Dataset:
-    """Return what an IDX folder holds as Fashion-MNIST, whose files have MNIST's names."""
-    if data.name != "mnist":
-        raise DataError(
-            f"The folder of the dataset 'fashion' must hold Fashion-MNIST's four IDX files, named "
-            f"like MNIST's; {os.fspath(folder)} has those of {data.name}. Leave out --dataset "
-            f"fashion, or name another folder."
-        )
-    return replace(data, name="fashion", class_names=fashion.CLASS_NAMES)

@@ -20,7 +20,7 @@ from cupybnn.data.dataset import Dataset
 from cupybnn.errors import DataError
 from cupybnn.files import atomic_write, new_folder, read_npz
 
-__all__ = ["MEMBERS", "Source", "check", "fetch", "load", "scratch_folder"]
+__all__ = ["MEMBERS", "Source", "check", "fetch", "is_kept", "load", "scratch_folder"]
 
 #: Arrays of a data set and their shapes, of uint8.
 MEMBERS = {
@@ -56,6 +56,8 @@ class Source:
         Whether each class has a tenth of the training images and of the test images. It shows that
         the rows are in the order of the original files, where there is no hash.
     class_names : tuple of str, optional
+    package : str
+        The package of Debian and Ubuntu that has its files; "" if there is none.
     """
 
     name: str
@@ -67,6 +69,15 @@ class Source:
     sha256: str | None = None
     balanced: bool = False
     class_names: tuple[str, ...] | None = None
+    package: str = ""
+
+
+def is_kept(source: Source) -> bool:
+    """Whether the data folder has a copy of a data set, which may not be valid."""
+    try:
+        return (settings.data_dir() / source.cache_name).exists()
+    except ValueError:  # an environment variable that is not a folder
+        return False
 
 
 def load(
@@ -115,7 +126,8 @@ def load(
             f"{trouble}{source.title} cannot be fetched from OpenML: {_cause(error)}. Looked in "
             f"{path.parent} for {source.cache_name} and in {settings.scikit_learn_data()} for "
             f"scikit-learn's copy. Two ways out: give a folder with {source.title}'s four IDX "
-            f"files as the data directory, or take the bundled digits: --dataset digits."
+            f"files as the data directory{_by_package(source)}, or take the bundled digits: "
+            f"--dataset digits."
         ) from error
     check(source, arrays, f"The {source.title} from OpenML")
     try:
@@ -125,6 +137,12 @@ def load(
     except OSError as error:
         say(f"{source.title} could not be kept in {path} ({error.strerror or error}).")
     return _dataset(source, arrays)
+
+
+def _by_package(source: Source) -> str:
+    if not source.package:
+        return ""
+    return f" (on Debian and Ubuntu: apt install {source.package})"
 
 
 def _cause(error: BaseException) -> str:

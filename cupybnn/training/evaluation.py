@@ -16,7 +16,7 @@ from cupybnn.parallel import Ranks
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.step import Objective
 
-__all__ = ["Averaging", "evaluate", "right_answers"]
+__all__ = ["Averaging", "evaluate", "right_answers", "right_by_class"]
 
 #: Batches, and training examples per batch, for the batch norm statistics of averaged weights.
 _BATCHES, _IMAGES = 10, 1000
@@ -33,10 +33,7 @@ def evaluate(
     """
     if len(data.test_labels) == 0:
         return float("nan"), float("nan")
-    # On the CPU a batch's activations should fit into the cache; on a GPU, fewer launches matter.
-    # Inputs with many features must still fit into memory.
-    size = 10_000 if data.device.kind == "cuda" else 1_000
-    size = min(size, max(1, _BATCH_BYTES // (data.features * data.dtype.itemsize)))
+    size = _batch_size(data)
     count = len(data.test_labels)
     first, last = (r * count // ranks.size for r in (ranks.rank, ranks.rank + 1))
     loss: Any = 0.0
@@ -55,10 +52,35 @@ def evaluate(
     return total / count + (0.0 if penalty is None else penalty.item()), right / count
 
 
+def _batch_size(data: DeviceData) -> int:
+    """Return how many images are evaluated at a time."""
+    # On the CPU a batch's activations should fit into the cache; on a GPU, fewer launches matter.
+    # Inputs with many features must still fit into memory.
+    size = 10_000 if data.device.kind == "cuda" else 1_000
+    return min(size, max(1, _BATCH_BYTES // (data.features * data.dtype.itemsize)))
+
+
 def right_answers(logits: Any, labels: Any) -> int:
     """Return for how many rows of `logits` the greatest one is that of the label."""
     # Counted on the host: for a sum over a whole array CuPy compiles for three seconds.
     return int(np.count_nonzero(to_device(logits.argmax(axis=1) == labels, CPU)))
+
+
+def right_by_class(model: nn.Module, data: DeviceData) -> tuple[np.ndarray, np.ndarray]:
+    """Return how many test images of each class a model is right about, and how many there are.
+
+    Both int64, of shape (classes,).
+    """
+    right = np.zeros(data.classes, np.int64)
+    count = np.zeros_like(right)
+    model.eval()
+    with no_grad():
+        for inputs, labels in data.test_batches(_batch_size(data)):
+            found = to_device(model(Tensor(inputs)).data.argmax(axis=1), CPU)
+            true = to_device(labels, CPU)
+            right += np.bincount(true[found == true], minlength=len(right))
+            count += np.bincount(true, minlength=len(count))
+    return right, count
 
 
 class Averaging:

@@ -208,8 +208,13 @@ class Options:
         0.0,
         _from_0("PIXELS"),
         "typical size of elastic displacements, in pixels",
-        fused=False,
         synonyms=("augment", "elastic"),
+    )
+    augment_flip: bool = _images(
+        False,
+        Switch(),
+        "mirror half of the images, left to right",
+        synonyms=("augment", "flip", "mirror", "horizontal_flip", "hflip"),
     )
     adversarial: float = _images(
         0.0,

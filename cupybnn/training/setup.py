@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from cupybnn import nn, optim
-from cupybnn.data import Augmentation, BatchOrder, Dataset, DeviceData, load
+from cupybnn.data import BatchOrder, Dataset, DeviceData, load
 from cupybnn.errors import SettingError
 from cupybnn.parallel import Ranks
 from cupybnn.training.checkpoint import Checkpoint
@@ -174,10 +174,13 @@ def _unfused_reason(
         return f"the features are {data.dtype}, not 8-bit pixels"
     from cupybnn.backends.cuda.compiler import architecture, shared_memory_limit
     from cupybnn.training.fast import unsupported_reason
+    from cupybnn.training.fast.images import deformation
 
     index = data.device.index
     reason = unsupported_reason(config, model, optimizer, architecture(index), teachers)
-    deforms = augmentation(config) != Augmentation()
-    if reason is None and deforms and data.features + 1024 > shared_memory_limit(index):
-        reason = "the images are too large to be deformed in shared memory"
+    amounts = augmentation(config)
+    if reason is None and amounts and data.image_shape is not None:
+        shared = deformation(amounts, data.image_shape, 0).shared
+        if shared + 1024 > shared_memory_limit(index):
+            reason = "the images are too large to be deformed in shared memory"
     return reason

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -176,8 +176,8 @@ def _latent_scale(config: TrainConfig) -> Callable[[nn.Parameter], float]:
 
 def augmentation(config: TrainConfig) -> Augmentation:
     """Return the deformations that `config` describes."""
-    amounts = ("shift", "rotation", "scale", "shear", "elastic")
-    return Augmentation(*(getattr(config, f"augment_{name}") for name in amounts))
+    names = [field.name for field in fields(Augmentation)]
+    return Augmentation(**{name: getattr(config, f"augment_{name}") for name in names})
 
 
 def augmentation_seed(config: TrainConfig) -> int:

@@ -17,7 +17,9 @@ BATCH = Struct(
     "i64 first, whole; u64 seed; i64 draw, last",
 )
 DEFORMATION = Struct(
-    "Deformation", "i64 height, width; u64 seed; double shift, rotation, scale, shear"
+    "Deformation",
+    "i64 height, width; u64 seed; double shift, rotation, scale, shear, elastic;"
+    "double bump_height, bump_width; i64 knots_down, knots_right, flip",
 )
 GATHER = Kernel("smxx_batch", "gather", "Batch p", BATCH)
 GATHER_DEFORMED = Kernel(
@@ -60,14 +62,27 @@ class Deformation:
     rotation: float
     scale: float
     shear: float
+    elastic: float = 0.0
+    flip: bool = False
+    bumps: tuple[tuple[float, int], ...] = ((1.0, 0), (1.0, 0))  # width and number: down, right
 
     def pack(self) -> bytes:
         """Return struct Deformation."""
         height, width = self.shape
+        (bump_height, knots_down), (bump_width, knots_right) = self.bumps
         return DEFORMATION.pack(
             height=height, width=width, seed=self.seed, shift=self.shift,
             rotation=math.radians(self.rotation), scale=self.scale, shear=self.shear,
+            elastic=self.elastic, bump_height=bump_height, bump_width=bump_width,
+            knots_down=knots_down, knots_right=knots_right, flip=self.flip,
         )  # fmt: skip
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that a block needs: the elastic field's numbers, and the image."""
+        (height, width), ((_, down), (_, right)) = self.shape, self.bumps
+        field = 2 * down * right + height * down + width * right + 2 * height * right
+        return height * width + (4 * field if self.elastic > 0 else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +132,10 @@ class Gather(_Batch):
         if self.deformation is not None:
             arguments = {"p": batch, "d": self.deformation.pack()}
             defines = self._defines(1)
-            launcher.launch(GATHER_DEFORMED, arguments, grid=(rows,), defines=defines, shared=cols)
+            shared = self.deformation.shared
+            launcher.launch(
+                GATHER_DEFORMED, arguments, grid=(rows,), defines=defines, shared=shared
+            )
             return
         vector = self._vector(16, 4, 1)
         # No more blocks than run at once: the latency of a second round costs more than its work.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from cupybnn.backends.cuda.fused import Launcher
 from cupybnn.backends.cuda.fused_batch import Attack, Deformation, Draw, Gather
 from cupybnn.backends.cuda.fused_virtual import MixImages, MoveImages
 from cupybnn.backends.cuda.graph import Fork
-from cupybnn.data import DeviceData
+from cupybnn.data import Augmentation, DeviceData
+from cupybnn.data.augmentation import bump_width, count_knots
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.fast.buffers import Buffers
 from cupybnn.training.fast.feed import Feed
@@ -17,7 +19,13 @@ from cupybnn.training.fast.plan import NetworkPlan
 from cupybnn.training.fast.teaching import Teaching
 from cupybnn.training.step import DIRECTIONS, MIXING, augmentation_seed, stream_seed
 
-__all__ = ["Images"]
+__all__ = ["Images", "deformation"]
+
+
+def deformation(amounts: Augmentation, shape: tuple[int, int], seed: int) -> Deformation:
+    """Return how the kernel deforms images of a shape, (height, width)."""
+    bumps = tuple((bump_width(size), count_knots(size)) for size in shape)
+    return Deformation(shape=shape, seed=seed, bumps=bumps, **asdict(amounts))
 
 
 class Images:
@@ -43,16 +51,10 @@ class Images:
         self._mixing_seed = stream_seed(config, MIXING)
         self._vat_seed = stream_seed(config, DIRECTIONS)
         self._deformation = None
-        if any(plan.augment):
+        if plan.augment:
             assert data.image_shape is not None, "checked before: only images are augmented"
-            shift, rotation, scale, shear = plan.augment
-            self._deformation = Deformation(
-                shape=data.image_shape,
-                seed=augmentation_seed(config),
-                shift=shift,
-                rotation=rotation,
-                scale=scale,
-                shear=shear,
+            self._deformation = deformation(
+                plan.augment, data.image_shape, augmentation_seed(config)
             )
 
     def gather(

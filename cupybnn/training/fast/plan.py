@@ -11,6 +11,7 @@ import numpy as np
 from cupybnn import nn, settings
 from cupybnn.backends.cuda import plane_gemm, sign_gemm
 from cupybnn.backends.cuda.blas import operand_dtype
+from cupybnn.data import Augmentation
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.fast.layers import (
     HeadPlan,
@@ -21,6 +22,7 @@ from cupybnn.training.fast.layers import (
     plan_hidden,
     plan_input,
 )
+from cupybnn.training.step import augmentation
 
 __all__ = ["NetworkPlan"]
 
@@ -45,8 +47,8 @@ class NetworkPlan:
     input_dropout : Dropout or None
     hidden : tuple of HiddenPlan
     head : HeadPlan
-    augment : tuple of float
-        Greatest shift, rotation, scale and shear of the images.
+    augment : Augmentation
+        How images are deformed.
     adversarial : float
         How far each pixel is moved to increase the loss; 0 disables adversarial training.
     vat, vat_xi : float
@@ -69,7 +71,7 @@ class NetworkPlan:
     input_dropout: nn.Dropout | None
     hidden: tuple[HiddenPlan, ...]
     head: HeadPlan
-    augment: tuple[float, float, float, float]
+    augment: Augmentation
     adversarial: float
     vat: float
     vat_xi: float
@@ -163,12 +165,7 @@ class NetworkPlan:
                 for layer, after in zip(hidden, following, strict=True)
             ),
             head=head,
-            augment=(
-                config.augment_shift,
-                config.augment_rotation,
-                config.augment_scale,
-                config.augment_shear,
-            ),
+            augment=augmentation(config),
             adversarial=config.adversarial,
             vat=config.vat,
             vat_xi=config.vat_xi,

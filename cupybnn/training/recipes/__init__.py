@@ -2,7 +2,7 @@
 
 A recipe has a one-line ``summary`` and a table ``[settings]`` with fields of `TrainConfig`. It may
 have a table ``[teachers]``: the ``recipe`` by which its teachers are trained first, and their
-``count``.
+``count``; the test ``accuracy`` that it reached; and how that was ``measured``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from cupybnn.errors import SettingError
 __all__ = ["Recipe", "TeacherRecipe", "load", "names"]
 
 _FOLDER = Path(__file__).parent
+_TEXTS = ("summary", "accuracy", "measured")
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,17 @@ class Recipe:
         Fields of `TrainConfig`; fields that are missing have their defaults.
     teachers : TeacherRecipe or None
         Teachers that ``cupybnn train`` trains first, unless ``--teacher`` names others.
+    accuracy, measured : str
+        What it reached on the test images, such as "0.9803 ± 0.0045", and by how many runs, in
+        what time; "" if that is not known.
     """
 
     name: str
     summary: str
     settings: dict[str, Any]
     teachers: TeacherRecipe | None = None
+    accuracy: str = ""
+    measured: str = ""
 
 
 def names() -> list[str]:
@@ -94,13 +100,18 @@ def load(name: str) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingError(f"The recipe {path} is not TOML: {error}.") from error
     settings = content.get("settings")
-    if not isinstance(settings, dict) or set(content) - {"summary", "settings", "teachers"}:
+    if not isinstance(settings, dict) or set(content) - {*_TEXTS, "settings", "teachers"}:
         raise SettingError(
             f"The recipe {path} must contain a 'summary' and a table [settings], perhaps a table "
-            f"[teachers], and nothing else; got {', '.join(content) or 'nothing'}."
+            f"[teachers], an 'accuracy' and how it was 'measured', and nothing else; got "
+            f"{', '.join(content) or 'nothing'}."
         )
+    texts = {name: content.get(name, "") for name in _TEXTS}
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise SettingError(f"The {name!r} of the recipe {path} must be text; got {text!r}.")
     teachers = _teachers(path, content["teachers"]) if "teachers" in content else None
-    return Recipe(path.stem, str(content.get("summary", "")), settings, teachers)
+    return Recipe(path.stem, settings=settings, teachers=teachers, **texts)
 
 
 def _teachers(path: Path, table: Any) -> TeacherRecipe:
