@@ -19,6 +19,7 @@ from cupybnn.cli.spawn import RunFolderFile
 from cupybnn.cli.streams import complain
 from cupybnn.errors import NonFiniteError, SettingError
 from cupybnn.paths import user_path
+from cupybnn.settings import rendezvous
 from cupybnn.training.checks import Rule, Switch
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.declaration import Setting, declared
@@ -158,24 +159,18 @@ def _train_with(ranks: Ranks, config: TrainConfig, given: dict[str, Any], signal
     from cupybnn.cli.teaching import train_teachers
     from cupybnn.data import load
     from cupybnn.training import Trainer
-    from cupybnn.training.setup import refusal
+    from cupybnn.training.setup import in_turn
 
     export = Export.of(given["export"]) if "export" in given and ranks.rank == 0 else None
     console = Console(_chosen(config, given))
     data, teachers = None, _teachers(given)
-    if teachers is not None and ranks.size > 1:
-        raise refusal(
-            ranks,
-            f"A recipe that trains teachers first must run on one rank; got {ranks.size} ranks. "
-            f"Train its teachers by 'cupybnn train --recipe {teachers.recipe} --log_dir DIR', and "
-            f"add --teacher with their run folders.",
-        )
     try:
         with contextlib.ExitStack() as stack:
             if teachers is not None:
-                data = load(config.dataset, config.data_dir, notify=_say)
-                folder = _teachers_folder(config, stack)
-                taught = train_teachers(teachers, config, data, folder, signals)
+                notify = _say if ranks.rank == 0 else _say_nothing
+                data = in_turn(ranks, lambda: load(config.dataset, config.data_dir, notify=notify))
+                folder = _teachers_folder(config, stack, ranks)
+                taught = train_teachers(teachers, config, data, folder, signals, ranks)
                 if taught is None:
                     return
                 config = taught
@@ -209,10 +204,16 @@ def _teachers(given: dict[str, Any]) -> TeacherRecipe | None:
     return recipes.load(given["recipe"]).teachers
 
 
-def _teachers_folder(config: TrainConfig, stack: contextlib.ExitStack) -> Path:
-    """Return a folder for teachers: in the log directory, to which a restored run returns."""
-    if config.log_dir is None:
-        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cupybnn-")))
+def _teachers_folder(config: TrainConfig, stack: contextlib.ExitStack, ranks: Ranks) -> Path:
+    """Return a folder for teachers: in the log directory, to which a restored run returns.
+
+    Ranks other than the first may not see that one, so they have a folder of their own.
+    """
+    if config.log_dir is None or ranks.rank:
+        # What starts ranks removes the folder in which they meet, even if one is killed.
+        where = rendezvous() if ranks.size > 1 else None
+        made = tempfile.TemporaryDirectory(prefix="cupybnn-", dir=where)
+        return Path(stack.enter_context(made))
     folder = user_path(config.log_dir) / "teachers"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -220,6 +221,10 @@ def _teachers_folder(config: TrainConfig, stack: contextlib.ExitStack) -> Path:
 
 def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
+
+
+def _say_nothing(sentence: str) -> None:
+    """Do as a rank that leaves it to the first one."""
 
 
 def _list_recipes() -> int:

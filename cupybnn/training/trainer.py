@@ -170,7 +170,9 @@ class Trainer:
         same: dict[str, Any] = {"data": self._description.sha256, "step": self.step}
         if stored is not None:
             same["checkpoint"] = state.checksum(stored.arrays)
-        free = ("data_dir", "device", "log_dir", "restore")
+        if self.teachers is not None:  # a rank may have copies of its own
+            same["teachers"] = [state.checksum(arrays) for arrays in self.teachers.arrays()]
+        free = ("data_dir", "device", "log_dir", "restore", "teacher")
         settings = {n: v for n, v in asdict(self.config).items() if n not in free}
         self.ranks.agree("have the same options, data and checkpoint", {**settings, **same})
         team = Team(
