@@ -33,6 +33,7 @@ NETWORKS = {
     "mixed, against the network": {
         **XNOR, "mix": "some", "adversarial": 0.02, "augment_shift": 1.0, "augment_rotation": 10.0,
     },
+    "rounded": {**XNOR, "grad_bits": 4, "adversarial": 0.02, "keep_prob": 0.5},
     "virtual": {**XNOR, "vat": 0.5, "input_keep_prob": 0.8, "mix": "uniform"},
 }  # fmt: skip
 FUSED = {"debug": False, "graph": False, "eval_every_n": 3, "max_steps": 5}
@@ -42,7 +43,7 @@ def settings_of(name: str, **more) -> dict:
     return {**FUSED, **NETWORKS[name], **more}
 
 
-@pytest.mark.parametrize("name", ["dropout, penalty", "all binary", "virtual"])
+@pytest.mark.parametrize("name", ["dropout, penalty", "all binary", "virtual", "rounded"])
 def test_kernels_by_numpy_compute_the_plain_step(monkeypatch, name):
     emulator = Emulator(monkeypatch)
     plain = train(**settings_of(name), fused=False)
@@ -61,6 +62,8 @@ def test_kernels_by_numpy_compute_the_plain_step(monkeypatch, name):
         ("full precision", 2, True),
         ("mixed, against the network", 3, True),
         ("virtual", 2, True),
+        ("rounded", 3, True),
+        ("rounded", 2, False),
     ],
 )
 def test_ranks_compute_the_plain_step(monkeypatch, tmp_path, name, size, sync):
@@ -88,6 +91,22 @@ def test_gradients_by_bits(monkeypatch, tmp_path, size):
             emulator = Emulator(patch, by_bits)
             run = run_together(tmp_path, size, **settings)[0] if size > 1 else train(**settings)
             assert ("weight_gradient" in emulator.launches) == (by_bits and size > 1)
+        return run[0]
+
+    np.testing.assert_allclose(losses(True), losses(False), rtol=2e-3)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_rounded_gradients_by_the_kernels_of_hopper(monkeypatch, tmp_path, size):
+    """One rank's update follows its product; several store the product, and exchange it."""
+    settings = settings_of("rounded", dtype="bfloat16", sync_batch_norm=True)
+
+    def losses(by_bits):
+        with monkeypatch.context() as patch:
+            emulator = Emulator(patch, by_bits)
+            run = run_together(tmp_path, size, **settings)[0] if size > 1 else train(**settings)
+            assert ("plane_update" in emulator.launches) == (by_bits and size == 1)
+            assert ("stored_product" in emulator.launches) == by_bits
         return run[0]
 
     np.testing.assert_allclose(losses(True), losses(False), rtol=2e-3)

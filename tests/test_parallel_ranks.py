@@ -111,6 +111,10 @@ def check_exchanges(ranks, xp=np):
                 assert total.tobytes() == expected.tobytes()
             else:
                 assert float(abs(total - expected).max()) < 1e-4
+            most = ranks.all_max(own(r, shape, dtype)).wait()
+            assert (
+                most == functools.reduce(xp.maximum, (own(k, shape, dtype) for k in range(n)))
+            ).all()
             rows = ranks.all_gather(own(r, shape, dtype)).wait()
             assert rows.shape == (n, *shape)
             assert all((rows[k] == own(k, shape, dtype)).all() for k in range(n))
@@ -145,6 +149,9 @@ def check_results_written_elsewhere(ranks, xp):
             rows = xp.empty((n, count), mine.dtype)
             ranks.all_gather(part, out=rows).wait()
             assert (rows.reshape(-1) == xp.asarray(expected)).all()
+            bits = xp.asarray(np.arange(5, dtype=np.int32) * (-1) ** r)
+            ranks.all_max(bits, out=bits).wait()
+            assert (bits == xp.arange(5)).all()
             ranks.all_reduce(mine, out=mine, bfloat16=bfloat16).wait()
             assert (mine == xp.asarray(expected)).all()
 

@@ -55,6 +55,7 @@ NETWORKS = {
     # Dropout by halves, because activations times two are whole numbers, whose sums are exact.
     "virtual": {"binary": True, "vat": 0.5, "keep_prob": 0.5, "augment_shift": 1},
     "l2": {"binary": True, "penalty": "l2", "reg": 1e-3, "shuffle": False},
+    "rounded": {"binary": True, "grad_bits": 2, "adversarial": 0.02},
     "mixed": {"binary": True, "mix": "some", "augment_shift": 1, "augment_elastic": 0.5},
 }  # fmt: skip
 
@@ -256,12 +257,6 @@ def test_a_teacher_that_is_missing_is_reported_once(tmp_path):
     assert isinstance(first, CheckpointError)
     assert isinstance(second, RankError)
     assert not second.report
-
-
-def test_rounded_gradients_are_refused(tmp_path):
-    sentence = refused(tmp_path, lambda r: train(r, binary=True, xnor=True, grad_bits=4))
-    assert sentence.startswith("Gradients are rounded by the greatest of a whole batch")
-    assert "got 4 for fc2" in sentence
 
 
 STUDENT = """

@@ -204,6 +204,12 @@ class NcclRanks(Ranks):
 
         return self._issue(array, (self.size, *array.shape), call, out)
 
+    def all_max(self, array: Any, *, out: Any = None) -> Pending:
+        def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
+            nccl.allReduce(sent, received, array.size, dtype, self._nccl.NCCL_MAX, stream)
+
+        return self._issue(array, array.shape, call, out)
+
     def broadcast(self, array: Any) -> Pending:
         def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
             nccl.broadcast(sent, received, array.nbytes, self._nccl.NCCL_UINT8, 0, stream)

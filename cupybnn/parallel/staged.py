@@ -57,6 +57,9 @@ class StagedRanks(Ranks):
     def all_gather(self, array: Any, *, out: Any = None) -> Pending:
         return self._begin("all_gather", array, out)
 
+    def all_max(self, array: Any, *, out: Any = None) -> Pending:
+        return self._begin("all_max", array, out)
+
     def broadcast(self, array: Any) -> Pending:
         return self._begin("broadcast", array, None)
 

@@ -18,7 +18,6 @@ from cupybnn.training.teachers import Teachers
 from cupybnn.training.team import Team
 
 __all__ = [
-    "check_layers",
     "check_model",
     "check_ranks",
     "choose_step",
@@ -45,17 +44,6 @@ def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
             f"The 'batch_size', which the ranks share, must be at least their number, so that each "
             f"has an image; got {config.batch_size} images for {ranks.size} ranks.",
         )
-
-
-def check_layers(model: nn.Module, ranks: Ranks) -> None:
-    """Raise SettingError unless the layers can have a batch of which ranks have parts."""
-    for name, layer in model.named_modules():
-        if ranks.size > 1 and isinstance(layer, nn.GradientRounding):
-            raise refusal(
-                ranks,
-                f"Gradients are rounded by the greatest of a whole batch, which several ranks do "
-                f"not have. Leave out 'grad_bits'; got {layer.quantizer.bits} for {name}.",
-            )
 
 
 def in_turn(ranks: Ranks, load: Callable[[], T]) -> T:

@@ -28,6 +28,7 @@ from cupybnn.autograd import Tensor
 from cupybnn.backends.devices import CPU, synchronize, to_device
 from cupybnn.backends.random import from_row
 from cupybnn.errors import RankError
+from cupybnn.ops.gradient_levels import greatest_of_batch
 from cupybnn.ops.norm import whole_batch
 from cupybnn.parallel import Pending, Ranks
 from cupybnn.training.config import TrainConfig
@@ -110,6 +111,8 @@ class Team:
         self.share_out()
         with contextlib.ExitStack() as stack:
             stack.enter_context(from_row(self.rows.start))
+            greatest = lambda array: self.ranks.all_max(array).wait()  # noqa: E731
+            stack.enter_context(greatest_of_batch(greatest))
             if self._sync:
                 total = lambda array: self.ranks.all_reduce(array).wait()  # noqa: E731
                 stack.enter_context(whole_batch(total, self._batch))

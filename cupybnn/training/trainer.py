@@ -32,7 +32,6 @@ from cupybnn.training.restore import check_settings
 from cupybnn.training.runs import new_run_folder
 from cupybnn.training.saved import DataDescription
 from cupybnn.training.setup import (
-    check_layers,
     check_model,
     check_ranks,
     choose_step,
@@ -166,7 +165,6 @@ class Trainer:
 
     def _join(self, stored: checkpoints.Checkpoint | None) -> Team:
         """Check that all ranks do the same, and give them the weights of rank 0."""
-        check_layers(self.model, self.ranks)
         same: dict[str, Any] = {"data": self._description.sha256, "step": self.step}
         if stored is not None:
             same["checkpoint"] = state.checksum(stored.arrays)

@@ -207,7 +207,7 @@ def _plan_backward(
     for layer in hidden:
         backward = "dense"
         if grad_quantizer(layer.linear) is not None:
-            backward = _plan_rounded(layer, config, device)
+            backward = _plan_rounded(layer, config, batch, device)
         elif layer.product == "xnor" and device is not None:
             reason = sign_gemm.unsupported_reason(device, config.dtype, layer.inputs, layer.units)
             if reason is None and config.vat:
@@ -226,7 +226,7 @@ def _plan_backward(
     return planned
 
 
-def _plan_rounded(layer: HiddenPlan, config: TrainConfig, device: int | None) -> str:
+def _plan_rounded(layer: HiddenPlan, config: TrainConfig, batch: int, device: int | None) -> str:
     """Return how the kernels compute the backward pass of a layer with rounded gradients."""
     if layer.product != "xnor":
         raise Unsupported(
@@ -238,7 +238,7 @@ def _plan_rounded(layer: HiddenPlan, config: TrainConfig, device: int | None) ->
         return "planes"
     shape = layer.inputs, layer.units
     reason = sign_gemm.unsupported_layer(device, config.dtype, *shape)
-    if reason is None and not plane_gemm.pays(device, config.batch_size, *shape):
+    if reason is None and not plane_gemm.pays(device, batch, *shape):
         reason = "its products have fewer tiles than the device has multiprocessors"
     if settings.debug():
         how = "product" if reason is None else f"launch of its own, because {reason}"
