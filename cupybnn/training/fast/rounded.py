@@ -76,7 +76,7 @@ class RoundedBackward:
 
     @property
     def greatest(self) -> Any:
-        """What `measure` found for each unit: bits of magnitudes, int32, which are in their order."""
+        """What `measure` found for each unit, int32: bits of magnitudes, in their order."""
         return self._made.col_most
 
     def measure(self, grad: Any) -> None:
