@@ -39,7 +39,8 @@ def connect(
     Parameters
     ----------
     device : str
-        "auto": a GPU for each rank if there are any, else the CPU; "cuda"; or "cpu".
+        "auto": a GPU for each rank if there are any, else the CPU; "cuda"; or "cpu". A rank's GPU
+        becomes the current device of the thread.
     folder : path-like, optional
         A folder that all ranks see, needed where they are on several hosts; the environment
         variable ``CUPYBNN_RENDEZVOUS`` overrides it. By default, the host's folder for temporary
@@ -87,10 +88,11 @@ def connect(
     if base is not None:
         meeting = Meeting(base, launch.rank, launch.size, seconds, last_resort)
     try:
+        if target.kind == "cuda":
+            _check_gpus(launch, target, meeting, communicator)
+            target.use()
         ranks = _connected(launch, target, meeting, communicator)
         ranks.agree("run the same version of cupybnn", _version())
-        if target.kind == "cuda":
-            _check_gpus(ranks, target)
     except BaseException as error:
         if meeting is not None:
             meeting.close(error)
@@ -134,17 +136,23 @@ def _device_of(launch: Launch, name: str) -> Device:
     return resolve(f"cuda:{index}")
 
 
-def _check_gpus(ranks: Ranks, device: Device) -> None:
-    """Raise SettingError if two ranks have the same GPU."""
-    runtime = device.xp.cuda.runtime
-    place = f"{socket.gethostname()} {runtime.deviceGetPCIBusId(device.index)}"
-    places = [each.decode() for each in ranks.gather_bytes(place.encode())]
+def _check_gpus(launch: Launch, device: Device, meeting: Meeting | None, communicator: Any) -> None:
+    """Raise SettingError if two ranks have the same GPU; NCCL would give no reason."""
+    bus = device.xp.cuda.runtime.deviceGetPCIBusId(device.index)
+    place = f"{socket.gethostname()} {bus}"
+    if communicator is not None:
+        places = communicator.allgather(place)
+    else:
+        assert meeting is not None
+        places = [each.decode() for each in meeting.gather("gpu", place.encode())]
     for rank, each in enumerate(places):
         if each in places[:rank]:
-            raise SettingError(
+            error = SettingError(
                 f"Each rank must have a GPU of its own; got {each} for the ranks "
                 f"{places.index(each)} and {rank}. Start as many ranks on a host as it has GPUs."
             )
+            error.report = launch.rank == 0
+            raise error
 
 
 def _base(launch: Launch, folder: Any, communicator: Any) -> Path | None:

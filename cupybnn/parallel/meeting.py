@@ -153,6 +153,9 @@ class Meeting:
         self._closed = threading.Event()
         self._beat = 0
         self._seen: dict[int, tuple[Any, float]] = {}
+        # When the others were last seen busy, by rank, and when one last had exchanges to begin.
+        self._busy_at: dict[int, float] = {}
+        self._behind_at = 0.0
         self.folder = self._open_session()
         self._lock = hold(self._file(rank, ".lock"))
         self._write_state()
@@ -220,6 +223,21 @@ class Meeting:
             self.check()
             time.sleep(0.002)
         return content
+
+    def gather(self, name: str, content: bytes) -> list[bytes]:
+        """Return the small contents of all ranks, in their order."""
+        write(self.folder / f"{name}-{self.rank}", content)
+        found = []
+        for rank in range(self.size):
+            while (content_of := read(self.folder / f"{name}-{rank}")) is None:
+                self.check()
+                time.sleep(0.002)
+            found.append(content_of)
+        return found
+
+    def is_own_thread(self) -> bool:
+        """Whether this is called by the thread that looks after the others."""
+        return threading.current_thread() is self._thread
 
     # Losing each other ---------------------------------------------------------------------------
 
@@ -289,6 +307,8 @@ class Meeting:
                 return str(state["relayed"])
             if state.get("error"):
                 return f"{who} {_ENDED} {state['error']}"
+            if state.get("busy"):
+                self._busy_at[rank] = now
             if "left" in state:
                 continue
             if not is_held(self._file(rank, ".lock")) and "left" not in self._state(rank):
@@ -299,23 +319,28 @@ class Meeting:
             elif now - since > self.seconds:
                 return f"{who} has given no sign of life for {self.seconds:g} seconds."
         started = self.waiting_since()
-        return None if started is None else self._late(now - started)
+        return None if started is None else self._late(now, started)
 
-    def _late(self, waited: float) -> str | None:
-        """Return a sentence about the rank that this one has waited for too long, if any."""
-        if waited <= self.seconds:
-            return None
+    def _late(self, now: float, started: float) -> str | None:
+        """Return a sentence about the rank that this one has waited for too long, if any.
+
+        A rank that was busy has all its time from then on.
+        """
         states = {r: self._state(r) for r in range(self.size) if r != self.rank}
         for rank, state in states.items():
-            if state.get("begun", 0) < self.needed and not state.get("busy"):
+            if state.get("begun", 0) >= self.needed:
+                continue
+            self._behind_at = now
+            since = max(started, self._busy_at.get(rank, started))
+            if now - since > self.seconds and not state.get("busy"):
                 return (
                     f"Rank {rank} (process {state.get('pid')} on {state.get('host')}) has kept "
                     f"the others waiting for {self.seconds:g} seconds."
                 )
-        if waited > 2 * self.seconds and not any(s.get("busy") for s in states.values()):
+        if now - max(started, self._behind_at) > 2 * self.seconds:
             return (
-                f"All ranks began an exchange that has not ended for {waited:.0f} seconds: the "
-                f"connection between them is broken."
+                f"All ranks began an exchange that has not ended for {now - started:.0f} seconds: "
+                f"the connection between them is broken."
             )
         return None
 

@@ -10,10 +10,11 @@ restored run; and its wheels need cuda-core and the CUTLASS DSL.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -103,11 +104,31 @@ class NcclRanks(Ranks):
             np.dtype(name): getattr(self._nccl, f"NCCL_{name.upper()}") for name in _DTYPES
         }
         with device.scope():
-            self._communicator = self._nccl.NcclCommunicator(size, unique_id, rank)
+            try:
+                self._communicator = self._nccl.NcclCommunicator(size, unique_id, rank)
+            except self._nccl.NcclError as error:
+                raise DeviceError(
+                    f"NCCL cannot connect the GPUs of {size} ranks: {error}. Run it again with the "
+                    f"environment variable NCCL_DEBUG=INFO to see why."
+                ) from error
             self._stream = cupy.cuda.Stream(non_blocking=True)
         if meeting is not None:
             meeting.waiting_since = self._waiting_since
             meeting.on_lost.append(self.abort)
+
+    @contextlib.contextmanager
+    def _here(self) -> Iterator[None]:
+        """Context in which this rank's GPU is the current device.
+
+        In the meeting's thread it stays so. To go back to device 0 would make this process use
+        that one, too.
+        """
+        if self._meeting is not None and self._meeting.is_own_thread():
+            self._gpu.use()
+            yield
+        else:
+            with self._gpu.scope():
+                yield
 
     def _issue(
         self,
@@ -139,11 +160,8 @@ class NcclRanks(Ranks):
             dtype = _BFLOAT16 if bfloat16 else self._types.get(sent.dtype)
             try:
                 call(self._communicator, *addresses, dtype, self._stream.ptr)
-            except (
-                AttributeError,
-                self._nccl.NcclError,
-            ):  # aborted meanwhile, by the meeting's thread
-                self.check()
+            except (AttributeError, self._nccl.NcclError):
+                self.check()  # raises if the meeting's thread has aborted it meanwhile
                 raise
             ended = _mark(self._stream)
             if not captured:
@@ -179,7 +197,7 @@ class NcclRanks(Ranks):
 
     def _waiting_since(self) -> float | None:
         """Return when the oldest exchange that has not ended was issued."""
-        with self._gpu.scope():
+        with self._here():
             while self._unfinished and self._unfinished[0][0].done:
                 self._unfinished.popleft()
         return self._unfinished[0][1] if self._unfinished else None
@@ -231,12 +249,13 @@ class NcclRanks(Ranks):
     def abort(self) -> None:
         communicator, self._communicator = self._communicator, None
         if communicator is not None:
-            communicator.abort()
+            with self._here():
+                communicator.abort()
 
     def close(self, error: BaseException | None = None) -> None:
-        super().close(error)
-        communicator, self._communicator = self._communicator, None
-        if communicator is not None:
-            with self._gpu.scope():
+        with self._gpu.scope():
+            super().close(error)
+            communicator, self._communicator = self._communicator, None
+            if communicator is not None:
                 self._stream.synchronize()
                 communicator.destroy()

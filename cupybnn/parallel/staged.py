@@ -36,14 +36,16 @@ class StagedRanks(Ranks):
     def _begin(self, method: str, array: Any, out: Any, **options: Any) -> Pending:
         import cupy
 
-        sent = cupy.ascontiguousarray(array).get().reshape(array.shape)
+        with self._gpu.scope():
+            sent = cupy.ascontiguousarray(array).get().reshape(array.shape)
         pending = getattr(self._through, method)(sent, **options)
 
         def finish() -> Any:
             result = pending.wait()
             if out is None:
                 return self._own(result)
-            out.reshape(-1).set(np.ascontiguousarray(result).reshape(-1))
+            with self._gpu.scope():
+                out.reshape(-1).set(np.ascontiguousarray(result).reshape(-1))
             return out
 
         return Pending(finish)
