@@ -284,6 +284,29 @@ class TestMeeting:
 
         assert together(tmp_path, 3, run, seconds=0.5) == [None] * 3
 
+    def test_a_rank_that_was_busy_has_all_its_time_from_then_on(self, tmp_path):
+        def run(ranks):
+            if ranks.rank == 1:
+                with ranks.busy(), ranks.busy():
+                    time.sleep(1.5)
+                time.sleep(0.4)
+            ranks.barrier()
+
+        assert together(tmp_path, 2, run, seconds=1.0) == [None] * 2
+
+    def test_an_exchange_that_all_have_begun_ends_though_they_are_busy(self, tmp_path):
+        def run(ranks):
+            with ranks.busy():
+                if ranks.rank == 0:
+                    ranks.barrier()
+                ranks._meeting.begun += 1  # begins, and sends nothing
+                while True:
+                    ranks.check()
+                    time.sleep(0.01)
+
+        first, _ = together(tmp_path, 2, run, seconds=0.5)
+        assert "All ranks began an exchange that has not ended" in str(first)
+
     def test_a_rank_without_signs_of_life(self, tmp_path):
         def run(ranks):
             if ranks.rank == 2:

@@ -22,6 +22,7 @@ from cupybnn.errors import CheckpointError, RankError, SettingError
 from cupybnn.parallel import Alone
 from cupybnn.training import Callback, TrainConfig, Trainer, restored_config
 from cupybnn.training.checkpoint import load
+from cupybnn.training.step import PlainStep
 from cupybnn.training.stopping import EarlyStopping
 from cupybnn.training.teachers import Teachers
 
@@ -496,6 +497,19 @@ def test_a_rank_that_fails_ends_the_others_with_its_reason(tmp_path):
         assert isinstance(error, RankError)
         assert "Rank 0 " in str(error)
         assert "ended with an error: No space left on device" in str(error)
+
+
+def test_the_first_step_may_take_long(monkeypatch, tmp_path):
+    """It compiles kernels, which another rank may find in a cache."""
+    busy, call = [], PlainStep.__call__
+
+    def step(self, step):
+        busy.append((step, self._team.ranks._meeting.busy))
+        return call(self, step)
+
+    monkeypatch.setattr(PlainStep, "__call__", step)
+    run_together(tmp_path, 2, max_steps=3)
+    assert sorted(busy) == [(step, step == 0) for step in (0, 0, 1, 1, 2, 2)]
 
 
 def test_one_rank_that_is_asked_to_stop_stops_all_at_the_same_step(tmp_path):

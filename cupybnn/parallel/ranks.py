@@ -158,11 +158,11 @@ class Ranks:
         if self._meeting is None:
             yield
             return
-        self._meeting.busy = True
+        before, self._meeting.busy = self._meeting.busy, True
         try:
             yield
         finally:
-            self._meeting.busy = False
+            self._meeting.busy = before
 
     def barrier(self) -> None:
         """Wait, on the host, until every rank has come here."""

@@ -342,9 +342,7 @@ class Trainer:
                 self._gather()
             self._averaging.update(step)
             self.step = step + 1
-            for callback in self.callbacks:
-                with self._calling(callback):
-                    callback.on_step(self, step, output)
+            self._call("on_step", step, output)
             if self.config.eval_every_n and step % self.config.eval_every_n == 0:
                 evaluation = self._evaluation(output)
                 self.history.append(evaluation)
@@ -406,14 +404,15 @@ class Trainer:
                 if self._step is not None and self._step.stale():
                     self._team.gather()  # another kind of step may follow
                 self._team.share_out()
-            if self._step is None or self._step.stale():
+            if self._step is not None and not self._step.stale():
+                return self._step(step)
+            with self.ranks.busy():  # others may have compiled the kernels before
                 self._step = choose_step(
                     self.model, self.objective, self.optimizer, self.data, self.order, self.config,
                     self.notice, self.teachers, self._team,
                 )  # fmt: skip
-                with self.ranks.busy():  # others may have compiled the kernels before
-                    self._step.prepare(self._evaluate_dry, self._mention)
-            return self._step(step)
+                self._step.prepare(self._evaluate_dry, self._mention)
+                return self._step(step)  # compiles the rest
 
     def _evaluate_dry(self) -> None:
         """Launch what `evaluate` launches; one of several ranks does so by itself."""
