@@ -6,6 +6,7 @@ can be compared with the plain one without a GPU, in all that is not the kernels
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 from types import SimpleNamespace
@@ -661,6 +662,17 @@ class Array(np.ndarray):
         return SimpleNamespace(id=0)
 
 
+class Stream(contextlib.nullcontext):
+    """All streams: what is launched ends before the launch returns."""
+
+    ptr = 1
+
+    def record(self, event=None) -> None:
+        """Do nothing."""
+
+    wait_event = record
+
+
 class Blas:
     """Products of what lies in arrays of the operands' type."""
 
@@ -703,7 +715,7 @@ class Emulator:
         self.launches: list[str] = []
         made = lambda make: lambda *a, **k: make(*a, **k).view(Array)  # noqa: E731
         nothing = lambda *a, **k: None  # noqa: E731
-        stream = SimpleNamespace(ptr=1, record=nothing, wait_event=nothing)
+        stream = Stream()
         cupy = SimpleNamespace(
             **{n: made(getattr(np, n)) for n in ("empty", "zeros", "empty_like", "zeros_like")},
             **{n: getattr(np, n) for n in ("add", "where", "isnan", "asarray")},

@@ -480,7 +480,7 @@ def test_debug_finds_the_rank_whose_weights_differ(tmp_path, name):
     else:
         for error in errors:
             assert isinstance(error, RankError)
-            assert f"those of {name} differ between rank 0 and rank 2" in str(error)
+            assert f"the {name} differs between rank 0 and rank 2" in str(error)
 
 
 def test_a_rank_that_fails_ends_the_others_with_its_reason(tmp_path):

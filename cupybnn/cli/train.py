@@ -275,6 +275,8 @@ def _chosen(config: TrainConfig, given: dict[str, Any]) -> str:
 
 def _debug(error: NonFiniteError) -> int:
     """Report where the first NaN or infinity occurred and, on a terminal, open the debugger."""
+    if not error.report:
+        return 1
     step = "" if error.step is None else f" at step {error.step}"
     print(f"cupybnn train: not finite{step}: {error}", file=sys.stderr)
     if sys.stdin.isatty() and sys.stdout.isatty():

@@ -105,6 +105,7 @@ class NetworkPlan:
         config: TrainConfig,
         device: int | None = None,
         rows: slice | None = None,
+        most: int | None = None,
     ) -> NetworkPlan:
         """Plan the steps of a model.
 
@@ -118,6 +119,9 @@ class NetworkPlan:
             Index of the CUDA device; without one, only features that every device has are used.
         rows : slice, optional
             The images of a batch that this process has, one of several; by default all.
+        most : int, optional
+            The greatest number of images that one of these processes has. It decides what all must
+            do alike.
 
         Raises
         ------
@@ -141,7 +145,8 @@ class NetworkPlan:
         itemsize = operand_dtype(config.dtype).itemsize
         # Virtual adversarial training keeps two passes through the network until both have their
         # gradients, which one product then adds up: no layer can share its memory.
-        dense_copies = config.vat > 0 or batch * widest * itemsize <= _DENSE_COPY_BYTES
+        rows_of_any = batch if most is None else most
+        dense_copies = config.vat > 0 or rows_of_any * widest * itemsize <= _DENSE_COPY_BYTES
         hidden = _plan_backward(hidden, config, batch, device)
         following = [*hidden[1:], None]
         features, classes = hidden[0].inputs, head.linear.weight.shape[1]
