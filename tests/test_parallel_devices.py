@@ -137,6 +137,27 @@ def test_two_ranks_with_one_gpu_are_refused_before_nccl(monkeypatch, tmp_path):
     assert list(Path(tmp_path).iterdir()) == []
 
 
+def test_a_rank_that_is_lost_is_named_though_nccl_fails_first(monkeypatch, tmp_path):
+    gpus, launch = Gpus(monkeypatch), launched(monkeypatch)
+
+    def run(rank):
+        launch(rank)
+        with parallel.connect("cuda", tmp_path, seconds=1.0) as ranks:
+            if rank == 1:
+                time.sleep(0.5)
+                raise OSError("No space left on device")
+
+            def fail(*given):
+                raise OSError("remote process exited")  # the stand-in's NcclError
+
+            ranks._communicator.allReduce = fail
+            ranks.all_reduce(gpus.module.asarray(np.zeros(3, np.float32)))
+
+    first, _ = in_threads(2, run)
+    assert isinstance(first, RankError)
+    assert "Rank 1 " in str(first)
+
+
 def test_nccl_that_fails_is_one_sentence(monkeypatch):
     gpus = Gpus(monkeypatch)
 

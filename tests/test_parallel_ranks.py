@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import MPIEXEC, needs_mpi, together
+from ranks import MPIEXEC, need_gpus, needs_mpi, together
 
 from cupybnn import parallel
 from cupybnn.errors import RankError, SettingError
@@ -459,8 +459,8 @@ class TestNccl:
     def test_a_rank_on_each_gpu(self, tmp_path):
         from cupybnn.backends.devices import cuda_status
 
-        if (count := min(cuda_status().device_count, 4)) < 2:
-            pytest.skip(f"needs two GPUs for two ranks of NCCL; there is {count}")
+        need_gpus(2)
+        count = min(cuda_status().device_count, 4)
         fused = {"binary": True, "xnor": True, "debug": False, "max_steps": 12}
         fused |= {"sync_batch_norm": True, "device": "cuda"}
         program = tmp_path / "program.py"

@@ -28,6 +28,8 @@ from cupybnn.parallel.ranks import Pending, Ranks
 __all__ = ["NcclRanks", "new_id"]
 
 _BFLOAT16 = 9  # ncclBfloat16
+#: Within this time the meeting's thread has looked at each rank.
+_SECONDS_TO_NOTICE = 3.0
 _DTYPES = ("int8", "uint8", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64")
 
 
@@ -160,8 +162,11 @@ class NcclRanks(Ranks):
             dtype = _BFLOAT16 if bfloat16 else self._types.get(sent.dtype)
             try:
                 call(self._communicator, *addresses, dtype, self._stream.ptr)
-            except (AttributeError, self._nccl.NcclError):
-                self.check()  # raises if the meeting's thread has aborted it meanwhile
+            except AttributeError:
+                self.check()  # raises, because the meeting's thread has aborted it meanwhile
+                raise
+            except self._nccl.NcclError:
+                self._await_reason()
                 raise
             ended = _mark(self._stream)
             if not captured:
@@ -176,6 +181,13 @@ class NcclRanks(Ranks):
             return received
 
         return Pending(finish)
+
+    def _await_reason(self) -> None:
+        """Raise RankError if a rank is lost, which NCCL may know before the meeting's thread."""
+        until = time.monotonic() + _SECONDS_TO_NOTICE
+        while time.monotonic() < until:
+            self.check()
+            time.sleep(0.05)
 
     def _count(self, exchanges: int) -> None:
         if self._meeting is not None:
