@@ -137,6 +137,20 @@ def test_two_ranks_with_one_gpu_are_refused_before_nccl(monkeypatch, tmp_path):
     assert list(Path(tmp_path).iterdir()) == []
 
 
+def test_a_rank_without_a_gpu_among_others_is_refused(monkeypatch, tmp_path):
+    gpus, launch = Gpus(monkeypatch), launched(monkeypatch)
+
+    def run(rank):
+        launch(rank)
+        parallel.connect("cuda" if rank else "cpu", tmp_path, seconds=5.0)
+
+    errors = in_threads(2, run)
+    assert [type(error) for error in errors] == [SettingError] * 2
+    assert "got the CPU for rank 0 and " in str(errors[0])
+    assert [error.report for error in errors] == [True, False]
+    assert not gpus.used
+
+
 def test_a_rank_that_is_lost_is_named_though_nccl_fails_first(monkeypatch, tmp_path):
     gpus, launch = Gpus(monkeypatch), launched(monkeypatch)
 

@@ -69,4 +69,4 @@ def test_rounded_gradients_by_hopper_s_kernels():
     options += ["--batch_size", "4608", "--dtype", "bfloat16", "--grad_bits", "4"]
     options += ["--max_steps", "6", "--eval_every_n", "1", "--sync_batch_norm"]
     both, _ = train(*options, "--gpus", "2", "--debug")
-    np.testing.assert_allclose(losses(both), losses(train(*options)[0]), rtol=0.05)
+    np.testing.assert_allclose(losses(both), losses(train(*options)[0]), rtol=0.1, atol=0.02)

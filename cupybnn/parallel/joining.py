@@ -88,9 +88,8 @@ def connect(
     if base is not None:
         meeting = Meeting(base, launch.rank, launch.size, seconds, last_resort)
     try:
-        if target.kind == "cuda":
-            _check_gpus(launch, target, meeting, communicator)
-            target.use()
+        _check_devices(launch, target, meeting, communicator)
+        target.use()
         ranks = _connected(launch, target, meeting, communicator)
         ranks.agree("run the same version of cupybnn", _version())
     except BaseException as error:
@@ -136,21 +135,36 @@ def _device_of(launch: Launch, name: str) -> Device:
     return resolve(f"cuda:{index}")
 
 
-def _check_gpus(launch: Launch, device: Device, meeting: Meeting | None, communicator: Any) -> None:
-    """Raise SettingError if two ranks have the same GPU; NCCL would give no reason."""
-    bus = device.xp.cuda.runtime.deviceGetPCIBusId(device.index)
-    place = f"{socket.gethostname()} {bus}"
+def _check_devices(
+    launch: Launch, device: Device, meeting: Meeting | None, communicator: Any
+) -> None:
+    """Raise SettingError if one rank has a GPU and another has not, or two have the same one.
+
+    Before they are connected: both would wait for each other, and NCCL would give no reason.
+    """
+    place = "the CPU"
+    if device.kind == "cuda":
+        bus = device.xp.cuda.runtime.deviceGetPCIBusId(device.index)
+        place = f"{socket.gethostname()} {bus}"
     if communicator is not None:
         places = communicator.allgather(place)
     else:
         assert meeting is not None
-        places = [each.decode() for each in meeting.gather("gpu", place.encode())]
+        places = [each.decode() for each in meeting.gather("device", place.encode())]
+    sentence = None
     for rank, each in enumerate(places):
-        if each in places[:rank]:
-            error = SettingError(
+        if (each == "the CPU") != (places[0] == "the CPU"):
+            sentence = (
+                f"All ranks must have a GPU, or none; got {places[0]} for rank 0 and {each} for "
+                f"rank {rank}. With --device cpu, none uses one."
+            )
+        elif each != "the CPU" and each in places[:rank]:
+            sentence = (
                 f"Each rank must have a GPU of its own; got {each} for the ranks "
                 f"{places.index(each)} and {rank}. Start as many ranks on a host as it has GPUs."
             )
+        if sentence is not None:
+            error = SettingError(sentence)
             error.report = launch.rank == 0
             raise error
 
