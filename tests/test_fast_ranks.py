@@ -443,14 +443,18 @@ class TestOnOneGpu:
         settings = settings_of(name, sync_batch_norm=sync)
         plain = self.losses(tmp_path, 2, PlainStep, **settings, fused=False)
         first, second = self.losses(tmp_path, 2, **settings)
-        np.testing.assert_allclose(first[0], plain[0][0], rtol=1e-3)
+        self.alike(first[0], plain[0][0], name)
         assert first[0] == second[0]
         for key, array in first[1].arrays.items():
             assert array.tobytes() == second[1].arrays[key].tobytes(), key
         if sync:
-            np.testing.assert_allclose(
-                first[0], self.losses(tmp_path, 1, **settings)[0][0], rtol=1e-3
-            )
+            self.alike(first[0], self.losses(tmp_path, 1, **settings)[0][0], name)
+
+    @staticmethod
+    def alike(losses, expected, name):
+        np.testing.assert_allclose(losses[0], expected[0], rtol=1e-3)
+        # An element of a gradient that differs in its last bit may be rounded the other way.
+        np.testing.assert_allclose(losses, expected, rtol=0.1 if name == "rounded" else 1e-3)
 
     def test_packed_signs_are_the_same_on_all_ranks(self, tmp_path):
         settings = settings_of("xnor", lr=0.01, device="cuda")
@@ -476,7 +480,7 @@ class TestOnOneGpu:
         dense = self.losses(tmp_path, 2, **settings)
         np.testing.assert_allclose(by_bits[0][0], dense[0][0], rtol=1e-2)
 
-    @pytest.mark.parametrize("name", ["xnor", "all binary", "dropout, penalty"])
+    @pytest.mark.parametrize("name", ["xnor", "all binary", "dropout, penalty", "rounded"])
     def test_exchanges_by_nccl_in_a_graph(self, name):
         """One rank with itself, whose step is replayed as a graph with all exchanges in it."""
         from cupybnn.backends.devices import resolve
@@ -499,4 +503,4 @@ class TestOnOneGpu:
             assert trainer._step._captured >= 5
             trainer._team.gather()
             trainer._team.finish()
-        np.testing.assert_allclose(found, alone, rtol=1e-3)
+        self.alike(found, alone, name)
