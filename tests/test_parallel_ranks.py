@@ -19,7 +19,8 @@ from cupybnn import parallel
 from cupybnn.errors import RankError, SettingError
 from cupybnn.parallel import ranks as exchanging
 from cupybnn.parallel.launch import detect
-from cupybnn.parallel.meeting import LAUNCHER, Meeting, hold, is_held, release, remove_abandoned
+from cupybnn.parallel.locks import LAUNCHER, hold, is_held, release, remove_abandoned
+from cupybnn.parallel.meeting import Meeting
 
 TORCHRUN = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}
 OPEN_MPI = {
@@ -377,8 +378,11 @@ class TestMeeting:
             thread.start()
         for thread in threads:
             thread.join()
+        stuck = threading.Event()
+        meetings[0].on_lost.append(stuck.wait)  # as NCCL may be, when it is to give up
         meetings[1].close(OSError("disk"))
         assert said.wait(10)
+        stuck.set()
         meetings[0].close()
 
 

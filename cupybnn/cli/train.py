@@ -17,7 +17,7 @@ from cupybnn.cli.export import Export, open_network, packed
 from cupybnn.cli.signals import Signals
 from cupybnn.cli.spawn import RunFolderFile
 from cupybnn.cli.streams import complain
-from cupybnn.errors import NonFiniteError, SettingError
+from cupybnn.errors import NonFiniteError, RankError, SettingError
 from cupybnn.paths import user_path
 from cupybnn.settings import rendezvous
 from cupybnn.training.checks import Rule, Switch
@@ -148,9 +148,10 @@ def _train(given: dict[str, Any], signals: Signals) -> None:
         _train_with(ranks, config, given, signals)
 
 
-def _end(sentence: str) -> None:
+def _end(error: RankError) -> None:
     """End a process whose main thread waits in a library for a rank that is lost."""
-    complain(f"cupybnn train: {sentence}")
+    if error.report:
+        complain(f"cupybnn train: {error}")
     os._exit(1)
 
 

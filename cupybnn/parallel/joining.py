@@ -15,9 +15,10 @@ from typing import Any
 import cupybnn
 from cupybnn import settings
 from cupybnn.backends.devices import Device, cuda_status, resolve
-from cupybnn.errors import SettingError
+from cupybnn.errors import RankError, SettingError
 from cupybnn.parallel.launch import Launch, detect
-from cupybnn.parallel.meeting import Meeting, remove_abandoned
+from cupybnn.parallel.locks import remove_abandoned
+from cupybnn.parallel.meeting import Meeting
 from cupybnn.parallel.ranks import Alone, Ranks
 from cupybnn.paths import user_path
 
@@ -32,7 +33,7 @@ def connect(
     folder: str | os.PathLike[str] | None = None,
     *,
     seconds: float = SECONDS,
-    last_resort: Callable[[str], Any] | None = None,
+    last_resort: Callable[[RankError], Any] | None = None,
 ) -> Ranks:
     """Join the ranks that torchrun, mpirun, srun or ``cupybnn train --gpus`` has started.
 

@@ -14,82 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from cupybnn.errors import RankError
+from cupybnn.parallel.locks import LAUNCHER, hold, is_held, read, write
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-__all__ = ["LAUNCHER", "Meeting", "hold", "is_held", "read", "release", "remove_abandoned", "write"]
+__all__ = ["Meeting"]
 
 _CURRENT = "current"  # names the session of the ranks that are meeting
-#: The file that a process holds which ends all ranks when it ends itself.
-LAUNCHER = "launcher.lock"
 #: Ranks may come this many times later than they may hang: starting Python on a loaded host.
 _START = 10
-#: Seconds in which a rank that has lost another must have left a blocking call.
-_LAST_RESORT = 10.0
-_A_MINUTE = 60.0
+#: Seconds in which a rank that has lost another must have left a blocking call. A little later,
+#: ``cupybnn train --gpus`` would end it.
+_LAST_RESORT = 4.0
 _ENDED = "ended with an error:"
-
-
-def hold(path: Path) -> int:
-    """Create and lock a file for the rest of this process's life; return its descriptor."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    if fcntl is not None:
-        with contextlib.suppress(OSError):  # a file system without locks: only signs of life count
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-    return descriptor
-
-
-def release(descriptor: int) -> None:
-    """Let go of a file that `hold` locked; it stays open."""
-    if fcntl is not None:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-
-
-def is_held(path: Path) -> bool:
-    """Whether the process that called `hold` lives; True if that cannot be known."""
-    if fcntl is None:
-        return True
-    try:
-        descriptor = os.open(path, os.O_RDWR)
-    except OSError:
-        return True  # not there yet, or no longer: other rules notice
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a small file that only this user can read; a reader finds all of it or nothing."""
-    part = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(descriptor, "wb") as file:
-        file.write(content)
-    os.replace(part, path)
-
-
-def read(path: Path) -> bytes | None:
-    """Return a file's content, or None if it is not there (yet)."""
-    try:
-        return path.read_bytes()
-    except OSError:
-        return None
-
-
-def remove_abandoned(base: Path) -> None:
-    """Remove the folder of ranks that were all killed, as mpirun does when it loses one."""
-    with contextlib.suppress(OSError):
-        locks = [*base.glob("session-*/rank-*.lock"), *base.glob(LAUNCHER)]
-        old = [lock.stat().st_mtime < time.time() - _A_MINUTE for lock in locks]
-        if locks and all(old) and not any(map(is_held, locks)):
-            shutil.rmtree(base, ignore_errors=True)
 
 
 class Meeting:
@@ -108,8 +43,8 @@ class Meeting:
     seconds : float
         How long a rank may give no sign of life, or keep the others waiting.
     last_resort : callable, optional
-        Called with the message if the main thread has not left a blocking call 10 seconds after a
-        rank was lost; it should end the process.
+        Called with the RankError if the main thread has not left a blocking call 4 seconds after a
+        rank was lost; it should end the process, and print the message if its `report` says so.
 
     Raises
     ------
@@ -121,7 +56,7 @@ class Meeting:
     folder : Path
         The folder of this session within `base`.
     on_lost : list of callable
-        Called, in the thread, when a rank is lost.
+        Called when a rank is lost, in a thread of their own, since they may block.
     begun : int
         Number of exchanges that this rank has begun.
     needed : int
@@ -139,7 +74,7 @@ class Meeting:
         rank: int,
         size: int,
         seconds: float,
-        last_resort: Callable[[str], Any] | None = None,
+        last_resort: Callable[[RankError], Any] | None = None,
     ) -> None:
         self.base, self.rank, self.size, self.seconds = base, rank, size, seconds
         self.on_lost: list[Callable[[], Any]] = []
@@ -163,8 +98,13 @@ class Meeting:
             write(base / _CURRENT, self.folder.name.encode())
         self._interval = min(1.0, seconds / 5)
         self._await_all()
-        self._thread = threading.Thread(target=self._watch, name="cupybnn-ranks", daemon=True)
-        self._thread.start()
+        self._threads: list[threading.Thread] = []
+        self._begin_thread("cupybnn-ranks", self._watch)
+
+    def _begin_thread(self, name: str, target: Callable[[], Any]) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     # Finding each other --------------------------------------------------------------------------
 
@@ -236,8 +176,8 @@ class Meeting:
         return found
 
     def is_own_thread(self) -> bool:
-        """Whether this is called by the thread that looks after the others."""
-        return threading.current_thread() is self._thread
+        """Whether this is called by a thread that looks after the others, or by `on_lost`."""
+        return threading.current_thread() in self._threads
 
     # Losing each other ---------------------------------------------------------------------------
 
@@ -277,13 +217,16 @@ class Meeting:
                 report = _ENDED not in sentence and self._reports()
                 self._lost = RankError(sentence, report)
                 lost_at = time.monotonic()
-                for call in self.on_lost:
-                    with contextlib.suppress(Exception):  # whatever a library makes of it
-                        call()
+                self._begin_thread("cupybnn-ranks-lost", self._call_on_lost)
             if self._lost is not None and time.monotonic() - lost_at > _LAST_RESORT:
                 if self._last_resort is not None:
-                    self._last_resort(str(self._lost))
+                    self._last_resort(self._lost)
                 return
+
+    def _call_on_lost(self) -> None:
+        for call in self.on_lost:
+            with contextlib.suppress(Exception):  # whatever a library makes of it
+                call()
 
     def _state(self, rank: int) -> dict[str, Any]:
         content = read(self._file(rank))
@@ -368,7 +311,8 @@ class Meeting:
         if self._closed.is_set():
             return
         self._closed.set()
-        self._thread.join(5.0)
+        for thread in self._threads:  # the first may add another
+            thread.join(5.0)
         if isinstance(error, RankError):
             self._ended = {"relayed": str(error), "printed": error.report}
         elif error is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -101,6 +102,7 @@ class NcclRanks(Ranks):
         self._meeting = meeting
         self.rank, self.size, self.device = rank, size, str(device)
         self._gpu = device
+        self._taking = threading.Lock()
         self._unfinished: deque[tuple[Any, float]] = deque()  # events, and when they were issued
         self._types = {
             np.dtype(name): getattr(self._nccl, f"NCCL_{name.upper()}") for name in _DTYPES
@@ -259,15 +261,19 @@ class NcclRanks(Ranks):
         return host
 
     def abort(self) -> None:
-        communicator, self._communicator = self._communicator, None
-        if communicator is not None:
+        if (communicator := self._take()) is not None:
             with self._here():
                 communicator.abort()
+
+    def _take(self) -> Any:
+        """Return the communicator to the thread that ends it; None if another thread does."""
+        with self._taking:
+            communicator, self._communicator = self._communicator, None
+        return communicator
 
     def close(self, error: BaseException | None = None) -> None:
         with self._gpu.scope():
             super().close(error)
-            communicator, self._communicator = self._communicator, None
-            if communicator is not None:
+            if (communicator := self._take()) is not None:
                 self._stream.synchronize()
                 communicator.destroy()
