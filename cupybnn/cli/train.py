@@ -141,17 +141,20 @@ def _train(given: dict[str, Any], signals: Signals) -> None:
 
     config = _config(given)
     with parallel.connect(
-        config.device, config.log_dir, seconds=config.rank_timeout, last_resort=_end
+        config.device,
+        config.log_dir,
+        seconds=config.rank_timeout,
+        last_resort=lambda error: _end(given["who"], error),
     ) as ranks:
         if ranks.size > 1:
             given["who"] = f"{given['who']} (rank {ranks.rank})"
         _train_with(ranks, config, given, signals)
 
 
-def _end(error: RankError) -> None:
+def _end(who: str, error: RankError) -> None:
     """End a process whose main thread waits in a library for a rank that is lost."""
     if error.report:
-        complain(f"cupybnn train: {error}")
+        complain(f"{who}: {error}")
     os._exit(1)
 
 
