@@ -81,6 +81,11 @@ def same(one, other):
     assert figures[0] == figures[1]
 
 
+def shared_memory():
+    """Return what NCCL shares between processes."""
+    return [path.name for path in Path("/dev/shm").glob("nccl*")]
+
+
 def nothing_left(folder):
     return [p.name for p in folder.iterdir() if p.name != "log"]
 
@@ -97,6 +102,7 @@ def whole(kind, tmp_path_factory):
 
 def test_ranks_that_are_lost_cost_a_run_nothing_but_time(tmp_path, kind, whole):
     """One is killed, and after the restart one hangs."""
+    shared = set(shared_memory())
     folder = tmp_path / "run"
     patience = str(kind.patience)
     process = start(folder, "--restarts", "2", "--rank_timeout", patience, kind=kind)
@@ -121,6 +127,7 @@ def test_ranks_that_are_lost_cost_a_run_nothing_but_time(tmp_path, kind, whole):
     assert re.fullmatch("\n".join(said) + "\n", err), err
     same(newest(folder), whole)
     assert nothing_left(folder) == []
+    assert set(shared_memory()) <= shared
 
 
 def test_without_a_restart_the_checkpoint_is_whole_and_continues_on_one_rank(tmp_path):
