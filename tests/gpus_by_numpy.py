@@ -29,6 +29,7 @@ class Gpus:
         self._current = threading.local()
         self.count = count
         self.used: set[int] = set()  # devices on which this process has a context
+        self.capturing = False
         self.aborted: list[int] = []
         self.boards: dict[bytes, Board] = {}
         gpus = self
@@ -64,7 +65,7 @@ class Gpus:
                 assert gpus.current() == self.device, "a stream of another device"
 
             def is_capturing(self) -> bool:
-                return False
+                return gpus.capturing
 
             def synchronize(self) -> None:
                 gpus.here()

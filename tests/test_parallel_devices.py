@@ -137,6 +137,24 @@ def test_two_ranks_with_one_gpu_are_refused_before_nccl(monkeypatch, tmp_path):
     assert list(Path(tmp_path).iterdir()) == []
 
 
+@pytest.mark.parametrize("captured", [False, True])
+def test_an_exchange_that_nccl_refuses(monkeypatch, captured):
+    gpus = Gpus(monkeypatch)
+    monkeypatch.setattr("cupybnn.parallel.nccl._SECONDS_TO_NOTICE", 0.0)
+    ranks = NcclRanks(Device("cuda", 1), 0, 1, b"an id", None)
+    with ranks._gpu.scope():
+        mine = gpus.module.asarray(np.zeros(3, np.float32))
+
+    def fail(*given):
+        raise OSError("NCCL_ERROR_INVALID_USAGE: invalid usage")  # the stand-in's NcclError
+
+    ranks._communicator.allReduce = fail
+    gpus.capturing = captured  # then the caller goes on without a graph
+    kind = OSError if captured else RankError
+    with pytest.raises(kind, match="NCCL_ERROR_INVALID_USAGE"):
+        ranks.all_reduce(mine)
+
+
 def test_a_rank_without_a_gpu_among_others_is_refused(monkeypatch, tmp_path):
     gpus, launch = Gpus(monkeypatch), launched(monkeypatch)
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn.backends.devices import Device
-from cupybnn.errors import DeviceError
+from cupybnn.errors import DeviceError, RankError
 from cupybnn.extras import to_install
 from cupybnn.parallel.meeting import Meeting
 from cupybnn.parallel.ranks import Pending, Ranks
@@ -167,9 +167,12 @@ class NcclRanks(Ranks):
             except AttributeError:
                 self.check()  # raises, because the meeting's thread has aborted it meanwhile
                 raise
-            except self._nccl.NcclError:
+            except self._nccl.NcclError as error:
+                if captured:  # steps may run without a graph
+                    self.check()
+                    raise
                 self._await_reason()
-                raise
+                raise RankError(f"NCCL cannot exchange arrays between ranks: {error}.") from error
             ended = _mark(self._stream)
             if not captured:
                 self._will_end(ended)
