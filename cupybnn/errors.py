@@ -115,6 +115,8 @@ class NonFiniteError(ArithmeticError):
         Number of values that are NaN or infinite.
     step : int or None
         The training step, if any. Set by the trainer.
+    report : bool
+        Whether this rank is the one that should print the message, where every rank raises it.
 
     Examples
     --------
@@ -134,6 +136,7 @@ class NonFiniteError(ArithmeticError):
     def __init__(self, op: str, phase: str, place: str, shape: tuple[int, ...], bad: int) -> None:
         self.op, self.phase, self.place, self.shape, self.bad = op, phase, place, shape, bad
         self.step: int | None = None
+        self.report = True
         where = f" in {place}" if place else ""
         super().__init__(
             f"{bad} value(s) of the {phase} of {op}{where}, shape {shape}, are NaN or infinite."

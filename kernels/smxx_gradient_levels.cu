@@ -6,11 +6,12 @@
 //
 // `quantize` rounds each element twice, by the scale of its row and that of its column, with one random
 // number for both, and packs tiles of 128 x 128 (planes.cuh). Sixteen bits of a Philox word decide: eight
-// elements of a column share a block of four words.
+// elements of a column share a block of four words. In a part of a batch the eight may begin before a
+// thread's rows: OFFSET says by how many, and the rest is taken from the next block.
 //
 // What bounds them: reading the gradient; in `quantize` also some thirty instructions for an element.
 //
-// The translation unit sets REAL (elements.cuh) and PLANES.
+// The translation unit sets REAL (elements.cuh), PLANES and OFFSET, from 0 to 7.
 
 #include "elements.cuh"
 #include "philox.cuh"
@@ -28,7 +29,7 @@ struct Gradient {
   u64 seed;
   i64 draw;         // added to *step, if that is not null
   const i64* step;
-  i64 first;        // of blocks of Philox, in rows of eight rows
+  i64 first;        // of blocks of Philox, in rows of eight rows; OFFSET rows more come before g
 };
 
 constexpr float GREATEST = (float)((1 << PLANES) - 1), HALF = 0.5f * GREATEST;
@@ -141,6 +142,12 @@ extern "C" __global__ void __launch_bounds__(PLANE_THREADS) quantize(const __gri
     const i64 r = row + 32 * i, c = col + 32 * j + lane;
     const float by_col = col_inverse[32 * j + lane];
     Planes<PLANES> of_row, of_col;
+    const auto draw_at = [&](i64 top) {
+      return philox(p.seed, draw, (u64)((p.first + top / 8) * p.cols + c));
+    };
+#if OFFSET
+    uint4 following = draw_at(r);
+#endif
 #pragma unroll
     for (int eight = 0; eight < 4; eight++) {
       const i64 top = r + 8 * eight;
@@ -148,12 +155,20 @@ extern "C" __global__ void __launch_bounds__(PLANE_THREADS) quantize(const __gri
       float g[8];
 #pragma unroll
       for (int k = 0; k < 8; k++) g[k] = top + k < p.rows && c < p.cols ? to_float(from[k * p.cols]) : 0.0f;
-      const uint4 four = philox(p.seed, draw, (u64)((p.first + top / 8) * p.cols + c));
+#if OFFSET
+      const uint4 four = following;
+      following = draw_at(top + 8);
+      const u32 random[8] = {four.x,      four.y,      four.z,      four.w,
+                             following.x, following.y, following.z, following.w};
+#else
+      const uint4 four = draw_at(top);
       const u32 random[4] = {four.x, four.y, four.z, four.w};
+#endif
       float drawn[8];  // HALF + random number; what does not exist becomes 0
 #pragma unroll
       for (int k = 0; k < 8; k++) {
-        const u32 sixteen = k & 1 ? random[k / 2] >> 16 : random[k / 2] & 0xffffu;
+        const int at = OFFSET + k;
+        const u32 sixteen = at & 1 ? random[at / 2] >> 16 : random[at / 2] & 0xffffu;
         // 1 + sixteen / 2**16, exactly, and so is the sum.
         drawn[k] = __uint_as_float(0x3f800000u | sixteen << 7) + (HALF - 1.0f);
         if (top + k >= p.rows || c >= p.cols) drawn[k] = -1.0f;

@@ -6,6 +6,7 @@ can be compared with the plain one without a GPU, in all that is not the kernels
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from cupybnn import backends
+from cupybnn.backends import numpy_planes
 from cupybnn.backends.cuda import (
     compiler,
     fused,
@@ -24,17 +26,20 @@ from cupybnn.backends.cuda import (
     fused_update,
     fused_virtual,
     fused_walk,
+    plane_gemm,
+    planes,
     sign_gemm,
 )
 from cupybnn.backends.cuda.structs import Kernel, Struct
 from cupybnn.backends.devices import CPU
+from cupybnn.backends.levels import SIGNS, levels_of
 from cupybnn.backends.random import from_row
 from cupybnn.data import Augmentation
 from cupybnn.data.augmentation import bump_width, count_knots, sample
 
 MODULES = (
     fused_batch, fused_head, fused_layers, fused_parameter, fused_shares, fused_update,
-    fused_virtual, sign_gemm,
+    fused_virtual, planes, sign_gemm,
 )  # fmt: skip
 KERNELS = {
     (k.source, k.function): k for m in MODULES for k in vars(m).values() if isinstance(k, Kernel)
@@ -147,7 +152,71 @@ def pack(x: np.ndarray, axis: int):
     memory = np.zeros(word_count(*bits.shape), np.uint32)
     write_signs(memory.ctypes.data, bits)
     pops = bits.sum(axis=1).astype(np.int32)
-    return SimpleNamespace(words=memory, popcounts=pops, shape=x.shape, axis=axis)
+    return SimpleNamespace(words=memory, popcounts=pops, shape=x.shape, axis=axis, levels=SIGNS)
+
+
+# Bit planes (planes.py): the words of all planes of a matrix, the highest first -------------------
+
+
+def write_numbers(to, numbers: np.ndarray, bits: int) -> None:
+    """Write lines of levels' numbers, shape (lines, k), and their sums."""
+    for plane in range(bits):
+        step = 4 * (bits - 1 - plane) * word_count(*numbers.shape)
+        write_signs(to.words + step, numbers >> plane & 1 != 0)
+    at(to.sums, len(numbers), np.int32)[...] += numbers.sum(axis=1, dtype=np.int32)
+
+
+def unpacked(matrix) -> np.ndarray:
+    """Return a packed matrix of signs or levels as numbers."""
+    lines, k = matrix.shape[:: -1 if matrix.axis == -2 else 1]
+    count = word_count(lines, k)
+    memory = matrix.words.reshape(-1)
+    of = [memory[i : i + count] for i in range(0, memory.size, count)]
+    total = 0
+    for plane in of:
+        total = 2 * total + (read_signs(plane.ctypes.data, lines, k) > 0)
+    assert (total.sum(axis=1) == matrix.popcounts).all()
+    total = 2 * total.astype(np.float64) - matrix.levels.top
+    return total.T if matrix.axis == -2 else total
+
+
+def prepare_scaled(a, b, out, *, rows=None, columns=None):
+    """Multiply packed matrices, and scale the rows or columns of the product."""
+
+    def launch(stream) -> None:
+        if compiler.is_dry_run():
+            return
+        product = (unpacked(a) @ unpacked(b)).astype(np.float32)
+        product *= columns if rows is None else rows[:, None]
+        out[...] = narrowed(product) if out.dtype == np.uint16 else product
+
+    return launch
+
+
+def most(d, p) -> None:
+    g = np.abs(read_real(p.g, (p.rows, p.cols), d["REAL"]))
+    at(p.row_most, p.rows, np.float32)[...] = g.max(axis=1)
+    at(p.col_most, p.cols, np.float32)[...] = g.max(axis=0)
+
+
+def quantize(d, p) -> None:
+    g, levels = read_real(p.g, (p.rows, p.cols), d["REAL"]), levels_of(d["PLANES"], True)
+    step = int(at(p.step, 1, np.int64)[0]) if p.step else 0
+    first = 8 * int(p.first) + d["OFFSET"]
+    drawn = numpy_planes.drawn_for(g.shape, levels, int(p.seed), int(p.draw) + step, first)
+    places = (1, p.row_most, p.row_scale, p.by_row), (0, p.col_most, p.col_scale, p.by_col)
+    for axis, found, scale, (to,) in places:
+        count = g.shape[1 - axis]
+        numbers, scales = numpy_planes.rounded_numbers(
+            g, at(found, count, np.float32), axis, drawn, levels
+        )
+        at(scale, count, np.float32)[...] = scales
+        write_numbers(to, numbers if axis else numbers.T, d["PLANES"])
+
+
+def turn(d, p) -> None:
+    bits = read_signs(p.words, p.lines, p.k).T > 0
+    write_numbers(p.to[0], bits.astype(np.uint8), 1)
 
 
 # Kernels -----------------------------------------------------------------------------------------
@@ -574,7 +643,7 @@ EMULATED = {
     for f in (
         gather, attack, dropout_mask, move_images, mix_images, normalise, whole_statistics,
         activate, gradient_sums, gradient, logits, output_norm, head_sums, head_gradient, adam,
-        unpack_rows, unpack_columns, place_signs, soften, teacher_layer,
+        unpack_rows, unpack_columns, place_signs, soften, teacher_layer, most, quantize, turn,
     )
 } | {"gather_deformed": gather}  # fmt: skip
 
@@ -587,6 +656,26 @@ class Array(np.ndarray):
 
     def set(self, array, stream=None):
         self[...] = array
+
+    @property
+    def data(self):
+        clear = lambda value, nbytes: self.fill(value)  # noqa: E731
+        return SimpleNamespace(device_id=0, memset_async=clear)
+
+    @property
+    def device(self):
+        return SimpleNamespace(id=0)
+
+
+class Stream(contextlib.nullcontext):
+    """All streams: what is launched ends before the launch returns."""
+
+    ptr = 1
+
+    def record(self, event=None) -> None:
+        """Do nothing."""
+
+    wait_event = record
 
 
 class Blas:
@@ -631,7 +720,7 @@ class Emulator:
         self.launches: list[str] = []
         made = lambda make: lambda *a, **k: make(*a, **k).view(Array)  # noqa: E731
         nothing = lambda *a, **k: None  # noqa: E731
-        stream = SimpleNamespace(ptr=1, record=nothing, wait_event=nothing)
+        stream = Stream()
         cupy = SimpleNamespace(
             **{n: made(getattr(np, n)) for n in ("empty", "zeros", "empty_like", "zeros_like")},
             **{n: getattr(np, n) for n in ("add", "where", "isnan", "asarray")},
@@ -645,7 +734,9 @@ class Emulator:
             ),
         )
         monkeypatch.setitem(sys.modules, "cupy", cupy)
-        monkeypatch.setattr(fused, "load_kernel", self._load)
+        for module in (fused, planes):
+            monkeypatch.setattr(module, "load_kernel", self._load)
+        monkeypatch.setattr("cupybnn.training.fast.rounded.prepare_scaled", prepare_scaled)
         for module in (fused, fused_walk):
             monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
         monkeypatch.setattr(fused_walk, "architecture", lambda device: 80)
@@ -662,7 +753,11 @@ class Emulator:
         monkeypatch.setattr(f"{fast}.hidden.pack", pack)
         reason = None if by_bits else "the host has no tensor cores"
         monkeypatch.setattr(sign_gemm, "unsupported_reason", lambda *a: reason)
+        monkeypatch.setattr(sign_gemm, "unsupported_layer", lambda *a: reason)
         monkeypatch.setattr(sign_gemm, "pays", lambda *a: True)
+        monkeypatch.setattr(plane_gemm, "pays", lambda *a: True)
+        monkeypatch.setattr(plane_gemm, "stored_product", self._stored_product)
+        monkeypatch.setattr(plane_gemm, "weight_update", self._plane_update)
         monkeypatch.setattr(sign_gemm, "transposed_product", transposed_product)
         monkeypatch.setattr(sign_gemm, "weight_gradient", self._weight_gradient)
         monkeypatch.setattr(sign_gemm, "weight_update", self._weight_update)
@@ -675,9 +770,25 @@ class Emulator:
     def _weight_update(self, signs, matrix, update, *, defines, device) -> None:
         if compiler.is_dry_run():
             return
-        p = decode(STRUCTS["Parameter"], update["parameter"])
         gradient = np.empty((signs.shape[1], matrix.shape[1]), np.uint16)
         weight_gradient(signs, matrix, gradient, device)
+        self._update(gradient, update, defines)
+
+    def _stored_product(self, a, b, scale, out, device) -> None:
+        self.launches.append("stored_product")
+        prepare_scaled(a, b, out, rows=scale)(None)
+
+    def _plane_update(self, a, b, scale, update, *, defines, device) -> None:
+        if compiler.is_dry_run():
+            return
+        self.launches.append("plane_update")
+        gradient = np.empty((a.shape[0], b.shape[1]), np.uint16)
+        prepare_scaled(a, b, gradient, columns=scale)(None)
+        self._update(gradient, update, defines)
+
+    @staticmethod
+    def _update(gradient, update, defines) -> None:
+        p = decode(STRUCTS["Parameter"], update["parameter"])
         p |= {"grad": gradient.ctypes.data, "flags": p.flags | 16}
         rest = {n: _address(update[n]) for n in ("rates", "step", "partials")}
         choices = {"REAL": "bfloat16_bits", **dict(defines)}

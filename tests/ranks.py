@@ -24,6 +24,20 @@ needs_mpi = pytest.mark.skipif(
 )
 
 
+def need_gpus(count):
+    """Skip unless there are so many GPUs, and NCCL."""
+    from cupybnn.backends.devices import cuda_status
+    from cupybnn.errors import DeviceError
+    from cupybnn.parallel.nccl import new_id
+
+    if cuda_status().device_count < count:
+        pytest.skip(f"needs {count} GPUs; there is {cuda_status().device_count}")
+    try:
+        new_id()
+    except DeviceError as error:
+        pytest.skip(str(error))
+
+
 def together(folder, size, function, seconds=20.0):
     """Call ``function(ranks)`` as each of `size` ranks, in a thread each; return the results.
 

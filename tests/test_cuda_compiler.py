@@ -65,11 +65,8 @@ def driver(monkeypatch):
         def __init__(self, number):
             self.number = number
 
-        def __enter__(self):
+        def use(self):
             current.number = self.number
-
-        def __exit__(self, *error):
-            pass
 
     cuda = SimpleNamespace(
         Device=Device,

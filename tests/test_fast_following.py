@@ -103,7 +103,7 @@ def test_a_timed_step_does_not_bring_back_a_graph_of_old_options(monkeypatch):
     """Without a GPU: what a step launches is a stand-in."""
     launched: list[str] = []
     step = object.__new__(FusedStep)
-    step._team = step.exchange = None
+    step._team = step.exchange = step._compared = None
     step._quantizers = []
     nothing = SimpleNamespace(
         refresh_copies=lambda: None, mark_current=lambda: None, prepare=lambda number: None

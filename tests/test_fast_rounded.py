@@ -72,6 +72,7 @@ def test_gradients_are_those_of_the_plain_engine_bit_for_bit(bits, batch, count,
             given = cupy.asarray(g)
             if real == "uint16":
                 given = (given.view(np.uint32) >> 16).astype(np.uint16)
+            made.measure(given)
             made.quantize(given, Draw(seed=77, offset=draw, keep_prob=1.0), step)
             made.input_gradient()
             made.weight_gradient()
@@ -115,7 +116,10 @@ def test_hopper_s_kernel_stores_the_same_gradient(bits, batch, count, units):
     for stored in (cupy.empty((count, units), np.uint16), None):
         out = cupy.full((batch, count), 0x7FC1, np.uint16)
         inputs, weight = pack(cupy.asarray(x)), pack(cupy.asarray(w), axis=-2)
-        made = RoundedBackward(bits, inputs, weight, out, stored, Device("cuda", 0))
+        made = RoundedBackward(
+            bits, inputs, weight, out, stored, Device("cuda", 0), hopper=stored is None
+        )
+        made.measure(g)
         made.quantize(g, Draw(seed=7, offset=5, keep_prob=1.0), None)
         made.input_gradient()
         found.append(out)

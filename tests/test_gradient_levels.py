@@ -9,6 +9,7 @@ from arrays import host
 from cupybnn import nn, ops
 from cupybnn.autograd import Tensor
 from cupybnn.backends.random import from_row, random_words
+from cupybnn.ops.gradient_levels import greatest_of_batch
 
 
 def gradient(shape=(37, 50), seed=0) -> np.ndarray:
@@ -101,14 +102,23 @@ class TestFormula:
         levels = host(got.rows.unpack(int))[at]
         np.testing.assert_array_equal(levels, np.sign(g[at]) * (2**bits - 1))
 
-    def test_a_part_of_a_batch_draws_what_the_whole_would(self, xp, bits):
-        g = gradient((40, 11))
-        with from_row(16):
-            part = ops.quantize_gradient(xp.asarray(g[16:]), bits, 9, 4)
+    @pytest.mark.parametrize("first", [16, 1, 6, 13])
+    def test_a_part_of_a_batch_is_rounded_as_in_the_whole(self, xp, bits, first):
+        g = gradient((140, 11))
         whole = ops.quantize_gradient(xp.asarray(g), bits, 9, 4)
-        np.testing.assert_array_equal(
-            host(part.rows.unpack(int)), host(whole.rows.unpack(int))[16:]
-        )
+        seen = []
+
+        def greatest(mine):  # a GPU compares the bits of magnitudes
+            seen.append(host(mine).view(np.float32))
+            return xp.asarray(np.abs(g).max(axis=0).view(host(mine).dtype))
+
+        with from_row(first), greatest_of_batch(greatest):
+            part = ops.quantize_gradient(xp.asarray(g[first:]), bits, 9, 4)
+        np.testing.assert_array_equal(seen, [np.abs(g[first:]).max(axis=0)])
+        for mine, all_ in ((part.rows, whole.rows), (part.columns, whole.columns)):
+            np.testing.assert_array_equal(host(mine.unpack(int)), host(all_.unpack(int))[first:])
+        np.testing.assert_array_equal(host(part.row_scale), host(whole.row_scale)[first:])
+        np.testing.assert_array_equal(host(part.column_scale), host(whole.column_scale))
 
     @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
     def test_of_nothing(self, xp, bits, shape):
@@ -204,6 +214,16 @@ class TestProducts:
             each.zero_grad()
             each(x).backward(grad)
         np.testing.assert_array_equal(host(again.weight.grad), host(layer.weight.grad))
+
+    def test_images_of_several_rows_draw_by_their_place(self, xp):
+        x, grad = self.signs(xp, (5, 3, 70)), gradient((5, 3, 33))
+        whole, part = (self.layer(xp, 2) for _ in range(2))
+        whole(x).backward(xp.asarray(grad))
+        rest = Tensor(x.data[2:], requires_grad=True)
+        rest.two_valued = True
+        with from_row(2):
+            part(rest).backward(xp.asarray(grad[2:]))
+        np.testing.assert_array_equal(host(rest.grad), host(x.grad)[2:])
 
     def test_dense_products_give_the_same(self, xp):
         pair = [self.layer(xp, 4) for _ in range(2)]

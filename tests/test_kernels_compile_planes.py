@@ -75,7 +75,7 @@ def test_the_backward_pass_on_hopper(result):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_packing(arch):
-    variants = [("smxx_gradient_levels", arch, {"PLANES": 4, "REAL": "bfloat16_bits"})]
+    variants = [("smxx_gradient_levels", arch, {"PLANES": 4, "REAL": "bfloat16_bits", "OFFSET": 0})]
     if arch not in ("sm_75", HOPPER):  # nothing else depends on the architecture
         check(variants)
         return
@@ -83,7 +83,9 @@ def test_packing(arch):
         ("smxx_turn", arch, {}),
         ("smxx_unpack_planes", arch, {"PLANES": 4, "UNSIGNED": 0}),
     ]
-    variants.append(("smxx_gradient_levels", arch, {"PLANES": 8, "REAL": "float"}))
+    for offset in (0, 3):  # of a part of a batch
+        choice = {"PLANES": 8, "REAL": "float", "OFFSET": offset}
+        variants.append(("smxx_gradient_levels", arch, choice))
     kinds = ("float", "bool", "double", "unsigned long long")
     for number, kind in enumerate(kinds):
         defines = {"PLANES": 2 + number, "TYPE": kind, "UNSIGNED": number % 2}

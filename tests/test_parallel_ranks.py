@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import MPIEXEC, needs_mpi, together
+from ranks import MPIEXEC, need_gpus, needs_mpi, together
 
 from cupybnn import parallel
 from cupybnn.errors import RankError, SettingError
 from cupybnn.parallel import ranks as exchanging
 from cupybnn.parallel.launch import detect
-from cupybnn.parallel.meeting import LAUNCHER, Meeting, hold, is_held, release, remove_abandoned
+from cupybnn.parallel.locks import LAUNCHER, hold, is_held, release, remove_abandoned
+from cupybnn.parallel.meeting import Meeting
 
 TORCHRUN = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}
 OPEN_MPI = {
@@ -111,6 +112,10 @@ def check_exchanges(ranks, xp=np):
                 assert total.tobytes() == expected.tobytes()
             else:
                 assert float(abs(total - expected).max()) < 1e-4
+            most = ranks.all_max(own(r, shape, dtype)).wait()
+            assert (
+                most == functools.reduce(xp.maximum, (own(k, shape, dtype) for k in range(n)))
+            ).all()
             rows = ranks.all_gather(own(r, shape, dtype)).wait()
             assert rows.shape == (n, *shape)
             assert all((rows[k] == own(k, shape, dtype)).all() for k in range(n))
@@ -145,6 +150,9 @@ def check_results_written_elsewhere(ranks, xp):
             rows = xp.empty((n, count), mine.dtype)
             ranks.all_gather(part, out=rows).wait()
             assert (rows.reshape(-1) == xp.asarray(expected)).all()
+            bits = xp.asarray(np.arange(5, dtype=np.int32) * (-1) ** r)
+            ranks.all_max(bits, out=bits).wait()
+            assert (bits == xp.arange(5)).all()
             ranks.all_reduce(mine, out=mine, bfloat16=bfloat16).wait()
             assert (mine == xp.asarray(expected)).all()
 
@@ -277,6 +285,29 @@ class TestMeeting:
 
         assert together(tmp_path, 3, run, seconds=0.5) == [None] * 3
 
+    def test_a_rank_that_was_busy_has_all_its_time_from_then_on(self, tmp_path):
+        def run(ranks):
+            if ranks.rank == 1:
+                with ranks.busy(), ranks.busy():
+                    time.sleep(1.5)
+                time.sleep(0.4)
+            ranks.barrier()
+
+        assert together(tmp_path, 2, run, seconds=1.0) == [None] * 2
+
+    def test_an_exchange_that_all_have_begun_ends_though_they_are_busy(self, tmp_path):
+        def run(ranks):
+            with ranks.busy():
+                if ranks.rank == 0:
+                    ranks.barrier()
+                ranks._meeting.begun += 1  # begins, and sends nothing
+                while True:
+                    ranks.check()
+                    time.sleep(0.01)
+
+        first, _ = together(tmp_path, 2, run, seconds=0.5)
+        assert "All ranks began an exchange that has not ended" in str(first)
+
     def test_a_rank_without_signs_of_life(self, tmp_path):
         def run(ranks):
             if ranks.rank == 2:
@@ -347,8 +378,11 @@ class TestMeeting:
             thread.start()
         for thread in threads:
             thread.join()
+        stuck = threading.Event()
+        meetings[0].on_lost.append(stuck.wait)  # as NCCL may be, when it is to give up
         meetings[1].close(OSError("disk"))
         assert said.wait(10)
+        stuck.set()
         meetings[0].close()
 
 
@@ -429,8 +463,8 @@ class TestNccl:
     def test_a_rank_on_each_gpu(self, tmp_path):
         from cupybnn.backends.devices import cuda_status
 
-        if (count := min(cuda_status().device_count, 4)) < 2:
-            pytest.skip(f"needs two GPUs for two ranks of NCCL; there is {count}")
+        need_gpus(2)
+        count = min(cuda_status().device_count, 4)
         fused = {"binary": True, "xnor": True, "debug": False, "max_steps": 12}
         fused |= {"sync_batch_norm": True, "device": "cuda"}
         program = tmp_path / "program.py"

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from ranks import together
 
 from cupybnn import nn
+from cupybnn.cli import train as command
 from cupybnn.data import Dataset
 from cupybnn.data import load as load_data
 from cupybnn.deploy import PackedNetwork
 from cupybnn.errors import CheckpointError, RankError, SettingError
-from cupybnn.training import Callback, TrainConfig, Trainer, recipes, restored_config
+from cupybnn.parallel import Alone
+from cupybnn.training import Callback, TrainConfig, Trainer, restored_config
 from cupybnn.training.checkpoint import load
+from cupybnn.training.step import PlainStep
 from cupybnn.training.stopping import EarlyStopping
+from cupybnn.training.teachers import Teachers
 
 COMMON = {
     "dataset": "digits",
@@ -49,6 +56,7 @@ NETWORKS = {
     # Dropout by halves, because activations times two are whole numbers, whose sums are exact.
     "virtual": {"binary": True, "vat": 0.5, "keep_prob": 0.5, "augment_shift": 1},
     "l2": {"binary": True, "penalty": "l2", "reg": 1e-3, "shuffle": False},
+    "rounded": {"binary": True, "grad_bits": 2, "adversarial": 0.02},
     "mixed": {"binary": True, "mix": "some", "augment_shift": 1, "augment_elastic": 0.5},
 }  # fmt: skip
 
@@ -252,20 +260,103 @@ def test_a_teacher_that_is_missing_is_reported_once(tmp_path):
     assert not second.report
 
 
-def test_rounded_gradients_are_refused(tmp_path):
-    sentence = refused(tmp_path, lambda r: train(r, binary=True, xnor=True, grad_bits=4))
-    assert sentence.startswith("Gradients are rounded by the greatest of a whole batch")
-    assert "got 4 for fc2" in sentence
+STUDENT = """
+[settings]
+dataset = "digits"
+binary = true
+batch_norm = true
+reg = 0.0
+max_steps = 9
+n_hidden = 16
+[teachers]
+recipe = "{}"
+count = 2
+"""
+TEACHER = """
+[settings]
+n_hidden = 24
+batch_norm = true
+max_steps = 20
+reg = 0.0
+"""
 
 
-def test_a_recipe_that_trains_teachers_is_refused(tmp_path):
-    from cupybnn.cli.train import _train_with
+class TestTeachers:
+    """A recipe that trains its teachers first."""
 
-    given = {"recipe": "binarynet"}
-    assert recipes.load("binarynet").teachers is not None
-    config = TrainConfig(**COMMON)
-    sentence = refused(tmp_path, lambda ranks: _train_with(ranks, config, given, None))
-    assert "must run on one rank; got 2 ranks. Train its teachers by 'cupybnn train" in sentence
+    def run(self, folder, monkeypatch, size, begins=lambda trainer: None):
+        """Train; return all results with their ranks, and what the teachers' files held."""
+        (folder / "wise.toml").write_text(TEACHER)
+        recipe = folder / "student.toml"
+        recipe.write_text(STUDENT.format((folder / "wise.toml").as_posix()))
+        options = {"log_dir": str(folder / f"log-{size}"), "sync_batch_norm": True}
+        options |= {"device": "cpu", "recipe": str(recipe), "seed": 3}
+        config = command._config(options)
+        results, files, opens, runs = [], [], Teachers.open, Trainer.run
+
+        def open_them(config, dataset, device):
+            files.append([Path(path).read_bytes() for path in config.teacher])
+            return opens(config, dataset, device)
+
+        def run(trainer):
+            results.append((trainer.ranks.rank, runs(trainer)))
+            return results[-1][1]
+
+        def go(ranks):
+            signals = SimpleNamespace(training_begins=begins)
+            command._train_with(ranks, config, options, signals)
+
+        with monkeypatch.context() as patches:
+            patches.setattr(Teachers, "open", staticmethod(open_them))
+            patches.setattr(Trainer, "run", run)
+            errors = together(folder, size, go) if size > 1 else [go(Alone())]
+        assert errors == [None] * size
+        return results, [held for held in files if held]
+
+    def test_they_end_equal_on_all_ranks(self, tmp_path, monkeypatch, capsys):
+        results, files = self.run(tmp_path, monkeypatch, 3)
+        assert len(files) == 3
+        assert files[0] == files[1] == files[2]
+        assert len(files[0]) == 2
+        assert files[0][0] != files[0][1]
+        assert [p.name for p in sorted((tmp_path / "log-3/teachers").iterdir())] == [
+            "wise-6.npz", "wise-7.npz",
+        ]  # fmt: skip
+        out = capsys.readouterr().out
+        assert re.findall(r"^Teacher \d of 2", out, re.MULTILINE) == [
+            "Teacher 1 of 2", "Teacher 2 of 2",
+        ]  # fmt: skip
+        alone, _ = self.run(tmp_path, monkeypatch, 1)
+        assert [result.steps for _, result in alone] == [20, 20, 9]
+        for rank, result in results:
+            (like,) = [
+                r for _, r in alone if r.config.seed == result.config.seed
+                and bool(r.config.teacher) == bool(result.config.teacher)
+            ]  # fmt: skip
+            assert result.final.test_loss == pytest.approx(like.final.test_loss, rel=1e-3)
+            assert rank in (0, 1, 2)
+
+    def test_a_stop_while_one_is_trained_ends_all_ranks(self, tmp_path, monkeypatch, capsys):
+        def begins(trainer):
+            if trainer.ranks.rank == 0:
+                trainer.request_stop()
+
+        results, files = self.run(tmp_path, monkeypatch, 2, begins)
+        assert [(result.stopped, result.steps) for _, result in results] == [(True, 1)] * 2
+        assert not files
+        assert capsys.readouterr().out == "Stopped while training a teacher\n"
+
+    def test_others_are_refused(self, tmp_path):
+        """The same names, but different networks."""
+
+        def run(ranks):
+            path = tmp_path / str(ranks.rank) / "teacher.npz"
+            path.parent.mkdir()
+            PackedNetwork.from_model(train(seed=ranks.rank, max_steps=2)[1].model).save(path)
+            train(ranks, teacher=(str(path),))
+
+        sentence = refused(tmp_path, run)
+        assert re.search(r"same options, data and checkpoint; got teachers: rank 0 \[", sentence)
 
 
 @pytest.mark.parametrize(
@@ -389,7 +480,7 @@ def test_debug_finds_the_rank_whose_weights_differ(tmp_path, name):
     else:
         for error in errors:
             assert isinstance(error, RankError)
-            assert f"those of {name} differ between rank 0 and rank 2" in str(error)
+            assert f"the {name} differs between rank 0 and rank 2" in str(error)
 
 
 def test_a_rank_that_fails_ends_the_others_with_its_reason(tmp_path):
@@ -406,6 +497,19 @@ def test_a_rank_that_fails_ends_the_others_with_its_reason(tmp_path):
         assert isinstance(error, RankError)
         assert "Rank 0 " in str(error)
         assert "ended with an error: No space left on device" in str(error)
+
+
+def test_the_first_step_may_take_long(monkeypatch, tmp_path):
+    """It compiles kernels, which another rank may find in a cache."""
+    busy, call = [], PlainStep.__call__
+
+    def step(self, step):
+        busy.append((step, self._team.ranks._meeting.busy))
+        return call(self, step)
+
+    monkeypatch.setattr(PlainStep, "__call__", step)
+    run_together(tmp_path, 2, max_steps=3)
+    assert sorted(busy) == [(step, step == 0) for step in (0, 0, 1, 1, 2, 2)]
 
 
 def test_one_rank_that_is_asked_to_stop_stops_all_at_the_same_step(tmp_path):

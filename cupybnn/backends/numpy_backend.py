@@ -275,9 +275,11 @@ def unpack_levels(
     return _planes().unpack_levels(words, shape, axis, levels, dtype)  # type: ignore[no-any-return]
 
 
-def quantize_gradient(grad: np.ndarray, levels: Levels, seed: int, counter: int, first: int) -> Any:
+def quantize_gradient(
+    grad: np.ndarray, levels: Levels, seed: int, counter: int, first: int, greatest: Any = None
+) -> Any:
     """Quantize a gradient; see `numpy_planes.quantize_gradient`."""
-    return _planes().quantize_gradient(grad, levels, seed, counter, first)
+    return _planes().quantize_gradient(grad, levels, seed, counter, first, greatest)
 
 
 def _has_levels(operand: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,13 @@ from cupybnn.backends.levels import SIGNS, Levels, numbers_of
 from cupybnn.backends.numpy_random import random_words
 
 __all__ = [
+    "drawn_for",
     "gemm_levels",
     "gemm_levels_packed",
     "pack_levels",
     "pack_numbers",
     "quantize_gradient",
+    "rounded_numbers",
     "unpack_levels",
 ]
 
@@ -119,7 +122,12 @@ def gemm_levels_packed(
 
 
 def quantize_gradient(
-    grad: np.ndarray, levels: Levels, seed: int, counter: int, first: int
+    grad: np.ndarray,
+    levels: Levels,
+    seed: int,
+    counter: int,
+    first: int,
+    greatest: Callable[[Any], Any] | None = None,
 ) -> tuple[tuple[Any, Any, Any], tuple[Any, Any, Any]]:
     """Quantize a gradient, packed along its rows and along its columns.
 
@@ -132,7 +140,9 @@ def quantize_gradient(
     seed, counter : int
         See `cupybnn.backends.random`.
     first : int
-        Rows of a batch before this part of it, in eights.
+        Rows of a batch before this part of it.
+    greatest : callable, optional
+        Returns the greatest elements over all parts of the batch, given those of this one.
 
     Returns
     -------
@@ -142,29 +152,47 @@ def quantize_gradient(
     Notes
     -----
     `cupybnn.ops.quantize_gradient` defines the numbers. The element in row r and column c takes
-    sixteen bits of block ``(first + r // 8) * cols + c`` of the draw: the low or, for an odd r, the
-    high half of word ``r % 8 // 2``.
+    sixteen bits of block ``n // 8 * cols + c`` of the draw, with ``n = first + r``: the low or, for
+    an odd n, the high half of word ``n % 8 // 2``.
     """
     g = _normal(grad.astype(np.float32, copy=False))
-    rows, cols = g.shape
-    top = np.float32(levels.top)
-    eights = -(-rows // EIGHT)
-    words = random_words((eights, cols, 4, 1), seed, counter, first * cols)
-    halves = (words >> np.array([0, 16], np.uint32)).astype(np.uint16)  # the low ones of both
-    halves = halves.reshape(eights, cols, EIGHT).swapaxes(1, 2).reshape(EIGHT * eights, cols)[:rows]
-    random = halves.astype(np.float32) * np.float32(2.0**-16) + top / 2
+    drawn = drawn_for(g.shape, levels, seed, counter, first)
     results = []
     for axis in (1, 0):
-        with np.errstate(all="ignore"):
-            most = np.abs(g).max(axis=axis, initial=0.0)
-            inverse = _normal((top / 2) / most)
-            inverse = np.where(np.isfinite(inverse), inverse, np.float32(0))
-            v = g * np.expand_dims(inverse, axis) + random
-            v = np.where(v > 0, v, np.float32(0))  # NaN, too
-            numbers = np.floor(np.minimum(v, top)).astype(np.uint8)
-            scale = _normal(most / top)
+        most = np.abs(g).max(axis=axis, initial=0.0)
+        if axis == 0 and greatest is not None:
+            most = greatest(most)
+        numbers, scale = rounded_numbers(g, most, axis, drawn, levels)
         results.append((*pack_numbers(numbers, -1 if axis == 1 else -2, levels), scale))
     return results[0], results[1]
+
+
+def drawn_for(
+    shape: tuple[int, ...], levels: Levels, seed: int, counter: int, first: int
+) -> np.ndarray:
+    """Return what is added before an element is rounded down: half of the levels, and chance."""
+    rows, cols = shape
+    start, skipped = divmod(first, EIGHT)
+    eights = -(-(skipped + rows) // EIGHT)
+    words = random_words((eights, cols, 4, 1), seed, counter, start * cols)
+    halves = (words >> np.array([0, 16], np.uint32)).astype(np.uint16)  # the low ones of both
+    halves = halves.reshape(eights, cols, EIGHT).swapaxes(1, 2).reshape(EIGHT * eights, cols)
+    mine = halves[skipped : skipped + rows]
+    return mine.astype(np.float32) * np.float32(2.0**-16) + np.float32(levels.top) / 2
+
+
+def rounded_numbers(
+    g: np.ndarray, most: np.ndarray, axis: int, drawn: np.ndarray, levels: Levels
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers of a gradient's levels, and the scale of each line along `axis`."""
+    top = np.float32(levels.top)
+    with np.errstate(all="ignore"):
+        inverse = _normal((top / 2) / most)
+        inverse = np.where(np.isfinite(inverse), inverse, np.float32(0))
+        v = g * np.expand_dims(inverse, axis) + drawn
+        v = np.where(v > 0, v, np.float32(0))  # NaN, too
+        numbers = np.floor(np.minimum(v, top)).astype(np.uint8)
+        return numbers, _normal(most / top)
 
 
 def _normal(x: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from cupybnn.backends.devices import cuda_status
 from cupybnn.cli.streams import complain
 from cupybnn.errors import SettingError
 from cupybnn.parallel import detect
-from cupybnn.parallel.meeting import LAUNCHER, hold, read, release, write
+from cupybnn.parallel.locks import LAUNCHER, hold, read, release, write
 from cupybnn.parallel.starting import rank_environment
 from cupybnn.training.records import Callback
 

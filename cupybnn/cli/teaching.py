@@ -7,12 +7,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from cupybnn.cli.console import Progress
 from cupybnn.cli.export import packed
 from cupybnn.cli.signals import Signals
 from cupybnn.data import Dataset
+from cupybnn.parallel import Ranks
 from cupybnn.training import Callback, TrainConfig, Trainer
 from cupybnn.training.protocol import TrainingRun
 from cupybnn.training.recipes import TeacherRecipe, load
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["train_teachers"]
 
 #: What teachers have in common with the network that learns from them.
-_SHARED = ("dataset", "data_dir", "validation", "device")
+_SHARED = ("dataset", "data_dir", "validation", "device", "sync_batch_norm")
 
 
 class _Watch(Callback):
@@ -46,9 +47,14 @@ class _Watch(Callback):
 
 
 def train_teachers(
-    recipe: TeacherRecipe, config: TrainConfig, data: Dataset, folder: Path, signals: Signals
+    recipe: TeacherRecipe,
+    config: TrainConfig,
+    data: Dataset,
+    folder: Path,
+    signals: Signals,
+    ranks: Ranks,
 ) -> TrainConfig | None:
-    """Train the teachers of a recipe, each by one line of output.
+    """Train the teachers of a recipe on all ranks; rank 0 prints one line about each.
 
     Parameters
     ----------
@@ -58,14 +64,20 @@ def train_teachers(
     data : Dataset
         What `config` names, before images are held out.
     folder : Path
-        Receives their packed networks.
+        Receives their packed networks: each rank has its own copies, which are equal.
     signals : Signals
+    ranks : Ranks
 
     Returns
     -------
     TrainConfig or None
         `config` with these teachers; None if training was stopped.
     """
+
+    def say(sentence: str, stream: TextIO | None = None) -> None:
+        if ranks.rank == 0:
+            print(sentence, file=stream, flush=True)
+
     settings = load(recipe.recipe).settings
     shared = {name: getattr(config, name) for name in _SHARED}
     paths = []
@@ -75,26 +87,26 @@ def train_teachers(
         teacher = TrainConfig.from_mapping(settings, source=f"recipe {recipe.recipe}")
         teacher = replace(teacher, eval_every_n=max(teacher.max_steps, 1))
         of = f"teacher {number + 1} of {recipe.count}"
-        print(
-            f"Training {of}: recipe {recipe.recipe}, {teacher.max_steps:,} steps",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"Training {of}: recipe {recipe.recipe}, {teacher.max_steps:,} steps", sys.stderr)
         begun = time.perf_counter()
-        with contextlib.closing(_Watch(teacher.max_steps, of)) as watch:
-            trainer = Trainer(teacher, [watch], data=data)
+        with contextlib.ExitStack() as stack:
+            callbacks = []
+            if ranks.rank == 0:
+                watch = _Watch(teacher.max_steps, of)
+                callbacks.append(stack.enter_context(contextlib.closing(watch)))
+            trainer = Trainer(teacher, callbacks, data=data, ranks=ranks)
             signals.training_begins(trainer)
             result = trainer.run()
         if result.stopped:
-            print("Stopped while training a teacher", flush=True)
+            say("Stopped while training a teacher")
             return None
         kind = "validation" if trainer.dataset.test_is_validation else "test"
-        print(
+        say(
             f"{of.capitalize()}: recipe {recipe.recipe}, seed {seed}, {kind} accuracy "
-            f"{result.final_accuracy:.4f}, {time.perf_counter() - begun:.1f} s",
-            flush=True,
+            f"{result.final_accuracy:.4f}, {time.perf_counter() - begun:.1f} s"
         )
         path = folder / f"{Path(recipe.recipe).stem}-{seed}.npz"
-        packed(result.model, trainer.dataset).save(path)
+        with ranks.busy():
+            packed(result.model, trainer.dataset).save(path)
         paths.append(str(path))
     return replace(config, teacher=tuple(paths))

@@ -18,8 +18,9 @@ from cupybnn.cli.export import Export, open_network, packed
 from cupybnn.cli.signals import Signals
 from cupybnn.cli.spawn import RunFolderFile
 from cupybnn.cli.streams import complain
-from cupybnn.errors import NonFiniteError, SettingError
+from cupybnn.errors import NonFiniteError, RankError, SettingError
 from cupybnn.paths import user_path
+from cupybnn.settings import rendezvous
 from cupybnn.training.checks import Rule, Switch
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.declaration import Setting, declared
@@ -148,16 +149,20 @@ def _train(given: dict[str, Any], signals: Signals) -> None:
 
     config = _config(given)
     with parallel.connect(
-        config.device, config.log_dir, seconds=config.rank_timeout, last_resort=_end
+        config.device,
+        config.log_dir,
+        seconds=config.rank_timeout,
+        last_resort=lambda error: _end(given["who"], error),
     ) as ranks:
         if ranks.size > 1:
             given["who"] = f"{given['who']} (rank {ranks.rank})"
         _train_with(ranks, config, given, signals)
 
 
-def _end(sentence: str) -> None:
+def _end(who: str, error: RankError) -> None:
     """End a process whose main thread waits in a library for a rank that is lost."""
-    complain(f"cupybnn train: {sentence}")
+    if error.report:
+        complain(f"{who}: {error}")
     os._exit(1)
 
 
@@ -167,25 +172,19 @@ def _train_with(ranks: Ranks, config: TrainConfig, given: dict[str, Any], signal
     from cupybnn.cli.teaching import train_teachers
     from cupybnn.data import load
     from cupybnn.training import Trainer, recipes
-    from cupybnn.training.setup import refusal
+    from cupybnn.training.setup import in_turn
 
     export = Export.of(given["export"]) if "export" in given and ranks.rank == 0 else None
     begun, taught_in = time.perf_counter(), 0.0
     console = Console(_chosen(config, given))
     data, teachers = None, _teachers(given)
-    if teachers is not None and ranks.size > 1:
-        raise refusal(
-            ranks,
-            f"A recipe that trains teachers first must run on one rank; got {ranks.size} ranks. "
-            f"Train its teachers by 'cupybnn train --recipe {teachers.recipe} --log_dir DIR', and "
-            f"add --teacher with their run folders.",
-        )
     try:
         with contextlib.ExitStack() as stack:
             if teachers is not None:
-                data = load(config.dataset, config.data_dir, notify=_say)
-                folder = _teachers_folder(config, stack)
-                taught = train_teachers(teachers, config, data, folder, signals)
+                notify = _say if ranks.rank == 0 else _say_nothing
+                data = in_turn(ranks, lambda: load(config.dataset, config.data_dir, notify=notify))
+                folder = _teachers_folder(config, stack, ranks)
+                taught = train_teachers(teachers, config, data, folder, signals, ranks)
                 if taught is None:
                     return
                 config, taught_in = taught, time.perf_counter() - begun
@@ -222,10 +221,16 @@ def _teachers(given: dict[str, Any]) -> TeacherRecipe | None:
     return recipes.load(given["recipe"]).teachers
 
 
-def _teachers_folder(config: TrainConfig, stack: contextlib.ExitStack) -> Path:
-    """Return a folder for teachers: in the log directory, to which a restored run returns."""
-    if config.log_dir is None:
-        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cupybnn-")))
+def _teachers_folder(config: TrainConfig, stack: contextlib.ExitStack, ranks: Ranks) -> Path:
+    """Return a folder for teachers: in the log directory, to which a restored run returns.
+
+    Ranks other than the first may not see that one, so they have a folder of their own.
+    """
+    if config.log_dir is None or ranks.rank:
+        # What starts ranks removes the folder in which they meet, even if one is killed.
+        where = rendezvous() if ranks.size > 1 else None
+        made = tempfile.TemporaryDirectory(prefix="cupybnn-", dir=where)
+        return Path(stack.enter_context(made))
     folder = user_path(config.log_dir) / "teachers"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -233,6 +238,10 @@ def _teachers_folder(config: TrainConfig, stack: contextlib.ExitStack) -> Path:
 
 def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr, flush=True)
+
+
+def _say_nothing(sentence: str) -> None:
+    """Do as a rank that leaves it to the first one."""
 
 
 def _config(given: dict[str, Any]) -> TrainConfig:
@@ -275,6 +284,8 @@ def _chosen(config: TrainConfig, given: dict[str, Any]) -> str:
 
 def _debug(error: NonFiniteError) -> int:
     """Report where the first NaN or infinity occurred and, on a terminal, open the debugger."""
+    if not error.report:
+        return 1
     step = "" if error.step is None else f" at step {error.step}"
     print(f"cupybnn train: not finite{step}: {error}", file=sys.stderr)
     if sys.stdin.isatty() and sys.stdout.isatty():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,12 +16,38 @@ from cupybnn.autograd import Context
 from cupybnn.backends.devices import device_of
 from cupybnn.backends.interop import type_name
 from cupybnn.backends.levels import MOST_BITS, levels_of
-from cupybnn.backends.random import Stream, first_row
+from cupybnn.backends.random import Stream, first_row, from_row
 from cupybnn.gemm import xnor_gemm
 from cupybnn.operands import is_floating
 from cupybnn.packed import PackedMatrix
 
-__all__ = ["GradientLevels", "GradientQuantizer", "quantize_gradient", "quantized_gradients"]
+__all__ = [
+    "GradientLevels",
+    "GradientQuantizer",
+    "greatest_of_batch",
+    "quantize_gradient",
+    "quantized_gradients",
+]
+
+#: Within `greatest_of_batch`: the function that compares all parts of a batch.
+_greatest: ContextVar[Callable[[Any], Any] | None] = ContextVar("greatest", default=None)
+
+
+@contextlib.contextmanager
+def greatest_of_batch(greatest: Callable[[Any], Any]) -> Iterator[None]:
+    """Context in which a column's scale is that of a batch of which the gradient is a part.
+
+    Parameters
+    ----------
+    greatest : callable
+        Returns the greatest of an array's elements over all parts of the batch, at each place: each
+        part's process calls it in turn. Of real numbers or, on a GPU, their bits as int32.
+    """
+    token = _greatest.set(greatest)
+    try:
+        yield
+    finally:
+        _greatest.reset(token)
 
 
 @dataclass(frozen=True)
@@ -118,7 +148,7 @@ def quantize_gradient(grad: Any, bits: int, seed: int, counter: int) -> Gradient
     levels = levels_of(_checked_bits(bits, "quantize_gradient"), True)
     with device.scope():
         by_row, by_col = backends.get(device).quantize_gradient(
-            grad, levels, seed, counter, first_row() // 8
+            grad, levels, seed, counter, first_row(), _greatest.get()
         )
     rows, columns = (
         PackedMatrix._of(words, sums, grad.shape, axis, device, levels)
@@ -188,7 +218,9 @@ def quantized_gradients(
     b : array, shape (K, N)
     """
     rows, inputs = grad.reshape(-1, grad.shape[-1]), a.reshape(-1, a.shape[-1])
-    levels = quantizer(rows)
+    # An image may have several rows.
+    with from_row(first_row() * math.prod(grad.shape[1:-1])):
+        levels = quantizer(rows)
     grad_a = grad_b = None
     if ctx.needs[0]:
         scale = (levels.row_scale, None)

@@ -15,9 +15,10 @@ from typing import Any
 import cupybnn
 from cupybnn import settings
 from cupybnn.backends.devices import Device, cuda_status, resolve
-from cupybnn.errors import SettingError
+from cupybnn.errors import RankError, SettingError
 from cupybnn.parallel.launch import Launch, detect
-from cupybnn.parallel.meeting import Meeting, remove_abandoned
+from cupybnn.parallel.locks import remove_abandoned
+from cupybnn.parallel.meeting import Meeting
 from cupybnn.parallel.ranks import Alone, Ranks
 from cupybnn.paths import user_path
 
@@ -32,14 +33,15 @@ def connect(
     folder: str | os.PathLike[str] | None = None,
     *,
     seconds: float = SECONDS,
-    last_resort: Callable[[str], Any] | None = None,
+    last_resort: Callable[[RankError], Any] | None = None,
 ) -> Ranks:
     """Join the ranks that torchrun, mpirun, srun or ``cupybnn train --gpus`` has started.
 
     Parameters
     ----------
     device : str
-        "auto": a GPU for each rank if there are any, else the CPU; "cuda"; or "cpu".
+        "auto": a GPU for each rank if there are any, else the CPU; "cuda"; or "cpu". A rank's GPU
+        becomes the current device of the thread.
     folder : path-like, optional
         A folder that all ranks see, needed where they are on several hosts; the environment
         variable ``CUPYBNN_RENDEZVOUS`` overrides it. By default, the host's folder for temporary
@@ -87,10 +89,10 @@ def connect(
     if base is not None:
         meeting = Meeting(base, launch.rank, launch.size, seconds, last_resort)
     try:
+        _check_devices(launch, target, meeting, communicator)
+        target.use()
         ranks = _connected(launch, target, meeting, communicator)
         ranks.agree("run the same version of cupybnn", _version())
-        if target.kind == "cuda":
-            _check_gpus(ranks, target)
     except BaseException as error:
         if meeting is not None:
             meeting.close(error)
@@ -134,17 +136,38 @@ def _device_of(launch: Launch, name: str) -> Device:
     return resolve(f"cuda:{index}")
 
 
-def _check_gpus(ranks: Ranks, device: Device) -> None:
-    """Raise SettingError if two ranks have the same GPU."""
-    runtime = device.xp.cuda.runtime
-    place = f"{socket.gethostname()} {runtime.deviceGetPCIBusId(device.index)}"
-    places = [each.decode() for each in ranks.gather_bytes(place.encode())]
+def _check_devices(
+    launch: Launch, device: Device, meeting: Meeting | None, communicator: Any
+) -> None:
+    """Raise SettingError if one rank has a GPU and another has not, or two have the same one.
+
+    Before they are connected: both would wait for each other, and NCCL would give no reason.
+    """
+    place = "the CPU"
+    if device.kind == "cuda":
+        bus = device.xp.cuda.runtime.deviceGetPCIBusId(device.index)
+        place = f"{socket.gethostname()} {bus}"
+    if communicator is not None:
+        places = communicator.allgather(place)
+    else:
+        assert meeting is not None
+        places = [each.decode() for each in meeting.gather("device", place.encode())]
+    sentence = None
     for rank, each in enumerate(places):
-        if each in places[:rank]:
-            raise SettingError(
+        if (each == "the CPU") != (places[0] == "the CPU"):
+            sentence = (
+                f"All ranks must have a GPU, or none; got {places[0]} for rank 0 and {each} for "
+                f"rank {rank}. With --device cpu, none uses one."
+            )
+        elif each != "the CPU" and each in places[:rank]:
+            sentence = (
                 f"Each rank must have a GPU of its own; got {each} for the ranks "
                 f"{places.index(each)} and {rank}. Start as many ranks on a host as it has GPUs."
             )
+        if sentence is not None:
+            error = SettingError(sentence)
+            error.report = launch.rank == 0
+            raise error
 
 
 def _base(launch: Launch, folder: Any, communicator: Any) -> Path | None:

@@ -14,82 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from cupybnn.errors import RankError
+from cupybnn.parallel.locks import LAUNCHER, hold, is_held, read, write
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-__all__ = ["LAUNCHER", "Meeting", "hold", "is_held", "read", "release", "remove_abandoned", "write"]
+__all__ = ["Meeting"]
 
 _CURRENT = "current"  # names the session of the ranks that are meeting
-#: The file that a process holds which ends all ranks when it ends itself.
-LAUNCHER = "launcher.lock"
 #: Ranks may come this many times later than they may hang: starting Python on a loaded host.
 _START = 10
-#: Seconds in which a rank that has lost another must have left a blocking call.
-_LAST_RESORT = 10.0
-_A_MINUTE = 60.0
+#: Seconds in which a rank that has lost another must have left a blocking call. A little later,
+#: ``cupybnn train --gpus`` would end it.
+_LAST_RESORT = 4.0
 _ENDED = "ended with an error:"
-
-
-def hold(path: Path) -> int:
-    """Create and lock a file for the rest of this process's life; return its descriptor."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    if fcntl is not None:
-        with contextlib.suppress(OSError):  # a file system without locks: only signs of life count
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-    return descriptor
-
-
-def release(descriptor: int) -> None:
-    """Let go of a file that `hold` locked; it stays open."""
-    if fcntl is not None:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
-
-
-def is_held(path: Path) -> bool:
-    """Whether the process that called `hold` lives; True if that cannot be known."""
-    if fcntl is None:
-        return True
-    try:
-        descriptor = os.open(path, os.O_RDWR)
-    except OSError:
-        return True  # not there yet, or no longer: other rules notice
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        return False
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-
-
-def write(path: Path, content: bytes) -> None:
-    """Write a small file that only this user can read; a reader finds all of it or nothing."""
-    part = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with open(descriptor, "wb") as file:
-        file.write(content)
-    os.replace(part, path)
-
-
-def read(path: Path) -> bytes | None:
-    """Return a file's content, or None if it is not there (yet)."""
-    try:
-        return path.read_bytes()
-    except OSError:
-        return None
-
-
-def remove_abandoned(base: Path) -> None:
-    """Remove the folder of ranks that were all killed, as mpirun does when it loses one."""
-    with contextlib.suppress(OSError):
-        locks = [*base.glob("session-*/rank-*.lock"), *base.glob(LAUNCHER)]
-        old = [lock.stat().st_mtime < time.time() - _A_MINUTE for lock in locks]
-        if locks and all(old) and not any(map(is_held, locks)):
-            shutil.rmtree(base, ignore_errors=True)
 
 
 class Meeting:
@@ -108,8 +43,8 @@ class Meeting:
     seconds : float
         How long a rank may give no sign of life, or keep the others waiting.
     last_resort : callable, optional
-        Called with the message if the main thread has not left a blocking call 10 seconds after a
-        rank was lost; it should end the process.
+        Called with the RankError if the main thread has not left a blocking call 4 seconds after a
+        rank was lost; it should end the process, and print the message if its `report` says so.
 
     Raises
     ------
@@ -121,7 +56,7 @@ class Meeting:
     folder : Path
         The folder of this session within `base`.
     on_lost : list of callable
-        Called, in the thread, when a rank is lost.
+        Called when a rank is lost, in a thread of their own, since they may block.
     begun : int
         Number of exchanges that this rank has begun.
     needed : int
@@ -139,7 +74,7 @@ class Meeting:
         rank: int,
         size: int,
         seconds: float,
-        last_resort: Callable[[str], Any] | None = None,
+        last_resort: Callable[[RankError], Any] | None = None,
     ) -> None:
         self.base, self.rank, self.size, self.seconds = base, rank, size, seconds
         self.on_lost: list[Callable[[], Any]] = []
@@ -153,6 +88,9 @@ class Meeting:
         self._closed = threading.Event()
         self._beat = 0
         self._seen: dict[int, tuple[Any, float]] = {}
+        # When the others were last seen busy, by rank, and when one last had exchanges to begin.
+        self._busy_at: dict[int, float] = {}
+        self._behind_at = 0.0
         self.folder = self._open_session()
         self._lock = hold(self._file(rank, ".lock"))
         self._write_state()
@@ -160,8 +98,13 @@ class Meeting:
             write(base / _CURRENT, self.folder.name.encode())
         self._interval = min(1.0, seconds / 5)
         self._await_all()
-        self._thread = threading.Thread(target=self._watch, name="cupybnn-ranks", daemon=True)
-        self._thread.start()
+        self._threads: list[threading.Thread] = []
+        self._begin_thread("cupybnn-ranks", self._watch)
+
+    def _begin_thread(self, name: str, target: Callable[[], Any]) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     # Finding each other --------------------------------------------------------------------------
 
@@ -221,6 +164,21 @@ class Meeting:
             time.sleep(0.002)
         return content
 
+    def gather(self, name: str, content: bytes) -> list[bytes]:
+        """Return the small contents of all ranks, in their order."""
+        write(self.folder / f"{name}-{self.rank}", content)
+        found = []
+        for rank in range(self.size):
+            while (content_of := read(self.folder / f"{name}-{rank}")) is None:
+                self.check()
+                time.sleep(0.002)
+            found.append(content_of)
+        return found
+
+    def is_own_thread(self) -> bool:
+        """Whether this is called by a thread that looks after the others, or by `on_lost`."""
+        return threading.current_thread() in self._threads
+
     # Losing each other ---------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -259,13 +217,16 @@ class Meeting:
                 report = _ENDED not in sentence and self._reports()
                 self._lost = RankError(sentence, report)
                 lost_at = time.monotonic()
-                for call in self.on_lost:
-                    with contextlib.suppress(Exception):  # whatever a library makes of it
-                        call()
+                self._begin_thread("cupybnn-ranks-lost", self._call_on_lost)
             if self._lost is not None and time.monotonic() - lost_at > _LAST_RESORT:
                 if self._last_resort is not None:
-                    self._last_resort(str(self._lost))
+                    self._last_resort(self._lost)
                 return
+
+    def _call_on_lost(self) -> None:
+        for call in self.on_lost:
+            with contextlib.suppress(Exception):  # whatever a library makes of it
+                call()
 
     def _state(self, rank: int) -> dict[str, Any]:
         content = read(self._file(rank))
@@ -289,6 +250,8 @@ class Meeting:
                 return str(state["relayed"])
             if state.get("error"):
                 return f"{who} {_ENDED} {state['error']}"
+            if state.get("busy"):
+                self._busy_at[rank] = now
             if "left" in state:
                 continue
             if not is_held(self._file(rank, ".lock")) and "left" not in self._state(rank):
@@ -299,23 +262,28 @@ class Meeting:
             elif now - since > self.seconds:
                 return f"{who} has given no sign of life for {self.seconds:g} seconds."
         started = self.waiting_since()
-        return None if started is None else self._late(now - started)
+        return None if started is None else self._late(now, started)
 
-    def _late(self, waited: float) -> str | None:
-        """Return a sentence about the rank that this one has waited for too long, if any."""
-        if waited <= self.seconds:
-            return None
+    def _late(self, now: float, started: float) -> str | None:
+        """Return a sentence about the rank that this one has waited for too long, if any.
+
+        A rank that was busy has all its time from then on.
+        """
         states = {r: self._state(r) for r in range(self.size) if r != self.rank}
         for rank, state in states.items():
-            if state.get("begun", 0) < self.needed and not state.get("busy"):
+            if state.get("begun", 0) >= self.needed:
+                continue
+            self._behind_at = now
+            since = max(started, self._busy_at.get(rank, started))
+            if now - since > self.seconds and not state.get("busy"):
                 return (
                     f"Rank {rank} (process {state.get('pid')} on {state.get('host')}) has kept "
                     f"the others waiting for {self.seconds:g} seconds."
                 )
-        if waited > 2 * self.seconds and not any(s.get("busy") for s in states.values()):
+        if now - max(started, self._behind_at) > 2 * self.seconds:
             return (
-                f"All ranks began an exchange that has not ended for {waited:.0f} seconds: the "
-                f"connection between them is broken."
+                f"All ranks began an exchange that has not ended for {now - started:.0f} seconds: "
+                f"the connection between them is broken."
             )
         return None
 
@@ -343,7 +311,8 @@ class Meeting:
         if self._closed.is_set():
             return
         self._closed.set()
-        self._thread.join(5.0)
+        for thread in self._threads:  # the first may add another
+            thread.join(5.0)
         if isinstance(error, RankError):
             self._ended = {"relayed": str(error), "printed": error.report}
         elif error is not None:

@@ -10,16 +10,18 @@ restored run; and its wheels need cuda-core and the CUTLASS DSL.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from cupybnn.backends.devices import Device
-from cupybnn.errors import DeviceError
+from cupybnn.errors import DeviceError, RankError
 from cupybnn.extras import to_install
 from cupybnn.parallel.meeting import Meeting
 from cupybnn.parallel.ranks import Pending, Ranks
@@ -27,6 +29,8 @@ from cupybnn.parallel.ranks import Pending, Ranks
 __all__ = ["NcclRanks", "new_id"]
 
 _BFLOAT16 = 9  # ncclBfloat16
+#: Within this time the meeting's thread has looked at each rank.
+_SECONDS_TO_NOTICE = 3.0
 _DTYPES = ("int8", "uint8", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64")
 
 
@@ -98,16 +102,37 @@ class NcclRanks(Ranks):
         self._meeting = meeting
         self.rank, self.size, self.device = rank, size, str(device)
         self._gpu = device
+        self._taking = threading.Lock()
         self._unfinished: deque[tuple[Any, float]] = deque()  # events, and when they were issued
         self._types = {
             np.dtype(name): getattr(self._nccl, f"NCCL_{name.upper()}") for name in _DTYPES
         }
         with device.scope():
-            self._communicator = self._nccl.NcclCommunicator(size, unique_id, rank)
+            try:
+                self._communicator = self._nccl.NcclCommunicator(size, unique_id, rank)
+            except self._nccl.NcclError as error:
+                raise DeviceError(
+                    f"NCCL cannot connect the GPUs of {size} ranks: {error}. Run it again with the "
+                    f"environment variable NCCL_DEBUG=INFO to see why."
+                ) from error
             self._stream = cupy.cuda.Stream(non_blocking=True)
         if meeting is not None:
             meeting.waiting_since = self._waiting_since
             meeting.on_lost.append(self.abort)
+
+    @contextlib.contextmanager
+    def _here(self) -> Iterator[None]:
+        """Context in which this rank's GPU is the current device.
+
+        In the meeting's thread it stays so. To go back to device 0 would make this process use
+        that one, too.
+        """
+        if self._meeting is not None and self._meeting.is_own_thread():
+            self._gpu.use()
+            yield
+        else:
+            with self._gpu.scope():
+                yield
 
     def _issue(
         self,
@@ -139,12 +164,15 @@ class NcclRanks(Ranks):
             dtype = _BFLOAT16 if bfloat16 else self._types.get(sent.dtype)
             try:
                 call(self._communicator, *addresses, dtype, self._stream.ptr)
-            except (
-                AttributeError,
-                self._nccl.NcclError,
-            ):  # aborted meanwhile, by the meeting's thread
-                self.check()
+            except AttributeError:
+                self.check()  # raises, because the meeting's thread has aborted it meanwhile
                 raise
+            except self._nccl.NcclError as error:
+                if captured:  # steps may run without a graph
+                    self.check()
+                    raise
+                self._await_reason()
+                raise RankError(f"NCCL cannot exchange arrays between ranks: {error}.") from error
             ended = _mark(self._stream)
             if not captured:
                 self._will_end(ended)
@@ -158,6 +186,13 @@ class NcclRanks(Ranks):
             return received
 
         return Pending(finish)
+
+    def _await_reason(self) -> None:
+        """Raise RankError if a rank is lost, which NCCL may know before the meeting's thread."""
+        until = time.monotonic() + _SECONDS_TO_NOTICE
+        while time.monotonic() < until:
+            self.check()
+            time.sleep(0.05)
 
     def _count(self, exchanges: int) -> None:
         if self._meeting is not None:
@@ -179,7 +214,7 @@ class NcclRanks(Ranks):
 
     def _waiting_since(self) -> float | None:
         """Return when the oldest exchange that has not ended was issued."""
-        with self._gpu.scope():
+        with self._here():
             while self._unfinished and self._unfinished[0][0].done:
                 self._unfinished.popleft()
         return self._unfinished[0][1] if self._unfinished else None
@@ -204,6 +239,12 @@ class NcclRanks(Ranks):
 
         return self._issue(array, (self.size, *array.shape), call, out)
 
+    def all_max(self, array: Any, *, out: Any = None) -> Pending:
+        def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
+            nccl.allReduce(sent, received, array.size, dtype, self._nccl.NCCL_MAX, stream)
+
+        return self._issue(array, array.shape, call, out)
+
     def broadcast(self, array: Any) -> Pending:
         def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
             nccl.broadcast(sent, received, array.nbytes, self._nccl.NCCL_UINT8, 0, stream)
@@ -223,14 +264,19 @@ class NcclRanks(Ranks):
         return host
 
     def abort(self) -> None:
-        communicator, self._communicator = self._communicator, None
-        if communicator is not None:
-            communicator.abort()
+        if (communicator := self._take()) is not None:
+            with self._here():
+                communicator.abort()
+
+    def _take(self) -> Any:
+        """Return the communicator to the thread that ends it; None if another thread does."""
+        with self._taking:
+            communicator, self._communicator = self._communicator, None
+        return communicator
 
     def close(self, error: BaseException | None = None) -> None:
-        super().close(error)
-        communicator, self._communicator = self._communicator, None
-        if communicator is not None:
-            with self._gpu.scope():
+        with self._gpu.scope():
+            super().close(error)
+            if (communicator := self._take()) is not None:
                 self._stream.synchronize()
                 communicator.destroy()

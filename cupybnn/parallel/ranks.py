@@ -100,6 +100,14 @@ class Ranks:
         """Return the arrays of all ranks, shape (size, ...)."""
         raise NotImplementedError
 
+    def all_max(self, array: Any, *, out: Any = None) -> Pending:
+        """Return the greatest of all ranks' elements at each place; a NaN of the host counts most.
+
+        Meant for small arrays.
+        """
+        gathered = self.all_gather(array)
+        return Pending(lambda: written(gathered.wait().max(axis=0), out))
+
     def broadcast(self, array: Any) -> Pending:
         """Return rank 0's array."""
         raise NotImplementedError
@@ -150,11 +158,11 @@ class Ranks:
         if self._meeting is None:
             yield
             return
-        self._meeting.busy = True
+        before, self._meeting.busy = self._meeting.busy, True
         try:
             yield
         finally:
-            self._meeting.busy = False
+            self._meeting.busy = before
 
     def barrier(self) -> None:
         """Wait, on the host, until every rank has come here."""

@@ -36,14 +36,16 @@ class StagedRanks(Ranks):
     def _begin(self, method: str, array: Any, out: Any, **options: Any) -> Pending:
         import cupy
 
-        sent = cupy.ascontiguousarray(array).get().reshape(array.shape)
+        with self._gpu.scope():
+            sent = cupy.ascontiguousarray(array).get().reshape(array.shape)
         pending = getattr(self._through, method)(sent, **options)
 
         def finish() -> Any:
             result = pending.wait()
             if out is None:
                 return self._own(result)
-            out.reshape(-1).set(np.ascontiguousarray(result).reshape(-1))
+            with self._gpu.scope():
+                out.reshape(-1).set(np.ascontiguousarray(result).reshape(-1))
             return out
 
         return Pending(finish)
@@ -56,6 +58,9 @@ class StagedRanks(Ranks):
 
     def all_gather(self, array: Any, *, out: Any = None) -> Pending:
         return self._begin("all_gather", array, out)
+
+    def all_max(self, array: Any, *, out: Any = None) -> Pending:
+        return self._begin("all_max", array, out)
 
     def broadcast(self, array: Any) -> Pending:
         return self._begin("broadcast", array, None)

@@ -426,6 +426,7 @@ class Options:
     debug: bool = _run(
         False,
         Switch(),
-        "stop at the first NaN or infinity, on a terminal in the debugger; slow",
+        "stop at the first NaN or infinity, on a terminal in the debugger; of several ranks: also "
+        "compare their weights after each step; slow",
         restore="free",
     )

@@ -10,6 +10,7 @@ from cupybnn import nn, optim
 from cupybnn.data import BatchOrder, Dataset, DeviceData, load
 from cupybnn.errors import SettingError
 from cupybnn.parallel import Ranks
+from cupybnn.training.agreement import first_reason
 from cupybnn.training.checkpoint import Checkpoint
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.network import NETWORK_SETTINGS
@@ -18,7 +19,6 @@ from cupybnn.training.teachers import Teachers
 from cupybnn.training.team import Team
 
 __all__ = [
-    "check_layers",
     "check_model",
     "check_ranks",
     "choose_step",
@@ -45,17 +45,6 @@ def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
             f"The 'batch_size', which the ranks share, must be at least their number, so that each "
             f"has an image; got {config.batch_size} images for {ranks.size} ranks.",
         )
-
-
-def check_layers(model: nn.Module, ranks: Ranks) -> None:
-    """Raise SettingError unless the layers can have a batch of which ranks have parts."""
-    for name, layer in model.named_modules():
-        if ranks.size > 1 and isinstance(layer, nn.GradientRounding):
-            raise refusal(
-                ranks,
-                f"Gradients are rounded by the greatest of a whole batch, which several ranks do "
-                f"not have. Leave out 'grad_bits'; got {layer.quantizer.bits} for {name}.",
-            )
 
 
 def in_turn(ranks: Ranks, load: Callable[[], T]) -> T:
@@ -141,11 +130,17 @@ def choose_step(
     teachers: Teachers | None = None,
     team: Team | None = None,
 ) -> Step:
-    """Return the fused step if the kernels support it, else the plain one.
+    """Return the fused step if the kernels support it, on all ranks, else the plain one.
 
     `notify` is called with the reason if there is a GPU whose kernels are not used.
     """
-    reason = _unfused_reason(model, optimizer, data, config, teachers)
+    asked = config
+    if team is not None:
+        # Several ranks compare what a step has computed, rather than check its operations.
+        asked = replace(config, debug=False)
+    reason = _unfused_reason(model, optimizer, data, asked, teachers)
+    if team is not None:
+        reason = first_reason(team.ranks, reason)
     if reason is None:
         from cupybnn.training.fast import FusedStep
 
@@ -153,7 +148,7 @@ def choose_step(
         return FusedStep(model, objective, optimizer, data, order, config, notify, teachers, team)
     if config.dtype in ("tf32", "bfloat16"):
         notify(f"Dense products are in float32, not {config.dtype}: {reason}.")
-    elif data.device.kind == "cuda" and config.fused and not config.debug:
+    elif data.device.kind == "cuda" and config.fused and not asked.debug:
         notify(f"Training runs operation by operation, without the fused kernels: {reason}.")
     return PlainStep(model, objective, optimizer, data, order, config, teachers, team)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from cupybnn.autograd.storage import module_of
 from cupybnn.backends.devices import Device
 from cupybnn.data import Dataset
@@ -63,6 +65,13 @@ class Teachers:
                     f"{has[0]} and {has[1]}. Name a network that was trained on such data."
                 )
         return cls(networks, config.teacher_temperature)
+
+    def arrays(self) -> list[dict[str, np.ndarray]]:
+        """Return the content of each network, as in its file."""
+        from cupybnn.deploy.file import to_arrays
+
+        on_host = [network.to("cpu") for network in self.networks]
+        return [to_arrays(n.layers, n.inputs, n.classes) for n in on_host]
 
     def targets(self, inputs: Any) -> Any:
         """Return the mean over the networks of softmax(logits / temperature).

@@ -17,8 +17,7 @@ or a checkpoint, and `share_out` reverses it.
 from __future__ import annotations
 
 import contextlib
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,9 +26,10 @@ from cupybnn import nn, optim
 from cupybnn.autograd import Tensor
 from cupybnn.backends.devices import CPU, synchronize, to_device
 from cupybnn.backends.random import from_row
-from cupybnn.errors import RankError
+from cupybnn.ops.gradient_levels import greatest_of_batch
 from cupybnn.ops.norm import whole_batch
 from cupybnn.parallel import Pending, Ranks
+from cupybnn.training.agreement import check_equal
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.shares import SharedWeight, can_be_shared
 from cupybnn.training.step import Objective
@@ -59,6 +59,8 @@ class Team:
     ----------
     rows : slice
         This rank's images in a batch.
+    most_rows : int
+        The greatest number of images that a rank has.
     share_of_batch : float
         Their number as a part of the batch's.
     stop : bool
@@ -87,6 +89,7 @@ class Team:
         self._batch, self._sync = config.batch_size, config.sync_batch_norm
         first, last = (r * config.batch_size // ranks.size for r in (ranks.rank, ranks.rank + 1))
         self.rows = slice(first, last)
+        self.most_rows = -(-config.batch_size // ranks.size)
         self.share_of_batch = (last - first) / config.batch_size
         self._learned = {p for group in optimizer.groups for p in group["params"]}
         self._device = next((p.device for p in self._learned), CPU)
@@ -110,6 +113,8 @@ class Team:
         self.share_out()
         with contextlib.ExitStack() as stack:
             stack.enter_context(from_row(self.rows.start))
+            greatest = lambda array: self.ranks.all_max(array).wait()  # noqa: E731
+            stack.enter_context(greatest_of_batch(greatest))
             if self._sync:
                 total = lambda array: self.ranks.all_reduce(array).wait()  # noqa: E731
                 stack.enter_context(whole_batch(total, self._batch))
@@ -263,32 +268,17 @@ class Team:
             else:
                 array[...] = self.ranks.broadcast(array).wait()
 
-    def compare(self) -> None:
-        """Raise RankError unless all ranks have the same weights, by their checksums.
-
-        Raises
-        ------
-        RankError
-            Naming the first parameter and rank that differ.
-        """
-        parameters = [(n, p) for n, p in self._model.named_parameters()]
-        sums = []
-        for _, parameter in parameters:
-            host = np.ascontiguousarray(to_device(parameter._data, CPU))
+    def compare(self, more: Mapping[str, Any] | None = None) -> None:
+        """Raise RankError unless all ranks have the same weights, and `more` arrays by name."""
+        arrays: dict[str, Any] = {}
+        for name, parameter in self._model.named_parameters():
+            if parameter.share is not None and parameter.share.bring_up_to_date is not None:
+                parameter.share.bring_up_to_date()
+            arrays[name] = parameter._data
             if parameter in self.shared and not self.is_whole:
-                host = np.packbits(host.reshape(-1) >= 0)  # the signs, packed
-            sums.append(zlib.crc32(host.tobytes()))
-        first, *others = (
-            np.frombuffer(each, np.uint32)
-            for each in self.ranks.gather_bytes(np.array(sums, np.uint32).tobytes())
-        )
-        for rank, other in enumerate(others, 1):
-            if (differs := np.flatnonzero(first != other)).size:
-                raise RankError(
-                    f"All ranks must have the same weights after a step; those of "
-                    f"{parameters[differs[0]][0]} differ between rank 0 and rank {rank}.",
-                    report=self.ranks.rank == 0,
-                )
+                signs = to_device(parameter._data, CPU).reshape(-1) >= 0
+                arrays[name] = np.packbits(signs)
+        check_equal(self.ranks, {**arrays, **(more or {})})
 
     def finish(self) -> None:
         """Wait for the device, and raise RankError if what it computed was aborted."""

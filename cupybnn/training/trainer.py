@@ -32,7 +32,6 @@ from cupybnn.training.restore import check_settings
 from cupybnn.training.runs import new_run_folder
 from cupybnn.training.saved import DataDescription
 from cupybnn.training.setup import (
-    check_layers,
     check_model,
     check_ranks,
     choose_step,
@@ -166,11 +165,12 @@ class Trainer:
 
     def _join(self, stored: checkpoints.Checkpoint | None) -> Team:
         """Check that all ranks do the same, and give them the weights of rank 0."""
-        check_layers(self.model, self.ranks)
         same: dict[str, Any] = {"data": self._description.sha256, "step": self.step}
         if stored is not None:
             same["checkpoint"] = state.checksum(stored.arrays)
-        free = ("data_dir", "device", "log_dir", "restore")
+        if self.teachers is not None:  # a rank may have copies of its own
+            same["teachers"] = [state.checksum(arrays) for arrays in self.teachers.arrays()]
+        free = ("data_dir", "device", "log_dir", "restore", "teacher")
         settings = {n: v for n, v in asdict(self.config).items() if n not in free}
         self.ranks.agree("have the same options, data and checkpoint", {**settings, **same})
         team = Team(
@@ -342,9 +342,7 @@ class Trainer:
                 self._gather()
             self._averaging.update(step)
             self.step = step + 1
-            for callback in self.callbacks:
-                with self._calling(callback):
-                    callback.on_step(self, step, output)
+            self._call("on_step", step, output)
             if self.config.eval_every_n and step % self.config.eval_every_n == 0:
                 evaluation = self._evaluation(output)
                 self.history.append(evaluation)
@@ -406,14 +404,15 @@ class Trainer:
                 if self._step is not None and self._step.stale():
                     self._team.gather()  # another kind of step may follow
                 self._team.share_out()
-            if self._step is None or self._step.stale():
+            if self._step is not None and not self._step.stale():
+                return self._step(step)
+            with self.ranks.busy():  # others may have compiled the kernels before
                 self._step = choose_step(
                     self.model, self.objective, self.optimizer, self.data, self.order, self.config,
                     self.notice, self.teachers, self._team,
                 )  # fmt: skip
-                with self.ranks.busy():  # others may have compiled the kernels before
-                    self._step.prepare(self._evaluate_dry, self._mention)
-            return self._step(step)
+                self._step.prepare(self._evaluate_dry, self._mention)
+                return self._step(step)  # compiles the rest
 
     def _evaluate_dry(self) -> None:
         """Launch what `evaluate` launches; one of several ranks does so by itself."""

@@ -179,8 +179,8 @@ def _compile_for_later(key: tuple[Any, ...]) -> None:
     import cupy
 
     source, function, defines, device = key
-    with cupy.cuda.Device(device):  # a new thread starts on device 0
-        kernel = _compile(source, function, dict(defines))
+    cupy.cuda.Device(device).use()  # a new thread starts on device 0
+    kernel = _compile(source, function, dict(defines))
     with _lock:
         _kernels.setdefault(key, (kernel, 0))
 

@@ -7,6 +7,7 @@ other, the highest plane first.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,7 @@ MOST = Kernel("smxx_gradient_levels", "most", "Gradient p", GRADIENT)
 QUANTIZE = Kernel("smxx_gradient_levels", "quantize", "Gradient p", GRADIENT)
 
 _TILE, _THREADS = 128, 256  # as in planes.cuh
+_EIGHT = 8  # rows whose random numbers share a block of words
 _MOST_TILE = 256  # rows and columns of a block of `most`
 _C_TYPES = {
     **C_TYPES,
@@ -166,22 +168,44 @@ class GradientLevels:
         self._scales = cupy.empty(down + across, np.float32)
         self.row_scale, self.col_scale = self._scales[:rows], self._scales[down:][:cols]
 
-    def launch(self, grad: Any, seed: int, draw: int, step: Any = None, first: int = 0) -> None:
-        """Quantize a gradient on the current stream.
+    @property
+    def col_most(self) -> Any:
+        """What `measure` found for each column, int32: the bits of the greatest magnitude."""
+        return self._most[1]
+
+    def measure(self, grad: Any) -> None:
+        """Find the greatest magnitudes of rows and columns on the current stream.
 
         Parameters
         ----------
         grad : cupy.ndarray, shape (rows, cols), C-contiguous
             float32, or uint16 for bfloat16.
+        """
+        self.cleared.data.memset_async(0, self.cleared.nbytes)
+        self._run(MOST, _MOST_TILE, grad)
+
+    def quantize(self, grad: Any, seed: int, draw: int, step: Any = None, first: int = 0) -> None:
+        """Quantize a gradient, after `measure`, on the current stream.
+
+        Parameters
+        ----------
+        grad : cupy.ndarray
+            The same.
         seed, draw : int
             See `cupybnn.backends.random`; `draw` is the counter.
         step : cupy.ndarray of int64, shape (1,), optional
             Added to `draw`.
         first : int
-            Rows before this part of a batch, in eights.
+            Rows before this part of a batch.
         """
+        self._run(QUANTIZE, _TILE, grad, seed, draw, step, first)
+
+    def _run(
+        self, kernel: Kernel, tile: int, grad: Any, seed: int = 0, draw: int = 0,
+        step: Any = None, first: int = 0,
+    ) -> None:  # fmt: skip
         rows, cols = self.shape
-        self.cleared.data.memset_async(0, self.cleared.nbytes)
+        eights, offset = divmod(first, _EIGHT)
         argument = GRADIENT.pack(
             g=grad, rows=rows, cols=cols, row_most=self._most[0], col_most=self._most[1],
             row_scale=self.row_scale, col_scale=self.col_scale,
@@ -191,16 +215,19 @@ class GradientLevels:
             by_col=PLANE_LINES.pack(
                 words=self.col_words, sums=self.col_sums, lines=cols, chunks=chunk_count(rows)
             ),
-            seed=seed, draw=draw, step=step, first=first,
+            seed=seed, draw=draw, step=step, first=eights,
         )  # fmt: skip
-        defines = (("PLANES", self.bits), ("REAL", _REAL[grad.dtype.name]))
-        device = grad.data.device_id
-        _launch(MOST, defines, device, _tiles(rows, cols, _MOST_TILE), p=argument)
-        _launch(QUANTIZE, defines, device, _tiles(rows, cols), p=argument)
+        defines = (("PLANES", self.bits), ("REAL", _REAL[grad.dtype.name]), ("OFFSET", offset))
+        _launch(kernel, defines, grad.data.device_id, _tiles(rows, cols, tile), p=argument)
 
 
 def quantize_gradient(
-    grad: Any, levels: Levels, seed: int, counter: int, first: int
+    grad: Any,
+    levels: Levels,
+    seed: int,
+    counter: int,
+    first: int,
+    greatest: Callable[[Any], Any] | None = None,
 ) -> tuple[tuple[Any, Any, Any], tuple[Any, Any, Any]]:
     """Quantize a gradient; see `cupybnn.backends.numpy_planes.quantize_gradient`."""
     import cupy
@@ -209,7 +236,10 @@ def quantize_gradient(
     made = GradientLevels(rows, cols, levels.bits)
     if grad.size:
         grad = cupy.ascontiguousarray(grad, dtype=np.float32)
-        made.launch(grad, seed, counter, first=first)
+        made.measure(grad)
+        if greatest is not None:
+            made.col_most[...] = greatest(made.col_most)
+        made.quantize(grad, seed, counter, first=first)
     else:
         for array in (made.cleared, made._scales):
             array.fill(0)

@@ -236,7 +236,9 @@ class Buffers:
         ]
         #: The backward passes of layers whose gradient is rounded, by number, counted from 0.
         self.rounded = {
-            i: self._make_rounded(i, device) for i, layer in enumerate(plan.hidden) if layer.rounded
+            i: self._make_rounded(i, device, plan.first)
+            for i, layer in enumerate(plan.hidden)
+            if layer.rounded
         }
         self._signs = None
         if unpacked:
@@ -295,7 +297,7 @@ class Buffers:
             head_gradients={p: new[-1](p.shape) for p in trained},
         )
 
-    def _make_rounded(self, number: int, device: Device) -> RoundedBackward:
+    def _make_rounded(self, number: int, device: Device, first: int) -> RoundedBackward:
         hidden = self.hidden[number]
         linear, inputs = hidden.plan.linear, self.hidden[number - 1].packed
         quantizer = grad_quantizer(linear)
@@ -304,7 +306,7 @@ class Buffers:
         assert hidden.packed_weight is not None
         return RoundedBackward(
             quantizer.bits, inputs, hidden.packed_weight, self.incoming_grad(number - 1),
-            self.gradients[linear.weight], device,
+            self.gradients[linear.weight], device, hopper=hidden.plan.updates, first=first,
         )  # fmt: skip
 
     def _rows_of(self, memory: Any, number: int, which: int | None = 0) -> Any:

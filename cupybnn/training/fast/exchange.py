@@ -4,7 +4,9 @@ In the backward pass, each rank computes the gradients of all hidden weights ove
 Each is sent, in the type of dense operands, as soon as it is there. The sum of those of a weight
 that is shared out is scattered: each rank gets the part of its share, updates that, and sends its
 signs, one bit a weight, those of all layers together. Those of other weights are summed for every
-rank. So are the small gradients, in float32, together with the loss.
+rank. So are the small gradients, in float32, together with the loss. Where a layer's gradient is
+rounded, the scale of a unit's levels is that of the whole batch: the greatest magnitudes are
+compared first.
 """
 
 from __future__ import annotations
@@ -78,7 +80,7 @@ class Exchange:
         self._words = cupy.zeros(words, np.uint32)
         self._all_words = cupy.zeros((self.ranks.size, words), np.uint32)
         self._begun: dict[nn.Parameter, Pending] = {}
-        self._small = self._signs = Pending(lambda: None)
+        self._small = self._signs = self._greatest = Pending(lambda: None)
 
     # Memory --------------------------------------------------------------------------------------
 
@@ -131,6 +133,14 @@ class Exchange:
             exchange, out = self.ranks.reduce_scatter, self._scattered[weight]
         rounded = mine.dtype == np.uint16
         self._begun[weight] = self._begin(exchange, mine, out, bfloat16=rounded)
+
+    def send_greatest(self, bits: Any) -> None:
+        """Begin to replace the greatest gradients of a layer's units by those over all ranks."""
+        self._greatest = self._begin(self.ranks.all_max, bits, bits)
+
+    def receive_greatest(self) -> None:
+        """Wait for them."""
+        self._greatest.wait()
 
     def send_small(self) -> None:
         """Begin to sum small gradients, loss and votes."""

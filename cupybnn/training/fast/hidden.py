@@ -133,6 +133,16 @@ class HiddenBuffers:
         second._make_activations(1, pops)
         return second
 
+    def copies(self) -> dict[str, Any]:
+        """Return the copies of the weights that products read, by name."""
+        found = {}
+        if self.packed_weight is not None:
+            found[f"packed signs of {self.plan.name}"] = self.packed_weight.words
+            found[f"popcounts of {self.plan.name}"] = self.packed_weight.popcounts
+        if self.copied:
+            found[f"copy of {self.plan.name}.weight"] = self.weight
+        return found
+
     def refresh(self) -> None:
         """Recompute the copies of the latent weights that products read."""
         latent = self.plan.linear.weight._data

@@ -252,14 +252,16 @@ class Passes:
                     self._update_layer(i)
 
         buffers.add_passes(len(buffers.hidden) - 1)
+        self._compare(len(buffers.hidden) - 1)
         for i in reversed(range(1, len(buffers.hidden))):
             below = buffers.product_grad(i - 1)[0]
             if below is not None:
                 fork.wait(in_use.pop(below, None))
-            self._input_gradient(last, i, self._main)
+            self._input_gradient(last, i, self._main, compared=exchange is not None)
             ready = fork.ready()
             self._activation_gradient(last, i - 1, self._main)
             buffers.add_passes(i - 1)
+            self._compare(i - 1)  # before the weight gradient is sent, which takes longer
             finish(i, ready)
         if exchange is not None and self._early(exchange):
             with fork.aside():
@@ -274,13 +276,33 @@ class Passes:
             self._input_gradient(at, i, tools)
             self._activation_gradient(at, i - 1, tools)
 
-    def _input_gradient(self, at: Pass, i: int, tools: _Tools) -> None:
-        """Compute the gradient of the input of hidden layer `i` > 0, counted from 0."""
+    def _compare(self, i: int) -> None:
+        """Begin to compare the greatest gradients of hidden layer `i`'s units with other ranks'.
+
+        The scale of a unit's levels is that of the whole batch. That of an image's is its own.
+        """
+        exchange, rounded = self._buffers.exchange, self._buffers.rounded.get(i)
+        if exchange is not None and rounded is not None:
+            with self.span("rounding of gradients"):
+                rounded.measure(self._buffers.product_grad(i)[1])
+            exchange.send_greatest(rounded.greatest)
+
+    def _input_gradient(self, at: Pass, i: int, tools: _Tools, compared: bool = False) -> None:
+        """Compute the gradient of the input of hidden layer `i` > 0, counted from 0.
+
+        With `compared`, `_compare` was called before. For the gradient of the inputs alone, that is
+        not necessary.
+        """
         hidden = at.hidden[i]
         gradient = self._buffers.product_grad(i, at.number)[1]
         if i in self._buffers.rounded:
             rounded = self._buffers.rounded[i]
+            if compared and self._buffers.exchange is not None:
+                with self.span("wait for the greatest gradients"):
+                    self._buffers.exchange.receive_greatest()
             with self.span("rounding of gradients"):
+                if not compared:
+                    rounded.measure(gradient)
                 rounded.quantize(gradient, self._rounding[i], self._feed.step)
             with self.span(f"gradient of {hidden.plan.name}'s input"):
                 rounded.input_gradient()
@@ -347,7 +369,7 @@ class Passes:
     def _finish_rounded(self, i: int) -> None:
         """Compute the gradient of hidden layer `i`'s weights by bit planes; update them, or not."""
         plan, rounded = self._plan.hidden[i], self._buffers.rounded[i]
-        if plan.updates:
+        if plan.updates and self._buffers.exchange is None:
             with self.span(f"gradient of {plan.name}'s weights and their update"):
                 rounded.weight_update(*self.update.arguments_of(self._group(i)))
         else:

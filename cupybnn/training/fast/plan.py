@@ -107,6 +107,7 @@ class NetworkPlan:
         config: TrainConfig,
         device: int | None = None,
         rows: slice | None = None,
+        most: int | None = None,
     ) -> NetworkPlan:
         """Plan the steps of a model.
 
@@ -120,6 +121,9 @@ class NetworkPlan:
             Index of the CUDA device; without one, only features that every device has are used.
         rows : slice, optional
             The images of a batch that this process has, one of several; by default all.
+        most : int, optional
+            The greatest number of images that one of these processes has. It decides what all must
+            do alike.
 
         Raises
         ------
@@ -143,7 +147,8 @@ class NetworkPlan:
         itemsize = operand_dtype(config.dtype).itemsize
         # Virtual adversarial training keeps two passes through the network until both have their
         # gradients, which one product then adds up: no layer can share its memory.
-        dense_copies = config.vat > 0 or batch * widest * itemsize <= _DENSE_COPY_BYTES
+        rows_of_any = batch if most is None else most
+        dense_copies = config.vat > 0 or rows_of_any * widest * itemsize <= _DENSE_COPY_BYTES
         hidden = _plan_backward(hidden, config, batch, device)
         following = [*hidden[1:], None]
         features, classes = hidden[0].inputs, head.linear.weight.shape[1]
@@ -204,7 +209,7 @@ def _plan_backward(
     for layer in hidden:
         backward = "dense"
         if grad_quantizer(layer.linear) is not None:
-            backward = _plan_rounded(layer, config, device)
+            backward = _plan_rounded(layer, config, batch, device)
         elif layer.product == "xnor" and device is not None:
             reason = sign_gemm.unsupported_reason(device, config.dtype, layer.inputs, layer.units)
             if reason is None and config.vat:
@@ -223,7 +228,7 @@ def _plan_backward(
     return planned
 
 
-def _plan_rounded(layer: HiddenPlan, config: TrainConfig, device: int | None) -> str:
+def _plan_rounded(layer: HiddenPlan, config: TrainConfig, batch: int, device: int | None) -> str:
     """Return how the kernels compute the backward pass of a layer with rounded gradients."""
     if layer.product != "xnor":
         raise Unsupported(
@@ -235,7 +240,7 @@ def _plan_rounded(layer: HiddenPlan, config: TrainConfig, device: int | None) ->
         return "planes"
     shape = layer.inputs, layer.units
     reason = sign_gemm.unsupported_layer(device, config.dtype, *shape)
-    if reason is None and not plane_gemm.pays(device, config.batch_size, *shape):
+    if reason is None and not plane_gemm.pays(device, batch, *shape):
         reason = "its products have fewer tiles than the device has multiprocessors"
     if settings.debug():
         how = "product" if reason is None else f"launch of its own, because {reason}"

@@ -32,6 +32,10 @@ class RoundedBackward:
     weight_grad : cupy.ndarray, shape (inputs, units), or None
         Likewise: receives that of the weights. None if it is not stored: see `weight_update`.
     device : Device
+    hopper : bool
+        Whether to compute the gradient of the inputs by Hopper's kernel for it, in bfloat16.
+    first : int
+        Rows before these in the whole batch.
 
     Notes
     -----
@@ -40,8 +44,9 @@ class RoundedBackward:
 
     def __init__(
         self, bits: int, inputs: PackedMatrix, weight: PackedMatrix, inputs_grad: Any,
-        weight_grad: Any, device: Device,
+        weight_grad: Any, device: Device, *, hopper: bool = False, first: int = 0,
     ) -> None:  # fmt: skip
+        self._hopper, self._first = hopper, first
         self._inputs, self._weight, self._device = inputs, weight, device.index
         (batch, count), units = inputs.shape, weight.shape[1]
         self._made = made = GradientLevels(batch, units, bits)
@@ -62,22 +67,31 @@ class RoundedBackward:
             packed(made.col_words, made.col_sums, shape, -2, levels),
         )
         self._inputs_grad = inputs_grad
-        self._launches: Any = None  # of products that are stored, by any device's kernels
+        # Launches of products that are stored, by any device's kernels.
+        self._to_inputs = self._to_weight = None
+        if not hopper:
+            self._to_inputs = prepare_scaled(*self._for_inputs, inputs_grad, rows=made.row_scale)
         if weight_grad is not None:
-            self._launches = (
-                prepare_scaled(*self._for_inputs, inputs_grad, rows=made.row_scale),
-                prepare_scaled(*self._for_weight, weight_grad, columns=made.col_scale),
-            )
+            self._to_weight = prepare_scaled(*self._for_weight, weight_grad, columns=made.col_scale)
+
+    @property
+    def greatest(self) -> Any:
+        """What `measure` found for each unit, int32: bits of magnitudes, in their order."""
+        return self._made.col_most
+
+    def measure(self, grad: Any) -> None:
+        """Find the greatest gradients of images and units on the current stream."""
+        self._made.measure(grad)
 
     def quantize(self, grad: Any, draw: Draw, step: Any) -> None:
-        """Round the gradient of the layer's products on the current stream."""
-        self._made.launch(grad, draw.seed, draw.offset, step)
+        """Round the gradient of the layer's products, after `measure`, on the current stream."""
+        self._made.quantize(grad, draw.seed, draw.offset, step, self._first)
 
     def input_gradient(self) -> None:
         """Compute the gradient of the inputs, after `quantize`, on the current stream."""
         self._turned_weight.launch(self._weight.words, self._weight.shape[1])
-        if self._launches is not None:
-            self._launches[0](_stream())
+        if self._to_inputs is not None:
+            self._to_inputs(_stream())
             return
         plane_gemm.stored_product(
             *self._for_inputs, self._made.row_scale, self._inputs_grad, self._device
@@ -85,8 +99,9 @@ class RoundedBackward:
 
     def weight_gradient(self) -> None:
         """Compute the gradient of the weights, after `quantize`, on the current stream."""
+        assert self._to_weight is not None
         self._turn_inputs()
-        self._launches[1](_stream())
+        self._to_weight(_stream())
 
     def weight_update(self, update: dict[str, Any], defines: Defines) -> None:
         """Compute the gradient of the weights and update them; see `Update.arguments_of`."""

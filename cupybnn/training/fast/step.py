@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from cupybnn import nn, optim
 from cupybnn.backends.cuda import blas
 from cupybnn.backends.cuda.compiler import compile_together
 from cupybnn.backends.cuda.fused_batch import Draw
 from cupybnn.backends.cuda.graph import Fork, capture
 from cupybnn.data import BatchOrder, DeviceData
+from cupybnn.errors import NonFiniteError, RankError
+from cupybnn.training.agreement import true_on_all
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.fast.buffers import Buffers
 from cupybnn.training.fast.exchange import Exchange
@@ -78,7 +82,11 @@ class FusedStep:
         import cupy
 
         self.plan = NetworkPlan.of(
-            model, config, data.device.index, None if team is None else team.rows
+            model,
+            config,
+            data.device.index,
+            None if team is None else team.rows,
+            None if team is None else team.most_rows,
         )
         self._team = team
         self.exchange = None if team is None else Exchange(team, self.plan)
@@ -108,22 +116,26 @@ class FusedStep:
         self._graph: Any = None
         self._bypass_graph = False
         self._warm = self._votes_to_stop = False
-        self._capture = config.graph
+        self._capture = config.graph and (team is None or team.ranks.capturable)
+        self._compared = team if config.debug else None
         if team is not None:
             team.ranks.release_before(self)
-        if team is not None and not team.ranks.capturable:
+        if self._capture and not self._all(blas.capturable()):
             self._capture = False
-        elif config.graph and not blas.capturable():
-            self._capture = False
+            where = "" if team is None or not blas.capturable() else " on another rank"
             self._notify(
-                "Training steps run without a CUDA graph, because CuPy's dense products cannot be "
-                "captured. To use one: pip install nvmath-python."
+                f"Training steps run without a CUDA graph, because CuPy's dense products cannot be "
+                f"captured{where}. To use one: pip install nvmath-python."
             )
         layers = [self.plan.input_dropout, *(hidden.dropout for hidden in self.plan.hidden)]
         self._dropouts = [layer for layer in layers if layer is not None]
         quantizers = (grad_quantizer(self.plan.hidden[i].linear) for i in self.buffers.rounded)
         self._quantizers = [quantizer for quantizer in quantizers if quantizer is not None]
         self._offsets: tuple[int, ...] = ()
+
+    def _all(self, here: bool) -> bool:
+        """Whether something is true on every rank: a graph that one has not, none may have."""
+        return here if self._team is None else true_on_all(self._team.ranks, here)
 
     def release(self) -> None:
         """Give the graph up; a later step captures another."""
@@ -174,6 +186,8 @@ class FusedStep:
         self._edits.mark_current()
         if self._team is not None:
             self._team.count(self.buffers.votes.copy())
+        if self._compared is not None:
+            self._compare(self._compared)
         return StepOutput(self.buffers.loss.reshape(()), self.buffers.logits, self.buffers.labels)
 
     def _prepare_shares(self, team: Team) -> None:
@@ -201,7 +215,8 @@ class FusedStep:
             parameter.write()
 
     def _capture_graph(self) -> Any:
-        """Return the graph of a step, or None, with a notice, if it cannot be captured."""
+        """Return the graph of a step, or None, with a notice, if a rank cannot capture it."""
+        graph, why = None, "another rank cannot capture one"
         try:
             if self.exchange is not None:
                 self.exchange.count = 0
@@ -209,11 +224,34 @@ class FusedStep:
             draws = self._draws()
             graph = capture(self._stream, lambda: self.passes.launch(Fork(*sides), draws))
             self._captured = 0 if self.exchange is None else self.exchange.count
-            return graph
+        except RankError:
+            raise
         except RuntimeError as error:
-            self._capture = False
-            self._notify(f"Training steps run without a CUDA graph: {error}.")
-            return None
+            why = str(error)
+        if self._all(graph is not None):
+            return graph
+        self._capture = False
+        self._notify(f"Training steps run without a CUDA graph: {why}.")
+        return None
+
+    def _compare(self, team: Team) -> None:
+        """Compare what the ranks have after a step: loss, weights, and the copies of these.
+
+        Raises
+        ------
+        NonFiniteError
+            If the loss is NaN or infinite.
+        RankError
+            If something differs.
+        """
+        if not np.isfinite(float(self.buffers.loss.get()[0])):
+            error = NonFiniteError("a fused step", "loss", "", (1,), 1)
+            error.report = team.ranks.rank == 0
+            raise error
+        copies: dict[str, Any] = {}
+        for hidden in self.buffers.hidden:
+            copies |= hidden.copies()
+        team.compare(copies)
 
     def spans(self, step: int) -> dict[str, float]:
         """Perform step number `step` without the graph, and time its parts.

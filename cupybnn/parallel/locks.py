@@ -1,0 +1,80 @@
+"""Files by which ranks see whether a process lives, and small ones that they leave each other."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import time
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["LAUNCHER", "hold", "is_held", "read", "release", "remove_abandoned", "write"]
+
+#: The file that a process holds which ends all ranks when it ends itself.
+LAUNCHER = "launcher.lock"
+_A_MINUTE = 60.0
+
+
+def hold(path: Path) -> int:
+    """Create and lock a file for the rest of this process's life; return its descriptor."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # a file system without locks: only signs of life count
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+def release(descriptor: int) -> None:
+    """Let go of a file that `hold` locked; it stays open."""
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def is_held(path: Path) -> bool:
+    """Whether the process that called `hold` lives; True if that cannot be known."""
+    if fcntl is None:
+        return True
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return True  # not there yet, or no longer: other rules notice
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a small file that only this user can read; a reader finds all of it or nothing."""
+    part = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with open(descriptor, "wb") as file:
+        file.write(content)
+    os.replace(part, path)
+
+
+def read(path: Path) -> bytes | None:
+    """Return a file's content, or None if it is not there (yet)."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def remove_abandoned(base: Path) -> None:
+    """Remove the folder of ranks that were all killed, as mpirun does when it loses one."""
+    with contextlib.suppress(OSError):
+        locks = [*base.glob("session-*/rank-*.lock"), *base.glob(LAUNCHER)]
+        old = [lock.stat().st_mtime < time.time() - _A_MINUTE for lock in locks]
+        if locks and all(old) and not any(map(is_held, locks)):
+            shutil.rmtree(base, ignore_errors=True)
