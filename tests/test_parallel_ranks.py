@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -294,6 +295,28 @@ class TestMeeting:
             ranks.barrier()
 
         assert together(tmp_path, 2, run, seconds=1.0) == [None] * 2
+
+    @pytest.mark.parametrize("busy", [True, False])
+    def test_signs_of_life_go_on_while_the_device_gives_no_answer(self, tmp_path, busy):
+        """As in a copy from a GPU that waits for another rank."""
+
+        def run(ranks):
+            if ranks.rank == 0:
+                with ranks.busy() if busy else contextlib.nullcontext():
+                    time.sleep(1.5)
+                ranks.barrier()
+                return
+            answer = threading.Event()
+            ranks._meeting.waiting_since = lambda: answer.wait() and None
+            try:
+                ranks.barrier()
+            finally:
+                answer.set()
+
+        first, second = together(tmp_path, 2, run, seconds=0.5)
+        assert (first is second is None) == busy
+        assert busy or "Rank 0 (process" in str(second)
+        assert busy or "kept the others waiting for 0.5 seconds" in str(second)
 
     def test_an_exchange_that_all_have_begun_ends_though_they_are_busy(self, tmp_path):
         def run(ranks):

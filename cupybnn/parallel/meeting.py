@@ -91,6 +91,9 @@ class Meeting:
         # When the others were last seen busy, by rank, and when one last had exchanges to begin.
         self._busy_at: dict[int, float] = {}
         self._behind_at = 0.0
+        # Since when this rank has waited, and when that was asked, if there is no answer yet.
+        self._waits_since: float | None = None
+        self._asked: float | None = None
         self.folder = self._open_session()
         self._lock = hold(self._file(rank, ".lock"))
         self._write_state()
@@ -100,6 +103,7 @@ class Meeting:
         self._await_all()
         self._threads: list[threading.Thread] = []
         self._begin_thread("cupybnn-ranks", self._watch)
+        self._begin_thread("cupybnn-ranks-waiting", self._ask)
 
     def _begin_thread(self, name: str, target: Callable[[], Any]) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
@@ -223,6 +227,18 @@ class Meeting:
                     self._last_resort(self._lost)
                 return
 
+    def _ask(self) -> None:
+        """Keep asking since when this rank has waited.
+
+        In a thread of its own: while the main thread waits for a copy from the device, CUDA gives
+        no other thread an answer, and the signs of life must go on.
+        """
+        while not self._closed.wait(self._interval):
+            self._asked = time.monotonic()
+            with contextlib.suppress(Exception):  # the main thread meets what fails here, too
+                self._waits_since = self.waiting_since()
+            self._asked = None
+
     def _call_on_lost(self) -> None:
         for call in self.on_lost:
             with contextlib.suppress(Exception):  # whatever a library makes of it
@@ -261,7 +277,9 @@ class Meeting:
                 self._seen[rank] = (state.get("beat"), now)
             elif now - since > self.seconds:
                 return f"{who} has given no sign of life for {self.seconds:g} seconds."
-        started = self.waiting_since()
+        started, asked = self._waits_since, self._asked
+        if asked is not None and now - asked > self._interval:
+            started = asked  # no answer: it waits
         return None if started is None else self._late(now, started)
 
     def _late(self, now: float, started: float) -> str | None:
