@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn.backends.devices import array_module
+from cupybnn.training.totals import total
 
 __all__ = ["Histogram"]
 
@@ -54,7 +55,7 @@ class Histogram:
         """Count the signs of `array`: +1 for values >= 0, else -1."""
         if array.size == 0:
             return None
-        plus = int((array >= 0).sum())
+        plus = int(total(array >= 0))
         minus = int(array.size) - plus
         return cls(
             minimum=-1.0 if minus else 1.0,
@@ -73,25 +74,30 @@ class Histogram:
         """Count the values of `array` in bins of equal width from its minimum to its maximum."""
         xp = array_module(array)
         values = array.ravel()
-        total = float(values.sum(dtype=np.float64))
-        if not np.isfinite(total):
+        summed = total(values)
+        if not np.isfinite(summed):
             values = values[xp.isfinite(values)]
-            total = float(values.sum(dtype=np.float64))
+            summed = total(values)
         if values.size == 0:
             return None
         low, high = float(values.min()), float(values.max())
         squares = float(xp.dot(values, values))
         if not np.isfinite(squares):
-            squares = float(xp.square(values, dtype=np.float64).sum())
+            squares = total(xp.square(values, dtype=np.float64))
         span = values.dtype.type(high) - values.dtype.type(low)
         scale = values.dtype.type(_BINS) / span if span > 0 else span
         if not (scale > 0 and np.isfinite(scale)):
-            return cls(low, high, int(values.size), total, squares, [high], [int(values.size)])
+            return cls(low, high, int(values.size), summed, squares, [high], [int(values.size)])
         # One pass computes bin numbers; np.histogram compares with edges, several times slower.
         numbers = ((values - values.dtype.type(low)) * scale).astype(np.int32)
-        counts = xp.bincount(xp.minimum(numbers, _BINS - 1), minlength=_BINS)
+        numbers = xp.minimum(numbers, _BINS - 1)
+        if xp is np:
+            counts = np.bincount(numbers, minlength=_BINS)
+        else:  # CuPy's bincount looks for negative numbers, by a kernel that takes long to compile
+            counts = xp.zeros(_BINS, np.int32)
+            xp.add.at(counts, numbers, 1)
         limits = np.linspace(low, high, _BINS + 1)[1:]
-        return cls(low, high, int(values.size), total, squares, limits.tolist(), counts.tolist())
+        return cls(low, high, int(values.size), summed, squares, limits.tolist(), counts.tolist())
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of TensorBoard's ``HistogramProto``."""

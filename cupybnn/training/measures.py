@@ -9,6 +9,7 @@ from cupybnn import nn
 from cupybnn.autograd import Tensor, no_grad
 from cupybnn.autograd.storage import module_of
 from cupybnn.training.records import Callback
+from cupybnn.training.totals import column_means, share, total
 
 if TYPE_CHECKING:
     from cupybnn.training.protocol import TrainingRun
@@ -83,7 +84,7 @@ def flipped(model: nn.Module, before: dict[str, Any]) -> dict[str, float]:
     >>> measures.flipped(model, before)
     {'0.weight': 0.25}
     """
-    return {name: _share(signs != before[name]) for name, signs in weight_signs(model).items()}
+    return {name: share(signs != before[name]) for name, signs in weight_signs(model).items()}
 
 
 class FlipCounter:
@@ -120,7 +121,7 @@ class FlipCounter:
         """
         flips = {}
         for name, signs in weight_signs(self._model).items():
-            shares = (_share(signs != then[name]) for then in (self._last, self._start))
+            shares = (share(signs != then[name]) for then in (self._last, self._start))
             flips[name] = Flips(*shares)
             self._last[name] = signs
         return flips
@@ -142,7 +143,7 @@ def outside_window(model: nn.Module) -> dict[str, float]:
     {'0.weight': 0.25}
     """
     return {
-        name: 0.0 if layer.quantizer.window is None else _share(abs(array) > layer.quantizer.window)
+        name: 0.0 if layer.quantizer.window is None else share(abs(array) > layer.quantizer.window)
         for name, layer, array in _binary_weights(model)
     }
 
@@ -176,16 +177,11 @@ def sign_entropy(activations: Tensor | Any) -> float:
             f"{array.shape}."
         )
     xp = module_of(array)
-    p = (array.reshape(-1, array.shape[-1]) >= 0).mean(axis=0)
+    p = column_means(array.reshape(-1, array.shape[-1]) >= 0)
     entropy = xp.zeros_like(p)
-    for share in (p, 1 - p):
-        entropy -= share * xp.log2(xp.where(share > 0, share, 1))
-    return float(entropy.mean())
-
-
-def _share(mask: Any) -> float:
-    """Return the fraction of `mask` that is True; 0 if it is empty."""
-    return float(mask.mean()) if mask.size else 0.0
+    for part in (p, 1 - p):
+        entropy -= part * xp.log2(xp.where(part > 0, part, 1))
+    return total(entropy) / entropy.size
 
 
 class FlipRecord(Callback):

@@ -1,0 +1,42 @@
+"""Sums of arrays for records, without kernels that take long to compile.
+
+CuPy compiles a sum of another dtype, of a mask, or along an axis when it is first used, with CUB's
+headers: 5 to 15 seconds each. Sums of all float64 elements, and products, are part of its wheel and
+of cuBLAS.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends.devices import array_module
+
+__all__ = ["column_means", "share", "total"]
+
+_CHUNK = 1 << 24  # elements that are converted at once
+
+
+def total(array: Any) -> float:
+    """Return the sum of all elements, in float64."""
+    if array_module(array) is np:
+        return float(array.sum(dtype=np.float64))
+    flat = array.reshape(-1)
+    chunks = (flat[i : i + _CHUNK] for i in range(0, flat.size, _CHUNK))
+    return sum(float(chunk.astype(np.float64).sum()) for chunk in chunks)
+
+
+def share(mask: Any) -> float:
+    """Return the fraction of a mask that is True; 0 if it is empty."""
+    return total(mask) / mask.size if mask.size else 0.0
+
+
+def column_means(mask: Any) -> Any:
+    """Return the fraction of each column of a 2-D mask that is True, as float64.
+
+    It must have at most 2**24 rows, and at least one.
+    """
+    rows = len(mask)
+    ones = array_module(mask).ones(rows, np.float32)
+    return (ones @ mask.astype(np.float32)).astype(np.float64) / rows
