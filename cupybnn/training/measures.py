@@ -9,7 +9,7 @@ from cupybnn import nn
 from cupybnn.autograd import Tensor, no_grad
 from cupybnn.autograd.storage import module_of
 from cupybnn.training.records import Callback
-from cupybnn.training.totals import column_means, share, total
+from cupybnn.training.totals import column_means, fraction, total
 
 if TYPE_CHECKING:
     from cupybnn.training.protocol import TrainingRun
@@ -84,7 +84,7 @@ def flipped(model: nn.Module, before: dict[str, Any]) -> dict[str, float]:
     >>> measures.flipped(model, before)
     {'0.weight': 0.25}
     """
-    return {name: share(signs != before[name]) for name, signs in weight_signs(model).items()}
+    return {name: fraction(signs != before[name]) for name, signs in weight_signs(model).items()}
 
 
 class FlipCounter:
@@ -121,7 +121,7 @@ class FlipCounter:
         """
         flips = {}
         for name, signs in weight_signs(self._model).items():
-            shares = (share(signs != then[name]) for then in (self._last, self._start))
+            shares = (fraction(signs != then[name]) for then in (self._last, self._start))
             flips[name] = Flips(*shares)
             self._last[name] = signs
         return flips
@@ -143,7 +143,9 @@ def outside_window(model: nn.Module) -> dict[str, float]:
     {'0.weight': 0.25}
     """
     return {
-        name: 0.0 if layer.quantizer.window is None else share(abs(array) > layer.quantizer.window)
+        name: 0.0
+        if layer.quantizer.window is None
+        else fraction(abs(array) > layer.quantizer.window)
         for name, layer, array in _binary_weights(model)
     }
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from cupybnn.backends.devices import array_module
 
-__all__ = ["column_means", "share", "total"]
+__all__ = ["column_means", "fraction", "total"]
 
 _CHUNK = 1 << 24  # elements that are converted at once
 
@@ -27,7 +27,7 @@ def total(array: Any) -> float:
     return sum(float(chunk.astype(np.float64).sum()) for chunk in chunks)
 
 
-def share(mask: Any) -> float:
+def fraction(mask: Any) -> float:
     """Return the fraction of a mask that is True; 0 if it is empty."""
     return total(mask) / mask.size if mask.size else 0.0
 
