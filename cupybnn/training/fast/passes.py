@@ -223,9 +223,11 @@ class Passes:
         In each layer, the gradient for the layer below comes first. The weight gradient and the
         update follow it, or run alongside it on further streams, if there are any. They are
         launched after the gradient of the activation, which the next product waits for: of two
-        kernels that can begin, the device begins the one that was captured first. The first layer
-        is updated by `launch`, together with the second if `NetworkPlan.updates_together`. With
-        other ranks, weight gradients are sent, and layers are updated later.
+        kernels that can begin, the device begins the one that was captured first. A product that
+        also updates fills the device and would hold up what runs alongside, so it follows. The
+        first layer is updated by `launch`, together with the second if
+        `NetworkPlan.updates_together`. With other ranks, weight gradients are sent, and layers are
+        updated later.
         """
         buffers, exchange = self._buffers, self._buffers.exchange
         last = buffers.passes[-1]
@@ -233,7 +235,8 @@ class Passes:
 
         def finish(i: int, ready: Any) -> None:
             own, gradient = buffers.product_grad(i, None)
-            with fork.aside(ready):
+            fills = self._plan.hidden[i].updates and exchange is None
+            with contextlib.nullcontext() if fills else fork.aside(ready):
                 if i in buffers.rounded:
                     self._finish_rounded(i)
                 elif buffers.hidden[i].plan.backward == "dense":
@@ -244,7 +247,7 @@ class Passes:
                     self._gradient_by_bits(i, gradient)
                 if exchange is not None:
                     exchange.send_gradient(buffers.hidden[i].plan.linear.weight)
-            done = fork.mark()
+            done = None if fills else fork.mark()
             if own is not None:
                 in_use[own] = done
             if exchange is None and (i > 1 or not self._plan.updates_together):
