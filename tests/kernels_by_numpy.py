@@ -337,12 +337,13 @@ def gradient_sums(d, p, grad, out, gate, partials, tickets, grad_gamma, grad_bet
     at(grad_gamma, p.cols, np.float32)[...] = (dy * layer.normal).sum(axis=0)
 
 
-def gradient(d, p, grad, out, gate, grad_gamma, grad_beta) -> None:
+def gradient(d, p, grad, out, gate, grad_gamma, grad_beta, row_most, col_most) -> None:
     layer = Hidden(d, p)
     layer.inputs()
     sums = [at(address, p.cols, np.float32) for address in (grad_gamma, grad_beta)]
     dz = layer.of_product(incoming(d, p, layer, grad, gate), *sums)
     write_real(out, dz.astype(np.float32), d["REAL"])
+    assert "GREATEST" not in d, "for rounded gradients, which are not computed here"
 
 
 def loss_and_gradient(d, logits, labels, smoothing, share):
@@ -463,12 +464,13 @@ def head_sums(d, p, back, partials, tickets, grad_weight, grad_gamma, grad_beta)
         at(grad_gamma, p.cols, np.float32)[...] = (dy * layer.normal).sum(axis=0)
 
 
-def head_gradient(d, p, back, grad_gamma, grad_beta) -> None:
+def head_gradient(d, p, back, grad_gamma, grad_beta, row_most, col_most) -> None:
     layer, classes = LastLayer(d, p, back.weight, back.window), d["CLASSES"]
     of_logits = at(back.grad, (p.rows, stride(classes)), np.float32)[:, :classes]
     sums = [at(address, p.cols, np.float32) for address in (grad_gamma, grad_beta)]
     dz = layer.of_product(layer.gated(of_logits @ layer.weight.T), *sums)
     write_real(back.out, dz.astype(np.float32), d["REAL"])
+    assert "GREATEST" not in d, "for rounded gradients, which are not computed here"
 
 
 def adam(

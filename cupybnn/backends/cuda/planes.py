@@ -150,6 +150,8 @@ class GradientLevels:
         Of the levels' numbers in each line.
     row_scale, col_scale : cupy.ndarray of float32
         Of each line; a level times its line's scale is the element, rounded.
+    row_most, col_most : cupy.ndarray of int32
+        Greatest magnitude in each line, as the bits of a float.
     """
 
     def __init__(self, rows: int, cols: int, bits: int) -> None:
@@ -162,11 +164,21 @@ class GradientLevels:
         down, across = (-(-n // 4) * 4 for n in (rows, cols))  # kernels load four at a time
         self.cleared = cupy.empty(2 * (down + across), np.int32)
         self.row_sums, self.col_sums = self.cleared[:rows], self.cleared[down : down + cols]
-        self._most = self.cleared[down + across :][:rows], self.cleared[-across:][:cols]
+        self.row_most, self.col_most = (
+            self.cleared[down + across :][:rows],
+            self.cleared[-across:][:cols],
+        )
         self._scales = cupy.empty(down + across, np.float32)
         self.row_scale, self.col_scale = self._scales[:rows], self._scales[down:][:cols]
 
-    def launch(self, grad: Any, seed: int, draw: int, step: Any = None, first: int = 0) -> None:
+    def clear(self) -> None:
+        """Set sums and greatest magnitudes to zeros on the current stream."""
+        self.cleared.data.memset_async(0, self.cleared.nbytes)
+
+    def launch(
+        self, grad: Any, seed: int, draw: int, step: Any = None, first: int = 0,
+        measured: bool = False,
+    ) -> None:  # fmt: skip
         """Quantize a gradient on the current stream.
 
         Parameters
@@ -179,11 +191,14 @@ class GradientLevels:
             Added to `draw`.
         first : int
             Rows before this part of a batch, in eights.
+        measured : bool
+            Whether the greatest magnitudes are there already, since `clear`.
         """
         rows, cols = self.shape
-        self.cleared.data.memset_async(0, self.cleared.nbytes)
+        if not measured:
+            self.clear()
         argument = GRADIENT.pack(
-            g=grad, rows=rows, cols=cols, row_most=self._most[0], col_most=self._most[1],
+            g=grad, rows=rows, cols=cols, row_most=self.row_most, col_most=self.col_most,
             row_scale=self.row_scale, col_scale=self.col_scale,
             by_row=PLANE_LINES.pack(
                 words=self.row_words, sums=self.row_sums, lines=rows, chunks=chunk_count(cols)
@@ -195,7 +210,8 @@ class GradientLevels:
         )  # fmt: skip
         defines = (("PLANES", self.bits), ("REAL", _REAL[grad.dtype.name]))
         device = grad.data.device_id
-        _launch(MOST, defines, device, _tiles(rows, cols, _MOST_TILE), p=argument)
+        if not measured:
+            _launch(MOST, defines, device, _tiles(rows, cols, _MOST_TILE), p=argument)
         _launch(QUANTIZE, defines, device, _tiles(rows, cols), p=argument)
 
 

@@ -13,6 +13,7 @@ from cupybnn.backends.cuda.fused_head import Head
 from cupybnn.backends.cuda.fused_layers import (
     Activation,
     ActivationGradient,
+    Greatest,
     UnpackColumns,
     UnpackRows,
 )
@@ -93,6 +94,8 @@ class Passes:
         #: Factor that turns the whole numbers in `Buffers.inputs` into pixels.
         self._input_scale = float(data.pixel_scale) / keep
         self._rounding: dict[int, Draw] = {}
+        #: By number of a hidden layer: whether its gradient's greatest magnitudes are known.
+        self._measured: dict[int, bool] = {}
         self.span: Callable[[str], Any] = no_span
 
     def _new_launcher(self) -> fused.Launcher:
@@ -212,8 +215,10 @@ class Passes:
         """Compute the loss from the last hidden product, and that product's gradient."""
         with self.span("logits and loss"):
             self._heads[at.number].launch_logits(self.launcher)
+        last = len(at.hidden) - 1
         with self.span("gradient of the head"):
-            self._heads[at.number].launch_gradient(self.launcher)
+            found = self._heads[at.number].launch_gradient(self.launcher, self._greatest(last))
+        self._measured[last] = found
 
     # Backward ----------------------------------------------------------------------------------
 
@@ -284,7 +289,7 @@ class Passes:
         if i in self._buffers.rounded:
             rounded = self._buffers.rounded[i]
             with self.span("rounding of gradients"):
-                rounded.quantize(gradient, self._rounding[i], self._feed.step)
+                rounded.quantize(gradient, self._rounding[i], self._feed.step, self._measured[i])
             with self.span(f"gradient of {hidden.plan.name}'s input"):
                 rounded.input_gradient()
             return
@@ -301,13 +306,18 @@ class Passes:
         """Turn the gradient of hidden layer `i`'s activation into that of its product."""
         hidden = at.hidden[i]
         with self.span("gradient of activation"):
-            ActivationGradient(
+            self._measured[i] = ActivationGradient(
                 layer=hidden.layer,
                 gate=hidden.plan.gate,
                 mask=hidden.mask,
                 grad=self._buffers.incoming_grad(i, at.number),
                 out=self._buffers.product_grad(i, at.number)[1],
-            ).launch(tools.launcher)
+            ).launch(tools.launcher, self._greatest(i))
+
+    def _greatest(self, i: int) -> Greatest | None:
+        """Return where to find the greatest magnitudes of the gradient of hidden layer `i`."""
+        rounded = self._buffers.rounded.get(i)
+        return None if rounded is None else rounded.greatest
 
     def _weight_of(self, i: int) -> Any:
         """Return hidden layer `i`'s weights for a dense product, unpacked if necessary."""

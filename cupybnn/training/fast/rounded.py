@@ -7,6 +7,7 @@ from typing import Any
 from cupybnn.backends.cuda import plane_gemm
 from cupybnn.backends.cuda.compiler import Defines
 from cupybnn.backends.cuda.fused_batch import Draw
+from cupybnn.backends.cuda.fused_layers import Greatest
 from cupybnn.backends.cuda.planes import GradientLevels, TurnedSigns
 from cupybnn.backends.cuda.product import prepare_scaled
 from cupybnn.backends.devices import Device
@@ -69,9 +70,23 @@ class RoundedBackward:
                 prepare_scaled(*self._for_weight, weight_grad, columns=made.col_scale),
             )
 
-    def quantize(self, grad: Any, draw: Draw, step: Any) -> None:
-        """Round the gradient of the layer's products on the current stream."""
-        self._made.launch(grad, draw.seed, draw.offset, step)
+    @property
+    def greatest(self) -> Greatest:
+        """Memory for the gradient's greatest magnitudes, for a kernel that writes the gradient."""
+        return self._made
+
+    def quantize(self, grad: Any, draw: Draw, step: Any, measured: bool = False) -> None:
+        """Round the gradient of the layer's products on the current stream.
+
+        Parameters
+        ----------
+        grad : cupy.ndarray, shape (batch, units)
+        draw : Draw
+        step : cupy.ndarray of int64, shape (1,), or None
+        measured : bool
+            Whether the kernel that wrote `grad` has found its greatest magnitudes.
+        """
+        self._made.launch(grad, draw.seed, draw.offset, step, measured=measured)
 
     def input_gradient(self) -> None:
         """Compute the gradient of the inputs, after `quantize`, on the current stream."""
