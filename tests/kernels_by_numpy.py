@@ -609,9 +609,17 @@ def gemm(a, b, out, options) -> None:
     out[...] = left @ right
 
 
-def transposed_product(signs, matrix, out, device) -> None:
+def transposed_product(signs, matrix, out, device, below=None, scratch=None) -> None:
     weights = read_signs(signs.words.ctypes.data, signs.shape[1], signs.shape[0])
     out[...] = narrowed(widened(matrix) @ weights)
+    if below is not None:
+        choices = {**dict(below.layer.defines()), "REAL": "bfloat16_bits"}
+        choices["GATE"] = fused_layers.GATES[below.gate]
+        sums = {n: _address(array) for n, array in below.layer.gradients().items()}
+        gradient_sums(
+            choices, decode(STRUCTS["Layer"], below.layer.pack()), grad=_address(out), out=0,
+            gate=_address(below.mask), partials=0, tickets=0, **sums,
+        )  # fmt: skip
 
 
 def weight_gradient(signs, matrix, out, device) -> None:

@@ -286,7 +286,12 @@ def test_sign_gemm():
         {"RESULT": 1, "PENALTY": p, "WRITE_GRADIENT": w, "GATED": int(p != 2)} for p, w in kinds
     ]
     stored = [{"RESULT": r, "PENALTY": 0, "WRITE_GRADIENT": 0} for r in (0, 2)]
-    choices = [*stored, *updates]
+    kinds = (("short", 1), ("float16_bits", 0), ("float", 2))
+    summed = [
+        {**stored[0], "SUMS": 1, "PRODUCT": p, "GATE": gate, "NORM": 1, "DROP": 0}
+        for p, gate in kinds
+    ]
+    choices = [*stored, *updates, *summed]
     # Strictly: what does not fit the registers waits for each instruction of the tensor cores.
     test_kernels_compile.compile_all("sm90_sign_gemm", arch, choices)
 

@@ -267,7 +267,14 @@ class ActivationGradient:
         Any  # (batch, units): may be `grad`, or the product's memory if elements have the same size
     )
 
-    def launch(self, launcher: Launcher, greatest: Greatest | None = None) -> bool:
+    def can_be_summed(self) -> bool:
+        """Whether `sign_gemm.transposed_product`, which computes `grad`, can add it up, too."""
+        norm = self.layer.norm
+        return norm is not None and norm.whole is None and self.layer.drop == DROP_NONE
+
+    def launch(
+        self, launcher: Launcher, greatest: Greatest | None = None, summed: bool = False
+    ) -> bool:
         """Launch on the current stream.
 
         Parameters
@@ -275,6 +282,8 @@ class ActivationGradient:
         launcher : Launcher
         greatest : Greatest, optional
             Receives the greatest magnitudes of the result.
+        summed : bool
+            Whether the gradients of batch norm's parameters have been computed already.
 
         Returns
         -------
@@ -285,7 +294,7 @@ class ActivationGradient:
         arguments = {"p": layer.pack(), "grad": self.grad, "out": self.out, "gate": self.mask}
         arguments |= layer.gradients()
         gate = ("GATE", GATES[self.gate])
-        if layer.norm is not None:
+        if layer.norm is not None and not summed:
             sums = Sums(2, launcher.itemsize, 4 * (self.gate == "mask"), most_warps=16)
             strips = walk.strips(layer, sums)
             launcher.launch(

@@ -96,6 +96,12 @@ class Passes:
         self._rounding: dict[int, Draw] = {}
         #: By number of a hidden layer: whether its gradient's greatest magnitudes are known.
         self._measured: dict[int, bool] = {}
+        #: Likewise: whether the product that computes its activations' gradient has added it up.
+        self._summed: dict[int, bool] = {}
+        self._norm_scratch = None
+        if any(layer.backward == "bits" for layer in plan.hidden):
+            widest = max(layer.units for layer in plan.hidden)
+            self._norm_scratch = sign_gemm.NormScratch(plan.batch, widest)
         self.span: Callable[[str], Any] = no_span
 
     def _new_launcher(self) -> fused.Launcher:
@@ -298,21 +304,31 @@ class Passes:
         weight = None if by_bits else self._weight_of(i)
         with self.span(f"gradient of {hidden.plan.name}'s input"):
             if by_bits:
-                sign_gemm.transposed_product(hidden.packed_weight, gradient, incoming, self._device)
+                below = self._activation_of(at, i - 1)
+                self._summed[i - 1] = below.can_be_summed()
+                sign_gemm.transposed_product(
+                    hidden.packed_weight, gradient, incoming, self._device,
+                    below if self._summed[i - 1] else None, self._norm_scratch,
+                )  # fmt: skip
             else:
                 tools.products.multiply(gradient, weight, incoming, transpose_b=True)
 
     def _activation_gradient(self, at: Pass, i: int, tools: _Tools) -> None:
         """Turn the gradient of hidden layer `i`'s activation into that of its product."""
-        hidden = at.hidden[i]
         with self.span("gradient of activation"):
-            self._measured[i] = ActivationGradient(
-                layer=hidden.layer,
-                gate=hidden.plan.gate,
-                mask=hidden.mask,
-                grad=self._buffers.incoming_grad(i, at.number),
-                out=self._buffers.product_grad(i, at.number)[1],
-            ).launch(tools.launcher, self._greatest(i))
+            self._measured[i] = self._activation_of(at, i).launch(
+                tools.launcher, self._greatest(i), self._summed.get(i, False)
+            )
+
+    def _activation_of(self, at: Pass, i: int) -> ActivationGradient:
+        hidden = at.hidden[i]
+        return ActivationGradient(
+            layer=hidden.layer,
+            gate=hidden.plan.gate,
+            mask=hidden.mask,
+            grad=self._buffers.incoming_grad(i, at.number),
+            out=self._buffers.product_grad(i, at.number)[1],
+        )
 
     def _greatest(self, i: int) -> Greatest | None:
         """Return where to find the greatest magnitudes of the gradient of hidden layer `i`."""
