@@ -7,6 +7,12 @@
 #include "adam.cuh"
 
 constexpr int TOGETHER = 2;  // rows of a group, which a warp updates at a time
+#ifndef AHEAD_GROUPS
+#define AHEAD_GROUPS 3
+#endif
+#ifndef FETCHED_GROUPS
+#define FETCHED_GROUPS 5
+#endif
 // Offsets of elements are of 32 bits: a parameter has fewer than 2**31, and 64 bits take three times as many
 // instructions.
 
@@ -51,7 +57,7 @@ __device__ __forceinline__ float update_tile(const Parameter& p, const Adam& mov
                                              unsigned char (&signs_after)[GROUPS][TILE_N], int m, int n,
                                              int warp, const Wait& wait, const Release& release) {
   static_assert(GROUPS * TOGETHER == TILE_M, "a byte a group");
-  constexpr int PARTS = TILE_N / 128, COUNT = GROUPS * PARTS, AHEAD = 3, FETCHED = 5;
+  constexpr int PARTS = TILE_N / 128, COUNT = GROUPS * PARTS, AHEAD = AHEAD_GROUPS, FETCHED = FETCHED_GROUPS;
   const int lane = threadIdx.x & 31;
   const auto row_of = [&](int i) { return m + i / PARTS * TOGETHER; };
   const auto part_of = [&](int i) { return n + i % PARTS * 128; };
@@ -99,7 +105,7 @@ __device__ __forceinline__ float update_tile(const Parameter& p, const Adam& mov
         }
       }
       const int fetched = i + (AHEAD + FETCHED) * WARPS, later = i + AHEAD * WARPS;
-      if (fetched < COUNT) Rows::fetch(p, row_of(fetched), part_of(fetched));
+      if (FETCHED && fetched < COUNT) Rows::fetch(p, row_of(fetched), part_of(fetched));
       if (later < COUNT) now.load_from(p, row_of(later), col_of(later));
       *(u32*)&signs_after[i / PARTS][col - n] =
           signs[0] | signs[1] << 8 | signs[2] << 16 | signs[3] << 24;
@@ -108,7 +114,7 @@ __device__ __forceinline__ float update_tile(const Parameter& p, const Adam& mov
   release();
   const auto meet = [] { asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory"); };
   meet();
-  constexpr int WORDS = TILE_M / 32 * TILE_N, EACH = 4;  // a lane's words, loaded together
+  constexpr int WORDS = TILE_M / 32 * TILE_N, EACH = 6;  // a lane's words, loaded together
 #pragma unroll 1
   for (int first = warp * 32 + lane; first < WORDS; first += EACH * WARPS * 32) {
     u32 before[EACH], *to[EACH];

@@ -144,9 +144,9 @@ class Passes:
         self._rounding = dict(zip(buffers.rounded, remaining, strict=True))
         first = buffers.passes[0]
         if plan.adversarial:
-            self._forward(first, lambda: fork.wait(taught))
+            self._forward(first, fork, taught)
             self._attack(pixel_draw)
-        self._forward(first, lambda: fork.wait(taught))
+        self._forward(first, fork, taught)
         if plan.vat:
             # Its kernels fill the multiprocessors that those of a search leave idle.
             with fork.aside():
@@ -164,13 +164,30 @@ class Passes:
 
     # Forward -----------------------------------------------------------------------------------
 
-    def _forward(self, at: Pass, before_loss: Callable[[], None] = lambda: None) -> None:
-        """Compute the loss, and the gradient of the last hidden product."""
+    def _forward(self, at: Pass, fork: Fork | None = None, taught: Any = None) -> None:
+        """Compute the loss, and the gradient of the last hidden product.
+
+        Parameters
+        ----------
+        at : Pass
+        fork : Fork, optional
+            Alongside the loss, signs are turned on its stream for products with rounded gradients.
+        taught : event, optional
+            After which there are targets.
+        """
         for i in range(len(at.hidden)):
             self._multiply(at, i)
             self._activate(at, i)
-        before_loss()
+        fork = fork or Fork()
+        fork.wait(taught)
+        turned = None
+        if self._buffers.rounded:
+            with fork.aside(), self.span("turning of signs"):
+                for rounded in self._buffers.rounded.values():
+                    rounded.turn()
+            turned = fork.mark()
         self._launch_head(at)
+        fork.wait(turned)
 
     def _multiply(self, at: Pass, i: int) -> None:
         """Compute the product of hidden layer `i`, counted from 0."""

@@ -36,7 +36,7 @@ class RoundedBackward:
 
     Notes
     -----
-    Each product reads signs along another axis than the forward product: they are turned first.
+    Each product reads signs along another axis than the forward product: `turn` comes first.
     """
 
     def __init__(
@@ -88,9 +88,13 @@ class RoundedBackward:
         """
         self._made.launch(grad, draw.seed, draw.offset, step, measured=measured)
 
+    def turn(self) -> None:
+        """Turn the signs of weights and inputs on the current stream."""
+        self._turned_weight.launch(self._weight.words, self._weight.shape[1])
+        self._turned_inputs.launch(self._inputs.words, self._inputs.shape[0])
+
     def input_gradient(self) -> None:
         """Compute the gradient of the inputs, after `quantize`, on the current stream."""
-        self._turned_weight.launch(self._weight.words, self._weight.shape[1])
         if self._launches is not None:
             self._launches[0](_stream())
             return
@@ -100,18 +104,13 @@ class RoundedBackward:
 
     def weight_gradient(self) -> None:
         """Compute the gradient of the weights, after `quantize`, on the current stream."""
-        self._turn_inputs()
         self._launches[1](_stream())
 
     def weight_update(self, update: dict[str, Any], defines: Defines) -> None:
         """Compute the gradient of the weights and update them; see `Update.arguments_of`."""
-        self._turn_inputs()
         plane_gemm.weight_update(
             *self._for_weight, self._made.col_scale, update, defines=defines, device=self._device
         )
-
-    def _turn_inputs(self) -> None:
-        self._turned_inputs.launch(self._inputs.words, self._inputs.shape[0])
 
 
 def _stream() -> int:
