@@ -114,7 +114,7 @@ __device__ __forceinline__ float update_tile(const Parameter& p, const Adam& mov
   release();
   const auto meet = [] { asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory"); };
   meet();
-  constexpr int WORDS = TILE_M / 32 * TILE_N, EACH = 6;  // a lane's words, loaded together
+  constexpr int WORDS = TILE_M / 32 * TILE_N, EACH = 4;  // a lane's words, loaded together
 #pragma unroll 1
   for (int first = warp * 32 + lane; first < WORDS; first += EACH * WARPS * 32) {
     u32 before[EACH], *to[EACH];
