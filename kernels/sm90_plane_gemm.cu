@@ -2,8 +2,7 @@
 // the backward pass of a binary layer.
 //
 //     RESULT_STORED  gradient of the inputs: the gradient's levels (M images x K units), scaled for each
-//                    row, by weights (K x N inputs), stored as M x N; with SUMS, also the sums over images
-//                    that batch norm of the layer below needs in its backward pass (tile_sums.cuh)
+//                    row, by weights (K x N inputs), stored as M x N
 //     RESULT_UPDATE  gradient of the weights: inputs (M inputs x K images) by the gradient's levels (K x N
 //                    units), scaled for each column; it is not stored, but used to update the weights
 //
@@ -20,8 +19,7 @@
 // What bounds it: with few planes the memory, for an update moves 25 bytes for each weight; else the L2
 // cache, which must deliver 48 bytes per clock.
 //
-// The translation unit sets RESULT and PLANES, and PENALTY and WRITE_GRADIENT (adam.cuh); it may set SUMS to 1,
-// and then sets the macros of tile_sums.cuh, too.
+// The translation unit sets RESULT and PLANES, and PENALTY and WRITE_GRADIENT (adam.cuh).
 
 #define RESULT_STORED 0
 #define RESULT_UPDATE 1
@@ -30,14 +28,8 @@
 #define BLOCK_WARPS 12
 #define PLANES_OF_B (RESULT == RESULT_UPDATE)
 #include "product.cuh"
-#ifndef SUMS
-#define SUMS 0
-#endif
 #include "tile_update.cuh"
 #include "wgmma.cuh"
-#if SUMS
-#include "tile_sums.cuh"
-#endif
 
 constexpr int TILE_M = 128, TILE_N = 256, STAGES = 3;
 constexpr int CONSUMER_WARPS = 8, WRITERS = 3;
@@ -65,13 +57,8 @@ struct Shared {
   bfloat16_bits results[TILE_M][PITCH];
 #if RESULT == RESULT_UPDATE
   unsigned char signs_after[TILE_M / TOGETHER][TILE_N];
-#elif SUMS
-  float sums[WRITERS][2 * SUMMED_COLS];
 #endif
   u64 full[STAGES], empty[STAGES], results_full, results_empty;
-#if SUMS
-  u32 is_last;
-#endif
 };
 
 // Tiles in order, those of the same columns first.
@@ -195,7 +182,7 @@ __device__ __forceinline__ void consume(const PlaneProduct& p, Shared& shared, i
   }
 }
 
-#if RESULT == RESULT_STORED && !SUMS
+#if RESULT == RESULT_STORED
 // Store a tile of results, a row at a time. For the writers, of which this is number `writer`.
 __device__ __forceinline__ void store_tile(const PlaneProduct& p, const Shared& shared, int m, int n,
                                            int writer) {
@@ -248,22 +235,7 @@ __device__ __forceinline__ void run(const PlaneProduct& p, const Write& write) {
   }
 }
 
-#if SUMS
-static_assert(RESULT == RESULT_STORED, "an update has no sums");
-
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    plane_gemm(const __grid_constant__ PlaneProduct p, const __grid_constant__ Layer layer,
-               const __grid_constant__ NormSums to) {
-  run(p, [&](Shared& shared, int m, int n, u32, int writer, const auto& wait, const auto& release) {
-    const int end = min(TILE_N, (int)p.n - n);
-#pragma unroll 1
-    for (int skip = 0; skip < end; skip += SUMMED_COLS)
-      sum_tile<WRITERS>(
-          layer, to, p.out, shared.results, skip, shared.sums, shared.is_last, m, n + skip, writer,
-          [&] { if (skip == 0) wait(); }, [&] { if (skip + SUMMED_COLS >= end) release(); });
-  });
-}
-#elif RESULT == RESULT_STORED
+#if RESULT == RESULT_STORED
 extern "C" __global__ void __launch_bounds__(THREADS, 1) plane_gemm(const __grid_constant__ PlaneProduct p) {
   run(p, [&](const Shared& shared, int m, int n, u32, int writer, const auto& wait, const auto& release) {
     wait();

@@ -318,7 +318,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     sign_gemm(const __grid_constant__ SignProduct p, const __grid_constant__ TensorMap map,
               const __grid_constant__ Layer layer, const __grid_constant__ NormSums to) {
   run(p, map, [&](Shared& shared, int m, int n, u32, int writer, const auto& wait, const auto& release) {
-    sum_tile<WRITERS>(layer, to, p.out, shared.results, 0, shared.sums, shared.is_last, n, m, writer, wait,
+    sum_tile<WRITERS>(layer, to, p.out, shared.results, shared.sums, shared.is_last, n, m, writer, wait,
                       release);
   });
 }

@@ -125,54 +125,6 @@ def test_hopper_s_kernel_stores_the_same_gradient(bits, batch, count, units):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(
-    ("batch", "count", "units"), [(96, 128, 72), (1100, 2056, 1032), (8, 8, 5000), (2304, 2176, 64)]
-)
-def test_hopper_s_kernel_adds_up_for_the_batch_norm_below(bits, batch, count, units):
-    import cupy
-
-    from cupybnn.backends.cuda import sign_gemm
-    from cupybnn.backends.cuda.fused_batch import Draw
-    from cupybnn.backends.cuda.fused_layers import ActivationGradient, BatchNorm, Layer
-    from cupybnn.backends.cuda.norm_sums import NormScratch
-    from cupybnn.training.fast.rounded import RoundedBackward
-
-    if sign_gemm.unsupported_layer(0, "bfloat16", count, units) is not None:
-        pytest.skip("not a Hopper GPU")
-    rng = np.random.default_rng(0)
-    x, w = (rng.choice([-1, 1], s).astype(np.float32) for s in ((batch, count), (count, units)))
-    g = cupy.asarray(rng.normal(size=(batch, units)).astype(np.float32)).view(np.uint32)
-    g = (g >> 16).astype(np.uint16)
-    out = [cupy.full((batch, count), 0x7FC1, np.uint16) for _ in range(2)]
-    z = cupy.asarray(rng.integers(-40, 41, (batch, count)).astype(np.int16))
-    mean, inverse = (cupy.asarray(rng.random(count) + 0.1, np.float32) for _ in range(2))
-    unread = dict.fromkeys(("gamma", "beta", "running_mean", "running_variance"), mean)
-    gamma, beta = (cupy.full(count, np.nan, np.float32) for _ in range(2))
-    norm = BatchNorm(
-        grad_gamma=gamma, grad_beta=beta, mean=mean, inverse=inverse, decay=0.9, eps=1e-4, **unread
-    )
-    below = ActivationGradient(
-        layer=Layer(product=z, norm=norm), gate="none", mask=None, grad=out[1], out=out[1]
-    )
-    scratch, inputs = NormScratch(batch, count), pack(cupy.asarray(x))
-    for to, further in zip(out, ((), (below, scratch)), strict=True):
-        weight = pack(cupy.asarray(w), axis=-2)
-        made = RoundedBackward(bits, inputs, weight, to, None, Device("cuda", 0))
-        assert made.can_sum()
-        made.turn()
-        made.quantize(g, Draw(seed=7, offset=5, keep_prob=1.0), None)
-        made.input_gradient(*further)
-    cupy.testing.assert_array_equal(*out)
-    dy = (out[1].get().astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    normal = (z.get().astype(np.float32) - mean.get()) * inverse.get()
-    for got, terms in ((beta, dy), (gamma, dy * normal)):
-        most = abs(terms).sum(axis=0).max()
-        np.testing.assert_allclose(got.get(), terms.sum(axis=0), rtol=0, atol=1e-6 * most)
-    assert not scratch.tickets.any()
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("bits", [1, 4, 8])
 @pytest.mark.parametrize(
     "settings",
@@ -182,10 +134,7 @@ def test_hopper_s_kernel_adds_up_for_the_batch_norm_below(bits, batch, count, un
 )  # fmt: skip
 def test_updates_by_products_are_those_of_a_launch_of_their_own(bits, settings, monkeypatch):
     from cupybnn.backends.cuda import plane_gemm, sign_gemm
-    from cupybnn.backends.cuda.fused_layers import ActivationGradient
 
-    # In another order they would be other numbers.
-    monkeypatch.setattr(ActivationGradient, "can_be_summed", lambda self: False)
     settings = {**ROUNDED, "grad_bits": bits, "dtype": "bfloat16", "max_steps": 12, **settings}
     found = []
     for pays in (True, False):

@@ -13,7 +13,6 @@ from cupybnn import pack
 from cupybnn.backends.cuda import fused_update, sign_gemm
 from cupybnn.backends.cuda.fused import Launcher
 from cupybnn.backends.cuda.fused_layers import ActivationGradient, BatchNorm, Layer
-from cupybnn.backends.cuda.norm_sums import NormScratch
 
 pytestmark = pytest.mark.gpu
 
@@ -100,7 +99,7 @@ def test_gradient_of_inputs_with_the_sums_for_the_batch_norm_below(sizes, produc
         gate=gate, mask=cupy.asarray(mask_words(passes)), grad=out[:batch], out=out[:batch],
     )  # fmt: skip
     assert below.can_be_summed()
-    packed, scratch = pack(cupy.asarray(weight), axis=-2), NormScratch(batch, inputs)
+    packed, scratch = pack(cupy.asarray(weight), axis=-2), sign_gemm.NormScratch(batch, inputs)
     for sign in (1, -1):  # the second time over the first
         matrix = cupy.asarray(to_bfloat16(sign * gradient))
         sign_gemm.transposed_product(packed, matrix, out[:batch], 0, below, scratch)

@@ -14,7 +14,7 @@
 
 constexpr int SUMMED_COLS = 128;  // of a strip: four for each lane
 
-// Filled by cupybnn/backends/cuda/norm_sums.py, field by field in this order.
+// Filled by cupybnn/backends/cuda/sign_gemm.py, field by field in this order.
 struct NormSums {
   const u32* gate;
   float* partials;    // (tiles of rows, 2, columns)
@@ -40,15 +40,13 @@ template <int WARPS, int COUNT> struct RowsOfLayer {
 };
 
 // Store a tile of ROWS rows x 128 columns, from row `row0` and column `col0` on, in `grad`, and add it up; the
-// warps that finish the last tile of a strip finish its sums. Each warp takes every WARPS-th row. The tile is
-// in `results` from column `skip` on. `shared` is scratch space; `wait` and `release` are those of
-// `update_tile`. Offsets of elements are of 32 bits.
+// warps that finish the last tile of a strip finish its sums. Each warp takes every WARPS-th row. `shared` is
+// scratch space; `wait` and `release` are those of `update_tile`. Offsets of elements are of 32 bits.
 template <int WARPS, int ROWS, int PITCH, typename Wait, typename Release>
 __device__ __forceinline__ void sum_tile(const Layer& p, const NormSums& to, real_t* grad,
                                          const real_t (&results)[ROWS][PITCH],
-                                         int skip, float (&shared)[WARPS][2 * SUMMED_COLS], u32& is_last,
-                                         int row0, int col0, int warp, const Wait& wait,
-                                         const Release& release) {
+                                         float (&shared)[WARPS][2 * SUMMED_COLS], u32& is_last, int row0,
+                                         int col0, int warp, const Wait& wait, const Release& release) {
   constexpr int COUNT = 8;
   const int lane = threadIdx.x & 31, cols = (int)p.cols, last = (int)p.rows - 1;
   const bool has_cols = col0 + lane * 4 < cols;
@@ -65,7 +63,7 @@ __device__ __forceinline__ void sum_tile(const Layer& p, const NormSums& to, rea
     for (int b = 0; b < COUNT; b++) {
       const int own = first + b * WARPS;
       const bool exists = own < ROWS && row0 + own <= last && has_cols;
-      Vector<real_t, 4> raw = *(const Vector<real_t, 4>*)&results[min(own, ROWS - 1)][skip + lane * 4];
+      Vector<real_t, 4> raw = *(const Vector<real_t, 4>*)&results[min(own, ROWS - 1)][lane * 4];
       if (exists) *(Vector<real_t, 4>*)(grad + (row0 + own) * cols + col) = raw;
       if (GATE == GATE_MASK) keep_only(raw, now.gate[b]);
       float dy[4], z[4];

@@ -7,12 +7,6 @@
 #include "adam.cuh"
 
 constexpr int TOGETHER = 2;  // rows of a group, which a warp updates at a time
-#ifndef AHEAD_GROUPS
-#define AHEAD_GROUPS 3
-#endif
-#ifndef FETCHED_GROUPS
-#define FETCHED_GROUPS 5
-#endif
 // Offsets of elements are of 32 bits: a parameter has fewer than 2**31, and 64 bits take three times as many
 // instructions.
 
@@ -57,7 +51,7 @@ __device__ __forceinline__ float update_tile(const Parameter& p, const Adam& mov
                                              unsigned char (&signs_after)[GROUPS][TILE_N], int m, int n,
                                              int warp, const Wait& wait, const Release& release) {
   static_assert(GROUPS * TOGETHER == TILE_M, "a byte a group");
-  constexpr int PARTS = TILE_N / 128, COUNT = GROUPS * PARTS, AHEAD = AHEAD_GROUPS, FETCHED = FETCHED_GROUPS;
+  constexpr int PARTS = TILE_N / 128, COUNT = GROUPS * PARTS, AHEAD = 3, FETCHED = 5;
   const int lane = threadIdx.x & 31;
   const auto row_of = [&](int i) { return m + i / PARTS * TOGETHER; };
   const auto part_of = [&](int i) { return n + i % PARTS * 128; };
@@ -105,7 +99,7 @@ __device__ __forceinline__ float update_tile(const Parameter& p, const Adam& mov
         }
       }
       const int fetched = i + (AHEAD + FETCHED) * WARPS, later = i + AHEAD * WARPS;
-      if (FETCHED && fetched < COUNT) Rows::fetch(p, row_of(fetched), part_of(fetched));
+      if (fetched < COUNT) Rows::fetch(p, row_of(fetched), part_of(fetched));
       if (later < COUNT) now.load_from(p, row_of(later), col_of(later));
       *(u32*)&signs_after[i / PARTS][col - n] =
           signs[0] | signs[1] << 8 | signs[2] << 16 | signs[3] << 24;

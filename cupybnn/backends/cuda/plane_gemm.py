@@ -8,9 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from cupybnn.backends.cuda.compiler import Defines, load_kernel, multiprocessors
-from cupybnn.backends.cuda.fused_layers import LAYER, ActivationGradient
 from cupybnn.backends.cuda.fused_parameter import PARAMETER
-from cupybnn.backends.cuda.norm_sums import NORM_SUMS, NormScratch, arguments_of, shared_bytes
 from cupybnn.backends.cuda.packing import chunk_count
 from cupybnn.backends.cuda.sign_gemm import UPDATE_ARGUMENTS
 from cupybnn.backends.cuda.structs import Kernel, Struct
@@ -24,14 +22,6 @@ _STORED, _UPDATE = 0, 1
 
 PLANE_PRODUCT = Struct("PlaneProduct", "ptr a, b, pop_a, pop_b, scale, out; i64 m, n, k, chunks")
 STORED = Kernel("sm90_plane_gemm", "plane_gemm", "PlaneProduct p", PLANE_PRODUCT)
-SUMMED = Kernel(
-    "sm90_plane_gemm",
-    "plane_gemm",
-    "PlaneProduct p; Layer layer; NormSums to",
-    PLANE_PRODUCT,
-    LAYER,
-    NORM_SUMS,
-)
 UPDATE = Kernel(
     "sm90_plane_gemm",
     "plane_gemm",
@@ -50,10 +40,7 @@ def _tiles(m: int, n: int) -> int:
     return -(-m // _TILE_M) * -(-n // _TILE_N)
 
 
-def stored_product(
-    a: Any, b: Any, scale: Any, out: Any, device: int, below: ActivationGradient | None = None,
-    scratch: NormScratch | None = None,
-) -> None:  # fmt: skip
+def stored_product(a: Any, b: Any, scale: Any, out: Any, device: int) -> None:
     """Compute ``out = scale * (a @ b)``, the gradient of a layer's inputs.
 
     Parameters
@@ -67,13 +54,9 @@ def stored_product(
         Bit patterns of bfloat16, rounded to nearest even.
     device : int
         Index of the current CUDA device.
-    below, scratch : optional
-        As for `sign_gemm.transposed_product`.
     """
-    arguments, more = arguments_of(below, scratch)
-    defines = (("RESULT", _STORED), ("PENALTY", 0), ("WRITE_GRADIENT", 0), *more)
-    kernel = STORED if below is None else SUMMED
-    _launch(kernel, arguments, defines, (a, b, scale, out), device, shared_bytes(below))
+    defines = (("RESULT", _STORED), ("PENALTY", 0), ("WRITE_GRADIENT", 0))
+    _launch(STORED, {}, defines, (a, b, scale, out), device)
 
 
 def weight_update(
@@ -99,16 +82,15 @@ def weight_update(
 
 
 def _launch(
-    kernel: Kernel, arguments: dict[str, Any], defines: Defines, factors: Any, device: int,
-    more_shared: int = 0,
-) -> None:  # fmt: skip
+    kernel: Kernel, arguments: dict[str, Any], defines: Defines, factors: Any, device: int
+) -> None:
     a, b, scale, out = factors
     (m, k), n = a.shape, b.shape[1]
     product = PLANE_PRODUCT.pack(
         a=a.words, b=b.words, pop_a=a.popcounts, pop_b=b.popcounts, scale=scale, out=out, m=m,
         n=n, k=k, chunks=chunk_count(k),
     )  # fmt: skip
-    shared = _shared_bytes(kernel is UPDATE) + more_shared
+    shared = _shared_bytes(kernel is UPDATE)
     defines = (("PLANES", max(a.bits, b.bits)), *defines)
     loaded = load_kernel(kernel.source, kernel.function, defines, device, shared)
     blocks = min(_tiles(m, n), multiprocessors(device))

@@ -12,14 +12,14 @@ import numpy as np
 
 from cupybnn.backends.cuda import launching
 from cupybnn.backends.cuda.compiler import Defines, architecture, load_kernel, multiprocessors
-from cupybnn.backends.cuda.fused_layers import LAYER, ActivationGradient
+from cupybnn.backends.cuda.fused_layers import GATES, LAYER, ActivationGradient
 from cupybnn.backends.cuda.fused_parameter import PARAMETER
-from cupybnn.backends.cuda.norm_sums import NORM_SUMS, NormScratch, arguments_of, shared_bytes
 from cupybnn.backends.cuda.structs import Kernel, Struct
 
 __all__ = [
     "UPDATE_ARGUMENTS",
     "WRITERS",
+    "NormScratch",
     "pays",
     "tiles",
     "transposed_product",
@@ -46,6 +46,7 @@ UPDATE_ARGUMENTS = (
     "Parameter parameter; ptr rates; i64 ring; ptr step; float gain_mean, gain_square;"
     "ptr partials; i64 earlier"
 )
+NORM_SUMS = Struct("NormSums", "ptr gate, partials, tickets, grad_gamma, grad_beta")
 SUMMED = Kernel(
     "sm90_sign_gemm",
     "sign_gemm",
@@ -95,6 +96,23 @@ def tiles(m: int, n: int) -> int:
     return -(-m // _TILE_M) * -(-n // _TILE_N)
 
 
+class NormScratch:
+    """Memory for the sums of `transposed_product`, for one launch after the other.
+
+    Parameters
+    ----------
+    batch, units : int
+        The most of a layer.
+    """
+
+    def __init__(self, batch: int, units: int) -> None:
+        import cupy
+
+        tiles = -(-batch // _TILE_N)
+        self.partials = cupy.empty(tiles * 2 * units, np.float32)
+        self.tickets = cupy.zeros(-(-units // _TILE_M), np.uint32)  # 0 between launches
+
+
 def transposed_product(
     signs: Any,
     matrix: Any,
@@ -123,11 +141,17 @@ def transposed_product(
     (batch, units), inputs = matrix.shape, out.shape[1]
     product = SIGN_PRODUCT.pack(words=signs.words, out=out, m=inputs, n=batch, k=units)
     arguments = {"p": product, "map": _tensor_map(matrix.data.ptr, matrix.shape, _TILE_N)}
-    further, defines = arguments_of(below, scratch)
-    _launch(
-        PRODUCT if below is None else SUMMED, _TRANSPOSED, arguments | further,
-        (*_PLAIN, *defines), tiles(inputs, batch), device, shared_bytes(below),
+    if below is None:
+        _launch(PRODUCT, _TRANSPOSED, arguments, _PLAIN, tiles(inputs, batch), device)
+        return
+    assert scratch is not None
+    to = NORM_SUMS.pack(
+        gate=below.mask, partials=scratch.partials, tickets=scratch.tickets,
+        **below.layer.gradients(),
     )  # fmt: skip
+    arguments |= {"layer": below.layer.pack(), "to": to}
+    defines = (*_PLAIN, ("SUMS", 1), ("GATE", GATES[below.gate]), *below.layer.defines())
+    _launch(SUMMED, _TRANSPOSED, arguments, defines, tiles(inputs, batch), device)
 
 
 def weight_gradient(signs: Any, matrix: Any, out: Any, device: int) -> None:
@@ -185,20 +209,20 @@ def _launch(
     defines: Defines,
     tiles: int,
     device: int,
-    more_shared: int = 0,
 ) -> None:
-    shared, defines = _shared_bytes(result) + more_shared, (("RESULT", result), *defines)
+    shared, defines = _shared_bytes(result, kernel is SUMMED), (("RESULT", result), *defines)
     loaded = load_kernel(kernel.source, kernel.function, defines, device, shared)
     blocks = min(tiles, multiprocessors(device))
     loaded((blocks,), (_THREADS,), kernel.arguments(**arguments), shared_mem=shared)
 
 
-def _shared_bytes(result: int) -> int:
+def _shared_bytes(result: int, summed: bool = False) -> int:
     """Return the size of struct Shared in bytes."""
     slot = _TILE_N * _DEPTH * 2 + _DEPTH * _TILE_M // 8
     rows, cols = (_TILE_N, _TILE_M) if result == _TRANSPOSED else (_TILE_M, _TILE_N)
     signs = _TILE_M // 2 * _TILE_N if result == _UPDATE else 0
-    return _STAGES * (slot + 16) + rows * (cols + 8) * 2 + signs + 16
+    sums = WRITERS * 2 * _TILE_M * 4 + 8 if summed else 0
+    return _STAGES * (slot + 16) + rows * (cols + 8) * 2 + signs + sums + 16
 
 
 @cache

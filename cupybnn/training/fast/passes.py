@@ -20,7 +20,6 @@ from cupybnn.backends.cuda.fused_layers import (
 from cupybnn.backends.cuda.fused_update import Update
 from cupybnn.backends.cuda.fused_virtual import Soften
 from cupybnn.backends.cuda.graph import Fork
-from cupybnn.backends.cuda.norm_sums import NormScratch
 from cupybnn.data import DeviceData
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.fast.buffers import Buffers, Pass
@@ -100,9 +99,9 @@ class Passes:
         #: Likewise: whether the product that computes its activations' gradient has added it up.
         self._summed: dict[int, bool] = {}
         self._norm_scratch = None
-        if any(layer.updates for layer in plan.hidden):  # by products that can also add up
+        if any(layer.backward == "bits" for layer in plan.hidden):
             widest = max(layer.units for layer in plan.hidden)
-            self._norm_scratch = NormScratch(plan.batch, widest)
+            self._norm_scratch = sign_gemm.NormScratch(plan.batch, widest)
         self.span: Callable[[str], Any] = no_span
 
     def _new_launcher(self) -> fused.Launcher:
@@ -314,19 +313,19 @@ class Passes:
             rounded = self._buffers.rounded[i]
             with self.span("rounding of gradients"):
                 rounded.quantize(gradient, self._rounding[i], self._feed.step, self._measured[i])
-            below = self._to_sum(at, i - 1, rounded.can_sum())
             with self.span(f"gradient of {hidden.plan.name}'s input"):
-                rounded.input_gradient(below, self._norm_scratch)
+                rounded.input_gradient()
             return
         incoming = self._buffers.incoming_grad(i - 1, at.number)
         by_bits = hidden.plan.backward == "bits"
         weight = None if by_bits else self._weight_of(i)
         with self.span(f"gradient of {hidden.plan.name}'s input"):
             if by_bits:
-                below = self._to_sum(at, i - 1)
+                below = self._activation_of(at, i - 1)
+                self._summed[i - 1] = below.can_be_summed()
                 sign_gemm.transposed_product(
-                    hidden.packed_weight, gradient, incoming, self._device, below,
-                    self._norm_scratch,
+                    hidden.packed_weight, gradient, incoming, self._device,
+                    below if self._summed[i - 1] else None, self._norm_scratch,
                 )  # fmt: skip
             else:
                 tools.products.multiply(gradient, weight, incoming, transpose_b=True)
@@ -337,12 +336,6 @@ class Passes:
             self._measured[i] = self._activation_of(at, i).launch(
                 tools.launcher, self._greatest(i), self._summed.get(i, False)
             )
-
-    def _to_sum(self, at: Pass, i: int, can: bool = True) -> ActivationGradient | None:
-        """Return the gradient of hidden layer `i`'s activation if a product can add it up."""
-        below = self._activation_of(at, i)
-        self._summed[i] = can and below.can_be_summed()
-        return below if self._summed[i] else None
 
     def _activation_of(self, at: Pass, i: int) -> ActivationGradient:
         hidden = at.hidden[i]

@@ -7,8 +7,7 @@ from typing import Any
 from cupybnn.backends.cuda import plane_gemm
 from cupybnn.backends.cuda.compiler import Defines
 from cupybnn.backends.cuda.fused_batch import Draw
-from cupybnn.backends.cuda.fused_layers import ActivationGradient, Greatest
-from cupybnn.backends.cuda.norm_sums import NormScratch
+from cupybnn.backends.cuda.fused_layers import Greatest
 from cupybnn.backends.cuda.planes import GradientLevels, TurnedSigns
 from cupybnn.backends.cuda.product import prepare_scaled
 from cupybnn.backends.devices import Device
@@ -16,8 +15,6 @@ from cupybnn.backends.levels import SIGNS, Levels, levels_of
 from cupybnn.packed import PackedMatrix
 
 __all__ = ["RoundedBackward"]
-
-_LEAST_BITS_SUMMED = 4
 
 
 class RoundedBackward:
@@ -96,28 +93,13 @@ class RoundedBackward:
         self._turned_weight.launch(self._weight.words, self._weight.shape[1])
         self._turned_inputs.launch(self._inputs.words, self._inputs.shape[0])
 
-    def can_sum(self) -> bool:
-        """Whether `input_gradient` can also add up, and whether that is faster.
-
-        With fewer planes, the product takes less time than the warps that add up.
-        """
-        return self._launches is None and self._made.bits >= _LEAST_BITS_SUMMED
-
-    def input_gradient(
-        self, below: ActivationGradient | None = None, scratch: NormScratch | None = None
-    ) -> None:
-        """Compute the gradient of the inputs, after `quantize`, on the current stream.
-
-        Parameters
-        ----------
-        below, scratch : optional
-            As for `plane_gemm.stored_product`, if `can_sum`.
-        """
+    def input_gradient(self) -> None:
+        """Compute the gradient of the inputs, after `quantize`, on the current stream."""
         if self._launches is not None:
             self._launches[0](_stream())
             return
         plane_gemm.stored_product(
-            *self._for_inputs, self._made.row_scale, self._inputs_grad, self._device, below, scratch
+            *self._for_inputs, self._made.row_scale, self._inputs_grad, self._device
         )
 
     def weight_gradient(self) -> None:
