@@ -196,7 +196,8 @@ __device__ __forceinline__ void store_tile(const PlaneProduct& p, const Shared& 
 }
 #endif
 
-// Set up the barriers, and send each warp to its role; `write(tile's m, n, number, writer)`.
+// Set up the barriers, and send each warp to its role; `write(tile's m, n,
+// number, writer, wait, release)` waits for the results, and releases them when they have been read.
 template <typename Write>
 __device__ __forceinline__ void run(const PlaneProduct& p, const Write& write) {
   extern __shared__ __align__(1024) unsigned char raw[];
@@ -226,17 +227,20 @@ __device__ __forceinline__ void run(const PlaneProduct& p, const Write& write) {
   const Tiles tiles(p);
   int parity = 0;
   for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
-    barrier_wait(shared_address(&shared.results_full), parity);
+    write(
+        shared, tiles.m(tile), tiles.n(tile), tile, warp - 1,
+        [&] { barrier_wait(shared_address(&shared.results_full), parity); },
+        [&] { barrier_arrive(shared_address(&shared.results_empty)); });
     parity ^= 1;
-    write(shared, tiles.m(tile), tiles.n(tile), tile, warp - 1);
-    barrier_arrive(shared_address(&shared.results_empty));
   }
 }
 
 #if RESULT == RESULT_STORED
 extern "C" __global__ void __launch_bounds__(THREADS, 1) plane_gemm(const __grid_constant__ PlaneProduct p) {
-  run(p, [&](const Shared& shared, int m, int n, u32, int writer) {
+  run(p, [&](const Shared& shared, int m, int n, u32, int writer, const auto& wait, const auto& release) {
+    wait();
     store_tile(p, shared, m, n, writer);
+    release();
   });
 }
 #else
@@ -246,9 +250,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                const Rates* __restrict__ rates, i64 ring, const i64* step, float gain_mean,
                float gain_square, float* partials, i64 earlier) {
   const Adam move(parameter, rates[*step % ring], gain_mean, gain_square);
-  run(p, [&](Shared& shared, int m, int n, u32 tile, int writer) {
-    const float sum =
-        update_tile<WRITERS>(parameter, move, shared.results, shared.signs_after, m, n, writer);
+  run(p, [&](Shared& shared, int m, int n, u32 tile, int writer, const auto& wait, const auto& release) {
+    const float sum = update_tile<WRITERS>(parameter, move, shared.results, shared.signs_after, m, n, writer,
+                                           wait, release);
 #if PENALTY != PENALTY_NONE
     const float total = sum_of_warp(sum);
     if ((threadIdx.x & 31) == 0) partials[earlier + tile * WRITERS + writer] = total;

@@ -2,7 +2,8 @@
 // of a binary layer.
 //
 //     RESULT_TRANSPOSED  gradient of the inputs: weights (M inputs x K units) by the products' gradient
-//                        (N images x K), stored as N x M
+//                        (N images x K), stored as N x M; with SUMS, also the sums over images that batch
+//                        norm of the layer below needs in its backward pass (tile_sums.cuh)
 //     RESULT_UPDATE      gradient of the weights: inputs (K images x M) by the products' gradient
 //                        (K x N units); it is not stored, but used to update the weights
 //     RESULT_GRADIENT    the same gradient, stored as M x N, for several ranks that add theirs up
@@ -23,7 +24,8 @@
 //
 // What bounds it: the tensor cores, 256 clocks per 16 of K; the L2 cache must deliver 33 bytes per clock.
 //
-// The translation unit sets RESULT, and PENALTY and WRITE_GRADIENT (adam.cuh).
+// The translation unit sets RESULT, and PENALTY and WRITE_GRADIENT (adam.cuh); it may set SUMS to 1, and then
+// sets the macros of tile_sums.cuh, too.
 
 #define RESULT_TRANSPOSED 0
 #define RESULT_UPDATE 1
@@ -31,8 +33,14 @@
 
 #define REAL bfloat16_bits
 #define BLOCK_WARPS 12
+#ifndef SUMS
+#define SUMS 0
+#endif
 #include "tile_update.cuh"
 #include "wgmma.cuh"
+#if SUMS
+#include "tile_sums.cuh"
+#endif
 
 constexpr int TILE_M = 128, TILE_N = 256, DEPTH = 64, STAGES = 4;
 constexpr int CONSUMER_WARPS = 8, WRITERS = 3;
@@ -62,8 +70,13 @@ struct Shared {
   bfloat16_bits results[RESULT_ROWS][PITCH];
 #if RESULT == RESULT_UPDATE
   unsigned char signs_after[TILE_M / TOGETHER][TILE_N];
+#elif SUMS
+  float sums[WRITERS][2 * TILE_M];
 #endif
   u64 full[STAGES], empty[STAGES], results_full, results_empty;
+#if SUMS
+  u32 is_last;
+#endif
 };
 
 // Tiles in order, those of the same columns first: they read the same part of the matrix, and the signs
@@ -242,7 +255,7 @@ __device__ __forceinline__ void consume(const SignProduct& p, Shared& shared, in
   }
 }
 
-#if RESULT != RESULT_UPDATE
+#if RESULT != RESULT_UPDATE && !SUMS
 // Store a tile of results. For the writers, of which this is number `writer`.
 __device__ __forceinline__ void store_tile(const SignProduct& p, const Shared& shared, int m, int n,
                                            int writer) {
@@ -259,7 +272,8 @@ __device__ __forceinline__ void store_tile(const SignProduct& p, const Shared& s
 }
 #endif
 
-// Set up the barriers, and send each warp to its role; `write(tile's m, n, number, writer)`.
+// Set up the barriers, and send each warp to its role; `write(tile's m, n,
+// number, writer, wait, release)` waits for the results, and releases them when they have been read.
 template <typename Write>
 __device__ __forceinline__ void run(const SignProduct& p, const TensorMap& map, const Write& write) {
   extern __shared__ __align__(1024) unsigned char raw[];
@@ -289,18 +303,32 @@ __device__ __forceinline__ void run(const SignProduct& p, const TensorMap& map, 
   const Tiles tiles(p);
   int parity = 0;
   for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
-    barrier_wait(shared_address(&shared.results_full), parity);
+    write(
+        shared, tiles.m(tile), tiles.n(tile), tile, warp - 1,
+        [&] { barrier_wait(shared_address(&shared.results_full), parity); },
+        [&] { barrier_arrive(shared_address(&shared.results_empty)); });
     parity ^= 1;
-    write(shared, tiles.m(tile), tiles.n(tile), tile, warp - 1);
-    barrier_arrive(shared_address(&shared.results_empty));
   }
 }
 
-#if RESULT != RESULT_UPDATE
+#if SUMS
+static_assert(RESULT == RESULT_TRANSPOSED && SUMMED_COLS == TILE_M, "a tile is a strip's");
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    sign_gemm(const __grid_constant__ SignProduct p, const __grid_constant__ TensorMap map,
+              const __grid_constant__ Layer layer, const __grid_constant__ NormSums to) {
+  run(p, map, [&](Shared& shared, int m, int n, u32, int writer, const auto& wait, const auto& release) {
+    sum_tile<WRITERS>(layer, to, p.out, shared.results, shared.sums, shared.is_last, n, m, writer, wait,
+                      release);
+  });
+}
+#elif RESULT != RESULT_UPDATE
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     sign_gemm(const __grid_constant__ SignProduct p, const __grid_constant__ TensorMap map) {
-  run(p, map, [&](const Shared& shared, int m, int n, u32, int writer) {
+  run(p, map, [&](const Shared& shared, int m, int n, u32, int writer, const auto& wait, const auto& release) {
+    wait();
     store_tile(p, shared, m, n, writer);
+    release();
   });
 }
 #else
@@ -310,9 +338,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
               const __grid_constant__ Parameter parameter, const Rates* __restrict__ rates, i64 ring,
               const i64* step, float gain_mean, float gain_square, float* partials, i64 earlier) {
   const Adam move(parameter, rates[*step % ring], gain_mean, gain_square);
-  run(p, map, [&](Shared& shared, int m, int n, u32 tile, int writer) {
-    const float sum =
-        update_tile<WRITERS>(parameter, move, shared.results, shared.signs_after, m, n, writer);
+  run(p, map, [&](Shared& shared, int m, int n, u32 tile, int writer, const auto& wait, const auto& release) {
+    const float sum = update_tile<WRITERS>(parameter, move, shared.results, shared.signs_after, m, n, writer,
+                                           wait, release);
 #if PENALTY != PENALTY_NONE
     const float total = sum_of_warp(sum);
     if ((threadIdx.x & 31) == 0) partials[earlier + tile * WRITERS + writer] = total;

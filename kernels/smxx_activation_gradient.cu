@@ -12,13 +12,15 @@
 // What bounds both: reading gradients and products, once if they stay in shared memory between the
 // passes.
 //
-// The translation unit sets the macros of strips.cuh, and GATE, one of GATE_*.
+// `gradient` may also find the greatest magnitude of each row and column of z' (greatest.cuh).
+//
+// The translation unit sets the macros of strips.cuh, and GATE, one of GATE_*; it may set GREATEST.
 
 #define GATE_NONE 0
 #define GATE_MASK 1
 #define GATE_CLIP 2  // limited to [-1, 1]
 
-#include "strips.cuh"
+#include "greatest.cuh"
 
 constexpr int MOST = BLOCK_WARPS > 8 ? 4 : 8;  // as registers allow
 constexpr int BATCH = HELD && HELD < MOST ? HELD : MOST;  // rows whose loads are in flight
@@ -74,7 +76,12 @@ template <bool FIRST> struct Gradients {
 __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
                                                 const Normal<VECTOR>& norm, const real_t* grad,
                                                 real_t* out, const u32* gate, const float* of_gamma,
-                                                const float* of_beta) {
+                                                const float* of_beta, u32* row_most = nullptr,
+                                                u32* col_most = nullptr) {
+#if GREATEST
+  __shared__ u32 of_strip[COLS];
+  Greatest greatest(of_strip);
+#endif
 #if NORM
   float factor[VECTOR], gammas[VECTOR], betas[VECTOR];
   load<VECTOR>(of_gamma, gammas);
@@ -106,8 +113,14 @@ __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
 #endif
       }
       if (at.has(row)) store<VECTOR>(out + at.offset(row), dz);
+#if GREATEST
+      greatest.take(at, row, dz, row_most);
+#endif
     }
   }
+#if GREATEST
+  greatest.finish(at, col_most);
+#endif
 }
 
 #if NORM
@@ -164,9 +177,9 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
 #if !HELD
 extern "C" __global__ void BY_STRIPS
     gradient(const __grid_constant__ Layer p, const real_t* grad, real_t* out, const u32* gate,
-             const float* grad_gamma, const float* grad_beta) {
+             const float* grad_gamma, const float* grad_beta, u32* row_most, u32* col_most) {
   const Strip at(p);
   write_gradients(p, at, Normal<VECTOR>(p, at.safe_col()), grad, out, gate, grad_gamma + at.safe_col(),
-                  grad_beta + at.safe_col());
+                  grad_beta + at.safe_col(), row_most, col_most);
 }
 #endif

@@ -62,26 +62,29 @@ __device__ __forceinline__ void drop_pixels(const Batch& p, i64 first, float (&v
   for (int e = 0; e < N; e++) v[e] = kept >> e & 1 ? v[e] : 0.0f;
 }
 
-constexpr int EACH = 2;
+constexpr int EACH = 4;
 
 extern "C" __global__ void __launch_bounds__(THREADS) gather(const __grid_constant__ Batch p) {
   const int* batch = images_of_step(p);
-  const u32 groups = (u32)p.cols / VECTOR;
-  const i64 count = p.rows * groups, step = (i64)gridDim.x * THREADS;
-  for (i64 first = (i64)blockIdx.x * THREADS + threadIdx.x; first < count; first += EACH * step) {
+  // A batch has fewer than 2**31 pixels.
+  const u32 groups = (u32)p.cols / VECTOR, count = (u32)p.rows * groups, step = gridDim.x * THREADS;
+  for (u32 first = blockIdx.x * THREADS + threadIdx.x; first < count; first += EACH * step) {
     // Beyond the last group, load the last one again; it is not stored.
-    i64 row[EACH], col[EACH], image[EACH];
+    u32 row[EACH], col[EACH];
+    i64 image[EACH], label[EACH];
     Vector<unsigned char, VECTOR> pixels[EACH];
 #pragma unroll
     for (int g = 0; g < EACH; g++) {
-      const i64 i = min(first + g * step, count - 1);
+      const u32 i = min(first + g * step, count - 1);
       row[g] = i / groups;
       col[g] = (i - row[g] * groups) * VECTOR;
       image[g] = batch[place_of_row(p, row[g])];
     }
 #pragma unroll
-    for (int g = 0; g < EACH; g++)
+    for (int g = 0; g < EACH; g++) {
       pixels[g] = *(const Vector<unsigned char, VECTOR>*)(p.images + image[g] * p.cols + col[g]);
+      if (col[g] == 0) label[g] = p.all_labels[image[g]];
+    }
 #pragma unroll
     for (int g = 0; g < EACH; g++) {
       if (first + g * step >= count) continue;
@@ -89,8 +92,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) gather(const __grid_consta
 #pragma unroll
       for (int e = 0; e < VECTOR; e++) v[e] = pixels[g].at[e];
       drop_pixels<VECTOR>(p, place_of_row(p, row[g]) * p.cols + col[g], v);
-      store<VECTOR>(p.x + row[g] * p.cols + col[g], v);
-      if (col[g] == 0) p.labels[row[g]] = p.all_labels[image[g]];
+      store<VECTOR>(p.x + (i64)row[g] * p.cols + col[g], v);
+      if (col[g] == 0) p.labels[row[g]] = label[g];
     }
   }
   clear_pops(p);

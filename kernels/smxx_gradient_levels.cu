@@ -110,11 +110,52 @@ __device__ __forceinline__ float inverse_of(u32 greatest) {
   const float inverse = __fdiv_rn(HALF, __uint_as_float(greatest));
   return magnitude(inverse) < 0x7f800000u ? inverse : 0.0f;
 }
-// The number of a level, in the low bits; `random` is HALF plus a number in [0, 1).
+// The number of a level, increased by MORE; `random` is HALF plus a number in [0, 1).
+constexpr u32 MORE = 0x4b000000u;  // the bits of 2**23
 __device__ __forceinline__ u32 number_of(float g, float inverse, float random) {
   const float v = __fadd_rn(__fmul_rn(g, inverse), random);
   // To the integer below, at the lowest bits of a float. A NaN becomes 0.
   return __float_as_uint(__fadd_rd(fminf(fmaxf(v, 0.0f), GREATEST), 8388608.0f));
+}
+
+// Round 32 elements of column c, from row r on; all of them exist if WHOLE. `row_inverse` are those of the rows.
+template <bool WHOLE>
+__device__ __forceinline__ void quantize_some(const Gradient& p, i64 r, i64 c, u64 draw,
+                                              const float* row_inverse, float by_col,
+                                              Planes<PLANES>& of_row, Planes<PLANES>& of_col) {
+  const auto exists = [&](int row) { return WHOLE || (r + row < p.rows && c < p.cols); };
+  const real_t* from = p.g + r * p.cols + c;
+  u64 block = (u64)((p.first + r / 8) * p.cols + c);
+#if OFFSET
+  uint4 following = philox(p.seed, draw, block);
+#endif
+#pragma unroll
+  for (int eight = 0; eight < 4; eight++, block += (u64)p.cols) {
+    float g[8];
+#pragma unroll
+    for (int k = 0; k < 8; k++, from += p.cols) g[k] = exists(8 * eight + k) ? to_float(*from) : 0.0f;
+#if OFFSET
+    const uint4 four = following;
+    following = philox(p.seed, draw, block + (u64)p.cols);
+    const u32 random[8] = {four.x,      four.y,      four.z,      four.w,
+                           following.x, following.y, following.z, following.w};
+#else
+    const uint4 four = philox(p.seed, draw, block);
+    const u32 random[4] = {four.x, four.y, four.z, four.w};
+#endif
+    float drawn[8];  // HALF + random number; what does not exist becomes 0
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+      // 1 + sixteen bits / 2**16, exactly, and so is the sum.
+      const int at = OFFSET + k;
+      const u32 placed = at & 1 ? random[at / 2] >> 9 : random[at / 2] << 7;
+      drawn[k] = __uint_as_float(0x3f800000u | (placed & 0x007fff80u)) + (HALF - 1.0f);
+      if (!exists(8 * eight + k)) drawn[k] = -1.0f;
+    }
+    of_row.take_more(eight, MORE,
+                     [&](int k) { return number_of(g[k], row_inverse[8 * eight + k], drawn[k]); });
+    of_col.take_more(eight, MORE, [&](int k) { return number_of(g[k], by_col, drawn[k]); });
+  }
 }
 
 extern "C" __global__ void __launch_bounds__(PLANE_THREADS) quantize(const __grid_constant__ Gradient p) {
@@ -136,48 +177,17 @@ extern "C" __global__ void __launch_bounds__(PLANE_THREADS) quantize(const __gri
   }
   __syncthreads();
   const u64 draw = (u64)(p.draw + (p.step ? *p.step : 0));
+  const bool whole = row + PLANE_TILE <= p.rows && col + PLANE_TILE <= p.cols;
 #pragma unroll 1
   for (int part = warp; part < PLANE_PARTS * PLANE_PARTS; part += PLANE_THREADS / 32) {
     const int i = part / PLANE_PARTS, j = part % PLANE_PARTS;
     const i64 r = row + 32 * i, c = col + 32 * j + lane;
     const float by_col = col_inverse[32 * j + lane];
     Planes<PLANES> of_row, of_col;
-    const auto draw_at = [&](i64 top) {
-      return philox(p.seed, draw, (u64)((p.first + top / 8) * p.cols + c));
-    };
-#if OFFSET
-    uint4 following = draw_at(r);
-#endif
-#pragma unroll
-    for (int eight = 0; eight < 4; eight++) {
-      const i64 top = r + 8 * eight;
-      const real_t* from = p.g + top * p.cols + c;
-      float g[8];
-#pragma unroll
-      for (int k = 0; k < 8; k++) g[k] = top + k < p.rows && c < p.cols ? to_float(from[k * p.cols]) : 0.0f;
-#if OFFSET
-      const uint4 four = following;
-      following = draw_at(top + 8);
-      const u32 random[8] = {four.x,      four.y,      four.z,      four.w,
-                             following.x, following.y, following.z, following.w};
-#else
-      const uint4 four = draw_at(top);
-      const u32 random[4] = {four.x, four.y, four.z, four.w};
-#endif
-      float drawn[8];  // HALF + random number; what does not exist becomes 0
-#pragma unroll
-      for (int k = 0; k < 8; k++) {
-        const int at = OFFSET + k;
-        const u32 sixteen = at & 1 ? random[at / 2] >> 16 : random[at / 2] & 0xffffu;
-        // 1 + sixteen / 2**16, exactly, and so is the sum.
-        drawn[k] = __uint_as_float(0x3f800000u | sixteen << 7) + (HALF - 1.0f);
-        if (top + k >= p.rows || c >= p.cols) drawn[k] = -1.0f;
-      }
-      of_row.take(eight, [&](int k) {
-        return number_of(g[k], row_inverse[32 * i + 8 * eight + k], drawn[k]);
-      });
-      of_col.take(eight, [&](int k) { return number_of(g[k], by_col, drawn[k]); });
-    }
+    if (whole)
+      quantize_some<true>(p, r, c, draw, row_inverse + 32 * i, by_col, of_row, of_col);
+    else
+      quantize_some<false>(p, r, c, draw, row_inverse + 32 * i, by_col, of_row, of_col);
 #pragma unroll
     for (int plane = 0; plane < PLANES; plane++) {
       row_words.at[plane][32 * i + lane][j] = turned(of_row.word(plane));

@@ -11,7 +11,8 @@
 // weights and of batch norm. In clusters it also computes the gradient of the hidden product. The blocks
 // of one extra strip sum the loss.
 //
-// head_gradient: only the gradient of the hidden product, by strips.
+// head_gradient: only the gradient of the hidden product, by strips; it may also find the greatest magnitude
+// of each of its rows and columns (greatest.cuh).
 //
 // The gradient of the hidden product may overwrite the product if its elements have the same size: a
 // thread writes only elements that it alone has read.
@@ -25,6 +26,7 @@
 //     LOSS     LOSS_* (loss.cuh), and SOFT
 //     OUTPUT_NORM  1: a batch norm follows the logits, and smxx_output_norm.cu continues from there
 //     ROWS     for `logits`; without it the unit holds the other two
+// and may set GREATEST to 1 for `head_gradient`.
 
 #define HEAD_NONE 0  // the hidden product, after batch norm
 #define HEAD_RELU 1
@@ -37,7 +39,7 @@
 #include "layer.cuh"
 #include "loss.cuh"
 #ifndef ROWS
-#include "strips.cuh"
+#include "greatest.cuh"
 #endif
 
 // A weight as used by the product.
@@ -244,10 +246,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, FEW_REGISTERS ? 2 : 1)
 // all made of the sums of normal * (gradient of a logit), and of those gradients alone: with n rows,
 //     weight'[j][c] = gamma[j] * N[j][c] + beta[j] * G[c],   N[j][c] = sum(normal[j] * logit'[c]),
 //     gamma'[j] = sum_c(w[j][c] * N[j][c]),  beta'[j] = sum_c(w[j][c] * G[c]),  G[c] = sum(logit'[c])
-// where a class's G takes the place of the sum of a column (in a cluster, which sums up all COLS of a strip).
-#define LINEAR (NORM && HEAD == HEAD_NONE && DROP != DROP_ACTIVATION && CLUSTER > 1)
+// where a class's G takes the place of the sum of a column. So all COLS columns of a strip must have sums: in a
+// cluster they do. Without clusters, more classes would need too much shared memory.
+#define LINEAR \
+  (NORM && HEAD == HEAD_NONE && DROP != DROP_ACTIVATION && (CLUSTER > 1 || (WHOLE && CLASSES <= 12)))
 constexpr int MOST = CLASSES > 12 ? 1 : VECTOR == 4 ? 2 : 4;
-constexpr int BATCH = HELD && HELD < MOST ? HELD : MOST;  // rows whose loads are in flight
+constexpr int BATCH = HELD && HELD < MOST ? HELD : MOST;  // rows whose gradients of logits are in flight, ...
+// ... and whose products are.
+constexpr int AHEAD = CLUSTER > 1 ? BATCH : sizeof(product_t) == 2 ? 8 : 4;
 
 struct alignas(16) RowOfLogits { float4 at[GRAD_STRIDE / 4]; };
 
@@ -330,7 +336,8 @@ struct Back {
 __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at, const Back& back,
                                                 const Normal<VECTOR>& norm,
                                                 const Weights& weights, const float* of_gamma,
-                                                const float* of_beta) {
+                                                const float* of_beta, u32* row_most = nullptr,
+                                                u32* col_most = nullptr) {
 #if NORM
   float gammas[VECTOR], betas[VECTOR];
   load<VECTOR>(of_gamma, gammas);
@@ -341,30 +348,43 @@ __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
     betas[i] *= (float)p.share;
   }
 #endif
+#if GREATEST
+  __shared__ u32 of_strip[COLS];
+  Greatest greatest(of_strip);
+#endif
 #pragma unroll 1
-  for (int turn = 0; at.begins(turn); turn += BATCH) {
-    const Products<BATCH, false> products(p, at, turn);
-    const OfLogits of_logits(at, back.grad, turn);
+  for (int first = 0; at.begins(first); first += AHEAD) {
+    const Products<AHEAD, false> products(p, at, first);
 #pragma unroll
-    for (int b = 0; b < BATCH; b++) {
-      const int row = at.row(turn + b);
-      float z[VECTOR], dz[VECTOR];
-      products.load(p, b, z);
+    for (int batch = 0; batch < AHEAD; batch += BATCH) {
+      const OfLogits of_logits(at, back.grad, first + batch);
 #pragma unroll
-      for (int i = 0; i < VECTOR; i++) {
-        const Activation h(p, norm(i, z[i]), products.kept(b, i), (float)back.window);
-        dz[i] = gated(weights.gradient(i, of_logits, b), h);
+      for (int b = 0; b < BATCH; b++) {
+        const int own = batch + b, row = at.row(first + own);
+        float z[VECTOR], dz[VECTOR];
+        products.load(p, own, z);
+#pragma unroll
+        for (int i = 0; i < VECTOR; i++) {
+          const Activation h(p, norm(i, z[i]), products.kept(own, i), (float)back.window);
+          dz[i] = gated(weights.gradient(i, of_logits, b), h);
 #if NORM
-        dz[i] = (dz[i] - betas[i] - norm.normal(i, z[i]) * gammas[i]) *
-                (norm.gamma[i] * norm.inverse[i]);
+          dz[i] = (dz[i] - betas[i] - norm.normal(i, z[i]) * gammas[i]) *
+                  (norm.gamma[i] * norm.inverse[i]);
 #endif
 #if DROP == DROP_PRODUCT
-        dz[i] = products.kept(b, i) ? dz[i] * (float)p.keep_scale : 0.0f;
+          dz[i] = products.kept(own, i) ? dz[i] * (float)p.keep_scale : 0.0f;
+#endif
+        }
+        if (at.has(row)) store<VECTOR>(back.out + at.offset(row), dz);
+#if GREATEST
+        greatest.take(at, row, dz, row_most);
 #endif
       }
-      if (at.has(row)) store<VECTOR>(back.out + at.offset(row), dz);
     }
   }
+#if GREATEST
+  greatest.finish(at, col_most);
+#endif
 }
 
 // For one block: sum the parts of the loss, and of the gradient of the logits' factor, from `logits`.
@@ -386,28 +406,32 @@ __device__ __forceinline__ void add_up(const Layer& p, const Strip& at, const Ba
                                        const Normal<VECTOR>& norm,
                                        float (&sums)[CLASSES + 1][VECTOR]) {
 #pragma unroll 1
-  for (int turn = 0; at.begins(turn); turn += BATCH) {
-    const Products<BATCH, true> products(p, at, turn);
-    const OfLogits of_logits(at, back.grad, turn);
+  for (int first = 0; at.begins(first); first += AHEAD) {
+    const Products<AHEAD, true> products(p, at, first);
 #pragma unroll
-    for (int b = 0; b < BATCH; b++) {
-      const int row = at.row(turn + b);
-      float z[VECTOR];
-      products.load(p, b, z);
+    for (int batch = 0; batch < AHEAD; batch += BATCH) {
+      const OfLogits of_logits(at, back.grad, first + batch);
 #pragma unroll
-      for (int i = 0; i < VECTOR; i++) {
-        const float normal = at.has(row) ? norm.normal(i, z[i]) : 0.0f;
+      for (int b = 0; b < BATCH; b++) {
+        const int own = batch + b, row = at.row(first + own);
+        float z[VECTOR];
+        products.load(p, own, z);
 #pragma unroll
-        for (int c = 0; c < CLASSES; c++) sums[c][i] += normal * of_logits(b, c);
-      }
+        for (int i = 0; i < VECTOR; i++) {
+          const float normal = at.has(row) ? norm.normal(i, z[i]) : 0.0f;
+#pragma unroll
+          for (int c = 0; c < CLASSES; c++) sums[c][i] += normal * of_logits(b, c);
+        }
 #if HELD
-      const float* of_row = (const float*)&held_of_logits()(turn + b);
+        const float* of_row = (const float*)&held_of_logits()(first + own);
 #else
-      const float* of_row = back.grad + at.safe_row(row) * GRAD_STRIDE;
+        const float* of_row = back.grad + at.safe_row(row) * GRAD_STRIDE;
 #endif
 #pragma unroll
-      for (int i = 0; i * LANES < CLASSES; i++)
-        if (at.lane + i * LANES < CLASSES && at.has_row(row)) sums[CLASSES][i] += of_row[at.lane + i * LANES];
+        for (int i = 0; i * LANES < CLASSES; i++)
+          if (at.lane + i * LANES < CLASSES && at.has_row(row))
+            sums[CLASSES][i] += of_row[at.lane + i * LANES];
+      }
     }
   }
 }
@@ -503,10 +527,12 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
       grad_beta[at.first_col + column] = betas[column];
     }
   }
+#if CLUSTER > 1
   __syncthreads();
   write_gradients(p, at, back, norm, Weights(of_strip, at.lane), gammas + at.lane * VECTOR,
                   betas + at.lane * VECTOR);
   __syncwarp();
+#endif
 #else
   if (writes_sums())
     for (int i = threadIdx.x; i < COLS * CLASSES; i += THREADS)
@@ -534,10 +560,11 @@ extern "C" __global__ void BY_STRIPS IN_CLUSTERS
 #if !HELD
 extern "C" __global__ void BY_STRIPS
     head_gradient(const __grid_constant__ Layer p, const __grid_constant__ Back back,
-                  const float* __restrict__ grad_gamma, const float* __restrict__ grad_beta) {
+                  const float* __restrict__ grad_gamma, const float* __restrict__ grad_beta, u32* row_most,
+                  u32* col_most) {
   const Strip at(p);
   write_gradients(p, at, back, Normal<VECTOR>(p, at.safe_col()), Weights(back.weight, at.safe_col()),
-                  grad_gamma + at.safe_col(), grad_beta + at.safe_col());
+                  grad_gamma + at.safe_col(), grad_beta + at.safe_col(), row_most, col_most);
 }
 #endif
 #endif

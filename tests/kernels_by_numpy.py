@@ -193,10 +193,14 @@ def prepare_scaled(a, b, out, *, rows=None, columns=None):
     return launch
 
 
+def find_greatest(d, address, shape, row_most, col_most) -> None:
+    g = np.abs(read_real(address, shape, d["REAL"]))
+    at(row_most, shape[0], np.float32)[...] = g.max(axis=1)
+    at(col_most, shape[1], np.float32)[...] = g.max(axis=0)
+
+
 def most(d, p) -> None:
-    g = np.abs(read_real(p.g, (p.rows, p.cols), d["REAL"]))
-    at(p.row_most, p.rows, np.float32)[...] = g.max(axis=1)
-    at(p.col_most, p.cols, np.float32)[...] = g.max(axis=0)
+    find_greatest(d, p.g, (p.rows, p.cols), p.row_most, p.col_most)
 
 
 def quantize(d, p) -> None:
@@ -411,12 +415,14 @@ def gradient_sums(d, p, grad, out, gate, partials, tickets, grad_gamma, grad_bet
     at(grad_gamma, p.cols, np.float32)[...] = (dy * layer.normal).sum(axis=0)
 
 
-def gradient(d, p, grad, out, gate, grad_gamma, grad_beta) -> None:
+def gradient(d, p, grad, out, gate, grad_gamma, grad_beta, row_most, col_most) -> None:
     layer = Hidden(d, p)
     layer.inputs()
     sums = [at(address, p.cols, np.float32) for address in (grad_gamma, grad_beta)]
     dz = layer.of_product(incoming(d, p, layer, grad, gate), *sums)
     write_real(out, dz.astype(np.float32), d["REAL"])
+    if "GREATEST" in d:
+        find_greatest(d, out, dz.shape, row_most, col_most)
 
 
 def loss_and_gradient(d, logits, labels, smoothing, share):
@@ -537,12 +543,14 @@ def head_sums(d, p, back, partials, tickets, grad_weight, grad_gamma, grad_beta)
         at(grad_gamma, p.cols, np.float32)[...] = (dy * layer.normal).sum(axis=0)
 
 
-def head_gradient(d, p, back, grad_gamma, grad_beta) -> None:
+def head_gradient(d, p, back, grad_gamma, grad_beta, row_most, col_most) -> None:
     layer, classes = LastLayer(d, p, back.weight, back.window), d["CLASSES"]
     of_logits = at(back.grad, (p.rows, stride(classes)), np.float32)[:, :classes]
     sums = [at(address, p.cols, np.float32) for address in (grad_gamma, grad_beta)]
     dz = layer.of_product(layer.gated(of_logits @ layer.weight.T), *sums)
     write_real(back.out, dz.astype(np.float32), d["REAL"])
+    if "GREATEST" in d:
+        find_greatest(d, back.out, dz.shape, row_most, col_most)
 
 
 def adam(
@@ -701,9 +709,17 @@ def gemm(a, b, out, options) -> None:
     out[...] = left @ right
 
 
-def transposed_product(signs, matrix, out, device) -> None:
+def transposed_product(signs, matrix, out, device, below=None, scratch=None) -> None:
     weights = read_signs(signs.words.ctypes.data, signs.shape[1], signs.shape[0])
     out[...] = narrowed(widened(matrix) @ weights)
+    if below is not None:
+        choices = {**dict(below.layer.defines()), "REAL": "bfloat16_bits"}
+        choices["GATE"] = fused_layers.GATES[below.gate]
+        sums = {n: _address(array) for n, array in below.layer.gradients().items()}
+        gradient_sums(
+            choices, decode(STRUCTS["Layer"], below.layer.pack()), grad=_address(out), out=0,
+            gate=_address(below.mask), partials=0, tickets=0, **sums,
+        )  # fmt: skip
 
 
 def weight_gradient(signs, matrix, out, device) -> None:

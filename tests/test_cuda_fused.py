@@ -126,8 +126,8 @@ def test_a_batch(machine):
         "ring": 5, "rows": 64, "cols": 784, "pop_count": 192, "first": 0, "whole": 64,
         "seed": 2**63 + 9, "draw": -3, "last": 2**31 - 1,
     }  # fmt: skip
-    assert launch.defines == {"REAL": "bfloat16_bits", "DROP": 1, "VECTOR": 16}
-    assert (launch.grid, launch.threads) == ((13,), 256)
+    assert launch.defines == {"REAL": "bfloat16_bits", "DROP": 1, "VECTOR": 8}
+    assert (launch.grid, launch.threads) == ((25,), 256)
     gradient = Array((64, 784), np.uint16)
     kept = {name: arrays[name] for name in ("step", "x")}
     fused_batch.Attack(**kept, gradient=gradient, amount=0.25).launch(launcher)

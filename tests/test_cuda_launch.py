@@ -14,6 +14,7 @@ import struct
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,12 @@ import cupybnn
 from cupybnn.backends.cuda import dispatch, launching, packing, product, sign_gemm
 from cupybnn.backends.cuda.architectures import sm90
 from cupybnn.backends.cuda.dispatch import force_kernel
+from cupybnn.backends.cuda.fused_layers import (
+    DROP_ACTIVATION,
+    ActivationGradient,
+    BatchNorm,
+    Layer,
+)
 from cupybnn.backends.cuda.sources import translation_unit
 from cupybnn.backends.cuda.structs import Struct
 from cupybnn.backends.epilogue import Epilogue
@@ -656,6 +663,32 @@ def test_product_by_signs_transposed(sign_launches):
     assert described == (gradient.data.ptr, (300, 264), 256)
     assert (launch.blocks, launch.threads) == (9 * 2, 384)
     assert launch.defines == {"RESULT": 0, "PENALTY": 0, "WRITE_GRADIENT": 0}
+
+
+def test_product_by_signs_that_adds_up_for_the_batch_norm_below(sign_launches):
+    weight, gradient = Packed((1032, 264), WORDS), Array((300, 264), np.uint16)
+    out, mask = Array((300, 1032), np.uint16), Array((300, 33), np.uint32, address=0x5100_0000)
+    names = ("gamma", "beta", "grad_gamma", "grad_beta", "running_mean", "running_variance")
+    norm = {n: Array((1032,), address=0x6000_0000 + 0x1000 * i) for i, n in enumerate(names)}
+    layer = Layer(product=Array((300, 1032), np.int16), norm=BatchNorm(**norm, decay=0.9, eps=1e-4))
+    below = ActivationGradient(layer=layer, gate="mask", mask=mask, grad=out, out=out)
+    scratch = SimpleNamespace(
+        partials=Array((2 * 2 * 1032,), address=0x5200_0000),
+        tickets=Array((9,), np.uint32, address=0x5300_0000),
+    )
+    sign_gemm.transposed_product(weight, gradient, out, 0, below, scratch)
+    (launch,) = sign_launches
+    *_, to = launch.arguments
+    assert decode(to, fields_of(launch.source, "NormSums")) == {
+        "gate": 0x5100_0000, "partials": 0x5200_0000, "tickets": 0x5300_0000,
+        "grad_gamma": 0x6000_2000, "grad_beta": 0x6000_3000,
+    }  # fmt: skip
+    assert launch.defines == {
+        "RESULT": 0, "PENALTY": 0, "WRITE_GRADIENT": 0, "SUMS": 1, "GATE": 1, "DROP": 0, "NORM": 1,
+        "PRODUCT": "short",
+    }  # fmt: skip
+    assert replace(below, layer=replace(layer, drop=DROP_ACTIVATION)).can_be_summed() is False
+    assert replace(below, layer=replace(layer, norm=None)).can_be_summed() is False
 
 
 def test_update_by_signs(sign_launches):

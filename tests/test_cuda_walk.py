@@ -17,7 +17,8 @@ UNITS = (1, 2, 45, 96, 512, 514, 1024, 4096, 8192)
 SUMS = {
     "statistics": Sums(2, most_warps=16),
     "gradient": Sums(2, 2, 4, most_warps=16),
-    "head": Sums(12, 0, 48, always_clustered=True),
+    "head": Sums(12, 0, 48, width=64),
+    "another head": Sums(12, 0, 48, always_clustered=True),
 }
 
 
@@ -88,10 +89,10 @@ def test_large_layers_are_walked_without_clusters(monkeypatch, name):
         assert walk.strips(layer_of(rows, units, "int16"), SUMS[name]).clustered
     for rows, units in ((4096, 4096), (8192, 8192), (8191, 8188)):
         way = walk.strips(layer_of(rows, units, "int16"), SUMS[name])
-        assert way.clustered == (name == "head")
+        assert way.clustered == (name == "another head")
         if not way.clustered:
-            assert dict(way.defines)["COLS"] == 128
-            assert dict(way.defines)["WHOLE"] == (rows % 2 == 0)
+            assert dict(way.defines)["COLS"] == min(128, SUMS[name].width)
+            assert way.whole == (rows % 2 == 0)
             assert way.grid[0] * way.grid[1] >= 4 * MULTIPROCESSORS
 
 

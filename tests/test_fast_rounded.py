@@ -72,6 +72,7 @@ def test_gradients_are_those_of_the_plain_engine_bit_for_bit(bits, batch, count,
             given = cupy.asarray(g)
             if real == "uint16":
                 given = (given.view(np.uint32) >> 16).astype(np.uint16)
+            made.turn()
             made.measure(given)
             made.quantize(given, Draw(seed=77, offset=draw, keep_prob=1.0), step)
             made.input_gradient()
@@ -119,6 +120,7 @@ def test_hopper_s_kernel_stores_the_same_gradient(bits, batch, count, units):
         made = RoundedBackward(
             bits, inputs, weight, out, stored, Device("cuda", 0), hopper=stored is None
         )
+        made.turn()
         made.measure(g)
         made.quantize(g, Draw(seed=7, offset=5, keep_prob=1.0), None)
         made.input_gradient()
@@ -149,6 +151,38 @@ def test_updates_by_products_are_those_of_a_launch_of_their_own(bits, settings, 
         found.append((losses, arrays(made)))
     (a, state), (b, other) = found
     np.testing.assert_allclose(a, b, rtol=1e-5)  # penalties are added up in another order
+    for name, array in state.items():
+        np.testing.assert_array_equal(array, other[name], err_msg=name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("settings", "whole"),
+    [({"n_hidden": 256, "batch_size": 512}, True), ({"n_hidden": 45, "batch_size": 33}, False),
+     ({"n_hidden": (192, 72, 130), "keep_prob": 0.5, "batch_size": 300}, False),
+     ({"first": True, "last": True, "adversarial": 0.1, "batch_norm": False}, False)],
+    ids=["whole strips", "odd sizes", "different widths, dropout", "adversarial, no batch norm"],
+)  # fmt: skip
+def test_greatest_magnitudes_by_the_kernels_that_write_a_gradient(
+    dtype, settings, whole, monkeypatch
+):
+    from cupybnn.training.fast.passes import Passes
+
+    monkeypatch.setattr("cupybnn.backends.cuda.fused_walk._MOST_ROUNDS", 0)
+    if whole:
+        monkeypatch.setattr("cupybnn.backends.cuda.fused_walk.multiprocessors", lambda device: 1)
+    settings = {**ROUNDED, "dtype": dtype, "max_steps": 8, **settings}
+    found = []
+    for by_writers in (True, False):
+        if not by_writers:
+            monkeypatch.setattr(Passes, "_greatest", lambda self, i: None)
+        made, losses = run(**settings)
+        # The kernel of a head whose strips are not whole does all in one launch.
+        assert made._step.passes._measured == {0: False, 1: by_writers, 2: by_writers and whole}
+        found.append((losses, arrays(made)))
+    (a, state), (b, other) = found
+    assert a == b
     for name, array in state.items():
         np.testing.assert_array_equal(array, other[name], err_msg=name)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fast_networks import NETWORKS, arrays, dataset, run, trainer
 
+from cupybnn.backends.cuda.fused_walk import Sums
 from cupybnn.training import TrainConfig, Trainer
 from cupybnn.training.step import PlainStep
 
@@ -113,6 +114,20 @@ def test_layers_that_are_walked_by_two_launches(monkeypatch, name):
     """Large layers are; here, all are."""
     monkeypatch.setattr("cupybnn.backends.cuda.fused_walk._MOST_ROUNDS", 0)
     TestAgainstThePlainStep().test_gradients_loss_and_statistics(NETWORKS[name])
+
+
+def test_the_head_of_whole_strips_in_two_launches(monkeypatch):
+    """Of large layers; on a GPU of one multiprocessor, this one is large."""
+    monkeypatch.setattr("cupybnn.backends.cuda.fused_walk._MOST_ROUNDS", 0)
+    monkeypatch.setattr("cupybnn.backends.cuda.fused_walk.multiprocessors", lambda device: 1)
+    settings = {**NETWORKS["xnor"], "n_hidden": 256, "batch_size": 512}
+    TestAgainstThePlainStep().test_gradients_loss_and_statistics(settings)
+    made = trainer(**settings)
+    made.make_step(0)
+    layer = made._step.buffers.hidden[-1].layer
+    way = made._step.passes.launcher.walk.strips(layer, Sums(12, width=64))
+    assert way.whole
+    assert not way.clustered
 
 
 @pytest.mark.parametrize("batch_size", [256, 2048])

@@ -113,7 +113,7 @@ def to_compile(arch: str, every: list[dict]) -> list[dict]:
 @every_architecture
 def test_batch(arch):
     require(arch)
-    choices = [{"VECTOR": v, "DROP": d} for v in (1, 4, 16) for d in (0, 1)]
+    choices = [{"VECTOR": v, "DROP": d} for v in (1, 4, 8) for d in (0, 1)]
     compile_all("smxx_batch", arch, to_compile(arch, variants(arch, {}, *choices)))
 
 
@@ -143,6 +143,8 @@ def gradients(arch: str, layer: dict) -> list[dict]:
         {**k, **s} for k, s in itertools.product(kinds, [*strips(arch, 4), *many_rows(arch)])
     ]
     choices += [{"GATE": 1, **s} for s in [*strips(arch, 1), *few_rows(arch)]]
+    # Of a gradient that will be rounded.
+    choices += [{"GATE": 1, "GREATEST": 1, **s} for s in strips(arch, 4, 1) if s["CLUSTER"] == 1]
     return of_layer(arch, layer, choices)
 
 
@@ -154,7 +156,16 @@ def heads(arch: str, layer: dict) -> list[dict]:
     choices = [{**k, **c} for k, c in itertools.product(kinds, logits + back)]
     choices += [{"HEAD": 2, "LOSS": 0, "CLASSES": 32, "GATE": 2, **s} for s in strips(arch, 1)]
     choices += [{"HEAD": 0, "LOSS": 0, "CLASSES": 20, "GATE": 0, **s} for s in strips(arch, 1)]
-    # In clusters, wider: see LINEAR.
+    # Without clusters, strips that are whole have fewer sums: see LINEAR.
+    choices += [
+        {"HEAD": 0, "LOSS": 0, "CLASSES": 10, "GATE": 0, "CLUSTER": 1, "HELD": 0, "WHOLE": 1, **s}
+        for s in (
+            {"VECTOR": 4, "COLS": 64},
+            {"VECTOR": 4, "COLS": 64, "GREATEST": 1},
+            {"VECTOR": 2, "COLS": 32},
+        )
+    ]
+    # In clusters, wider.
     choices += [
         {"HEAD": 0, "LOSS": 0, "CLASSES": classes, "GATE": 0, **s}
         for classes, vector in ((10, 4), (20, 2), (32, 2))
@@ -275,7 +286,12 @@ def test_sign_gemm():
         {"RESULT": 1, "PENALTY": p, "WRITE_GRADIENT": w, "GATED": int(p != 2)} for p, w in kinds
     ]
     stored = [{"RESULT": r, "PENALTY": 0, "WRITE_GRADIENT": 0} for r in (0, 2)]
-    choices = [*stored, *updates]
+    kinds = (("short", 1), ("float16_bits", 0), ("float", 2))
+    summed = [
+        {**stored[0], "SUMS": 1, "PRODUCT": p, "GATE": gate, "NORM": 1, "DROP": 0}
+        for p, gate in kinds
+    ]
+    choices = [*stored, *updates, *summed]
     # Strictly: what does not fit the registers waits for each instruction of the tensor cores.
     test_kernels_compile.compile_all("sm90_sign_gemm", arch, choices)
 

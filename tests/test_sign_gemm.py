@@ -12,6 +12,7 @@ from fast_networks import arrays, run, trainer
 from cupybnn import pack
 from cupybnn.backends.cuda import fused_update, sign_gemm
 from cupybnn.backends.cuda.fused import Launcher
+from cupybnn.backends.cuda.fused_layers import ActivationGradient, BatchNorm, Layer
 
 pytestmark = pytest.mark.gpu
 
@@ -65,6 +66,59 @@ def test_gradient_of_inputs(sizes):
     sign_gemm.transposed_product(packed, matrix, out[:batch], 0)
     np.testing.assert_array_equal(out[:batch].get(), to_bfloat16(gradient @ weight.T))
     assert (out[batch:] == 0x7FC1).all()
+
+
+def mask_words(passes: np.ndarray) -> np.ndarray:
+    """Masks of a row's elements, in words of 32."""
+    wide = np.zeros((len(passes), -(-passes.shape[1] // 32) * 32), bool)
+    wide[:, : passes.shape[1]] = passes
+    return np.packbits(wide, axis=1, bitorder="little").view(np.uint32)
+
+
+@pytest.mark.parametrize(
+    ("product", "gate"), [("int16", "mask"), ("float16", "none"), ("float32", "clip")]
+)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_gradient_of_inputs_with_the_sums_for_the_batch_norm_below(sizes, product, gate):
+    import cupy
+
+    batch, inputs, units = sizes
+    random = np.random.default_rng(units)
+    gradient, weight = integers(random, (batch, units)), signs(random, (inputs, units))
+    z = random.integers(-40, 41, (batch, inputs)).astype(product)
+    passes = random.random((batch, inputs)) < 0.7
+    mean, inverse = random.normal(size=inputs), random.random(inputs) + 0.1
+    arrays = {name: cupy.full(inputs, np.nan, np.float32) for name in ("grad_gamma", "grad_beta")}
+    for name, values in {"mean": mean, "inverse": inverse}.items():
+        arrays[name] = cupy.asarray(values, np.float32)
+    for name in ("gamma", "beta", "running_mean", "running_variance"):
+        arrays[name] = cupy.full(inputs, np.nan, np.float32)
+    out = cupy.full((batch + 1, inputs), 0x7FC1, np.uint16)
+    below = ActivationGradient(
+        layer=Layer(product=cupy.asarray(z), norm=BatchNorm(**arrays, decay=0.9, eps=1e-4)),
+        gate=gate, mask=cupy.asarray(mask_words(passes)), grad=out[:batch], out=out[:batch],
+    )  # fmt: skip
+    assert below.can_be_summed()
+    packed, scratch = pack(cupy.asarray(weight), axis=-2), sign_gemm.NormScratch(batch, inputs)
+    for sign in (1, -1):  # the second time over the first
+        matrix = cupy.asarray(to_bfloat16(sign * gradient))
+        sign_gemm.transposed_product(packed, matrix, out[:batch], 0, below, scratch)
+        patterns = to_bfloat16(sign * gradient @ weight.T)
+        np.testing.assert_array_equal(out[:batch].get(), patterns)
+        dy = patterns.view(ml_dtypes.bfloat16).astype(np.float64)
+        if gate == "mask":
+            dy[~passes] = 0
+        elif gate == "clip":
+            dy = dy.clip(-1, 1)
+        normal = (z.astype(np.float32) - arrays["mean"].get()) * arrays["inverse"].get()
+        # Integers, so that their sum is exact.
+        np.testing.assert_array_equal(arrays["grad_beta"].get(), dy.sum(axis=0))
+        most = abs(dy * normal).sum(axis=0).max()
+        np.testing.assert_allclose(
+            arrays["grad_gamma"].get(), (dy * normal).sum(axis=0), rtol=0, atol=1e-6 * most
+        )
+    assert (out[batch:] == 0x7FC1).all()
+    assert not scratch.tickets.any()
 
 
 @pytest.mark.parametrize("penalty", fused_update.PENALTIES)

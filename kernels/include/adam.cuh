@@ -60,7 +60,9 @@ struct Adam {
         shrink(1.0f - rate.lr * (float)p.lr_scale * (float)p.weight_decay),
         eps(rate.eps),
         gain_mean(gain_mean),
-        gain_square(gain_square) {}
+        gain_square(gain_square) {
+    asm volatile("" : "+f"(limit));  // kept, not converted from double again for each element
+  }
 
   // NaN stays NaN.
   static __device__ __forceinline__ float within(float x, float most) {

@@ -37,14 +37,28 @@ template <int COUNT> struct Planes {
     for (int part = 0; part < FOURS; part++) {
       u32 x = 0;
 #pragma unroll
-      for (int i = 0; i < 8; i++)
-        x |= (each[i] >> 4 * part & 15u) << 4 * ((i & 3) << 1 | i >> 2);
-      u32 t = (x >> 14 ^ x) & 0x0000ccccu;
-      x ^= t ^ t << 14;
-      t = (x >> 7 ^ x) & 0x00aa00aau;
-      x ^= t ^ t << 7;
-      eights[part][e] = x;
+      for (int i = 0; i < 8; i++) x |= (each[i] >> 4 * part & 15u) << place_of(i);
+      eights[part][e] = exchanged(x);
     }
+  }
+  // The same of numbers that all have been increased by `more`, and are below 16 without it.
+  template <typename Number>
+  __device__ __forceinline__ void take_more(int e, u32 more, const Number& number) {
+    if constexpr (COUNT > 4) {
+      take(e, [&](int i) { return number(i) - more; });
+    } else {
+      u32 x = 0u - more * 0x11111111u;
+#pragma unroll
+      for (int i = 0; i < 8; i++) x += number(i) << place_of(i);
+      eights[0][e] = exchanged(x);
+    }
+  }
+  static __device__ __forceinline__ int place_of(int i) { return 4 * ((i & 3) << 1 | i >> 2); }
+  static __device__ __forceinline__ u32 exchanged(u32 x) {
+    u32 t = (x >> 14 ^ x) & 0x0000ccccu;
+    x ^= t ^ t << 14;
+    t = (x >> 7 ^ x) & 0x00aa00aau;
+    return x ^ t ^ t << 7;
   }
   // The word of a plane, of which 0 is the highest: bit i of number i.
   __device__ __forceinline__ u32 word(int plane) const {

@@ -13,6 +13,20 @@ constexpr int TOGETHER = 2;  // rows of a group, which a warp updates at a time
 // Four columns per lane, in some rows of the weights and of the optimizer's means.
 struct Rows {
   float weight[TOGETHER][4], mean[TOGETHER][4], square[TOGETHER][4];
+  // Fetch into the L2 cache what `load_from` will load: a lane's sector of 32 bytes of each array.
+  static __device__ __forceinline__ void fetch(const Parameter& p, int row, int first_col) {
+    constexpr int SECTORS = 128 * 4 / 32;  // of a row's 128 columns
+    static_assert(SECTORS * TOGETHER == 32, "a sector for each lane");
+    const int lane = threadIdx.x & 31, col = first_col + lane % SECTORS * 8;
+    if (col >= (int)p.cols) return;
+    const int at = min(row + lane / SECTORS, (int)p.rows - 1) * (int)p.cols + col;
+    prefetch(p.weight + at);
+    prefetch(p.mean + at);
+    prefetch(p.square + at);
+  }
+  static __device__ __forceinline__ void prefetch(const float* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+  }
   // The last row, in place of rows beyond it.
   __device__ __forceinline__ void load_from(const Parameter& p, int row, int col) {
     if (col >= (int)p.cols) return;
@@ -28,22 +42,30 @@ struct Rows {
 
 // Update weights from row m and column n on; return this warp's part of the penalty. For WARPS warps, of
 // which this is `warp`. Each takes a group of rows, 128 columns, at a time, while the next AHEAD groups are
-// in flight. `signs_after` is scratch space for the signs, one byte per group and column.
-template <int WARPS, int TILE_M, int PITCH, int GROUPS, int TILE_N>
+// on their way to registers, and FETCHED more to the L2 cache: so few warps do not have enough registers to
+// hide the memory's latency. `wait` waits for the gradients; after `release` they are no longer read.
+// `signs_after` is scratch space for the signs, one byte per group and column.
+template <int WARPS, int TILE_M, int PITCH, int GROUPS, int TILE_N, typename Wait, typename Release>
 __device__ __forceinline__ float update_tile(const Parameter& p, const Adam& move,
                                              const bfloat16_bits (&gradients)[TILE_M][PITCH],
                                              unsigned char (&signs_after)[GROUPS][TILE_N], int m, int n,
-                                             int warp) {
+                                             int warp, const Wait& wait, const Release& release) {
   static_assert(GROUPS * TOGETHER == TILE_M, "a byte a group");
-  constexpr int PARTS = TILE_N / 128, COUNT = GROUPS * PARTS, AHEAD = 3;
+  constexpr int PARTS = TILE_N / 128, COUNT = GROUPS * PARTS, AHEAD = 3, FETCHED = 5;
   const int lane = threadIdx.x & 31;
   const auto row_of = [&](int i) { return m + i / PARTS * TOGETHER; };
-  const auto col_of = [&](int i) { return n + i % PARTS * 128 + lane * 4; };
+  const auto part_of = [&](int i) { return n + i % PARTS * 128; };
+  const auto col_of = [&](int i) { return part_of(i) + lane * 4; };
   float sum = 0;
   Rows rows[AHEAD];
+  // All this before the gradients are there.
 #pragma unroll
   for (int j = 0; j < AHEAD; j++)
     rows[j].load_from(p, row_of(warp + j * WARPS), col_of(warp + j * WARPS));
+#pragma unroll 1
+  for (int j = AHEAD; j < AHEAD + FETCHED; j++)
+    Rows::fetch(p, row_of(warp + j * WARPS), part_of(warp + j * WARPS));
+  wait();
 #pragma unroll 1
   for (int first = warp; first < COUNT; first += AHEAD * WARPS) {
 #pragma unroll
@@ -76,13 +98,16 @@ __device__ __forceinline__ float update_tile(const Parameter& p, const Adam& mov
 #endif
         }
       }
-      const int later = i + AHEAD * WARPS;
+      const int fetched = i + (AHEAD + FETCHED) * WARPS, later = i + AHEAD * WARPS;
+      if (fetched < COUNT) Rows::fetch(p, row_of(fetched), part_of(fetched));
       if (later < COUNT) now.load_from(p, row_of(later), col_of(later));
       *(u32*)&signs_after[i / PARTS][col - n] =
           signs[0] | signs[1] << 8 | signs[2] << 16 | signs[3] << 24;
     }
   }
-  asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory");
+  release();
+  const auto meet = [] { asm volatile("bar.sync 1, %0;" ::"n"(WARPS * 32) : "memory"); };
+  meet();
   constexpr int WORDS = TILE_M / 32 * TILE_N, EACH = 4;  // a lane's words, loaded together
 #pragma unroll 1
   for (int first = warp * 32 + lane; first < WORDS; first += EACH * WARPS * 32) {
@@ -105,5 +130,6 @@ __device__ __forceinline__ float update_tile(const Parameter& p, const Adam& mov
       pack_signs(p, n + at, to[i], after, before[i]);
     }
   }
+  meet();  // before signs of the next tile are written
   return sum;
 }

@@ -137,7 +137,8 @@ class Gather(_Batch):
                 GATHER_DEFORMED, arguments, grid=(rows,), defines=defines, shared=shared
             )
             return
-        vector = self._vector(16, 4, 1)
+        # Stores of 16 bytes a thread: of more, each instruction would write parts of sectors.
+        vector = self._vector(*(v for v in (8, 4, 1) if v * launcher.itemsize <= 16))
         # No more blocks than run at once: the latency of a second round costs more than its work.
         grid = launcher.flat_grid(rows * cols // vector, 8)
         launcher.launch(GATHER, {"p": batch}, grid=grid, defines=self._defines(vector))

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cupybnn.backends.cuda.compiler import Defines
 from cupybnn.backends.cuda.fused import WARPS, Launcher
-from cupybnn.backends.cuda.fused_layers import DROP_ACTIVATION, GATES, LAYER, BatchNorm, Layer
+from cupybnn.backends.cuda.fused_layers import (
+    DROP_ACTIVATION,
+    GATES,
+    LAYER,
+    BatchNorm,
+    Greatest,
+    Layer,
+    greatest_of,
+)
 from cupybnn.backends.cuda.fused_walk import Sums
 from cupybnn.backends.cuda.structs import Kernel, Struct
 
@@ -43,7 +51,11 @@ HEAD_SUMS = Kernel(
     BACK,
 )
 HEAD_GRADIENT = Kernel(
-    "smxx_head", "head_gradient", "Layer p; Back back; ptr grad_gamma, grad_beta", LAYER, BACK
+    "smxx_head",
+    "head_gradient",
+    "Layer p; Back back; ptr grad_gamma, grad_beta, row_most, col_most",
+    LAYER,
+    BACK,
 )
 NORMALISE_OUTPUT = Kernel("smxx_output_norm", "output_norm", "OutputNorm p", OUTPUT_NORM)
 
@@ -164,11 +176,18 @@ class Head:
         norm.sum_gradients()
         launch(("PART", _GRADIENT))
 
-    def launch_gradient(self, launcher: Launcher) -> None:
-        """Compute the gradients and, without `norm`, sum the loss. Call after `launch_logits`."""
+    def launch_gradient(self, launcher: Launcher, greatest: Greatest | None = None) -> bool:
+        """Compute the gradients and, without `norm`, sum the loss. Call after `launch_logits`.
+
+        Returns
+        -------
+        bool
+            Whether `greatest` receives the greatest magnitudes of `out`; see `ActivationGradient`.
+        """
         layer, walk, blocks = self.layer, launcher.walk, self._loss_blocks(launcher)
-        widest = 2 if self._classes <= 12 else 1  # wider would need too many registers
-        # In clusters, fewer sums are enough for the gradients of a linear head; see smxx_head.cu.
+        few = self._classes <= 12
+        widest = 2 if few else 1  # wider would need too many registers
+        # Fewer sums are enough for the gradients of a linear head; see smxx_head.cu.
         linear = layer.norm is not None and self.reads == "none" and layer.drop != DROP_ACTIVATION
         back = BACK.pack(
             weight=self.weight, grad=self.grad_logits, out=self.out, window=self.window,
@@ -182,11 +201,17 @@ class Head:
             self._classes + 2 * (layer.norm is not None),
             row_bytes=held,
             block_bytes=128 * self._classes * linear,  # the weights of a strip
-            always_clustered=True,  # it computes more than it reads
+            width=64,  # wider would need too much shared memory
         )
-        strips = walk.strips(layer, sums, 2 * widest if linear else widest)
-        if linear and not strips.clustered:
-            strips = walk.strips(layer, sums, widest)
+        # Other heads compute more than they read, and so do those of many classes.
+        clustered = replace(sums, always_clustered=True)
+        columns = 2 * widest if linear else widest
+        strips = walk.strips(layer, sums if linear and few else clustered, columns)
+        if linear and not (strips.clustered or (few and strips.whole)):
+            strips = walk.strips(layer, clustered, columns)
+            if not strips.clustered:
+                columns = widest
+                strips = walk.strips(layer, clustered, columns)
         scratch = launcher.sums_over_rows(strips, sums.count)
         launcher.launch(
             HEAD_SUMS, {**arguments, **scratch, "grad_weight": self.grad_weight},
@@ -194,9 +219,11 @@ class Head:
             defines=(*strips.defines, *self._defines(), gate),
             threads=strips.threads, shared=strips.shared,
         )  # fmt: skip
-        if not strips.clustered:
-            if layer.norm is not None:
-                arguments |= layer.norm.sum_gradients()
-            strips = walk.strips(layer, None, widest)
-            defines = (*strips.defines, *self._defines(), gate)
-            launcher.launch(HEAD_GRADIENT, arguments, grid=strips.grid, defines=defines)
+        if strips.clustered:
+            return False
+        if layer.norm is not None:
+            arguments |= layer.norm.sum_gradients()
+        found, kind = greatest_of(greatest)
+        defines = (*strips.defines, *self._defines(), gate, *kind)
+        launcher.launch(HEAD_GRADIENT, arguments | found, grid=strips.grid, defines=defines)
+        return greatest is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from cupybnn.backends.cuda.compiler import Defines
 from cupybnn.backends.cuda.fused import THREADS, Launcher
@@ -21,10 +21,12 @@ __all__ = [
     "ActivationGradient",
     "Activations",
     "BatchNorm",
+    "Greatest",
     "Layer",
     "UnpackColumns",
     "UnpackRows",
     "WholeBatch",
+    "greatest_of",
     "mask_shape",
 ]
 
@@ -68,7 +70,7 @@ GRADIENT_SUMS = Kernel(
 GRADIENT = Kernel(
     "smxx_activation_gradient",
     "gradient",
-    "Layer p; ptr grad, out, gate, grad_gamma, grad_beta",
+    "Layer p; ptr grad, out, gate, grad_gamma, grad_beta, row_most, col_most",
     LAYER,
 )
 UNPACK_ROWS = Kernel("smxx_unpack_signs", "unpack_rows", "ptr words; i64 rows, cols; ptr out")
@@ -168,6 +170,25 @@ class Layer:
         )  # fmt: skip
 
 
+class Greatest(Protocol):
+    """Memory for the greatest magnitudes of a gradient's rows and columns, as bits of floats."""
+
+    row_most: Any  # uint32, (batch,): zeros when a kernel adds to them
+    col_most: Any  # uint32, (units,)
+
+    def clear(self) -> None:
+        """Set all to zeros on the current stream."""
+
+
+def greatest_of(greatest: Greatest | None) -> tuple[dict[str, Any], Defines]:
+    """Return a kernel's arguments and macro to find them, or not; they are cleared for it."""
+    if greatest is None:
+        return {"row_most": None, "col_most": None}, ()
+    greatest.clear()
+    arguments = {"row_most": greatest.row_most, "col_most": greatest.col_most}
+    return arguments, (("GREATEST", 1),)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Activations:
     """Outputs of a layer's activation."""
@@ -246,13 +267,34 @@ class ActivationGradient:
         Any  # (batch, units): may be `grad`, or the product's memory if elements have the same size
     )
 
-    def launch(self, launcher: Launcher) -> None:
-        """Launch on the current stream."""
+    def can_be_summed(self) -> bool:
+        """Whether `sign_gemm.transposed_product`, which computes `grad`, can add it up, too."""
+        norm = self.layer.norm
+        return norm is not None and norm.whole is None and self.layer.drop == DROP_NONE
+
+    def launch(
+        self, launcher: Launcher, greatest: Greatest | None = None, summed: bool = False
+    ) -> bool:
+        """Launch on the current stream.
+
+        Parameters
+        ----------
+        launcher : Launcher
+        greatest : Greatest, optional
+            Receives the greatest magnitudes of the result.
+        summed : bool
+            Whether the gradients of batch norm's parameters have been computed already.
+
+        Returns
+        -------
+        bool
+            Whether it does: large layers' kernels find them.
+        """
         layer, walk = self.layer, launcher.walk
         arguments = {"p": layer.pack(), "grad": self.grad, "out": self.out, "gate": self.mask}
         arguments |= layer.gradients()
         gate = ("GATE", GATES[self.gate])
-        if layer.norm is not None:
+        if layer.norm is not None and not summed:
             sums = Sums(2, launcher.itemsize, 4 * (self.gate == "mask"), most_warps=16)
             strips = walk.strips(layer, sums)
             launcher.launch(
@@ -261,10 +303,14 @@ class ActivationGradient:
                 shared=strips.shared,
             )  # fmt: skip
             if strips.clustered:  # that kernel also computes the gradient
-                return
+                return False
             arguments |= layer.norm.sum_gradients()
         strips = walk.strips(layer)
-        launcher.launch(GRADIENT, arguments, grid=strips.grid, defines=(*strips.defines, gate))
+        found, kind = greatest_of(greatest)
+        launcher.launch(
+            GRADIENT, arguments | found, grid=strips.grid, defines=(*strips.defines, gate, *kind)
+        )
+        return greatest is not None
 
 
 @dataclass(frozen=True, kw_only=True)

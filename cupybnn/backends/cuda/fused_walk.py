@@ -38,6 +38,7 @@ class Sums:
     block_bytes: int = 0  # other bytes of a block
     most_warps: int = _WARPS  # 16 if registers allow two such blocks per multiprocessor
     always_clustered: bool = False  # for large layers, too
+    width: int = _WIDE  # columns of a strip without clusters, if threads have four
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Strips:
     threads: int  # per block
     cols: int  # of the layer
     shared: int = 0  # bytes of dynamic shared memory
+
+    @property
+    def whole(self) -> bool:
+        """Whether every strip, and every thread's part of it, is whole: see strips.cuh."""
+        return bool(dict(self.defines)["WHOLE"])
 
     def partials(self, sums: int) -> int:
         """Return how many partial results the blocks write for `sums` sums per column."""
@@ -98,7 +104,8 @@ class Walk:
             turns = held
         else:
             width = self.width(cols, vector)
-            blocks = self.row_blocks(rows, cols, vector)
+            width = width if sums is None else min(width, sums.width)
+            blocks = self._blocks_of(rows, cols, vector, width)
             turns = 8
         at_once = _rows_at_once(warps, vector, width)
         whole = turns > 0 and cols % width == 0 and rows % (turns * at_once * blocks) == 0
@@ -160,7 +167,9 @@ class Walk:
 
         A power of two, so that layers whose shapes are powers of two need no checks.
         """
-        width = self.width(cols, vector)
+        return self._blocks_of(rows, cols, vector, self.width(cols, vector))
+
+    def _blocks_of(self, rows: int, cols: int, vector: int, width: int) -> int:
         fill = -(-8 * self._multiprocessors // -(-cols // width))
         most = max(1, min(rows // (2 * _rows_at_once(_WARPS, vector, width)), fill))
         return 1 << (most.bit_length() - 1)

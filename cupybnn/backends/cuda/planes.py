@@ -152,6 +152,8 @@ class GradientLevels:
         Of the levels' numbers in each line.
     row_scale, col_scale : cupy.ndarray of float32
         Of each line; a level times its line's scale is the element, rounded.
+    row_most, col_most : cupy.ndarray of int32
+        Greatest magnitude in each line, as the bits of a float.
     """
 
     def __init__(self, rows: int, cols: int, bits: int) -> None:
@@ -164,14 +166,16 @@ class GradientLevels:
         down, across = (-(-n // 4) * 4 for n in (rows, cols))  # kernels load four at a time
         self.cleared = cupy.empty(2 * (down + across), np.int32)
         self.row_sums, self.col_sums = self.cleared[:rows], self.cleared[down : down + cols]
-        self._most = self.cleared[down + across :][:rows], self.cleared[-across:][:cols]
+        self.row_most, self.col_most = (
+            self.cleared[down + across :][:rows],
+            self.cleared[-across:][:cols],
+        )
         self._scales = cupy.empty(down + across, np.float32)
         self.row_scale, self.col_scale = self._scales[:rows], self._scales[down:][:cols]
 
-    @property
-    def col_most(self) -> Any:
-        """What `measure` found for each column, int32: the bits of the greatest magnitude."""
-        return self._most[1]
+    def clear(self) -> None:
+        """Set sums and greatest magnitudes to zeros on the current stream."""
+        self.cleared.data.memset_async(0, self.cleared.nbytes)
 
     def measure(self, grad: Any) -> None:
         """Find the greatest magnitudes of rows and columns on the current stream.
@@ -181,11 +185,13 @@ class GradientLevels:
         grad : cupy.ndarray, shape (rows, cols), C-contiguous
             float32, or uint16 for bfloat16.
         """
-        self.cleared.data.memset_async(0, self.cleared.nbytes)
+        self.clear()
         self._run(MOST, _MOST_TILE, grad)
 
     def quantize(self, grad: Any, seed: int, draw: int, step: Any = None, first: int = 0) -> None:
         """Quantize a gradient, after `measure`, on the current stream.
+
+        A kernel that writes the gradient may find the greatest magnitudes instead, after `clear`.
 
         Parameters
         ----------
@@ -207,7 +213,7 @@ class GradientLevels:
         rows, cols = self.shape
         eights, offset = divmod(first, _EIGHT)
         argument = GRADIENT.pack(
-            g=grad, rows=rows, cols=cols, row_most=self._most[0], col_most=self._most[1],
+            g=grad, rows=rows, cols=cols, row_most=self.row_most, col_most=self.col_most,
             row_scale=self.row_scale, col_scale=self.col_scale,
             by_row=PLANE_LINES.pack(
                 words=self.row_words, sums=self.row_sums, lines=rows, chunks=chunk_count(cols)

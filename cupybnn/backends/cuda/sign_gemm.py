@@ -12,12 +12,14 @@ import numpy as np
 
 from cupybnn.backends.cuda import launching
 from cupybnn.backends.cuda.compiler import Defines, architecture, load_kernel, multiprocessors
+from cupybnn.backends.cuda.fused_layers import GATES, LAYER, ActivationGradient
 from cupybnn.backends.cuda.fused_parameter import PARAMETER
 from cupybnn.backends.cuda.structs import Kernel, Struct
 
 __all__ = [
     "UPDATE_ARGUMENTS",
     "WRITERS",
+    "NormScratch",
     "pays",
     "tiles",
     "transposed_product",
@@ -43,6 +45,16 @@ PRODUCT = Kernel("sm90_sign_gemm", "sign_gemm", _OPERANDS, SIGN_PRODUCT, TENSOR_
 UPDATE_ARGUMENTS = (
     "Parameter parameter; ptr rates; i64 ring; ptr step; float gain_mean, gain_square;"
     "ptr partials; i64 earlier"
+)
+NORM_SUMS = Struct("NormSums", "ptr gate, partials, tickets, grad_gamma, grad_beta")
+SUMMED = Kernel(
+    "sm90_sign_gemm",
+    "sign_gemm",
+    f"{_OPERANDS}; Layer layer; NormSums to",
+    SIGN_PRODUCT,
+    TENSOR_MAP,
+    LAYER,
+    NORM_SUMS,
 )
 UPDATE = Kernel(
     "sm90_sign_gemm",
@@ -84,7 +96,31 @@ def tiles(m: int, n: int) -> int:
     return -(-m // _TILE_M) * -(-n // _TILE_N)
 
 
-def transposed_product(signs: Any, matrix: Any, out: Any, device: int) -> None:
+class NormScratch:
+    """Memory for the sums of `transposed_product`, for one launch after the other.
+
+    Parameters
+    ----------
+    batch, units : int
+        The most of a layer.
+    """
+
+    def __init__(self, batch: int, units: int) -> None:
+        import cupy
+
+        tiles = -(-batch // _TILE_N)
+        self.partials = cupy.empty(tiles * 2 * units, np.float32)
+        self.tickets = cupy.zeros(-(-units // _TILE_M), np.uint32)  # 0 between launches
+
+
+def transposed_product(
+    signs: Any,
+    matrix: Any,
+    out: Any,
+    device: int,
+    below: ActivationGradient | None = None,
+    scratch: NormScratch | None = None,
+) -> None:
     """Compute ``out = matrix @ signs.T``, the gradient of a layer's inputs.
 
     Parameters
@@ -97,11 +133,25 @@ def transposed_product(signs: Any, matrix: Any, out: Any, device: int) -> None:
         Likewise, rounded to nearest even.
     device : int
         Index of the current CUDA device.
+    below : ActivationGradient, optional
+        Of the layer that made the inputs: if its `can_be_summed`, its first sums are computed, too.
+    scratch : NormScratch, optional
+        For `below`.
     """
     (batch, units), inputs = matrix.shape, out.shape[1]
     product = SIGN_PRODUCT.pack(words=signs.words, out=out, m=inputs, n=batch, k=units)
     arguments = {"p": product, "map": _tensor_map(matrix.data.ptr, matrix.shape, _TILE_N)}
-    _launch(PRODUCT, _TRANSPOSED, arguments, _PLAIN, tiles(inputs, batch), device)
+    if below is None:
+        _launch(PRODUCT, _TRANSPOSED, arguments, _PLAIN, tiles(inputs, batch), device)
+        return
+    assert scratch is not None
+    to = NORM_SUMS.pack(
+        gate=below.mask, partials=scratch.partials, tickets=scratch.tickets,
+        **below.layer.gradients(),
+    )  # fmt: skip
+    arguments |= {"layer": below.layer.pack(), "to": to}
+    defines = (*_PLAIN, ("SUMS", 1), ("GATE", GATES[below.gate]), *below.layer.defines())
+    _launch(SUMMED, _TRANSPOSED, arguments, defines, tiles(inputs, batch), device)
 
 
 def weight_gradient(signs: Any, matrix: Any, out: Any, device: int) -> None:
@@ -160,18 +210,19 @@ def _launch(
     tiles: int,
     device: int,
 ) -> None:
-    shared, defines = _shared_bytes(result), (("RESULT", result), *defines)
+    shared, defines = _shared_bytes(result, kernel is SUMMED), (("RESULT", result), *defines)
     loaded = load_kernel(kernel.source, kernel.function, defines, device, shared)
     blocks = min(tiles, multiprocessors(device))
     loaded((blocks,), (_THREADS,), kernel.arguments(**arguments), shared_mem=shared)
 
 
-def _shared_bytes(result: int) -> int:
+def _shared_bytes(result: int, summed: bool = False) -> int:
     """Return the size of struct Shared in bytes."""
     slot = _TILE_N * _DEPTH * 2 + _DEPTH * _TILE_M // 8
     rows, cols = (_TILE_N, _TILE_M) if result == _TRANSPOSED else (_TILE_M, _TILE_N)
     signs = _TILE_M // 2 * _TILE_N if result == _UPDATE else 0
-    return _STAGES * (slot + 16) + rows * (cols + 8) * 2 + signs + 16
+    sums = WRITERS * 2 * _TILE_M * 4 + 8 if summed else 0
+    return _STAGES * (slot + 16) + rows * (cols + 8) * 2 + signs + sums + 16
 
 
 @cache

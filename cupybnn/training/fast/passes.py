@@ -13,6 +13,7 @@ from cupybnn.backends.cuda.fused_head import Head
 from cupybnn.backends.cuda.fused_layers import (
     Activation,
     ActivationGradient,
+    Greatest,
     UnpackColumns,
     UnpackRows,
 )
@@ -93,6 +94,14 @@ class Passes:
         #: Factor that turns the whole numbers in `Buffers.inputs` into pixels.
         self._input_scale = float(data.pixel_scale) / keep
         self._rounding: dict[int, Draw] = {}
+        #: By number of a hidden layer: whether its gradient's greatest magnitudes are known.
+        self._measured: dict[int, bool] = {}
+        #: Likewise: whether the product that computes its activations' gradient has added it up.
+        self._summed: dict[int, bool] = {}
+        self._norm_scratch = None
+        if any(layer.backward == "bits" for layer in plan.hidden):
+            widest = max(layer.units for layer in plan.hidden)
+            self._norm_scratch = sign_gemm.NormScratch(plan.batch, widest)
         self.span: Callable[[str], Any] = no_span
 
     def _new_launcher(self) -> fused.Launcher:
@@ -135,9 +144,9 @@ class Passes:
         self._rounding = dict(zip(buffers.rounded, remaining, strict=True))
         first = buffers.passes[0]
         if plan.adversarial:
-            self._forward(first, lambda: fork.wait(taught))
+            self._forward(first, fork, taught)
             self._attack(pixel_draw)
-        self._forward(first, lambda: fork.wait(taught))
+        self._forward(first, fork, taught)
         if plan.vat:
             # Its kernels fill the multiprocessors that those of a search leave idle.
             with fork.aside():
@@ -155,13 +164,30 @@ class Passes:
 
     # Forward -----------------------------------------------------------------------------------
 
-    def _forward(self, at: Pass, before_loss: Callable[[], None] = lambda: None) -> None:
-        """Compute the loss, and the gradient of the last hidden product."""
+    def _forward(self, at: Pass, fork: Fork | None = None, taught: Any = None) -> None:
+        """Compute the loss, and the gradient of the last hidden product.
+
+        Parameters
+        ----------
+        at : Pass
+        fork : Fork, optional
+            Alongside the loss, signs are turned on its stream for products with rounded gradients.
+        taught : event, optional
+            After which there are targets.
+        """
         for i in range(len(at.hidden)):
             self._multiply(at, i)
             self._activate(at, i)
-        before_loss()
+        fork = fork or Fork()
+        fork.wait(taught)
+        turned = None
+        if self._buffers.rounded:
+            with fork.aside(), self.span("turning of signs"):
+                for rounded in self._buffers.rounded.values():
+                    rounded.turn()
+            turned = fork.mark()
         self._launch_head(at)
+        fork.wait(turned)
 
     def _multiply(self, at: Pass, i: int) -> None:
         """Compute the product of hidden layer `i`, counted from 0."""
@@ -212,8 +238,10 @@ class Passes:
         """Compute the loss from the last hidden product, and that product's gradient."""
         with self.span("logits and loss"):
             self._heads[at.number].launch_logits(self.launcher)
+        last = len(at.hidden) - 1
         with self.span("gradient of the head"):
-            self._heads[at.number].launch_gradient(self.launcher)
+            found = self._heads[at.number].launch_gradient(self.launcher, self._greatest(last))
+        self._measured[last] = found
 
     # Backward ----------------------------------------------------------------------------------
 
@@ -223,9 +251,11 @@ class Passes:
         In each layer, the gradient for the layer below comes first. The weight gradient and the
         update follow it, or run alongside it on further streams, if there are any. They are
         launched after the gradient of the activation, which the next product waits for: of two
-        kernels that can begin, the device begins the one that was captured first. The first layer
-        is updated by `launch`, together with the second if `NetworkPlan.updates_together`. With
-        other ranks, weight gradients are sent, and layers are updated later.
+        kernels that can begin, the device begins the one that was captured first. A product that
+        also updates fills the device and would hold up what runs alongside, so it follows. The
+        first layer is updated by `launch`, together with the second if
+        `NetworkPlan.updates_together`. With other ranks, weight gradients are sent, and layers are
+        updated later.
         """
         buffers, exchange = self._buffers, self._buffers.exchange
         last = buffers.passes[-1]
@@ -233,7 +263,8 @@ class Passes:
 
         def finish(i: int, ready: Any) -> None:
             own, gradient = buffers.product_grad(i, None)
-            with fork.aside(ready):
+            fills = self._plan.hidden[i].updates and exchange is None
+            with contextlib.nullcontext() if fills else fork.aside(ready):
                 if i in buffers.rounded:
                     self._finish_rounded(i)
                 elif buffers.hidden[i].plan.backward == "dense":
@@ -244,7 +275,7 @@ class Passes:
                     self._gradient_by_bits(i, gradient)
                 if exchange is not None:
                     exchange.send_gradient(buffers.hidden[i].plan.linear.weight)
-            done = fork.mark()
+            done = None if fills else fork.mark()
             if own is not None:
                 in_use[own] = done
             if exchange is None and (i > 1 or not self._plan.updates_together):
@@ -284,8 +315,13 @@ class Passes:
         exchange, rounded = self._buffers.exchange, self._buffers.rounded.get(i)
         if exchange is not None and rounded is not None:
             with self.span("rounding of gradients"):
-                rounded.measure(self._buffers.product_grad(i)[1])
-            exchange.send_greatest(rounded.greatest)
+                self._measure(i, self._buffers.product_grad(i)[1])
+            exchange.send_greatest(rounded.greatest.col_most)
+
+    def _measure(self, i: int, gradient: Any) -> None:
+        """Find the greatest magnitudes of a gradient, unless what wrote it has found them."""
+        if not self._measured[i]:
+            self._buffers.rounded[i].measure(gradient)
 
     def _input_gradient(self, at: Pass, i: int, tools: _Tools, compared: bool = False) -> None:
         """Compute the gradient of the input of hidden layer `i` > 0, counted from 0.
@@ -302,7 +338,7 @@ class Passes:
                     self._buffers.exchange.receive_greatest()
             with self.span("rounding of gradients"):
                 if not compared:
-                    rounded.measure(gradient)
+                    self._measure(i, gradient)
                 rounded.quantize(gradient, self._rounding[i], self._feed.step)
             with self.span(f"gradient of {hidden.plan.name}'s input"):
                 rounded.input_gradient()
@@ -312,21 +348,36 @@ class Passes:
         weight = None if by_bits else self._weight_of(i)
         with self.span(f"gradient of {hidden.plan.name}'s input"):
             if by_bits:
-                sign_gemm.transposed_product(hidden.packed_weight, gradient, incoming, self._device)
+                below = self._activation_of(at, i - 1)
+                self._summed[i - 1] = below.can_be_summed()
+                sign_gemm.transposed_product(
+                    hidden.packed_weight, gradient, incoming, self._device,
+                    below if self._summed[i - 1] else None, self._norm_scratch,
+                )  # fmt: skip
             else:
                 tools.products.multiply(gradient, weight, incoming, transpose_b=True)
 
     def _activation_gradient(self, at: Pass, i: int, tools: _Tools) -> None:
         """Turn the gradient of hidden layer `i`'s activation into that of its product."""
-        hidden = at.hidden[i]
         with self.span("gradient of activation"):
-            ActivationGradient(
-                layer=hidden.layer,
-                gate=hidden.plan.gate,
-                mask=hidden.mask,
-                grad=self._buffers.incoming_grad(i, at.number),
-                out=self._buffers.product_grad(i, at.number)[1],
-            ).launch(tools.launcher)
+            self._measured[i] = self._activation_of(at, i).launch(
+                tools.launcher, self._greatest(i), self._summed.get(i, False)
+            )
+
+    def _activation_of(self, at: Pass, i: int) -> ActivationGradient:
+        hidden = at.hidden[i]
+        return ActivationGradient(
+            layer=hidden.layer,
+            gate=hidden.plan.gate,
+            mask=hidden.mask,
+            grad=self._buffers.incoming_grad(i, at.number),
+            out=self._buffers.product_grad(i, at.number)[1],
+        )
+
+    def _greatest(self, i: int) -> Greatest | None:
+        """Return where to find the greatest magnitudes of the gradient of hidden layer `i`."""
+        rounded = self._buffers.rounded.get(i)
+        return None if rounded is None else rounded.greatest
 
     def _weight_of(self, i: int) -> Any:
         """Return hidden layer `i`'s weights for a dense product, unpacked if necessary."""

@@ -7,6 +7,7 @@ from typing import Any
 from cupybnn.backends.cuda import plane_gemm
 from cupybnn.backends.cuda.compiler import Defines
 from cupybnn.backends.cuda.fused_batch import Draw
+from cupybnn.backends.cuda.fused_layers import Greatest
 from cupybnn.backends.cuda.planes import GradientLevels, TurnedSigns
 from cupybnn.backends.cuda.product import prepare_scaled
 from cupybnn.backends.devices import Device
@@ -39,7 +40,7 @@ class RoundedBackward:
 
     Notes
     -----
-    Each product reads signs along another axis than the forward product: they are turned first.
+    Each product reads signs along another axis than the forward product: `turn` comes first.
     """
 
     def __init__(
@@ -75,21 +76,28 @@ class RoundedBackward:
             self._to_weight = prepare_scaled(*self._for_weight, weight_grad, columns=made.col_scale)
 
     @property
-    def greatest(self) -> Any:
-        """What `measure` found for each unit, int32: bits of magnitudes, in their order."""
-        return self._made.col_most
+    def greatest(self) -> Greatest:
+        """The greatest magnitudes of the gradient: `measure`, or what writes it, finds them."""
+        return self._made
 
     def measure(self, grad: Any) -> None:
         """Find the greatest gradients of images and units on the current stream."""
         self._made.measure(grad)
 
     def quantize(self, grad: Any, draw: Draw, step: Any) -> None:
-        """Round the gradient of the layer's products, after `measure`, on the current stream."""
+        """Round the gradient of the layer's products on the current stream.
+
+        Its greatest magnitudes must have been found, by `measure` or by the kernel that wrote it.
+        """
         self._made.quantize(grad, draw.seed, draw.offset, step, self._first)
+
+    def turn(self) -> None:
+        """Turn the signs of weights and inputs on the current stream."""
+        self._turned_weight.launch(self._weight.words, self._weight.shape[1])
+        self._turned_inputs.launch(self._inputs.words, self._inputs.shape[0])
 
     def input_gradient(self) -> None:
         """Compute the gradient of the inputs, after `quantize`, on the current stream."""
-        self._turned_weight.launch(self._weight.words, self._weight.shape[1])
         if self._to_inputs is not None:
             self._to_inputs(_stream())
             return
@@ -100,18 +108,13 @@ class RoundedBackward:
     def weight_gradient(self) -> None:
         """Compute the gradient of the weights, after `quantize`, on the current stream."""
         assert self._to_weight is not None
-        self._turn_inputs()
         self._to_weight(_stream())
 
     def weight_update(self, update: dict[str, Any], defines: Defines) -> None:
         """Compute the gradient of the weights and update them; see `Update.arguments_of`."""
-        self._turn_inputs()
         plane_gemm.weight_update(
             *self._for_weight, self._made.col_scale, update, defines=defines, device=self._device
         )
-
-    def _turn_inputs(self) -> None:
-        self._turned_inputs.launch(self._inputs.words, self._inputs.shape[0])
 
 
 def _stream() -> int:
