@@ -242,7 +242,8 @@ def tuned_to_compile(kernel: str, output: int) -> list[dict]:
 )
 def test_products_that_tuning_may_choose(kernel, output):
     require(home_of(kernel))
-    source, arch, variants = f"{kernel}_xnor_gemm", home_of(kernel), tuned_to_compile(kernel, output)
+    source, arch = f"{kernel}_xnor_gemm", home_of(kernel)
+    variants = tuned_to_compile(kernel, output)
     # One that spills is a bad choice, which measuring it will show; but it must compile.
     if output == PACKED and variants:
         compile_all(source, arch, variants, spills=True)
