@@ -30,6 +30,7 @@ def pixels(rows: int, inputs: int) -> np.ndarray:
     return x
 
 
+@pytest.mark.slow  # the first one compiles the kernels
 @pytest.mark.parametrize("first", ["real", "binary"])
 @pytest.mark.parametrize(
     "sizes", [(784, 130, 70, 10), (50, 33, 7), (16, 64, 100, 65, 3), (1, 1, 1)]

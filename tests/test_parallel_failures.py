@@ -16,6 +16,8 @@ from cupybnn.cli.main import main
 from cupybnn.training import Trainer, restored_config
 from cupybnn.training.checkpoint import load
 
+pytestmark = pytest.mark.slow
+
 TRAIN = [sys.executable, "-m", "cupybnn", "train"]
 RANKS = "2"
 RUN = ["--dataset", "digits", "--binary", "--n_hidden", "32", "--batch_size", "60"]
