@@ -14,7 +14,8 @@ from cupybnn import PackedNetwork, nn
 from cupybnn.backends.cuda import packed_network
 from cupybnn.backends.cuda.packed_network import NETWORK, NETWORK_LAYER, Layer, NetworkLaunch, Team
 from cupybnn.backends.epilogue import Epilogue, apply
-from cupybnn.deploy.cuda_forward import Recent, split_steps
+from cupybnn.deploy.cuda_forward import split_steps
+from cupybnn.deploy.cuda_graphs import Recent
 from cupybnn.deploy.layers import Step, apply_steps
 
 # --- what is decided on the host
