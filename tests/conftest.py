@@ -94,6 +94,14 @@ def cpu_kernels(monkeypatch: pytest.MonkeyPatch):
     return cpu.compiled()
 
 
+@pytest.fixture
+def own_quantizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test register quantizers of its own: those after it do not see them."""
+    from cupybnn.ops import quantizer
+
+    monkeypatch.setattr(quantizer, "_REGISTRY", dict(quantizer._REGISTRY))
+
+
 def _test_data() -> Path:
     named = os.environ.get("CUPYBNN_TEST_DATA")
     folder = Path(named) if named else ROOT.parent / "shared" / "data"

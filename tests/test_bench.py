@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from edits import edit
+from measuring import briefly
 
 from cupybnn.backends.cuda.architectures import smxx
 from cupybnn.backends.devices import CPU, Device
@@ -40,19 +41,10 @@ def device_for(xp):
 
 
 @pytest.fixture(scope="module")
-def small_cache():
-    """Give the machine a small cache, so that few sets of operands fill it."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (products, torch_layers):
-            patch.setattr(module, "memory", lambda device: (1 << 18, 2 << 30))
-        yield
-
-
-@pytest.fixture(scope="module")
-def quick(small_cache, tmp_path_factory):
+def quick(tmp_path_factory):
     """Run the command once on the CPU; return its output and its record."""
     path = tmp_path_factory.mktemp("bench") / "record.json"
-    with contextlib.redirect_stdout(io.StringIO()) as out:
+    with contextlib.redirect_stdout(io.StringIO()) as out, briefly():
         assert main.main(["bench", "--quick", "--device", "cpu", "--json", str(path)]) == 0
     return out.getvalue(), json.loads(path.read_text())
 
@@ -137,7 +129,8 @@ def test_rates_are_written_without_an_exponent(tops, scale, written):
 
 
 def test_only_the_sections_asked_for(tmp_path):
-    found = record.run(CPU, quick=True, only=["host"])
+    with briefly():
+        found = record.run(CPU, quick=True, only=["host"])
     assert found["products"] == []
     assert "host" in found
     assert not {"original", "packing", "first_call"} & set(found)
@@ -148,7 +141,8 @@ def test_a_section_that_fails_leaves_a_note_and_the_others(monkeypatch):
         raise RuntimeError("the GPU has fallen off the bus")
 
     monkeypatch.setattr(record, "host_time", fail)
-    found = record.run(CPU, quick=True, only=["host", "packing"])
+    with briefly():
+        found = record.run(CPU, quick=True, only=["host", "packing"])
     assert "host failed: RuntimeError: the GPU has fallen off the bus" in found["notes"]
     assert "host" not in found
     assert "bytes_per_second" in found["packing"][0]
@@ -288,7 +282,8 @@ def test_records_are_written_to_pipes_and_devices(tmp_path, capfd):
     record.save(found, tmp_path / "link")
     assert record.load(tmp_path / "target") == found
     arguments = ["bench", "--quick", "--device", "cpu", "--only", "host", "--json", "/dev/fd/1"]
-    assert main.main(arguments) == 0
+    with briefly():
+        assert main.main(arguments) == 0
     text = capfd.readouterr().out
     (whole,) = re.findall(r"^\{$.*?^\}$", text, re.MULTILINE | re.DOTALL)  # once, not each time
     assert "host" in json.loads(whole)
@@ -330,11 +325,12 @@ def test_a_wrong_result_is_found_and_named(method):
     assert f"wrong result at {where}" in products.wrong_element(prepared, CPU)
 
 
-def test_a_wrong_result_makes_the_command_fail(small_cache, monkeypatch, capsys, tmp_path):
+def test_a_wrong_result_makes_the_command_fail(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(products, "wrong_element", lambda *_: "wrong result at [0, 0]: 1 not 2")
     path = tmp_path / "r.json"
     only = ["--only", "skinny", "--quick", "--device", "cpu", "--json", str(path)]
-    assert main.main(["bench", *only]) == 1
+    with briefly():
+        assert main.main(["bench", *only]) == 1
     assert "4 FAILED:" in capsys.readouterr().out
     assert not any(r.get("checked") for r in json.loads(path.read_text())["products"][0]["rows"])
 
@@ -527,7 +523,8 @@ def test_peak_names_the_gpu_it_was_measured_on(tmp_path):
     pytest.importorskip("matplotlib")
     (svg, _) = chart.draw(a_gpu_record(), tmp_path / "x")
     assert "peak of the 1-bit instruction as measured on an H200" in svg.read_text()
-    found = record.run(CPU, quick=True, only=["host"])
+    with briefly():
+        found = record.run(CPU, quick=True, only=["host"])
     heading = list(tables.heading({**found, "peak_operations_per_second": 15.5e15}))
     assert heading[-1].endswith(
         "; 1-bit peak as measured on an H200, scaled by the number of multiprocessors: 15,500 TOPS"
@@ -566,7 +563,8 @@ def test_missing_matplotlib_is_reported_before_measuring(monkeypatch, capsys, tm
 def test_layers_of_pytorch_are_compared_and_checked(monkeypatch):
     pytest.importorskip("torch", reason="needs PyTorch: pip install .[torch]")
     monkeypatch.setattr(torch_layers, "CPU_QUICK", (48,))
-    rows = torch_layers.torch_layers(CPU, HostClock(), quick=True)
+    with briefly():
+        rows = torch_layers.torch_layers(CPU, HostClock(), quick=True)
     assert [r["layer"] for r in rows] == ["nn.Linear", "XnorLinear", "packed XnorLinear"]
     assert not any("error" in r for r in rows)
     assert [r.get("checked") for r in rows] == [None, True, True]
@@ -577,5 +575,6 @@ def test_layers_of_pytorch_are_compared_and_checked(monkeypatch):
     assert "48" in text
     assert "packed XnorLinear, eager" in text
     monkeypatch.setattr(torch_layers, "_is_exact", lambda *_: False)
-    rows = torch_layers.torch_layers(CPU, HostClock(), quick=True)
+    with briefly():
+        rows = torch_layers.torch_layers(CPU, HostClock(), quick=True)
     assert [r.get("error", "")[:12] for r in rows] == ["", "wrong result", "wrong result"]

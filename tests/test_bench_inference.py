@@ -5,11 +5,11 @@ import sys
 
 import numpy as np
 import pytest
+from measuring import briefly
 
 from cupybnn import PackedNetwork
 from cupybnn.autograd import Tensor, no_grad
 from cupybnn.backends.devices import CPU, Device
-from cupybnn.benchmark import clock
 from cupybnn.benchmark import record as records
 from cupybnn.benchmark.clock import HostClock
 from cupybnn.benchmark.inference import chart, ours, record, tables
@@ -38,8 +38,7 @@ def quick(tmp_path_factory):
     """Run the command once on the CPU, at tiny sizes; return its record."""
     path = tmp_path_factory.mktemp("bench") / "record.json"
     arguments = ["--quick", "--device", "cpu", "--sizes", "16x1,16x20", "--json", str(path)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clock, "_runs", lambda *_: 7)  # the fewest
+    with briefly():
         assert main.main(["bench", "infer", *arguments]) == 0
     return json.loads(path.read_text())
 
@@ -168,7 +167,9 @@ def test_only_a_failure_of_ours_makes_the_command_fail(library, code, monkeypatc
 
     found = [variant(make, library), *ours.variants(CPU)]
     monkeypatch.setattr(record, "variants_for", lambda *_: (found, []))
-    assert main.main(["bench", "infer", "--quick", "--device", "cpu", "--sizes", "16x2"]) == code
+    with briefly():
+        arguments = ["--quick", "--device", "cpu", "--sizes", "16x2"]
+        assert main.main(["bench", "infer", *arguments]) == code
     out = capsys.readouterr().out
     assert "some way, float32: RuntimeError: on fire" in out
     assert ("1 FAILED:" in out) == bool(code)

@@ -14,10 +14,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from measuring import briefly
 
 from cupybnn.autograd import Tensor
 from cupybnn.backends.devices import CPU, Device
-from cupybnn.benchmark import clock
 from cupybnn.benchmark import record as records
 from cupybnn.benchmark.clock import HostClock, make_clock
 from cupybnn.benchmark.methods import Unsupported
@@ -54,11 +54,7 @@ def quick(tmp_path_factory):
     arguments = ["--quick", "--device", "cpu", "--sizes", "16x8,32x20", "--json", str(path)]
     gc.freeze()  # it collects garbage before each measurement: what is there already is none
     try:
-        with (
-            contextlib.redirect_stdout(io.StringIO()) as out,
-            pytest.MonkeyPatch.context() as patch,
-        ):
-            patch.setattr(clock, "_runs", lambda *_: 7)  # the fewest
+        with contextlib.redirect_stdout(io.StringIO()) as out, briefly():
             assert main.main(["bench", "train", *arguments]) == 0
     finally:
         gc.unfreeze()
@@ -183,7 +179,8 @@ def test_only_a_failure_of_ours_makes_the_command_fail(library, code, monkeypatc
     working = [v for v in ours.variants(CPU, True) if v.product == "matmul"]
     monkeypatch.setattr(record, "variants_for", lambda *_: ([broken, *working], []))
     arguments = ["--quick", "--device", "cpu", "--sizes", "16x8"]
-    assert main.main(["bench", "train", *arguments]) == code
+    with briefly():
+        assert main.main(["bench", "train", *arguments]) == code
     out = capsys.readouterr().out
     assert "float32: RuntimeError: on fire" in out
     assert ("1 FAILED:" in out) == bool(code)

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 PRELUDE = """
 import _thread, socket, sys, threading
 
@@ -44,6 +46,7 @@ assert (cupybnn.PackedNetwork.load("net.npz").predict(images) == net.predict(ima
 """
 
 
+@pytest.mark.slow
 def test_it_trains_without_threads_sockets_and_locks(tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PRELUDE + PROGRAM],

@@ -21,7 +21,7 @@ pytest.importorskip("numba")
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
     monkeypatch.setattr(settings, "cpu_kernels", lambda: True)
-    monkeypatch.setattr("cupybnn.deploy.network._LEAST_WEIGHTS", 0)
+    monkeypatch.setattr("cupybnn.deploy.forward._LEAST_WEIGHTS", 0)
 
 
 def pixels(rows: int, inputs: int) -> np.ndarray:
@@ -30,6 +30,7 @@ def pixels(rows: int, inputs: int) -> np.ndarray:
     return x
 
 
+@pytest.mark.slow  # the first one compiles the kernels
 @pytest.mark.parametrize("first", ["real", "binary"])
 @pytest.mark.parametrize(
     "sizes", [(784, 130, 70, 10), (50, 33, 7), (16, 64, 100, 65, 3), (1, 1, 1)]
@@ -43,7 +44,7 @@ def test_logits_are_exact(sizes, first, monkeypatch):
     monkeypatch.setattr(settings, "cpu_kernels", lambda: True)
     for rows in (1, 3, 4, 5, 33, 70):
         np.testing.assert_array_equal(net(x[:rows]), expected[:rows])
-    assert isinstance(net._cpu, CpuForward)
+    assert isinstance(net._forward.cpu, CpuForward)
     np.testing.assert_array_equal(net(x[::2]), expected[::2])  # rows apart
     np.testing.assert_array_equal(net(np.asfortranarray(x)), expected)
     np.testing.assert_array_equal(net(x[7]), expected[7])
@@ -113,11 +114,11 @@ def test_other_networks_go_another_way(what, why):
         net = PackedNetwork(layers, spec)
         with np.errstate(invalid="ignore"):
             assert net(np.ones((2, 4), np.uint8)).shape == (2, 2)
-        assert net._cpu is False
+        assert net._forward.cpu is False
 
 
 def test_a_small_network_does_not_import_them(monkeypatch):
     monkeypatch.undo()
     net = PackedNetwork.from_model(network((30, 20, 3), "real", "real"), pixel_max=256)
     net(pixels(5, 30))
-    assert net._cpu is None
+    assert net._forward.cpu is None

@@ -33,6 +33,7 @@ def name_of(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@pytest.mark.usefixtures("own_quantizers")
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_python_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -45,6 +46,7 @@ def test_python_examples_run(page, tmp_path, monkeypatch):
         exec(compile(code.replace("max_steps=300", "max_steps=20"), str(page), "exec"), {})
 
 
+@pytest.mark.usefixtures("own_quantizers")
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_sessions_print_what_they_show(page):
     import doctest

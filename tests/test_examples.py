@@ -24,6 +24,7 @@ def name_of(path: Path) -> str:
 MODULES = [name_of(p) for p in sorted(FOLDER.rglob("*.py")) if ">>> " in p.read_text("utf-8")]
 
 
+@pytest.mark.usefixtures("own_quantizers")
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # some write files

@@ -121,6 +121,17 @@ def fewer(*which):
 
 cupybnn.data.load = fewer
 """
+#: A quarter of the steps; all of them are made on the bundled digits.
+FEWER_STEPS = """
+import cupybnn
+config = cupybnn.TrainConfig
+
+def fewer_steps(**settings):
+    counts = {name: settings[name] // 4 for name in ("max_steps", "eval_every_n")}
+    return config(**settings | counts)
+
+cupybnn.TrainConfig = fewer_steps
+"""
 
 
 def test_there_are_six():
@@ -163,7 +174,8 @@ def test_runs_on_mnist(number, run, mnist_dir, tmp_path):
     (tmp_path / "data").mkdir()
     np.savez(tmp_path / "data" / "mnist_784.npz", allow_pickle=False, **arrays)
     (path,) = FOLDER.glob(f"{number}_*.ipynb")
-    assert "mnist on cpu" in "".join(map(text_of, outputs(run(path, FEWER_IMAGES))))
+    notebook = run(path, FEWER_IMAGES + FEWER_STEPS)
+    assert "mnist on cpu" in "".join(map(text_of, outputs(notebook)))
 
 
 def test_a_legend_on_the_data_is_found():

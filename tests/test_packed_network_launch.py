@@ -14,7 +14,8 @@ from cupybnn import PackedNetwork, nn
 from cupybnn.backends.cuda import packed_network
 from cupybnn.backends.cuda.packed_network import NETWORK, NETWORK_LAYER, Layer, NetworkLaunch, Team
 from cupybnn.backends.epilogue import Epilogue, apply
-from cupybnn.deploy.cuda_forward import Recent, split_steps
+from cupybnn.deploy.cuda_forward import split_steps
+from cupybnn.deploy.cuda_graphs import Recent
 from cupybnn.deploy.layers import Step, apply_steps
 
 # --- what is decided on the host
@@ -145,9 +146,9 @@ def test_steps_are_split_so_that_nothing_changes(kinds):
 
 def test_a_network_can_be_copied():
     net = PackedNetwork.from_model(made("all binary"))
-    net._cuda = object()  # stands for graphs, which cannot be
+    net._forward.cuda = object()  # stands for graphs, which cannot be
     again = copy.deepcopy(net)
-    assert again._cuda is None
+    assert again._forward.cuda is None
     x = np.ones((3, 20), np.float32)
     np.testing.assert_array_equal(again(x), net(x))
 
@@ -203,7 +204,7 @@ def test_batch_sizes_are_walked_and_captured():
     x = cupy.asarray(whole_numbers(784, 65))
     for _ in range(3):
         net(x)
-    forward = net._cuda
+    forward = net._forward.cuda
     assert forward.most_rows == 64
     assert len(forward._graphs) == int(forward._captures)
     net(x[:64])
@@ -220,7 +221,7 @@ def test_every_team_gives_the_same(rows, cluster):
     net = PackedNetwork.from_model(wide("512")).to("cuda")
     x = cupy.asarray(whole_numbers(784, 64))
     first = net(x).get()
-    launch = net._cuda.one_launch
+    launch = net._forward.cuda.one_launch
     if cluster > 1 and (rows > 8 or packed_network.architecture(0) not in range(90, 120)):
         pytest.skip("clusters take eight rows each, on Hopper and data centre Blackwell")
     launch.use(team, 64, "f")

@@ -17,6 +17,8 @@ from cupybnn.cli.main import main
 from cupybnn.training import Trainer, restored_config
 from cupybnn.training.checkpoint import load
 
+pytestmark = pytest.mark.slow
+
 TRAIN = [sys.executable, "-m", "cupybnn", "train"]
 RUN = ["--dataset", "digits", "--binary", "--n_hidden", "32", "--batch_size", "60"]
 RUN += ["--eval_every_n", "7"]

@@ -128,10 +128,10 @@ def test_pixels_give_exact_logits_in_one_launch(sizes, first, last):
     pixels[3] = 255
     expected, there = net(pixels), cupy.asarray(pixels)
     assert on_gpu(there[:1]).shape == (1, sizes[-1])
-    if on_gpu._cuda.pixel_launch is None:
+    if on_gpu._forward.cuda.pixel_launch is None:
         pytest.skip("the launch for pixels needs a Hopper GPU")
-    on_gpu._cuda.one_launch = None  # never instead
-    on_gpu._cuda.most_rows = 0
+    on_gpu._forward.cuda.one_launch = None  # never instead
+    on_gpu._forward.cuda.most_rows = 0
     for count in BATCHES:
         many = [on_gpu(there[i % 2 : i % 2 + count]) for i in range(20)]  # aligned, or maybe not
         for i, got in enumerate(many):
@@ -148,7 +148,7 @@ def test_a_launch_that_begins_early_waits_for_its_pixels():
     pixels = np.random.default_rng(0).integers(0, 256, (300, 784)).astype(np.uint8)
     expected, there = net(pixels), cupy.asarray(pixels)
     on_gpu(there[:8])
-    if on_gpu._cuda.pixel_launch is None:
+    if on_gpu._forward.cuda.pixel_launch is None:
         pytest.skip("the launch for pixels needs a Hopper GPU")
     x = cupy.empty((8, 784), np.uint8)
     got = []
@@ -170,7 +170,7 @@ def test_streams_and_a_users_graph_do_not_disturb_each_other(width):
     pixels = np.random.default_rng(0).integers(0, 256, (300, 50)).astype(np.uint8)
     expected, there = net(pixels), cupy.asarray(pixels)
     on_gpu(there[:1])
-    if on_gpu._cuda.pixel_launch is None:
+    if on_gpu._forward.cuda.pixel_launch is None:
         pytest.skip("the launch for pixels needs a Hopper GPU")
     cupy.cuda.Device().synchronize()
     streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(3)]

@@ -197,7 +197,9 @@ def test_networks_by_plans(sizes, first):
         many = [on_gpu(there[i % 2 : i % 2 + count]) for i in range(6)]  # aligned, or maybe not
         for i, got in enumerate(many):
             np.testing.assert_array_equal(got.get(), expected[i % 2 : i % 2 + count])
-    assert all(isinstance(plan[0], ResidentPlan) for plan in on_gpu._cuda._graphs._values.values())
+    assert all(
+        isinstance(plan[0], ResidentPlan) for plan in on_gpu._forward.cuda._graphs._values.values()
+    )
     stream = cupy.cuda.Stream(non_blocking=True)
     with stream:
         others = [on_gpu(there[:200]) for _ in range(4)]

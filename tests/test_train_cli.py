@@ -9,6 +9,7 @@ import os
 import re
 import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -161,26 +162,24 @@ class TestOutput:
         done = here(mnist_dir, *QUICK[2:-4], "--max_steps", "1")
         assert "Data: mnist, 60,000 training and 10,000 test images" in done.stdout
 
-    def test_auto_fallback_is_printed_at_the_start_and_with_the_accuracy(self, tmp_path):
-        site = tmp_path / "site"
-        site.mkdir()
-        # A process of its own without a network: name resolution fails in it, and nothing waits
-        # before it is tried again.
-        (site / "sitecustomize.py").write_text(
-            "import socket, time\n"
-            "time.sleep = lambda seconds: None\n"
-            "def refuse(*a, **k): raise socket.gaierror(-3, 'no names here')\n"
-            "socket.getaddrinfo = refuse\n"
-        )
-        env = {**os.environ, "PYTHONPATH": str(site), "CUPYBNN_DATA_DIR": str(tmp_path / "d")}
-        env["SCIKIT_LEARN_DATA"] = str(tmp_path / "s")
-        done = train(*QUICK[2:-4], "--max_steps", "1", env=env)
+    def test_auto_fallback_is_printed_at_the_start_and_with_the_accuracy(
+        self, here, tmp_path, monkeypatch
+    ):
+        def refuse(*args, **kwargs):
+            raise socket.gaierror(-3, "no names here")
+
+        # Without a network name resolution fails, and nothing waits before it is tried again.
+        monkeypatch.setattr(socket, "getaddrinfo", refuse)
+        monkeypatch.setattr("sklearn.datasets._base.time.sleep", lambda seconds: None)
+        monkeypatch.setenv("CUPYBNN_DATA_DIR", str(tmp_path / "d"))
+        monkeypatch.setenv("SCIKIT_LEARN_DATA", str(tmp_path / "s"))
+        done = here(*QUICK[2:-4], "--max_steps", "1")
         loud = [line for line in done.stdout.splitlines() if line.startswith("WARNING")]
         assert len(loud) == 1
         assert "THE BUNDLED 8x8 DIGITS, NOT MNIST" in loud[0]
         assert "no names here" in loud[0]
         assert re.search(r"^Final test accuracy \d\.\d{4} \(.*NOT ON MNIST\)$", done.stdout, re.M)
-        refused = train(*QUICK[2:], "--dataset", "mnist", env=env, check=1)
+        refused = here(*QUICK[2:], "--dataset", "mnist", check=1)
         assert refused.stderr.splitlines()[-1].startswith("cupybnn train: MNIST cannot be fetched")
         assert "Traceback" not in refused.stderr
 
@@ -380,7 +379,7 @@ class TestSignals:
         assert "Traceback" not in errors
         assert "Test accuracy so far" in output
 
-    def test_ctrl_c_ends_cleanly_and_restore_continues_exactly(self, tmp_path):
+    def test_ctrl_c_ends_cleanly_and_restore_continues_exactly(self, here, tmp_path):
         options = ["--dataset", "digits", "--device", "cpu", "--n_hidden", "40", "--binary"]
         options += ["--keep_prob", "0.9", "--batch_norm", "--eval_every_n", "50"]
         process = subprocess.Popen(
@@ -404,9 +403,9 @@ class TestSignals:
         stored = load(folder)
         assert stored.step == step > 100
         end = step + 70
-        again = train("--restore", folder, "--max_steps", end)
+        again = here("--restore", folder, "--max_steps", end)
         assert f"Continuing from step {step} of {folder}" in again.stdout
-        whole = train(*options, "--max_steps", end, "--log_dir", tmp_path / "whole")
+        whole = here(*options, "--max_steps", end, "--log_dir", tmp_path / "whole")
         after = trace(again.stdout)
         assert after == [line for line in trace(whole.stdout) if int(line[0]) >= step] != []
         run_again = re.search(r"^Logging to (.*)$", again.stdout, re.M)[1]
@@ -415,7 +414,7 @@ class TestSignals:
         assert a.step == b.step == end
         for name, array in a.arrays.items():
             np.testing.assert_array_equal(array, b.arrays[name])
-        at_the_end = train("--restore", run_again)
+        at_the_end = here("--restore", run_again)
         assert at_the_end.stdout == ""
         assert at_the_end.stderr == (
             f"Nothing left to train: --max_steps, which includes the steps before a restore, is "

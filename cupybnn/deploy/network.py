@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
-from cupybnn import nn, settings
+from cupybnn import nn
 from cupybnn.backends.devices import CPU, Device, array_module, resolve
 from cupybnn.deploy import c_header, file, onnx_file, qonnx_file
 from cupybnn.deploy.conversion import packed_model
 from cupybnn.deploy.evaluation import ClassificationReport, evaluate
+from cupybnn.deploy.forward import Forward
 from cupybnn.deploy.inputs import InputSpec, like
 from cupybnn.deploy.layers import PackedLayer
 from cupybnn.training.saved import load_model
 
-if TYPE_CHECKING:
-    from cupybnn.deploy.cpu_forward import CpuForward
-    from cupybnn.deploy.cuda_forward import CudaForward
-
 __all__ = ["PackedNetwork"]
-
-#: Inputs that go through the layers at a time on the CPU, so that activations stay in the cache.
-_ROWS = 1024
-#: Weights of a first layer for which compiled kernels, imported for them, are worth it.
-_LEAST_WEIGHTS = 1 << 16
 
 
 class PackedNetwork:
@@ -74,16 +66,7 @@ class PackedNetwork:
                 f"{self.classes.shape}."
             )
         self.device = device
-        self._usual_types = "f" if inputs.pixel_max is None else "fB"
-        self._cuda: CudaForward | None = None
-        # For pixels on a CPU; False: there is none.
-        self._cpu: CpuForward | bool | None = None
-        # Takes calls of the usual kind on a GPU, and returns None for others.
-        self._usual: Callable[[Any], Any] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Graphs and locks are of this process.
-        return {**vars(self), "_cuda": None, "_cpu": None, "_usual": None}
+        self._forward = Forward(self.layers, inputs, device)
 
     # Making one --------------------------------------------------------------------------------
 
@@ -378,15 +361,16 @@ class PackedNetwork:
         signs, is exact here. On a CPU with the extra ``cpu``, uint8 pixels are multiplied exactly
         with the same weights as on Hopper.
         """
-        if self._usual is not None:
-            logits = self._usual(x)
+        usual = self._forward.usual
+        if usual is not None:
+            logits = usual(x)
             if logits is not None:
                 return logits
-        return like(self._logits(x), x)
+        return like(self._forward(x), x)
 
     def predict_proba(self, x: Any) -> Any:
         """Return the probabilities of the classes: the softmax of the logits, of their shape."""
-        logits = self._logits(x)
+        logits = self._forward(x)
         xp = array_module(logits)
         shifted = xp.exp(logits - logits.max(axis=-1, keepdims=True))
         return like(shifted / shifted.sum(axis=-1, keepdims=True), x)
@@ -399,7 +383,7 @@ class PackedNetwork:
         array, shape (batch,), or one value for one input
             Elements of `classes`: numbers stay on the device of `x`, names are a NumPy array.
         """
-        best = self._logits(x).argmax(axis=-1)
+        best = self._forward(x).argmax(axis=-1)
         if self.classes.dtype.kind in "iu":
             xp = array_module(best)
             return like(xp.asarray(self.classes)[best], x)
@@ -427,67 +411,6 @@ class PackedNetwork:
             If there are not as many labels as images, or a label is none of the classes.
         """
         return evaluate(self, images, labels)
-
-    def _logits(self, x: Any) -> Any:
-        if self.device.kind == "cuda":
-            return self._logits_on_gpu(x)
-        if type(x) is np.ndarray and x.dtype == np.uint8 and x.shape[1:] == (self.inputs.features,):
-            rows, single = x, False
-        else:
-            rows, single = self.inputs.rows(x, self.device)
-        forward = self._on_cpu if rows.dtype == np.uint8 and len(rows) else None
-        if forward is not None:
-            logits = forward(np.ascontiguousarray(rows))
-        elif len(rows) <= _ROWS:
-            logits = self._forward(self.inputs.numbers(rows))
-        else:
-            parts = (rows[i : i + _ROWS] for i in range(0, len(rows), _ROWS))
-            logits = np.concatenate([self._forward(self.inputs.numbers(part)) for part in parts])
-        return logits[0] if single else logits
-
-    def _logits_on_gpu(self, x: Any) -> Any:
-        cupy, index = self.device.xp, self.device.index
-        # The usual case without the questions of others: their time would be half of a call's.
-        usual = type(x) is cupy.ndarray and x.shape[1:] == (self.inputs.features,)
-        usual = usual and x.dtype.char in self._usual_types and x.data.device_id == index
-        rows, single = (x, False) if usual else self.inputs.rows(x, self.device)
-        if cupy.cuda.runtime.getDevice() == index:
-            logits = self._on_gpu(rows)
-        else:
-            with self.device.scope():
-                logits = self._on_gpu(rows)
-        return logits[0] if single else logits
-
-    @property
-    def _on_gpu(self) -> CudaForward:
-        """The forward pass on a GPU, which must be the current device."""
-        if self._cuda is None:
-            from cupybnn.deploy.cuda_forward import CudaForward
-
-            # Two threads may both make one: either is as good.
-            self._cuda = CudaForward(self.layers, self.inputs, self.device)
-            self._usual = self._cuda.usual
-        return self._cuda
-
-    @property
-    def _on_cpu(self) -> CpuForward | None:
-        """The forward pass for pixels by compiled kernels, if there are any for this network."""
-        first = self.layers[0]
-        if not settings.cpu_kernels() or first.inputs * first.units < _LEAST_WEIGHTS:
-            return None
-        if self._cpu is None:
-            from cupybnn.deploy.cpu_forward import CpuForward
-
-            try:
-                self._cpu = CpuForward(self.layers, self.inputs)
-            except ValueError:  # the other way takes it
-                self._cpu = False
-        return None if isinstance(self._cpu, bool) else self._cpu
-
-    def _forward(self, x: Any) -> Any:
-        for layer in self.layers:
-            x = layer(x)
-        return x
 
     # Looking at it -----------------------------------------------------------------------------
 
