@@ -20,7 +20,7 @@ from cupybnn.deploy import PackedNetwork
 from cupybnn.errors import NonFiniteError, RankError
 from cupybnn.parallel.files import FileRanks
 from cupybnn.training import Callback, TrainConfig, Trainer, agreement, restored_config
-from cupybnn.training.fast import FusedStep, exchange
+from cupybnn.training.fast import FusedStep
 from cupybnn.training.fast.exchange import Exchange
 from cupybnn.training.step import PlainStep
 
@@ -76,9 +76,6 @@ def test_kernels_by_numpy_compute_the_plain_step(monkeypatch, name):
     ],
 )
 def test_ranks_compute_the_plain_step(monkeypatch, tmp_path, name, size, sync):
-    """Two ranks send all gradients together, three send each as soon as it is there."""
-    if size == 3:
-        monkeypatch.setattr(exchange, "_FEW", 0)
     settings = settings_of(name, sync_batch_norm=sync)
     emulator = Emulator(monkeypatch)
     plain = run_together(tmp_path, size, **settings, fused=False)[0]

@@ -122,8 +122,7 @@ def check_exchanges(ranks, xp=np):
             assert all((rows[k] == own(k, shape, dtype)).all() for k in range(n))
             assert (ranks.broadcast(own(r, shape, dtype)).wait() == own(0, shape, dtype)).all()
         whole = sum(own(k, (n * 6,), "float64") for k in range(n))
-        with ranks.together():
-            begun = [ranks.reduce_scatter(own(r, (n * 6,), "float64")) for _ in range(3)]
+        begun = [ranks.reduce_scatter(own(r, (n * 6,), "float64")) for _ in range(3)]
         for pending in reversed(begun):  # several at once, and awaited in another order
             assert float(abs(pending.wait() - whole[r * 6 : r * 6 + 6]).max()) < 1e-12
     check_results_written_elsewhere(ranks, xp)
@@ -440,11 +439,10 @@ class TestNccl:
             gathered = cupy.empty((1, source.size), np.float32)
 
             def launch():
-                with ranks.together():
-                    begun = [
-                        ranks.reduce_scatter(patterns, out=scattered, bfloat16=True),
-                        ranks.all_reduce(source, out=total),
-                    ]
+                begun = [
+                    ranks.reduce_scatter(patterns, out=scattered, bfloat16=True),
+                    ranks.all_reduce(source, out=total),
+                ]
                 for pending in begun:
                     pending.wait()
                 cupy.add(total, 1, out=total)

@@ -103,8 +103,6 @@ class NcclRanks(Ranks):
         self.rank, self.size, self.device = rank, size, str(device)
         self._gpu = device
         self._taking = threading.Lock()
-        self._together = False
-        self._launched: list[list[Any]] = []
         self._unfinished: deque[tuple[Any, float]] = deque()  # events, and when they were issued
         self._types = {
             np.dtype(name): getattr(self._nccl, f"NCCL_{name.upper()}") for name in _DTYPES
@@ -175,45 +173,19 @@ class NcclRanks(Ranks):
                     raise
                 self._await_reason()
                 raise RankError(f"NCCL cannot exchange arrays between ranks: {error}.") from error
-            ended: list[Any] = []  # an event, once the exchange has been launched
-            self._launched.append(ended)
-            if not self._together:
-                self._mark_ends(captured)
+            ended = _mark(self._stream)
+            if not captured:
+                self._will_end(ended)
         kept = [sent]
 
         def finish() -> Any:
             with self._gpu.scope():
-                cupy.cuda.get_current_stream().wait_event(*ended)
+                cupy.cuda.get_current_stream().wait_event(ended)
             # Not before: the current stream could then use its memory while NCCL still reads it.
             kept.clear()
             return received
 
         return Pending(finish)
-
-    def _mark_ends(self, captured: bool) -> None:
-        """Give all exchanges that were launched last the event after them."""
-        event = _mark(self._stream)
-        for ended in self._launched:
-            ended.append(event)
-        self._launched.clear()
-        if not captured:
-            self._will_end(event)
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        import cupy
-
-        self.check()
-        with self._gpu.scope():
-            captured = cupy.cuda.get_current_stream().is_capturing()
-            self._nccl.groupStart()
-            self._together = True
-            try:
-                yield
-            finally:
-                self._together = False
-                self._nccl.groupEnd()
-                self._mark_ends(captured)
 
     def _await_reason(self) -> None:
         """Raise RankError if a rank is lost, which NCCL may know before the meeting's thread."""

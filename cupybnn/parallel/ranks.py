@@ -112,13 +112,6 @@ class Ranks:
         """Return rank 0's array."""
         raise NotImplementedError
 
-    def together(self) -> contextlib.AbstractContextManager[None]:
-        """Context whose exchanges may begin at its end, in one launch: for small ones.
-
-        None of them may be waited for within it.
-        """
-        return contextlib.nullcontext()
-
     def replayed(self, exchanges: int) -> None:
         """Record that a CUDA graph was launched in which so many exchanges have been captured."""
         raise NotImplementedError

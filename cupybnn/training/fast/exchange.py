@@ -7,9 +7,6 @@ signs, one bit a weight, those of all layers together. Those of other weights ar
 rank. So are the small gradients, in float32, together with the loss. Where a layer's gradient is
 rounded, the scale of a unit's levels is that of the whole batch: the greatest magnitudes are
 compared first.
-
-Small networks send all gradients together after the backward pass: beginning an exchange takes
-longer than the exchange then.
 """
 
 from __future__ import annotations
@@ -31,9 +28,6 @@ from cupybnn.training.shares import ROWS
 from cupybnn.training.team import Team
 
 __all__ = ["Exchange"]
-
-#: Bytes of gradients that take no longer to send than an exchange takes to begin.
-_FEW = 8 << 20
 
 
 class Exchange:
@@ -68,10 +62,8 @@ class Exchange:
         weights = [plan.head.linear.weight, *(h.linear.weight for h in reversed(plan.hidden))]
         self.shared = {w: team.shared[w] for w in weights if w in team.shared}
         self.updated = [w for w, shared in self.shared.items() if shared.used]
+        self.early = weights[0] not in self.shared and weights[-1] not in self.shared
         real = operand_dtype(plan.precision)
-        self._few = sum(w.size for w in weights[1:]) * real.itemsize <= _FEW
-        free = weights[0] not in self.shared and weights[-1] not in self.shared
-        self.early = free and not self._few
         self._gradients: dict[nn.Parameter, Any] = {}
         self._scattered: dict[nn.Parameter, Any] = {}
         for weight in weights[1:]:
@@ -88,7 +80,6 @@ class Exchange:
         self._words = cupy.zeros(words, np.uint32)
         self._all_words = cupy.zeros((self.ranks.size, words), np.uint32)
         self._begun: dict[nn.Parameter, Pending] = {}
-        self._kept_back: list[nn.Parameter] = []
         self._small = self._signs = self._greatest = Pending(lambda: None)
 
     # Memory --------------------------------------------------------------------------------------
@@ -135,13 +126,7 @@ class Exchange:
         return exchange(array, out=out, **more)
 
     def send_gradient(self, weight: nn.Parameter) -> None:
-        """Begin to sum the gradients of a hidden weight, unless `send_small` is to do so."""
-        if self._few:
-            self._kept_back.append(weight)
-        else:
-            self._send_gradient(weight)
-
-    def _send_gradient(self, weight: nn.Parameter) -> None:
+        """Begin to sum the gradients of a hidden weight."""
         mine = self._gradients[weight]
         exchange, out = self.ranks.all_reduce, mine
         if weight in self.shared:
@@ -158,11 +143,8 @@ class Exchange:
         self._greatest.wait()
 
     def send_small(self) -> None:
-        """Begin to sum small gradients, loss and votes, and all that has not been sent."""
-        with self.ranks.together():
-            while self._kept_back:
-                self._send_gradient(self._kept_back.pop(0))
-            self._small = self._begin(self.ranks.all_reduce, self._mine, self._total)
+        """Begin to sum small gradients, loss and votes."""
+        self._small = self._begin(self.ranks.all_reduce, self._mine, self._total)
 
     def receive(self, weight: nn.Parameter) -> None:
         """Wait for the sum of a weight's gradients."""
