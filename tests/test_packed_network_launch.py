@@ -265,6 +265,32 @@ def test_results_are_kept_across_calls_streams_and_networks(count):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("count", [3, 100])
+@pytest.mark.parametrize("name", ["all binary", "scales"])
+def test_a_stream_does_not_wait_for_the_one_of_the_first_call(name, count):
+    """Weights that the first call arranges, on a stream that is busy, are there for all others."""
+    import cupy
+
+    net = PackedNetwork.from_model(made(name))
+    x = cupy.asarray(whole_numbers(20, count))
+    busy, other = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+    numbers = cupy.ones((2048, 2048), np.float32)
+    numbers @ numbers  # loads cuBLAS
+    there = net.to("cuda")
+    cupy.cuda.Device().synchronize()
+    with busy:
+        for _ in range(50):
+            numbers @ numbers
+        first = there(x)
+    with other:
+        second = there(x)
+    for stream in (busy, other):
+        stream.synchronize()
+    for got in (first, second):
+        np.testing.assert_array_equal(got.get(), net(x.get()))
+
+
+@pytest.mark.gpu
 def test_a_users_own_graph_may_hold_a_call():
     import cupy
 

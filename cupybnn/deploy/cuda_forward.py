@@ -113,6 +113,7 @@ class CudaForward:
         )
         self._captures = blas.capturable() or not self._real
         self._blas: Any = None
+        _await_weights()
 
     def __call__(self, rows: Any) -> Any:
         """Return the logits of inputs that `InputSpec.rows` returned.
@@ -262,6 +263,7 @@ class CudaForward:
         if self._resident is None:
             assert self._parts is not None
             self._resident = resident_layers(self._parts, self._pixels, self._layers, self._device)
+            _await_weights()
         if len(self._resident) > 2 and all(layer.deal(rows) for layer in self._resident):
             return ResidentPlan(rows, self._resident)
         *hidden, last = self._layers[1:]
@@ -310,6 +312,14 @@ class CudaForward:
         y = cupy.empty((a.shape[0], b.shape[1]), np.float32)
         self._blas.multiply(a, b, y)
         return y
+
+
+def _await_weights() -> None:
+    """Wait until weights that were copied and arranged are there: any stream may read them next."""
+    import cupy
+
+    for stream in (cupy.cuda.Stream.null, cupy.cuda.get_current_stream()):
+        stream.synchronize()
 
 
 def split_steps(steps: Sequence[Step]) -> tuple[Epilogue | None, Sequence[Step]]:
