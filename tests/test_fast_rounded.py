@@ -161,7 +161,7 @@ def test_updates_by_products_are_those_of_a_launch_of_their_own(bits, settings, 
     ("settings", "whole"),
     [({"n_hidden": 256, "batch_size": 512}, True), ({"n_hidden": 45, "batch_size": 33}, False),
      ({"n_hidden": (192, 72, 130), "keep_prob": 0.5, "batch_size": 300}, False),
-     ({"first": True, "last": True, "adversarial": 0.1, "batch_norm": False}, False)],
+     ({"last": True, "adversarial": 0.1, "batch_norm": False}, False)],
     ids=["whole strips", "odd sizes", "different widths, dropout", "adversarial, no batch norm"],
 )  # fmt: skip
 def test_greatest_magnitudes_by_the_kernels_that_write_a_gradient(

@@ -9,6 +9,7 @@ from typing import Any
 
 from cupybnn.autograd.state import Setting, checking, state
 from cupybnn.autograd.storage import module_of
+from cupybnn.backends.totals import all_true
 from cupybnn.errors import NonFiniteError
 
 __all__ = ["check_finite", "place", "scope"]
@@ -18,7 +19,7 @@ def _raise_if_not_finite(op: str, array: Any, phase: str, where: str) -> None:
     if array.dtype.kind in "biu":
         return
     finite = module_of(array).isfinite(array)
-    if not bool(finite.all()):
+    if not all_true(finite):
         bad = array.size - int(finite.sum())
         raise NonFiniteError(op, phase, where, tuple(array.shape), bad)
 

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn.backends.devices import device_of, is_cupy
+from cupybnn.backends.totals import all_true
 
 __all__ = ["Storage", "module_of", "same_memory"]
 
@@ -63,7 +64,7 @@ def _all_same(a: Any, b: Any) -> bool:
     same = a == b
     if a.dtype.kind == "f":
         same = (same & (np.signbit(a) == np.signbit(b))) | (np.isnan(a) & np.isnan(b))
-    return bool(same.all())
+    return all_true(same)
 
 
 class _Owner:

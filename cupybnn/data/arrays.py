@@ -10,6 +10,7 @@ import numpy as np
 
 from cupybnn.backends.devices import CPU, array_module, to_device
 from cupybnn.backends.interop import as_native, bfloat16_dtype, type_name
+from cupybnn.backends.totals import all_true
 
 __all__ = ["check_finite", "check_weights", "count_classes", "features", "labels", "weights"]
 
@@ -128,7 +129,7 @@ def count_classes(classes: int | None, parts: Mapping[str, np.ndarray]) -> int:
 def check_finite(what: str, x: Any) -> None:
     """Raise ValueError if features are NaN or infinite, with their number and the first one."""
     xp = array_module(x)
-    if x.dtype.kind != "f" or xp.isfinite(x).all():
+    if x.dtype.kind != "f" or all_true(xp.isfinite(x)):
         return
     bad = xp.argwhere(~xp.isfinite(x))
     row, column = (int(i) for i in bad[0])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cupybnn.backends.devices import array_module
-from cupybnn.training.totals import total
+from cupybnn.backends.totals import total
 
 __all__ = ["Histogram"]
 

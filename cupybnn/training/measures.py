@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from cupybnn import nn
 from cupybnn.autograd import Tensor, no_grad
 from cupybnn.autograd.storage import module_of
+from cupybnn.backends.totals import column_means, fraction, total
 from cupybnn.training.records import Callback
-from cupybnn.training.totals import column_means, fraction, total
 
 if TYPE_CHECKING:
     from cupybnn.training.protocol import TrainingRun
