@@ -16,6 +16,7 @@ import numba
 from numba import njit
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.registry import cpu_target
+from numba.core.runtime import rtsys
 
 import cupybnn
 
@@ -63,9 +64,12 @@ class _Cache(FunctionCache):
         )
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
+        # Numba first loads all that it can compile, SciPy's BLAS included: 0.4 seconds that machine
+        # code does not need, except for Numba's memory of arrays.
         # A damaged file may raise anything that unpickling does.
         with contextlib.suppress(Exception):
-            return super().load_overload(sig, target_context)
+            rtsys.initialize(target_context)
+            return self._load_overload(sig, target_context)
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
