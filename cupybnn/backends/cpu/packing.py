@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+from numba import carray
 
 from cupybnn.backends.cpu.cache import cached
-from cupybnn.backends.cpu.intrinsics import (
-    load_u64,
-    mask,
-    mask_8,
-    mask_64,
-    popcount,
-    store_i32,
-    store_u64,
-)
+from cupybnn.backends.cpu.memory import load_u64, popcount, store_i32, store_u64, words_at
 from cupybnn.backends.cpu.parts import first_part, inline, next_part
+from cupybnn.backends.cpu.signs import mask, mask_8, mask_64
 
-__all__ = ["pack", "pack_lines"]
+__all__ = ["SCRATCH_BYTES", "pack", "pack_lines"]
+
+SCRATCH_BYTES = 512
 
 
 @inline
@@ -51,7 +47,9 @@ def _transpose(x):
 
 
 @inline
-def pack_lines(x, line_stride, k_stride, lines, start, stop, k, kind, size, out, out_stride, ones):
+def pack_lines(
+    x, line_stride, k_stride, lines, start, stop, k, kind, size, out, out_stride, ones, scratch
+):
     """Pack the lines start ... stop, as `pack`; do not count ones if their address is 0."""
     words = (k + 63) >> 6
     if k_stride == size or k <= 1:
@@ -62,7 +60,7 @@ def pack_lines(x, line_stride, k_stride, lines, start, stop, k, kind, size, out,
                     out + line * out_stride + 8 * w, _signs(source, kind, size, min(64, k - 64 * w))
                 )
     elif line_stride == size:
-        square = np.zeros(64, np.uint64)
+        square = carray(words_at(scratch), 64)
         for w in range(words):
             rows = min(64, k - 64 * w)
             for first in range(start, stop, 64):
@@ -72,7 +70,8 @@ def pack_lines(x, line_stride, k_stride, lines, start, stop, k, kind, size, out,
                 source = x + 64 * w * k_stride + line * size
                 for i in range(rows):
                     square[i] = _signs(source + i * k_stride, kind, size, count)
-                square[rows:] = np.uint64(0)
+                for i in range(rows, 64):
+                    square[i] = np.uint64(0)
                 _transpose(square)
                 for i in range(first - line, min(stop - line, 64)):
                     store_u64(out + (line + i) * out_stride + 8 * w, square[i])
@@ -95,8 +94,9 @@ def pack_lines(x, line_stride, k_stride, lines, start, stop, k, kind, size, out,
 
 @cached
 def pack(
-    counter, parts, x, line_stride, k_stride, lines, step, k, kind, size, out, out_stride, ones
-):
+    counter, parts, x, line_stride, k_stride, lines, step, k, kind, size, out, out_stride, ones,
+    scratch,
+):  # fmt: skip
     """Pack the signs of all lines, or of the parts that this thread takes, and count their ones.
 
     Parameters
@@ -107,15 +107,16 @@ def pack(
     step : int
         Lines of a part.
     kind, size : int
-        `intrinsics.KINDS` of the dtype, and bytes of an element.
+        `signs.KINDS` of the dtype, and bytes of an element.
     out : address of ceil(k / 64) words for each line
     ones : address of an int32 for each line
+    scratch : address of SCRATCH_BYTES
     """
     part = first_part(counter)
     while part < parts:
         start = part * step
         pack_lines(
             x, line_stride, k_stride, lines, start, min(start + step, lines), k, kind, size, out,
-            out_stride, ones,
+            out_stride, ones, scratch,
         )  # fmt: skip
         part = next_part(counter, part)

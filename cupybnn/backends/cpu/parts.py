@@ -8,7 +8,7 @@ from __future__ import annotations
 from numba import njit
 
 from cupybnn.backends.cpu.cache import cached
-from cupybnn.backends.cpu.intrinsics import fetch_add, load_counter
+from cupybnn.backends.cpu.memory import fetch_add, load_counter
 
 __all__ = ["close", "first_part", "inline", "next_part", "wait"]
 

@@ -11,7 +11,7 @@ import numpy as np
 from numba import carray
 
 from cupybnn.backends.cpu.cache import cached
-from cupybnn.backends.cpu.intrinsics import floats
+from cupybnn.backends.cpu.memory import floats
 from cupybnn.backends.cpu.parts import first_part, inline, next_part
 
 __all__ = ["adam", "batch_norm", "batch_norm_gradient", "gradient_in_window", "signs"]
@@ -21,8 +21,8 @@ ONE, ZERO = np.float32(1), np.float32(0)
 
 @cached
 def adam(
-    counter, parts, step, size, weight, grad, mean, square, decay, rate_1, rate_2, eps, factor,
-    limit,
+    counter, parts, step, size, weight, grad, mean, square, decay: float, rate_1: float,
+    rate_2: float, eps: float, factor: float, limit: float,
 ):  # fmt: skip
     """Update a weight as `optim.Adam` does, and clip it to [-limit, limit].
 
@@ -67,7 +67,7 @@ def signs(counter, parts, step, size, x, out):
 
 
 @cached
-def gradient_in_window(counter, parts, step, size, x, grad, window, out):
+def gradient_in_window(counter, parts, step, size, x, grad, window: float, out):
     """Write ``grad * (abs(x) <= window)``: a product, so that NaN and infinities stay NaN."""
     part = first_part(counter)
     while part < parts:
@@ -82,7 +82,7 @@ def gradient_in_window(counter, parts, step, size, x, grad, window, out):
 @cached
 def batch_norm(
     counter, parts, step, rows, features, x, gamma, beta, means, variances, normal, out, inverse,
-    work, number, keep, new, eps,
+    work, number: float, keep: float, new: float, eps: float,
 ):  # fmt: skip
     """Normalize features by their batch, and update the running statistics.
 
@@ -153,7 +153,7 @@ def _batch_norm(
 @cached
 def batch_norm_gradient(
     counter, parts, step, rows, features, grad, normal, gamma, inverse, grad_x, grad_gamma,
-    grad_beta, work, number,
+    grad_beta, work, number: float,
 ):  # fmt: skip
     """Write the gradients of x, gamma and beta of `batch_norm`; arguments likewise."""
     part = first_part(counter)
