@@ -68,9 +68,7 @@ def add_counts(
                 with builder.if_then(builder.icmp_unsigned("!=", rest, number(0))):
                     # The last eight words, without those that have been counted.
                     known = builder.sub(number(width), rest)
-                    known = builder.insert_element(
-                        ir.Constant(vector, None), known, number(0, I32)
-                    )
+                    known = builder.insert_element(ir.Constant(vector, None), known, number(0, I32))
                     known = builder.shuffle_vector(known, known, places([0] * width))
                     new = builder.icmp_unsigned(">=", vector_of(vector, [*range(width)]), known)
                     new = builder.sext(new, vector)

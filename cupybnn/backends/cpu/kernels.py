@@ -69,7 +69,7 @@ INT32, FLOAT32, BITS = 0, 1, 2
 PACKED = -1  # instead of one of `signs.KINDS`
 
 #: Words of K that are expanded at a time for 32 lanes; twice as many for 16.
-WORDS = 14
+WORDS = 32
 #: Units in a block at most; their words should take no more than so many bytes.
 BLOCK, BLOCK_BYTES = 512, 1 << 18
 #: What a thread needs: the expanded words of a tile of lanes, and the sums of a block.
@@ -221,7 +221,7 @@ def _number(plan, place):
     return load_i64(plan + 8 * place)
 
 
-@cached
+@cached()
 def product(counter, plan, scratch, unit, lane, out, parameters, field):
     """Write the products of all units and all lanes, or the parts that this thread takes.
 

@@ -9,7 +9,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from cupybnn.backends.cpu.llvm import F32, I8, I16, I32, I64, load, pointer, store
+from cupybnn.backends.cpu.llvm import F32, I8, I32, I64, load, pointer, store
 
 __all__ = [
     "count_ones",
@@ -26,7 +26,6 @@ __all__ = [
     "store_i16",
     "store_i32",
     "store_u64",
-    "words_at",
 ]
 
 
@@ -96,7 +95,7 @@ def _pointer_to(element: Any, kind: Any) -> Any:
 
 
 #: An address as a pointer, for `numba.carray`.
-floats, words_at = _pointer_to(types.float32, F32), _pointer_to(types.uint64, I64)
+floats = _pointer_to(types.float32, F32)
 
 
 def count_ones(builder: Any, value: Any) -> Any:

@@ -115,7 +115,7 @@ def _first(x, stride, rows, layer, u0, u1, scratch, out, out_stride):
             store_u64(out + r * out_stride + word // 8, bits)
 
 
-@cached
+@cached()
 def first(x, stride, rows, layer, u0, u1, scratch, out, out_stride):
     """Write the signs of a first layer for the units u0 ... u1; u0 is a multiple of 64.
 
@@ -142,7 +142,7 @@ def _end(bits, stride, rows, weights, weight_stride, octets, units, out):
             store_f32(out + 4 * (r * units + u), value)
 
 
-@cached
+@cached()
 def end(bits, stride, rows, weights, weight_stride, octets, units, out):
     """Write the products of signs and real weights as float32.
 
@@ -176,7 +176,7 @@ def _hidden(bits, layer, out):
         store_u64(out + word // 8, signs)
 
 
-@cached
+@cached()
 def through(
     x, stride, rows, layer, hidden, count, weights, weight_stride, octets, units, scratch, bits,
     bits_stride, out,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import carray
 
 from cupybnn.backends.cpu.cache import cached
-from cupybnn.backends.cpu.memory import load_u64, popcount, store_i32, store_u64, words_at
+from cupybnn.backends.cpu.memory import load_u64, popcount, store_i32, store_u64
 from cupybnn.backends.cpu.parts import first_part, inline, next_part
-from cupybnn.backends.cpu.signs import mask, mask_8, mask_64
+from cupybnn.backends.cpu.signs import mask, mask_8, mask_64, transpose
 
 __all__ = ["SCRATCH_BYTES", "pack", "pack_lines"]
 
@@ -29,24 +28,6 @@ def _signs(address, kind, size, count):
 
 
 @inline
-def _transpose(x):
-    """Transpose 64 × 64 bits: bit j of word i becomes bit i of word j.
-
-    Blocks are swapped as in Warren, Hacker's Delight, section 7-3.
-    """
-    bits, low = 32, np.uint64(0x00000000FFFFFFFF)
-    while bits:
-        shift = np.uint64(bits)
-        for first in range(0, 64, 2 * bits):
-            for i in range(first, first + bits):
-                differ = ((x[i] >> shift) ^ x[i + bits]) & low
-                x[i] ^= differ << shift
-                x[i + bits] ^= differ
-        bits >>= 1
-        low ^= low << np.uint64(bits)
-
-
-@inline
 def pack_lines(
     x, line_stride, k_stride, lines, start, stop, k, kind, size, out, out_stride, ones, scratch
 ):
@@ -60,7 +41,6 @@ def pack_lines(
                     out + line * out_stride + 8 * w, _signs(source, kind, size, min(64, k - 64 * w))
                 )
     elif line_stride == size:
-        square = carray(words_at(scratch), 64)
         for w in range(words):
             rows = min(64, k - 64 * w)
             for first in range(start, stop, 64):
@@ -69,12 +49,12 @@ def pack_lines(
                 count = min(64, lines - line)
                 source = x + 64 * w * k_stride + line * size
                 for i in range(rows):
-                    square[i] = _signs(source + i * k_stride, kind, size, count)
+                    store_u64(scratch + 8 * i, _signs(source + i * k_stride, kind, size, count))
                 for i in range(rows, 64):
-                    square[i] = np.uint64(0)
-                _transpose(square)
+                    store_u64(scratch + 8 * i, np.uint64(0))
+                transpose(scratch)
                 for i in range(first - line, min(stop - line, 64)):
-                    store_u64(out + (line + i) * out_stride + 8 * w, square[i])
+                    store_u64(out + (line + i) * out_stride + 8 * w, load_u64(scratch + 8 * i))
     else:
         for line in range(start, stop):
             for w in range(words):
@@ -92,7 +72,7 @@ def pack_lines(
         store_i32(ones + 4 * line, np.int32(total))
 
 
-@cached
+@cached()
 def pack(
     counter, parts, x, line_stride, k_stride, lines, step, k, kind, size, out, out_stride, ones,
     scratch,

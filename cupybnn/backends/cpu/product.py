@@ -85,11 +85,13 @@ def prepared(a: Any, b: Any, dtype: np.dtype) -> Callable[[Any, Any], np.ndarray
     if FIELD == 0 or kind is None or m == 0 or n == 0 or plans.threads_for(m, n, k) > 1:
         return None
     left, right = side(a, -1), side(b, -2)
-    if any(not isinstance(x, np.ndarray) and y[0] is not x.words for x, y in ((a, left), (b, right))):
+    if any(
+        not isinstance(x, np.ndarray) and y[0] is not x.words for x, y in ((a, left), (b, right))
+    ):
         return None
     shape = (m, n)
     plan = plans.plan(
-        left[2], right[2], k, np.empty(shape, dtype).strides, kind, 0, plans.METHOD
+        left[2], right[2], k, (n * dtype.itemsize, dtype.itemsize), kind, 0, plans.METHOD
     )
     if plan.words > ROOM:
         return None

@@ -8,9 +8,21 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from cupybnn.backends.cpu.llvm import F32, F64, I8, I16, I32, I64, load, number, vector_of
+from cupybnn.backends.cpu.llvm import (
+    F32,
+    F64,
+    I8,
+    I16,
+    I32,
+    I64,
+    load,
+    number,
+    places,
+    store,
+    vector_of,
+)
 
-__all__ = ["KINDS", "SIZES", "mask", "mask_8", "mask_64"]
+__all__ = ["KINDS", "SIZES", "mask", "mask_8", "mask_64", "transpose"]
 
 _FLOATS, _INTEGERS = {4: F32, 8: F64}, {1: I8, 2: I16, 4: I32, 8: I64}
 _INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80}
@@ -73,3 +85,46 @@ def _masker(count: int) -> Any:
 
 #: The signs of 64 or eight neighbouring elements as a word, from bit 0, and of one.
 mask_64, mask_8, mask = _masker(64), _masker(8), _masker(1)
+
+
+@intrinsic
+def transpose(typing: Any, square: Any) -> Any:
+    """Transpose 64 x 64 bits at an address: bit j of word i becomes bit i of word j.
+
+    Blocks are swapped as in Warren, Hacker's Delight, section 7-3, four rows at a time.
+    """
+    kind = ir.VectorType(I64, 4)
+
+    def same(value: int) -> Any:
+        return vector_of(kind, [value] * 4)
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def differing(above: Any, below: Any, bits: int) -> Any:
+            low = same(sum(((1 << bits) - 1) << i for i in range(0, 64, 2 * bits)))
+            return builder.and_(builder.xor(builder.lshr(above, same(bits)), below), low)
+
+        rows = [builder.add(args[0], number(32 * i)) for i in range(16)]
+        x = [load(builder, row, kind, 8) for row in rows]
+        for bits in (32, 16, 8, 4):
+            for i in (i for i in range(16) if not i & (bits // 4)):
+                j = i + bits // 4
+                differ = differing(x[i], x[j], bits)
+                x[i] = builder.xor(x[i], builder.shl(differ, same(bits)))
+                x[j] = builder.xor(x[j], differ)
+        for bits, above, below in (
+            (2, [0, 1, 0, 1], [2, 3, 2, 3]),
+            (1, [0, 0, 2, 2], [1, 1, 3, 3]),
+        ):
+            # Rows of a vector with each other; the upper of two gets what differs, moved.
+            by = vector_of(kind, [0 if i in below else bits for i in range(4)])
+            for i in range(16):
+                first, second = (
+                    builder.shuffle_vector(x[i], x[i], places(which)) for which in (above, below)
+                )
+                moved = builder.shl(differing(first, second, bits), by)
+                x[i] = builder.xor(x[i], moved)
+        for row, value in zip(rows, x, strict=True):
+            store(builder, value, row, 8)
+        return context.get_dummy_value()
+
+    return types.void(types.intp), code
