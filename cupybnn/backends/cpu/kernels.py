@@ -51,6 +51,7 @@ from cupybnn.backends.cpu.memory import (
 )
 from cupybnn.backends.cpu.packing import pack_lines
 from cupybnn.backends.cpu.parts import first_part, inline, next_part
+from cupybnn.backends.cpu.signs import compare_32
 
 __all__ = [
     "BLOCK",
@@ -185,7 +186,13 @@ def _finish(
         return
     if not swapped:
         for u in range(units):
-            row, word = sums + 4 * u * width, np.int64(0)
+            row, target = sums + 4 * u * width, out + (u0 + u) * out_unit + l0 // 8
+            if lanes == LANES:
+                least_32 = 0 if bias == 0 else bias + 4 * l0
+                flips_32 = 0 if unit_scale == 0 else unit_scale + l0
+                store_i32(target, compare_32(row, k, least_32, flips_32))
+                continue
+            word = np.int64(0)
             for i in range(lanes):
                 value = np.int32(k - 2 * load_i32(row + 4 * i))
                 least = np.int32(0) if bias == 0 else load_i32(bias + 4 * (l0 + i))
@@ -193,7 +200,7 @@ def _finish(
                 if unit_scale != 0:
                     plus ^= np.int64(load_u8(unit_scale + l0 + i))
                 word |= plus << i
-            store_i32(out + (u0 + u) * out_unit + l0 // 8, np.int32(word))
+            store_i32(target, np.int32(word))
         return
     for i in range(lanes):
         for first in range(0, units, 64):

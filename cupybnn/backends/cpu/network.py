@@ -19,7 +19,6 @@ from cupybnn.backends.cpu.memory import (
     load_u8,
     load_u64,
     popcount,
-    store_f32,
     store_i16,
     store_u64,
 )
@@ -28,7 +27,8 @@ from cupybnn.backends.cpu.pixel_tiles import (
     STEP,
     SUMS,
     compare,
-    signed_sum,
+    signed_sums_1,
+    signed_sums_5,
     tile_1_1,
     tile_1_4,
     tile_4_2,
@@ -137,9 +137,12 @@ def first(x, stride, rows, layer, u0, u1, scratch, out, out_stride):
 @inline
 def _end(bits, stride, rows, weights, weight_stride, octets, units, out):
     for r in range(rows):
-        for u in range(units):
-            value = signed_sum(bits + r * stride, weights + u * weight_stride, octets)
-            store_f32(out + 4 * (r * units + u), value)
+        signs, sums = bits + r * stride, out + 4 * r * units
+        many = units - units % 5
+        for u in range(0, many, 5):
+            signed_sums_5(signs, weights + u * weight_stride, weight_stride, octets, sums + 4 * u)
+        for u in range(many, units):
+            signed_sums_1(signs, weights + u * weight_stride, weight_stride, octets, sums + 4 * u)
 
 
 @cached()

@@ -11,7 +11,17 @@ from numba.extending import intrinsic
 
 from cupybnn.backends.cpu.llvm import F32, I8, I16, I32, has_avx2, load, number, places, store
 
-__all__ = ["STEP", "SUMS", "compare", "signed_sum", "tile_1_1", "tile_1_4", "tile_4_2", "widen"]
+__all__ = [
+    "STEP",
+    "SUMS",
+    "compare",
+    "signed_sums_1",
+    "signed_sums_5",
+    "tile_1_1",
+    "tile_1_4",
+    "tile_4_2",
+    "widen",
+]
 
 #: Pixels of an instruction; bytes of the sums of 64 units.
 STEP, SUMS = 16, 256
@@ -129,32 +139,49 @@ def widen(typing: Any, source: Any, target: Any) -> Any:
     return types.int64(types.intp, types.intp), code
 
 
-@intrinsic
-def signed_sum(typing: Any, bits: Any, weights: Any, octets: Any) -> Any:
-    """Return the sum of eight floats for each byte, negative where its bits are 0."""
+def _signed_sums(units: int) -> Any:
+    """Return an intrinsic: the sums of eight floats for each byte, negative where its bits are 0.
+
+    Of so many units, one after the other in memory, whose additions do not wait for each other.
+    """
     vector, masks = ir.VectorType(F32, 8), ir.VectorType(I32, 8)
 
-    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits, weights, octets = args
-        total = cgutils.alloca_once_value(builder, ir.Constant(vector, None))
-        each = ir.Constant(masks, [ir.Constant(I32, 1 << i) for i in range(8)])
-        sign = ir.Constant(masks, [ir.Constant(I32, 1 << 31)] * 8)
-        none = ir.Constant(masks, None)
-        with cgutils.for_range(builder, octets) as loop:
-            octet = builder.zext(load(builder, builder.add(bits, loop.index), I8), I32)
-            one = builder.insert_element(ir.Constant(masks, ir.Undefined), octet, number(0, I32))
-            same = builder.shuffle_vector(one, none, places([0] * 8))
-            minus = builder.icmp_unsigned("==", builder.and_(same, each), none)
-            at = builder.add(weights, builder.mul(loop.index, number(32)))
-            value = load(builder, at, masks)
-            flipped = builder.xor(value, builder.select(minus, sign, none))
-            added = builder.fadd(builder.load(total), builder.bitcast(flipped, vector))
-            builder.store(added, total)
-        sums = builder.load(total)
-        parts = [builder.extract_element(sums, number(i, I32)) for i in range(8)]
-        while len(parts) > 1:
-            half = len(parts) // 2
-            parts = [builder.fadd(a, b) for a, b in zip(parts[:half], parts[half:], strict=True)]
-        return parts[0]
+    @intrinsic
+    def write_sums(typing: Any, bits: Any, weights: Any, stride: Any, octets: Any, out: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            bits, weights, stride, octets, out = args
+            zero = ir.Constant(vector, None)
+            totals = [cgutils.alloca_once_value(builder, zero) for _ in range(units)]
+            lines = [builder.add(weights, builder.mul(stride, number(u))) for u in range(units)]
+            each = ir.Constant(masks, [ir.Constant(I32, 1 << i) for i in range(8)])
+            sign = ir.Constant(masks, [ir.Constant(I32, 1 << 31)] * 8)
+            none = ir.Constant(masks, None)
+            with cgutils.for_range(builder, octets) as loop:
+                octet = builder.zext(load(builder, builder.add(bits, loop.index), I8), I32)
+                one = ir.Constant(masks, ir.Undefined)
+                one = builder.insert_element(one, octet, number(0, I32))
+                same = builder.shuffle_vector(one, none, places([0] * 8))
+                minus = builder.icmp_unsigned("==", builder.and_(same, each), none)
+                minus = builder.select(minus, sign, none)
+                at = builder.mul(loop.index, number(32))
+                for line, total in zip(lines, totals, strict=True):
+                    value = builder.xor(load(builder, builder.add(line, at), masks), minus)
+                    added = builder.fadd(builder.load(total), builder.bitcast(value, vector))
+                    builder.store(added, total)
+            for u, total in enumerate(totals):
+                sums = builder.load(total)
+                parts = [builder.extract_element(sums, number(i, I32)) for i in range(8)]
+                while len(parts) > 1:
+                    half = len(parts) // 2
+                    parts = [
+                        builder.fadd(a, b) for a, b in zip(parts[:half], parts[half:], strict=True)
+                    ]
+                store(builder, parts[0], builder.add(out, number(4 * u)))
+            return context.get_dummy_value()
 
-    return types.float32(types.intp, types.intp, types.intp), code
+        return types.void(*[types.intp] * 5), code
+
+    return write_sums
+
+
+signed_sums_5, signed_sums_1 = _signed_sums(5), _signed_sums(1)

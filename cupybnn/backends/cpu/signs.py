@@ -6,6 +6,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cupybnn.backends.cpu.llvm import (
@@ -22,7 +23,7 @@ from cupybnn.backends.cpu.llvm import (
     vector_of,
 )
 
-__all__ = ["KINDS", "SIZES", "mask", "mask_8", "mask_64", "transpose"]
+__all__ = ["KINDS", "SIZES", "compare_32", "mask", "mask_8", "mask_64", "transpose"]
 
 _FLOATS, _INTEGERS = {4: F32, 8: F64}, {1: I8, 2: I16, 4: I32, 8: I64}
 _INFINITY = {"float16": 0x7C00, "bfloat16": 0x7F80}
@@ -128,3 +129,35 @@ def transpose(typing: Any, square: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.intp), code
+
+
+@intrinsic
+def compare_32(typing: Any, counts: Any, k: Any, least: Any, flips: Any) -> Any:
+    """Return the signs of 32 products, ``k - 2 * count``, from bit 0.
+
+    A sign is +1 from `least` on, an int32 for each, or 0 where that address is 0; the other way
+    round where `flips`, a byte for each, is not 0.
+    """
+    longs, octets = ir.VectorType(I32, 32), ir.VectorType(I8, 32)
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        counts, k, least, flips = args
+
+        def there(address: Any, kind: Any) -> Any:
+            """Return what is at an address, or zeros."""
+            zero = ir.Constant(kind, None)
+            value = cgutils.alloca_once_value(builder, zero)
+            with builder.if_then(builder.icmp_unsigned("!=", address, number(0))):
+                builder.store(load(builder, address, kind), value)
+            return builder.load(value)
+
+        one = ir.Constant(longs, ir.Undefined)
+        one = builder.insert_element(one, builder.trunc(k, I32), number(0, I32))
+        same = builder.shuffle_vector(one, one, places([0] * 32))
+        count = load(builder, counts, longs, 4)
+        product = builder.sub(same, builder.add(count, count))
+        plus = builder.icmp_signed(">=", product, there(least, longs))
+        flip = builder.icmp_unsigned("!=", there(flips, octets), ir.Constant(octets, None))
+        return builder.bitcast(builder.xor(plus, flip), I32)
+
+    return types.int32(*[types.intp] * 4), code
