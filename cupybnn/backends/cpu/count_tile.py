@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 from cupybnn.backends.cpu.llvm import I32, I64, load, number, places, store, vector_of
 from cupybnn.backends.cpu.memory import count_ones
 
-__all__ = ["LANES", "add_counts"]
+__all__ = ["LANES", "add_counts", "count_4"]
 
 #: Lines of one operand whose products a tile computes side by side.
 LANES = 32
@@ -115,3 +115,30 @@ def _sums_of_eight(builder: Any, vectors: list[Any]) -> Any:
         pairs = zip(vectors[::2], vectors[1::2], strict=True)
         vectors = [joined(x, y, low, high) for x, y in pairs]
     return vectors[0]
+
+
+@intrinsic
+def count_4(typing: Any, lines: Any, stride: Any, line: Any, words: Any, counts: Any) -> Any:
+    """Write the differing bits of 4 lines with another as int32.
+
+    Word by word: for short lines that is faster than the vectors that LLVM would make of it.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lines, stride, line, words, counts = args
+        rows = [builder.add(lines, builder.mul(stride, number(i))) for i in range(4)]
+        totals = [cgutils.alloca_once_value(builder, number(0)) for _ in rows]
+        in_order = ir.FunctionType(I64, [I64])
+        with cgutils.for_range(builder, words) as loop:
+            at = builder.shl(loop.index, number(3))
+            other = load(builder, builder.add(line, at), I64)
+            for row, total in zip(rows, totals, strict=True):
+                word = builder.xor(load(builder, builder.add(row, at), I64), other)
+                added = builder.add(builder.load(total), count_ones(builder, word))
+                builder.store(builder.asm(in_order, "", "=r,0", [added], False), total)
+        for i, total in enumerate(totals):
+            value = builder.trunc(builder.load(total), I32)
+            store(builder, value, builder.add(counts, number(4 * i)))
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 5), code

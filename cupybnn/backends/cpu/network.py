@@ -13,13 +13,14 @@ from __future__ import annotations
 import numpy as np
 
 from cupybnn.backends.cpu.cache import cached
+from cupybnn.backends.cpu.count_tile import count_4
 from cupybnn.backends.cpu.memory import (
     load_i32,
     load_i64,
     load_u8,
     load_u64,
-    popcount,
     store_i16,
+    store_i32,
     store_u64,
 )
 from cupybnn.backends.cpu.parts import inline
@@ -34,6 +35,7 @@ from cupybnn.backends.cpu.pixel_tiles import (
     tile_4_2,
     widen,
 )
+from cupybnn.backends.cpu.signs import compare_32
 
 __all__ = ["FIRST", "ROWS", "STEP", "end", "first", "scratch_bytes", "through"]
 
@@ -163,20 +165,28 @@ def end(bits, stride, rows, weights, weight_stride, octets, units, out):
 
 
 @inline
-def _hidden(bits, layer, out):
+def _hidden(bits, layer, sums, out):
     """A row through a layer of signs: see `through`."""
     weights, threshold = load_i64(layer), load_i64(layer + 8)
     flips, k = load_i64(layer + 16), load_i64(layer + 24)
     units, words = load_i64(layer + 32), load_i64(layer + 40)
-    for word in range(0, units, 64):
-        signs = np.uint64(0)
-        for u in range(word, min(word + 64, units)):
-            line, total = weights + 8 * words * u, np.int64(0)
-            for w in range(words):
-                total += popcount(load_u64(line + 8 * w) ^ load_u64(bits + 8 * w))
-            plus = np.uint64(k - 2 * total >= np.int64(load_i32(threshold + 4 * u)))
-            signs |= (plus ^ np.uint64(load_u8(flips + u))) << np.uint64(u - word)
-        store_u64(out + word // 8, signs)
+    for first in range(0, units, 32):
+        count = min(32, units - first)
+        line, limits, turned = weights + 8 * words * first, threshold + 4 * first, flips + first
+        for u in range(0, count & ~3, 4):
+            count_4(line + 8 * words * u, 8 * words, bits, words, sums + 4 * u)
+        if count == 32:
+            store_i32(out + first // 8, compare_32(sums, k, limits, turned))
+            continue
+        for u in range(count & ~3, count):
+            count_4(line + 8 * words * u, 0, bits, words, sums + 4 * u)
+        signs = np.int64(0)
+        for u in range(count):
+            plus = np.int64(k - 2 * load_i32(sums + 4 * u) >= load_i32(limits + 4 * u))
+            signs |= (plus ^ np.int64(load_u8(turned + u))) << u
+        store_i32(out + first // 8, np.int32(signs))
+    if units & 63 and units & 63 <= 32:  # the upper half of the last word
+        store_i32(out + units // 64 * 8 + 4, np.int32(0))
 
 
 @cached()
@@ -206,6 +216,6 @@ def through(
         )  # fmt: skip
         here, there = bits, bits + bits_stride
         for i in range(count):
-            _hidden(here, hidden + 48 * i, there)
+            _hidden(here, hidden + 48 * i, scratch, there)
             here, there = there, here
         _end(here, 0, 1, weights, weight_stride, octets, units, out + 4 * units * r)
