@@ -22,6 +22,7 @@ from cupybnn.operands import (
     check_result_dtype,
     default_dtype,
     dtype_has_sign,
+    may_be_zero_one,
     warn_of_zero_one,
 )
 from cupybnn.packed import PackedMatrix
@@ -240,9 +241,9 @@ def _home(x: Any, packed_axis: int) -> int | None:
 
 
 def _warn_of_zero_one(a: Any, b: Any, function: str) -> None:
-    if type(a) is np.ndarray:
+    if type(a) is np.ndarray and may_be_zero_one(a):
         warn_of_zero_one(a, f"'a' of {function}")
-    if type(b) is np.ndarray:
+    if type(b) is np.ndarray and may_be_zero_one(b):
         warn_of_zero_one(b, f"'b' of {function}")
 
 
