@@ -10,7 +10,7 @@ from numba import njit
 from cupybnn.backends.cpu.cache import cached
 from cupybnn.backends.cpu.memory import fetch_add, load_counter
 
-__all__ = ["close", "first_part", "inline", "next_part", "wait", "watch"]
+__all__ = ["close", "first_part", "inline", "next_part", "wait"]
 
 #: Compiles what kernels call, as part of each.
 inline = njit(inline="never", nogil=True, error_model="numpy")
@@ -47,17 +47,3 @@ def wait(counter, parts, looks):
     while looked < looks and load_counter(counter + DONE) < parts:
         looked += 1
     return looked < looks
-
-
-@cached()
-def watch(flag, looks, more):
-    """Look at a number until it is not 0, at most so many times; then `more` times.
-
-    The caller of a job needs that long to begin it: only then is the interpreter's lock free.
-    """
-    looked = 0
-    while looked < looks and load_counter(flag) == 0:
-        looked += 1
-    if looked < looks:
-        for _ in range(more):
-            load_counter(flag)

@@ -3,7 +3,7 @@
 A kernel without the interpreter's lock takes one part after the other by adding to the counter. So
 parts may be small, a thread that wakes up late finds what is left, and the caller returns as soon
 as the last part is done. A pool of `concurrent.futures` takes 30 to 40 microseconds to ask for a
-thread; this one takes 10, and 3 where the thread has just done other work and still watches.
+thread; this one takes 10.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ _COUNTERS = 24
 # Looks at the counter, about a nanosecond each, before the caller lets others run.
 _LOOKS = 100_000
 _PAUSE = 50e-6
-# Looks for the next job before a thread sleeps, from which it wakes up in 50 microseconds; and
-# more of them until the caller has let go of the interpreter's lock.
-_WATCHES, _MORE = 50_000, 2_000
 
 
 class _Worker:
@@ -38,8 +35,6 @@ class _Worker:
 
     def __init__(self) -> None:
         self.job: Callable[[], None] | None = None
-        self._flag = np.zeros(_COUNTERS, np.int64)  # not 0: there is a job
-        self._watched = address_of(self._flag) + 64
         self._go = _thread.allocate_lock()
         self._go.acquire()
         threading.Thread(target=self._run, name="cupybnn-kernels", daemon=True).start()
@@ -47,12 +42,10 @@ class _Worker:
     def start(self, job: Callable[[], None]) -> None:
         self.job = job
         self._go.release()
-        self._flag[8] = 1
 
     def _run(self) -> None:
         while True:
             self._go.acquire()
-            self._flag[8] = 0
             job, self.job = self.job, None
             if job is not None:
                 # What it has not done is left to the caller, who meets the same error.
@@ -60,7 +53,6 @@ class _Worker:
                     job()
             del job
             _idle.append(self)
-            counted.watch(self._watched, _WATCHES, _MORE)
 
 
 _idle: list[_Worker] = []
