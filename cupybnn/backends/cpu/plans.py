@@ -20,7 +20,7 @@ FEW_LANES = 4
 FEW_ROWS = 64
 # A multiplication takes so many times as long if lines are compared one by one.
 LONGER_BY_LINE = 4
-# What is worth a second thread: multiplications (100 microseconds).
+# What is worth a second thread: multiplications (70 microseconds by table lookups).
 PRODUCTS_A_THREAD = 1 << 25
 
 _table = aligned(1 << 13)
