@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn import problem
+from cupybnn import problem, settings
 from cupybnn.backends import numpy_backend
 from cupybnn.backends.devices import CPU, cuda_device, current_cuda_device, is_cupy
 from cupybnn.backends.levels import SIGNS
@@ -22,6 +22,7 @@ from cupybnn.operands import (
     check_result_dtype,
     default_dtype,
     dtype_has_sign,
+    may_be_zero_one,
     warn_of_zero_one,
 )
 from cupybnn.packed import PackedMatrix
@@ -108,6 +109,16 @@ def xnor_gemm(
     array([[-1.]])
     """
     if out is None and scale is None and bias is None:
+        left = _host_memory(a, -1)
+        right = None if left is None else _host_memory(b, -2)
+        key = None
+        if right is not None:
+            # Unsigned words are no operands: their dtype alone tells that a matrix is packed.
+            key = a.shape, left.strides, left.dtype, b.shape, right.strides, right.dtype, dtype
+            multiply = _known_product(key)
+            if multiply is not None:
+                _warn_of_zero_one(a, b, "xnor_gemm")
+                return multiply(left, right)
         home = _fast_path_home(a, b)
         if home is not None:
             if dtype is None:
@@ -120,6 +131,8 @@ def xnor_gemm(
                 _warn_of_zero_one(a, b, "xnor_gemm")
                 result = np.empty((a.shape[0], b.shape[1]), result_dtype)
                 numpy_backend.gemm(a, b, result, None)
+                if key is not None:
+                    numpy_backend.prepare(key, a, b, result_dtype)
             else:
                 result = _cuda().matmul(a, b, result_dtype, home)
             return result
@@ -180,6 +193,24 @@ def xnor_gemm_packed(a: Any, b: Any, *, threshold: Any = None, flip: Any = None)
     return PackedMatrix._of(words, popcounts, (a.shape[0], b.shape[1]), -1, device)
 
 
+def _host_memory(x: Any, packed_axis: int) -> Any:
+    """Return the elements of an operand in host memory, or its packed signs; else None."""
+    kind = type(x)
+    if kind is np.ndarray:
+        return x
+    if kind is PackedMatrix and x.axis == packed_axis and x.levels is SIGNS and x.device is CPU:
+        return x.words
+    return None
+
+
+def _known_product(key: Any) -> Any:
+    """Return what computes a product that has been computed before; see `numpy_backend.prepare`."""
+    try:
+        return numpy_backend.prepared.get(key) if settings.cpu_kernels() else None
+    except TypeError:  # a dtype given as something that is no key
+        return None
+
+
 def _fast_path_home(a: Any, b: Any) -> int | None:
     """Return the location of two operands for the fast path; None for the general path.
 
@@ -210,9 +241,9 @@ def _home(x: Any, packed_axis: int) -> int | None:
 
 
 def _warn_of_zero_one(a: Any, b: Any, function: str) -> None:
-    if type(a) is np.ndarray:
+    if type(a) is np.ndarray and may_be_zero_one(a):
         warn_of_zero_one(a, f"'a' of {function}")
-    if type(b) is np.ndarray:
+    if type(b) is np.ndarray and may_be_zero_one(b):
         warn_of_zero_one(b, f"'b' of {function}")
 
 

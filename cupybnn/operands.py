@@ -23,6 +23,7 @@ __all__ = [
     "default_dtype",
     "dtype_has_sign",
     "is_floating",
+    "may_be_zero_one",
     "warn_of_zero_one",
 ]
 
@@ -96,10 +97,7 @@ def warn_of_zero_one(x: np.ndarray, what: str) -> None:
 
     The first elements rule out nearly every other array, which keeps small products fast.
     """
-    if x.dtype.kind == "b" or x.size < 2:
-        return
-    first = x.item(0)
-    if not (first == 0 or first == 1):
+    if not may_be_zero_one(x):
         return
     head = x[(0,) * (x.ndim - 1)][:16].tolist()
     if not all(v == 0 or v == 1 for v in head) or not _is_zero_one(x):
@@ -110,6 +108,14 @@ def warn_of_zero_one(x: np.ndarray, what: str) -> None:
         UserWarning,
         stacklevel=_levels_to_caller(),
     )
+
+
+def may_be_zero_one(x: np.ndarray) -> bool:
+    """Whether the first element of `x` is 0 or 1 and not a bool."""
+    if x.size < 2:
+        return False
+    first = x.item(0)
+    return (first == 0 or first == 1) and x.dtype.kind != "b"
 
 
 def _is_zero_one(x: np.ndarray) -> bool:

@@ -91,6 +91,7 @@ def cpu_kernels(monkeypatch: pytest.MonkeyPatch):
     for name in dir(numpy_backend):
         if name.startswith(("KERNEL_", "IMPORT_")):
             monkeypatch.setattr(numpy_backend, name, 0)
+    monkeypatch.setattr(numpy_backend, "prepared", {})
     return cpu.compiled()
 
 

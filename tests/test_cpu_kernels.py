@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
 import sys
 import threading
 
@@ -22,7 +23,7 @@ def way(request, cpu_kernels, monkeypatch):
     if request.param == "LOOKUP" and "avx2" not in cpu_kernels.describe()["features"]:
         pytest.skip("needs a processor with AVX2")
     taken = []
-    original = cpu_kernels._plan
+    original = cpu_kernels.plans.plan
 
     def planned(*arguments):
         plan = original(*arguments)
@@ -30,7 +31,7 @@ def way(request, cpu_kernels, monkeypatch):
         taken.append(plan)
         return plan
 
-    monkeypatch.setattr(cpu_kernels, "_plan", planned)
+    monkeypatch.setattr(cpu_kernels.plans, "plan", planned)
     original.cache_clear()
     yield request.param
     original.cache_clear()
@@ -78,9 +79,11 @@ def test_packing_follows_the_sign_at_its_edges(cpu_kernels, dtype, monkeypatch):
     else:
         values = [-np.inf, -1.0, -0.0, 0.0, 1e-30, -1e-30, np.inf, np.nan, -np.nan]
     x = np.resize(np.array(values, dtype), (3, 70, 141))
+    from cupybnn.backends.cpu import packing
+
     taken = []
-    original = cpu_kernels.packing.pack
-    monkeypatch.setattr(cpu_kernels.packing, "pack", lambda *a: taken.append(1) or original(*a))
+    original = packing.pack
+    monkeypatch.setattr(packing, "pack", lambda *a: taken.append(1) or original(*a))
     views = (x, x[:, ::2, ::3], x[..., ::-1], x.swapaxes(1, 2), x[:, :5], x[:, :, :9], x[:, :1])
     for view, axis in itertools.product(views, (-1, -2)):
         assert np.array_equal(unpack(pack(view, axis=axis), bool), sign(view) > 0)
@@ -94,14 +97,16 @@ def test_other_dtypes_are_left_to_numpy(cpu_kernels, dtype):
     assert_product(xnor_gemm(x, x.T), reference(x, x.T), dtype)
 
 
-def several_threads(module, monkeypatch, count):
+def several_threads(monkeypatch, count):
+    from cupybnn.backends.cpu import operands, plans
+
     monkeypatch.setattr(settings, "kernel_threads", lambda: count)
-    monkeypatch.setattr(module, "PRODUCTS_A_THREAD", 1)
-    monkeypatch.setattr(module, "ELEMENTS_A_THREAD", 1)
+    monkeypatch.setattr(plans, "PRODUCTS_A_THREAD", 1)
+    monkeypatch.setattr(operands, "ELEMENTS_A_THREAD", 1)
 
 
 def test_parts_of_several_threads_make_one_result(cpu_kernels, monkeypatch):
-    several_threads(cpu_kernels, monkeypatch, 3)
+    several_threads(monkeypatch, 3)
     rng = np.random.default_rng(0)
     for m, k, n in ((300, 200, 500), (20, 200, 500), (300, 200, 9)):
         a, b = array(rng, np, (m, k)), array(rng, np, (k, n))
@@ -109,6 +114,56 @@ def test_parts_of_several_threads_make_one_result(cpu_kernels, monkeypatch):
         assert_product(xnor_gemm(a, b), expected, (m, k, n))
         signs = unpack(xnor_gemm_packed(a, b), bool)
         assert np.array_equal(signs, expected >= 0)
+
+
+# Products that are known -------------------------------------------------------------------------
+
+
+def test_a_product_is_prepared_once_and_follows_its_operands(cpu_kernels):
+    rng = np.random.default_rng(0)
+    shapes = [((16, 70), (70, 16)), ((5, 3), (3, 40)), ((64, 64), (64, 64)), ((40, 9), (9, 5))]
+    known = set()
+    for _ in range(3):
+        for left, right in shapes:
+            for dtype in ("f4", "f8", "i1", "?"):
+                a, b = array(rng, np, left, dtype), array(rng, np, right, dtype)
+                expected = reference(a, b)
+                columns = np.asfortranarray(b)
+                assert_product(xnor_gemm(a, b), expected, (left, dtype))
+                assert_product(xnor_gemm(a, columns), expected, (left, dtype))
+                assert_product(xnor_gemm(a, pack(b, axis=-2)), expected, (left, dtype))
+                assert_product(xnor_gemm(pack(a), pack(b, axis=-2)), expected, (left, dtype))
+                halves = xnor_gemm(a, b, dtype=np.float32)
+                assert halves.dtype == np.float32
+                assert_product(halves, expected, (left, dtype))
+        known.add(len(numpy_backend.prepared))
+    assert len(known) == 1
+    assert known.pop() > 40
+
+
+def test_a_known_product_still_warns_of_zeros_and_ones(cpu_kernels):
+    a = np.linspace(-1, 1, 400, dtype=np.float32).reshape(20, 20)
+    xnor_gemm(a, a)
+    assert numpy_backend.prepared
+    for operands in ((np.eye(20, dtype=np.float32), a), (a, np.eye(20, dtype=np.float32))):
+        with pytest.warns(UserWarning, match="holds only 0 and 1"):
+            xnor_gemm(*operands)
+
+
+def test_a_known_product_may_be_forced_to_numpy(cpu_kernels, monkeypatch):
+    a = np.linspace(-1, 1, 400, dtype=np.float32).reshape(20, 20)
+    expected = xnor_gemm(a, a)
+
+    def used(*operands):
+        raise AssertionError
+
+    monkeypatch.setattr(numpy_backend, "prepared", dict.fromkeys(numpy_backend.prepared, used))
+    with pytest.raises(AssertionError):
+        xnor_gemm(a, a)
+    with numpy_backend.force_kernel("numpy"):
+        assert np.array_equal(xnor_gemm(a, a), expected)
+    monkeypatch.setattr(settings, "cpu_kernels", lambda: False)
+    assert np.array_equal(xnor_gemm(a, a), expected)
 
 
 def test_many_threads_may_call_at_once(cpu_kernels):
@@ -132,7 +187,7 @@ def test_many_threads_may_call_at_once(cpu_kernels):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_computes(cpu_kernels, monkeypatch):
-    several_threads(cpu_kernels, monkeypatch, 2)
+    several_threads(monkeypatch, 2)
     a = np.ones((100, 100), np.float32)
     expected = xnor_gemm(a, a)  # starts the parent's threads
     child = os.fork()
@@ -160,38 +215,58 @@ def cache(cpu_kernels, tmp_path, monkeypatch):
 
 
 def test_a_kernel_is_compiled_once(cache, tmp_path):
-    first, second = cache.cached(plus_one), cache.cached(plus_one)
+    first, second = cache.cached()(plus_one), cache.cached()(plus_one)
     assert first(1) == second(1) == 2
-    assert sum(first.stats.cache_hits.values()) == 0
-    assert sum(second.stats.cache_hits.values()) == 1
+    assert sum(first.dispatcher.stats.cache_hits.values()) == 0
+    assert sum(second.dispatcher.stats.cache_hits.values()) == 1
     assert str(tmp_path) in cache.folder(first)
 
 
+def test_machine_code_is_loaded_without_what_numba_compiles_with(cpu_kernels):
+    a = np.linspace(-1, 1, 90000, dtype=np.float32).reshape(300, 300)
+    xnor_gemm(a, a)  # there is a cache from now on
+    code = (
+        "import sys, numpy, cupybnn\n"
+        "a = numpy.ones((300, 300), numpy.float32)\n"
+        "assert (cupybnn.xnor_gemm(a, a) == 300).all()\n"
+        "from cupybnn.backends.cpu import kernels\n"
+        "assert sum(kernels.product.dispatcher.stats.cache_hits.values()) == 1\n"
+        "print(*{'scipy.linalg', 'numba.np.arrayobj', 'numba.np.linalg'} & {*sys.modules})\n"
+    )
+    environment = dict(os.environ)
+    environment.pop("CUPYBNN_CPU_KERNELS", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.stdout.split() == [], done.stdout
+    assert done.returncode == 0, done.stderr
+
+
 def test_damaged_files_are_compiled_anew(cache, tmp_path):
-    assert cache.cached(plus_one)(1) == 2
+    assert cache.cached()(plus_one)(1) == 2
     files = [*tmp_path.rglob("*.nb?")]
     assert len(files) == 2
     for contents in (b"", b"not a pickle"):
         for file in files:
             file.write_bytes(contents)
-        assert cache.cached(plus_one)(1) == 2
-        again = cache.cached(plus_one)
+        assert cache.cached()(plus_one)(1) == 2
+        again = cache.cached()(plus_one)
         assert again(1) == 2
-        assert sum(again.stats.cache_hits.values()) == 1
+        assert sum(again.dispatcher.stats.cache_hits.values()) == 1
 
 
 def test_a_folder_that_cannot_be_written_to_is_no_error(cache, tmp_path, monkeypatch):
-    kernel = cache.cached(plus_one)
+    kernel = cache.cached()(plus_one)
     folder = tmp_path / "file"
     folder.write_bytes(b"")
-    monkeypatch.setattr(kernel._cache, "_cache_path", str(folder))
+    monkeypatch.setattr(kernel.dispatcher._cache, "_cache_path", str(folder))
     assert kernel(1) == 2
 
     def no_locator(*args):
         raise RuntimeError("cannot cache function: no locator available")
 
     monkeypatch.setattr(cache._Cache, "__init__", no_locator)
-    kernel = cache.cached(plus_one)
+    kernel = cache.cached()(plus_one)
     assert kernel(1) == 2
     assert cache.folder(kernel) is None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
@@ -34,6 +34,8 @@ __all__ = [
     "parallel_for",
     "parallel_parts",
     "passes",
+    "prepare",
+    "prepared",
     "quantize_gradient",
     "random_words",
     "select",
@@ -54,6 +56,10 @@ IMPORT_PRODUCTS, IMPORT_ELEMENTS, IMPORT_PASS = 1 << 17, 1 << 20, 1 << 18
 KERNEL_PASS, KERNEL_BATCHED = 1 << 8, 1 << 18
 
 _forced: str | None = None
+#: Products that compiled kernels are ready to compute, by what the caller knows them by: functions
+#: of two arrays, or words of packed matrices. At most so many.
+prepared: dict[Any, Callable[[Any, Any], np.ndarray]] = {}
+_MOST_PREPARED = 4096
 
 
 def sign(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -185,6 +191,28 @@ def gemm(a: Any, b: Any, out: np.ndarray, epilogue: Epilogue | None) -> None:
         compiled.gemm(a, b, out, epilogue)
 
 
+def prepare(key: Any, a: Any, b: Any, dtype: np.dtype) -> None:
+    """Add a product of two matrices to `prepared`, if compiled kernels take it.
+
+    Parameters
+    ----------
+    key
+        Decides the operands' shapes, strides and dtypes, and that of the result.
+    a, b
+        As for `gemm`, without levels other than signs.
+    dtype : dtype
+        Of the result.
+    """
+    compiled = None if _forced is not None else _compiled_for(a, b)
+    if compiled is None:
+        return
+    multiply = compiled.prepared(a, b, dtype)
+    if multiply is not None:
+        if len(prepared) >= _MOST_PREPARED:
+            prepared.clear()
+        prepared[key] = multiply
+
+
 def kernels() -> list[str]:
     """Return the names of what computes products on this CPU: "numpy" and, with Numba, "numba"."""
     return ["numpy", *([cpu.NAME] if cpu.status().available else [])]
@@ -193,12 +221,13 @@ def kernels() -> list[str]:
 @contextlib.contextmanager
 def force_kernel(name: str) -> Iterator[None]:
     """Context in which this process computes all products on the CPU by one of `kernels`."""
-    global _forced
-    before, _forced = _forced, name
+    global _forced, prepared
+    before = _forced, prepared
+    _forced, prepared = name, {}
     try:
         yield
     finally:
-        _forced = before
+        _forced, prepared = before
 
 
 def passes(x: Any, *others: Any) -> ModuleType | None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from cupybnn import backends, settings
 from cupybnn.backends import cpu
+from cupybnn.backends.cpu.addresses import address
 from cupybnn.backends.devices import CPU
 from cupybnn.backends.numpy_threads import parallel_for
 from cupybnn.deploy import digits
@@ -65,14 +66,14 @@ class CpuForward:
         self._words = -(-max(layer.units for layer in (first, *hidden)) // 64)
         # More than a row of a large network is faster by layer, on several threads.
         self._few_rows = _FEW_ROWS if first.inputs * first.units < _LARGE else 1
-        self._through, self._memory = network.through, threading.local()
+        self._through, self._memory = network.through.call, threading.local()
         self._few_arguments = self._first_layer, self._between, len(hidden), *self._end_arguments
 
     def _array(self, x: Any, dtype: Any) -> int:
         """Return the address of an array that is kept."""
         array = np.ascontiguousarray(x, dtype)
         self._kept.append(array)
-        return int(array.ctypes.data)
+        return address(array)
 
     def _first(self, layer: PackedLayer, factor: np.float32) -> int:
         weight = layer.weight if layer.signs is None else layer.signs
@@ -147,10 +148,10 @@ class CpuForward:
             memory = self._memory
             if not hasattr(memory, "addresses"):
                 memory.kept = self._scratch(), np.empty((2, self._words), _WORD)
-                memory.addresses = tuple(x.ctypes.data for x in memory.kept)
+                memory.addresses = tuple(address(x) for x in memory.kept)
             self._through(
-                x.ctypes.data, x.strides[0], rows, *self._few_arguments, *memory.addresses,
-                8 * self._words, out.ctypes.data,
+                address(x), x.strides[0], rows, *self._few_arguments, *memory.addresses,
+                8 * self._words, address(out),
             )  # fmt: skip
         else:
             self._by_layer(x, out)
@@ -173,8 +174,8 @@ class CpuForward:
             else:
                 here, units, count = 0, (64 * start, min(64 * stop, first.units)), rows
             kernels.first(
-                x.ctypes.data + here * x.strides[0], x.strides[0], count, self._first_layer,
-                *units, scratch.ctypes.data, signs.ctypes.data + here * signs.strides[0],
+                address(x) + here * x.strides[0], x.strides[0], count, self._first_layer,
+                *units, address(scratch), address(signs) + here * signs.strides[0],
                 signs.strides[0],
             )  # fmt: skip
 
@@ -194,8 +195,8 @@ class CpuForward:
 
         def sum_up(start: int, stop: int) -> None:
             kernels.end(
-                words.ctypes.data + start * words.strides[0], words.strides[0], stop - start,
-                *self._end_arguments, out.ctypes.data + start * out.strides[0],
+                address(words) + start * words.strides[0], words.strides[0], stop - start,
+                *self._end_arguments, address(out) + start * out.strides[0],
             )  # fmt: skip
 
         products = rows * self._last.inputs * self._last.units

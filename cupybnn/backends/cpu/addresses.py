@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 
-__all__ = ["address"]
+__all__ = ["FIELD", "address"]
 
 # It is the first field of an array behind what every object has (PyArrayObject_fields in NumPy's
 # ndarraytypes.h). NumPy's own ways of asking for it take 1.5 to 2.5 microseconds, this one 0.4.
@@ -34,4 +34,7 @@ def _is_first_field() -> bool:
     return all(_by_field(view) == _by_interface(view) for view in (x, x[1:], x.T[::-1], x[:, 1]))
 
 
-address = _by_field if _is_first_field() else _by_interface
+_known = _is_first_field()
+#: Where an array holds the address, in bytes from its own, ``id(x)``; 0 where that is not known.
+FIELD = _FIRST_FIELD if _known else 0
+address = _by_field if _known else _by_interface

@@ -5,21 +5,24 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import warnings
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Collection
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import llvmlite
 import numba
-from numba import njit
+from llvmlite.binding import add_symbol
+from numba import njit, types
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.registry import cpu_target
+from numba.core.runtime import _nrt_python, rtsys
 
 import cupybnn
 
-__all__ = ["cached", "features", "folder"]
+__all__ = ["Kernel", "cached", "features", "folder"]
 
 
 def features() -> tuple[str, frozenset[str]]:
@@ -45,6 +48,17 @@ def _key() -> str:
     return digest.hexdigest()[:24]
 
 
+def _provide(code: bytes, target_context: Any) -> None:
+    """Give machine code what it calls of Numba's runtime."""
+    helpers = _nrt_python.c_helpers
+    names = {name.decode() for name in re.findall(rb"NRT_(\w+)", code)}
+    if names <= helpers.keys():
+        for name in names:
+            add_symbol(f"NRT_{name}", helpers[name])
+    else:  # also compiles some functions, for 0.05 seconds
+        rtsys.initialize(target_context)
+
+
 class _Cache(FunctionCache):
     """Numba's cache of a function, in a folder of its own for each `_key`.
 
@@ -63,9 +77,14 @@ class _Cache(FunctionCache):
         )
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
+        # Numba first loads all that it can compile, SciPy's BLAS included: 0.4 seconds that machine
+        # code does not need.
         # A damaged file may raise anything that unpickling does.
         with contextlib.suppress(Exception):
-            return super().load_overload(sig, target_context)
+            data = self._cache_file.load(self._index_key(sig, target_context.codegen()))
+            if data is not None:
+                _provide(data[0][-1][0], target_context)
+                return self._impl.rebuild(target_context, data)
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
@@ -78,20 +97,53 @@ class _Cache(FunctionCache):
                 super().save_overload(sig, data)
 
 
-def cached(function: Callable[..., Any]) -> Any:
-    """Compile a function without the interpreter lock, and keep it where Numba keeps such files.
+class Kernel:
+    """A function compiled without the interpreter lock, for one signature.
+
+    Parameters
+    ----------
+    function : callable
+    float32 : collection of str
+        Its parameters that are float32; all others are int64.
+    """
+
+    def __init__(self, function: Callable[..., Any], float32: Collection[str]) -> None:
+        code = function.__code__
+        self._signature = tuple(
+            types.float32 if name in float32 else types.int64
+            for name in code.co_varnames[: code.co_argcount]
+        )
+        # Divisions as in NumPy: by 0 they give an infinity or NaN.
+        self.dispatcher = njit(nogil=True, error_model="numpy")(function)
+        with contextlib.suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.dispatcher._cache = _Cache(function)
+        self.__doc__ = function.__doc__
+
+    @cached_property
+    def call(self) -> Callable[..., Any]:
+        """The compiled function, which takes numbers by position; loaded or compiled now.
+
+        It saves the third of a microsecond in which Numba looks at the types of arguments, and on
+        the first call the time in which it loads extensions.
+        """
+        return self.dispatcher.compile(self._signature)  # type: ignore[no-any-return]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.call(*args)
+
+
+def cached(*float32: str) -> Callable[[Callable[..., Any]], Kernel]:
+    """Compile a function when it is first called, and keep it where Numba keeps such files.
+
+    Its parameters are int64, but for those named here.
 
     That is ``NUMBA_CACHE_DIR``, or ``__pycache__`` next to this package, or the user's cache folder
     if that cannot be written to. Where none can, each process compiles for itself.
     """
-    # Divisions as in NumPy: by 0 they give an infinity or NaN.
-    dispatcher = njit(nogil=True, error_model="numpy")(function)
-    with contextlib.suppress(Exception), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dispatcher._cache = _Cache(dispatcher.py_func)
-    return dispatcher
+    return lambda function: Kernel(function, float32)
 
 
-def folder(dispatcher: Any) -> str | None:
+def folder(kernel: Kernel) -> str | None:
     """Return the folder of a kernel's files, or None if there is none."""
-    return getattr(dispatcher._cache, "cache_path", None)
+    return getattr(kernel.dispatcher._cache, "cache_path", None)

@@ -13,7 +13,8 @@ LOOKUP
     4 units × 32 lanes takes 8 of each, 4 entries and 2 vectors of nibbles for 8 elements: the two
     units that shuffle bytes are the bound, at 256 products a clock. The table, a tile's nibbles and
     its units stay in the L1 cache, units and sums of a block in the L2 cache. Sums of bytes hold at
-    most 7 words, 56 × 4 < 256, and are then added to 32-bit sums.
+    most 7 words, 56 × 4 < 256, and are then added to 16-bit sums. Where these hold all of K, whole
+    tiles write products to where they belong; others leave sums for `finish`.
 COUNT
     XOR and popcount in vectors of eight words, 4 lines × 4: for AVX-512 VPOPCNTDQ (512 products for
     each VPOPCNTQ), and for processors without AVX2.
@@ -26,19 +27,22 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import carray
 
-from cupybnn.backends.cpu import intrinsics
 from cupybnn.backends.cpu.cache import cached
-from cupybnn.backends.cpu.intrinsics import (
-    add_counts,
-    integers,
-    load_f32,
-    load_i32,
-    load_u8,
+from cupybnn.backends.cpu.count_tile import LANES, add_counts
+from cupybnn.backends.cpu.finish import BITS, FLOAT32, INT32, finish
+from cupybnn.backends.cpu.lookup_tile import (
+    ADD,
+    FLOATS,
+    INTEGERS,
+    SET,
+    count_lookups,
+    expand_word,
+)
+from cupybnn.backends.cpu.memory import (
+    load_i64,
     load_u64,
     popcount,
-    store_f32,
     store_i32,
     store_u64,
 )
@@ -46,9 +50,12 @@ from cupybnn.backends.cpu.packing import pack_lines
 from cupybnn.backends.cpu.parts import first_part, inline, next_part
 
 __all__ = [
+    "BITS",
     "BLOCK",
     "COUNT",
     "FEW",
+    "FLOAT32",
+    "INT32",
     "LOOKUP",
     "PACKED",
     "PLAN",
@@ -58,24 +65,19 @@ __all__ = [
 ]
 
 LOOKUP, COUNT, FEW = 0, 1, 2
-INT32, FLOAT32, BITS = 0, 1, 2
-PACKED = -1  # instead of one of `intrinsics.KINDS`
+PACKED = -1  # instead of one of `signs.KINDS`
 
-LANES = intrinsics.LANES
-#: Words of K that are expanded at a time for 32 lanes (twice as many for 16), and that sums of
-#: bytes hold.
-WORDS, BYTE_WORDS = 14, 7
+#: Words of K that are expanded at a time for 32 lanes; twice as many for 16.
+WORDS = 32
 #: Units in a block at most; their words should take no more than so many bytes.
 BLOCK, BLOCK_BYTES = 512, 1 << 18
 #: What a thread needs: the expanded words of a tile of lanes, and the sums of a block.
 SUMS = WORDS * 8 * 2 * LANES
 SCRATCH_BYTES = SUMS + BLOCK * LANES * 4
 
-_tile_4_32 = intrinsics.add_lookups[4, 32]
-_tile_4_16 = intrinsics.add_lookups[4, 16]
-_tile_1_32 = intrinsics.add_lookups[1, 32]
-_tile_1_16 = intrinsics.add_lookups[1, 16]
-_expand_32, _expand_16 = intrinsics.expand_word[32], intrinsics.expand_word[16]
+_tile_4_32, _tile_4_16 = count_lookups[4, 32], count_lookups[4, 16]
+_tile_1_32, _tile_1_16 = count_lookups[1, 32], count_lookups[1, 16]
+_expand_32, _expand_16 = expand_word[32], expand_word[16]
 
 
 def block_of(words: int) -> int:
@@ -84,8 +86,9 @@ def block_of(words: int) -> int:
 
 
 @inline
-def _look_up(unit, unit_stride, units, lane, lane_stride, lanes, words, table, scratch):
-    sums = scratch + SUMS
+def _look_up(
+    unit, unit_stride, units, lane, lane_stride, lanes, words, table, scratch, target, pitch, way, k
+):
     step = WORDS if lanes > 16 else 2 * WORDS
     for first in range(0, words, step):
         count = min(step, words - first)
@@ -96,25 +99,19 @@ def _look_up(unit, unit_stride, units, lane, lane_stride, lanes, words, table, s
             else:
                 _expand_16(source, lane_stride, lanes - 1, scratch + w * 256)
         full = units & ~3
-        for u in range(0, units, 4):
-            for start in range(0, count, BYTE_WORDS):
-                here = min(BYTE_WORDS, count - start)
-                row = unit + u * unit_stride + 8 * (first + start)
-                if u < full:
-                    if lanes > 16:
-                        index = scratch + start * 512
-                        _tile_4_32(row, unit_stride, index, here, table, sums + u * 128)
-                    else:
-                        index = scratch + start * 256
-                        _tile_4_16(row, unit_stride, index, here, table, sums + u * 64)
-                    continue
-                for i in range(units - u):
-                    if lanes > 16:
-                        index, target = scratch + start * 512, sums + (u + i) * 128
-                        _tile_1_32(row + i * unit_stride, unit_stride, index, here, table, target)
-                    else:
-                        index, target = scratch + start * 256, sums + (u + i) * 64
-                        _tile_1_16(row + i * unit_stride, unit_stride, index, here, table, target)
+        for u in range(0, full, 4):
+            row, sums = unit + u * unit_stride + 8 * first, target + u * pitch
+            if lanes > 16:
+                _tile_4_32(row, unit_stride, scratch, count, table, sums, pitch, way, k)
+            else:
+                _tile_4_16(row, unit_stride, scratch, count, table, sums, pitch, way, k)
+        for u in range(full, units):
+            row, sums = unit + u * unit_stride + 8 * first, target + u * pitch
+            if lanes > 16:
+                _tile_1_32(row, unit_stride, scratch, count, table, sums, pitch, way, k)
+            else:
+                _tile_1_16(row, unit_stride, scratch, count, table, sums, pitch, way, k)
+        way = ADD
 
 
 @inline
@@ -145,71 +142,6 @@ def _count(unit, unit_stride, units, lane, lane_stride, lanes, words, scratch, w
             store_i32(sums + 4 * (u * width + i), np.int32(total))
 
 
-@inline
-def _finish(
-    sums, width, k, units, lanes, u0, l0, out, out_unit, out_lane, kind, swapped,
-    unit_scale, lane_scale, bias,
-):  # fmt: skip
-    """Write K - 2 * sums: as int32, through an epilogue as float32, or compared as bits.
-
-    `bias` of bits: int32 thresholds, one for each column; `unit_scale`: bytes that flip them.
-    """
-    if kind == INT32:
-        for u in range(units):
-            row, target = sums + 4 * u * width, out + (u0 + u) * out_unit + l0 * out_lane
-            if out_lane == 4:
-                for i in range(lanes):
-                    store_i32(target + 4 * i, np.int32(k - 2 * load_i32(row + 4 * i)))
-            else:
-                for i in range(lanes):
-                    store_i32(target + i * out_lane, np.int32(k - 2 * load_i32(row + 4 * i)))
-        return
-    if kind == FLOAT32:
-        plain = unit_scale == 0 and lane_scale == 0 and bias == 0
-        for u in range(units):
-            row, target = sums + 4 * u * width, out + (u0 + u) * out_unit + l0 * out_lane
-            if plain and out_lane == 4:
-                for i in range(lanes):
-                    store_f32(target + 4 * i, np.float32(np.int32(k - 2 * load_i32(row + 4 * i))))
-                continue
-            for i in range(lanes):
-                x = np.float32(np.int32(k - 2 * load_i32(row + 4 * i)))
-                # The scale of rows comes first; rows are lanes if the operands are swapped.
-                if swapped and lane_scale != 0:
-                    x = x * load_f32(lane_scale + 4 * (l0 + i))
-                if unit_scale != 0:
-                    x = x * load_f32(unit_scale + 4 * (u0 + u))
-                if not swapped and lane_scale != 0:
-                    x = x * load_f32(lane_scale + 4 * (l0 + i))
-                if bias != 0:
-                    x = x + load_f32(bias + 4 * (u0 + u if swapped else l0 + i))
-                store_f32(target + i * out_lane, x)
-        return
-    if not swapped:
-        for u in range(units):
-            row, word = sums + 4 * u * width, np.int64(0)
-            for i in range(lanes):
-                value = np.int32(k - 2 * load_i32(row + 4 * i))
-                least = np.int32(0) if bias == 0 else load_i32(bias + 4 * (l0 + i))
-                plus = np.int64(value >= least)
-                if unit_scale != 0:
-                    plus ^= np.int64(load_u8(unit_scale + l0 + i))
-                word |= plus << i
-            store_i32(out + (u0 + u) * out_unit + l0 // 8, np.int32(word))
-        return
-    for i in range(lanes):
-        for first in range(0, units, 64):
-            bits = np.uint64(0)
-            for u in range(first, min(first + 64, units)):
-                value = np.int32(k - 2 * load_i32(sums + 4 * (u * width + i)))
-                least = np.int32(0) if bias == 0 else load_i32(bias + 4 * (u0 + u))
-                plus_64 = np.uint64(value >= least)
-                if unit_scale != 0:
-                    plus_64 ^= np.uint64(load_u8(unit_scale + u0 + u))
-                bits |= plus_64 << np.uint64(u - first)
-            store_u64(out + (l0 + i) * out_lane + (u0 + first) // 8, bits)
-
-
 #: What a plan holds, int64 each, in this order.
 PLAN = (
     *("parts", "method", "table", "block", "k", "kind", "swapped", "out_unit", "out_lane"),
@@ -218,10 +150,13 @@ PLAN = (
 )
 
 
-@cached
-def product(
-    counter, plan, scratch, unit, unit_words, lane, lane_words, out, unit_scale, lane_scale, bias
-):
+@inline
+def _number(plan, place):
+    return load_i64(plan + 8 * place)
+
+
+@cached()
+def product(counter, plan, scratch, unit, lane, out, parameters, field):
     """Write the products of all units and all lanes, or the parts that this thread takes.
 
     Lines that are not packed yet are packed first, if this thread does all parts.
@@ -238,36 +173,44 @@ def product(
         as for `packing.pack`, or PACKED. unit_step and lane_step are the lines of a part: where
         bits are written, multiples of 64 and 32. out_unit and out_lane are strides.
     scratch : address
-        SCRATCH_BYTES aligned to 64 bytes.
+        SCRATCH_BYTES aligned to 64 bytes, and behind them the words of lines that are not packed.
     unit, lane, out : address
-    unit_words, lane_words : address
-        Memory for the words of lines that are not packed yet.
-    unit_scale, lane_scale, bias : address or 0
+        Or, with `field`, of objects that hold the address in so many bytes from their beginning.
+    parameters : address or 0
+        Three addresses, or 0, of the scales of units and lanes and of the bias: see `finish`.
+    field : int
     """
-    p = carray(integers(plan), (21,))
-    parts, method, table, block, k, kind, swapped, out_unit, out_lane = (
-        p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8]
+    parts, method, table = _number(plan, 0), _number(plan, 1), _number(plan, 2)
+    block, k, kind, swapped = (
+        _number(plan, 3), _number(plan, 4), _number(plan, 5), _number(plan, 6)
     )  # fmt: skip
-    all_units, unit_stride, unit_k, unit_kind, unit_size, u_step = (
-        p[9], p[10], p[11], p[12], p[13], p[14]
-    )  # fmt: skip
-    all_lanes, lane_stride, lane_k, lane_kind, lane_size, l_step = (
-        p[15], p[16], p[17], p[18], p[19], p[20]
-    )  # fmt: skip
+    out_unit, out_lane = _number(plan, 7), _number(plan, 8)
+    all_units, unit_stride, u_step = _number(plan, 9), _number(plan, 10), _number(plan, 14)
+    all_lanes, lane_stride, l_step = _number(plan, 15), _number(plan, 16), _number(plan, 20)
+    unit_scale = lane_scale = bias = np.int64(0)
+    if parameters != 0:
+        unit_scale, lane_scale = _number(parameters, 0), _number(parameters, 1)
+        bias = _number(parameters, 2)
+    if field != 0:
+        unit, lane, out = load_i64(unit + field), load_i64(lane + field), load_i64(out + field)
     words = (k + 63) >> 6
-    if unit_kind != PACKED:
+    packed = scratch + SCRATCH_BYTES
+    if _number(plan, 12) != PACKED:
         pack_lines(
-            unit, unit_stride, unit_k, all_units, 0, all_units, k, unit_kind, unit_size, unit_words,
-            8 * words, 0,
+            unit, unit_stride, _number(plan, 11), all_units, 0, all_units, k, _number(plan, 12),
+            _number(plan, 13), packed, 8 * words, 0, scratch,
         )  # fmt: skip
-        unit, unit_stride = unit_words, 8 * words
-    if lane_kind != PACKED:
+        unit, unit_stride = packed, 8 * words
+        packed += 8 * words * all_units
+    if _number(plan, 18) != PACKED:
         pack_lines(
-            lane, lane_stride, lane_k, all_lanes, 0, all_lanes, k, lane_kind, lane_size, lane_words,
-            8 * words, 0,
+            lane, lane_stride, _number(plan, 17), all_lanes, 0, all_lanes, k, _number(plan, 18),
+            _number(plan, 19), packed, 8 * words, 0, scratch,
         )  # fmt: skip
-        lane, lane_stride = lane_words, 8 * words
+        lane, lane_stride = packed, 8 * words
     sums = scratch + SUMS
+    # Whether the tiles of lookups may write products.
+    plain = out_lane == 4 and unit_scale == 0 and lane_scale == 0 and bias == 0 and kind != BITS
     across = (all_lanes + l_step - 1) // l_step
     part = first_part(counter)
     while part < parts:
@@ -280,7 +223,19 @@ def product(
                 lanes = min(LANES, l1 - lb)
                 width = LANES if method == COUNT or lanes > 16 else 16
                 second = lane + lb * lane_stride
-                if method == FEW:
+                if method == LOOKUP:
+                    whole = plain and lanes == width and words * width <= WORDS * LANES
+                    target, pitch, way = sums, 4 * width, SET
+                    if whole:
+                        target, pitch = out + ub * out_unit + lb * out_lane, out_unit
+                        way = INTEGERS if kind == INT32 else FLOATS
+                    _look_up(
+                        first, unit_stride, units, second, lane_stride, lanes, words, table,
+                        scratch, target, pitch, way, k,
+                    )  # fmt: skip
+                    if whole:
+                        continue
+                elif method == FEW:
                     for u in range(units):
                         for i in range(lanes):
                             total = _count_differing(
@@ -290,17 +245,11 @@ def product(
                 else:
                     for i in range(0, 4 * units * width, 8):
                         store_u64(sums + i, np.uint64(0))
-                    if method == LOOKUP:
-                        _look_up(
-                            first, unit_stride, units, second, lane_stride, lanes, words, table,
-                            scratch,
-                        )  # fmt: skip
-                    else:
-                        _count(
-                            first, unit_stride, units, second, lane_stride, lanes, words, scratch,
-                            width,
-                        )  # fmt: skip
-                _finish(
+                    _count(
+                        first, unit_stride, units, second, lane_stride, lanes, words, scratch,
+                        width,
+                    )  # fmt: skip
+                finish(
                     sums, width, k, units, lanes, ub, lb, out, out_unit, out_lane, kind, swapped,
                     unit_scale, lane_scale, bias,
                 )  # fmt: skip

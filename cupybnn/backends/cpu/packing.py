@@ -5,18 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from cupybnn.backends.cpu.cache import cached
-from cupybnn.backends.cpu.intrinsics import (
-    load_u64,
-    mask,
-    mask_8,
-    mask_64,
-    popcount,
-    store_i32,
-    store_u64,
-)
+from cupybnn.backends.cpu.memory import load_u64, popcount, store_i32, store_u64
 from cupybnn.backends.cpu.parts import first_part, inline, next_part
+from cupybnn.backends.cpu.signs import mask, mask_8, mask_64, transpose
 
-__all__ = ["pack", "pack_lines"]
+__all__ = ["SCRATCH_BYTES", "pack", "pack_lines"]
+
+SCRATCH_BYTES = 512
 
 
 @inline
@@ -33,25 +28,9 @@ def _signs(address, kind, size, count):
 
 
 @inline
-def _transpose(x):
-    """Transpose 64 × 64 bits: bit j of word i becomes bit i of word j.
-
-    Blocks are swapped as in Warren, Hacker's Delight, section 7-3.
-    """
-    bits, low = 32, np.uint64(0x00000000FFFFFFFF)
-    while bits:
-        shift = np.uint64(bits)
-        for first in range(0, 64, 2 * bits):
-            for i in range(first, first + bits):
-                differ = ((x[i] >> shift) ^ x[i + bits]) & low
-                x[i] ^= differ << shift
-                x[i + bits] ^= differ
-        bits >>= 1
-        low ^= low << np.uint64(bits)
-
-
-@inline
-def pack_lines(x, line_stride, k_stride, lines, start, stop, k, kind, size, out, out_stride, ones):
+def pack_lines(
+    x, line_stride, k_stride, lines, start, stop, k, kind, size, out, out_stride, ones, scratch
+):
     """Pack the lines start ... stop, as `pack`; do not count ones if their address is 0."""
     words = (k + 63) >> 6
     if k_stride == size or k <= 1:
@@ -62,7 +41,6 @@ def pack_lines(x, line_stride, k_stride, lines, start, stop, k, kind, size, out,
                     out + line * out_stride + 8 * w, _signs(source, kind, size, min(64, k - 64 * w))
                 )
     elif line_stride == size:
-        square = np.zeros(64, np.uint64)
         for w in range(words):
             rows = min(64, k - 64 * w)
             for first in range(start, stop, 64):
@@ -71,11 +49,12 @@ def pack_lines(x, line_stride, k_stride, lines, start, stop, k, kind, size, out,
                 count = min(64, lines - line)
                 source = x + 64 * w * k_stride + line * size
                 for i in range(rows):
-                    square[i] = _signs(source + i * k_stride, kind, size, count)
-                square[rows:] = np.uint64(0)
-                _transpose(square)
+                    store_u64(scratch + 8 * i, _signs(source + i * k_stride, kind, size, count))
+                for i in range(rows, 64):
+                    store_u64(scratch + 8 * i, np.uint64(0))
+                transpose(scratch)
                 for i in range(first - line, min(stop - line, 64)):
-                    store_u64(out + (line + i) * out_stride + 8 * w, square[i])
+                    store_u64(out + (line + i) * out_stride + 8 * w, load_u64(scratch + 8 * i))
     else:
         for line in range(start, stop):
             for w in range(words):
@@ -93,10 +72,11 @@ def pack_lines(x, line_stride, k_stride, lines, start, stop, k, kind, size, out,
         store_i32(ones + 4 * line, np.int32(total))
 
 
-@cached
+@cached()
 def pack(
-    counter, parts, x, line_stride, k_stride, lines, step, k, kind, size, out, out_stride, ones
-):
+    counter, parts, x, line_stride, k_stride, lines, step, k, kind, size, out, out_stride, ones,
+    scratch,
+):  # fmt: skip
     """Pack the signs of all lines, or of the parts that this thread takes, and count their ones.
 
     Parameters
@@ -107,15 +87,16 @@ def pack(
     step : int
         Lines of a part.
     kind, size : int
-        `intrinsics.KINDS` of the dtype, and bytes of an element.
+        `signs.KINDS` of the dtype, and bytes of an element.
     out : address of ceil(k / 64) words for each line
     ones : address of an int32 for each line
+    scratch : address of SCRATCH_BYTES
     """
     part = first_part(counter)
     while part < parts:
         start = part * step
         pack_lines(
             x, line_stride, k_stride, lines, start, min(start + step, lines), k, kind, size, out,
-            out_stride, ones,
+            out_stride, ones, scratch,
         )  # fmt: skip
         part = next_part(counter, part)

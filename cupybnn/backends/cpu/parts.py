@@ -8,7 +8,7 @@ from __future__ import annotations
 from numba import njit
 
 from cupybnn.backends.cpu.cache import cached
-from cupybnn.backends.cpu.intrinsics import fetch_add, load_counter
+from cupybnn.backends.cpu.memory import fetch_add, load_counter
 
 __all__ = ["close", "first_part", "inline", "next_part", "wait"]
 
@@ -34,13 +34,13 @@ def next_part(counter, part):
     return fetch_add(counter, 1)
 
 
-@cached
+@cached()
 def close(counter):
     """Let no more parts be taken; return how many were, or a larger number."""
     return fetch_add(counter, CLOSED)
 
 
-@cached
+@cached()
 def wait(counter, parts, looks):
     """Return whether so many parts are done, after looking at most so many times."""
     looked = 0

@@ -11,7 +11,7 @@ import numpy as np
 from numba import carray
 
 from cupybnn.backends.cpu.cache import cached
-from cupybnn.backends.cpu.intrinsics import floats
+from cupybnn.backends.cpu.memory import floats
 from cupybnn.backends.cpu.parts import first_part, inline, next_part
 
 __all__ = ["adam", "batch_norm", "batch_norm_gradient", "gradient_in_window", "signs"]
@@ -19,10 +19,10 @@ __all__ = ["adam", "batch_norm", "batch_norm_gradient", "gradient_in_window", "s
 ONE, ZERO = np.float32(1), np.float32(0)
 
 
-@cached
+@cached("decay", "rate_1", "rate_2", "eps", "factor", "limit")
 def adam(
-    counter, parts, step, size, weight, grad, mean, square, decay, rate_1, rate_2, eps, factor,
-    limit,
+    counter, parts, step, size, weight, grad, mean, square, decay, rate_1,
+    rate_2, eps, factor, limit,
 ):  # fmt: skip
     """Update a weight as `optim.Adam` does, and clip it to [-limit, limit].
 
@@ -30,11 +30,11 @@ def adam(
     ----------
     counter, parts, step, size
         See `cupybnn.backends.cpu.threads`: a part is `step` of `size` elements.
-    decay : float32
+    decay 32
         Factor of the weight before the update.
-    rate_1, rate_2 : float32
+    rate_1, rate_2 32
         1 minus the decays of the two means.
-    eps, factor : float32
+    eps, factor 32
         ``weight -= mean / (sqrt(square) + eps) * factor``.
     """
     part = first_part(counter)
@@ -54,7 +54,7 @@ def adam(
         part = next_part(counter, part)
 
 
-@cached
+@cached()
 def signs(counter, parts, step, size, x, out):
     """Write +1 where x >= 0 and -1 elsewhere."""
     part = first_part(counter)
@@ -66,7 +66,7 @@ def signs(counter, parts, step, size, x, out):
         part = next_part(counter, part)
 
 
-@cached
+@cached("window")
 def gradient_in_window(counter, parts, step, size, x, grad, window, out):
     """Write ``grad * (abs(x) <= window)``: a product, so that NaN and infinities stay NaN."""
     part = first_part(counter)
@@ -79,7 +79,7 @@ def gradient_in_window(counter, parts, step, size, x, grad, window, out):
         part = next_part(counter, part)
 
 
-@cached
+@cached("number", "keep", "new", "eps")
 def batch_norm(
     counter, parts, step, rows, features, x, gamma, beta, means, variances, normal, out, inverse,
     work, number, keep, new, eps,
@@ -93,9 +93,9 @@ def batch_norm(
     x, normal, out : address of shape (rows, features)
     gamma, beta, means, variances, inverse : address of shape (features,)
     work : address of shape (2, features)
-    number : float32
+    number 32
         Rows.
-    keep, new : float32
+    keep, new 32
         ``running = running * keep + new * current``.
     """
     part = first_part(counter)
@@ -150,7 +150,7 @@ def _batch_norm(
             result[j] = here[j] * g[j] + b[j]
 
 
-@cached
+@cached("number")
 def batch_norm_gradient(
     counter, parts, step, rows, features, grad, normal, gamma, inverse, grad_x, grad_gamma,
     grad_beta, work, number,
