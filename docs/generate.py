@@ -63,7 +63,10 @@ def write_all(folder: Path) -> None:
     (parts / "commands.md").write_text(command_sections(), encoding="utf-8")
     (parts / "quantizers.md").write_text(quantizer_sections(parts), encoding="utf-8")
     (parts / "benchmarks.md").write_text(
-        tables.results(ROOT / "bench/results", parts), encoding="utf-8"
+        tables.results(ROOT / "bench/results", parts)
+        + "\n\n"
+        + tables.maps(ROOT / "bench/results/maps", parts),
+        encoding="utf-8",
     )
     for name in ("CHANGELOG", "CONTRIBUTING"):
         text = (ROOT / f"{name}.md").read_text(encoding="utf-8")

@@ -54,6 +54,33 @@ def results(folder: Path, parts: Path) -> str:
     return "\n\n".join(sections)
 
 
+def maps(folder: Path, parts: Path) -> str:
+    """Return a section for each record of ``bench/product_map.py``; its chart is copied to `parts`."""
+    sections = []
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        ratios = {
+            (cell["m"], cell["n"], cell["k"]): min(
+                cell[peer] for peer in ("bfloat16", "fp8") if peer in cell
+            )
+            / cell["cupybnn"]
+            for cell in record["cells"]
+            if not cell["error"]
+        }
+        chart = f"map_{path.stem}.svg"
+        shutil.copy(path.with_suffix(".svg"), parts / chart)
+        deep = min(ratio for (_, _, k), ratio in ratios.items() if k >= 1024)
+        sections.append(
+            f"## Products of many shapes on one {record['gpu']['name']}\n\n"
+            f"How many times as fast a packed product with an int32 result is as the fastest of "
+            f"PyTorch's bfloat16 and fp8 products ({_when(record)}): {len(ratios)} shapes by "
+            f"`python bench/product_map.py`. With K of 1024 or more, the least is {deep:.1f}; of "
+            f"all shapes, {min(ratios.values()):.2f}.\n\n"
+            f"```{{image}} /_generated/parts/{chart}\n:alt: Speedup by M, N and K\n```"
+        )
+    return "\n\n".join(sections)
+
+
 def recipe_runs(folder: Path) -> str:
     """Return a table of the runs in the records of ``bench/recipes.py`` that are in `folder`."""
     lines = [

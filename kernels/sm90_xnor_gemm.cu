@@ -21,10 +21,11 @@
 // cluster's shared memory; for products of few tiles. With `parts` clusters for a tile, the last one to
 // add its sums to those in memory stores the results. A block's part must have at most 63 chunks.
 //
-// DEFERRED: a tile is written out while the next one is multiplied. Its accumulators, none above K, are
-// kept as 16-bit numbers, two per register, and 64 columns of them at a time are stored during the next
-// tile's products, at equal intervals. Needs K of at most 63 chunks, and of at least TILE_N / 64. Without it the
-// tensor cores wait for every tile to be written out, a third of the time at K = 8192.
+// DEFERRED: a tile is written out while the next one is multiplied, in so many pieces. Its accumulators,
+// none above K, are kept as 16-bit numbers, two per register, and pieces are stored during the next tile's
+// products, at equal intervals. Needs K of at most 63 chunks, and at least one for each piece. Without it the
+// tensor cores wait for every tile to be written out, a third of the time at K = 8192. Even so, a piece's
+// instructions delay them: see bench/NOTES.md.
 //
 // DIGITS > 0: the same on bytes, wgmma u8.s8, 64 x N x 32 per instruction, at an eighth of the rate. The
 // digits of b are multiplied one after the other, from the lowest on; in between the accumulators are
@@ -36,6 +37,7 @@
 // The translation unit sets CONSUMERS, BLOCKS_M, TILE_N, STAGES, CLUSTER_M, CLUSTER_N, SPLIT_K,
 // DEFERRED, and the macros of product.cuh.
 
+#define HALVES (DEFERRED && OUTPUT != OUTPUT_PACKED)
 #include "results.cuh"
 #include "hopper.cuh"
 #include "launch.cuh"
@@ -326,23 +328,19 @@ __device__ __forceinline__ TileResults results_of(const Product& p, const Work& 
 }
 
 #if DEFERRED
-constexpr int PIECES = TILE_N / 64;
-static_assert(TILE_N % 64 == 0, "whole pieces");
+constexpr int PIECES = DEFERRED;
+static_assert(TILE_N % (32 * PIECES) == 0, "whole pieces");
 
 // A finished tile that has yet to be written out.
 struct Pending {
-  u32 acc[BLOCKS_M][ACC / 2];
+  Halves<BLOCKS_M, ACC> acc;
   int ones[BLOCKS_M];
   Leftover<BLOCKS_M> leftover;
 
   __device__ __forceinline__ void take(const int (&from)[BLOCKS_M][ACC]) {
+    acc.take(from);
 #pragma unroll
-    for (int block = 0; block < BLOCKS_M; block++) {
-      ones[block] = 0;
-#pragma unroll
-      for (int i = 0; i < ACC / 2; i++)
-        acc[block][i] = __byte_perm(from[block][2 * i], from[block][2 * i + 1], 0x5410);
-    }
+    for (int block = 0; block < BLOCKS_M; block++) ones[block] = 0;
   }
 
   template <int PIECE = 0>
@@ -350,9 +348,7 @@ struct Pending {
     constexpr int COUNT = TILE_N / 8 / PIECES;
     if constexpr (PIECE + 1 < PIECES)
       if (piece > PIECE) return store<PIECE + 1>(results, wg, piece);
-    results.store_fragments<PIECE * COUNT, COUNT, TILE_N / 8>(
-        first_row(wg), 64, 0, [&](int block, int i) { return Half{acc[block][i / 2], i % 2}; }, ones,
-        leftover);
+    results.store_fragments<PIECE * COUNT, COUNT, TILE_N / 8>(first_row(wg), 64, 0, acc, ones, leftover);
     if (PIECE == PIECES - 1) results.count_fragments(first_row(wg), 64, ones);
   }
 };
@@ -368,18 +364,19 @@ __device__ __forceinline__ void consume(const Product& p, const Work& work, Shar
   multiply(acc, shared, turn, 0, (int)p.chunks, wg, 0);
   pending.take(acc);
   u32 t = worker;
+  const int group = __shfl_sync(0xffffffffu, wg, 0);  // the same for all lanes, which saves a register
   for (u32 next = t + workers; next < work.count; t = next, next += workers) {
     barrier_wait(shared_address(&shared.terms_full[ring.slot]), ring.parity);
     const TileResults results = results_of(p, work, shared.terms[ring.slot], t, rank);
-    // Pieces are stored at equal intervals. While one is, the products of two chunks are under way; without
-    // products between pieces, the tensor cores would wait.
-    int last = 0, piece = 0, until = (int)p.chunks / PIECES;
+    // Pieces are stored at equal intervals, those of the second warpgroup in between: one of them multiplies
+    // while the other stores.
+    int last = 0, piece = 0, next_piece = group * (int)p.chunks / (2 * PIECES);
     for (int chunk = 0; chunk < (int)p.chunks; chunk++) {
       start_chunk(acc, shared, turn, chunk, wg);
-      if (chunk + 1 == until) {
+      if (chunk == next_piece) {
         pending.store(results, wg, piece);
         piece++;
-        until = (piece + 1) * (int)p.chunks / PIECES;
+        next_piece = (2 * piece + group) * (int)p.chunks / (2 * PIECES);
       }
       finish_before(shared, turn, chunk, last);
     }

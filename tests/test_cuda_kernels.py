@@ -42,10 +42,10 @@ GENERAL = {
     "sm90 256x128, cluster 2x1": sm90.config(2, 128, 4, cluster=(2, 1)),
 }
 DEFERRED = {
-    "sm90 128x256": sm90.config(1, 256, 4, deferred=True),
-    "sm90 256x128": sm90.config(2, 128, 4, deferred=True),
-    "sm90 128x256, cluster 2x1": sm90.config(1, 256, 4, deferred=True, cluster=(2, 1)),
-    "sm90 256x128, cluster 1x2": sm90.config(2, 128, 4, deferred=True, cluster=(1, 2)),
+    "sm90 128x256": sm90.config(1, 256, 4, deferred=4),
+    "sm90 256x128": sm90.config(2, 128, 4, deferred=4),
+    "sm90 128x256, cluster 2x1": sm90.config(1, 256, 4, deferred=4, cluster=(2, 1)),
+    "sm90 256x128, cluster 1x2": sm90.config(2, 128, 4, deferred=4, cluster=(1, 2)),
 }
 SPLIT = {
     "sm90 64x64 / 4": sm90.SPLIT,
@@ -307,8 +307,8 @@ RAGGED = {
     "sm80 large": sm80.config(4, 2, 4, 8, 3),
     "sm90 128x128": sm90.config(1, 128, 6),
     "sm90 256x192": sm90.config(2, 192, 4),
-    "sm90 128x256 deferred": sm90.config(1, 256, 4, deferred=True),
-    "sm90 256x128 deferred": sm90.config(2, 128, 4, deferred=True),
+    "sm90 128x256 deferred": sm90.config(1, 256, 4, deferred=4),
+    "sm90 256x128 deferred": sm90.config(2, 128, 4, deferred=4),
 }
 
 
@@ -329,6 +329,23 @@ def test_rows_may_begin_at_any_address(cupy, capability, name, dtype):
             assert bool((around[1:-1, left : left + n] == want).all()), (m, n, left, right)
             around[1:-1, left : left + n] = 77
             assert bool((around == 77).all()), (m, n, left, right)
+
+
+@pytest.mark.parametrize("name", [name for name in RAGGED if "deferred" in name])
+def test_scaled_rows_of_deferred_tiles_may_begin_at_any_address(cupy, capability, name):
+    """Sums are exchanged before they are scaled, so each lane has the scales of other columns."""
+    require(RAGGED[name], capability)
+    m, n, k = 300, 515, 4100
+    a, b = operands(cupy, m, n, k)
+    random = cupy.random.default_rng(4)
+    row, column, bias = (random.standard_normal(shape, np.float32) for shape in ((m, 1), n, n))
+    want = (expected(cupy, a, b).astype(np.float32) * row * column + bias).astype(np.float32)
+    for left in range(9):
+        around = cupy.full((m, left + n), 77, np.float32)
+        with force_kernel(RAGGED[name]):
+            cupybnn.xnor_gemm(a, b, scale=(row, column), bias=bias, out=around[:, left:])
+        assert bool((around[:, left:] == want).all()), left
+        assert bool((around[:, :left] == 77).all()), left
 
 
 def test_a_view_is_written_and_nothing_around_it(cupy):

@@ -114,7 +114,7 @@ def test_packed_words_are_those_of_the_cpu(bits, signed, shape, axis):
 def test_a_configuration_for_sixteen_bits_is_refused():
     x = pack(random_levels((64, 4096), 4, True), bits=4)
     w = pack(random_signs((4096, 64)), -2)
-    for config in (sm90.SPLIT, sm90.config(1, 256, 4, deferred=True)):
+    for config in (sm90.SPLIT, sm90.config(1, 256, 4, deferred=4)):
         with force_kernel(config), pytest.raises(ValueError, match="several bit planes"):
             xnor_gemm(x, w)
 

@@ -157,6 +157,12 @@ def test_the_published_records_have_their_tables(generate, tmp_path):
     assert text.count("| ---") >= 2
 
 
+def test_maps_of_products_are_shown(generate, tmp_path):
+    text = generate.tables.maps(ROOT / "bench" / "results" / "maps", tmp_path)
+    assert re.search(r"the least is \d\.\d; of all shapes, \d\.\d\d\.", text)
+    assert (tmp_path / "map_h200.svg").exists()
+
+
 def test_runs_of_recipes_are_in_a_table(generate, tmp_path):
     def run(seed, accuracy, **more):
         return {"seed": seed, "accuracy": accuracy, "seconds": 20.4 + seed, "device": "x", **more}

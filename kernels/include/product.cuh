@@ -21,6 +21,8 @@
 //              levels, top popcount(b_col) - acc
 //     PLANES, PLANES_OF_B, UNSIGNED  bit planes of one operand, whether it is b, and whether its levels
 //              are unsigned; by default 1, 0 and 0, for two operands of signs
+//     HALVES   1: acc are numbers of 16 bits, two in a register (Halves of results.cuh); by default 0. For
+//              signs, results that are not packed, and K below 2**16
 //     DIGITS   0; n > 0: a's lines are unsigned bytes, 128 to a chunk, and b's are n digits each to
 //              the base 256, signed bytes; b's chunks are those of the lowest digit first. acc is the
 //              product divided by 256**(n - 1) and rounded down, and the threshold one for that
@@ -55,6 +57,9 @@
 #endif
 #ifndef UNSIGNED
 #define UNSIGNED 0
+#endif
+#ifndef HALVES
+#define HALVES 0
 #endif
 
 // Filled by cupybnn/backends/cuda/product.py, field by field in this order.
@@ -105,16 +110,22 @@ typedef int out_t;
 #if DIGITS && (OUTPUT != OUTPUT_PACKED || XOR_ACC)
 #error "products of bytes have packed results"
 #endif
+#if HALVES && (OUTPUT == OUTPUT_PACKED || XOR_ACC || PLANES > 1 || DIGITS)
+#error "numbers of 16 bits are for products of signs"
+#endif
 
-#if OUTPUT == OUTPUT_FLOAT32 || OUTPUT == OUTPUT_FLOAT16 || OUTPUT == OUTPUT_BFLOAT16
-__device__ __forceinline__ out_t round_to_output(float v) {
-#if OUTPUT == OUTPUT_FLOAT32
-  return v;
-#elif OUTPUT == OUTPUT_FLOAT16
+#if OUTPUT == OUTPUT_INT32 || OUTPUT == OUTPUT_INT16 || OUTPUT == OUTPUT_PACKED
+typedef int number_t;  // what a result is before it is stored
+#else
+typedef float number_t;
+#endif
+
+__device__ __forceinline__ out_t round_to_output(number_t v) {
+#if OUTPUT == OUTPUT_FLOAT16
   unsigned short h;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(v));
   return h;
-#else
+#elif OUTPUT == OUTPUT_BFLOAT16
 #if __CUDA_ARCH__ >= 800
   unsigned short b;
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(b) : "f"(v));
@@ -125,14 +136,35 @@ __device__ __forceinline__ out_t round_to_output(float v) {
   if ((bits & 0x7fffffffu) > 0x7f800000u) return (unsigned short)((bits >> 16) | 0x40u);
   return (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 #endif
+#else
+  return (out_t)v;
 #endif
+}
+
+#if HALVES
+// Two results of 16 bits in a register.
+__device__ __forceinline__ u32 two_rounded(number_t first, number_t second) {
+  u32 both;
+#if OUTPUT == OUTPUT_FLOAT16
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+#elif OUTPUT == OUTPUT_BFLOAT16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+#else
+  both = __byte_perm((u32)first, (u32)second, 0x5410);
+#endif
+  return both;
 }
 #endif
 
 // The terms of a tile's rows and columns, in shared memory: what an epilogue adds to accumulators.
 template <int HEIGHT, int WIDTH> struct Terms {
+#if HALVES
+  u32 row[HEIGHT];                 // popcount(a_row), in both halves
+  alignas(16) u32 col[WIDTH / 2];  // popcount(b_col) of a column and of the one 16 further on
+#else
   int row[HEIGHT];  // of signs: K - 2 popcount(a_row)
   alignas(16) int col[WIDTH];  // of signs: -2 popcount(b_col); OUTPUT_PACKED: minus the threshold
+#endif
 #if OUTPUT == OUTPUT_PACKED
   u32 flip[(WIDTH + 31) / 32];
 #elif SCALED
@@ -152,8 +184,13 @@ template <int HEIGHT, int WIDTH> struct Terms {
 #else
     const int* pop_a = p.pop_a + item * p.a_step * p.m + m;
     const int rows_left = (int)min(p.m - m, (i64)HEIGHT);
-    for (int i = thread; i < HEIGHT; i += threads)
+    for (int i = thread; i < HEIGHT; i += threads) {
+#if HALVES
+      row[i] = i < rows_left ? 0x10001u * (u32)__ldg(pop_a + i) : 0;
+#else
       row[i] = K_TERM * (int)p.k + (A_TERM && i < rows_left ? A_TERM * __ldg(pop_a + i) : 0);
+#endif
+    }
 #if OUTPUT != OUTPUT_PACKED && SCALED
     const float* rows = p.row_scale ? p.row_scale + item * p.row_scale_batch : nullptr;
     const float* bias = p.bias && p.swapped ? p.bias + item * p.bias_batch : nullptr;
@@ -175,6 +212,14 @@ template <int HEIGHT, int WIDTH> struct Terms {
 #else
     const int cols_left = (int)min(p.n - n, (i64)WIDTH);
     const int* pop_b = p.pop_b + item * p.b_step * p.n + n;
+#if HALVES
+#pragma unroll 1  // for a thread with few registers
+    for (int i = thread; i < WIDTH / 2; i += threads) {
+      const int at = 2 * (i & ~15) + (i & 15);
+      col[i] = (at < cols_left ? (u32)__ldg(pop_b + at) : 0) |
+               (at + 16 < cols_left ? (u32)__ldg(pop_b + at + 16) << 16 : 0);
+    }
+#else
     for (int i = thread; i < (WIDTH + 31) / 32 * 32; i += threads) {
       const bool exists = i < cols_left;
       int term = B_TERM && exists ? B_TERM * __ldg(pop_b + i) : 0;
@@ -188,6 +233,7 @@ template <int HEIGHT, int WIDTH> struct Terms {
 #endif
       if (i < WIDTH) col[i] = term;
     }
+#endif
 #if OUTPUT != OUTPUT_PACKED && SCALED
     const float* cols = p.col_scale ? p.col_scale + item * p.col_scale_batch : nullptr;
     const float* bias = p.bias && !p.swapped ? p.bias + item * p.bias_batch : nullptr;

@@ -83,7 +83,7 @@ class Config:
     @property
     def deferred(self) -> bool:
         """Whether a tile is written out while the next one is multiplied."""
-        return ("DEFERRED", 1) in self.defines
+        return dict(self.defines).get("DEFERRED", 0) > 0
 
     def shared_bytes(self, scaled: bool) -> int:
         """Return the bytes of dynamic shared memory per block."""

@@ -19,18 +19,21 @@ def config(
     cluster: tuple[int, int] = (1, 1),
     split_k: int = 1,
     parts: int = 1,
-    deferred: bool = False,
+    deferred: int = 0,
     swap: bool = False,
     group: int = 8,
 ) -> Config:
-    """Return a configuration; a consumer has 64·blocks_m x tile_n results."""
+    """Return a configuration; a consumer has 64·blocks_m x tile_n results.
+
+    `deferred` is the number of pieces that a tile is written in while the next one is multiplied.
+    """
     tile_m = 64 * blocks_m * consumers
     defines = (
         ("BLOCKS_M", blocks_m),
         ("CLUSTER_M", cluster[0]),
         ("CLUSTER_N", cluster[1]),
         ("CONSUMERS", consumers),
-        ("DEFERRED", int(deferred)),
+        ("DEFERRED", deferred),
         ("SPLIT_K", split_k),
         ("STAGES", stages),
         ("TILE_N", tile_n),
@@ -99,7 +102,7 @@ def _many_tiles(problem: Problem) -> Config:
     )
     fits = problem.planes == 1 and 4 <= problem.chunks <= 63
     if fits and (problem.chunks < 12 or narrow <= 1.1 * wide):
-        return config(1, 256, 4, deferred=True, group=16)
+        return config(1, 256, 4, deferred=4, group=16)
     return LARGER if problem.scaled or narrow < wide else config(2, 192, 4)
 
 
@@ -140,7 +143,7 @@ def _candidates(problem: Problem) -> list[Config]:
     return [LARGE] + [
         config(blocks_m, tile_n, 4, cluster=cluster, deferred=deferred, group=group)
         for blocks_m, tile_n, deferred in (
-            (1, 256, True), (2, 128, True), (1, 256, False), (2, 128, False), (2, 192, False),
+            (1, 256, 4), (2, 128, 4), (1, 256, 0), (2, 128, 0), (2, 192, 0),
         )
         for cluster in ((1, 1), (2, 1), (1, 2))
         for group in (8, 16)
