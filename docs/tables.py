@@ -55,7 +55,7 @@ def results(folder: Path, parts: Path) -> str:
 
 
 def maps(folder: Path, parts: Path) -> str:
-    """Return a section for each record of ``bench/product_map.py``; its chart is copied to `parts`."""
+    """Return a section for each record of ``bench/product_map.py``; charts go to `parts`."""
     sections = []
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
