@@ -222,7 +222,7 @@ def test_a_kernel_is_compiled_once(cache, tmp_path):
     assert str(tmp_path) in cache.folder(first)
 
 
-def test_machine_code_is_loaded_without_what_numba_compiles_with(cpu_kernels):
+def test_machine_code_is_loaded_without_what_numba_compiles_with(cpu_kernels, tmp_path):
     a = np.linspace(-1, 1, 90000, dtype=np.float32).reshape(300, 300)
     xnor_gemm(a, a)  # there is a cache from now on
     code = (
@@ -236,8 +236,9 @@ def test_machine_code_is_loaded_without_what_numba_compiles_with(cpu_kernels):
     environment = dict(os.environ)
     environment.pop("CUPYBNN_CPU_KERNELS", None)
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100
-    )
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100,
+        cwd=tmp_path,  # not a checkout: the same files as here are to be imported
+    )  # fmt: skip
     assert done.stdout.split() == [], done.stdout
     assert done.returncode == 0, done.stderr
 
