@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 import cupybnn
-from cupybnn.backends.cuda import dispatch, launching, packing, product, sign_gemm
+from cupybnn.backends.cuda import dispatch, launching, packing, product, product_launch, sign_gemm
 from cupybnn.backends.cuda.architectures import sm90
 from cupybnn.backends.cuda.dispatch import force_kernel
 from cupybnn.backends.cuda.fused_layers import (
@@ -130,7 +130,8 @@ def launches(monkeypatch):
 
     def launch_kernel(config, function, pointers, extra):
         kernel = loaded[function.value]
-        layout = {"pack_operands": packing.OPERANDS, "xnor_gemm": product.PRODUCT}[kernel.name]
+        layouts = {"pack_operands": packing.OPERANDS, "xnor_gemm": product_launch.PRODUCT}
+        layout = layouts[kernel.name]
         launched = Launched(config, pointers, layout.size)
         argument = layout.argument(launched.argument)
         kernel((launched.grid,), (launched.block,), (argument,), shared_mem=launched.shared)
@@ -160,13 +161,13 @@ def launches(monkeypatch):
         runtime=SimpleNamespace(memsetAsync=clear),
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    for module in (packing, product):
+    for module in (packing, product_launch):
         monkeypatch.setattr(module, "load_kernel", load_kernel)
     for module in (dispatch, packing):
         monkeypatch.setattr(module, "architecture", lambda device: 90)
     for module in (dispatch, packing):
         monkeypatch.setattr(module, "multiprocessors", lambda device: 132)
-    monkeypatch.setattr(product.tuning, "winners", lambda device: {})
+    monkeypatch.setattr(product_launch.tuning, "winners", lambda device: {})
     monkeypatch.setattr(product, "_launches", launching.Plans())
     monkeypatch.setattr(packing, "_plans", launching.Plans())
     return recorded
@@ -576,10 +577,10 @@ def test_a_long_product_of_one_tile_is_split_over_the_gpu(launches):
 def test_output_numbers_are_those_of_the_kernels():
     text = translation_unit("smxx_xnor_gemm")
     numbers = {k: int(v) for k, v in re.findall(r"#define OUTPUT_(\w+) (\d+)", text)}
-    assert numbers.pop("PACKED") == product._PACKED
-    assert numbers.pop("BFLOAT16") == product.OUTPUTS["E"]
+    assert numbers.pop("PACKED") == product_launch.PACKED
+    assert numbers.pop("BFLOAT16") == product_launch.OUTPUTS["E"]
     assert {np.dtype(name.lower()).char: v for name, v in numbers.items()} == {
-        char: v for char, v in product.OUTPUTS.items() if char != "E"
+        char: v for char, v in product_launch.OUTPUTS.items() if char != "E"
     }
 
 
@@ -645,7 +646,7 @@ def test_an_empty_matrix_goes_there_and_back(launches, shape, axis):
 @pytest.fixture
 def sign_launches(launches, monkeypatch):
     """Record launches of products by signs, too, with tensor maps as their arguments."""
-    monkeypatch.setattr(sign_gemm, "load_kernel", product.load_kernel)
+    monkeypatch.setattr(sign_gemm, "load_kernel", product_launch.load_kernel)
     monkeypatch.setattr(sign_gemm, "multiprocessors", dispatch.multiprocessors)
     monkeypatch.setattr(sign_gemm, "_tensor_map", lambda *described: described)
     return launches

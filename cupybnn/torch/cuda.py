@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from cupybnn.backends.cuda import dispatch, launching
-from cupybnn.backends.cuda.product import OUTPUTS, ProductLaunch
+from cupybnn.backends.cuda.product_launch import OUTPUTS, ProductLaunch
 from cupybnn.backends.devices import cuda_status
 from cupybnn.errors import DeviceError
 

@@ -62,7 +62,7 @@
 #define HALVES 0
 #endif
 
-// Filled by cupybnn/backends/cuda/product.py, field by field in this order.
+// Filled by cupybnn/backends/cuda/product_launch.py, field by field in this order.
 struct Product {
   const uint4* a;
   const uint4* b;

@@ -18,7 +18,8 @@ from cupybnn.backends.cuda.configs import Config, Problem
 from cupybnn.backends.cuda.launching import Launch
 from cupybnn.backends.cuda.lines import place
 from cupybnn.backends.cuda.packing import words_shape
-from cupybnn.backends.cuda.product import PRODUCT, gemm, prepare
+from cupybnn.backends.cuda.product import gemm, prepare
+from cupybnn.backends.cuda.product_launch import PRODUCT
 from cupybnn.backends.cuda.steps import STEPS, pack_steps
 from cupybnn.backends.cuda.structs import Kernel, Struct
 
