@@ -38,18 +38,13 @@ def need_gpus(count):
         pytest.skip(str(error))
 
 
-def together(folder, size, function, seconds=20.0):
-    """Call ``function(ranks)`` as each of `size` ranks, in a thread each; return the results.
-
-    A rank that raises ends as a process would, and its exception is its result.
-    """
+def in_threads(size, function):
+    """Call ``function(rank)`` in a thread each; return results, or what was raised."""
     results = [None] * size
 
     def run(rank):
-        ranks = None
         try:
-            with FileRanks(Meeting(Path(folder) / "ranks", rank, size, seconds)) as ranks:
-                results[rank] = function(ranks)
+            results[rank] = function(rank)
         except Exception as error:
             traceback.print_exc()  # shown where a test fails
             results[rank] = error
@@ -60,3 +55,16 @@ def together(folder, size, function, seconds=20.0):
     for thread in threads:
         thread.join()
     return results
+
+
+def together(folder, size, function, seconds=20.0):
+    """Call ``function(ranks)`` as each of `size` ranks, in a thread each; return the results.
+
+    A rank that raises ends as a process would, and its exception is its result.
+    """
+
+    def run(rank):
+        with FileRanks(Meeting(Path(folder) / "ranks", rank, size, seconds)) as ranks:
+            return function(ranks)
+
+    return in_threads(size, run)

@@ -90,35 +90,41 @@ def test_ranks_compute_the_plain_step(monkeypatch, tmp_path, name, size, sync):
             assert array.tobytes() == other[2].arrays[key].tobytes(), key
 
 
-@pytest.mark.parametrize("size", [1, 3])
-def test_gradients_by_bits(monkeypatch, tmp_path, size):
-    """Two ways to the same gradients in bfloat16; on one rank, neither stores them."""
-    settings = settings_of("xnor", dtype="bfloat16", sync_batch_norm=True)
+def losses_both_ways(monkeypatch, tmp_path, size, name, launched):
+    """Return the losses of Hopper's products by bits and of dense ones, after their launches agree.
 
-    def losses(by_bits):
+    `launched` are the kernels that must be launched, by name, or must not, as a function of whether
+    products are by bits.
+    """
+    settings = settings_of(name, dtype="bfloat16", sync_batch_norm=True)
+    found = []
+    for by_bits in (True, False):
         with monkeypatch.context() as patch:
             emulator = Emulator(patch, by_bits)
             run = run_together(tmp_path, size, **settings)[0] if size > 1 else train(**settings)
-            assert ("weight_gradient" in emulator.launches) == (by_bits and size > 1)
-        return run[0]
+            for kernel, expected in launched(by_bits).items():
+                assert (kernel in emulator.launches) == expected, kernel
+        found.append(run[0])
+    return found
 
-    np.testing.assert_allclose(losses(True), losses(False), rtol=2e-3)
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_gradients_by_bits(monkeypatch, tmp_path, size):
+    """Two ways to the same gradients in bfloat16; on one rank, neither stores them."""
+    by_bits, dense = losses_both_ways(
+        monkeypatch, tmp_path, size, "xnor", lambda bits: {"weight_gradient": bits and size > 1}
+    )
+    np.testing.assert_allclose(by_bits, dense, rtol=2e-3)
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_rounded_gradients_by_the_kernels_of_hopper(monkeypatch, tmp_path, size):
     """One rank's update follows its product; several store the product, and exchange it."""
-    settings = settings_of("rounded", dtype="bfloat16", sync_batch_norm=True)
-
-    def losses(by_bits):
-        with monkeypatch.context() as patch:
-            emulator = Emulator(patch, by_bits)
-            run = run_together(tmp_path, size, **settings)[0] if size > 1 else train(**settings)
-            assert ("plane_update" in emulator.launches) == (by_bits and size == 1)
-            assert ("stored_product" in emulator.launches) == by_bits
-        return run[0]
-
-    np.testing.assert_allclose(losses(True), losses(False), rtol=2e-3)
+    by_bits, dense = losses_both_ways(
+        monkeypatch, tmp_path, size, "rounded",
+        lambda bits: {"plane_update": bits and size == 1, "stored_product": bits},
+    )  # fmt: skip
+    np.testing.assert_allclose(by_bits, dense, rtol=2e-3)
 
 
 class Watch(Callback):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gpus_by_numpy import Gpus
+from ranks import in_threads
 
 from cupybnn import parallel
 from cupybnn.backends.devices import Device
@@ -19,24 +20,6 @@ from cupybnn.parallel.launch import Launch
 from cupybnn.parallel.meeting import Meeting
 from cupybnn.parallel.nccl import NcclRanks
 from cupybnn.parallel.staged import StagedRanks
-
-
-def in_threads(size, function):
-    """Call ``function(rank)`` in a thread each; return results or exceptions."""
-    results = [None] * size
-
-    def run(rank):
-        try:
-            results[rank] = function(rank)
-        except Exception as error:
-            results[rank] = error
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
 
 
 def exchange_everything(ranks, gpus):

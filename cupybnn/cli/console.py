@@ -123,7 +123,7 @@ class Console(Callback):
         if config.vat:
             details.append(f"virtual adversarial images ({config.vat:g})")
         amounts = augmentation(config)
-        deformed = [n for n in asdict(amounts) if getattr(amounts, n)]
+        deformed = [name for name, amount in asdict(amounts).items() if amount]
         details += [f"deformed images ({', '.join(deformed)})"] * bool(deformed)
         details += ["images mixed in pairs"] * (config.mix != "none")
         self._say(f"Network: {data.features}-{hidden}-{data.classes}, {', '.join(details)}")

@@ -142,12 +142,11 @@ def outside_window(model: nn.Module) -> dict[str, float]:
     >>> measures.outside_window(model)
     {'0.weight': 0.25}
     """
-    return {
-        name: 0.0
-        if layer.quantizer.window is None
-        else fraction(abs(array) > layer.quantizer.window)
-        for name, layer, array in _binary_weights(model)
-    }
+    shares = {}
+    for name, layer, array in _binary_weights(model):
+        window = layer.quantizer.window
+        shares[name] = 0.0 if window is None else fraction(abs(array) > window)
+    return shares
 
 
 def sign_entropy(activations: Tensor | Any) -> float:
