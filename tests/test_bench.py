@@ -258,7 +258,7 @@ def test_an_edited_record_is_shown_or_raises_record_error(path, tmp_path, capsys
 )
 def test_the_first_fault_of_a_record_is_named(old, new, message, tmp_path, capsys):
     path = tmp_path / "x.json"
-    content = (RESULTS / "h100.json").read_text()
+    content = (RESULTS / "h200.json").read_text()
     assert old in content
     path.write_text(content.replace(old, new, 1))
     assert main.main(["bench", "--from", str(path)]) == 2
@@ -276,7 +276,7 @@ def test_other_files_are_not_records(content, tmp_path):
 
 def test_records_are_written_to_pipes_and_devices(tmp_path, capfd):
     """To a device, through a link, into a pipe: nothing is replaced by a file."""
-    found = small(RESULTS / "h100.json")
+    found = small(RESULTS / "h200.json")
     record.save(found, "/dev/null")
     (tmp_path / "link").symlink_to("target")
     record.save(found, tmp_path / "link")

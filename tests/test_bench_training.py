@@ -130,7 +130,7 @@ def test_invalid_sizes_are_rejected(sizes, capsys):
 
 
 def test_a_record_of_the_product_is_not_shown_as_training(capsys):
-    path = RESULTS / "h100.json"
+    path = RESULTS / "h200.json"
     assert main.main(["bench", "train", "--from", str(path)]) == 2
     assert "is one of 'bench product'" in capsys.readouterr().err
 
