@@ -160,7 +160,7 @@ def test_packed_networks(cupy, first, tmp_path):
     moved = nets[1].to("cuda:0")
     np.testing.assert_array_equal(moved(cupy.asarray(x)).get(), want)
     if first:  # all products are exact
-        np.testing.assert_array_equal(nets[1].predict(there), nets[1].to("cpu").predict(x))
+        np.testing.assert_array_equal(nets[1].predict(there).get(), nets[1].to("cpu").predict(x))
 
 
 def test_layers(cupy):
