@@ -39,21 +39,21 @@ Check = Callable[[Any, str], None]
 _TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"?|[\[\]{}]', re.DOTALL)
 #: Characters that would control a terminal or cannot be encoded.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+#: Maximum nesting of lists and mappings.
+_MOST_NESTED = 32
 
 
 class SchemaError(ValueError):
     """A value breaks a rule; the message names its place and the rule, but not the file."""
 
 
-def parse(content: str | bytes, *, depth: int = 32, constants: bool = False) -> Any:
+def parse(content: str | bytes, *, constants: bool = False) -> Any:
     """Parse JSON text.
 
     Parameters
     ----------
     content : str or bytes
         Bytes are UTF-8, with or without a byte order mark.
-    depth : int
-        Maximum nesting of lists and mappings.
     constants : bool
         Whether to accept NaN and Infinity, which are not valid JSON.
 
@@ -72,8 +72,8 @@ def parse(content: str | bytes, *, depth: int = 32, constants: bool = False) -> 
         nested = 0
         for token in _TOKENS.finditer(content):
             nested += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token[0], 0)
-            if nested > depth:
-                raise SchemaError(f"it is nested more than {depth} levels deep")
+            if nested > _MOST_NESTED:
+                raise SchemaError(f"it is nested more than {_MOST_NESTED} levels deep")
         return json.loads(content, parse_constant=None if constants else refuse)
     except SchemaError:
         raise

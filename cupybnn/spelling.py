@@ -8,16 +8,14 @@ from collections.abc import Iterable, Mapping
 __all__ = ["nearest"]
 
 
-def nearest(name: str, names: Mapping[str, Iterable[str]], most: int = 3) -> list[str]:
-    """Return the known names most similar to `name`, most likely first.
+def nearest(name: str, names: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return up to three known names that are most similar to `name`, most likely first.
 
     Parameters
     ----------
     name : str
     names : mapping of str to iterable of str
         Each name with its synonyms.
-    most : int
-        Maximum number of names to return.
     """
     given = name.lower().replace("-", "_")
     words = set(given.split("_"))
@@ -34,6 +32,6 @@ def nearest(name: str, names: Mapping[str, Iterable[str]], most: int = 3) -> lis
         known: max([similarity(known), *(0.99 * similarity(other) for other in synonyms)])
         for known, synonyms in names.items()
     }
-    best = sorted(names, key=lambda known: -scores[known])[:most]
+    best = sorted(names, key=lambda known: -scores[known])[:3]
     least = max(0.65, 0.8 * scores[best[0]]) if best else 0.0
     return [known for known in best if scores[known] >= least]

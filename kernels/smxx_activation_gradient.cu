@@ -12,7 +12,7 @@
 // What bounds both: reading gradients and products, once if they stay in shared memory between the
 // passes.
 //
-// `gradient` may also find the greatest magnitude of each row and column of z' (greatest.cuh).
+// `gradient` may also find the greatest magnitude of each row and column of z' (gradient_writer.cuh).
 //
 // The translation unit sets the macros of strips.cuh, and GATE, one of GATE_*; it may set GREATEST.
 
@@ -20,7 +20,7 @@
 #define GATE_MASK 1
 #define GATE_CLIP 2  // limited to [-1, 1]
 
-#include "greatest.cuh"
+#include "gradient_writer.cuh"
 
 constexpr int MOST = BLOCK_WARPS > 8 ? 4 : 8;  // as registers allow
 constexpr int BATCH = HELD && HELD < MOST ? HELD : MOST;  // rows whose loads are in flight
@@ -78,10 +78,7 @@ __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
                                                 real_t* out, const u32* gate, const float* of_gamma,
                                                 const float* of_beta, u32* row_most = nullptr,
                                                 u32* col_most = nullptr) {
-#if GREATEST
-  __shared__ u32 of_strip[COLS];
-  Greatest greatest(of_strip);
-#endif
+  GradientWriter writer;
 #if NORM
   float factor[VECTOR], gammas[VECTOR], betas[VECTOR];
   load<VECTOR>(of_gamma, gammas);
@@ -112,15 +109,10 @@ __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
         dz[i] = products.kept(b, i) ? dz[i] * (float)p.keep_scale : 0.0f;
 #endif
       }
-      if (at.has(row)) store<VECTOR>(out + at.offset(row), dz);
-#if GREATEST
-      greatest.take(at, row, dz, row_most);
-#endif
+      writer.write(at, row, dz, out, row_most);
     }
   }
-#if GREATEST
-  greatest.finish(at, col_most);
-#endif
+  writer.finish(at, col_most);
 }
 
 #if NORM

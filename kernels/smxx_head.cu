@@ -12,7 +12,7 @@
 // of one extra strip sum the loss.
 //
 // head_gradient: only the gradient of the hidden product, by strips; it may also find the greatest magnitude
-// of each of its rows and columns (greatest.cuh).
+// of each of its rows and columns (gradient_writer.cuh).
 //
 // The gradient of the hidden product may overwrite the product if its elements have the same size: a
 // thread writes only elements that it alone has read.
@@ -39,7 +39,7 @@
 #include "layer.cuh"
 #include "loss.cuh"
 #ifndef ROWS
-#include "greatest.cuh"
+#include "gradient_writer.cuh"
 #endif
 
 // A weight as used by the product.
@@ -348,10 +348,7 @@ __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
     betas[i] *= (float)p.share;
   }
 #endif
-#if GREATEST
-  __shared__ u32 of_strip[COLS];
-  Greatest greatest(of_strip);
-#endif
+  GradientWriter writer;
 #pragma unroll 1
   for (int first = 0; at.begins(first); first += AHEAD) {
     const Products<AHEAD, false> products(p, at, first);
@@ -375,16 +372,11 @@ __device__ __forceinline__ void write_gradients(const Layer& p, const Strip& at,
           dz[i] = products.kept(own, i) ? dz[i] * (float)p.keep_scale : 0.0f;
 #endif
         }
-        if (at.has(row)) store<VECTOR>(back.out + at.offset(row), dz);
-#if GREATEST
-        greatest.take(at, row, dz, row_most);
-#endif
+        writer.write(at, row, dz, back.out, row_most);
       }
     }
   }
-#if GREATEST
-  greatest.finish(at, col_most);
-#endif
+  writer.finish(at, col_most);
 }
 
 // For one block: sum the parts of the loss, and of the gradient of the logits' factor, from `logits`.

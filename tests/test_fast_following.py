@@ -111,7 +111,9 @@ def test_a_timed_step_does_not_bring_back_a_graph_of_old_options(monkeypatch):
     step._edits = step.feed = nothing
     step._dropouts, step._offsets, step._parameters = [], (), []
     step._optimizer = SimpleNamespace(steps=0)
-    step.passes = SimpleNamespace(launch=lambda fork, draws: launched.append("kernels"))
+    step.passes = SimpleNamespace(
+        launch=lambda fork, draws: launched.append("kernels"), shared=SimpleNamespace()
+    )
     step.buffers = SimpleNamespace(kept_grads={}, loss=np.zeros(1), logits=None, labels=None)
     step._warm = step._capture = True
     step._bypass_graph = False

@@ -167,7 +167,7 @@ def test_updates_by_products_are_those_of_a_launch_of_their_own(bits, settings, 
 def test_greatest_magnitudes_by_the_kernels_that_write_a_gradient(
     dtype, settings, whole, monkeypatch
 ):
-    from cupybnn.training.fast.passes import Passes
+    from cupybnn.training.fast.gradients import ProductGradients
 
     monkeypatch.setattr("cupybnn.backends.cuda.fused_walk._MOST_ROUNDS", 0)
     if whole:
@@ -176,10 +176,11 @@ def test_greatest_magnitudes_by_the_kernels_that_write_a_gradient(
     found = []
     for by_writers in (True, False):
         if not by_writers:
-            monkeypatch.setattr(Passes, "_greatest", lambda self, i: None)
+            monkeypatch.setattr(ProductGradients, "greatest", lambda self, i: None)
         made, losses = run(**settings)
         # The kernel of a head whose strips are not whole does all in one launch.
-        assert made._step.passes._measured == {0: False, 1: by_writers, 2: by_writers and whole}
+        measured = made._step.passes.gradients.measured
+        assert measured == {0: False, 1: by_writers, 2: by_writers and whole}
         found.append((losses, arrays(made)))
     (a, state), (b, other) = found
     assert a == b

@@ -29,6 +29,8 @@ SHAPES = (
     (8192, 512, 512, False),
     (256, 256, 65536, False),
 )
+#: A candidate is kept if it is faster than the built-in configuration by this fraction.
+_LEAST_GAIN = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +43,7 @@ class Trial:
     builtin: bool
 
 
-def tune(
-    device: int, shapes: Iterable[tuple[int, int, int, bool]] = SHAPES, *, least_gain: float = 0.02
-) -> Iterator[Trial]:
+def tune(device: int, shapes: Iterable[tuple[int, int, int, bool]] = SHAPES) -> Iterator[Trial]:
     """Measure the candidates for each shape and keep those that beat the built-in ones.
 
     Parameters
@@ -51,8 +51,6 @@ def tune(
     device : int
         Index of the CUDA device.
     shapes : iterable of (m, n, k, packed)
-    least_gain : float
-        A candidate is kept if it is faster than the built-in configuration by this fraction.
 
     Yields
     ------
@@ -80,7 +78,7 @@ def tune(
             found.pop(problem.key, None)
             if times:
                 best = min(times, key=lambda c: times[c])
-                if times[best] < times.get(builtin, np.inf) * (1 - least_gain):
+                if times[best] < times.get(builtin, np.inf) * (1 - _LEAST_GAIN):
                     found[problem.key] = best
             tuning.save(device, found)
             product.forget_launches()

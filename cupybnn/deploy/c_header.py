@@ -193,5 +193,5 @@ def _string(text: str) -> str:
     return f'"{not_ours(quoted)}"'
 
 
-def _wrapped(text: str, width: int = 96) -> list[str]:
-    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 96, break_long_words=False, break_on_hyphens=False)

@@ -43,9 +43,9 @@ class Expected:
     least: float | None = None
 
     @classmethod
-    def like(cls, array: Any, finite: bool = False, least: float | None = None) -> Expected:
+    def like(cls, array: Any) -> Expected:
         """Return the requirements for replacing `array`."""
-        return cls(tuple(array.shape), array.dtype, finite, least)
+        return cls(tuple(array.shape), array.dtype)
 
     @classmethod
     def count(cls) -> Expected:

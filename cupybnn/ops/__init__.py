@@ -30,9 +30,6 @@ from cupybnn.ops.elementwise import (
 from cupybnn.ops.gradient_levels import GradientLevels, GradientQuantizer, quantize_gradient
 from cupybnn.ops.joining import concatenate, stack
 from cupybnn.ops.losses import (
-    bipolar_penalty,
-    l1,
-    l2,
     mse,
     softmax_cross_entropy,
     softmax_divergence,
@@ -40,6 +37,7 @@ from cupybnn.ops.losses import (
 )
 from cupybnn.ops.matmul import binary_matmul, matmul
 from cupybnn.ops.norm import batch_norm
+from cupybnn.ops.penalties import bipolar_penalty, l1, l2
 from cupybnn.ops.quantizer import (
     Quantizer,
     get_quantizer,

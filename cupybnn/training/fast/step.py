@@ -23,7 +23,8 @@ from cupybnn.training.fast.exchange import Exchange
 from cupybnn.training.fast.feed import Feed
 from cupybnn.training.fast.following import Edits, Wiring
 from cupybnn.training.fast.layers import grad_quantizer
-from cupybnn.training.fast.passes import Passes, no_span
+from cupybnn.training.fast.parts import no_span
+from cupybnn.training.fast.passes import Passes
 from cupybnn.training.fast.plan import NetworkPlan
 from cupybnn.training.fast.teaching import Teaching
 from cupybnn.training.fast.update import UpdateOptions, plan_update
@@ -105,7 +106,7 @@ class FusedStep:
         self._wiring = Wiring(model, optimizer)
         shared = {} if self.exchange is None else self.exchange.shared
         self._edits = Edits([h for h in self.buffers.hidden if h.plan.linear.weight not in shared])
-        self.passes.sums_loss = team is not None and objective.penalty_kind != "none"
+        self.passes.weights.sums_loss = team is not None and objective.penalty_kind != "none"
         self._shared_out = -1
         self._captured = 0  # exchanges in the graph
         self._lagging: set[nn.Parameter] = set()
@@ -273,11 +274,11 @@ class FusedStep:
             end.record()
             events.append((name, begin, end))
 
-        self._bypass_graph, self.passes.span = True, span
+        self._bypass_graph, self.passes.shared.span = True, span
         try:
             self(step)
         finally:
-            self._bypass_graph, self.passes.span = False, no_span
+            self._bypass_graph, self.passes.shared.span = False, no_span
         seconds: dict[str, float] = {}
         for name, begin, end in events:
             end.synchronize()
@@ -290,7 +291,7 @@ class FusedStep:
         options = UpdateOptions.of(self._optimizer, self._parameters)
         if options != self._options:
             self._options, self._graph = options, None
-            self.passes.update = plan_update(
+            self.passes.weights.update = plan_update(
                 self.plan,
                 self.buffers,
                 self.feed,

@@ -1,5 +1,6 @@
-// The greatest magnitudes of the rows and columns of a gradient, found by the kernel that writes it, by strips
-// (strips.cuh): as bits of floats, which integers order alike (see smxx_gradient_levels.cu).
+// The end of a kernel that computes the gradient of a product by strips (strips.cuh): it is written, and if
+// GREATEST is 1, the greatest magnitudes of its rows and columns are found: as bits of floats, which
+// integers order alike (see smxx_gradient_levels.cu).
 #pragma once
 
 #include "strips.cuh"
@@ -43,5 +44,30 @@ struct Greatest {
     __syncthreads();
     for (int i = threadIdx.x; i < COLS; i += THREADS)
       if (at.first_col + i < at.cols && of_strip[i]) atomicMax(columns + at.first_col + i, of_strip[i]);
+  }
+};
+
+// What writes a gradient. All threads of a block construct it, and all finish.
+struct GradientWriter {
+#if GREATEST
+  Greatest greatest;
+  __device__ __forceinline__ GradientWriter() : greatest(memory()) {}
+  static __device__ __forceinline__ u32 (&memory())[COLS] {
+    __shared__ u32 of_strip[COLS];
+    return of_strip;
+  }
+#endif
+  // Write a thread's elements of a row.
+  __device__ __forceinline__ void write(const Strip& at, int row, const float (&dz)[VECTOR], real_t* out,
+                                        u32* row_most) {
+    if (at.has(row)) store<VECTOR>(out + at.offset(row), dz);
+#if GREATEST
+    greatest.take(at, row, dz, row_most);
+#endif
+  }
+  __device__ __forceinline__ void finish(const Strip& at, u32* col_most) const {
+#if GREATEST
+    greatest.finish(at, col_most);
+#endif
   }
 };
