@@ -7,6 +7,8 @@
 //     RESULT_UPDATE      gradient of the weights: inputs (K images x M) by the products' gradient
 //                        (K x N units); it is not stored, but used to update the weights
 //     RESULT_GRADIENT    the same gradient, stored as M x N, for several ranks that add theirs up
+//     RESULT_PARTS       the same for layers with few tiles and many images: sums over some of K each, stored in
+//                        float as parts x M x N
 //
 // The signs are those that the forward product reads, packed across K here: a word holds 32 of the M
 // results' rows at one k. Warps convert them to bfloat16 operands in registers, 16 rows each, where a shift
@@ -17,7 +19,8 @@
 // and the signs by its own copies. Two warpgroups multiply, 64 rows x 256 columns each, and leave a
 // finished tile, rounded to bfloat16, in shared memory. From there three warps store it, or update the
 // weights, while the next tile is multiplied: reading and writing three arrays takes two fifths of the
-// time that the tensor cores need for a tile of K = 8192.
+// time that the tensor cores need for a tile of K = 8192. Parts, of which a block has one, are stored by the
+// warpgroups.
 //
 // Shared memory: slots of the matrix and of signs; a tile of results, and the signs of updated weights;
 // barriers.
@@ -30,6 +33,7 @@
 #define RESULT_TRANSPOSED 0
 #define RESULT_UPDATE 1
 #define RESULT_GRADIENT 2
+#define RESULT_PARTS 3
 
 #define REAL bfloat16_bits
 #define BLOCK_WARPS 12
@@ -46,6 +50,7 @@ constexpr int TILE_M = 128, TILE_N = 256, DEPTH = 64, STAGES = 4;
 constexpr int CONSUMER_WARPS = 8, WRITERS = 3;
 constexpr int MATRIX_BYTES = TILE_N * DEPTH * 2, SIGN_WORDS = TILE_M / 32;
 static_assert(TILE_M == 128, "of a line of signs a tile has one piece of 16 bytes");
+constexpr bool IN_PARTS = RESULT == RESULT_PARTS;
 constexpr bool ACROSS = RESULT != RESULT_TRANSPOSED;  // the matrix's neighbours are columns, not elements of K
 constexpr int BOX_BYTES = 64 * DEPTH * 2;         // of 64 columns
 
@@ -60,14 +65,17 @@ static_assert(WRITER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * (65536 / THREADS 
 
 struct SignProduct {
   const uint4* words;  // of K lines of M signs
-  bfloat16_bits* out;  // RESULT_TRANSPOSED: N x M; RESULT_GRADIENT: M x N
+  void* out;  // RESULT_TRANSPOSED: N x M, RESULT_GRADIENT: M x N, bfloat16; RESULT_PARTS: see above
   i64 m, n, k;
+  i64 parts;  // of K; 1 unless RESULT_PARTS
 };
 
 struct Shared {
   unsigned char matrix[STAGES][MATRIX_BYTES];
   u32 signs[STAGES][SIGN_WORDS][DEPTH];
+#if RESULT != RESULT_PARTS
   bfloat16_bits results[RESULT_ROWS][PITCH];
+#endif
 #if RESULT == RESULT_UPDATE
   unsigned char signs_after[TILE_M / TOGETHER][TILE_N];
 #elif SUMS
@@ -80,14 +88,24 @@ struct Shared {
 };
 
 // Tiles in order, those of the same columns first: they read the same part of the matrix, and the signs
-// are small.
+// are small. All of one part of K precede those of the next.
 struct Tiles {
-  u32 rows, count;
+  u32 rows, of_part, parts, count, slots;
   __device__ __forceinline__ explicit Tiles(const SignProduct& p)
       : rows(((u32)p.m + TILE_M - 1) / TILE_M),
-        count(rows * (((u32)p.n + TILE_N - 1) / TILE_N)) {}
-  __device__ __forceinline__ int m(u32 tile) const { return (int)(tile % rows) * TILE_M; }
-  __device__ __forceinline__ int n(u32 tile) const { return (int)(tile / rows) * TILE_N; }
+        of_part(rows * (((u32)p.n + TILE_N - 1) / TILE_N)),
+        parts(IN_PARTS ? (u32)p.parts : 1),
+        count(of_part * parts),
+        slots(((u32)p.k + DEPTH - 1) / DEPTH) {}
+  __device__ __forceinline__ u32 part(u32 tile) const { return IN_PARTS ? tile / of_part : 0; }
+  __device__ __forceinline__ u32 within(u32 tile) const { return IN_PARTS ? tile % of_part : tile; }
+  __device__ __forceinline__ int m(u32 tile) const { return (int)(within(tile) % rows) * TILE_M; }
+  __device__ __forceinline__ int n(u32 tile) const { return (int)(within(tile) / rows) * TILE_N; }
+  // Elements of K, in whole slots: the last one may reach beyond K.
+  __device__ __forceinline__ int first_k(u32 tile) const { return (int)(part(tile) * slots / parts) * DEPTH; }
+  __device__ __forceinline__ int end_k(u32 tile) const {
+    return (int)((part(tile) + 1) * slots / parts) * DEPTH;
+  }
 };
 
 // Position of a line among the words of a slot: of each 16, a thread reads four, 2t, 2t + 1, 2t + 8 and
@@ -106,7 +124,8 @@ __device__ __forceinline__ void produce(const SignProduct& p, const TensorMap& m
     const int m = tiles.m(tile), n = tiles.n(tile);
     const uint4* chunk = p.words + (i64)(m / CHUNK_BITS) * lines * CHUNK_PIECES;
     const int piece = m % CHUNK_BITS / 128;  // of a line
-    for (int k = 0; k < (int)p.k; k += DEPTH) {
+    const int end = tiles.end_k(tile);
+    for (int k = tiles.first_k(tile); k < end; k += DEPTH) {
       const u32 full = shared_address(&shared.full[turn.slot]);
       const u32 matrix = shared_address(shared.matrix[turn.slot]);
       const u32 signs = shared_address(shared.signs[turn.slot]);
@@ -230,6 +249,22 @@ struct Consumer {
   }
 };
 
+#if RESULT == RESULT_PARTS
+// Store a part of a tile: of each 8 columns a lane has two, in rows 8 apart. For the consumers.
+__device__ __forceinline__ void store_part(const SignProduct& p, const Tiles& tiles, u32 tile,
+                                           const float (&acc)[128], int warp) {
+  const int lane = threadIdx.x & 31;
+  const int row = tiles.m(tile) + warp * 16 + (lane >> 2), col = tiles.n(tile) + (lane & 3) * 2;
+  float* to = (float*)p.out + ((i64)tiles.part(tile) * p.m + row) * p.n + col;
+#pragma unroll
+  for (int i = 0; i < TILE_N / 8; i++) {
+    if (col + 8 * i >= (int)p.n) break;
+    if (row < (int)p.m) *(float2*)(to + 8 * i) = make_float2(acc[4 * i], acc[4 * i + 1]);
+    if (row + 8 < (int)p.m) *(float2*)(to + 8 * p.n + 8 * i) = make_float2(acc[4 * i + 2], acc[4 * i + 3]);
+  }
+}
+#endif
+
 // Multiply all tiles. For the consumers; `warp` counts theirs.
 __device__ __forceinline__ void consume(const SignProduct& p, Shared& shared, int warp) {
   const Tiles tiles(p);
@@ -237,7 +272,10 @@ __device__ __forceinline__ void consume(const SignProduct& p, Shared& shared, in
   Consumer consumer(shared, warp);
   int parity = 1;
   for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
-    consumer.multiply((int)p.k);
+    consumer.multiply(tiles.end_k(tile) - tiles.first_k(tile));
+#if RESULT == RESULT_PARTS
+    store_part(p, tiles, tile, consumer.acc, warp);
+#else
     // To shared memory, once the previous tile has been written from there.
     barrier_wait(shared_address(&shared.results_empty), parity);
     parity ^= 1;
@@ -252,10 +290,11 @@ __device__ __forceinline__ void consume(const SignProduct& p, Shared& shared, in
       store_blocks<!ACROSS>(to + i * 16 * (ACROSS ? 1 : PITCH) * 2, rounded);
     }
     barrier_arrive(shared_address(&shared.results_full));
+#endif
   }
 }
 
-#if RESULT != RESULT_UPDATE && !SUMS
+#if (RESULT == RESULT_TRANSPOSED || RESULT == RESULT_GRADIENT) && !SUMS
 // Store a tile of results. For the writers, of which this is number `writer`.
 __device__ __forceinline__ void store_tile(const SignProduct& p, const Shared& shared, int m, int n,
                                            int writer) {
@@ -264,7 +303,7 @@ __device__ __forceinline__ void store_tile(const SignProduct& p, const Shared& s
   const i64 width = ACROSS ? p.n : p.m, height = ACROSS ? p.m : p.n;
   const int first_row = ACROSS ? m : n, first_col = ACROSS ? n : m;
   if (first_col + col >= (int)width) return;
-  bfloat16_bits* to = p.out + first_row * width + first_col + col;
+  bfloat16_bits* to = (bfloat16_bits*)p.out + first_row * width + first_col + col;
   const int rows = min(RESULT_ROWS, (int)height - first_row);
 #pragma unroll 4
   for (int row = writer * AT_ONCE + lane / LANES_OF_ROW; row < rows; row += WRITERS * AT_ONCE)
@@ -300,6 +339,7 @@ __device__ __forceinline__ void run(const SignProduct& p, const TensorMap& map, 
     produce(p, map, shared);
     return;
   }
+  if (IN_PARTS) return;
   const Tiles tiles(p);
   int parity = 0;
   for (u32 tile = blockIdx.x; tile < tiles.count; tile += gridDim.x) {
@@ -318,9 +358,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     sign_gemm(const __grid_constant__ SignProduct p, const __grid_constant__ TensorMap map,
               const __grid_constant__ Layer layer, const __grid_constant__ NormSums to) {
   run(p, map, [&](Shared& shared, int m, int n, u32, int writer, const auto& wait, const auto& release) {
-    sum_tile<WRITERS>(layer, to, p.out, shared.results, shared.sums, shared.is_last, n, m, writer, wait,
+    sum_tile<WRITERS>(layer, to, (bfloat16_bits*)p.out, shared.results, shared.sums, shared.is_last, n, m, writer, wait,
                       release);
   });
+}
+#elif RESULT == RESULT_PARTS
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    sign_gemm(const __grid_constant__ SignProduct p, const __grid_constant__ TensorMap map) {
+  run(p, map, [](auto&&...) {});
 }
 #elif RESULT != RESULT_UPDATE
 extern "C" __global__ void __launch_bounds__(THREADS, 1)

@@ -732,7 +732,7 @@ class Emulator:
 
     loss: dict = {}  # noqa: RUF012
 
-    def __init__(self, monkeypatch, by_bits: bool = False) -> None:
+    def __init__(self, monkeypatch, by_bits: bool = False, parts: int = 0) -> None:
         self.launches: list[str] = []
         made = lambda make: lambda *a, **k: make(*a, **k).view(Array)  # noqa: E731
         nothing = lambda *a, **k: None  # noqa: E731
@@ -770,7 +770,8 @@ class Emulator:
         reason = None if by_bits else "the host has no tensor cores"
         monkeypatch.setattr(sign_gemm, "unsupported_reason", lambda *a: reason)
         monkeypatch.setattr(sign_gemm, "unsupported_layer", lambda *a: reason)
-        monkeypatch.setattr(sign_gemm, "pays", lambda *a: True)
+        monkeypatch.setattr(sign_gemm, "pays", lambda *a: not parts)
+        monkeypatch.setattr(sign_gemm, "parts", lambda *a: parts)
         monkeypatch.setattr(plane_gemm, "pays", lambda *a: True)
         monkeypatch.setattr(plane_gemm, "stored_product", self._stored_product)
         monkeypatch.setattr(plane_gemm, "weight_update", self._plane_update)
@@ -779,9 +780,18 @@ class Emulator:
         monkeypatch.setattr(sign_gemm, "weight_update", self._weight_update)
         monkeypatch.setattr("cupybnn.training.setup._unfused_reason", self._unfused_reason)
 
-    def _weight_gradient(self, *arguments) -> None:
-        self.launches.append("weight_gradient")
-        weight_gradient(*arguments)
+    def _weight_gradient(self, signs, matrix, out, device, scratch=None, number=1) -> None:
+        if scratch is None:
+            self.launches.append("weight_gradient")
+            weight_gradient(signs, matrix, out, device)
+            return
+        self.launches.append(f"weight_gradient in {number} parts")
+        inputs = np.array_split(read_signs(signs.words.ctypes.data, *signs.shape), number)
+        gradients = np.array_split(widened(matrix), number)
+        parts = scratch[: number * out.size].reshape(number, *out.shape)
+        for part, some, gradient in zip(parts, inputs, gradients, strict=True):
+            part[...] = some.T @ gradient
+        out[...] = narrowed(parts.sum(axis=0))
 
     def _weight_update(self, signs, matrix, update, *, defines, device) -> None:
         if compiler.is_dry_run():

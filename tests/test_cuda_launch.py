@@ -659,7 +659,7 @@ def test_product_by_signs_transposed(sign_launches):
     (launch,) = sign_launches
     argument, described = launch.arguments
     assert decode(argument, fields_of(launch.source, "SignProduct")) == {
-        "words": WORDS, "out": out.data.ptr, "m": 1032, "n": 300, "k": 264,
+        "words": WORDS, "out": out.data.ptr, "m": 1032, "n": 300, "k": 264, "parts": 1,
     }  # fmt: skip
     assert described == (gradient.data.ptr, (300, 264), 256)
     assert (launch.blocks, launch.threads) == (9 * 2, 384)
@@ -692,6 +692,23 @@ def test_product_by_signs_that_adds_up_for_the_batch_norm_below(sign_launches):
     assert replace(below, layer=replace(layer, norm=None)).can_be_summed() is False
 
 
+def test_gradient_by_signs_in_parts(sign_launches):
+    entered, gradient = Packed((8192, 384), WORDS), Array((8192, 512), np.uint16)
+    out = Array((384, 512), np.uint16, address=0x5000_0000)
+    scratch = Array((16 * 384 * 512,), address=0x5200_0000)
+    sign_gemm.weight_gradient(entered, gradient, out, 0, scratch, 16)
+    product, total = sign_launches
+    assert decode(product.arguments[0], fields_of(product.source, "SignProduct")) == {
+        "words": WORDS, "out": 0x5200_0000, "m": 384, "n": 512, "k": 8192, "parts": 16,
+    }  # fmt: skip
+    assert product.arguments[1] == (gradient.data.ptr, (8192, 512), 64)
+    assert (product.blocks, product.threads) == (16 * 3 * 2, 384)
+    assert product.defines == {"RESULT": 3, "PENALTY": 0, "WRITE_GRADIENT": 0}
+    assert [int(x) for x in total.arguments] == [0x5200_0000, 384 * 512, 16, 0x5000_0000]
+    assert (total.blocks, total.threads) == (192, 256)
+    assert total.defines == {"REAL": "bfloat16_bits"}
+
+
 def test_update_by_signs(sign_launches):
     entered, gradient = Packed((300, 4096), WORDS), Array((300, 8192), np.uint16)
     defines = (("PENALTY", 1), ("WRITE_GRADIENT", 0))
@@ -704,7 +721,7 @@ def test_update_by_signs(sign_launches):
     (launch,) = sign_launches
     argument, described, parameter, *rest = launch.arguments
     assert decode(argument, fields_of(launch.source, "SignProduct")) == {
-        "words": WORDS, "out": 0, "m": 4096, "n": 8192, "k": 300,
+        "words": WORDS, "out": 0, "m": 4096, "n": 8192, "k": 300, "parts": 1,
     }  # fmt: skip
     assert described == (gradient.data.ptr, (300, 8192), 64)
     assert parameter.tobytes() == b"p" * 136

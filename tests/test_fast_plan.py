@@ -69,6 +69,16 @@ def test_which_layers_have_a_1_bit_backward_pass(monkeypatch, capsys):
         f"cupybnn: backward pass of fc{i}, 512 × 512, 512 examples: packed signs\n" for i in (2, 3)
     )
     assert ways() == (["dense", "bits", "bits"], told)
+    # As few weights with enough images are divided among blocks by the images.
+    monkeypatch.setattr(sign_gemm, "multiprocessors", lambda device: 132)
+    by, told = ways(batch_size=8192)
+    assert by == ["dense", "parts", "parts"]
+    assert "fc2, 512 × 512, 8192 examples: of weights by packed signs, 16 parts of" in told
+    made = plan(device=0, **{**wide, "batch_size": 8192})
+    assert not any(hidden.updates for hidden in made.hidden)
+    assert [h.activation for h in made.hidden] == ["packed_sign", "packed_sign", "none"]
+    capsys.readouterr()
+    monkeypatch.setattr(sign_gemm, "multiprocessors", lambda device: 8)
     for settings, reason in (
         ({"batch_size": 128}, "fewer tiles"),
         ({"dtype": "float32"}, "in float32"),
@@ -90,6 +100,24 @@ def test_which_layers_have_a_1_bit_backward_pass(monkeypatch, capsys):
 )
 def test_tiles_of_a_product_by_signs(m, n, tiles):
     assert sign_gemm.tiles(m, n) == tiles
+
+
+@pytest.mark.parametrize(
+    ("batch", "inputs", "units", "parts"),
+    [
+        (8192, 512, 512, 16),  # 8 tiles in each
+        (7000, 512, 512, 13),
+        (4096, 512, 512, 0),  # 8 parts, and 64 tiles together
+        (16384, 384, 512, 22),
+        (16384, 256, 256, 0),  # 32 parts of two tiles
+        (65536, 1024, 1024, 0),  # 4 parts
+    ],
+)
+def test_in_how_many_parts_the_gradient_of_few_weights_is_computed(
+    monkeypatch, batch, inputs, units, parts
+):
+    monkeypatch.setattr(sign_gemm, "multiprocessors", lambda device: 132)
+    assert sign_gemm.parts(0, batch, inputs, units) == parts
 
 
 def test_only_products_of_real_numbers_are_rounded():

@@ -90,17 +90,17 @@ def test_ranks_compute_the_plain_step(monkeypatch, tmp_path, name, size, sync):
             assert array.tobytes() == other[2].arrays[key].tobytes(), key
 
 
-def losses_both_ways(monkeypatch, tmp_path, size, name, launched):
+def losses_both_ways(monkeypatch, tmp_path, size, name, launched, parts=0):
     """Return the losses of Hopper's products by bits and of dense ones, after their launches agree.
 
     `launched` are the kernels that must be launched, by name, or must not, as a function of whether
-    products are by bits.
+    products are by bits; in `parts`, if any.
     """
     settings = settings_of(name, dtype="bfloat16", sync_batch_norm=True)
     found = []
     for by_bits in (True, False):
         with monkeypatch.context() as patch:
-            emulator = Emulator(patch, by_bits)
+            emulator = Emulator(patch, by_bits, parts)
             run = run_together(tmp_path, size, **settings)[0] if size > 1 else train(**settings)
             for kernel, expected in launched(by_bits).items():
                 assert (kernel in emulator.launches) == expected, kernel
@@ -114,6 +114,16 @@ def test_gradients_by_bits(monkeypatch, tmp_path, size):
     by_bits, dense = losses_both_ways(
         monkeypatch, tmp_path, size, "xnor", lambda bits: {"weight_gradient": bits and size > 1}
     )
+    np.testing.assert_allclose(by_bits, dense, rtol=2e-3)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_gradients_by_bits_of_parts_of_a_batch(monkeypatch, tmp_path, size):
+    """They are stored on one rank, too."""
+    by_bits, dense = losses_both_ways(
+        monkeypatch, tmp_path, size, "xnor",
+        lambda bits: {"weight_gradient in 3 parts": bits, "weight_gradient": False}, parts=3,
+    )  # fmt: skip
     np.testing.assert_allclose(by_bits, dense, rtol=2e-3)
 
 

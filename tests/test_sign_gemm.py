@@ -68,6 +68,31 @@ def test_gradient_of_inputs(sizes):
     assert (out[batch:] == 0x7FC1).all()
 
 
+@pytest.mark.parametrize("number", [1, 2, 7, 16], ids=lambda number: f"{number} parts")
+@pytest.mark.parametrize("sizes", [*SIZES, (8192, 512, 512)], ids=str)
+def test_gradient_of_weights(sizes, number):
+    import cupy
+
+    batch, inputs, units = sizes
+    if number > -(-batch // 64):
+        pytest.skip("a part has at least a slot of 64 images")
+    random = np.random.default_rng(units)
+    gradient, entered = integers(random, (batch, units)), signs(random, (batch, inputs))
+    out = cupy.full((inputs + 1, units), 0x7FC1, np.uint16)
+    packed = pack(cupy.asarray(entered), axis=-1)
+    matrix = cupy.asarray(to_bfloat16(gradient))
+    scratch = None
+    if number > 1:
+        scratch = sign_gemm.part_scratch(number * inputs * units + 1)
+        scratch[...] = np.nan
+    sign_gemm.weight_gradient(packed, matrix, out[:inputs], 0, scratch, number)
+    np.testing.assert_array_equal(out[:inputs].get(), to_bfloat16(entered.T @ gradient))
+    assert (out[inputs:] == 0x7FC1).all()
+    if scratch is not None:  # each part has been written, and nothing beyond
+        assert bool(cupy.isnan(scratch[-1]))
+        assert not bool(cupy.isnan(scratch[:-1]).any())
+
+
 def mask_words(passes: np.ndarray) -> np.ndarray:
     """Masks of a row's elements, in words of 32."""
     wide = np.zeros((len(passes), -(-passes.shape[1] // 32) * 32), bool)
@@ -216,31 +241,36 @@ NETWORKS = {
 }
 
 
+@pytest.mark.parametrize("way", ["bits", "parts"])
 @pytest.mark.parametrize("room", [None, 0], ids=["dense copies", "memory spared"])
-def test_the_graph_changes_nothing_by_bits(monkeypatch, room):
-    monkeypatch.setattr(sign_gemm, "pays", lambda *sizes: True)
+def test_the_graph_changes_nothing_by_bits(monkeypatch, room, way):
+    monkeypatch.setattr(sign_gemm, "pays", lambda *sizes: way == "bits")
+    monkeypatch.setattr(sign_gemm, "parts", lambda *sizes: 3)
     if room is not None:
         monkeypatch.setattr("cupybnn.training.fast.plan._DENSE_COPY_BYTES", room)
     settings = {"binary": True, "xnor": True, "batch_norm": True, "dtype": "bfloat16"}
     settings |= {"n_hidden": 1024, "batch_size": 300, "max_steps": 60, "reg": 1e-4}
     with_graph, a = run(**settings)
     without, b = run(**settings, graph=False)
-    assert {h.backward for h in with_graph._step.plan.hidden[1:]} == {"bits"}
+    assert {h.backward for h in with_graph._step.plan.hidden[1:]} == {way}
     assert a == b
     expected = arrays(without)
     for name, array in arrays(with_graph).items():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
 
 
+@pytest.mark.parametrize("bits", ["bits", "parts"])
 @pytest.mark.parametrize("settings", NETWORKS.values(), ids=NETWORKS.keys())
-def test_steps_by_bits_are_those_by_dense_products(monkeypatch, tmp_path, settings):
+def test_steps_by_bits_are_those_by_dense_products(monkeypatch, tmp_path, settings, bits):
     settings = {"binary": True, "xnor": True, "dtype": "bfloat16", "max_steps": 40, **settings}
     if settings.pop("spared", False):
         monkeypatch.setattr("cupybnn.training.fast.plan._DENSE_COPY_BYTES", 0)
     log = {"log_dir": str(tmp_path)} if settings.pop("recorded", False) else {}
     losses, parameters, gradients = {}, {}, {}
-    for way in ("dense", "bits"):
+    for way in ("dense", bits):
+        parts = 2 * (way == "parts")
         monkeypatch.setattr(sign_gemm, "pays", lambda *sizes, way=way: way == "bits")
+        monkeypatch.setattr(sign_gemm, "parts", lambda *sizes, parts=parts: parts)
         made = trainer(**settings, **log)
         losses[way] = [float(made.make_step(0).loss)]
         assert {h.backward for h in made._step.plan.hidden[1:]} == {way}
@@ -253,15 +283,15 @@ def test_steps_by_bits_are_those_by_dense_products(monkeypatch, tmp_path, settin
             packed = made._step.buffers.hidden[number - 1].packed_weight
             latent = pack(named[f"fc{number}.weight"].data, axis=-2)
             np.testing.assert_array_equal(packed.words.get(), latent.words.get())
-    assert losses["bits"][0] == losses["dense"][0]
+    assert losses[bits][0] == losses["dense"][0]
     # After it, sums in another order, rounded to bfloat16: now and then a pixel or a weight goes
     # another way.
-    np.testing.assert_allclose(np.mean(losses["bits"]), np.mean(losses["dense"]), rtol=0.1)
+    np.testing.assert_allclose(np.mean(losses[bits]), np.mean(losses["dense"]), rtol=0.1)
     for name, expected in parameters["dense"].items():
-        changed = abs(parameters["bits"][name] - expected) > 0.1 * made.config.lr
+        changed = abs(parameters[bits][name] - expected) > 0.1 * made.config.lr
         assert float(changed.mean()) < 0.05, name
-    assert gradients["bits"].keys() == gradients["dense"].keys()
-    assert "fc2.weight" in gradients["bits"] or not log
+    assert gradients[bits].keys() == gradients["dense"].keys()
+    assert "fc2.weight" in gradients[bits] or not log
     for name, expected in gradients["dense"].items():
-        apart = abs(gradients["bits"][name] - expected).mean()
+        apart = abs(gradients[bits][name] - expected).mean()
         assert float(apart) <= 0.02 * float(abs(expected).mean()) + 1e-8, name

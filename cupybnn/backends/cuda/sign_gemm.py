@@ -20,6 +20,8 @@ __all__ = [
     "UPDATE_ARGUMENTS",
     "WRITERS",
     "NormScratch",
+    "part_scratch",
+    "parts",
     "pays",
     "tiles",
     "transposed_product",
@@ -32,12 +34,15 @@ __all__ = [
 # As in sm90_sign_gemm.cu.
 _TILE_M, _TILE_N, _DEPTH, _STAGES = 128, 256, 64, 4
 _THREADS = 384
-_TRANSPOSED, _UPDATE, _GRADIENT = 0, 1, 2
+_SUM_THREADS = 256  # of smxx_part_sum.cu
+_TRANSPOSED, _UPDATE, _GRADIENT, _PARTS = 0, 1, 2, 3
 _PLAIN = (("PENALTY", 0), ("WRITE_GRADIENT", 0))  # neither is there
 #: Warps that write a tile; each writes its part of the penalty.
 WRITERS = 3
+# The least parts of a batch, and the least images of a part: with fewer, nothing was gained.
+_LEAST_PARTS, _LEAST_OF_PART = 8, 512
 
-SIGN_PRODUCT = Struct("SignProduct", "ptr words, out; i64 m, n, k")
+SIGN_PRODUCT = Struct("SignProduct", "ptr words, out; i64 m, n, k, parts")
 TENSOR_MAP = Struct("TensorMap", "u64 opaque[16]")
 _OPERANDS = "SignProduct p; TensorMap map"
 PRODUCT = Kernel("sm90_sign_gemm", "sign_gemm", _OPERANDS, SIGN_PRODUCT, TENSOR_MAP)
@@ -64,6 +69,7 @@ UPDATE = Kernel(
     TENSOR_MAP,
     PARAMETER,
 )
+SUM_PARTS = Kernel("smxx_part_sum", "sum_parts", "ptr parts; i64 count, number; ptr out")
 
 
 def unsupported_reason(device: int, precision: str, inputs: int, units: int) -> str | None:
@@ -89,6 +95,24 @@ def unsupported_layer(device: int, precision: str, inputs: int, units: int) -> s
 def pays(device: int, batch: int, inputs: int, units: int) -> bool:
     """Whether both products have a tile per multiprocessor; with fewer, cuBLAS is faster."""
     return min(tiles(inputs, batch), tiles(inputs, units)) >= multiprocessors(device)
+
+
+def parts(device: int, batch: int, inputs: int, units: int) -> int:
+    """Return in how many parts of the batch to compute the gradient of a layer's weights, or 0.
+
+    For so few weights that `pays` is false, and so many images that the tiles of all parts nearly
+    fill the device. 0 where cuBLAS is as fast.
+    """
+    available, few = multiprocessors(device), tiles(inputs, units)
+    number = min(available // few, batch // _LEAST_OF_PART)
+    return number if number >= _LEAST_PARTS and 4 * number * few >= 3 * available else 0
+
+
+def part_scratch(size: int) -> Any:
+    """Return memory for parts of gradients of so many elements, for one launch after the other."""
+    import cupy
+
+    return cupy.empty(size, np.float32)
 
 
 def tiles(m: int, n: int) -> int:
@@ -139,7 +163,7 @@ def transposed_product(
         For `below`.
     """
     (batch, units), inputs = matrix.shape, out.shape[1]
-    product = SIGN_PRODUCT.pack(words=signs.words, out=out, m=inputs, n=batch, k=units)
+    product = SIGN_PRODUCT.pack(words=signs.words, out=out, m=inputs, n=batch, k=units, parts=1)
     arguments = {"p": product, "map": _tensor_map(matrix.data.ptr, matrix.shape, _TILE_N)}
     if below is None:
         _launch(PRODUCT, _TRANSPOSED, arguments, _PLAIN, tiles(inputs, batch), device)
@@ -154,7 +178,9 @@ def transposed_product(
     _launch(SUMMED, _TRANSPOSED, arguments, defines, tiles(inputs, batch), device)
 
 
-def weight_gradient(signs: Any, matrix: Any, out: Any, device: int) -> None:
+def weight_gradient(
+    signs: Any, matrix: Any, out: Any, device: int, scratch: Any = None, number: int = 1
+) -> None:
     """Compute ``out = signs.T @ matrix``, the gradient of a layer's weights.
 
     Parameters
@@ -167,8 +193,20 @@ def weight_gradient(signs: Any, matrix: Any, out: Any, device: int) -> None:
         Likewise, rounded to nearest even.
     device : int
         Index of the current CUDA device.
+    scratch : cupy.ndarray, optional
+        From `part_scratch`: the batch is divided into `number` parts, whose sums are added up.
+    number : int
+        See `parts`.
     """
-    _launch(PRODUCT, _GRADIENT, _of_weights(signs, matrix, out), _PLAIN, tiles(*out.shape), device)
+    if scratch is None:
+        arguments = _of_weights(signs, matrix, out)
+        _launch(PRODUCT, _GRADIENT, arguments, _PLAIN, tiles(*out.shape), device)
+        return
+    arguments = _of_weights(signs, matrix, scratch, number)
+    _launch(PRODUCT, _PARTS, arguments, _PLAIN, number * tiles(*out.shape), device)
+    loaded = load_kernel(SUM_PARTS.source, SUM_PARTS.function, (("REAL", "bfloat16_bits"),), device)
+    values = SUM_PARTS.arguments(parts=scratch, count=out.size, number=number, out=out)
+    loaded((-(-out.size // (4 * _SUM_THREADS)),), (_SUM_THREADS,), values)
 
 
 def weight_update(
@@ -194,10 +232,12 @@ def weight_update(
     _launch(UPDATE, _UPDATE, arguments, defines, count, device)
 
 
-def _of_weights(signs: Any, matrix: Any, out: Any) -> dict[str, Any]:
+def _of_weights(signs: Any, matrix: Any, out: Any, number: int = 1) -> dict[str, Any]:
     """Return the operands of a product that is the gradient of weights."""
     (batch, units), inputs = matrix.shape, signs.shape[-1]
-    product = SIGN_PRODUCT.pack(words=signs.words, out=out, m=inputs, n=units, k=batch)
+    product = SIGN_PRODUCT.pack(
+        words=signs.words, out=out, m=inputs, n=units, k=batch, parts=number
+    )
     # Here the matrix's rows run along K; in `transposed_product`, they are columns of the product.
     return {"p": product, "map": _tensor_map(matrix.data.ptr, matrix.shape, _DEPTH)}
 
@@ -218,11 +258,13 @@ def _launch(
 
 def _shared_bytes(result: int, summed: bool = False) -> int:
     """Return the size of struct Shared in bytes."""
-    slot = _TILE_N * _DEPTH * 2 + _DEPTH * _TILE_M // 8
+    slots = _STAGES * (_TILE_N * _DEPTH * 2 + _DEPTH * _TILE_M // 8 + 16) + 16
+    if result == _PARTS:
+        return slots
     rows, cols = (_TILE_N, _TILE_M) if result == _TRANSPOSED else (_TILE_M, _TILE_N)
     signs = _TILE_M // 2 * _TILE_N if result == _UPDATE else 0
     sums = WRITERS * 2 * _TILE_M * 4 + 8 if summed else 0
-    return _STAGES * (slot + 16) + rows * (cols + 8) * 2 + signs + sums + 16
+    return slots + rows * (cols + 8) * 2 + signs + sums
 
 
 @cache

@@ -88,7 +88,7 @@ class HiddenBuffers:
         )
         self._make_activations(0, pops)
         latent = plan.linear.weight._data
-        dense_copy = network.keep_dense_copies and plan.backward == "dense"
+        dense_copy = network.keep_dense_copies and plan.backward in ("dense", "parts")
         only_packed = plan.product == "xnor" and not dense_copy
         self.copied = not only_packed and (plan.product != "dense" or real != latent.dtype)
         self.weight = latent

@@ -55,11 +55,12 @@ class HiddenPlan:
         theirs. Otherwise float32.
     drop : int
         DROP_*: where dropout is applied.
-    backward : {"dense", "bits", "planes", "fused_planes"}
+    backward : {"dense", "bits", "parts", "planes", "fused_planes"}
         Whether the products of the backward pass read the weights, and the previous layer's
         activations, as dense numbers or as packed signs. With "planes", the gradient is rounded,
         and they read its bit planes. With "bits" and "fused_planes", the product that computes the
-        gradient of the weights also updates them.
+        gradient of the weights also updates them. With "parts", the gradient of the weights reads
+        packed signs, in parts of the batch that are added up, and that of the inputs dense weights.
     activation : {"packed_sign", "both_signs", "sign", "relu", "none"}
         What is stored for the next layer and the backward pass; "both_signs": packed for the
         former, dense for the latter. "none" for the last layer: the head computes its activations.

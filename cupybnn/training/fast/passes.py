@@ -132,7 +132,7 @@ class Passes(Part):
                     self.weights.gradient_by_planes(i)
                 elif buffers.hidden[i].plan.backward == "dense":
                     self.weights.gradient(i, gradient, self._side.products)
-                elif exchange is None:
+                elif fills:
                     self.weights.update_by_bits(i, gradient)
                 else:
                     self.weights.gradient_by_bits(i, gradient)

@@ -214,11 +214,16 @@ def _plan_backward(
             reason = sign_gemm.unsupported_reason(device, config.dtype, layer.inputs, layer.units)
             if reason is None and config.vat:
                 reason = "one product adds up the gradients of two passes"
+            how = "packed signs"
+            backward = "bits"
             if reason is None and not sign_gemm.pays(device, batch, layer.inputs, layer.units):
-                reason = "its products have fewer tiles than the device has multiprocessors"
-            backward = "bits" if reason is None else "dense"
+                number = sign_gemm.parts(device, batch, layer.inputs, layer.units)
+                backward, how = "parts", f"of weights by packed signs, {number} parts of the batch"
+                if not number:
+                    reason = "its products have fewer tiles than the device has multiprocessors"
+            if reason is not None:
+                backward, how = "dense", f"dense products, because {reason}"
             if settings.debug():
-                how = "packed signs" if reason is None else f"dense products, because {reason}"
                 print(
                     f"cupybnn: backward pass of {layer.name}, {layer.inputs} × {layer.units}, "
                     f"{batch} examples: {how}",

@@ -8,7 +8,7 @@ from cupybnn.backends.cuda import blas, sign_gemm
 from cupybnn.backends.cuda.fused_layers import UnpackRows
 from cupybnn.backends.cuda.fused_update import Update
 from cupybnn.training.fast.exchange import Exchange
-from cupybnn.training.fast.parts import Part
+from cupybnn.training.fast.parts import Part, Shared
 
 __all__ = ["Weights"]
 
@@ -26,6 +26,20 @@ class Weights(Part):
 
     update: Update
     sums_loss = False
+
+    def __init__(self, shared: Shared) -> None:
+        super().__init__(shared)
+        plan = self._plan
+        #: By number of a hidden layer: parts of the batch, each with a gradient of its weights.
+        self._parts = {
+            i: sign_gemm.parts(shared.device, plan.batch, layer.inputs, layer.units)
+            for i, layer in enumerate(plan.hidden)
+            if layer.backward == "parts"
+        }
+        self._part_scratch = None
+        if self._parts:
+            sizes = [n * plan.hidden[i].linear.weight.size for i, n in self._parts.items()]
+            self._part_scratch = sign_gemm.part_scratch(max(sizes))
 
     def gradient(self, i: int, gradient: Any, products: blas.Blas) -> None:
         """Compute the gradient of the weights of hidden layer `i`, summed over all passes."""
@@ -53,7 +67,10 @@ class Weights(Part):
         before, hidden = self._buffers.hidden[i - 1], self._buffers.hidden[i]
         out = self._buffers.gradients[hidden.plan.linear.weight]
         with self.span(f"gradient of {hidden.plan.name}'s weights"):
-            sign_gemm.weight_gradient(before.packed, gradient, out, self.shared.device)
+            number = self._parts.get(i, 1)
+            scratch = self._part_scratch if number > 1 else None
+            device = self.shared.device
+            sign_gemm.weight_gradient(before.packed, gradient, out, device, scratch, number)
 
     def gradient_by_planes(self, i: int) -> None:
         """Compute the gradient of hidden layer `i`'s weights by bit planes; update them, or not."""
