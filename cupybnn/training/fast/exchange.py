@@ -29,6 +29,8 @@ from cupybnn.training.team import Team
 
 __all__ = ["Exchange"]
 
+_WORDS = 4  # packed words are sent so many at a time
+
 
 class Exchange:
     """The exchanges of a step, with their memory.
@@ -64,29 +66,36 @@ class Exchange:
         self.updated = [w for w, shared in self.shared.items() if shared.used]
         self.early = weights[0] not in self.shared and weights[-1] not in self.shared
         real = operand_dtype(plan.precision)
-        self._gradients: dict[nn.Parameter, Any] = {}
-        self._scattered: dict[nn.Parameter, Any] = {}
+        lengths = {}
+        self._sums: dict[nn.Parameter, Any] = {}
         for weight in weights[1:]:
             shared = self.shared.get(weight)
-            length = weight.size if shared is None else self.ranks.size * shared.length
-            self._gradients[weight] = cupy.zeros(length, real)  # padding stays 0
-            if shared is not None:
-                self._scattered[weight] = cupy.empty(shared.length, real)
+            lengths[weight] = weight.size if shared is None else self.ranks.size * shared.length
+            self._sums[weight] = cupy.empty(weight.size if shared is None else shared.length, real)
         self._starts: dict[nn.Parameter, int] = {}
         words = 0
         for weight, shared in self.shared.items():
             self._starts[weight] = words
             words += shared.groups * weight.shape[1]
-        self._words = cupy.zeros(words, np.uint32)
+        words = -(-words // _WORDS) * _WORDS
+        # Zeros, because padding stays 0.
+        parts = [*((length, real) for length in lengths.values()), (words, np.uint32)]
+        *gradients, self._words = self.ranks.shared_zeros(cupy, parts)
+        self._gradients = dict(zip(lengths, gradients, strict=True))
         self._all_words = cupy.zeros((self.ranks.size, words), np.uint32)
         self._begun: dict[nn.Parameter, Pending] = {}
         self._small = self._signs = self._greatest = Pending(lambda: None)
 
     # Memory --------------------------------------------------------------------------------------
 
-    def use_small(self, mine: Any, total: Any) -> None:
-        """Use memory for what is summed over all ranks in float32: its parts and its sum."""
-        self._mine, self._total = mine, total
+    def small(self, passes: int, count: int) -> tuple[Any, Any]:
+        """Return memory for what is computed in float32, by pass, and for the first one's sum."""
+        import cupy
+
+        (memory,) = self.ranks.shared_zeros(cupy, [(passes * count, np.float32)])
+        memory = memory.reshape(passes, count)
+        self._mine, self._total = memory[0], cupy.zeros(count, np.float32)
+        return memory, self._total
 
     def gradient(self, weight: nn.Parameter) -> Any:
         """Return memory for the gradient of a hidden weight on this rank."""
@@ -95,8 +104,8 @@ class Exchange:
     def sum_of(self, weight: nn.Parameter) -> Any:
         """Return the sum of the gradients of a hidden weight: of all of it, or of the share."""
         if weight in self.shared:
-            return self.share_of(weight, self._scattered[weight])
-        return self.gradient(weight)
+            return self.share_of(weight, self._sums[weight])
+        return self._sums[weight].reshape(weight.shape)
 
     def share_of(self, weight: nn.Parameter, elements: Any) -> Any:
         """Return a share's elements, without padding, as rows of the weight."""
@@ -127,10 +136,9 @@ class Exchange:
 
     def send_gradient(self, weight: nn.Parameter) -> None:
         """Begin to sum the gradients of a hidden weight."""
-        mine = self._gradients[weight]
-        exchange, out = self.ranks.all_reduce, mine
-        if weight in self.shared:
-            exchange, out = self.ranks.reduce_scatter, self._scattered[weight]
+        mine, out = self._gradients[weight], self._sums[weight]
+        shared = weight in self.shared
+        exchange = self.ranks.reduce_scatter if shared else self.ranks.all_reduce
         rounded = mine.dtype == np.uint16
         self._begun[weight] = self._begin(exchange, mine, out, bfloat16=rounded)
 

@@ -294,9 +294,12 @@ class Passes:
             buffers.add_passes(i - 1)
             self._compare(i - 1)  # before the weight gradient is sent, which takes longer
             finish(i, ready)
-        if exchange is not None and self._early(exchange):
-            with fork.aside():
-                self._update_shares(exchange)
+        if exchange is not None:
+            exchange.send_small()  # all of them are there
+            if self._early(exchange):
+                with fork.aside():
+                    self._update_shares(exchange)
+                    self._receive_signs(exchange)
         self._weight_gradient(0, buffers.product_grad(0, None)[1], self._main.products)
         if exchange is not None:
             exchange.send_gradient(buffers.hidden[0].plan.linear.weight)
@@ -453,18 +456,22 @@ class Passes:
                 self.update.launch(number)
         exchange.send_signs()
 
+    def _receive_signs(self, exchange: Exchange) -> None:
+        """Put the signs of all shares where the next step reads them; this one no longer does."""
+        with self.span("wait for signs"):
+            exchange.receive_signs(self._buffers.hidden, self.launcher)
+
     def _finish(self, exchange: Exchange) -> None:
         """Update what has not been updated, with the sums over all ranks; see `plan_update`."""
-        buffers = self._buffers
-        exchange.send_small()
-        if not self._early(exchange):
+        buffers, early = self._buffers, self._early(exchange)
+        if not early:
             self._update_shares(exchange)
         with self.span("wait for gradients"):
             exchange.receive_rest()
         with self.span("update"):
             self.update.launch(len(exchange.updated))
-        with self.span("wait for signs"):
-            exchange.receive_signs(buffers.hidden, self.launcher)
+        if not early:
+            self._receive_signs(exchange)
         if self.sums_loss:
             with self.span("wait for the loss"):
                 exchange.add_up(buffers.loss, buffers.loss)
