@@ -17,7 +17,8 @@
 
 enum { COPIED = 0, FLOATS = 1, BFLOATS = 2, NOTHING = 3 };
 
-constexpr int MOST = 8, PEER_THREADS = 512;  // ranks
+constexpr int MOST = 8;  // ranks
+constexpr int PEER_THREADS = 512;
 
 // Filled by cupybnn/backends/cuda/peers.py, field by field in this order. The ranks' arrays are aligned to 16
 // bytes, and so is their size.
