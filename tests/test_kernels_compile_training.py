@@ -278,6 +278,12 @@ def test_gathered_signs(arch):
     compile_all("smxx_gathered_signs", arch, variants(arch, {}, {}))
 
 
+@every_architecture
+def test_peers(arch):
+    require(arch)
+    compile_all("smxx_peers", arch, [{"KIND": kind, **NO_REAL} for kind in range(4)])
+
+
 def test_sign_gemm():
     arch = "sm_90a"  # it is for Hopper alone
     require(arch)
