@@ -15,7 +15,7 @@
 
 #include "elements.cuh"
 
-enum { COPIED = 0, FLOATS = 1, BFLOATS = 2, NOTHING = 3 };
+enum { COPIED = 0, FLOATS = 1, BFLOATS = 2 };
 
 constexpr int MOST = 8;  // ranks
 constexpr int PEER_THREADS = 512;
@@ -28,7 +28,6 @@ struct Peers {
   u32* meetings;         // of this rank's blocks so far
   const u32* ended;      // in the host's memory: not 0 if ranks are to wait no longer
   i64 rank, size;
-  i64 meets;  // 0 if all arrays are in this rank's memory
 };
 
 __device__ __forceinline__ u32 acquire(const u32* from) {
@@ -104,18 +103,18 @@ __device__ __forceinline__ uint4 sum(const Peers& p, i64 i) {
 // `count` pieces of 16 bytes from piece `first` on: their sum over the ranks; or each rank's, one after another.
 extern "C" __global__ void __launch_bounds__(PEER_THREADS)
     combine(const __grid_constant__ Peers p, i64 first, i64 count, uint4* __restrict__ out) {
-  u32 number = p.meets ? p.meetings[blockIdx.x] : 0;
+  u32 number = p.meetings[blockIdx.x];
   const i64 start = (i64)blockIdx.x * PEER_THREADS + threadIdx.x, step = (i64)gridDim.x * PEER_THREADS;
-  if (!p.meets || meet(p, ++number)) {
+  if (meet(p, ++number)) {
     if constexpr (KIND == COPIED) {
       for (int k = 0; k < p.size; k++) {
         const int rank = (int)(p.rank + k) % (int)p.size;  // not all from the same one
         for (i64 i = start; i < count; i += step) out[rank * count + i] = read(p.sent[rank] + first + i);
       }
-    } else if constexpr (KIND != NOTHING) {
+    } else {
       for (i64 i = start; i < count; i += step) out[i] = sum(p, first + i);
     }
-    if (KIND != NOTHING && p.meets) meet(p, ++number);
+    meet(p, ++number);
   }
-  if (p.meets && threadIdx.x == 0) p.meetings[blockIdx.x] = number;
+  if (threadIdx.x == 0) p.meetings[blockIdx.x] = number;
 }

@@ -1,15 +1,14 @@
 """Exchanges between GPUs of one host that read each other's memory.
 
-NCCL takes some 30 µs for the smallest exchange, which a short training step cannot hide, and for a
-large one several multiprocessors, which large products then lack. Here small arrays are
-combined by one kernel, in which each rank reads what the others have; large ones are fetched by
-the copy engines, which need no multiprocessor. A rank opens the memory of others through CUDA's
-handles for other processes (cudaIpcOpenMemHandle).
+One kernel combines small arrays: each rank reads what the others have. That is faster than NCCL, in
+whose rings and trees numbers go from rank to rank. For large ones NCCL is as fast. A rank opens
+the memory of others through CUDA's handles for other processes (cudaIpcOpenMemHandle).
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import time
 import weakref
@@ -25,10 +24,10 @@ from cupybnn.backends.devices import Device
 
 __all__ = ["Peers", "SharedMemory", "identity"]
 
-#: Bytes that a rank reads from others: more are fetched by the copy engines.
+#: Bytes that a rank reads from others, at most.
 _MOST_READ = 4 << 20
 _ALIGNED, _PAGE = 256, 2 << 20
-_DEVICE_TO_DEVICE = 3  # cudaMemcpyDeviceToDevice
+_TO_DEVICE = 1  # cudaMemcpyHostToDevice
 _SECONDS_TO_MEET = 10.0
 
 #: Returns what each rank gave, in their order.
@@ -135,7 +134,6 @@ class Peers:
         self._word = np.frombuffer(self._ended, np.uint32, 1)
         self._word[0] = 0
         self._memory: list[weakref.ref[SharedMemory]] = []  # what arrays still use
-        self._scratch: list[Any] = []  # graphs may still write into earlier ones
         self.works = False
         hosts = gather(identity())
         if size > peers.MOST_RANKS or len(set(hosts)) > 1:
@@ -157,13 +155,10 @@ class Peers:
         sent = [address + peers.CONTROL_BYTES for address in control.addresses]
         mine = np.full(_ALIGNED // 4, self._rank + 1, np.uint32)
         out = cupy.zeros((self._size, mine.size), np.uint32)
-        cupy.cuda.runtime.memcpy(sent[self._rank], mine.ctypes.data, mine.nbytes, 1)
+        cupy.cuda.runtime.memcpy(sent[self._rank], mine.ctypes.data, mine.nbytes, _TO_DEVICE)
         cupy.cuda.get_current_stream().synchronize()
         self._gather(b"ready")
-        for kind in ("nothing", "copied"):
-            peers.combine(
-                self._host, kind, sent, out.data.ptr, nbytes=mine.nbytes, stream=self._stream
-            )
+        self._combine("copied", sent, out.data.ptr, nbytes=mine.nbytes)
         done = self._stream.record()
         began = time.monotonic()
         while not done.done and time.monotonic() - began < _SECONDS_TO_MEET:
@@ -181,28 +176,32 @@ class Peers:
 
     # Memory --------------------------------------------------------------------------------------
 
-    def zeros(self, parts: Sequence[tuple[int, Any]]) -> list[Any] | None:
-        """Return flat arrays of 0, by size and dtype, that other ranks can read; None if not."""
+    def zeros(self, parts: Sequence[tuple[int, Any]]) -> list[Any]:
+        """Return flat arrays of 0, by size and dtype; those that are not too large, to be shared.
+
+        If one rank has no memory to share, none has.
+        """
         import cupy
 
-        starts, end, largest = [], 0, 0
-        for count, dtype in parts:
-            starts.append(end)
-            nbytes = -(-count * np.dtype(dtype).itemsize // _ALIGNED) * _ALIGNED
-            end, largest = end + nbytes, max(largest, nbytes)
-        memory = SharedMemory(self._device, self._rank, end, self._gather)
-        if not memory.addresses:
-            return None
-        self._memory = [weakref.ref(memory), *(each for each in self._memory if each())]
+        sizes = [-(-n * np.dtype(dtype).itemsize // _ALIGNED) * _ALIGNED for n, dtype in parts]
+        small = [(self._size - 1) * size <= _MOST_READ * self._size for size in sizes]
         with self._device.scope():
-            fetched = (self._size - 1) * -(-largest // self._size)
-            if fetched > max([_MOST_READ, *(each.nbytes for each in self._scratch)]):
-                self._scratch.append(cupy.empty(fetched, np.uint8))
-            own = cupy.cuda.UnownedMemory(memory.addresses[self._rank], memory.nbytes, memory)
-            return [
-                cupy.ndarray(count, dtype, cupy.cuda.MemoryPointer(own, start))
-                for start, (count, dtype) in zip(starts, parts, strict=True)
-            ]
+            own = None
+            if any(small):
+                nbytes = sum(itertools.compress(sizes, small))
+                memory = SharedMemory(self._device, self._rank, nbytes, self._gather)
+                if memory.addresses:
+                    self._memory = [weakref.ref(memory), *(m for m in self._memory if m())]
+                    start = memory.addresses[self._rank]
+                    own = cupy.cuda.UnownedMemory(start, memory.nbytes, memory)
+            arrays, end = [], 0
+            for (count, dtype), size, shared in zip(parts, sizes, small, strict=True):
+                if own is None or not shared:
+                    arrays.append(cupy.zeros(count, dtype))
+                    continue
+                arrays.append(cupy.ndarray(count, dtype, cupy.cuda.MemoryPointer(own, end)))
+                end += size
+            return arrays
 
     def _of_all(self, array: Any, nbytes: int, out: Any) -> list[int] | None:
         """Return where each rank has what this one has in `array`; None if others cannot read it.
@@ -235,62 +234,24 @@ class Peers:
         kind : str
             "float32" or "bfloat16".
         """
-        sent, nbytes = self._of_all(array, array.nbytes, out), array.nbytes
-        if sent is None or (self._size - 1) * nbytes > _MOST_READ:
-            return None
-        return partial(self._combine, kind, sent, out.data.ptr, nbytes=nbytes)
+        return self._prepared(kind, array, out, 0, array.nbytes)
 
     def reduce_scatter(self, array: Any, out: Any, kind: str) -> Callable[[], None] | None:
         """Likewise: the sum of this rank's part."""
         nbytes = array.nbytes // self._size
-        sent = self._of_all(array, nbytes, out)
-        if sent is None:
-            return None
-        first = self._rank * nbytes
-        if (self._size - 1) * nbytes <= _MOST_READ:
-            return partial(self._combine, kind, sent, out.data.ptr, first=first, nbytes=nbytes)
-        start = self._scratch[-1].data.ptr
-        here = {other: start + number * nbytes for number, other in enumerate(self._others())}
-        here[self._rank] = sent[self._rank] + first
-
-        def launch() -> None:
-            self._meet()
-            for other in self._others():
-                self._fetch(here[other], sent[other] + first, nbytes)
-            self._meet()
-            parts = [here[rank] for rank in range(self._size)]
-            self._combine(kind, parts, out.data.ptr, nbytes=nbytes, meets=False)
-
-        return launch
+        return self._prepared(kind, array, out, self._rank * nbytes, nbytes)
 
     def all_gather(self, array: Any, out: Any) -> Callable[[], None] | None:
         """Likewise: the arrays of all ranks, one after another."""
-        nbytes, to = array.nbytes, None if out is None else int(out.data.ptr)
+        return self._prepared("copied", array, out, 0, array.nbytes)
+
+    def _prepared(
+        self, kind: str, array: Any, out: Any, first: int, nbytes: int
+    ) -> Callable[[], None] | None:
         sent = self._of_all(array, nbytes, out)
-        if sent is None or to is None:
+        if sent is None or (self._size - 1) * nbytes > _MOST_READ:
             return None
-        if (self._size - 1) * nbytes <= _MOST_READ:
-            return partial(self._combine, "copied", sent, to, nbytes=nbytes)
-
-        def launch() -> None:
-            self._meet()
-            for other in (*self._others(), self._rank):
-                self._fetch(to + other * nbytes, sent[other], nbytes)
-            self._meet()
-
-        return launch
-
-    def _others(self) -> list[int]:
-        """Return the other ranks in the order in which this one fetches: each another first."""
-        return [(self._rank + k) % self._size for k in range(1, self._size)]
-
-    def _meet(self) -> None:
-        self._combine("nothing", [0] * self._size, 0)
+        return partial(self._combine, kind, sent, out.data.ptr, first=first, nbytes=nbytes)
 
     def _combine(self, kind: str, sent: Sequence[int], out: int, **more: Any) -> None:
         peers.combine(self._host, kind, sent, out, stream=self._stream, **more)
-
-    def _fetch(self, to: int, start: int, nbytes: int) -> None:
-        from cupy.cuda import runtime
-
-        runtime.memcpyAsync(to, start, nbytes, _DEVICE_TO_DEVICE, self._stream.ptr)

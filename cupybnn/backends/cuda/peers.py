@@ -12,19 +12,18 @@ from cupybnn.backends.cuda.structs import Kernel, Struct
 __all__ = ["CONTROL_BYTES", "KINDS", "MOST_RANKS", "PIECE", "Host", "combine", "prepare"]
 
 #: How elements are combined, as in smxx_peers.cu.
-KINDS = {"copied": 0, "float32": 1, "bfloat16": 2, "nothing": 3}
+KINDS = {"copied": 0, "float32": 1, "bfloat16": 2}
 MOST_RANKS = 8
 #: Bytes that a thread reads at a time. Arrays are aligned to this, and their sizes are multiples.
 PIECE = 16
-#: Few blocks where ranks meet: each waits, and keeps its multiprocessor's registers meanwhile.
-_THREADS, _BLOCKS, _MOST_BLOCKS = 512, 64, 1024
-_WARP = 32  # finds room even where a large product's block has a multiprocessor
+#: Few blocks: each waits for others, and keeps its multiprocessor's registers meanwhile.
+_THREADS, _BLOCKS = 512, 64
 #: Memory of a rank by which it meets others: 8 words for each block, and a word for each.
 CONTROL_BYTES = 4 * (MOST_RANKS + 1) * _BLOCKS
 
 PEERS = Struct(
     "Peers", f"ptr sent[{MOST_RANKS}]; ptr marks[{MOST_RANKS}]; ptr meetings, ended; "
-    "i64 rank, size, meets",
+    "i64 rank, size",
 )  # fmt: skip
 COMBINE = Kernel("smxx_peers", "combine", "Peers p; i64 first, count; ptr out", PEERS)
 
@@ -69,18 +68,16 @@ def combine(
     out: int,
     *,
     first: int = 0,
-    nbytes: int = 0,
-    stream: Any = None,
-    meets: bool = True,
+    nbytes: int,
+    stream: Any,
 ) -> None:
-    """Combine what lies at an address of each rank.
+    """Combine what lies at an address of each rank; all ranks must launch the same.
 
     Parameters
     ----------
     host : Host
     kind : str
-        A key of `KINDS`: with "copied", `out` receives each rank's bytes one after another;
-        "nothing" is a barrier.
+        A key of `KINDS`: with "copied", `out` receives each rank's bytes one after another.
     sent : sequence of int
         An address for each rank.
     out : int
@@ -88,8 +85,6 @@ def combine(
     first, nbytes : int
         Where the bytes begin that are combined, and their number; multiples of `PIECE`.
     stream : cupy.cuda.Stream
-    meets : bool
-        Whether the ranks wait for each other, before and after. All must launch the same then.
     """
     assert first % PIECE == 0
     assert nbytes % PIECE == 0
@@ -97,13 +92,11 @@ def combine(
     peers = PEERS.pack(
         sent=_addresses(sent), marks=_addresses(host.control), ended=host.ended,
         meetings=host.control[host.rank] + 4 * MOST_RANKS * _BLOCKS,
-        rank=host.rank, size=host.size, meets=meets,
+        rank=host.rank, size=host.size,
     )  # fmt: skip
     arguments = COMBINE.arguments(p=peers, first=first // PIECE, count=count, out=out)
-    most = _BLOCKS if meets else _MOST_BLOCKS
-    blocks = max(1, min(-(-count // _THREADS), most))
-    threads = _WARP if kind == "nothing" else _THREADS
-    _kernel(kind, host.device)((blocks,), (threads,), arguments, stream=stream)
+    blocks = max(1, min(-(-count // _THREADS), _BLOCKS))
+    _kernel(kind, host.device)((blocks,), (_THREADS,), arguments, stream=stream)
 
 
 def _addresses(given: Sequence[int]) -> bytes:

@@ -1,12 +1,12 @@
 """What the ranks of a run send each other within a fused step.
 
 In the backward pass, each rank computes the gradients of all hidden weights over its own images.
-Each is sent, in the type of dense operands, as soon as it is there. The sum of those of a weight
-that is shared out is scattered: each rank gets the part of its share, updates that, and sends its
-signs, one bit a weight, those of all layers together. Those of other weights are summed for every
-rank. So are the small gradients, in float32, together with the loss. Where a layer's gradient is
-rounded, the scale of a unit's levels is that of the whole batch: the greatest magnitudes are
-compared first.
+Each is sent, in the type of dense operands, as soon as it is there; in large networks, when all
+are there. The sum of those of a weight that is shared out is scattered: each rank gets the part of
+its share, updates that, and sends its signs, one bit a weight, those of all layers together. Those
+of other weights are summed for every rank. So are the small gradients, in float32, together with
+the loss. Where a layer's gradient is rounded, the scale of a unit's levels is that of the whole
+batch: the greatest magnitudes are compared first.
 """
 
 from __future__ import annotations
@@ -50,8 +50,12 @@ class Exchange:
     updated : list of Parameter
         Those of which this rank has a share that is not only padding.
     early : bool
-        Whether all shares can be updated before the gradient of the first hidden layer's weights
-        and the small gradients are there.
+        Whether all shares are updated before the gradient of the first hidden layer's weights and
+        the small gradients are there.
+    overlaps : bool
+        Whether exchanges take place alongside the products of the backward pass. Large products
+        fill the device: they would wait for NCCL, which keeps some multiprocessors, and be delayed
+        by more than the exchange takes.
     count : int
         Exchanges begun since it was last set to 0.
     """
@@ -60,11 +64,13 @@ class Exchange:
         import cupy
 
         self.ranks = team.ranks
-        self.count = 0
+        self.count, self.overlaps = 0, plan.keep_dense_copies
         weights = [plan.head.linear.weight, *(h.linear.weight for h in reversed(plan.hidden))]
         self.shared = {w: team.shared[w] for w in weights if w in team.shared}
         self.updated = [w for w, shared in self.shared.items() if shared.used]
-        self.early = weights[0] not in self.shared and weights[-1] not in self.shared
+        self.early = (
+            self.overlaps and weights[0] not in self.shared and weights[-1] not in self.shared
+        )
         real = operand_dtype(plan.precision)
         lengths = {}
         self._sums: dict[nn.Parameter, Any] = {}
@@ -80,7 +86,7 @@ class Exchange:
         words = -(-words // _WORDS) * _WORDS
         # Zeros, because padding stays 0.
         parts = [*((length, real) for length in lengths.values()), (words, np.uint32)]
-        *gradients, self._words = self.ranks.shared_zeros(cupy, parts)
+        *gradients, self._words = self._zeros(parts)
         self._gradients = dict(zip(lengths, gradients, strict=True))
         self._all_words = cupy.zeros((self.ranks.size, words), np.uint32)
         self._begun: dict[nn.Parameter, Pending] = {}
@@ -88,11 +94,19 @@ class Exchange:
 
     # Memory --------------------------------------------------------------------------------------
 
+    def _zeros(self, parts: Sequence[tuple[int, Any]]) -> list[Any]:
+        """Return arrays of 0 to be sent, by size and dtype."""
+        import cupy
+
+        if self.overlaps:
+            return self.ranks.shared_zeros(cupy, parts)
+        return [cupy.zeros(count, dtype) for count, dtype in parts]
+
     def small(self, passes: int, count: int) -> tuple[Any, Any]:
         """Return memory for what is computed in float32, by pass, and for the first one's sum."""
         import cupy
 
-        (memory,) = self.ranks.shared_zeros(cupy, [(passes * count, np.float32)])
+        (memory,) = self._zeros([(passes * count, np.float32)])
         memory = memory.reshape(passes, count)
         self._mine, self._total = memory[0], cupy.zeros(count, np.float32)
         return memory, self._total

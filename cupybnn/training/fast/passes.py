@@ -254,8 +254,8 @@ class Passes:
         kernels that can begin, the device begins the one that was captured first. A product that
         also updates fills the device and would hold up what runs alongside, so it follows. The
         first layer is updated by `launch`, together with the second if
-        `NetworkPlan.updates_together`. With other ranks, weight gradients are sent, and layers are
-        updated later.
+        `NetworkPlan.updates_together`. With other ranks, weight gradients are sent, at once or at
+        the end (see `Exchange.overlaps`), and layers are updated later.
         """
         buffers, exchange = self._buffers, self._buffers.exchange
         last = buffers.passes[-1]
@@ -273,7 +273,7 @@ class Passes:
                     self._update_by_bits(i, gradient)
                 else:
                     self._gradient_by_bits(i, gradient)
-                if exchange is not None:
+                if exchange is not None and exchange.overlaps:
                     exchange.send_gradient(buffers.hidden[i].plan.linear.weight)
             done = None if fills else fork.mark()
             if own is not None:
@@ -294,15 +294,20 @@ class Passes:
             buffers.add_passes(i - 1)
             self._compare(i - 1)  # before the weight gradient is sent, which takes longer
             finish(i, ready)
-        if exchange is not None:
+        if exchange is not None and exchange.overlaps:
             exchange.send_small()  # all of them are there
-            if self._early(exchange):
+            if exchange.early:
                 with fork.aside():
                     self._update_shares(exchange)
                     self._receive_signs(exchange)
         self._weight_gradient(0, buffers.product_grad(0, None)[1], self._main.products)
         if exchange is not None:
-            exchange.send_gradient(buffers.hidden[0].plan.linear.weight)
+            unsent = buffers.hidden[:1]
+            if not exchange.overlaps:
+                exchange.send_small()
+                unsent = buffers.hidden[::-1]
+            for hidden in unsent:
+                exchange.send_gradient(hidden.plan.linear.weight)
 
     def _descend(self, at: Pass, tools: _Tools) -> None:
         """Compute the gradients of all products of a pass, without those of hidden weights."""
@@ -440,13 +445,6 @@ class Passes:
         with self.span("update"):
             self.update.launch(self._group(i))
 
-    def _early(self, exchange: Exchange) -> bool:
-        """Whether shares are updated alongside the last gradient of weights.
-
-        Large products fill the device; they should not wait for exchanges.
-        """
-        return self._plan.keep_dense_copies and exchange.early
-
     def _update_shares(self, exchange: Exchange) -> None:
         """Update this rank's shares of weights, and send their signs."""
         for number, weight in enumerate(exchange.updated):
@@ -463,14 +461,14 @@ class Passes:
 
     def _finish(self, exchange: Exchange) -> None:
         """Update what has not been updated, with the sums over all ranks; see `plan_update`."""
-        buffers, early = self._buffers, self._early(exchange)
-        if not early:
+        buffers = self._buffers
+        if not exchange.early:
             self._update_shares(exchange)
         with self.span("wait for gradients"):
             exchange.receive_rest()
         with self.span("update"):
             self.update.launch(len(exchange.updated))
-        if not early:
+        if not exchange.early:
             self._receive_signs(exchange)
         if self.sums_loss:
             with self.span("wait for the loss"):
