@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +109,10 @@ def run(
     cases = [json.dumps({**task, "kind": None}) for task in tasks]
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for case, task in zip(cases, tasks, strict=True):
-        groups.setdefault((task["ranks"], task["library"]), {})[case] = task
+        groups.setdefault((task["library"], task["ranks"]), {})[case] = task
     found: dict[str, dict[str, Any]] = {}
-    for group in groups.values():
+    # PyTorch last: it compiles for minutes.
+    for _, group in sorted(groups.items(), key=lambda each: (each[0][0] != "cupybnn", each[0][1])):
         for case, figures in zip(group, measure(list(group.values())), strict=True):
             found[case] = figures
             record["rows"] = [
@@ -146,7 +147,7 @@ def measure(tasks: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
                 yield figures
 
 
-def _in_processes(tasks: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _in_processes(tasks: Sequence[dict[str, Any]]) -> Generator[dict[str, Any]]:
     """Yield figures of tasks as they come; after an "error", of no further ones."""
     size = tasks[0]["ranks"]
     command = [sys.executable, "-m", "cupybnn.benchmark.scaling.worker", json.dumps(tasks)]
