@@ -115,25 +115,17 @@ class TestByNumpy:
         assert not gpus.module.cuda.runtime.opened
         assert not gpus.module.cuda.runtime.allocated
 
-    @pytest.mark.parametrize(
-        ("most", "direct"),
-        [
-            # Of 2 * 720 numbers, or what a rank gets, in bytes; of a sum of all, of a share.
-            (5760, [True, True, True, True, True]),
-            (5759, [False, True, True, True, True]),
-            (2879, [False, False, False, True, False]),
-            (1439, [False] * 5),
-        ],
-    )
-    def test_large_arrays_are_left_to_nccl(self, monkeypatch, most, direct):
-        monkeypatch.setattr(exchanging, "_MOST_READ", most)
+    def test_large_arrays_are_left_to_nccl(self, monkeypatch):
+        monkeypatch.setattr(exchanging, "_MOST_READ", 4096)
 
-        def exchange(peers, gpus, rank):
-            found = check(peers, gpus.module, rank, 2, 720, lambda: None, turns=1)
-            return found, sum(m() is not None for m in peers._memory)
+        def allocate(peers, gpus, rank):
+            return [
+                peers.zeros([(8, np.uint8), (count, np.float32)]) is not None
+                for count in (1024, 1025, 512)
+            ]
 
-        _, found = self.ranks(monkeypatch, 2, exchange)
-        assert [each[0] for each in found] == [direct] * 2
+        assert self.ranks(monkeypatch, 2, allocate)[1] == [[True, False, True]] * 2
+        assert self.ranks(monkeypatch, 3, allocate)[1] == [[False, False, True]] * 3
 
     def test_none_where_a_rank_cannot_read_another_s_memory(self, monkeypatch):
         def look(peers, gpus, rank):

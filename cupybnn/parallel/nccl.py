@@ -231,7 +231,8 @@ class NcclRanks(Ranks):
                 self._peers = Peers(
                     self._gpu, self.rank, self.size, self._stream, self.gather_bytes
                 )
-        return self._peers.zeros(parts) if self._peers.works else super().shared_zeros(xp, parts)
+        arrays = self._peers.zeros(parts) if self._peers.works else None
+        return super().shared_zeros(xp, parts) if arrays is None else arrays
 
     def _directly(self, method: str, array: Any, out: Any, bfloat16: bool) -> Any:
         """Return what sums arrays without NCCL, or None; see `Peers`."""

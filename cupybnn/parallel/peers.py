@@ -8,7 +8,6 @@ the memory of others through CUDA's handles for other processes (cudaIpcOpenMemH
 from __future__ import annotations
 
 import contextlib
-import itertools
 import socket
 import time
 import weakref
@@ -24,7 +23,7 @@ from cupybnn.backends.devices import Device
 
 __all__ = ["Peers", "SharedMemory", "identity"]
 
-#: Bytes that a rank reads from others, at most.
+#: Bytes that a rank reads from others in an exchange, at most.
 _MOST_READ = 4 << 20
 _ALIGNED, _PAGE = 256, 2 << 20
 _TO_DEVICE = 1  # cudaMemcpyHostToDevice
@@ -176,32 +175,30 @@ class Peers:
 
     # Memory --------------------------------------------------------------------------------------
 
-    def zeros(self, parts: Sequence[tuple[int, Any]]) -> list[Any]:
-        """Return flat arrays of 0, by size and dtype; those that are not too large, to be shared.
+    def zeros(self, parts: Sequence[tuple[int, Any]]) -> list[Any] | None:
+        """Return flat arrays of 0, by size and dtype, that other ranks can read.
 
-        If one rank has no memory to share, none has.
+        None if one is too large, or a rank has no memory that others can open.
         """
         import cupy
 
-        sizes = [-(-n * np.dtype(dtype).itemsize // _ALIGNED) * _ALIGNED for n, dtype in parts]
-        small = [(self._size - 1) * size <= _MOST_READ * self._size for size in sizes]
+        starts, end = [], 0
+        for count, dtype in parts:
+            starts.append(end)
+            nbytes = -(-count * np.dtype(dtype).itemsize // _ALIGNED) * _ALIGNED
+            end += nbytes
+            if (self._size - 1) * nbytes > _MOST_READ:
+                return None
+        memory = SharedMemory(self._device, self._rank, end, self._gather)
+        if not memory.addresses:
+            return None
+        self._memory = [weakref.ref(memory), *(each for each in self._memory if each())]
         with self._device.scope():
-            own = None
-            if any(small):
-                nbytes = sum(itertools.compress(sizes, small))
-                memory = SharedMemory(self._device, self._rank, nbytes, self._gather)
-                if memory.addresses:
-                    self._memory = [weakref.ref(memory), *(m for m in self._memory if m())]
-                    start = memory.addresses[self._rank]
-                    own = cupy.cuda.UnownedMemory(start, memory.nbytes, memory)
-            arrays, end = [], 0
-            for (count, dtype), size, shared in zip(parts, sizes, small, strict=True):
-                if own is None or not shared:
-                    arrays.append(cupy.zeros(count, dtype))
-                    continue
-                arrays.append(cupy.ndarray(count, dtype, cupy.cuda.MemoryPointer(own, end)))
-                end += size
-            return arrays
+            own = cupy.cuda.UnownedMemory(memory.addresses[self._rank], memory.nbytes, memory)
+            return [
+                cupy.ndarray(count, dtype, cupy.cuda.MemoryPointer(own, start))
+                for start, (count, dtype) in zip(starts, parts, strict=True)
+            ]
 
     def _of_all(self, array: Any, nbytes: int, out: Any) -> list[int] | None:
         """Return where each rank has what this one has in `array`; None if others cannot read it.
@@ -249,7 +246,7 @@ class Peers:
         self, kind: str, array: Any, out: Any, first: int, nbytes: int
     ) -> Callable[[], None] | None:
         sent = self._of_all(array, nbytes, out)
-        if sent is None or (self._size - 1) * nbytes > _MOST_READ:
+        if sent is None:
             return None
         return partial(self._combine, kind, sent, out.data.ptr, first=first, nbytes=nbytes)
 

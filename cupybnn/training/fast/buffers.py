@@ -166,7 +166,7 @@ class Buffers:
             self._all_small = cupy.zeros((plan.passes, ends[-1]), np.float32)
             self._total = self._all_small[0]
         else:
-            self._all_small, self._total = exchange.small(plan.passes, ends[-1])
+            self._all_small, self._total = exchange.allocate(plan.passes, ends[-1])
         self._small = [
             SmallGradients(self._all_small[:, a:b]) for a, b in itertools.pairwise(ends[:-1])
         ]

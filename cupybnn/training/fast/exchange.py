@@ -72,44 +72,54 @@ class Exchange:
             self.overlaps and weights[0] not in self.shared and weights[-1] not in self.shared
         )
         real = operand_dtype(plan.precision)
-        lengths = {}
+        self._lengths: dict[nn.Parameter, int] = {}  # of what is sent of hidden weights
+        self._real = real
         self._sums: dict[nn.Parameter, Any] = {}
         for weight in weights[1:]:
             shared = self.shared.get(weight)
-            lengths[weight] = weight.size if shared is None else self.ranks.size * shared.length
-            self._sums[weight] = cupy.empty(weight.size if shared is None else shared.length, real)
+            length = weight.size if shared is None else shared.length
+            self._lengths[weight] = length if shared is None else self.ranks.size * length
+            self._sums[weight] = cupy.empty(length, real)
         self._starts: dict[nn.Parameter, int] = {}
         words = 0
         for weight, shared in self.shared.items():
             self._starts[weight] = words
             words += shared.groups * weight.shape[1]
         words = -(-words // _WORDS) * _WORDS
-        # Zeros, because padding stays 0.
-        parts = [*((length, real) for length in lengths.values()), (words, np.uint32)]
-        *gradients, self._words = self._zeros(parts)
-        self._gradients = dict(zip(lengths, gradients, strict=True))
         self._all_words = cupy.zeros((self.ranks.size, words), np.uint32)
         self._begun: dict[nn.Parameter, Pending] = {}
         self._small = self._signs = self._greatest = Pending(lambda: None)
 
     # Memory --------------------------------------------------------------------------------------
 
-    def _zeros(self, parts: Sequence[tuple[int, Any]]) -> list[Any]:
-        """Return arrays of 0 to be sent, by size and dtype."""
+    def allocate(self, passes: int, count: int) -> tuple[Any, Any]:
+        """Allocate what is sent.
+
+        Parameters
+        ----------
+        passes, count : int
+            Passes, and numbers of each that are computed in float32.
+
+        Returns
+        -------
+        cupy.ndarray, shape (passes, count)
+            For these; those of the first pass are sent.
+        cupy.ndarray, shape (count,)
+            For their sum over all ranks.
+        """
         import cupy
 
+        # Zeros, because padding stays 0.
+        parts: list[tuple[int, Any]] = [(n, self._real) for n in self._lengths.values()]
+        parts += [(self._all_words.shape[1], np.uint32), (passes * count, np.float32)]
         if self.overlaps:
-            return self.ranks.shared_zeros(cupy, parts)
-        return [cupy.zeros(count, dtype) for count, dtype in parts]
-
-    def small(self, passes: int, count: int) -> tuple[Any, Any]:
-        """Return memory for what is computed in float32, by pass, and for the first one's sum."""
-        import cupy
-
-        (memory,) = self._zeros([(passes * count, np.float32)])
-        memory = memory.reshape(passes, count)
-        self._mine, self._total = memory[0], cupy.zeros(count, np.float32)
-        return memory, self._total
+            *gradients, self._words, small = self.ranks.shared_zeros(cupy, parts)
+        else:
+            *gradients, self._words, small = (cupy.zeros(*part) for part in parts)
+        self._gradients = dict(zip(self._lengths, gradients, strict=True))
+        small = small.reshape(passes, count)
+        self._mine, self._total = small[0], cupy.zeros(count, np.float32)
+        return small, self._total
 
     def gradient(self, weight: nn.Parameter) -> Any:
         """Return memory for the gradient of a hidden weight on this rank."""
