@@ -11,11 +11,15 @@ import ctypes
 import math
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
+from kernels_by_numpy import Fields, narrowed, widened
+from kernels_by_numpy import at as array_at
 
 from cupybnn.backends import devices
+from cupybnn.backends.cuda import peers as launches
 from cupybnn.parallel import joining, nccl
 
 DTYPES = {number: np.dtype(name) for number, name in enumerate(nccl._DTYPES, 100)}
@@ -70,6 +74,9 @@ class Gpus:
             def synchronize(self) -> None:
                 gpus.here()
 
+            def record(self) -> Event:
+                return Event()
+
         class Array(np.ndarray):
             device = property(lambda self: SimpleNamespace(id=self._device))
 
@@ -101,22 +108,40 @@ class Gpus:
             ndarray=Array,
             asarray=placed,
             empty=lambda shape, dtype: placed(np.empty(shape, dtype)),
+            zeros=lambda shape, dtype: placed(np.zeros(shape, dtype)),
             ascontiguousarray=contiguous,
             cuda=SimpleNamespace(
                 Device=Device,
                 Event=Event,
                 Stream=Stream,
                 get_current_stream=lambda: Stream(gpus.current()),
-                runtime=SimpleNamespace(
-                    getDevice=self.current, deviceGetPCIBusId=lambda index: f"0000:{index:02}:00.0"
+                runtime=Runtime(self),
+                alloc_pinned_memory=Pinned,
+                UnownedMemory=lambda ptr, size, owner: SimpleNamespace(
+                    ptr=ptr, size=size, owner=owner
                 ),
+                MemoryPointer=memory_pointer,
             ),
         )
         monkeypatch.setitem(sys.modules, "cupy", self.module)
+        monkeypatch.setitem(sys.modules, "cupy.cuda", self.module.cuda)
+        monkeypatch.setattr(launches, "load_kernel", self._load)
         monkeypatch.setattr(nccl, "_binding", lambda: Binding(self))
         status = devices.CudaStatus(True, "", count, "of a test")
         for module in (devices, joining):
             monkeypatch.setattr(module, "cuda_status", lambda: status)
+
+    def _load(self, source, function, defines, device):
+        """Return the one kernel that exchanges."""
+        assert (source, function) == ("smxx_peers", "combine")
+        assert self.here() == device
+
+        def launch(grid, block, arguments, stream) -> None:
+            assert self.here() == device == stream.device, "a launch on another device"
+            p, *rest = arguments
+            combine(grid[0], dict(defines)["KIND"], decode(p), *(int(value) for value in rest))
+
+        return launch
 
     def current(self) -> int:
         """Return the current device of this thread: at first the first, which costs nothing."""
@@ -130,6 +155,110 @@ class Gpus:
         """Return the current device, which is used now."""
         self.used.add(self.current())
         return self.current()
+
+
+class Pinned(bytearray):
+    """Memory of the host that is not paged."""
+
+    @property
+    def ptr(self) -> int:
+        return ctypes.addressof(ctypes.c_char.from_buffer(self))
+
+
+def memory_pointer(memory, start):
+    found = (ctypes.c_char * (memory.size - start)).from_address(memory.ptr + start)
+    found.memory = memory  # as long as the array lives
+    return found
+
+
+class Runtime:
+    """Stands for `cupy.cuda.runtime`; a handle for another process is an address."""
+
+    CUDARuntimeError = ValueError
+
+    def __init__(self, gpus: Gpus) -> None:
+        self._gpus, self.getDevice = gpus, gpus.current
+        self.allocated: dict[int, np.ndarray] = {}
+        self.opened: list[int] = []
+        self.refused = -1  # the device that cannot open others' memory
+
+    def deviceGetPCIBusId(self, index: int) -> str:
+        return f"0000:{index:02}:00.0"
+
+    def deviceSynchronize(self) -> None:
+        self._gpus.here()
+
+    def malloc(self, nbytes: int) -> int:
+        array = np.full(nbytes + 256, 0xFF, np.uint8)
+        start = -(-array.ctypes.data // 256) * 256
+        self.allocated[start] = array
+        return start
+
+    def free(self, start: int) -> None:
+        del self.allocated[start]
+
+    def memset(self, start: int, value: int, nbytes: int) -> None:
+        ctypes.memset(start, value, nbytes)
+
+    def memcpy(self, to: int, start: int, nbytes: int, kind: int) -> None:
+        ctypes.memmove(to, start, nbytes)
+
+    def ipcGetMemHandle(self, start: int) -> bytes:
+        return start.to_bytes(8, "little")
+
+    def ipcOpenMemHandle(self, handle: bytes) -> int:
+        if self._gpus.here() == self.refused:
+            raise self.CUDARuntimeError("peer access is not supported between these two devices")
+        self.opened.append(int.from_bytes(handle, "little"))
+        return self.opened[-1]
+
+    def ipcCloseMemHandle(self, start: int) -> None:
+        self.opened.remove(start)
+
+
+def decode(p: np.ndarray) -> Fields:
+    found = Fields(
+        zip((f.name for f in launches.PEERS.fields),
+            launches.PEERS._struct.unpack(p.tobytes()), strict=True)
+    )  # fmt: skip
+    for name in ("sent", "marks"):
+        found[name] = np.frombuffer(found[name], np.uint64).tolist()
+    return found
+
+
+def combine(blocks: int, kind: int, p: Fields, first: int, count: int, out: int) -> None:
+    """Do what the kernel does, whose blocks are one here; meetings are as they are there."""
+    meetings = array_at(p.meetings, blocks, np.uint32)
+
+    def meet() -> bool:
+        meetings[...] += 1
+        for other in range(p.size):
+            for block in range(blocks if other != p.rank else 0):
+                array_at(p.marks[other] + 4 * (8 * block + p.rank), 1, np.uint32)[0] = meetings[
+                    block
+                ]
+        mine = array_at(p.marks[p.rank], (blocks, 8), np.uint32)
+        others = [other for other in range(p.size) if other != p.rank]
+        while (mine[:, others] < meetings[:, None]).any():
+            if array_at(p.ended, 1, np.uint32)[0]:
+                return False
+            time.sleep(0.0002)
+        return True
+
+    if not meet():
+        return
+    dtype = np.uint8 if kind == 0 else np.float32 if kind == 1 else np.uint16
+    size = 16 * count // np.dtype(dtype).itemsize
+    parts = [array_at(start + 16 * first, size, dtype) for start in p.sent[: p.size]]
+    to = array_at(out, size * (p.size if kind == 0 else 1), dtype)
+    if kind == launches.KINDS["copied"]:
+        to[...] = np.concatenate(parts)
+    else:
+        total, *more = (widened(part) if kind == 2 else part.copy() for part in parts)
+        for part in more:
+            total += part
+        to[...] = narrowed(total) if kind == 2 else total
+    meet()
 
 
 class Binding:

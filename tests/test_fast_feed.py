@@ -15,7 +15,8 @@ from cupybnn.training.fast import feed as module
 from cupybnn.training.fast.feed import Feed
 
 
-def test_the_order_of_images_is_drawn_ahead_and_is_the_same():
+@pytest.mark.parametrize("pool", [ThreadPoolExecutor(3), None])
+def test_the_order_of_images_is_drawn_ahead_and_is_the_same(pool):
     feed = object.__new__(Feed)  # without what it keeps on a device
     feed._order, feed.ring = BatchOrder(100, 8, seed=3, device=Device("cpu")), 7
     waited: list[int] = []
@@ -24,6 +25,7 @@ def test_the_order_of_images_is_drawn_ahead_and_is_the_same():
         SimpleNamespace(synchronize=lambda side=side: waited.append(side)) for side in range(2)
     ]
     feed._thread, feed._ahead = ThreadPoolExecutor(1), {}
+    feed._drawers, feed._orders = pool, {}  # None where the interpreter is shutting down
     expected = BatchOrder(100, 8, seed=3, device=Device("cpu"))
     for first in (0, 7, 14, 70, 77, 7, 14):  # with two jumps, as after a restored checkpoint
         drawn = feed._drawn(first)

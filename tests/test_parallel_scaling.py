@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 
@@ -34,9 +35,10 @@ def figures(task):
 def scaling(monkeypatch):
     monkeypatch.setattr(record.importlib.util, "find_spec", lambda name: name)  # "torch" is there
     tasks = []
-    monkeypatch.setattr(record, "measure", lambda task: tasks.append(task) or figures(task))
+    monkeypatch.setattr(record, "measure", lambda some: tasks.append(some) or map(figures, some))
     made = record.run(CPU, [1, 2, 4], sizes=[SMALL])
-    assert len(tasks) == 2 * 5  # on one rank, weak and strong scaling are the same
+    # On one rank, weak and strong scaling are the same; on several, processes measure both.
+    assert list(map(len, tasks)) == [1, 2, 2] * 2
     return made
 
 
@@ -70,7 +72,7 @@ def test_a_failure_is_in_the_record_and_in_the_exit_code(monkeypatch, capsys):
     def failing(task):
         return {"error": "out of memory", "failed": True} if task["ranks"] == 2 else figures(task)
 
-    monkeypatch.setattr(record, "measure", failing)
+    monkeypatch.setattr(record, "measure", lambda tasks: map(failing, tasks))
     assert main(["bench", "train", "--ranks", "1,2", "--sizes", "64x24"]) == 1
     assert "cupybnn, 2 ranks: out of memory" in capsys.readouterr().out
 
@@ -82,25 +84,43 @@ def test_nothing_to_draw(scaling, tmp_path):
     assert list(tables.summary(empty)) == []
 
 
+def test_a_record_that_is_interrupted_has_what_was_measured(monkeypatch, tmp_path, capsys):
+    def measure(tasks):
+        for task in tasks:
+            if task["ranks"] == 2 and task["kind"] == "strong":
+                raise KeyboardInterrupt
+            yield figures(task)
+
+    monkeypatch.setattr(record, "measure", measure)
+    path = tmp_path / "scaling.json"
+    options = ["--ranks", "1,2", "--sizes", "64x24", "--json", str(path)]
+    with contextlib.suppress(KeyboardInterrupt):
+        main(["bench", "train", *options])
+    rows = records.load(path)["rows"]
+    found = [(r["kind"], r["ranks"]) for r in rows if r["library"] == "cupybnn"]
+    assert found == [("weak", 1), ("weak", 2), ("strong", 1)]
+    assert next(r for r in rows if r["ranks"] == 2)["speedup"] == pytest.approx(2 / 1.2)
+    assert "1.67 x" in capsys.readouterr().out  # the table
+
+
 def test_ranks_are_really_started_and_timed():
-    (task,) = [
-        task
+    """Those of all cases at once; after a case that fails, others are started for the rest."""
+    weak, strong = (
+        {**task, "images": 200, "seconds": 0.001}
         for task in record.tasks_for(CPU, [2], [SMALL], quick=True)
-        if (task["library"], task["kind"]) == ("cupybnn", "weak")
-    ]
-    found = record.measure({**task, "images": 200, "seconds": 0.001})
-    assert "error" not in found, found
-    assert found["how"] == found["alone_how"] == "plain"
-    assert found["step"]["min"] <= found["step"]["median"] <= found["step"]["p90"]
-    # Two layers' latent weights, mean and square of half the weights, packed in lines of 64 bits.
-    assert found["state_bytes"] == 2 * 3 * 4 * (64 * 64 // 2)
-
-
-def test_a_rank_that_fails_is_reported():
-    (task, *_) = record.tasks_for(CPU, [2], [SMALL], quick=True)
-    found = record.measure({**task, "batch": 1, "images": 200})
-    assert found["failed"]
-    assert "must be at least their number" in found["error"]
+        if task["library"] == "cupybnn"
+    )
+    failing, again, found = record.measure([{**weak, "batch": 1}, weak, strong])
+    assert failing["failed"]
+    assert "must be at least their number" in failing["error"]
+    for each in (again, found):
+        assert "error" not in each, each
+        assert each["how"] == each["alone_how"] == "plain"
+        assert each["step"]["min"] <= each["step"]["median"] <= each["step"]["p90"]
+        # Two layers' latent weights, mean and square of half the weights, packed in lines of 64
+        # bits.
+        assert each["state_bytes"] == 2 * 3 * 4 * (64 * 64 // 2)
+    assert again["examples_per_second"] == 48 / again["step"]["median"]
 
 
 @pytest.mark.parametrize(

@@ -297,20 +297,30 @@ def _measure_scaling(args: argparse.Namespace) -> dict[str, Any]:
     from cupybnn.benchmark.scaling import tables
     from cupybnn.benchmark.training.variants import Size
 
-    def progress(record: dict[str, Any], done: str) -> None:
-        _print(tables.heading(record) if done == "begun" else [tables.row(record["rows"][-1])])
-        if done == "row":
-            _save_so_far(record, args)
+    so_far: dict[str, Any] = {"rows": []}
+    shown: set[str] = set()
 
-    record = scaling.run(
-        resolve("cuda" if args.gpus else "cpu"),
-        args.gpus or args.ranks,
-        quick=args.quick,
-        sizes=[Size(*size) for size in args.sizes] if args.sizes else None,
-        progress=progress,
-    )
-    print()
-    _print(tables.summary(record))
+    def progress(record: dict[str, Any], done: str) -> None:
+        so_far.update(record)
+        if done == "begun":
+            _print(tables.heading(record))
+            return
+        lines = dict.fromkeys(map(tables.row, record["rows"]))
+        _print(line for line in lines if line not in shown)
+        shown.update(lines)
+        _save_so_far(record, args)
+
+    try:
+        record = scaling.run(
+            resolve("cuda" if args.gpus else "cpu"),
+            args.gpus or args.ranks,
+            quick=args.quick,
+            sizes=[Size(*size) for size in args.sizes] if args.sizes else None,
+            progress=progress,
+        )
+    finally:  # of what has been measured, if it is interrupted
+        print()
+        _print(tables.summary(so_far))
     return record
 
 

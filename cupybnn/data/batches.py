@@ -99,14 +99,14 @@ class BatchOrder:
 
     def host_permutation(self, epoch: int) -> np.ndarray:
         """Return the indices of all images in the order of `epoch`, int64, in host memory."""
+        return self._cached(self._on_host, epoch, lambda: self.draw(epoch))
 
-        def draw() -> np.ndarray:
-            # 0xBA7C4 separates this stream from others with the same seed.
-            rng = np.random.default_rng([self.seed, 0xBA7C4, epoch])
-            order = rng.permutation(self.images) if self.shuffle else np.arange(self.images)
-            return order if self._ends is None else self._drawn(rng.random())[order]
-
-        return self._cached(self._on_host, epoch, draw)
+    def draw(self, epoch: int) -> np.ndarray:
+        """Return what `host_permutation` does, drawn anew; several threads may, at a time."""
+        # 0xBA7C4 separates this stream from others with the same seed.
+        rng = np.random.default_rng([self.seed, 0xBA7C4, epoch])
+        order = rng.permutation(self.images) if self.shuffle else np.arange(self.images)
+        return order if self._ends is None else self._drawn(rng.random())[order]
 
     def _drawn(self, offset: float) -> np.ndarray:
         """Return the images of an epoch in their order, by systematic sampling.

@@ -15,7 +15,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from cupybnn.backends.devices import Device
 from cupybnn.errors import DeviceError, RankError
 from cupybnn.extras import to_install
 from cupybnn.parallel.meeting import Meeting
+from cupybnn.parallel.peers import Peers
 from cupybnn.parallel.ranks import Pending, Ranks
 
 __all__ = ["NcclRanks", "new_id"]
@@ -102,6 +103,7 @@ class NcclRanks(Ranks):
         self._meeting = meeting
         self.rank, self.size, self.device = rank, size, str(device)
         self._gpu = device
+        self._peers: Peers | None = None
         self._taking = threading.Lock()
         self._unfinished: deque[tuple[Any, float]] = deque()  # events, and when they were issued
         self._types = {
@@ -141,11 +143,12 @@ class NcclRanks(Ranks):
         call: Callable[..., Any],
         out: Any = None,
         bfloat16: bool = False,
+        directly: Callable[[], None] | None = None,
     ) -> Pending:
         """Begin an exchange that fills an array of `shape`.
 
         `call` gets the communicator, the two addresses, NCCL's number of the dtype, None if it
-        knows no such numbers, and the stream.
+        knows no such numbers, and the stream. `directly` exchanges without NCCL.
         """
         import cupy
 
@@ -163,7 +166,10 @@ class NcclRanks(Ranks):
             addresses = sent.data.ptr, received.data.ptr
             dtype = _BFLOAT16 if bfloat16 else self._types.get(sent.dtype)
             try:
-                call(self._communicator, *addresses, dtype, self._stream.ptr)
+                if directly is None:
+                    call(self._communicator, *addresses, dtype, self._stream.ptr)
+                else:
+                    directly()
             except AttributeError:
                 self.check()  # raises, because the meeting's thread has aborted it meanwhile
                 raise
@@ -219,11 +225,28 @@ class NcclRanks(Ranks):
                 self._unfinished.popleft()
         return self._unfinished[0][1] if self._unfinished else None
 
+    def shared_zeros(self, xp: Any, parts: Sequence[tuple[int, Any]]) -> list[Any]:
+        if self._peers is None:
+            with self._gpu.scope():
+                self._peers = Peers(
+                    self._gpu, self.rank, self.size, self._stream, self.gather_bytes
+                )
+        arrays = self._peers.zeros(parts) if self._peers.works else None
+        return super().shared_zeros(xp, parts) if arrays is None else arrays
+
+    def _directly(self, method: str, array: Any, out: Any, bfloat16: bool) -> Any:
+        """Return what sums arrays without NCCL, or None; see `Peers`."""
+        kind = "bfloat16" if bfloat16 else "float32"
+        if self._peers is None or (not bfloat16 and array.dtype != np.float32):
+            return None
+        return getattr(self._peers, method)(array, out, kind)
+
     def all_reduce(self, array: Any, *, out: Any = None, bfloat16: bool = False) -> Pending:
         def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
             nccl.allReduce(sent, received, array.size, dtype, self._nccl.NCCL_SUM, stream)
 
-        return self._issue(array, array.shape, call, out, bfloat16)
+        directly = self._directly("all_reduce", array, out, bfloat16)
+        return self._issue(array, array.shape, call, out, bfloat16, directly)
 
     def reduce_scatter(self, array: Any, *, out: Any = None, bfloat16: bool = False) -> Pending:
         count = array.size // self.size
@@ -231,13 +254,15 @@ class NcclRanks(Ranks):
         def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
             nccl.reduceScatter(sent, received, count, dtype, self._nccl.NCCL_SUM, stream)
 
-        return self._issue(array, (count,), call, out, bfloat16)
+        directly = self._directly("reduce_scatter", array, out, bfloat16)
+        return self._issue(array, (count,), call, out, bfloat16, directly)
 
     def all_gather(self, array: Any, *, out: Any = None) -> Pending:
         def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
             nccl.allGather(sent, received, array.nbytes, self._nccl.NCCL_UINT8, stream)
 
-        return self._issue(array, (self.size, *array.shape), call, out)
+        directly = None if self._peers is None else self._peers.all_gather(array, out)
+        return self._issue(array, (self.size, *array.shape), call, out, directly=directly)
 
     def all_max(self, array: Any, *, out: Any = None) -> Pending:
         def call(nccl: Any, sent: int, received: int, dtype: int, stream: int) -> None:
@@ -264,6 +289,8 @@ class NcclRanks(Ranks):
         return host
 
     def abort(self) -> None:
+        if self._peers is not None:
+            self._peers.end()
         if (communicator := self._take()) is not None:
             with self._here():
                 communicator.abort()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -111,6 +111,20 @@ class Ranks:
     def broadcast(self, array: Any) -> Pending:
         """Return rank 0's array."""
         raise NotImplementedError
+
+    def shared_zeros(self, xp: Any, parts: Sequence[tuple[int, Any]]) -> list[Any]:
+        """Return flat arrays of 0 from which exchanges are as fast as they can be.
+
+        Every rank must call this with the same `parts`. An exchange's `out` is another array.
+
+        Parameters
+        ----------
+        xp : module
+            numpy or cupy.
+        parts : sequence of (int, dtype)
+            Size and dtype of each array.
+        """
+        return [xp.zeros(count, dtype) for count, dtype in parts]
 
     def replayed(self, exchanges: int) -> None:
         """Record that a CUDA graph was launched in which so many exchanges have been captured."""

@@ -36,6 +36,8 @@ from cupybnn.training.step import Objective
 
 __all__ = ["Team"]
 
+#: Steps that the host may be ahead of a GPU. With fewer, a GPU waits for the host now and then.
+_AHEAD = 4
 #: Gradients of at most this many elements are sent together, when the backward pass is done.
 _SMALL = 1 << 15
 
@@ -194,13 +196,16 @@ class Team:
         return xp.asarray(value)
 
     def count(self, vote: Any) -> None:
-        """Look whether a rank wants to stop; on a GPU, in the step before, which may have ended."""
+        """Look whether a rank wants to stop; on a GPU, some steps ago, which may have ended.
+
+        The host waits for that step, so it is as many steps ahead of the device at most.
+        """
         if self._device.kind == "cpu":
             self.stop = bool(vote > 0)
             return
         xp = self._device.xp
         self._votes.append((vote, xp.cuda.get_current_stream().record()))
-        if len(self._votes) == 2:
+        if len(self._votes) > _AHEAD:
             earlier, counted = self._votes.pop(0)
             side = self._side = self._side or xp.cuda.Stream(non_blocking=True)
             side.wait_event(counted)

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from cupybnn.backends.devices import synchronize
+from cupybnn.backends.devices import Device, synchronize
 from cupybnn.benchmark.scaling.steps import time_steps
 from cupybnn.benchmark.training.record import random_images
 from cupybnn.parallel import Alone, Ranks
@@ -33,16 +33,18 @@ def _step(ranks: Ranks, task: dict[str, Any], batch: int) -> tuple[Callable[[], 
     return lambda: trainer.make_step(next(numbers)), trainer
 
 
-def measure(ranks: Ranks, task: dict[str, Any]) -> dict[str, Any]:
+def measure(ranks: Ranks, task: dict[str, Any], device: Device) -> dict[str, Any]:
     """Time steps of the network on all ranks, and on one with as many images as each has."""
     step, trainer = _step(ranks, task, task["batch"])
     wait = lambda: synchronize(trainer.device)  # noqa: E731
     row: dict[str, Any] = {"step": time_steps(step, wait, ranks, task["seconds"])}
     row["how"] = _how(trainer)
     row["state_bytes"] = _state_bytes(trainer)
+    if ranks.size == 1:
+        return {**row, "alone": row["step"]["median"], "alone_how": row["how"]}
     alone = Alone()
     alone.device = ranks.device
-    single = {**task, "device": str(trainer.device)}
+    single = {**task, "device": str(device)}
     step, trainer = _step(alone, single, task["batch"] // ranks.size)
     wait = lambda: synchronize(trainer.device)  # noqa: E731
     row["alone"] = time_steps(step, wait, alone, task["seconds"])["median"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,17 +17,16 @@ from cupybnn.benchmark.training.peer import Network, Stepper
 from cupybnn.benchmark.training.record import random_images
 from cupybnn.parallel import Alone, Ranks
 
-__all__ = ["measure"]
+__all__ = ["connected", "measure"]
 
 
-def measure(ranks: Ranks, task: dict[str, Any], device: Device) -> dict[str, Any]:
-    """Time steps of the network on all ranks, and on one with as many images as each has."""
+@contextlib.contextmanager
+def connected(ranks: Ranks, device: Device) -> Iterator[None]:
+    """Context in which PyTorch's ranks are connected."""
     gpu = device.kind == "cuda"
-    where = torch.device(f"cuda:{device.index}" if gpu else "cpu")
     if gpu:
-        torch.cuda.set_device(where)
+        torch.cuda.set_device(device.index)
         torch.set_float32_matmul_precision("high")
-    wait = torch.cuda.synchronize if gpu else lambda: None
     if ranks.size > 1:
         dist.init_process_group(
             "nccl" if gpu else "gloo",
@@ -34,18 +35,27 @@ def measure(ranks: Ranks, task: dict[str, Any], device: Device) -> dict[str, Any
             world_size=ranks.size,
         )
     try:
-        stepper = _stepper(ranks, task, where)
-        row: dict[str, Any] = {"step": time_steps(stepper, wait, ranks, task["seconds"])}
-        row["how"] = "compiled" if gpu else "eager"
-        row["state_bytes"] = sum(3 * w.numel() * w.element_size() for w in stepper.network.latent)
-        del stepper
-        alone = _stepper(Alone(), {**task, "batch": task["batch"] // ranks.size}, where)
-        row["alone"] = time_steps(alone, wait, Alone(), task["seconds"])["median"]
-        row["alone_how"] = row["how"]
-        return row
+        yield
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def measure(ranks: Ranks, task: dict[str, Any], device: Device) -> dict[str, Any]:
+    """Time steps of the network on all ranks, and on one with as many images as each has."""
+    gpu = device.kind == "cuda"
+    where = torch.device(f"cuda:{device.index}" if gpu else "cpu")
+    wait = torch.cuda.synchronize if gpu else lambda: None
+    stepper = _stepper(ranks, task, where)
+    row: dict[str, Any] = {"step": time_steps(stepper, wait, ranks, task["seconds"])}
+    row["how"] = "compiled" if gpu else "eager"
+    row["state_bytes"] = sum(3 * w.numel() * w.element_size() for w in stepper.network.latent)
+    row["alone"], row["alone_how"] = row["step"]["median"], row["how"]
+    if ranks.size > 1:
+        del stepper
+        alone = _stepper(Alone(), {**task, "batch": task["batch"] // ranks.size}, where)
+        row["alone"] = time_steps(alone, wait, Alone(), task["seconds"])["median"]
+    return row
 
 
 def _stepper(ranks: Ranks, task: dict[str, Any], where: Any) -> Stepper:
@@ -74,5 +84,7 @@ def _stepper(ranks: Ranks, task: dict[str, Any], where: Any) -> Stepper:
             from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
             forward.register_comm_hook(None, default_hooks.bf16_compress_hook)
+    if gpu:
+        torch._dynamo.reset()  # each network is compiled anew, as if it were the first
     stepper._forward = torch.compile(forward, dynamic=False) if gpu else forward
     return stepper

@@ -1,20 +1,25 @@
-"""Measure steps of several ranks, each measurement in processes of its own."""
+"""Measure steps of several ranks, in processes that a library and a number of ranks share."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
+import os
+import queue
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from cupybnn.backends.devices import Device
 from cupybnn.benchmark.record import new_record
 from cupybnn.benchmark.training.variants import Size
+from cupybnn.parallel.locks import LAUNCHER, hold
 from cupybnn.parallel.starting import rank_environment
 
 __all__ = ["compare", "run", "tasks_for"]
@@ -38,7 +43,7 @@ METHOD = {
     ),
     "state": "bytes of latent weights and their optimizer's arrays on a rank",
 }
-_TIMEOUT = 900.0
+_TIMEOUT, _TIMEOUT_TO_LEAVE = 900.0, 60.0
 _NAMES = ("library", "kind", "ranks", "hidden", "size", "batch", "precision")
 
 
@@ -69,7 +74,7 @@ def tasks_for(
                             "precision": "bfloat16" if gpu else "float32",
                             "device": "cuda" if gpu else "cpu",
                             "images": 60000,
-                            "seconds": 0.05 if quick else 0.3,
+                            "seconds": 0.05 if quick else 0.1,
                         }
                     )
     return tasks
@@ -99,53 +104,116 @@ def run(
     record = new_record("scaling", device, quick, [])
     record |= {"method": METHOD, "counts": list(counts), "rows": []}
     report(record, "begun")
-    measured: dict[str, dict[str, Any]] = {}
-    for task in tasks_for(device, counts, sizes, quick):
-        case = json.dumps({**task, "kind": None})  # on one rank, weak and strong are the same
-        if case not in measured:
-            measured[case] = measure(task)
-        row = {name: task[name] for name in _NAMES} | measured[case]
-        record["rows"].append(row)
-        compare(record)
-        record["seconds"] = time.perf_counter() - began
-        report(record, "row")
+    tasks = tasks_for(device, counts, sizes, quick)
+    # On one rank, weak and strong scaling are the same.
+    cases = [json.dumps({**task, "kind": None}) for task in tasks]
+    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for case, task in zip(cases, tasks, strict=True):
+        groups.setdefault((task["library"], task["ranks"]), {})[case] = task
+    found: dict[str, dict[str, Any]] = {}
+    # PyTorch last: it compiles for minutes.
+    for _, group in sorted(groups.items(), key=lambda each: (each[0][0] != "cupybnn", each[0][1])):
+        for case, figures in zip(group, measure(list(group.values())), strict=True):
+            found[case] = figures
+            record["rows"] = [
+                {name: task[name] for name in _NAMES} | found[case]
+                for case, task in zip(cases, tasks, strict=True)
+                if case in found
+            ]
+            compare(record)
+            record["seconds"] = time.perf_counter() - began
+            report(record, "row")
     return record
 
 
-def measure(task: dict[str, Any]) -> dict[str, Any]:
-    """Run one measurement; return its figures, or an "error" if a rank failed."""
-    with tempfile.TemporaryDirectory(prefix="cupybnn-ranks-", ignore_cleanup_errors=True) as folder:
-        command = [sys.executable, "-m", "cupybnn.benchmark.scaling.worker", json.dumps(task)]
-        size = task["ranks"]
+def measure(tasks: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Measure tasks of one library and number of ranks, in the same processes.
+
+    Yields
+    ------
+    dict
+        For each task its figures, or an "error" if a rank failed. Other processes then measure the
+        rest.
+    """
+    rest = list(tasks)
+    while rest:
+        with contextlib.closing(_in_processes(rest)) as results:
+            for figures in results:
+                task = rest.pop(0)
+                if "error" not in figures:
+                    seconds = figures["step"]["median"]
+                    figures["examples_per_second"] = task["batch"] / seconds
+                    figures["exposed"] = seconds - figures["alone"]
+                yield figures
+
+
+def _in_processes(tasks: Sequence[dict[str, Any]]) -> Generator[dict[str, Any]]:
+    """Yield figures of tasks as they come; after an "error", of no further ones."""
+    size = tasks[0]["ranks"]
+    command = [sys.executable, "-m", "cupybnn.benchmark.scaling.worker", json.dumps(tasks)]
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="cupybnn-ranks-", ignore_cleanup_errors=True)
+        )
+        lock = hold(Path(folder) / LAUNCHER)  # if this process is killed, the ranks end, too
+        stack.callback(os.close, lock)
+        complaints = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(size)]
         processes = [
             subprocess.Popen(
                 command,
                 env=rank_environment(rank, size, Path(folder)),
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL if rank else subprocess.PIPE,
+                stderr=complaint,
                 text=True,
             )
-            for rank in range(size)
+            for rank, complaint in enumerate(complaints)
         ]
-        try:
-            outputs = [process.communicate(timeout=_TIMEOUT) for process in processes]
-        except subprocess.TimeoutExpired:
-            return {"error": f"no result within {_TIMEOUT:.0f} seconds", "failed": True}
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    process.kill()
-                    process.wait()
-    for process, (_, complaint) in zip(processes, outputs, strict=True):
-        if process.returncode:
-            last = (complaint.strip().splitlines() or ["no message"])[-1]
-            return {"error": last[:500], "failed": True}
-    found: dict[str, Any] = json.loads(outputs[0][0].strip().splitlines()[-1])
-    seconds = found["step"]["median"]
-    found["examples_per_second"] = task["batch"] / seconds
-    found["exposed"] = seconds - found["alone"]
-    return found
+        stack.callback(_end, processes)
+        lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=_forward, args=(processes[0].stdout, lines), daemon=True).start()
+        for _ in tasks:
+            try:
+                line = lines.get(timeout=_TIMEOUT)
+            except queue.Empty:
+                yield {"error": f"no result within {_TIMEOUT:.0f} seconds", "failed": True}
+                return
+            if not line:
+                yield {"error": _complaint(processes, complaints), "failed": True}
+                return
+            yield json.loads(line)
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_TIMEOUT_TO_LEAVE)
+
+
+def _forward(stream: Any, lines: queue.Queue[str]) -> None:
+    """Pass on the lines of results, and an empty one at their end."""
+    for line in stream:
+        if line.startswith("{"):
+            lines.put(line)
+    lines.put("")
+
+
+def _complaint(processes: Sequence[Any], complaints: Sequence[Any]) -> str:
+    """Return the last line that a rank which failed has printed."""
+    for process, file in zip(processes, complaints, strict=True):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if process.wait(_TIMEOUT_TO_LEAVE) == 0:
+                continue
+        file.seek(0)
+        if said := file.read().strip().splitlines():
+            return str(said[-1][:500])
+    return "no message"
+
+
+def _end(processes: Sequence[Any]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
 
 
 def compare(record: dict[str, Any]) -> None:

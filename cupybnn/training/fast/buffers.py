@@ -162,7 +162,11 @@ class Buffers:
         shapes = [_small_shapes(plan, i) for i in range(len(plan.hidden))]
         ends = np.cumsum([0, *(SmallGradients.size(each) for each in shapes), 4]).tolist()
         #: Small gradients and the loss of each pass, and the vote.
-        self._all_small = cupy.zeros((plan.passes, ends[-1]), np.float32)
+        if exchange is None:
+            self._all_small = cupy.zeros((plan.passes, ends[-1]), np.float32)
+            self._total = self._all_small[0]
+        else:
+            self._all_small, self._total = exchange.allocate(plan.passes, ends[-1])
         self._small = [
             SmallGradients(self._all_small[:, a:b]) for a, b in itertools.pairwise(ends[:-1])
         ]
@@ -182,11 +186,8 @@ class Buffers:
         self.gathered = self.undropped
         if plan.mix != "none":
             self.gathered = cupy.empty((plan.batch + plan.further, plan.features), real)
-        mine, self._total = self._all_small[0], self._all_small[0]
-        if exchange is not None:
-            self._total = cupy.zeros_like(mine)
-            exchange.use_small(mine, self._total)
-        self.vote, self.votes = (each[ends[-2] :][:1] for each in (mine, self._total))
+        both = self._all_small[0], self._total
+        self.vote, self.votes = (each[ends[-2] :][:1] for each in both)
         small_grads = {**first.norm_gradients(plan), **first.head_gradients}
         self._weight_scratch = None
         if not plan.keep_dense_copies:

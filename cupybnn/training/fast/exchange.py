@@ -1,12 +1,12 @@
 """What the ranks of a run send each other within a fused step.
 
 In the backward pass, each rank computes the gradients of all hidden weights over its own images.
-Each is sent, in the type of dense operands, as soon as it is there. The sum of those of a weight
-that is shared out is scattered: each rank gets the part of its share, updates that, and sends its
-signs, one bit a weight, those of all layers together. Those of other weights are summed for every
-rank. So are the small gradients, in float32, together with the loss. Where a layer's gradient is
-rounded, the scale of a unit's levels is that of the whole batch: the greatest magnitudes are
-compared first.
+Each is sent, in the type of dense operands, as soon as it is there; in large networks, when all
+are there. The sum of those of a weight that is shared out is scattered: each rank gets the part of
+its share, updates that, and sends its signs, one bit a weight, those of all layers together. Those
+of other weights are summed for every rank. So are the small gradients, in float32, together with
+the loss. Where a layer's gradient is rounded, the scale of a unit's levels is that of the whole
+batch: the greatest magnitudes are compared first.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from cupybnn.training.team import Team
 
 __all__ = ["Exchange"]
 
+_WORDS = 4  # packed words are sent so many at a time
+
 
 class Exchange:
     """The exchanges of a step, with their memory.
@@ -48,8 +50,12 @@ class Exchange:
     updated : list of Parameter
         Those of which this rank has a share that is not only padding.
     early : bool
-        Whether all shares can be updated before the gradient of the first hidden layer's weights
-        and the small gradients are there.
+        Whether all shares are updated before the gradient of the first hidden layer's weights and
+        the small gradients are there.
+    overlaps : bool
+        Whether exchanges take place alongside the products of the backward pass. Large products
+        fill the device: they would wait for NCCL, which keeps some multiprocessors, and be delayed
+        by more than the exchange takes.
     count : int
         Exchanges begun since it was last set to 0.
     """
@@ -58,35 +64,62 @@ class Exchange:
         import cupy
 
         self.ranks = team.ranks
-        self.count = 0
+        self.count, self.overlaps = 0, plan.keep_dense_copies
         weights = [plan.head.linear.weight, *(h.linear.weight for h in reversed(plan.hidden))]
         self.shared = {w: team.shared[w] for w in weights if w in team.shared}
         self.updated = [w for w, shared in self.shared.items() if shared.used]
-        self.early = weights[0] not in self.shared and weights[-1] not in self.shared
+        self.early = (
+            self.overlaps and weights[0] not in self.shared and weights[-1] not in self.shared
+        )
         real = operand_dtype(plan.precision)
-        self._gradients: dict[nn.Parameter, Any] = {}
-        self._scattered: dict[nn.Parameter, Any] = {}
+        self._lengths: dict[nn.Parameter, int] = {}  # of what is sent of hidden weights
+        self._real = real
+        self._sums: dict[nn.Parameter, Any] = {}
         for weight in weights[1:]:
             shared = self.shared.get(weight)
-            length = weight.size if shared is None else self.ranks.size * shared.length
-            self._gradients[weight] = cupy.zeros(length, real)  # padding stays 0
-            if shared is not None:
-                self._scattered[weight] = cupy.empty(shared.length, real)
+            length = weight.size if shared is None else shared.length
+            self._lengths[weight] = length if shared is None else self.ranks.size * length
+            self._sums[weight] = cupy.empty(length, real)
         self._starts: dict[nn.Parameter, int] = {}
         words = 0
         for weight, shared in self.shared.items():
             self._starts[weight] = words
             words += shared.groups * weight.shape[1]
-        self._words = cupy.zeros(words, np.uint32)
+        words = -(-words // _WORDS) * _WORDS
         self._all_words = cupy.zeros((self.ranks.size, words), np.uint32)
         self._begun: dict[nn.Parameter, Pending] = {}
         self._small = self._signs = self._greatest = Pending(lambda: None)
 
     # Memory --------------------------------------------------------------------------------------
 
-    def use_small(self, mine: Any, total: Any) -> None:
-        """Use memory for what is summed over all ranks in float32: its parts and its sum."""
-        self._mine, self._total = mine, total
+    def allocate(self, passes: int, count: int) -> tuple[Any, Any]:
+        """Allocate what is sent.
+
+        Parameters
+        ----------
+        passes, count : int
+            Passes, and numbers of each that are computed in float32.
+
+        Returns
+        -------
+        cupy.ndarray, shape (passes, count)
+            For these; those of the first pass are sent.
+        cupy.ndarray, shape (count,)
+            For their sum over all ranks.
+        """
+        import cupy
+
+        # Zeros, because padding stays 0.
+        parts: list[tuple[int, Any]] = [(n, self._real) for n in self._lengths.values()]
+        parts += [(self._all_words.shape[1], np.uint32), (passes * count, np.float32)]
+        if self.overlaps:
+            *gradients, self._words, small = self.ranks.shared_zeros(cupy, parts)
+        else:
+            *gradients, self._words, small = (cupy.zeros(*part) for part in parts)
+        self._gradients = dict(zip(self._lengths, gradients, strict=True))
+        small = small.reshape(passes, count)
+        self._mine, self._total = small[0], cupy.zeros(count, np.float32)
+        return small, self._total
 
     def gradient(self, weight: nn.Parameter) -> Any:
         """Return memory for the gradient of a hidden weight on this rank."""
@@ -95,8 +128,8 @@ class Exchange:
     def sum_of(self, weight: nn.Parameter) -> Any:
         """Return the sum of the gradients of a hidden weight: of all of it, or of the share."""
         if weight in self.shared:
-            return self.share_of(weight, self._scattered[weight])
-        return self.gradient(weight)
+            return self.share_of(weight, self._sums[weight])
+        return self._sums[weight].reshape(weight.shape)
 
     def share_of(self, weight: nn.Parameter, elements: Any) -> Any:
         """Return a share's elements, without padding, as rows of the weight."""
@@ -127,10 +160,9 @@ class Exchange:
 
     def send_gradient(self, weight: nn.Parameter) -> None:
         """Begin to sum the gradients of a hidden weight."""
-        mine = self._gradients[weight]
-        exchange, out = self.ranks.all_reduce, mine
-        if weight in self.shared:
-            exchange, out = self.ranks.reduce_scatter, self._scattered[weight]
+        mine, out = self._gradients[weight], self._sums[weight]
+        shared = weight in self.shared
+        exchange = self.ranks.reduce_scatter if shared else self.ranks.all_reduce
         rounded = mine.dtype == np.uint16
         self._begun[weight] = self._begin(exchange, mine, out, bfloat16=rounded)
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from cupybnn import optim
+from cupybnn import optim, settings
 from cupybnn.data import BatchOrder
 
 __all__ = ["Feed"]
 
 #: Limits on the table of image indices on the device: entries, and rows (steps).
 _IMAGES, _STEPS = 1 << 18, 1024
+_DRAWERS = 4  # threads at most
 
 
 class Feed:
@@ -22,7 +23,8 @@ class Feed:
     Step s reads row ``s % ring``; a captured graph finds it from the step counter, which the device
     increments itself. The host writes the tables whenever a step begins a new round of the ring.
     Meanwhile another thread draws the image order for the following round, because that takes
-    milliseconds, for which the device would have to wait.
+    milliseconds, for which the device would have to wait. Several epochs are drawn at a time: ranks
+    that each take a part of a large batch draw all of it, and their steps are short.
 
     Parameters
     ----------
@@ -63,7 +65,9 @@ class Feed:
         ]
         self._copied = [cupy.cuda.Event(disable_timing=True) for _ in range(2)]
         # A new thread starts on device 0, not on the current device.
-        self._thread = _one_thread(cupy.cuda.Device().use)
+        self._thread = _threads(1, cupy.cuda.Device().use)
+        self._drawers = _threads(max(1, min(_DRAWERS, settings.cpu_threads() - 1)))
+        self._orders: dict[int, np.ndarray] = {}  # by epoch
         self._ahead: dict[int, Future[np.ndarray]] = {}  # by the first step of the round
         self._next: int | None = None
         self._updates: int | None = None
@@ -123,13 +127,25 @@ class Feed:
         flat = images.reshape(-1)
         size = self._order.images
         epoch, start = divmod(first * self._order.batch_size, size)
+        self._draw_epochs(range(epoch, epoch + -(-(start + flat.size) // size)))
         done = 0
         while done < flat.size:
-            part = self._order.host_permutation(epoch)[start : start + flat.size - done]
+            part = self._orders[epoch][start : start + flat.size - done]
             flat[done : done + len(part)] = part
             done += len(part)
             epoch, start = epoch + 1, 0
         return images
+
+    def _draw_epochs(self, epochs: range) -> None:
+        """Draw the orders of epochs, but for those that the round before has left."""
+        missing = [epoch for epoch in epochs if epoch not in self._orders]
+        try:
+            many = map if self._drawers is None else self._drawers.map
+            drawn = list(many(self._order.draw, missing))
+        except RuntimeError:  # the interpreter is shutting down
+            drawn = list(map(self._order.draw, missing))
+        orders = {**self._orders, **dict(zip(missing, drawn, strict=True))}
+        self._orders = {epoch: orders[epoch] for epoch in epochs}
 
     def _write_rates(self, step: int) -> None:
         """Write the rates from `step` to the end of its round."""
@@ -148,10 +164,10 @@ class Feed:
         self.rates[first:] = cupy.asarray(rows.astype(np.float32))
 
 
-def _one_thread(initializer: Any) -> Any:
-    """Return a pool of one thread, or None if the interpreter is shutting down."""
+def _threads(count: int, initializer: Any = None) -> Any:
+    """Return a pool of threads, or None if the interpreter is shutting down."""
     try:
         from concurrent.futures import ThreadPoolExecutor
     except RuntimeError:
         return None
-    return ThreadPoolExecutor(1, "cupybnn-feed", initializer)
+    return ThreadPoolExecutor(count, "cupybnn-feed", initializer)

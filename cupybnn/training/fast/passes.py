@@ -117,8 +117,8 @@ class Passes(Part):
         kernels that can begin, the device begins the one that was captured first. A product that
         also updates fills the device and would hold up what runs alongside, so it follows. The
         first layer is updated by `launch`, together with the second if
-        `NetworkPlan.updates_together`. With other ranks, weight gradients are sent, and layers are
-        updated later.
+        `NetworkPlan.updates_together`. With other ranks, weight gradients are sent, at once or at
+        the end (see `Exchange.overlaps`), and layers are updated later.
         """
         buffers, exchange = self._buffers, self._buffers.exchange
         last = buffers.passes[-1]
@@ -136,7 +136,7 @@ class Passes(Part):
                     self.weights.update_by_bits(i, gradient)
                 else:
                     self.weights.gradient_by_bits(i, gradient)
-                if exchange is not None:
+                if exchange is not None and exchange.overlaps:
                     exchange.send_gradient(buffers.hidden[i].plan.linear.weight)
             done = None if fills else fork.mark()
             if own is not None:
@@ -157,12 +157,20 @@ class Passes(Part):
             buffers.add_passes(i - 1)
             self.gradients.compare(i - 1)  # before the weight gradient is sent, which takes longer
             finish(i, ready)
-        if exchange is not None and self.weights.early(exchange):
-            with fork.aside():
-                self.weights.update_shares(exchange)
+        if exchange is not None and exchange.overlaps:
+            exchange.send_small()  # all of them are there
+            if exchange.early:
+                with fork.aside():
+                    self.weights.update_shares(exchange)
+                    self.weights.receive_signs(exchange)
         self.weights.gradient(0, buffers.product_grad(0, None)[1], self._main.products)
         if exchange is not None:
-            exchange.send_gradient(buffers.hidden[0].plan.linear.weight)
+            unsent = buffers.hidden[:1]
+            if not exchange.overlaps:
+                exchange.send_small()
+                unsent = buffers.hidden[::-1]
+            for hidden in unsent:
+                exchange.send_gradient(hidden.plan.linear.weight)
 
     def _attack(self, pixel_draw: Draw | None) -> None:
         """Move the batch in the direction that increases the loss; updates no parameter."""

@@ -92,13 +92,6 @@ class Weights(Part):
         with self.span("update"):
             self.update.launch(self._group(i))
 
-    def early(self, exchange: Exchange) -> bool:
-        """Whether shares are updated alongside the last gradient of weights.
-
-        Large products fill the device; they should not wait for exchanges.
-        """
-        return self._plan.keep_dense_copies and exchange.early
-
     def update_shares(self, exchange: Exchange) -> None:
         """Update this rank's shares of weights, and send their signs."""
         for number, weight in enumerate(exchange.updated):
@@ -108,18 +101,22 @@ class Weights(Part):
                 self.update.launch(number)
         exchange.send_signs()
 
+    def receive_signs(self, exchange: Exchange) -> None:
+        """Put the signs of all shares where the next step reads them; this one no longer does."""
+        with self.span("wait for signs"):
+            exchange.receive_signs(self._buffers.hidden, self.launcher)
+
     def update_rest(self, exchange: Exchange) -> None:
         """Update what has not been updated, with the sums over all ranks; see `plan_update`."""
         buffers = self._buffers
-        exchange.send_small()
-        if not self.early(exchange):
+        if not exchange.early:
             self.update_shares(exchange)
         with self.span("wait for gradients"):
             exchange.receive_rest()
         with self.span("update"):
             self.update.launch(len(exchange.updated))
-        with self.span("wait for signs"):
-            exchange.receive_signs(buffers.hidden, self.launcher)
+        if not exchange.early:
+            self.receive_signs(exchange)
         if self.sums_loss:
             with self.span("wait for the loss"):
                 exchange.add_up(buffers.loss, buffers.loss)

@@ -1,0 +1,254 @@
+"""Exchanges between GPUs of one host that read each other's memory.
+
+One kernel combines small arrays: each rank reads what the others have. That is faster than NCCL, in
+whose rings and trees numbers go from rank to rank. For large ones NCCL is as fast. A rank opens
+the memory of others through CUDA's handles for other processes (cudaIpcOpenMemHandle).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cupybnn.backends.cuda import peers
+from cupybnn.backends.devices import Device
+
+__all__ = ["Peers", "SharedMemory", "identity"]
+
+#: Bytes that a rank reads from others in an exchange, at most.
+_MOST_READ = 4 << 20
+_ALIGNED, _PAGE = 256, 2 << 20
+_TO_DEVICE = 1  # cudaMemcpyHostToDevice
+_SECONDS_TO_MEET = 10.0
+
+#: Returns what each rank gave, in their order.
+Gather = Callable[[bytes], list[bytes]]
+
+
+def identity() -> bytes:
+    """Return what the processes of one running host have in common."""
+    boot = b""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    return socket.gethostname().encode() + b" " + boot.strip()
+
+
+class SharedMemory:
+    """Memory of this rank that the others have opened, and theirs.
+
+    All ranks make it at the same time, of the same size.
+
+    Parameters
+    ----------
+    device : Device
+    rank : int
+    nbytes : int
+    gather : callable
+        See `Gather`.
+
+    Attributes
+    ----------
+    addresses : tuple of int
+        Where this process finds each rank's; empty if a rank could not open another's.
+    """
+
+    def __init__(self, device: Device, rank: int, nbytes: int, gather: Gather) -> None:
+        from cupy.cuda import runtime
+
+        self._runtime, self._device = runtime, device
+        self.nbytes = -(-nbytes // _PAGE) * _PAGE
+        self._own, self._opened, handle = 0, list[int](), b""
+        with device.scope():
+            with contextlib.suppress(runtime.CUDARuntimeError):
+                self._own = runtime.malloc(self.nbytes)
+                runtime.memset(self._own, 0, self.nbytes)
+                runtime.deviceSynchronize()
+                handle = bytes(runtime.ipcGetMemHandle(self._own))
+            handles = gather(handle)
+            addresses = self._open(rank, handles) if all(handles) else []
+        done = gather(bytes([bool(addresses)]))
+        self.addresses = tuple(addresses) if all(map(any, done)) else ()
+        if not self.addresses:
+            self.close()
+
+    def _open(self, rank: int, handles: Sequence[bytes]) -> list[int]:
+        found = []
+        for other, handle in enumerate(handles):
+            if other == rank:
+                found.append(self._own)
+                continue
+            try:
+                found.append(self._runtime.ipcOpenMemHandle(handle))
+            except self._runtime.CUDARuntimeError:
+                return []
+            self._opened.append(found[-1])
+        return found
+
+    def close(self) -> None:
+        """Give the memory back, and that of the others."""
+        with contextlib.suppress(Exception), self._device.scope():  # at the end of the process
+            for address in self._opened:
+                self._runtime.ipcCloseMemHandle(address)
+            if self._own:
+                self._runtime.free(self._own)
+        self._own, self._opened = 0, []
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class Peers:
+    """Exchanges of one rank with the others of its host.
+
+    All ranks call the same methods in the same order. An exchange is launched on `stream`.
+
+    Parameters
+    ----------
+    device : Device
+    rank, size : int
+    stream : cupy.cuda.Stream
+    gather : callable
+        See `Gather`.
+
+    Attributes
+    ----------
+    works : bool
+        Whether these exchanges can be used: the same on all ranks. It is found out by one.
+    """
+
+    def __init__(self, device: Device, rank: int, size: int, stream: Any, gather: Gather) -> None:
+        import cupy
+
+        self._device, self._rank, self._size = device, rank, size
+        self._stream, self._gather = stream, gather
+        self._ended = cupy.cuda.alloc_pinned_memory(8)
+        self._word = np.frombuffer(self._ended, np.uint32, 1)
+        self._word[0] = 0
+        self._memory: list[weakref.ref[SharedMemory]] = []  # what arrays still use
+        self.works = False
+        hosts = gather(identity())
+        if size > peers.MOST_RANKS or len(set(hosts)) > 1:
+            return
+        control = SharedMemory(device, rank, peers.CONTROL_BYTES + 2 * _ALIGNED, gather)
+        if not control.addresses:
+            return
+        self._control = control
+        self._host = peers.Host(device.index, rank, size, control.addresses, self._ended.ptr)
+        with device.scope():
+            peers.prepare(device.index)
+            here = self._can_exchange(control)
+        self.works = all(map(any, gather(bytes([here]))))
+
+    def _can_exchange(self, control: SharedMemory) -> bool:
+        """Whether each rank's memory is read by all, and in time."""
+        import cupy
+
+        sent = [address + peers.CONTROL_BYTES for address in control.addresses]
+        mine = np.full(_ALIGNED // 4, self._rank + 1, np.uint32)
+        out = cupy.zeros((self._size, mine.size), np.uint32)
+        cupy.cuda.runtime.memcpy(sent[self._rank], mine.ctypes.data, mine.nbytes, _TO_DEVICE)
+        cupy.cuda.get_current_stream().synchronize()
+        self._gather(b"ready")
+        self._combine("copied", sent, out.data.ptr, nbytes=mine.nbytes)
+        done = self._stream.record()
+        began = time.monotonic()
+        while not done.done and time.monotonic() - began < _SECONDS_TO_MEET:
+            time.sleep(0.001)
+        in_time = done.done
+        if not in_time:
+            self.end()
+        self._stream.synchronize()
+        expected = np.arange(1, self._size + 1, dtype=np.uint32)[:, None]
+        return bool(in_time and (out.get() == expected).all())
+
+    def end(self) -> None:
+        """Let exchanges that wait for others end, and all later ones, with any result."""
+        self._word[0] = 1
+
+    # Memory --------------------------------------------------------------------------------------
+
+    def zeros(self, parts: Sequence[tuple[int, Any]]) -> list[Any] | None:
+        """Return flat arrays of 0, by size and dtype, that other ranks can read.
+
+        None if one is too large, or a rank has no memory that others can open.
+        """
+        import cupy
+
+        starts, end = [], 0
+        for count, dtype in parts:
+            starts.append(end)
+            nbytes = -(-count * np.dtype(dtype).itemsize // _ALIGNED) * _ALIGNED
+            end += nbytes
+            if (self._size - 1) * nbytes > _MOST_READ:
+                return None
+        memory = SharedMemory(self._device, self._rank, end, self._gather)
+        if not memory.addresses:
+            return None
+        self._memory = [weakref.ref(memory), *(each for each in self._memory if each())]
+        with self._device.scope():
+            own = cupy.cuda.UnownedMemory(memory.addresses[self._rank], memory.nbytes, memory)
+            return [
+                cupy.ndarray(count, dtype, cupy.cuda.MemoryPointer(own, start))
+                for start, (count, dtype) in zip(starts, parts, strict=True)
+            ]
+
+    def _of_all(self, array: Any, nbytes: int, out: Any) -> list[int] | None:
+        """Return where each rank has what this one has in `array`; None if others cannot read it.
+
+        Also None if the bytes that each rank combines, or gets, are not whole pieces, or `out` is
+        the array itself, which others read.
+        """
+        start = int(array.data.ptr)
+        if out is None or nbytes % peers.PIECE or (start | int(out.data.ptr)) % peers.PIECE:
+            return None
+        if start <= int(out.data.ptr) < start + array.nbytes or not array.flags.c_contiguous:
+            return None
+        for reference in self._memory:
+            if (memory := reference()) is None:
+                continue
+            offset = start - memory.addresses[self._rank]
+            if offset >= 0 and offset + array.nbytes <= memory.nbytes:
+                return [address + offset for address in memory.addresses]
+        return None
+
+    # Exchanges -----------------------------------------------------------------------------------
+
+    def all_reduce(self, array: Any, out: Any, kind: str) -> Callable[[], None] | None:
+        """Return what launches the exchange; None if it is not for these arrays.
+
+        Parameters
+        ----------
+        array, out : cupy.ndarray
+            The first of `zeros`.
+        kind : str
+            "float32" or "bfloat16".
+        """
+        return self._prepared(kind, array, out, 0, array.nbytes)
+
+    def reduce_scatter(self, array: Any, out: Any, kind: str) -> Callable[[], None] | None:
+        """Likewise: the sum of this rank's part."""
+        nbytes = array.nbytes // self._size
+        return self._prepared(kind, array, out, self._rank * nbytes, nbytes)
+
+    def all_gather(self, array: Any, out: Any) -> Callable[[], None] | None:
+        """Likewise: the arrays of all ranks, one after another."""
+        return self._prepared("copied", array, out, 0, array.nbytes)
+
+    def _prepared(
+        self, kind: str, array: Any, out: Any, first: int, nbytes: int
+    ) -> Callable[[], None] | None:
+        sent = self._of_all(array, nbytes, out)
+        if sent is None:
+            return None
+        return partial(self._combine, kind, sent, out.data.ptr, first=first, nbytes=nbytes)
+
+    def _combine(self, kind: str, sent: Sequence[int], out: int, **more: Any) -> None:
+        peers.combine(self._host, kind, sent, out, stream=self._stream, **more)

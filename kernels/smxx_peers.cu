@@ -1,0 +1,120 @@
+// Exchanges between the GPUs of one host, which read each other's memory.
+//
+// Every rank launches the same kernels in the same order with the same grid, each on a GPU of its own. Block b
+// of a rank meets block b of the others: it writes the number of the meeting into each one's memory, and waits
+// until all have written theirs. What a rank has to send lies in its own memory, written by kernels before
+// this one, and the others read it: so it may be read after the first meeting, and overwritten after the last.
+//
+// A rank that is lost never comes. So blocks that wait look at a word of the host's memory now and then, by
+// which the host ends all exchanges, and then leave with whatever there is.
+//
+// What bounds it: latency, some microseconds a meeting; or the connection, at 16 bytes a thread and rank.
+// Few blocks, so that what else runs on the device finds room.
+//
+// The translation unit sets KIND: how elements are combined, as in peers.py; and REAL, of which nothing depends.
+
+#include "elements.cuh"
+
+enum { COPIED = 0, FLOATS = 1, BFLOATS = 2 };
+
+constexpr int MOST = 8;  // ranks
+constexpr int PEER_THREADS = 512;
+
+// Filled by cupybnn/backends/cuda/peers.py, field by field in this order. The ranks' arrays are aligned to 16
+// bytes, and so is their size.
+struct Peers {
+  const uint4* sent[MOST];  // by rank: its array, of which `first` on is read
+  u32* marks[MOST];      // by rank: where the others write into its memory, 8 words a block
+  u32* meetings;         // of this rank's blocks so far
+  const u32* ended;      // in the host's memory: not 0 if ranks are to wait no longer
+  i64 rank, size;
+};
+
+__device__ __forceinline__ u32 acquire(const u32* from) {
+  u32 found;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(found) : "l"(from) : "memory");
+  return found;
+}
+__device__ __forceinline__ void release(u32* to, u32 v) {
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+}
+// Never from a cache of this multiprocessor, which other devices do not know.
+__device__ __forceinline__ uint4 read(const uint4* from) {
+  uint4 v;
+  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+
+// Whether all ranks' blocks of this number have come to the same meeting.
+__device__ __forceinline__ bool meet(const Peers& p, u32 number) {
+  __syncthreads();  // what this block has read
+  bool all = true;
+  if (threadIdx.x < p.size && threadIdx.x != p.rank) {
+    release(p.marks[threadIdx.x] + MOST * blockIdx.x + p.rank, number);
+    const u32* theirs = p.marks[p.rank] + MOST * blockIdx.x + threadIdx.x;
+    for (int rounds = 1; (int)(acquire(theirs) - number) < 0; rounds++)
+      if (rounds % 1024 == 0 && *(const volatile u32*)p.ended) {
+        all = false;
+        break;
+      }
+  }
+  return __syncthreads_and(all);
+}
+
+__device__ __forceinline__ void add(uint4& total, const uint4& v) {
+  float* to = (float*)&total;
+  const float* from = (const float*)&v;
+#pragma unroll
+  for (int i = 0; i < 4; i++) to[i] = __fadd_rn(to[i], from[i]);
+}
+
+// Element by element in the order of the ranks; bfloat16 as float, rounded once.
+__device__ __forceinline__ uint4 sum(const Peers& p, i64 i) {
+  uint4 v[MOST];
+#pragma unroll
+  for (int rank = 0; rank < MOST; rank++)
+    if (rank < p.size) v[rank] = read(p.sent[rank] + i);
+  if constexpr (KIND == BFLOATS) {
+    typedef Vector<bfloat16_bits, 8> Eight;
+    float total[8], more[8];
+    to_floats<8>(*(const Eight*)&v[0], total);
+#pragma unroll
+    for (int rank = 1; rank < MOST; rank++) {
+      if (rank >= p.size) continue;
+      to_floats<8>(*(const Eight*)&v[rank], more);
+#pragma unroll
+      for (int e = 0; e < 8; e++) total[e] = __fadd_rn(total[e], more[e]);
+    }
+    uint4 rounded;
+#pragma unroll
+    for (int e = 0; e < 8; e++) from_float(total[e], ((bfloat16_bits*)&rounded)[e]);
+    return rounded;
+  } else {
+#pragma unroll
+    for (int rank = 1; rank < MOST; rank++)
+      if (rank < p.size) add(v[0], v[rank]);
+    return v[0];
+  }
+}
+
+// `count` pieces of 16 bytes from piece `first` on: their sum over the ranks; or each rank's, one after another.
+extern "C" __global__ void __launch_bounds__(PEER_THREADS)
+    combine(const __grid_constant__ Peers p, i64 first, i64 count, uint4* __restrict__ out) {
+  u32 number = p.meetings[blockIdx.x];
+  const i64 start = (i64)blockIdx.x * PEER_THREADS + threadIdx.x, step = (i64)gridDim.x * PEER_THREADS;
+  if (meet(p, ++number)) {
+    if constexpr (KIND == COPIED) {
+      for (int k = 0; k < p.size; k++) {
+        const int rank = (int)(p.rank + k) % (int)p.size;  // not all from the same one
+        for (i64 i = start; i < count; i += step) out[rank * count + i] = read(p.sent[rank] + first + i);
+      }
+    } else {
+      for (i64 i = start; i < count; i += step) out[i] = sum(p, first + i);
+    }
+    meet(p, ++number);
+  }
+  if (threadIdx.x == 0) p.meetings[blockIdx.x] = number;
+}

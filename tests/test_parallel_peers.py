@@ -1,0 +1,329 @@
+"""Exchanges between GPUs that read each other's memory: by NumPy, and on GPUs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gpus_by_numpy import Gpus
+from ranks import in_threads, need_gpus
+from test_parallel_ranks import as_bfloat16, environment
+
+from cupybnn.backends.cuda import peers as launches
+from cupybnn.backends.devices import Device
+from cupybnn.parallel import peers as exchanging
+from cupybnn.parallel.meeting import Meeting
+from cupybnn.parallel.nccl import NcclRanks
+from cupybnn.parallel.peers import Peers
+from cupybnn.parallel.ranks import total
+
+
+def gathering(size):
+    """Return a function for each rank: all get what each gave."""
+    given, barrier = [b""] * size, threading.Barrier(size)
+
+    def of(rank):
+        def gather(content):
+            given[rank] = content
+            barrier.wait(60)
+            found = list(given)
+            barrier.wait(60)
+            return found
+
+        return gather
+
+    return of
+
+
+def numbers_of(rank, count, turn):
+    return np.random.default_rng([rank, turn]).integers(-9, 10, count).astype(np.float32)
+
+
+def check(peers, xp, rank, size, count, wait, turns=3):
+    """Check sums and gathered arrays of `count` numbers a rank, one turn after another.
+
+    Nothing but the exchanges keeps a rank from overwriting what others still read.
+    """
+    whole = size * count
+    parts = [(whole, np.float32), (whole, np.uint16), (count, np.uint32)]
+    single, half, words = peers.zeros(parts)
+    assert not any(bool(array.any()) for array in (single, half, words))
+    single_sum, half_sum = xp.zeros(whole, np.float32), xp.zeros(whole, np.uint16)
+    share, part = xp.zeros(count, np.float32), xp.zeros(count, np.uint16)
+    rows = xp.zeros((size, count), np.uint32)
+    begun = [
+        peers.all_reduce(single, single_sum, "float32"),
+        peers.all_reduce(half, half_sum, "bfloat16"),
+        peers.reduce_scatter(single, share, "float32"),
+        peers.reduce_scatter(half, part, "bfloat16"),
+        peers.all_gather(words, rows),
+    ]
+    own = slice(rank * count, (rank + 1) * count)
+    for turn in range(turns):
+        each = [numbers_of(other, whole, turn) for other in range(size)]
+        single.set(each[rank])
+        half.set(as_bfloat16(each[rank]))
+        words.set(each[rank][:count].view(np.uint32))
+        wait()
+        for launch in filter(None, begun):
+            launch()
+        wait()
+        expected = sum(each)
+        results = [
+            (single_sum, expected), (half_sum, as_bfloat16(expected)), (share, expected[own]),
+            (part, as_bfloat16(expected)[own]),
+            (rows, np.stack([numbers[:count].view(np.uint32) for numbers in each])),
+        ]  # fmt: skip
+        for number, (found, right) in enumerate(results):
+            if begun[number] is not None:
+                np.testing.assert_array_equal(found.get(), right, err_msg=f"{turn}, {number}")
+            found.fill(0)
+    assert all(peers.reduce_scatter(array, out, "float32") is None for array, out in (
+        (xp.zeros(whole, np.float32), share), (single, single[:count]), (single, None),
+        (single[1:], share), (single, share[1:]),
+    ))  # fmt: skip
+    return [launch is not None for launch in begun]
+
+
+class TestByNumpy:
+    """The protocol: what is launched reads and writes other ranks' memory as the kernel does."""
+
+    def ranks(self, monkeypatch, size, function):
+        gpus, gather = Gpus(monkeypatch), gathering(size)
+
+        def run(rank):
+            device = Device("cuda", rank)
+            device.use()
+            stream = gpus.module.cuda.Stream()
+            return function(Peers(device, rank, size, stream, gather(rank)), gpus, rank)
+
+        return gpus, in_threads(size, run)
+
+    @pytest.mark.parametrize("size", [1, 2, 3])
+    def test_sums_and_gathered_arrays(self, monkeypatch, size):
+        def exchange(peers, gpus, rank):
+            assert peers.works
+            return check(peers, gpus.module, rank, size, 720, lambda: None)
+
+        gpus, found = self.ranks(monkeypatch, size, exchange)
+        assert found == [[True] * 5] * size
+        assert not gpus.module.cuda.runtime.opened
+        assert not gpus.module.cuda.runtime.allocated
+
+    def test_large_arrays_are_left_to_nccl(self, monkeypatch):
+        monkeypatch.setattr(exchanging, "_MOST_READ", 4096)
+
+        def allocate(peers, gpus, rank):
+            return [
+                peers.zeros([(8, np.uint8), (count, np.float32)]) is not None
+                for count in (1024, 1025, 512)
+            ]
+
+        assert self.ranks(monkeypatch, 2, allocate)[1] == [[True, False, True]] * 2
+        assert self.ranks(monkeypatch, 3, allocate)[1] == [[False, False, True]] * 3
+
+    def test_none_where_a_rank_cannot_read_another_s_memory(self, monkeypatch):
+        def look(peers, gpus, rank):
+            return peers.works
+
+        class Refusing(Gpus):
+            def __init__(self, monkeypatch):
+                super().__init__(monkeypatch)
+                self.module.cuda.runtime.refused = 1
+
+        monkeypatch.setitem(globals(), "Gpus", Refusing)
+        gpus, found = self.ranks(monkeypatch, 3, look)
+        assert found == [False] * 3
+        assert not gpus.module.cuda.runtime.opened
+        assert not gpus.module.cuda.runtime.allocated
+
+    def test_none_on_several_hosts(self, monkeypatch):
+        names = iter(range(9))
+        monkeypatch.setattr(exchanging, "identity", lambda: b"host %d" % next(names))
+        assert self.ranks(monkeypatch, 2, lambda peers, *_: peers.works)[1] == [False] * 2
+
+    def test_none_where_what_others_write_does_not_arrive(self, monkeypatch):
+        monkeypatch.setattr(exchanging, "_SECONDS_TO_MEET", 0.1)
+        stale = "gpus_by_numpy.Runtime.memcpy"
+        monkeypatch.setattr(stale, lambda *given: None)
+        assert self.ranks(monkeypatch, 2, lambda peers, *_: peers.works)[1] == [False] * 2
+
+    def test_a_rank_that_does_not_come_is_waited_for_until_the_end(self, monkeypatch):
+        def exchange(peers, gpus, rank):
+            (array,) = peers.zeros([(64, np.float32)])
+            out = gpus.module.zeros(64, np.float32)
+            if rank == 1:
+                return
+            began = time.monotonic()
+            threading.Timer(0.3, peers.end).start()
+            peers.all_reduce(array, out, "float32")()
+            assert time.monotonic() - began > 0.2
+            peers.all_reduce(array, out, "float32")()  # nobody waits any more
+
+        assert self.ranks(monkeypatch, 2, exchange)[1] == [None] * 2
+
+    @pytest.mark.parametrize("refused", [-1, 2])
+    def test_ranks_of_nccl_use_them(self, monkeypatch, tmp_path, refused):
+        gpus = Gpus(monkeypatch)
+        gpus.module.cuda.runtime.refused = refused
+        xp = gpus.module
+
+        def run(rank):
+            device, meeting = Device("cuda", rank + 1), Meeting(tmp_path / "ranks", rank, 2, 20.0)
+            with NcclRanks(device, rank, 2, b"an id", meeting) as ranks:
+                with device.scope():
+                    mine, words = ranks.shared_zeros(xp, [(64, np.float32), (8, np.uint32)])
+                    mine[...], words[...] = np.arange(64) + rank, rank + 1
+                    out, part = xp.empty(64, np.float32), xp.empty(32, np.float32)
+                    rows = xp.empty((2, 8), np.uint32)
+                if refused < 0:  # NCCL is not asked
+                    ranks._communicator._exchange = None
+                total = 2 * np.arange(64) + 1
+                assert (ranks.all_reduce(mine, out=out).wait() == total).all()
+                assert (
+                    ranks.reduce_scatter(mine, out=part).wait() == total[32 * rank :][:32]
+                ).all()
+                assert (ranks.all_gather(words, out=rows).wait() == [[1] * 8, [2] * 8]).all()
+                assert gpus.current() == 0
+                return ranks._peers.works
+
+        assert in_threads(2, run) == [refused < 0] * 2
+
+
+@pytest.mark.gpu
+class TestOnOneGpu:
+    """The kernel, with all that it reads on one GPU, where ranks cannot wait for each other."""
+
+    @pytest.mark.parametrize("size", [1, 2, 3, 8])
+    @pytest.mark.parametrize("kind", ["copied", "float32", "bfloat16"])
+    def test_what_it_combines(self, kind, size):
+        """The others came long ago: what they leave is in this rank's memory from the beginning."""
+        import cupy
+
+        dtype = np.float32 if kind == "float32" else np.uint16
+        random = np.random.default_rng(size)
+        numbers = random.standard_normal((size, 4096 * 9)).astype(np.float32)
+        each = numbers if dtype == np.float32 else (numbers.view(np.uint32) >> 16).astype(dtype)
+        sent, first, count = [cupy.asarray(row) for row in each], 64, 4096 * 8 + 32
+        out = cupy.zeros((size if kind == "copied" else 1, count), dtype)
+        control = cupy.zeros((size, launches.CONTROL_BYTES // 4), np.uint32)
+        control[size - 1, : 8 * 64] = 1 << 20
+        ended = cupy.cuda.alloc_pinned_memory(8)
+        np.frombuffer(ended, np.uint32, 1)[0] = 0
+        places = tuple(row.data.ptr for row in control)
+        host = launches.Host(0, size - 1, size, places, ended.ptr)
+        launches.combine(
+            host, kind, [array.data.ptr for array in sent], out.data.ptr,
+            first=first * out.itemsize, nbytes=count * out.itemsize,
+            stream=cupy.cuda.get_current_stream(),
+        )  # fmt: skip
+        part = each[:, first : first + count]
+        expected = part if kind == "copied" else total(part, kind == "bfloat16")
+        np.testing.assert_array_equal(out.get(), expected.reshape(out.shape))
+        blocks = -(-count * out.itemsize // (16 * 512))
+        marks = control[:, : 8 * 64].reshape(size, 64, 8).get()
+        for other in range(size - 1):  # two meetings of each block
+            assert (marks[other, : min(blocks, 64), size - 1] == 2).all()
+
+    def alone(self):
+        """Return the exchanges of one rank with itself."""
+        import cupy
+
+        from cupybnn.backends.devices import resolve
+
+        stream = cupy.cuda.Stream(non_blocking=True)
+        peers = Peers(resolve("cuda"), 0, 1, stream, lambda content: [content])
+        assert peers.works
+        return peers, stream
+
+    def test_one_rank_with_itself(self):
+        import cupy
+
+        peers, stream = self.alone()
+        with stream:
+            assert all(check(peers, cupy, 0, 1, 4096, stream.synchronize))
+
+    def test_in_a_graph(self):
+        import cupy
+
+        from cupybnn.backends.cuda.graph import capture
+
+        peers, stream = self.alone()
+        with stream:
+            (mine,) = peers.zeros([(1 << 16, np.float32)])
+            out = cupy.zeros(1 << 16, np.float32)
+            launch = peers.reduce_scatter(mine, out, "float32")
+
+            def step(more=1):
+                launch()
+                cupy.add(mine, more, out=mine)
+
+            step(0)  # compiled, and loaded
+            graph = capture(stream, step)
+            for turn in range(3):
+                graph.launch(stream)
+                assert (out.get(stream=stream) == turn).all()
+
+    def test_a_rank_that_does_not_come_is_waited_for_until_the_end(self):
+        import cupy
+
+        stream, control = cupy.cuda.Stream(non_blocking=True), cupy.zeros(1 << 12, np.uint32)
+        ended = cupy.cuda.alloc_pinned_memory(8)
+        word = np.frombuffer(ended, np.uint32, 1)
+        word[0] = 0
+        places = (control.data.ptr, control[1 << 11 :].data.ptr)
+        host = launches.Host(0, 0, 2, places, ended.ptr)
+        launches.prepare(0)
+        sent, out = cupy.zeros(4, np.float32), cupy.ones(4, np.float32)
+        cupy.cuda.get_current_stream().synchronize()
+        launches.combine(
+            host, "float32", [sent.data.ptr] * 2, out.data.ptr, nbytes=16, stream=stream
+        )
+        time.sleep(0.1)
+        waited = not stream.done
+        word[0] = 1
+        stream.synchronize()
+        assert waited
+        assert (out == 1).all()
+        assert control[1 << 11] == 1  # what the other would have seen
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import cupy
+import numpy as np
+from cupybnn import parallel
+from test_parallel_peers import check
+with parallel.connect("cuda") as ranks:
+    ranks.shared_zeros(cupy, [(1, np.float32)])
+    peers, stream = ranks._peers, ranks._stream
+    assert peers.works
+    for count in (8, 4096, 1 << 18):
+        with stream:
+            found = check(peers, cupy, ranks.rank, ranks.size, count, stream.synchronize, 5)
+        assert all(found)
+"""
+
+
+@pytest.mark.gpu
+def test_two_gpus(tmp_path):
+    """Their memory is that of other processes."""
+    need_gpus(2)
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, program, Path(__file__).parent],
+            env=environment(tmp_path, RANK=str(r), WORLD_SIZE="2", LOCAL_RANK=str(r)),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
