@@ -20,6 +20,7 @@ __all__ = [
     "cpu_threads",
     "data_dir",
     "debug",
+    "gpus_read_each_other",
     "kernel_override",
     "kernel_threads",
     "launch_variables",
@@ -42,6 +43,7 @@ VARIABLES = {
     "hosts: one that all of them see; default: --log_dir, or the host's temporary folder",
     "CUPYBNN_TEST_DATA": "for the tests: folder with `mnist/` (the IDX files) and `openml_home/`",
     "SCIKIT_LEARN_DATA": "scikit-learn's own data folder, which is searched for MNIST, too",
+    "NCCL_P2P_DISABLE": "NCCL's own: `1`: no GPU reads another one's memory, without NCCL either",
     "NUMBA_CACHE_DIR": "Numba's own: folder of compiled CPU kernels",
     "NUMBA_NUM_THREADS": "lowers the number of threads of compiled CPU kernels",
     "OMP_NUM_THREADS": "number of threads of products on a CPU and of elementwise work",
@@ -162,6 +164,11 @@ def launch_variables() -> dict[str, str]:
     prefixes = ("OMPI_", "PMI_", "PMIX_", "MPI_LOCAL", "SLURM_", "TORCHELASTIC_", "MASTER_")
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     return {k: v for k, v in os.environ.items() if k in names or k.startswith(prefixes)}
+
+
+def gpus_read_each_other() -> bool:
+    """Whether a GPU may read another one's memory: unless ``NCCL_P2P_DISABLE`` is 1."""
+    return os.environ.get("NCCL_P2P_DISABLE", "").strip().lower() in _FALSE
 
 
 def rendezvous() -> Path | None:

@@ -147,6 +147,10 @@ class TestByNumpy:
         monkeypatch.setattr(exchanging, "identity", lambda: b"host %d" % next(names))
         assert self.ranks(monkeypatch, 2, lambda peers, *_: peers.works)[1] == [False] * 2
 
+    def test_none_where_nccl_may_not_either(self, monkeypatch):
+        monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+        assert self.ranks(monkeypatch, 2, lambda peers, *_: peers.works)[1] == [False] * 2
+
     def test_none_where_what_others_write_does_not_arrive(self, monkeypatch):
         monkeypatch.setattr(exchanging, "_SECONDS_TO_MEET", 0.1)
         stale = "gpus_by_numpy.Runtime.memcpy"

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from cupybnn import settings
 from cupybnn.backends.cuda import peers
 from cupybnn.backends.devices import Device
 
@@ -134,8 +135,8 @@ class Peers:
         self._word[0] = 0
         self._memory: list[weakref.ref[SharedMemory]] = []  # what arrays still use
         self.works = False
-        hosts = gather(identity())
-        if size > peers.MOST_RANKS or len(set(hosts)) > 1:
+        hosts = set(gather(identity() if settings.gpus_read_each_other() else b""))
+        if size > peers.MOST_RANKS or len(hosts) > 1 or not all(hosts):
             return
         control = SharedMemory(device, rank, peers.CONTROL_BYTES + 2 * _ALIGNED, gather)
         if not control.addresses:
