@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with slow tests; skip the tests marked ``gpu``, with the reason, without CUDA.
 
-    A slow test that begins last would leave all other processes idle.
+    A slow test that begins last would leave all other processes idle. Of a parametrized test that
+    is skipped, once is enough: there are thousands, and each costs milliseconds.
     """
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # else in their order
     marked = [item for item in items if item.get_closest_marker("gpu")]
@@ -45,8 +48,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     status = cuda_status()
     if not status.available:
         skip = pytest.mark.skip(reason=f"needs a GPU: {status.reason}")
-        for item in marked:
+        first = {item.nodeid.partition("[")[0]: item for item in reversed(marked)}
+        for item in first.values():
             item.add_marker(skip)
+        others = set(marked).difference(first.values())
+        items[:] = [item for item in items if item not in others]
+        config.hook.pytest_deselected(items=list(others))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Leave modules and tests out of garbage collections: they stay, and there are many."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

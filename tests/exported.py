@@ -48,7 +48,7 @@ def mnist_networks(mnist_dir) -> tuple[dict[str, PackedNetwork], np.ndarray]:
     networks = {}
     for name, binary in (("all binary", True), ("real ends", False)):
         config = cupybnn.TrainConfig(
-            binary=True, xnor=True, n_hidden=128, max_steps=60, eval_every_n=100, device="cpu",
+            binary=True, xnor=True, n_hidden=128, max_steps=30, eval_every_n=100, device="cpu",
             first=binary, last=binary, batch_norm=True,
         )  # fmt: skip
         trainer = cupybnn.Trainer(config, data=data)

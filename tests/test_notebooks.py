@@ -106,7 +106,7 @@ measure, shapes = record.measure, record.shapes
 record.measure = lambda *products, budget: measure(*products, budget=0.005)
 record.shapes = lambda gpu, quick: shapes(gpu, True)
 """
-#: A tenth of MNIST, so that evaluations, which take most of the time, are short.
+#: A twentieth of MNIST, so that evaluations, which take most of the time, are short.
 FEWER_IMAGES = """
 import dataclasses
 import cupybnn.data
@@ -115,19 +115,19 @@ load = cupybnn.data.load
 def fewer(*which):
     whole = load(*which)
     assert len(whole.train_labels) == 60_000
-    parts = {"train_images": 6000, "train_labels": 6000, "test_images": 1000, "test_labels": 1000}
+    parts = {"train_images": 3000, "train_labels": 3000, "test_images": 500, "test_labels": 500}
     kept = {name: getattr(whole, name)[:count] for name, count in parts.items()}
     return dataclasses.replace(whole, **kept)
 
 cupybnn.data.load = fewer
 """
-#: A quarter of the steps; all of them are made on the bundled digits.
+#: An eighth of the steps; all of them are made on the bundled digits.
 FEWER_STEPS = """
 import cupybnn
 config = cupybnn.TrainConfig
 
 def fewer_steps(**settings):
-    counts = {name: settings[name] // 4 for name in ("max_steps", "eval_every_n")}
+    counts = {name: settings[name] // 8 for name in ("max_steps", "eval_every_n")}
     return config(**settings | counts)
 
 cupybnn.TrainConfig = fewer_steps

@@ -61,8 +61,8 @@ def test_recipes_match_their_names():
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_each_learns_when_made_small(name):
-    small = {"dataset": "digits", "device": "cpu", "n_hidden": 128, "batch_size": 64}
-    small |= {"max_steps": 300, "eval_every_n": 1000}
+    small = {"dataset": "digits", "device": "cpu", "n_hidden": 64, "batch_size": 64}
+    small |= {"max_steps": 200, "eval_every_n": 1000}
     # As much deformation as this is too much for 8x8 pixels.
     deformed = {name: getattr(TrainConfig(), name) for name in AUGMENT}
     settings = recipes.load(name).settings
