@@ -410,6 +410,14 @@ class TestResults:
                 packed(x)[agree], clf.decision_function(x)[agree], rtol=1e-3, atol=1e-3
             )
 
+    def test_batches_of_one_sample_are_warned_of(self):
+        with pytest.warns(UserWarning, match="'batch_size' of 1 leaves batch norm a single"):
+            small(batch_size=1, max_iter=1).fit(X, Y)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            small(max_iter=1).partial_fit(X[:1], Y[:1], classes=np.unique(Y))
+
     def test_packed_network_takes_whole_numbers(self, digits):
         train, test, labels, _ = digits
         clf = small().fit(train, labels)

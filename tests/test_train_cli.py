@@ -206,6 +206,22 @@ class TestOutput:
         used = ["--optimizer", "adamw", "--schedule", "step"]
         assert "no effect" not in here(*short, *idle, *used).stderr
 
+    def test_settings_that_begin_after_the_last_step_are_reported(self, here):
+        short = [*QUICK[:-4], "--max_steps", "2"]
+        words = "--warm_up 2 does not end before the last step"
+        assert words in here(*short, "--warm_up", "2").stderr
+        done = here(*short, "--average", "swa", "--average_from", "2")
+        assert "--average swa has no effect: --average_from 2 is after" in done.stderr
+        useful = ["--warm_up", "1", "--average", "swa", "--average_from", "1"]
+        assert here(*short, *useful).stderr == ""
+
+    def test_batch_norm_of_single_images_is_reported(self, here):
+        words = "Batch norm needs several images: it turns a batch of one image into zeros"
+        short = [*QUICK[:-4], "--max_steps", "1", "--binary"]
+        assert words in here(*short, "--batch_size", "1").stderr
+        assert words not in here(*short, "--batch_size", "1", "--no_batch_norm").stderr
+        assert words not in here(*short, "--batch_size", "2").stderr
+
     def test_bar_on_a_terminal(self):
         master, slave = os.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
