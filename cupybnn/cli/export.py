@@ -70,7 +70,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="I",
         choices=("pixels", "numbers"),
         help="what the ONNX file takes: pixels (uint8) or numbers (float32), scaled as in training "
-        "(pixels if the network was trained on them)",
+        "(pixels if the network scales them)",
     )
     parser.add_argument(
         "--opset", metavar="N", type=int, help="version of ONNX's operators, 13 or newer (13)"
