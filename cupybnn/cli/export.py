@@ -140,8 +140,9 @@ class Export:
         if form is None:
             form = ENDINGS.get(path.suffix.lower())
         if form is None:
+            *others, last = ENDINGS
             raise SettingError(
-                f"The name of an exported file must end with {', '.join(ENDINGS)}, which "
+                f"The name of an exported file must end with {', '.join(others)} or {last}, which "
                 f"decides its format, unless --format does; got {str(path)!r}."
             )
         options = {}

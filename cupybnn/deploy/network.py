@@ -101,6 +101,8 @@ class PackedNetwork:
 
         Raises
         ------
+        TypeError
+            If `model` is not a Module.
         ValueError
             If a layer cannot be packed; the message names it and says why.
         """
