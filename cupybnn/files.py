@@ -59,7 +59,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     ValueError
         If `path` is not a path.
     """
-    path = checked_path(path)
+    text, path = os.fspath(path), checked_path(path)
+    if text.endswith(tuple(filter(None, (os.sep, os.altsep)))):  # which a Path drops
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), text)
     try:
         target = _resolve(path)
         if target is None:

@@ -151,6 +151,11 @@ class TestWriting:
             out.write(b"after")
         assert (tmp_path / "out").read_bytes() == b"before, content, after"
 
+    def test_a_name_of_a_folder_that_does_not_exist(self, tmp_path):
+        with pytest.raises(IsADirectoryError, match="new/"):
+            put(f"{tmp_path}/new/", b"content")
+        assert names(tmp_path) == []
+
     def test_only_regular_files_are_replaced(self, tmp_path):
         with pytest.raises(IsADirectoryError):
             put(tmp_path, b"")
