@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from cupybnn import nn, optim
-from cupybnn.data import BatchOrder, Dataset, DeviceData, load
-from cupybnn.errors import SettingError
+from cupybnn.data import DATASETS, BatchOrder, Dataset, DeviceData, load
+from cupybnn.errors import CheckpointError, SettingError
 from cupybnn.parallel import Ranks
 from cupybnn.training.agreement import first_reason
 from cupybnn.training.checkpoint import Checkpoint
@@ -82,6 +82,13 @@ def find_dataset(
         name, reason = config.dataset, None
         if stored is not None and name == "auto" and config.data_dir is None:
             name = stored.info["dataset"]  # what "auto" chose when the run began
+            if name not in DATASETS:
+                raise CheckpointError(
+                    f"The run in {config.restore} was trained on a data set of your own, {name!r}, "
+                    f"which only you can load. Continue it from Python: pass that data to a "
+                    f"Trainer, cupybnn.Trainer(config, data=data).run(), with the config of "
+                    f"cupybnn.training.restored_config({config.restore!r}, max_steps=N)."
+                )
             if name == "digits":
                 reason = f"The run in {config.restore} fell back to them."
         dataset = load(name, config.data_dir, notify=notify)
