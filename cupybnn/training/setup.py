@@ -19,6 +19,7 @@ from cupybnn.training.teachers import Teachers
 from cupybnn.training.team import Team
 
 __all__ = [
+    "check_data",
     "check_model",
     "check_ranks",
     "choose_step",
@@ -91,6 +92,8 @@ def find_dataset(
                 )
             if name == "digits":
                 reason = f"The run in {config.restore} fell back to them."
+        elif stored is not None and config.data_dir is None:
+            check_data(name, stored)  # before it is fetched
         dataset = load(name, config.data_dir, notify=notify)
         if reason is not None:
             dataset = replace(dataset, fallback_reason=reason)
@@ -109,6 +112,14 @@ def find_dataset(
             f"train without any evaluation, set eval_every_n=0 and no log_dir."
         )
     return dataset
+
+
+def check_data(name: str, stored: Checkpoint) -> None:
+    """Raise CheckpointError unless a run was trained on the data set of that name."""
+    if stored.info["dataset"] != name:
+        raise CheckpointError(
+            f"The data set must be the checkpoint's, {stored.info['dataset']}; got {name}."
+        )
 
 
 def check_model(model: Any, config: TrainConfig) -> None:
