@@ -59,7 +59,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     ValueError
         If `path` is not a path.
     """
-    path = checked_path(path)
+    text, path = os.fspath(path), checked_path(path)
+    if text.endswith(tuple(filter(None, (os.sep, os.altsep)))):  # which a Path drops
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), text)
     try:
         target = _resolve(path)
         if target is None:
@@ -70,8 +72,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         with _replacement(target) as file:
             yield file
     except OSError as error:
-        if isinstance(error.filename, str) and is_temporary(error.filename):
-            # Report the path that the caller passed.
+        # Report the path that the caller passed, of a full disk, too, which names no file.
+        nameless = error.filename is None and error.errno is not None
+        if nameless or (isinstance(error.filename, str) and is_temporary(error.filename)):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 

@@ -19,7 +19,7 @@ import cupybnn
 from cupybnn import machine, settings
 from cupybnn.backends import devices
 from cupybnn.backends.devices import CPU, Device, cuda_status
-from cupybnn.cli import info, main, verify
+from cupybnn.cli import info, main, streams, verify
 from cupybnn.extras import to_install
 from cupybnn.training import TrainConfig, Trainer
 from cupybnn.training.limits import needed_bytes
@@ -202,6 +202,18 @@ def test_undecodable_file_names_are_printed_with_escapes(tmp_path, monkeypatch):
     assert b"/\\udcff/" in printed.buffer.getvalue()
     assert printed.errors == "strict"
     assert os.path.isdir(folder)
+
+
+def test_the_c_locale_prints_escapes_and_the_bytes_of_file_names(monkeypatch):
+    printed = io.TextIOWrapper(io.BytesIO(), "ascii", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdout", printed)
+    assert main.main(["train", "--list_recipes"]) == 0
+    assert b"0.9676 \\xb1 0.0034" in printed.buffer.getvalue()
+    with streams.usable_streams():
+        print(os.fsdecode(b"name \xff"))
+        printed.flush()
+    assert printed.buffer.getvalue().endswith(b"name \xff" + os.linesep.encode())
+    assert printed.errors == "surrogateescape"
 
 
 def test_commands_run_outside_the_main_thread(capsys):

@@ -98,6 +98,7 @@ class TestFromArrays:
             ((X, Y[:-1]), r"'train_y' .* shape \(60,\), one label for each example; got \(59,\)"),
             ((X, Y[:, None]), r"got \(60, 1\)\. .* y.ravel\(\)"),
             ((X, np.eye(3)[Y].astype(int)), r"got \(60, 3\)\. .* y.argmax\(axis=1\)"),
+            ((X, np.eye(3)[Y]), r"must be integers; got float64\. .* y.argmax\(axis=1\)"),
             ((X, Y.astype(float)), r"must be integers; got float64\. .* y.astype\(int\)"),
             ((X, Y + 0.5), r"must be integers; got float64\. Number the classes: .*np.unique"),
             ((X, [f"{y}" for y in Y]), r"must be integers; got <U1\. Number the classes"),

@@ -410,6 +410,27 @@ class TestResults:
                 packed(x)[agree], clf.decision_function(x)[agree], rtol=1e-3, atol=1e-3
             )
 
+    def test_exports_take_features_as_they_are(self, tmp_path):
+        onnx = pytest.importorskip("onnx")
+        net = small().fit(X, Y).to_packed()
+        net.to_onnx(tmp_path / "net.onnx")
+        model = onnx.load(tmp_path / "net.onnx")
+        assert [value.name for value in model.graph.input] == ["numbers"]
+        evaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator(model)
+        (found,) = evaluator.run(["class_index"], {"numbers": X.astype(np.float32)})
+        np.testing.assert_array_equal(found, net.predict(X))
+        net.to_c(tmp_path / "net.h")
+        words = "pixels: 9 bytes, whole numbers that are not scaled."
+        assert words in (tmp_path / "net.h").read_text()
+
+    def test_batches_of_one_sample_are_warned_of(self):
+        with pytest.warns(UserWarning, match="'batch_size' of 1 leaves batch norm a single"):
+            small(batch_size=1, max_iter=1).fit(X, Y)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            small(max_iter=1).partial_fit(X[:1], Y[:1], classes=np.unique(Y))
+
     def test_packed_network_takes_whole_numbers(self, digits):
         train, test, labels, _ = digits
         clf = small().fit(train, labels)

@@ -217,6 +217,12 @@ class TestCommand:
                 accuracies.append(json.loads(capsys.readouterr().out)["accuracy"])
             assert accuracies[0] == accuracies[1]
 
+    def test_the_best_checkpoint_when_the_newest_is_damaged(self, run, tmp_path, capsys):
+        (tmp_path / "best.npz").write_bytes(Path(run, "best.npz").read_bytes())
+        (tmp_path / "newest.npz").write_bytes(b"damaged")
+        assert main(["evaluate", str(tmp_path), "--which", "best"]) == 0
+        assert capsys.readouterr().out.startswith("Data: digits")
+
     def test_files_of_images(self, tmp_path, mnist_dir, capsys):
         model = nn.Sequential(nn.Linear(784, 10, rng=0)).eval()
         PackedNetwork.from_model(model, pixel_max=255, image_shape=(28, 28)).save(
@@ -226,14 +232,32 @@ class TestCommand:
         assert capsys.readouterr().out.startswith("Data: mnist, 10,000 test images")
 
     def test_data_that_do_not_fit(self, run, mnist_dir, tmp_path, capsys):
-        for data, words in (
+        for folder, words in (
             (str(mnist_dir), "takes images of 8×8 pixels in 10 classes; those of mnist have 28×28"),
             (str(tmp_path / "no"), "does not exist"),
         ):
-            assert main(["evaluate", run, data]) == 1
+            assert main(["evaluate", run, folder]) == 1
             error = capsys.readouterr().err
             assert words in error
             assert len(error.splitlines()) == 1
+
+    def test_data_of_a_packed_network_follow_from_its_inputs(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(
+            cupybnn.data, "load", lambda name, *_, **__: pytest.fail(f"loads {name}")
+        )
+        for features, classes in ((6, 10), (784, 26)):
+            model = nn.Sequential(nn.Linear(features, classes, rng=0)).eval()
+            PackedNetwork.from_model(model).save(tmp_path / "net.npz")
+            assert main(["evaluate", str(tmp_path / "net.npz")]) == 2
+            assert f"{features} inputs and {classes} classes must be named" in (
+                capsys.readouterr().err
+            )
+        monkeypatch.undo()
+        PackedNetwork.from_model(nn.Sequential(nn.Linear(64, 10, rng=0)).eval()).save(
+            tmp_path / "net.npz"
+        )
+        assert main(["evaluate", str(tmp_path / "net.npz")]) == 0
+        assert capsys.readouterr().out.startswith("Data: digits")
 
     def test_a_run_on_arrays_of_your_own(self, tmp_path, capsys):
         x = np.random.default_rng(0).random((60, 6))
@@ -272,10 +296,12 @@ class TestCommand:
         assert drawn.count("<!-- class 46 -->") == 2  # in a row and in a column
         assert "mistakes" not in drawn
 
-    def test_bad_options(self, run, capsys):
+    def test_bad_options(self, run, tmp_path, capsys):
         for arguments, words in (
             (["--which", "last"], "invalid choice: 'last'"),
-            (["--chart", "/dev/null"], "a device or a pipe"),
+            (["--chart", "/dev/null"], "got the device or pipe"),
+            (["--chart", "no/chart"], "must be in an existing folder; got 'no/chart'"),
+            (["--chart", str(tmp_path)], "must be a file; got the folder"),
             (["--device", "gpu"], "The 'device' must be"),
         ):
             try:
@@ -283,4 +309,6 @@ class TestCommand:
             except SystemExit as exit:
                 code = exit.code
             assert code == 2
-            assert words in capsys.readouterr().err
+            printed = capsys.readouterr()
+            assert words in printed.err
+            assert not printed.out  # nothing was evaluated first

@@ -165,7 +165,8 @@ class TestErrors:
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize(
-        ("pixel_max", "words"), [(None, "trained on numbers"), (65535, "from 1 to 255; got 65535")]
+        ("pixel_max", "words"),
+        [(None, "got one that takes numbers"), (65535, "from 1 to 255; got 65535")],
     )
     def test_networks_without_pixels_of_a_byte(self, tmp_path, pixel_max, words):
         with pytest.raises(SettingError, match=words):

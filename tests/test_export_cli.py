@@ -109,7 +109,7 @@ def test_into_a_pipe_goes_the_file_alone(run, capfd):
 @pytest.mark.parametrize(
     ("words", "code", "expected"),
     [
-        (["-o", "net.bin"], 2, "must end with .npz, .onnx, .h, which decides its format"),
+        (["-o", "net.bin"], 2, "must end with .npz, .onnx or .h, which decides its format"),
         (["-o", "net.h", "--opset", "13"], 2, "--opset is for the format onnx; got the format c"),
         (["-o", "net.npz", "--name", "x"], 2, "--name is for the format c; got the format npz"),
         (["-o", "net.h", "--name", "1x"], 2, "'name' must be a letter"),
@@ -192,7 +192,7 @@ class TestTrain:
     @pytest.mark.parametrize(
         ("words", "code", "expected"),
         [
-            (["--export", "net.bin"], 2, "must end with .npz, .onnx, .h"),
+            (["--export", "net.bin"], 2, "must end with .npz, .onnx or .h"),
             (["--export", "no/net.npz"], 1, "does not exist"),
             (["--export", "net.npz", "--dtype", "float64"], 1, "parameters in float32"),
         ],

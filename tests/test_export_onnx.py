@@ -222,7 +222,7 @@ class TestErrors:
         assert list(tmp_path.iterdir()) == []
 
     def test_pixels_that_there_are_none_of(self):
-        with pytest.raises(SettingError, match="trained on numbers"):
+        with pytest.raises(SettingError, match="got one that takes numbers"):
             onnx_file.model(network("all binary", None), inputs="pixels")
         with pytest.raises(SettingError, match=r"fit in a byte.* got 65535"):
             onnx_file.model(network("all binary", 65535), inputs="pixels")

@@ -151,6 +151,11 @@ class TestWriting:
             out.write(b"after")
         assert (tmp_path / "out").read_bytes() == b"before, content, after"
 
+    def test_a_name_of_a_folder_that_does_not_exist(self, tmp_path):
+        with pytest.raises(IsADirectoryError, match="new/"):
+            put(f"{tmp_path}/new/", b"content")
+        assert names(tmp_path) == []
+
     def test_only_regular_files_are_replaced(self, tmp_path):
         with pytest.raises(IsADirectoryError):
             put(tmp_path, b"")
@@ -214,8 +219,18 @@ class TestWriting:
         path.write_bytes(b"old")
         monkeypatch.setattr(os, "replace", busy)
         monkeypatch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="No space left") as caught:
             put(path, b"longer than before")
+        assert caught.value.filename == str(path)
+        assert path.read_bytes() == b"old"
+        assert names(tmp_path) == ["x"]
+
+    def test_a_full_disk_is_reported_with_the_name_of_the_file(self, tmp_path):
+        path = tmp_path / "x"
+        path.write_bytes(b"old")
+        with pytest.raises(OSError, match=r"No space left.*/x'") as caught, atomic_write(path):
+            raise OSError(28, "No space left on device")  # as `write` does: it names no file
+        assert caught.value.errno == 28
         assert path.read_bytes() == b"old"
         assert names(tmp_path) == ["x"]
 

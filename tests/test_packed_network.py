@@ -330,6 +330,12 @@ def test_what_cannot_be_packed_is_named(model, words):
         PackedNetwork.from_model(model)
 
 
+@pytest.mark.parametrize("model", [None, 3, "runs/1", nn.Linear])
+def test_what_is_no_model_is_refused(model):
+    with pytest.raises(TypeError, match=r"must be a cupybnn\.nn\.Module; got .* from_run, for"):
+        PackedNetwork.from_model(model)
+
+
 @pytest.fixture(scope="module", params=[1, 2])
 def entries(request, tmp_path_factory) -> dict[str, np.ndarray]:
     """Give the entries of a file of either version."""

@@ -24,9 +24,9 @@ import pytest
 from cupybnn.backends.devices import resolve
 from cupybnn.cli import main as command_line
 from cupybnn.cli.main import main
-from cupybnn.data import digits
+from cupybnn.data import Dataset, digits
 from cupybnn.ops import Quantizer, get_quantizer, quantizer_names, quantizers
-from cupybnn.training import TrainConfig
+from cupybnn.training import TrainConfig, Trainer, restored_config
 from cupybnn.training.checkpoint import NEWEST, load
 from cupybnn.training.runs import CONFIG_NAME
 
@@ -206,6 +206,22 @@ class TestOutput:
         used = ["--optimizer", "adamw", "--schedule", "step"]
         assert "no effect" not in here(*short, *idle, *used).stderr
 
+    def test_settings_that_begin_after_the_last_step_are_reported(self, here):
+        short = [*QUICK[:-4], "--max_steps", "2"]
+        words = "--warm_up 2 does not end before the last step"
+        assert words in here(*short, "--warm_up", "2").stderr
+        done = here(*short, "--average", "swa", "--average_from", "2")
+        assert "--average swa has no effect: --average_from 2 is after" in done.stderr
+        useful = ["--warm_up", "1", "--average", "swa", "--average_from", "1"]
+        assert here(*short, *useful).stderr == ""
+
+    def test_batch_norm_of_single_images_is_reported(self, here):
+        words = "Batch norm needs several images: it turns a batch of one image into zeros"
+        short = [*QUICK[:-4], "--max_steps", "1", "--binary"]
+        assert words in here(*short, "--batch_size", "1").stderr
+        assert words not in here(*short, "--batch_size", "1", "--no_batch_norm").stderr
+        assert words not in here(*short, "--batch_size", "2").stderr
+
     def test_bar_on_a_terminal(self):
         master, slave = os.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
@@ -378,6 +394,18 @@ class TestSignals:
         assert process.returncode == 128 + signal.SIGTERM
         assert "Traceback" not in errors
         assert "Test accuracy so far" in output
+
+    def test_a_run_on_data_of_your_own_is_continued_from_python(self, here, tmp_path):
+        data = digits.load()
+        own = Dataset.from_arrays(
+            data.train_images, data.train_labels, data.test_images, data.test_labels
+        )
+        config = TrainConfig(n_hidden=8, max_steps=1, device="cpu", log_dir=str(tmp_path))
+        run = str(Trainer(config, data=own).run().run_folder)
+        done = here("--restore", run, "--max_steps", "2", check=1)
+        assert "was trained on a data set of your own, 'arrays'" in done.stderr
+        assert f"restored_config({run!r}, max_steps=N)" in done.stderr
+        assert Trainer(restored_config(run, max_steps=2), data=own).run().steps == 2
 
     def test_ctrl_c_ends_cleanly_and_restore_continues_exactly(self, here, tmp_path):
         options = ["--dataset", "digits", "--device", "cpu", "--n_hidden", "40", "--binary"]

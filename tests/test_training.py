@@ -389,6 +389,12 @@ class TestRestore:
         with pytest.raises(CheckpointError, match="must be the checkpoint's, digits; got mnist"):
             run(restore=first.run_folder, dataset="mnist", data_dir=mnist_dir)
 
+    def test_other_data_are_not_fetched_first(self, tmp_path, monkeypatch):
+        _, first, _ = run(log_dir=tmp_path, max_steps=1)
+        monkeypatch.setattr("cupybnn.training.setup.load", lambda *_, **__: pytest.fail("loads"))
+        with pytest.raises(CheckpointError, match="must be the checkpoint's, digits; got fashion"):
+            run(restore=first.run_folder, dataset="fashion")
+
     def test_auto_continues_with_its_earlier_choice(self, tmp_path, monkeypatch):
         from cupybnn.data import mnist
 

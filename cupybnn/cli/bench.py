@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cupybnn.backends.devices import Device, cuda_status, resolve
+from cupybnn.cli.outputs import check_chart, check_output
 from cupybnn.errors import SettingError
 from cupybnn.files import is_stream
 from cupybnn.paths import user_path
@@ -214,17 +215,10 @@ def _check(args: argparse.Namespace) -> None:
         raise SettingError(
             f"The 'only' must name sections of {', '.join(SECTIONS)}; got {', '.join(unknown)!r}."
         )
-    for option in ("json", "chart"):
-        path = getattr(args, option)
-        if path is not None and not path.resolve().parent.is_dir():
-            raise SettingError(f"The '--{option}' must be in an existing folder; got '{path}'.")
-        if path is not None and path.is_dir():
-            raise SettingError(f"The '--{option}' must be a file; got the folder '{path}'.")
+    if args.json is not None:
+        check_output("--json", args.json)
     if args.chart is not None:
-        if is_stream(args.chart):
-            raise SettingError(
-                f"The '--chart' must be a file name; got the device or pipe '{args.chart}'."
-            )
+        check_chart(args.chart)
         if args.only is not None and "square" not in args.only:
             raise SettingError(
                 f"The '--chart' needs the section 'square', which it draws; got '--only' with "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from cupybnn.training.declaration import without_effect
+from cupybnn.training.advice import advice
 from cupybnn.training.evaluation import right_by_class
 from cupybnn.training.records import Callback, Evaluation, TrainResult
 from cupybnn.training.step import augmentation
@@ -131,7 +131,7 @@ class Console(Callback):
             self._say(f"Learning from {', '.join(config.teacher)}")
         if self._chosen:
             self._say(self._chosen)
-        for sentence in without_effect(config):
+        for sentence in advice(trainer):
             self.on_notice(trainer, sentence)
         if config.average != "none":
             how = {"ema": f"exponential, decay {config.average_decay}", "swa": "equal weighting"}

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cupybnn.cli import models
+from cupybnn.cli.outputs import check_chart
 from cupybnn.errors import DataError, SettingError
-from cupybnn.files import is_stream
 from cupybnn.paths import user_path
 
 if TYPE_CHECKING:
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from cupybnn.deploy import PackedNetwork
 
 __all__ = ["add_parser", "run"]
+
+#: Data that a packed network, which knows no more than its inputs, is evaluated on.
+_BY_FEATURES = {8 * 8: "digits", 28 * 28: "mnist"}
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -57,11 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.chart is not None:
         from cupybnn.benchmark.chart import needs_matplotlib
 
-        if is_stream(args.chart):
-            raise SettingError(
-                f"The '--chart' must be a name of files to be made; got '{args.chart}', a device "
-                f"or a pipe."
-            )
+        check_chart(args.chart)
         needs_matplotlib()
     network = models.opened(args)
     data = _data(args, network)
@@ -88,13 +87,13 @@ def _data(args: argparse.Namespace, network: PackedNetwork) -> Dataset:
     from cupybnn.data import fashion
 
     name, folder = _named(args) if args.data is None else _chosen(args.data)
-    if name == "auto" and network.inputs.image_shape == (8, 8):
-        name = "digits"
+    if name == "auto":
+        name = _by_inputs(args, network)
     # The files of both have the same names; a packed network knows what it tells apart.
     named = args.data in data.DATASETS
-    if not named and name in ("auto", "mnist") and tuple(network.classes) == fashion.CLASS_NAMES:
+    if not named and name == "mnist" and tuple(network.classes) == fashion.CLASS_NAMES:
         name = "fashion"
-    found = data.load("mnist" if name == "auto" else name, folder, notify=_say)
+    found = data.load(name, folder, notify=_say)
     shape = network.inputs.image_shape or (network.inputs.features,)
     if network.inputs.features != found.features or len(network.classes) != found.classes:
         raise DataError(
@@ -104,6 +103,18 @@ def _data(args: argparse.Namespace, network: PackedNetwork) -> Dataset:
             f"Name its data: cupybnn evaluate {args.model} DATA."
         )
     return found
+
+
+def _by_inputs(args: argparse.Namespace, network: PackedNetwork) -> str:
+    """Return the data whose images have as many pixels as a packed network takes."""
+    features, classes = network.inputs.features, len(network.classes)
+    if features not in _BY_FEATURES or classes != 10:
+        raise SettingError(
+            f"The data of a network with {features} inputs and {classes} classes must be named, "
+            f"because neither mnist nor digits fits. For a folder with four IDX files: cupybnn "
+            f"evaluate {args.model} FOLDER; for arrays, call PackedNetwork.evaluate from Python."
+        )
+    return _BY_FEATURES[features]
 
 
 def _say(sentence: str) -> None:
@@ -123,10 +134,11 @@ def _named(args: argparse.Namespace) -> tuple[str, Any]:
     from cupybnn.deploy.opening import is_packed_file
     from cupybnn.training import checkpoint
     from cupybnn.training.restore import stored_config
+    from cupybnn.training.saved import checkpoint_file
 
     if is_packed_file(args.model):
         return "auto", None
-    info = checkpoint.load_info(args.model)
+    info = checkpoint.load_info(checkpoint_file(args.model, args.which or "newest"))
     config, name = stored_config(info), info.get("dataset")
     folder = config.data_dir
     if folder is None and name not in DATASETS:

@@ -70,7 +70,7 @@ def add_parser(subparsers: Any) -> None:
         metavar="I",
         choices=("pixels", "numbers"),
         help="what the ONNX file takes: pixels (uint8) or numbers (float32), scaled as in training "
-        "(pixels if the network was trained on them)",
+        "(pixels if the network scales them)",
     )
     parser.add_argument(
         "--opset", metavar="N", type=int, help="version of ONNX's operators, 13 or newer (13)"
@@ -140,8 +140,9 @@ class Export:
         if form is None:
             form = ENDINGS.get(path.suffix.lower())
         if form is None:
+            *others, last = ENDINGS
             raise SettingError(
-                f"The name of an exported file must end with {', '.join(ENDINGS)}, which "
+                f"The name of an exported file must end with {', '.join(others)} or {last}, which "
                 f"decides its format, unless --format does; got {str(path)!r}."
             )
         options = {}

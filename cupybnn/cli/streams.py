@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import os
@@ -11,12 +12,28 @@ from collections.abc import Iterator
 __all__ = ["complain", "flush", "usable_streams"]
 
 
+def _bytes_or_escapes(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Encode as "surrogateescape" does, and what it cannot encode as "backslashreplace" does."""
+    try:
+        return codecs.lookup_error("surrogateescape")(error)
+    except UnicodeError:
+        return codecs.lookup_error("backslashreplace")(error)
+
+
+codecs.register_error("cupybnn.bytes_or_escapes", _bytes_or_escapes)
+
+#: Ways of handling errors that raise, and those that replace them. Python gives a stream the second
+#: one in the C locale, where its encoding may be ASCII.
+_ESCAPING = {"strict": "backslashreplace", "surrogateescape": "cupybnn.bytes_or_escapes"}
+
+
 @contextlib.contextmanager
 def usable_streams() -> Iterator[None]:
     """Context in which standard input, output and error exist, and printing never fails to encode.
 
     A stream that is closed (``>&-``) or missing (``pythonw``) is replaced by the null device.
-    File names that cannot be encoded are printed with escapes, as standard error does by default.
+    What cannot be encoded, in a file name or in a sentence, is printed with escapes, as standard
+    error does by default. In the C locale, file names keep their bytes.
     """
     with contextlib.ExitStack() as stack:
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -27,9 +44,9 @@ def usable_streams() -> Iterator[None]:
                 null = stack.enter_context(open(os.devnull, mode, encoding="utf-8"))
                 setattr(sys, name, null)
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-                stack.callback(_set_errors, stream, "strict")
-                _set_errors(stream, "backslashreplace")
+            if isinstance(stream, io.TextIOWrapper) and stream.errors in _ESCAPING:
+                stack.callback(_set_errors, stream, stream.errors)
+                _set_errors(stream, _ESCAPING[stream.errors])
         yield
 
 

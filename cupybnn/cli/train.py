@@ -90,7 +90,7 @@ def add_parser(subparsers: Any) -> None:
     options.add_argument(
         "--export",
         metavar="FILE",
-        help="write it, at the end, as .npz, .onnx or .h; see 'cupybnn export'",
+        help="write the network, after the last step, as .npz, .onnx or .h; see 'cupybnn export'",
     )
 
 

@@ -91,7 +91,8 @@ class Outcome:
         what = f"{self.device:<7} {self.kernel:<16} {self.kind:<7} {self.case}"
         if self.problem:
             return f"{what}  {self.problem}"
-        return f"{what}  equal ({self.elements} elements, {self.seconds * 1e3:.1f} ms)"
+        count = f"{self.elements:,} element{'s' * (self.elements != 1)}"
+        return f"{what}  equal ({count}, {self.seconds * 1e3:.1f} ms)"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:

@@ -59,7 +59,9 @@ def labels(name: str, y: Any, examples: int) -> np.ndarray:
     array = _on_host(name, y)
     if array.dtype.kind not in "iub":
         hint = "Number the classes: classes, y = np.unique(y, return_inverse=True)."
-        if array.dtype.kind == "f" and array.size and (array == np.floor(array)).all():
+        if array.ndim == 2 and array.shape[0] == examples and array.shape[1] > 1:
+            hint = "If there is a column for each class: y.argmax(axis=1)."
+        elif array.dtype.kind == "f" and array.size and (array == np.floor(array)).all():
             hint = "The values are integers: use y.astype(int)."
         raise TypeError(f"The {name!r} of from_arrays must be integers; got {array.dtype}. {hint}")
     if array.shape != (examples,):

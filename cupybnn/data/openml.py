@@ -125,9 +125,9 @@ def load(
         raise DataError(
             f"{trouble}{source.title} cannot be fetched from OpenML: {_cause(error)}. Looked in "
             f"{path.parent} for {source.cache_name} and in {settings.scikit_learn_data()} for "
-            f"scikit-learn's copy. Two ways out: give a folder with {source.title}'s four IDX "
-            f"files as the data directory{_by_package(source)}, or take the bundled digits: "
-            f"--dataset digits."
+            f"scikit-learn's copy. Two ways out: name a folder with {source.title}'s four IDX "
+            f"files (cupybnn train FOLDER, or data_dir=FOLDER in Python){_by_package(source)}, or "
+            f"use the bundled digits (--dataset digits, or dataset='digits')."
         ) from error
     check(source, arrays, f"The {source.title} from OpenML")
     try:
@@ -142,7 +142,7 @@ def load(
 def _by_package(source: Source) -> str:
     if not source.package:
         return ""
-    return f" (on Debian and Ubuntu: apt install {source.package})"
+    return f", on Debian and Ubuntu also apt install {source.package}"
 
 
 def _cause(error: BaseException) -> str:

@@ -95,8 +95,11 @@ class _Writer:
         image = ""
         if spec.image_shape is not None:
             image = f", an image of {' x '.join(map(str, spec.image_shape))} row by row"
+        span = f" from 0 to {spec.pixel_max:g}"
+        if spec.pixel_max == 1:  # as of scikit-learn's features, which need not be pixels
+            span = ", whole numbers that are not scaled"
         notes = [
-            f"pixels: {spec.features} bytes from 0 to {spec.pixel_max:g}{image}.",
+            f"pixels: {spec.features} bytes{span}{image}.",
             f"Layers: {'; '.join(map(described, self._layers))}.",
         ]
         if self._layers[0].integer and np.frexp(spec.pixel_max)[0] != 0.5:  # no power of two

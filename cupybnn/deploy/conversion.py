@@ -9,6 +9,7 @@ import numpy as np
 
 from cupybnn import nn
 from cupybnn.backends.devices import CPU, to_device
+from cupybnn.backends.interop import type_name
 from cupybnn.deploy.inputs import InputSpec
 from cupybnn.deploy.layers import PackedLayer, Step
 from cupybnn.deploy.thresholds import integer_threshold, real_threshold
@@ -34,9 +35,17 @@ def packed_model(
 
     Raises
     ------
+    TypeError
+        If `model` is not a Module.
     ValueError
         If a layer cannot be packed; the message names it. If the image shape does not fit.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"The 'model' of PackedNetwork.from_model must be a cupybnn.nn.Module; got "
+            f"{type_name(model)}. Of a training result, pass result.model; for a run folder there "
+            f"is from_run, for PyTorch from_torch, and for an estimator its method to_packed."
+        )
     known: DataDescription | None = vars(model).get("trained_on")
     if known is not None:
         pixel_max = known.pixel_max if pixel_max is None else pixel_max

@@ -101,6 +101,8 @@ class PackedNetwork:
 
         Raises
         ------
+        TypeError
+            If `model` is not a Module.
         ValueError
             If a layer cannot be packed; the message names it and says why.
         """
@@ -247,7 +249,8 @@ class PackedNetwork:
         inputs : {"pixels", "numbers"}, optional
             The input of the graph and its name: "pixels" are uint8, images of shape (batch, height,
             width) where the network knows their shape, scaled in the graph; "numbers" are float32
-            of shape (batch, features), as in training. Default: pixels, if the network takes them.
+            of shape (batch, features), as in training. Default: pixels, if the network scales
+            them, and numbers if it does not (a `pixel_max` of None or 1).
         target : {"cpu", "cuda"}
             For which of onnxruntime's providers: on a CPU, products of signs are of bytes (the
             operator MatMulInteger), on CUDA of float16, or float32 where sums can exceed 2,048.

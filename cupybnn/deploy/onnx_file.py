@@ -10,7 +10,7 @@ import numpy as np
 
 import cupybnn
 from cupybnn.deploy.onnx_graph import Graph, onnx_module
-from cupybnn.deploy.plan import Planned, check_pixels, plan, scale_factor
+from cupybnn.deploy.plan import GREATEST_PIXEL, Planned, check_pixels, plan, scale_factor
 from cupybnn.errors import SettingError
 from cupybnn.files import atomic_write
 
@@ -59,11 +59,10 @@ def model(
         )
     net = net.to("cpu")
     if inputs is None:
-        try:
-            check_pixels(net.inputs)
-            inputs = "pixels"
-        except SettingError:
-            inputs = "numbers"
+        # Where pixels are not scaled, as those of a scikit-learn estimator's features, numbers
+        # are the same, and fractions are numbers only.
+        scale = net.inputs.pixel_max
+        inputs = "pixels" if scale is not None and 1 < scale <= GREATEST_PIXEL else "numbers"
     _check("inputs", inputs, INPUTS)
     pixels = inputs == "pixels"
     if pixels:
@@ -100,7 +99,7 @@ def _check(name: str, value: Any, known: tuple[str, ...]) -> None:
 def _doc(net: PackedNetwork, pixels: bool) -> str:
     if pixels:
         what = "Images as bytes, one byte a pixel; the graph scales them."
-    elif net.inputs.pixel_max is not None:
+    elif net.inputs.pixel_max not in (None, 1):
         what = f"Pixels divided by {net.inputs.pixel_max:g}, as float32."
     else:
         what = "Numbers as the network was trained on them, as float32."

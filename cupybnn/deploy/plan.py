@@ -82,8 +82,9 @@ def check_pixels(inputs: InputSpec) -> None:
     """
     if inputs.pixel_max is None:
         raise SettingError(
-            "The network must have been trained on pixels to take them; got one that was trained "
-            "on numbers. Give PackedNetwork.from_model its pixel_max if its inputs are pixels."
+            "A C header, and ONNX with inputs='pixels', must be of a network that takes pixels of "
+            "a byte each; got one that takes numbers. If they are pixels divided by 255, for one, "
+            "pack it with pixel_max=255; otherwise write ONNX, which takes numbers."
         )
     if not 1 <= inputs.pixel_max <= GREATEST_PIXEL:
         raise SettingError(

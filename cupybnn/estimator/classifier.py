@@ -336,8 +336,9 @@ class BinaryMLPClassifier(
         ----------
         pixel_max : float, optional
             The greatest pixel, 255 for most images, where X holds pixels and the network is to know
-            that: for ``cupybnn predict`` on pictures, or a C header. It then takes floats, but not
-            whole numbers, divided by `pixel_max`.
+            that: for ``cupybnn predict`` on pictures, or ONNX that takes bytes. It then takes
+            floats, but not whole numbers, divided by `pixel_max`. Otherwise ONNX takes the
+            features as float32, and a C header as bytes, whole numbers from 0 to 255.
         image_shape : tuple of int, optional
             (height, width), where it is to take images.
 

@@ -144,6 +144,12 @@ class Parameters:
                 f"{self.batch_size}. It is clipped to that.",
                 stacklevel=5,
             )
+        if batch == 1 < examples:
+            warnings.warn(
+                "A 'batch_size' of 1 leaves batch norm a single sample, which it turns into "
+                "zeros, so the network hardly learns. Choose a larger one.",
+                stacklevel=5,
+            )
         sgd: dict[str, Any] = {"momentum": self.momentum} if self.solver == "sgd" else {}
         return TrainConfig(
             batch_size=batch,

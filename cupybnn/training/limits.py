@@ -78,7 +78,7 @@ def check_memory(config: TrainConfig, features: int, classes: int, device: Devic
     raise SettingError(
         f"A run must fit into the memory of its device: {device} has {_size(there)}, the weights "
         f"(n_hidden = {widths}, hidden_layers = {_number(config.hidden_layers)}) "
-        f"need at least {_size(weights)} and a batch (batch_size = {_number(config.batch_size)}) "
+        f"need {_size(weights)} or more and a batch (batch_size = {_number(config.batch_size)}) "
         f"{_size(batch)}. Choose a smaller {smaller}."
     )
 

@@ -211,7 +211,7 @@ def load_model(
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"The 'model' must be an nn.Module; got {type(model).__name__}.")
     target = resolve(device)
-    stored = checkpoints.load(_file(run, which))
+    stored = checkpoints.load(checkpoint_file(run, which))
     config = stored_config(stored.info)
     description = DataDescription.stored(stored)
     fits = "the given model" if model is not None else "its network"
@@ -234,7 +234,16 @@ def load_model(
     return model
 
 
-def _file(run: str | os.PathLike[str], which: str) -> Path:
+def checkpoint_file(run: str | os.PathLike[str], which: str) -> Path:
+    """Return the file of a run's newest or best checkpoint; `run` may be the file itself.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none.
+    SettingError
+        If `which` is neither "newest" nor "best".
+    """
     if which not in _WHICH:
         raise SettingError(f"The 'which' must be one of {', '.join(_WHICH)}; got {which!r}.")
     path = user_path(run)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from cupybnn import nn, optim
-from cupybnn.data import BatchOrder, Dataset, DeviceData, load
-from cupybnn.errors import SettingError
+from cupybnn.data import DATASETS, BatchOrder, Dataset, DeviceData, load
+from cupybnn.errors import CheckpointError, SettingError
 from cupybnn.parallel import Ranks
 from cupybnn.training.agreement import first_reason
 from cupybnn.training.checkpoint import Checkpoint
@@ -19,6 +19,7 @@ from cupybnn.training.teachers import Teachers
 from cupybnn.training.team import Team
 
 __all__ = [
+    "check_data",
     "check_model",
     "check_ranks",
     "choose_step",
@@ -82,8 +83,17 @@ def find_dataset(
         name, reason = config.dataset, None
         if stored is not None and name == "auto" and config.data_dir is None:
             name = stored.info["dataset"]  # what "auto" chose when the run began
+            if name not in DATASETS:
+                raise CheckpointError(
+                    f"The run in {config.restore} was trained on a data set of your own, {name!r}, "
+                    f"which only you can load. Continue it from Python: pass that data to a "
+                    f"Trainer, cupybnn.Trainer(config, data=data).run(), with the config of "
+                    f"cupybnn.training.restored_config({config.restore!r}, max_steps=N)."
+                )
             if name == "digits":
                 reason = f"The run in {config.restore} fell back to them."
+        elif stored is not None and config.data_dir is None:
+            check_data(name, stored)  # before it is fetched
         dataset = load(name, config.data_dir, notify=notify)
         if reason is not None:
             dataset = replace(dataset, fallback_reason=reason)
@@ -102,6 +112,14 @@ def find_dataset(
             f"train without any evaluation, set eval_every_n=0 and no log_dir."
         )
     return dataset
+
+
+def check_data(name: str, stored: Checkpoint) -> None:
+    """Raise CheckpointError unless a run was trained on the data set of that name."""
+    if stored.info["dataset"] != name:
+        raise CheckpointError(
+            f"The data set must be the checkpoint's, {stored.info['dataset']}; got {name}."
+        )
 
 
 def check_model(model: Any, config: TrainConfig) -> None:

@@ -32,6 +32,7 @@ from cupybnn.training.restore import check_settings
 from cupybnn.training.runs import new_run_folder
 from cupybnn.training.saved import DataDescription
 from cupybnn.training.setup import (
+    check_data,
     check_model,
     check_ranks,
     choose_step,
@@ -252,11 +253,7 @@ class Trainer:
         return model
 
     def _restore(self, stored: checkpoints.Checkpoint) -> None:
-        if stored.info["dataset"] != self.dataset.name:
-            raise CheckpointError(
-                f"The data set must be the checkpoint's, {stored.info['dataset']}; got "
-                f"{self.dataset.name}."
-            )
+        check_data(self.dataset.name, stored)
         try:
             state.load(stored.arrays, self.model, self.optimizer, self._averaging)
             self.history = [Evaluation(**fields) for fields in stored.info["history"]]
