@@ -81,7 +81,7 @@ def run(tmp_path, monkeypatch):
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
         watch = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-        watch += "import legends\nlegends.watch()\n" + first
+        watch += "import legends\nlegends.watch()\n" + DRAWN_ONCE + first
         notebook.cells.insert(0, nbformat.v4.new_code_cell(watch))
         client = nbclient.NotebookClient(
             notebook,
@@ -97,6 +97,10 @@ def run(tmp_path, monkeypatch):
     return execute
 
 
+#: Do not draw a figure to find its margins, which the layout has found, before it is drawn.
+DRAWN_ONCE = """
+get_ipython().config.InlineBackend.print_figure_kwargs = {"bbox_inches": None}
+"""
 #: Measure the products that `cupybnn bench --quick` does, a few times each.
 BRIEFLY = """
 import gc
