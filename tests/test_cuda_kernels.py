@@ -83,14 +83,17 @@ def reachable() -> list[Config]:
     found: dict[object, Config] = {}
     for m, n, k, packed in itertools.product(lengths, lengths, ks, (False, True)):
         for kernel, capability in (("sm90", 90), ("sm80", 80), ("sm80", 86), ("sm75", 75)):
-            problem = Problem(
-                m=m, n=n, k=k, packed=packed, capability=capability, multiprocessors=132
-            )
-            for scaled, batch in ((False, 1), (not packed, 1), (False, 8)):
-                kind = dataclasses.replace(problem, scaled=scaled, batch=batch)
-                config = dispatch.builtin_config(kernel, kind)
-                found[config.kernel, config.defines, config.swap] = config
-            for config in dispatch.candidates(kernel, problem):
+            kinds = [
+                Problem(
+                    m=m, n=n, k=k, packed=packed, scaled=scaled, batch=batch,
+                    capability=capability, multiprocessors=132,
+                )
+                for scaled, batch in dict.fromkeys(((False, 1), (not packed, 1), (False, 8)))
+            ]  # fmt: skip
+            for config in (
+                *(dispatch.builtin_config(kernel, kind) for kind in kinds),
+                *dispatch.candidates(kernel, kinds[0]),
+            ):
                 found[config.kernel, config.defines, config.swap] = config
     return [smxx.config(), *found.values()]
 

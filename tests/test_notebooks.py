@@ -81,7 +81,7 @@ def run(tmp_path, monkeypatch):
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
         watch = f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-        watch += "import legends\nlegends.watch()\n" + first
+        watch += "import legends\nlegends.watch()\n" + DRAWN_ONCE + first
         notebook.cells.insert(0, nbformat.v4.new_code_cell(watch))
         client = nbclient.NotebookClient(
             notebook,
@@ -97,13 +97,19 @@ def run(tmp_path, monkeypatch):
     return execute
 
 
-#: Measure the products that `cupybnn bench --quick` does, for a few milliseconds each, with few
-#: sets of operands, as for a small cache.
+#: Do not draw a figure to find its margins, which the layout has found, before it is drawn.
+DRAWN_ONCE = """
+get_ipython().config.InlineBackend.print_figure_kwargs = {"bbox_inches": None}
+"""
+#: Measure the products that `cupybnn bench --quick` does, a few times each.
 BRIEFLY = """
-from cupybnn.benchmark import products, record
-products.memory = lambda device: (1 << 18, 2 << 30)
-measure, shapes = record.measure, record.shapes
-record.measure = lambda *products, budget: measure(*products, budget=0.005)
+import gc
+from cupybnn.benchmark import record
+from measuring import briefly
+brief = briefly()
+brief.__enter__()
+gc.freeze()  # garbage is collected before each measurement: what is there already is none
+shapes = record.shapes
 record.shapes = lambda gpu, quick: shapes(gpu, True)
 """
 #: A twentieth of MNIST, so that evaluations, which take most of the time, are short.
