@@ -438,7 +438,7 @@ class TestMnist:
         message = str(caught.value)
         assert "Temporary failure in name resolution" in message
         assert str(data_home / "data") in message
-        assert "data directory" in message
+        assert "(cupybnn train FOLDER, or data_dir=FOLDER in Python)" in message
         assert "--dataset digits" in message
         assert "\n" not in message
         assert list((data_home / "data").iterdir()) == []
