@@ -4,7 +4,7 @@
 element, and `cupybnn.PackedNetwork.from_torch` packs a whole network. The products are operators of
 PyTorch: they work with autocast, `torch.compile` and CUDA graphs, on the current stream.
 
-Needs PyTorch 2.4 or newer (the extra ``torch``), and CuPy for tensors on a GPU.
+Needs PyTorch 2.6 or newer (the extra ``torch``), and CuPy for tensors on a GPU.
 """
 
 from cupybnn.extras import to_install as _to_install
@@ -15,7 +15,7 @@ except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
     raise ModuleNotFoundError(
-        f"cupybnn.torch needs PyTorch 2.4 or newer, which is not installed. Install it as "
+        f"cupybnn.torch needs PyTorch 2.6 or newer, which is not installed. Install it as "
         f"https://pytorch.org/get-started describes, or: {_to_install('torch')}.",
         name="torch",
     ) from error
