@@ -20,7 +20,6 @@ import sys
 from collections.abc import Sequence
 
 import cupybnn
-from cupybnn.backends.cpu import announce_compilation
 from cupybnn.cli.parser import Parser
 from cupybnn.cli.signals import Signals
 from cupybnn.cli.streams import complain, flush, usable_streams
@@ -101,6 +100,9 @@ def _main(arguments: list[str], signals: Signals) -> int:
             args.who = f"cupybnn {args.command}"
             args.signals, args.words = signals, arguments
             if sys.stderr.isatty():  # as progress bars
+                # Imports NumPy, so only after `tune_process`.
+                from cupybnn.backends.cpu import announce_compilation
+
                 announce_compilation(_say_compiling)
             return int(args.run(args))
         except BaseException:
