@@ -222,6 +222,21 @@ def test_a_kernel_is_compiled_once(cache, tmp_path):
     assert str(tmp_path) in cache.folder(first)
 
 
+def test_compilation_is_announced_once(cache):
+    from cupybnn.backends.cpu import announce_compilation
+
+    told = []
+    try:
+        announce_compilation(lambda: told.append(1))
+        assert [cache.cached()(plus_one)(1) for _ in range(2)] == [2, 2]
+        assert told == [1]
+        announce_compilation(lambda: told.append(2))
+        assert cache.cached()(plus_one)(1) == 2  # loaded
+        assert told == [1]
+    finally:
+        announce_compilation(None)
+
+
 def test_machine_code_is_loaded_without_what_numba_compiles_with(cpu_kernels, tmp_path):
     a = np.linspace(-1, 1, 90000, dtype=np.float32).reshape(300, 300)
     xnor_gemm(a, a)  # there is a cache from now on

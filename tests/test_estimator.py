@@ -356,7 +356,7 @@ class TestContinuing:
         clf = small().partial_fit(X, Y, classes=[0, 1, 2])
         with pytest.raises(ValueError, match="is not the same as on last call"):
             clf.partial_fit(X, Y, classes=[0, 1, 2, 3])
-        with pytest.raises(ValueError, match=r"classes of the first call, \[0 1 2\]; got .*3"):
+        with pytest.raises(ValueError, match=r"classes of the first call, \[0 1 2\]; got 3"):
             clf.partial_fit(X, Y + 1)
         with pytest.raises(ValueError, match="does not support early_stopping"):
             small(early_stopping=True).partial_fit(X, Y, classes=[0, 1, 2])

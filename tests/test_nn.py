@@ -68,6 +68,13 @@ class TestLayers:
         with pytest.raises(ValueError, match=message):
             kind(6, 4)(ops.sign(Tensor(np.ones(shape))))
 
+    @pytest.mark.parametrize(
+        "layer", [nn.Linear(2, 3), nn.BinaryLinear(2, 3, binary_input=False), nn.Flatten()]
+    )
+    def test_input_that_is_no_array(self, layer):
+        with pytest.raises(TypeError, match=r"must be a Tensor or an array; got list"):
+            nn.Sequential(layer)([[1.0, 2.0]])
+
     def test_glorot(self):
         w = nn.glorot_uniform((300, 200), 0)
         limit = np.sqrt(6 / 500)

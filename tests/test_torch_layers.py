@@ -550,6 +550,9 @@ def test_a_quantizer_of_ones_own():
         (lambda: XnorLinear(8, 4)(torch.tensor(1.0)), ValueError, r"got \(\)"),
         (lambda: XnorLinear(8, 4)(torch.ones(2, 8, dtype=torch.int32)), TypeError,
          r"must be of floating dtype; got torch\.int32"),
+        (lambda: XnorLinear(8, 4)(np.ones((2, 8), np.float32)), TypeError,
+         r"input of XnorLinear\(8, 4\) must be a torch\.Tensor; got ndarray"),
+        (lambda: sign_ste([1.0]), TypeError, r"must be a torch\.Tensor; got list"),
         (lambda: sign_ste(torch.ones(2, dtype=torch.bool)), TypeError, r"'x' of sign_ste"),
         (lambda: functional_xnor_linear(torch.ones(2, 3), torch.ones(3)), ValueError,
          r"'weight' of xnor_linear must have shape \(out_features, in_features\); got \(3,\)"),
@@ -562,6 +565,14 @@ def test_a_quantizer_of_ones_own():
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("binary_input", [True, False])
+def test_the_meta_device_has_shapes_alone(binary_input):
+    layer = XnorLinear(8, 4, binary_input=binary_input).to("meta")
+    result = layer(torch.ones(2, 8, device="meta"))
+    assert result.is_meta
+    assert result.shape == (2, 4)
 
 
 @pytest.mark.gpu

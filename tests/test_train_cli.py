@@ -136,7 +136,7 @@ class TestOutput:
 
     def test_choice_of_the_best_checkpoint_is_printed(self, tmp_path, capsys):
         for options, line in (
-            ([], "best.npz is chosen by test accuracy (hold out images with --validation N)"),
+            ([], "best.npz is chosen by test accuracy (by held-out images: --validation N)"),
             (["--validation", "100"], "best.npz is chosen by validation accuracy"),
         ):
             log = ["--log_dir", str(tmp_path)]

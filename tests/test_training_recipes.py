@@ -185,7 +185,7 @@ def test_own_file(tmp_path):
     ("content", "message"),
     [
         ("n_hidden = ", "is not TOML"),
-        ("n_hidden = 5", r"must contain a 'summary' and a table \[settings\].*got n_hidden"),
+        ("n_hidden = 5", r"must contain its settings below a line \[settings\].*got n_hidden"),
         ("", "got nothing"),
         ("accuracy = 0.98\n[settings]", r"The 'accuracy' of the recipe .* must be text; got 0\.98"),
         ("[settings]\nlearning = 1", r"recipe .*bad\.toml must name .*; got learning\. Known:"),

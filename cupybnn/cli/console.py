@@ -139,7 +139,7 @@ class Console(Callback):
             self._say(f"Evaluating averaged weights ({how[config.average]}), {since}")
         if trainer.run_folder is not None:
             self._say(f"Logging to {trainer.run_folder}")
-            note = "" if data.test_is_validation else " (hold out images with --validation N)"
+            note = "" if data.test_is_validation else " (by held-out images: --validation N)"
             self._say(f"best.npz is chosen by {kind} accuracy{note}")
         if config.restore is not None:
             self._say(f"Continuing from step {trainer.step} of {config.restore}")

@@ -99,6 +99,11 @@ def _main(arguments: list[str], signals: Signals) -> int:
             args = _parsed(arguments)
             args.who = f"cupybnn {args.command}"
             args.signals, args.words = signals, arguments
+            if sys.stderr.isatty():  # as progress bars
+                # Imports NumPy, so only after `tune_process`.
+                from cupybnn.backends.cpu import announce_compilation
+
+                announce_compilation(_say_compiling)
             return int(args.run(args))
         except BaseException:
             # Whatever a library made of an interruption, it is reported as one.
@@ -120,6 +125,10 @@ def _main(arguments: list[str], signals: Signals) -> int:
     except MemoryError as error:  # the host's, or CuPy's for a GPU
         complain(f"{args.who}: out of memory. {error}")
         return 1
+
+
+def _say_compiling() -> None:
+    complain("Compiling kernels for this processor, once; it takes ten seconds or more.")
 
 
 def _complain(args: argparse.Namespace, error: Exception) -> None:

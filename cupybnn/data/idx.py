@@ -69,8 +69,13 @@ def find_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     except ValueError as error:
         raise DataError(f"The data directory cannot be used: {error}") from error
     if not root.is_dir():
-        what = "is a file, not a folder" if root.exists() else "does not exist"
-        raise DataError(f"The data directory {root} {what}.")
+        if not root.exists():
+            raise DataError(f"The data directory {root} does not exist.")
+        raise DataError(
+            f"The data directory {root} is a file, not a folder. Name the folder of MNIST's four "
+            f"IDX files. Data of another form, such as .npz or CSV, is passed in Python: "
+            f"cupybnn.data.Dataset.from_arrays."
+        )
     try:
         sets = [paths for name in _SUBFOLDERS for paths in _data_sets(root / name).values()]
         there = sorted(p.name for p in root.iterdir())

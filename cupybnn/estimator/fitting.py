@@ -125,7 +125,7 @@ class Fitting:
         if unknown.any():
             raise ValueError(
                 f"The 'y' of partial_fit must hold classes of the first call, {self.classes_}; got "
-                f"{y[unknown][0]!r}."
+                f"{y[unknown].tolist()[0]!r}."
             )
         with device_of(X).scope():
             self._train(parameters, X, labels, weights, incremental=True)

@@ -45,6 +45,11 @@ class Flatten(Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(x, "shape"):
+            raise TypeError(
+                f"The input of a Flatten must be a Tensor or an array; got {type(x).__name__}. "
+                f"Make it one: Tensor(numpy.asarray(x))."
+            )
         if x.ndim == 0:
             raise ValueError("The input of Flatten must have a batch axis; got shape ().")
         return x.reshape(x.shape[0], math.prod(x.shape[1:]))

@@ -104,6 +104,11 @@ class Linear(Module):
         return y if self.bias is None else y + self.bias
 
     def _checked(self, x: Tensor) -> Tensor:
+        if not hasattr(x, "shape"):
+            raise TypeError(
+                f"The input of {type(self).__name__}({self._settings()}) must be a Tensor or an "
+                f"array; got {type(x).__name__}. Make it one: Tensor(numpy.asarray(x))."
+            )
         if x.ndim == 0 or x.shape[-1] != self.weight.shape[0]:
             raise ValueError(
                 f"The input of {type(self).__name__}({self._settings()}) must have shape "

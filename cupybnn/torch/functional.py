@@ -124,6 +124,8 @@ def drawn_signs(x: torch.Tensor, key: str, training: bool, progress: Any) -> tor
 def result_dtype(x: torch.Tensor) -> torch.dtype:
     """Return the dtype of a layer's result: that of its input, or that of autocast."""
     device = x.device.type
+    if device == "meta":  # shapes alone, without autocast
+        return x.dtype
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
@@ -139,6 +141,11 @@ def check_features(x: torch.Tensor, features: int, layer: str) -> None:
 
 
 def _check_floating(x: torch.Tensor, what: str) -> None:
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(
+            f"The {what} must be a torch.Tensor; got {type(x).__name__}. Make it one: "
+            f"torch.as_tensor(x)."
+        )
     if not x.dtype.is_floating_point:
         raise TypeError(
             f"The {what} must be of floating dtype; got {x.dtype}. For 0 and 1 pass 2 * x - 1, as "

@@ -31,6 +31,7 @@ from cupybnn.schema import (
     record,
     text,
 )
+from cupybnn.temporary import is_temporary
 
 __all__ = [
     "BEST",
@@ -92,8 +93,11 @@ def save(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
         with atomic_write(path) as file:
             np.savez(file, allow_pickle=False, **{_HEADER: np.array(json.dumps(header))}, **members)
     except OSError as error:
+        shown = Path(path)
+        if is_temporary(shown.parent):  # of a run that has no number yet
+            shown = shown.parent.parent / shown.name
         raise CheckpointError(
-            f"The checkpoint {os.fspath(path)} cannot be written: {error.strerror or error}."
+            f"The checkpoint {shown} cannot be written: {error.strerror or error}."
         ) from error
 
 

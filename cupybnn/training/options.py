@@ -164,8 +164,8 @@ class Options:
     sync_batch_norm: bool = _network(
         False,
         Switch(),
-        "of several ranks: normalize with the statistics of the whole batch, as one rank would, "
-        "not with those of each rank's part",
+        "where a run has several ranks, normalize with the statistics of the whole batch, as one "
+        "rank would, not with those of each rank's part",
         needs=("batch_norm",),
         synonyms=("syncbn", "sync_bn", "synchronized"),
     )
@@ -419,14 +419,14 @@ class Options:
     rank_timeout: float = _run(
         30.0,
         _positive("SECONDS"),
-        "of several ranks: how long one may hang before the others end",
+        "with several ranks, how long one may hang before the others end",
         restore="free",
         synonyms=("timeout", "nccl_timeout"),
     )
     debug: bool = _run(
         False,
         Switch(),
-        "stop at the first NaN or infinity, on a terminal in the debugger; of several ranks: also "
-        "compare their weights after each step; slow",
+        "stop at the first NaN or infinity, on a terminal in the debugger; with several ranks, "
+        "also compare their weights after each step; slow",
         restore="free",
     )

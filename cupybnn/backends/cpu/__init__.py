@@ -9,13 +9,22 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
 from cupybnn import settings
 from cupybnn.extras import to_install
 
-__all__ = ["NAME", "CpuStatus", "compiled", "compiled_passes", "status"]
+__all__ = [
+    "NAME",
+    "CpuStatus",
+    "announce_compilation",
+    "compiled",
+    "compiled_passes",
+    "compiling",
+    "status",
+]
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,8 @@ class CpuStatus:
 #: What the kernels are called where the NumPy backend is "numpy".
 NAME = "numba"
 
+#: Called before the first kernel is compiled, which happens once on a machine.
+_announce: Callable[[], None] | None = None
 _lock = threading.RLock()
 _found: tuple[CpuStatus, ModuleType | None] | None = None
 
@@ -51,6 +62,21 @@ def compiled(load: bool = True) -> ModuleType | None:
     if not settings.cpu_kernels() or (_found is None and not load):
         return None
     return (_found or _find())[1]
+
+
+def announce_compilation(call: Callable[[], None] | None) -> None:
+    """Have `call` called once, before a kernel is compiled rather than loaded; None: nothing."""
+    global _announce
+    _announce = call
+
+
+def compiling() -> None:
+    """Make the announcement, unless it was made."""
+    global _announce
+    with _lock:
+        call, _announce = _announce, None
+    if call is not None:
+        call()
 
 
 def status() -> CpuStatus:

@@ -21,6 +21,7 @@ from numba.core.registry import cpu_target
 from numba.core.runtime import _nrt_python, rtsys
 
 import cupybnn
+from cupybnn.backends.cpu import compiling
 
 __all__ = ["Kernel", "cached", "features", "folder"]
 
@@ -85,6 +86,7 @@ class _Cache(FunctionCache):
             if data is not None:
                 _provide(data[0][-1][0], target_context)
                 return self._impl.rebuild(target_context, data)
+        compiling()
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:

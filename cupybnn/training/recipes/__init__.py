@@ -102,9 +102,9 @@ def load(name: str) -> Recipe:
     settings = content.get("settings")
     if not isinstance(settings, dict) or set(content) - {*_TEXTS, "settings", "teachers"}:
         raise SettingError(
-            f"The recipe {path} must contain a 'summary' and a table [settings], perhaps a table "
-            f"[teachers], an 'accuracy' and how it was 'measured', and nothing else; got "
-            f"{', '.join(content) or 'nothing'}."
+            f"The recipe {path} must contain its settings below a line [settings]; there may be "
+            f"a table [teachers] and, above both, a 'summary', an 'accuracy' and how it was "
+            f"'measured', but nothing else; got {', '.join(content) or 'nothing'}."
         )
     texts = {name: content.get(name, "") for name in _TEXTS}
     for name, text in texts.items():
