@@ -395,6 +395,25 @@ class TestSignals:
         assert "Traceback" not in errors
         assert "Test accuracy so far" in output
 
+    def test_a_closed_terminal_loses_no_step(self, tmp_path):
+        """A run that is written to it ends as cleanly, with nowhere to print."""
+        ours, theirs = os.openpty()
+        process = subprocess.Popen(
+            [*COMMAND, *QUICK[:-4], "--max_steps", "1000000", "--log_dir", str(tmp_path)],
+            stdin=theirs, stdout=theirs, stderr=theirs,
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(theirs)
+        shown, deadline = b"", time.monotonic() + 60
+        while b"step 0," not in shown and time.monotonic() < deadline:
+            shown += os.read(ours, 4096)
+        time.sleep(0.2)  # no evaluation follows before step 1000
+        os.close(ours)
+        assert process.wait(60) == 128 + signal.SIGHUP, shown
+        (newest,) = tmp_path.rglob(NEWEST)
+        assert load(newest).step > 0
+
     def test_a_run_on_data_of_your_own_is_continued_from_python(self, here, tmp_path):
         data = digits.load()
         own = Dataset.from_arrays(

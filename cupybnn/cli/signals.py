@@ -1,4 +1,4 @@
-"""Graceful shutdown of a training run on Ctrl-C and SIGTERM."""
+"""Graceful shutdown of a training run on Ctrl-C, on SIGTERM, and when its terminal is closed."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
+from cupybnn.cli.streams import discard_closed_terminals
+
 if TYPE_CHECKING:
     from cupybnn.training import Trainer
 
-__all__ = ["Signals"]
+__all__ = ["ENDING", "Signals"]
+
+#: Signals that end a run. Windows has no SIGHUP, which comes when a terminal is closed.
+ENDING = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 
 
 class Signals:
-    """A context in which Ctrl-C and SIGTERM end the command gracefully.
+    """A context in which Ctrl-C, SIGTERM and SIGHUP end the command gracefully.
 
     Before training, a signal raises KeyboardInterrupt, so that unfinished files are cleaned up.
     During training, the first signal stops the run after the current step, the second immediately.
 
-    A signal that the process was started to ignore (SIGINT under ``nohup`` or in a script's
+    A signal that the process was started to ignore (SIGHUP under ``nohup``, SIGINT in a script's
     background) stays ignored. Outside the main thread, where Python does not allow signal handlers,
     the context does nothing.
 
@@ -43,7 +50,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if self._wanted and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in ENDING:
                 before = signal.getsignal(number)
                 # None: a handler not set from Python, which could not be restored.
                 if before not in (signal.SIG_IGN, None):
@@ -74,10 +81,11 @@ class Signals:
         """Return "interrupted" or "terminated" if a signal came before training began, else ""."""
         if self._trainer is not None or not self.received:
             return ""
-        return "terminated" if self.received[0] == signal.SIGTERM else "interrupted"
+        return "interrupted" if self.received[0] == signal.SIGINT else "terminated"
 
     def _handle(self, number: int, frame: Any) -> None:
         self.received.append(number)
+        discard_closed_terminals()  # what is printed must not end the run before its last step
         if self._trainer is None:
             raise KeyboardInterrupt
         self._trainer.request_stop()

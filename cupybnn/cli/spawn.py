@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cupybnn import settings
 from cupybnn.backends.devices import cuda_status
+from cupybnn.cli.signals import ENDING
 from cupybnn.cli.streams import complain
 from cupybnn.errors import SettingError
 from cupybnn.parallel import detect
@@ -174,7 +175,7 @@ def _forwarding(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
                 each.send_signal(number)
 
     before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ENDING:
         if signal.getsignal(number) not in (signal.SIG_IGN, None):
             with contextlib.suppress(ValueError):  # not in the main thread
                 before[number] = signal.signal(number, forward)

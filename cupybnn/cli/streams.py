@@ -6,10 +6,11 @@ import codecs
 import contextlib
 import io
 import os
+import stat
 import sys
 from collections.abc import Iterator
 
-__all__ = ["complain", "flush", "usable_streams"]
+__all__ = ["complain", "discard_closed_terminals", "flush", "usable_streams"]
 
 
 def _bytes_or_escapes(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -72,6 +73,20 @@ def complain(sentence: str) -> None:
         print(sentence, file=sys.stderr, flush=True)
 
 
+def discard_closed_terminals() -> None:
+    """Discard from now on what is printed on a terminal that was closed; to write there fails."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
+                _discard(descriptor)
+
+
+def _discard(descriptor: int) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
+
+
 def flush() -> None:
     """Flush standard output.
 
@@ -85,7 +100,5 @@ def flush() -> None:
         sys.stdout.flush()
     except OSError:
         with contextlib.suppress(OSError, ValueError):
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, sys.stdout.fileno())
-            os.close(null)
+            _discard(sys.stdout.fileno())
         raise
