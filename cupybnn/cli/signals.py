@@ -8,8 +8,6 @@ import signal
 import threading
 from typing import TYPE_CHECKING, Any
 
-from cupybnn.cli.streams import discard_closed_terminals
-
 if TYPE_CHECKING:
     from cupybnn.training import Trainer
 
@@ -85,7 +83,6 @@ class Signals:
 
     def _handle(self, number: int, frame: Any) -> None:
         self.received.append(number)
-        discard_closed_terminals()  # what is printed must not end the run before its last step
         if self._trainer is None:
             raise KeyboardInterrupt
         self._trainer.request_stop()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import io
 import os
-import stat
 import sys
 from collections.abc import Iterator
+from typing import Any
 
-__all__ = ["complain", "discard_closed_terminals", "flush", "usable_streams"]
+__all__ = ["complain", "flush", "usable_streams"]
 
 
 def _bytes_or_escapes(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -34,7 +35,8 @@ def usable_streams() -> Iterator[None]:
 
     A stream that is closed (``>&-``) or missing (``pythonw``) is replaced by the null device.
     What cannot be encoded, in a file name or in a sentence, is printed with escapes, as standard
-    error does by default. In the C locale, file names keep their bytes.
+    error does by default. In the C locale, file names keep their bytes. What is printed on a
+    terminal that has been closed is discarded, so that a run can still write its checkpoint.
     """
     with contextlib.ExitStack() as stack:
         for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -48,7 +50,37 @@ def usable_streams() -> Iterator[None]:
             if isinstance(stream, io.TextIOWrapper) and stream.errors in _ESCAPING:
                 stack.callback(_set_errors, stream, stream.errors)
                 _set_errors(stream, _ESCAPING[stream.errors])
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if isinstance(stream, io.TextIOWrapper) and stream.isatty():
+                stack.callback(setattr, sys, name, stream)
+                terminal = _on_terminal(stream)
+                stack.callback(terminal.flush)
+                setattr(sys, name, terminal)
         yield
+
+
+class _Terminal(io.FileIO):
+    """The terminal of a descriptor, which it does not close."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "wb", closefd=False)
+
+    def write(self, content: Any) -> int:
+        try:
+            return super().write(content)
+        except OSError as error:
+            if error.errno != errno.EIO or self.isatty():
+                raise
+            _discard(self.fileno())
+            return len(content)
+
+
+def _on_terminal(stream: io.TextIOWrapper) -> io.TextIOWrapper:
+    """Return a stream to the same terminal, which may be closed."""
+    stream.flush()
+    buffer = io.BufferedWriter(_Terminal(stream.fileno()))
+    return io.TextIOWrapper(buffer, stream.encoding, stream.errors, line_buffering=True)
 
 
 def _occupy_descriptors() -> None:
@@ -73,15 +105,8 @@ def complain(sentence: str) -> None:
         print(sentence, file=sys.stderr, flush=True)
 
 
-def discard_closed_terminals() -> None:
-    """Discard from now on what is printed on a terminal that was closed; to write there fails."""
-    for descriptor in (1, 2):
-        with contextlib.suppress(OSError):
-            if stat.S_ISCHR(os.fstat(descriptor).st_mode) and not os.isatty(descriptor):
-                _discard(descriptor)
-
-
 def _discard(descriptor: int) -> None:
+    """Discard from now on what is written to a descriptor."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, descriptor)
     os.close(null)
