@@ -396,13 +396,17 @@ class TestSignals:
         assert "Test accuracy so far" in output
 
     def test_a_closed_terminal_loses_no_step(self, tmp_path):
-        """A run that is written to it ends as cleanly, with nowhere to print."""
+        """A run that writes to it ends as cleanly, with nowhere to print."""
+
+        def take_the_terminal():
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+
         ours, theirs = os.openpty()
         process = subprocess.Popen(
             [*COMMAND, *QUICK[:-4], "--max_steps", "1000000", "--log_dir", str(tmp_path)],
             stdin=theirs, stdout=theirs, stderr=theirs,
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            start_new_session=True, preexec_fn=take_the_terminal,
         )  # fmt: skip
         os.close(theirs)
         shown, deadline = b"", time.monotonic() + 60

@@ -53,10 +53,11 @@ def usable_streams() -> Iterator[None]:
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
             if isinstance(stream, io.TextIOWrapper) and stream.isatty():
-                stack.callback(setattr, sys, name, stream)
-                terminal = _on_terminal(stream)
-                stack.callback(terminal.flush)
-                setattr(sys, name, terminal)
+                with contextlib.suppress(io.UnsupportedOperation):  # no terminal after all
+                    terminal = _on_terminal(stream)
+                    stack.callback(setattr, sys, name, stream)
+                    stack.callback(terminal.flush)
+                    setattr(sys, name, terminal)
         yield
 
 
