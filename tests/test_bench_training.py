@@ -358,6 +358,14 @@ def test_steps_with_rounded_gradients_stand_apart():
     assert list(tables.rounded({"sizes": [{**size, "rows": rows[:-1]}]})) == []
 
 
+def test_the_record_of_a_gpu_can_be_read(tmp_path):
+    """Each product that is timed is one that a record may hold."""
+    whole = json.loads((RESULTS / "h200_train.json").read_text())
+    assert {row["product"] for row in whole["sizes"][0]["rows"]} == {"matmul", "xnor", *ours.ROUNDED}
+    records.save(whole, tmp_path / "record.json")
+    assert records.load(tmp_path / "record.json") == whole
+
+
 def test_tables_of_a_gpus_record():
     text = "\n".join(tables.lines(gpu_record()))
     assert text.startswith("NVIDIA H200, sm_90, 132 multiprocessors; driver 580.1")

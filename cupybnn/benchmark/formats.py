@@ -126,7 +126,7 @@ _step = _row(
     {
         "library": one_of("cupybnn", "PyTorch"),
         "how": _name,
-        "product": one_of("xnor", "matmul"),
+        "product": one_of("xnor", "matmul", "4 planes", "1 plane"),
         "precision": _name,
     },
     {
@@ -159,7 +159,7 @@ _training_size = record(
         "over_pytorch": nullable(_ratio),
         "memory_of_pytorch": nullable(_ratio),
     },
-    {"disturbed": boolean},
+    {"disturbed": boolean, "rounded_over_pytorch": mapping_of(_ratio)},
     others=True,
     also=_best_are_rows,
 )

@@ -13,6 +13,8 @@ __all__ = ["draw"]
 
 #: Kinds of bars, from left to right: name, library, product, end of `how`, colour.
 _KINDS = (
+    ("cupybnn, gradients of 1 bit", "cupybnn", "1 plane", "", "#00695c"),
+    ("cupybnn, gradients of 4 bits", "cupybnn", "4 planes", "", "#26a08c"),
     ("cupybnn, xnor", "cupybnn", "xnor", "", "#0b5cad"),
     ("cupybnn, dense products", "cupybnn", "matmul", "", "#7fb8ec"),
     ("PyTorch, compiled + CUDA graph", "PyTorch", "matmul", "compiled + graph", "#c77700"),
