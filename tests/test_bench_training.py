@@ -361,7 +361,8 @@ def test_steps_with_rounded_gradients_stand_apart():
 def test_the_record_of_a_gpu_can_be_read(tmp_path):
     """Each product that is timed is one that a record may hold."""
     whole = json.loads((RESULTS / "h200_train.json").read_text())
-    assert {row["product"] for row in whole["sizes"][0]["rows"]} == {"matmul", "xnor", *ours.ROUNDED}
+    products = {row["product"] for row in whole["sizes"][0]["rows"]}
+    assert products == {"matmul", "xnor", *ours.ROUNDED}
     records.save(whole, tmp_path / "record.json")
     assert records.load(tmp_path / "record.json") == whole
 
