@@ -44,14 +44,19 @@ def options() -> str:
 
 
 def results(folder: Path, parts: Path) -> str:
-    """Return a section for each record in `folder`; its chart is copied to `parts`."""
-    sections = []
-    for path in sorted(folder.glob("*.json")):
+    """Return a section for each record in `folder`; its chart is copied to `parts`.
+
+    Products come first, and the newest record of a kind before older ones.
+    """
+    found: dict[str, list[tuple[str, str]]] = {kind: [] for kind in _MAKERS}
+    for path in folder.glob("*.json"):
         record = records.load(path)
-        make = _MAKERS.get(records.kind_of(record))
-        if make is not None and record["gpu"]:
-            sections.append("\n".join(_heading(path, record, parts) + make(record)))
-    return "\n\n".join(sections)
+        kind = records.kind_of(record)
+        if kind in _MAKERS and record["gpu"]:
+            section = "\n".join(_heading(path, record, parts) + _MAKERS[kind](record))
+            found[kind].append((record["date"], section))
+    ordered = (sorted(each, reverse=True) for each in found.values())
+    return "\n\n".join(section for each in ordered for _, section in each)
 
 
 def maps(folder: Path, parts: Path) -> str:
@@ -173,7 +178,7 @@ def products(record: dict[str, Any]) -> list[str]:
         tops = {r["method"]: r["tops"] for r in product["rows"] if "tops" in r}
         cells = [_number(tops[name]) if name in tops else "–" for name in present]
         lines.append(
-            f"| {product['m']} × {product['n']} × {product['k']} | " + " | ".join(cells) + " |"
+            f"| {_shape(*(product[side] for side in 'mnk'))} | " + " | ".join(cells) + " |"
         )
     return lines
 
@@ -243,5 +248,9 @@ def inference(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-_MAKERS = {"train": training, "product": products, "infer": inference}
+def _shape(m: int, n: int, k: int) -> str:
+    return f"{m}³" if m == n == k else f"{m} × {n} × {k}"
+
+
+_MAKERS = {"product": products, "train": training, "infer": inference}
 _TITLES = {"train": "Training", "product": "Matrix products", "infer": "Predictions"}

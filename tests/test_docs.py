@@ -155,6 +155,10 @@ def test_the_published_records_have_their_tables(generate, tmp_path):
         if found["gpu"]:
             assert found["gpu"]["name"] in text
     assert text.count("| ---") >= 2
+    titles = re.findall(r"^## (\w+)", text, re.MULTILINE)
+    kinds = ["Matrix", "Training", "Predictions"]
+    assert titles == sorted(titles, key=kinds.index)  # products first
+    assert re.search(r"^\| 8192³ \| ", text, re.MULTILINE)
 
 
 def test_maps_of_products_are_shown(generate, tmp_path):
