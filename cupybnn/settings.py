@@ -43,7 +43,8 @@ VARIABLES = {
     "hosts: one that all of them see; default: --log_dir, or the host's temporary folder",
     "CUPYBNN_TEST_DATA": "for the tests: folder with `mnist/` (the IDX files) and `openml_home/`",
     "SCIKIT_LEARN_DATA": "scikit-learn's own data folder, which is searched for MNIST, too",
-    "NCCL_P2P_DISABLE": "NCCL's own: `1`: no GPU reads another one's memory, without NCCL either",
+    "NCCL_P2P_DISABLE": "NCCL's own: `1` keeps GPUs from reading each other's memory, also where "
+    "they exchange without NCCL",
     "NUMBA_CACHE_DIR": "Numba's own: folder of compiled CPU kernels",
     "NUMBA_NUM_THREADS": "lowers the number of threads of compiled CPU kernels",
     "OMP_NUM_THREADS": "number of threads of products on a CPU and of elementwise work",

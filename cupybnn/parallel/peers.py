@@ -122,7 +122,7 @@ class Peers:
     Attributes
     ----------
     works : bool
-        Whether these exchanges can be used: the same on all ranks. It is found out by one.
+        Whether these exchanges can be used, which a first one shows; the same on all ranks.
     """
 
     def __init__(self, device: Device, rank: int, size: int, stream: Any, gather: Gather) -> None:

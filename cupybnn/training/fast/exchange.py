@@ -29,7 +29,7 @@ from cupybnn.training.team import Team
 
 __all__ = ["Exchange"]
 
-_WORDS = 4  # packed words are sent so many at a time
+_WORDS = 4  # packed words are padded to so many: 16 bytes, which a thread copies at a time
 
 
 class Exchange:
