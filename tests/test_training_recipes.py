@@ -424,8 +424,10 @@ class TestSettings:
 class TestAverage:
     SETTINGS: ClassVar = {**QUICK, "binary": True, "batch_norm": True}
 
-    def test_what_is_evaluated(self):
-        trainer = Trainer(TrainConfig(**self.SETTINGS, average="swa", average_from=20))
+    @pytest.mark.parametrize("images", [{}, {"augment_shift": 2.0, "mix": "uniform"}])
+    def test_what_is_evaluated(self, images):
+        settings = {**self.SETTINGS, **images}
+        trainer = Trainer(TrainConfig(**settings, average="swa", average_from=20))
         seen = []
         step = trainer.make_step
 
@@ -444,11 +446,15 @@ class TestAverage:
         for name, _ in model.named_parameters():
             mean = np.mean([state[name] for state in seen[20:]], axis=0)
             np.testing.assert_allclose(inside[name], mean, rtol=1e-4, atol=1e-6, err_msg=name)
-        # Batch norm's statistics are those of the averaged weights on training images.
-        alone = Trainer(TrainConfig(**self.SETTINGS))
+        # Batch norm's statistics are those of the averaged weights on images as in training.
+        alone = Trainer(TrainConfig(**settings))
+        alone.make_step(0)
+        steps = range(-(-1000 // alone.config.batch_size))
+        indices = np.concatenate([alone.order.indices(step) for step in steps])
+        inputs, labels = alone._step._images(indices, 0)
+        inputs, _ = alone._step._mixed(inputs, labels, 0)
         alone.model.load_state_dict(inside)
-        images = alone.data.scale(alone.data.train_images[:1000])
-        nn.refresh_statistics(alone.model, [Tensor(images)])
+        nn.refresh_statistics(alone.model, [Tensor(inputs)])
         for name, array in alone.model.named_buffers():
             np.testing.assert_allclose(inside[name], array, rtol=1e-5, err_msg=name)
         assert alone.evaluate() == pytest.approx(

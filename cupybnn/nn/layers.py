@@ -203,7 +203,8 @@ def refresh_statistics(model: Module, batches: Iterable[Tensor]) -> None:
     model : Module
         Called with each batch.
     batches : iterable of Tensor
-        Inputs, all of the same size.
+        Inputs, all of the same size. If training changes inputs at random, change these alike: a
+        network that learned deformed images is worse with the statistics of other images.
 
     Examples
     --------

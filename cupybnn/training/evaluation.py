@@ -11,15 +11,22 @@ import numpy as np
 from cupybnn import nn, optim
 from cupybnn.autograd import Tensor, no_grad
 from cupybnn.backends.devices import CPU, to_device
-from cupybnn.data import DeviceData
+from cupybnn.data import BatchOrder, DeviceData, Mixing
 from cupybnn.parallel import Ranks
 from cupybnn.training.config import TrainConfig
-from cupybnn.training.step import Objective
+from cupybnn.training.step import (
+    MIXING,
+    Objective,
+    augmentation,
+    augmentation_seed,
+    stream_seed,
+)
 
 __all__ = ["Averaging", "evaluate", "right_answers", "right_by_class"]
 
-#: Batches, and training examples per batch, for the batch norm statistics of averaged weights.
-_BATCHES, _IMAGES = 10, 1000
+#: Training examples for the batch norm statistics of averaged weights: of all batches, about, and
+#: of each, at least.
+_EXAMPLES, _BATCH = 10_000, 1000
 #: Limit on the inputs of one evaluation batch, in bytes.
 _BATCH_BYTES = 1 << 28
 
@@ -90,13 +97,21 @@ class Averaging:
     ----------
     model : Module
     data : DeviceData
-        Batch norm's statistics are computed from its first training images, undeformed.
+    order : BatchOrder
+        Batch norm's statistics are computed from the images of the first steps.
     config : TrainConfig
-        Its fields `average`, `average_decay` and `average_from`.
+        Its fields `average`, `average_decay` and `average_from`; and `augment_...`, `mix` and
+        `seed`, by which these images are deformed and mixed as in training. They are not moved
+        against the network.
     """
 
-    def __init__(self, model: nn.Module, data: DeviceData, config: TrainConfig) -> None:
-        self._model, self._data = model, data
+    def __init__(
+        self, model: nn.Module, data: DeviceData, order: BatchOrder, config: TrainConfig
+    ) -> None:
+        self._model, self._data, self._order = model, data, order
+        self._augment, self._mixing = augmentation(config), Mixing(config.mix)
+        self._augment_seed = augmentation_seed(config)
+        self._mixing_seed = stream_seed(config, MIXING)
         self._from = config.average_from
         self._average: optim.WeightAverage | None = None
         self._before: list[Any] = []  # within `applied`: the statistics that training left
@@ -178,10 +193,18 @@ class Averaging:
             array[...] = value
 
     def _batches(self) -> Iterator[Tensor]:
-        images = self._data.train_images
-        size = min(_IMAGES, len(images))
-        for start in range(0, min(_BATCHES * size, len(images) - size + 1), size):
-            yield Tensor(self._data.scale(images[start : start + size]))
+        """Yield training images as the network learns them: deformed and mixed."""
+        order, xp = self._order, self._data.device.xp
+        steps = -(-_BATCH // order.batch_size)  # of a batch
+        for number in range(max(min(_EXAMPLES, order.images) // (steps * order.batch_size), 1)):
+            first = number * steps
+            indices = xp.concatenate([order.indices(first + i) for i in range(steps)])
+            inputs, _ = self._data.batch(indices)
+            inputs = self._augment(inputs, self._data.image_shape, self._augment_seed, number)
+            if self._mixing:
+                shares = self._mixing.shares(len(inputs), self._mixing_seed, number, xp)
+                inputs = self._mixing.mix(inputs, shares)
+            yield Tensor(inputs)
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return the average's state; empty if there is none."""

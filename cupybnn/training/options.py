@@ -365,7 +365,8 @@ class Options:
         "none",
         Choice.of("none", "ema", "swa"),
         "evaluate with averaged weights: none, ema (exponential moving average) or swa (equal "
-        "weighting); batch norm's statistics are recomputed for them",
+        "weighting); batch norm's statistics are recomputed for them, on images deformed and mixed "
+        "as in training",
         synonyms=("averaging", "ema", "swa"),
     )
     average_decay: float = _learning(

@@ -210,7 +210,7 @@ class Trainer:
         )
         self.objective = Objective(self.model, config)
         self.optimizer = make_optimizer(self.model, config)
-        self._averaging = Averaging(self.model, self.data, config)
+        self._averaging = Averaging(self.model, self.data, self.order, config)
         self.timer = StepTimer(self.device, config.batch_size)
         self._step: Step | None = None  # chosen at the first step, after weights are restored
 
