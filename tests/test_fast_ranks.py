@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 import zlib
 from operator import attrgetter
@@ -22,6 +23,8 @@ from cupybnn.parallel.files import FileRanks
 from cupybnn.training import Callback, TrainConfig, Trainer, agreement, restored_config
 from cupybnn.training.fast import FusedStep
 from cupybnn.training.fast.exchange import Exchange
+from cupybnn.training.fast.passes import Passes
+from cupybnn.training.fast.weights import Weights
 from cupybnn.training.step import PlainStep
 
 XNOR = {"binary": True, "xnor": True}
@@ -135,6 +138,66 @@ def test_rounded_gradients_by_the_kernels_of_hopper(monkeypatch, tmp_path, size)
         lambda bits: {"plane_update": bits and size == 1, "stored_product": bits},
     )  # fmt: skip
     np.testing.assert_allclose(by_bits, dense, rtol=2e-3)
+
+
+def reading(monkeypatch):
+    """Let ranks in threads read each other's arrays; rank 1 is late with all that they do apart."""
+
+    def shared_zeros(ranks, xp, parts):
+        ends = np.cumsum([0, *(-(-n * np.dtype(kind).itemsize // 64) * 64 for n, kind in parts)])
+        memory = xp.zeros(int(ends[-1]), np.uint8)
+        start = memory.ctypes.data
+        given = ranks.gather_bytes(start.to_bytes(8, "little"))
+        ranks.far = tuple(int.from_bytes(each, "little") - start for each in given)
+        return [
+            memory[a:][: n * np.dtype(kind).itemsize].view(kind)
+            for a, (n, kind) in zip(ends.tolist(), parts, strict=False)
+        ]
+
+    monkeypatch.setattr(FileRanks, "shared_zeros", shared_zeros)
+    monkeypatch.setattr(FileRanks, "distances", lambda ranks, array: ranks.far)
+    for owner, name in ((Passes, "_backward"), (Weights, "update_shares")):
+
+        def late(part, *given, call=getattr(owner, name)):
+            if part._buffers.exchange.ranks.rank == 1 and not is_dry_run():
+                time.sleep(0.03)
+            call(part, *given)
+
+        monkeypatch.setattr(owner, name, late)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "more"),
+    [
+        ("xnor", 2, {"dtype": "bfloat16"}),
+        ("xnor", 3, {"log_dir": "log"}),  # gradients are recorded
+        ("dropout, penalty", 3, {}),
+        ("all binary", 3, {"dtype": "bfloat16"}),
+        ("clipped, without batch norm", 2, {}),
+        ("rounded", 2, {}),
+        ("full precision", 2, {}),
+    ],
+)
+def test_updates_that_read_gradients_compute_what_those_of_sums_do(
+    monkeypatch, tmp_path, name, size, more
+):
+    """In large networks, which send nothing before the backward pass is done. Bit for bit."""
+    monkeypatch.setattr("cupybnn.training.fast.plan._DENSE_COPY_BYTES", 0)
+    if "log_dir" in more:
+        more = {"log_dir": str(tmp_path / "log")}
+    found = []
+    for reads in (False, True):
+        with monkeypatch.context() as patch:
+            emulator = Emulator(patch)
+            if reads:
+                reading(patch)
+            found.append(run_together(tmp_path, size, **settings_of(name, **more)))
+            shared_out = name != "full precision"
+            assert ("adam_of_ranks" in emulator.launches) == (reads and shared_out)
+    for by_sums, by_reading in zip(*found, strict=True):
+        assert by_sums[0] == by_reading[0]
+        for key, array in by_sums[2].arrays.items():
+            assert array.tobytes() == by_reading[2].arrays[key].tobytes(), key
 
 
 class Watch(Callback):

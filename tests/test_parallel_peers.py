@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gpus_by_numpy import Gpus
+from kernels_by_numpy import at as array_at
 from ranks import in_threads, need_gpus
 from test_parallel_ranks import as_bfloat16, environment
 
@@ -42,6 +43,11 @@ def gathering(size):
 
 def numbers_of(rank, count, turn):
     return np.random.default_rng([rank, turn]).integers(-9, 10, count).astype(np.float32)
+
+
+def number_at(address):
+    """Return the number of 16 bits at an address."""
+    return int(array_at(address, 1, np.uint16)[0])
 
 
 def check(peers, xp, rank, size, count, wait, turns=3):
@@ -115,17 +121,51 @@ class TestByNumpy:
         assert not gpus.module.cuda.runtime.opened
         assert not gpus.module.cuda.runtime.allocated
 
-    def test_large_arrays_are_left_to_nccl(self, monkeypatch):
-        monkeypatch.setattr(exchanging, "_MOST_READ", 4096)
+    def test_sums_of_large_arrays_for_many_are_left_to_nccl(self, monkeypatch):
+        """Of 3 ranks, each reads two thirds of an array more than a ring would bring it."""
+        monkeypatch.setattr(exchanging, "_MOST_MORE", 4096)
 
+        def exchanges(peers, gpus, rank):
+            found = []
+            for count in (1536, 1560):
+                (array,) = peers.zeros([(count, np.float32)])
+                whole = gpus.module.zeros(peers._size * count, np.float32)
+                found.append(
+                    [
+                        peers.all_reduce(array, whole[:count], "float32") is not None,
+                        peers.reduce_scatter(array, whole[: count // peers._size], "float32") is not None,
+                        peers.all_gather(array, whole) is not None,
+                    ]
+                )
+            return found
+
+        assert self.ranks(monkeypatch, 3, exchanges)[1] == [[[True] * 3, [False, True, True]]] * 3
+        assert self.ranks(monkeypatch, 2, exchanges)[1] == [[[True] * 3] * 2] * 2
+
+    def test_distances_lead_to_what_other_ranks_have(self, monkeypatch):
+        barrier = threading.Barrier(3)
+
+        def read(peers, gpus, rank):
+            first, second = peers.zeros([(100, np.float32), (7, np.uint16)])
+            second[...] = rank + 1
+            barrier.wait(60)
+            start = int(second[3:].data.ptr)
+            far = peers.distances(second[3:])
+            found = [number_at(start + distance) for distance in far]
+            assert far[rank] == 0
+            assert peers.distances(first) == far
+            assert peers.distances(gpus.module.zeros(4, np.float32)) is None
+            barrier.wait(60)
+            return found
+
+        assert self.ranks(monkeypatch, 3, read)[1] == [[1, 2, 3]] * 3
+
+    def test_memory_that_the_pool_keeps_is_given_back_if_there_is_no_other(self, monkeypatch):
         def allocate(peers, gpus, rank):
-            return [
-                peers.zeros([(8, np.uint8), (count, np.float32)]) is not None
-                for count in (1024, 1025, 512)
-            ]
+            gpus.pooled = 1 << 30
+            return peers.zeros([(4, np.float32)]) is not None
 
-        assert self.ranks(monkeypatch, 2, allocate)[1] == [[True, False, True]] * 2
-        assert self.ranks(monkeypatch, 3, allocate)[1] == [[False, False, True]] * 3
+        assert self.ranks(monkeypatch, 2, allocate)[1] == [True] * 2
 
     def test_none_where_a_rank_cannot_read_another_s_memory(self, monkeypatch):
         def look(peers, gpus, rank):
@@ -282,7 +322,7 @@ class TestOnOneGpu:
         word[0] = 0
         places = (control.data.ptr, control[1 << 11 :].data.ptr)
         host = launches.Host(0, 0, 2, places, ended.ptr)
-        launches.prepare(0)
+        launches.prepare(0, 2)
         sent, out = cupy.zeros(4, np.float32), cupy.ones(4, np.float32)
         cupy.cuda.get_current_stream().synchronize()
         launches.combine(
