@@ -667,7 +667,8 @@ EMULATED = {
     for f in (
         gather, attack, dropout_mask, move_images, mix_images, normalise, whole_statistics,
         activate, gradient_sums, gradient, logits, output_norm, head_sums, head_gradient, adam,
-        adam_of_ranks, unpack_rows, unpack_columns, place_signs, soften, teacher_layer, most, quantize, turn,
+        adam_of_ranks, unpack_rows, unpack_columns, place_signs, soften, teacher_layer, most,
+        quantize, turn,
     )
 } | {"gather_deformed": gather}  # fmt: skip
 

@@ -156,14 +156,17 @@ def reading(monkeypatch):
 
     monkeypatch.setattr(FileRanks, "shared_zeros", shared_zeros)
     monkeypatch.setattr(FileRanks, "distances", lambda ranks, array: ranks.far)
-    for owner, name in ((Passes, "_backward"), (Weights, "update_shares")):
 
-        def late(part, *given, call=getattr(owner, name)):
+    def late(call):
+        def wait_and_call(part, *given):
             if part._buffers.exchange.ranks.rank == 1 and not is_dry_run():
                 time.sleep(0.03)
             call(part, *given)
 
-        monkeypatch.setattr(owner, name, late)
+        return wait_and_call
+
+    monkeypatch.setattr(Passes, "_backward", late(Passes._backward))
+    monkeypatch.setattr(Weights, "update_shares", late(Weights.update_shares))
 
 
 @pytest.mark.parametrize(
@@ -561,9 +564,15 @@ class TestOnOneGpu:
         # Sums for batch norm are added up in another order, and signs soon differ.
         np.testing.assert_allclose(by_bits[0][0][:4], dense[0][0][:4], rtol=1e-2)
 
+    @pytest.mark.parametrize("large", [False, True])
     @pytest.mark.parametrize("name", ["xnor", "all binary", "dropout, penalty", "rounded"])
-    def test_exchanges_by_nccl_in_a_graph(self, name):
-        """One rank with itself, whose step is replayed as a graph with all exchanges in it."""
+    def test_exchanges_by_nccl_in_a_graph(self, monkeypatch, name, large):
+        """One rank with itself, whose step is replayed as a graph with all exchanges in it.
+
+        In a large network, updates read the gradients of all ranks.
+        """
+        if large:
+            monkeypatch.setattr("cupybnn.training.fast.plan._DENSE_COPY_BYTES", 0)
         from cupybnn.backends.devices import resolve
         from cupybnn.parallel.nccl import NcclRanks, new_id
 
@@ -581,7 +590,8 @@ class TestOnOneGpu:
         alone, _ = steps(None)
         with NcclRanks(resolve("cuda"), 0, 1, new_id(), None) as ranks:
             found, trainer = steps(ranks)
-            assert trainer._step._captured >= 5
+            assert trainer._step._captured >= (2 if large else 5)
+            assert bool(trainer._step.exchange.distances) == large
             trainer._team.gather()
             trainer._team.finish()
         self.alike(found, alone, name)

@@ -130,10 +130,11 @@ class TestByNumpy:
             for count in (1536, 1560):
                 (array,) = peers.zeros([(count, np.float32)])
                 whole = gpus.module.zeros(peers._size * count, np.float32)
+                part = whole[: count // peers._size]
                 found.append(
                     [
                         peers.all_reduce(array, whole[:count], "float32") is not None,
-                        peers.reduce_scatter(array, whole[: count // peers._size], "float32") is not None,
+                        peers.reduce_scatter(array, part, "float32") is not None,
                         peers.all_gather(array, whole) is not None,
                     ]
                 )
@@ -274,6 +275,50 @@ class TestOnOneGpu:
         for other in range(size - 1):  # two meetings of each block
             assert (marks[other, : min(blocks, 64), size - 1] == 2).all()
 
+    @pytest.mark.parametrize("shape", [(96, 256), (70, 37)], ids=str)
+    @pytest.mark.parametrize("real", [np.float32, np.uint16])
+    @pytest.mark.parametrize("size", [1, 2, 3, 8])
+    def test_an_update_that_reads_is_that_of_the_sum(self, size, real, shape):
+        """Bit for bit; where the gradients of all ranks lie on one GPU."""
+        import cupy
+
+        from cupybnn.backends.cuda.fused import Launcher
+        from cupybnn.backends.cuda.fused_update import ParameterUpdate, Update
+
+        random = np.random.default_rng(size)
+        numbers = random.standard_normal((size, *shape)).astype(np.float32)
+        each = numbers if real == np.float32 else (numbers.view(np.uint32) >> 16).astype(real)
+        length = -(-each[0].nbytes // 256) * 256
+        memory = cupy.zeros((size, length // each.itemsize), real)
+        memory[:, : each[0].size] = cupy.asarray(each.reshape(size, -1))
+        own = size // 2
+        distances = tuple(length * (other - own) for other in range(size))
+        summed = cupy.asarray(total(each, real == np.uint16)).reshape(shape)
+        latent, means = (random.uniform(-1, 1, shape).astype(np.float32) for _ in range(2))
+        found = []
+        for gradient, far in ((summed, ()), (memory[own, : summed.size].reshape(shape), distances)):
+            weight, mean, square = (cupy.asarray(x) for x in (latent, means, means**2))
+            sent = cupy.zeros((-(-shape[0] // 32), shape[1]), np.uint32)
+            kept = cupy.zeros(shape, np.float32)
+            share = ParameterUpdate(
+                weight=weight, grad=gradient, mean=mean, square=square, sent=sent, binary=True,
+                kept_grad=kept, gate="clip", limit=0.9, penalty=1e-3, distances=far,
+            )  # fmt: skip
+            names = ("weight", "grad", "mean", "square", "kept_grad")
+            rest = ParameterUpdate(**{name: cupy.zeros(8, np.float32) for name in names})
+            loss = cupy.zeros(1, np.float32)
+            update = Update(
+                Launcher(0, np.dtype(real)), [[share], [rest]], betas=(0.9, 0.99), penalty="l1",
+                keep_gradients=True, rates=cupy.asarray([[1e-2, 1e-2, 1e-8, 0]], np.float32),
+                step=cupy.zeros(1, np.int64), mean_loss=cupy.zeros(1, np.float32), loss=loss,
+            )  # fmt: skip
+            update.launch(0)
+            update.launch(1)
+            found.append([x.get() for x in (weight, mean, square, sent, kept, loss)])
+        for by_sum, by_reading in zip(*found, strict=True):
+            np.testing.assert_array_equal(by_reading, by_sum)
+        assert (found[0][0] != latent).any()
+
     def alone(self):
         """Return the exchanges of one rank with itself."""
         import cupy
@@ -355,12 +400,49 @@ with parallel.connect("cuda") as ranks:
 """
 
 
+STEPS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from cupybnn import parallel
+from cupybnn.backends.devices import resolve
+from cupybnn.parallel.nccl import NcclRanks
+from cupybnn.parallel.ranks import Ranks
+from cupybnn.training import TrainConfig, Trainer
+from cupybnn.training.fast import plan
+from test_fast_ranks import COMMON, settings_of
+plan._DENSE_COPY_BYTES = 0  # as in a large network
+direct = NcclRanks.shared_zeros
+def steps(name, reads, **more):
+    NcclRanks.shared_zeros = direct if reads else Ranks.shared_zeros
+    settings = {**settings_of(name), "graph": True, "device": "cuda", **more}
+    trainer = Trainer(TrainConfig(**{**COMMON, **settings}), ranks=ranks)
+    trainer._team = trainer._join(None)
+    with trainer.device.scope():
+        losses = [float(trainer.make_step(step).loss) for step in range(20)]
+        assert bool(trainer._step.exchange.distances) == reads
+        assert trainer._step._graph is not None or not trainer._step._capture, trainer.notices
+        trainer._team.gather()
+        trainer._team.finish()
+        state = trainer.state().arrays
+    return losses, {name: np.asarray(array).tobytes() for name, array in state.items()}
+with parallel.connect("cuda") as ranks, np.errstate(all="ignore"):
+    for name, more in (
+        ("xnor", {"dtype": "bfloat16", "n_hidden": 1056, "batch_size": 600}),
+        ("all binary", {"dtype": "bfloat16"}), ("rounded", {}), ("dropout, penalty", {}),
+    ):
+        by_sums, by_reading = (steps(name, reads, **more) for reads in (False, True))
+        assert by_sums == by_reading, name
+"""
+
+
 @pytest.mark.gpu
-def test_two_gpus(tmp_path):
-    """Their memory is that of other processes."""
+@pytest.mark.parametrize("text", [PROGRAM, STEPS], ids=["exchanges", "steps"])
+def test_two_gpus(tmp_path, text):
+    """Their memory is that of other processes. A sum of two is rounded once by NCCL, too."""
     need_gpus(2)
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
+    program.write_text(text)
     processes = [
         subprocess.Popen(
             [sys.executable, program, Path(__file__).parent],

@@ -26,9 +26,9 @@ MOST_RANKS = 8
 #: Bytes that a thread reads at a time. Arrays are aligned to this, and their sizes are multiples.
 PIECE = 16
 #: Few blocks: each waits for others, and keeps its multiprocessor's registers meanwhile.
-_THREADS, _BLOCKS = 512, 64
+_THREADS, _MOST_BLOCKS = 512, 64
 #: Memory of a rank by which it meets others: 8 words for each block, and a word for each.
-CONTROL_BYTES = 4 * (MOST_RANKS + 1) * _BLOCKS
+CONTROL_BYTES = 4 * (MOST_RANKS + 1) * _MOST_BLOCKS
 
 PEERS = Struct(
     "Peers", f"ptr sent[{MOST_RANKS}]; ptr marks[{MOST_RANKS}]; ptr meetings, ended; i64 rank"
@@ -99,12 +99,16 @@ def combine(
     count = nbytes // PIECE
     peers = PEERS.pack(
         sent=words_of(sent), marks=words_of(host.control), ended=host.ended,
-        meetings=host.control[host.rank] + 4 * MOST_RANKS * _BLOCKS,
+        meetings=host.control[host.rank] + 4 * MOST_RANKS * _MOST_BLOCKS,
         rank=host.rank,
     )  # fmt: skip
     arguments = COMBINE.arguments(p=peers, first=first // PIECE, count=count, out=out)
-    blocks = max(1, min(-(-count // _THREADS), _BLOCKS))
-    _kernel(kind, host.device, host.size)((blocks,), (_THREADS,), arguments, stream=stream)
+    _kernel(kind, host.device, host.size)((_blocks(count),), (_THREADS,), arguments, stream=stream)
+
+
+def _blocks(count: int) -> int:
+    """Return the blocks that combine so many pieces, the same on all ranks."""
+    return max(1, min(-(-count // _THREADS), _MOST_BLOCKS))
 
 
 def words_of(numbers: Sequence[int]) -> bytes:
