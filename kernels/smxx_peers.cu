@@ -81,8 +81,6 @@ extern "C" __global__ void __launch_bounds__(PEER_THREADS)
     combine(const __grid_constant__ Peers p, i64 first, i64 count, uint4* __restrict__ out) {
   u32 number = p.meetings[blockIdx.x];
   const i64 start = (i64)blockIdx.x * PEER_THREADS + threadIdx.x, step = (i64)gridDim.x * PEER_THREADS;
-  // The last piece in place of those beyond it, so that no load waits for a comparison.
-  const auto place = [&](i64 i) { return first + min(i, count - 1); };
   if (meet(p, ++number)) {
     if constexpr (KIND == COPIED) {
       for (int k = 0; k < RANKS; k++) {
@@ -90,7 +88,8 @@ extern "C" __global__ void __launch_bounds__(PEER_THREADS)
         for (i64 i = start; i < count; i += TOGETHER * step) {
           uint4 v[TOGETHER];
 #pragma unroll
-          for (int j = 0; j < TOGETHER; j++) v[j] = read(p.sent[rank] + place(i + j * step));
+          for (int j = 0; j < TOGETHER; j++)
+            if (i + j * step < count) v[j] = read(p.sent[rank] + first + i + j * step);
 #pragma unroll
           for (int j = 0; j < TOGETHER; j++)
             if (i + j * step < count) out[rank * count + i + j * step] = v[j];
@@ -100,9 +99,11 @@ extern "C" __global__ void __launch_bounds__(PEER_THREADS)
       for (i64 i = start; i < count; i += TOGETHER * step) {
         uint4 v[TOGETHER][RANKS];
 #pragma unroll
-        for (int j = 0; j < TOGETHER; j++)
+        for (int j = 0; j < TOGETHER; j++) {
+          if (i + j * step >= count) continue;
 #pragma unroll
-          for (int rank = 0; rank < RANKS; rank++) v[j][rank] = read(p.sent[rank] + place(i + j * step));
+          for (int rank = 0; rank < RANKS; rank++) v[j][rank] = read(p.sent[rank] + first + i + j * step);
+        }
 #pragma unroll
         for (int j = 0; j < TOGETHER; j++)
           if (i + j * step < count)

@@ -170,22 +170,24 @@ def reading(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "more"),
+    ("name", "size", "large", "more"),
     [
-        ("xnor", 2, {"dtype": "bfloat16"}),
-        ("xnor", 3, {"log_dir": "log"}),  # gradients are recorded
-        ("dropout, penalty", 3, {}),
-        ("all binary", 3, {"dtype": "bfloat16"}),
-        ("clipped, without batch norm", 2, {}),
-        ("rounded", 2, {}),
-        ("full precision", 2, {}),
+        ("xnor", 2, "batch", {"dtype": "bfloat16"}),
+        ("xnor", 3, "weights", {"log_dir": "log"}),  # gradients are recorded
+        ("dropout, penalty", 3, "batch", {}),
+        ("all binary", 3, "weights", {"dtype": "bfloat16"}),
+        ("clipped, without batch norm", 2, "batch", {}),
+        ("rounded", 2, "batch", {}),
+        ("virtual", 2, "weights", {}),
+        ("full precision", 2, "batch", {}),
     ],
 )
 def test_updates_that_read_gradients_compute_what_those_of_sums_do(
-    monkeypatch, tmp_path, name, size, more
+    monkeypatch, tmp_path, name, size, large, more
 ):
     """In large networks, which send nothing before the backward pass is done. Bit for bit."""
-    monkeypatch.setattr("cupybnn.training.fast.plan._DENSE_COPY_BYTES", 0)
+    where = {"batch": "plan._DENSE_COPY_BYTES", "weights": "exchange._READ_FROM"}[large]
+    monkeypatch.setattr(f"cupybnn.training.fast.{where}", 0)
     if "log_dir" in more:
         more = {"log_dir": str(tmp_path / "log")}
     found = []

@@ -257,7 +257,8 @@ class TestOnOneGpu:
         sent, first, count = [cupy.asarray(row) for row in each], 64, 4096 * 8 + 32
         out = cupy.zeros((size if kind == "copied" else 1, count), dtype)
         control = cupy.zeros((size, launches.CONTROL_BYTES // 4), np.uint32)
-        control[size - 1, : 8 * 64] = 1 << 20
+        most = launches._MOST_BLOCKS
+        control[size - 1, : 8 * most] = 1 << 20
         ended = cupy.cuda.alloc_pinned_memory(8)
         np.frombuffer(ended, np.uint32, 1)[0] = 0
         places = tuple(row.data.ptr for row in control)
@@ -270,10 +271,10 @@ class TestOnOneGpu:
         part = each[:, first : first + count]
         expected = part if kind == "copied" else total(part, kind == "bfloat16")
         np.testing.assert_array_equal(out.get(), expected.reshape(out.shape))
-        blocks = -(-count * out.itemsize // (16 * 512))
-        marks = control[:, : 8 * 64].reshape(size, 64, 8).get()
+        blocks = launches._blocks(count * out.itemsize // 16)
+        marks = control[:, : 8 * most].reshape(size, most, 8).get()
         for other in range(size - 1):  # two meetings of each block
-            assert (marks[other, : min(blocks, 64), size - 1] == 2).all()
+            assert (marks[other, :blocks, size - 1] == 2).all()
 
     @pytest.mark.parametrize("shape", [(96, 256), (70, 37)], ids=str)
     @pytest.mark.parametrize("real", [np.float32, np.uint16])

@@ -38,6 +38,9 @@ from cupybnn.training.team import Team
 
 __all__ = ["Exchange"]
 
+#: Bytes of a gradient from which on no exchange takes place alongside products, but updates read
+#: what other ranks have, if they can.
+_READ_FROM = 16 << 20
 _WORDS = 4  # packed words are padded to so many: 16 bytes, which a thread copies at a time
 
 
@@ -58,9 +61,6 @@ class Exchange:
         Weights that are shared out, from the last layer to the first.
     updated : list of Parameter
         Those of which this rank has a share that is not only padding.
-    early : bool
-        Whether all shares are updated before the gradient of the first hidden layer's weights and
-        the small gradients are there.
     overlaps : bool
         Whether exchanges take place alongside the products of the backward pass. Large products
         fill the device: they would wait for NCCL, which keeps some multiprocessors, and be delayed
@@ -79,9 +79,7 @@ class Exchange:
         weights = [plan.head.linear.weight, *(h.linear.weight for h in reversed(plan.hidden))]
         self.shared = {w: team.shared[w] for w in weights if w in team.shared}
         self.updated = [w for w, shared in self.shared.items() if shared.used]
-        self.early = (
-            self.overlaps and weights[0] not in self.shared and weights[-1] not in self.shared
-        )
+        self._early = weights[0] not in self.shared and weights[-1] not in self.shared
         real = operand_dtype(plan.precision)
         self._lengths: dict[nn.Parameter, int] = {}  # of what is sent of hidden weights
         self._real = real
@@ -100,6 +98,14 @@ class Exchange:
         self._all_words = cupy.zeros((self.ranks.size, words), np.uint32)
         self._begun: dict[nn.Parameter, Pending] = {}
         self._small = self._signs = self._greatest = Pending(lambda: None)
+
+    @property
+    def early(self) -> bool:
+        """Whether all shares are updated before the gradient of the first hidden layer's weights.
+
+        That is then computed at the same time.
+        """
+        return self.overlaps and self._early
 
     # Memory --------------------------------------------------------------------------------------
 
@@ -125,8 +131,11 @@ class Exchange:
         parts += [(self._all_words.shape[1], np.uint32), (passes * count, np.float32)]
         *gradients, self._words, small = self.ranks.shared_zeros(cupy, parts)
         self._gradients = dict(zip(self._lengths, gradients, strict=True))
-        if not self.overlaps:
-            self.distances = self.ranks.distances(small) or ()
+        distances = self.ranks.distances(small)
+        if distances is not None:
+            read = [gradient.nbytes for w, gradient in self._gradients.items() if w in self.shared]
+            self.overlaps &= max(read, default=0) < _READ_FROM
+            self.distances = () if self.overlaps else distances
         self._sums = {
             weight: cupy.empty(
                 self.shared[weight].length if weight in self.shared else length, self._real
