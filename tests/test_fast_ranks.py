@@ -140,6 +140,10 @@ def test_rounded_gradients_by_the_kernels_of_hopper(monkeypatch, tmp_path, size)
     np.testing.assert_allclose(by_bits, dense, rtol=2e-3)
 
 
+#: What makes a network large.
+LARGE = {"batch": "plan._DENSE_COPY_BYTES", "weights": "exchange._READ_FROM"}
+
+
 def reading(monkeypatch):
     """Let ranks in threads read each other's arrays; rank 1 is late with all that they do apart."""
 
@@ -186,8 +190,7 @@ def test_updates_that_read_gradients_compute_what_those_of_sums_do(
     monkeypatch, tmp_path, name, size, large, more
 ):
     """In large networks, which send nothing before the backward pass is done. Bit for bit."""
-    where = {"batch": "plan._DENSE_COPY_BYTES", "weights": "exchange._READ_FROM"}[large]
-    monkeypatch.setattr(f"cupybnn.training.fast.{where}", 0)
+    monkeypatch.setattr(f"cupybnn.training.fast.{LARGE[large]}", 0)
     if "log_dir" in more:
         more = {"log_dir": str(tmp_path / "log")}
     found = []
@@ -566,7 +569,7 @@ class TestOnOneGpu:
         # Sums for batch norm are added up in another order, and signs soon differ.
         np.testing.assert_allclose(by_bits[0][0][:4], dense[0][0][:4], rtol=1e-2)
 
-    @pytest.mark.parametrize("large", [False, True])
+    @pytest.mark.parametrize("large", [None, *LARGE])
     @pytest.mark.parametrize("name", ["xnor", "all binary", "dropout, penalty", "rounded"])
     def test_exchanges_by_nccl_in_a_graph(self, monkeypatch, name, large):
         """One rank with itself, whose step is replayed as a graph with all exchanges in it.
@@ -593,7 +596,7 @@ class TestOnOneGpu:
         with NcclRanks(resolve("cuda"), 0, 1, new_id(), None) as ranks:
             found, trainer = steps(ranks)
             assert trainer._step._captured >= (2 if large else 5)
-            assert bool(trainer._step.exchange.distances) == large
+            assert bool(trainer._step.exchange.distances) == bool(large)
             trainer._team.gather()
             trainer._team.finish()
         self.alike(found, alone, name)

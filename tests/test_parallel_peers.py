@@ -235,6 +235,7 @@ class TestByNumpy:
                 ).all()
                 assert (ranks.all_gather(words, out=rows).wait() == [[1] * 8, [2] * 8]).all()
                 assert gpus.current() == 0
+                assert (ranks.distances(words) is None) == (refused >= 0)
                 return ranks._peers.works
 
         assert in_threads(2, run) == [refused < 0] * 2
@@ -410,9 +411,8 @@ from cupybnn.backends.devices import resolve
 from cupybnn.parallel.nccl import NcclRanks
 from cupybnn.parallel.ranks import Ranks
 from cupybnn.training import TrainConfig, Trainer
-from cupybnn.training.fast import plan
+from cupybnn.training.fast import exchange, plan
 from test_fast_ranks import COMMON, settings_of
-plan._DENSE_COPY_BYTES = 0  # as in a large network
 direct = NcclRanks.shared_zeros
 def steps(name, reads, **more):
     NcclRanks.shared_zeros = direct if reads else Ranks.shared_zeros
@@ -428,10 +428,13 @@ def steps(name, reads, **more):
         state = trainer.state().arrays
     return losses, {name: np.asarray(array).tobytes() for name, array in state.items()}
 with parallel.connect("cuda") as ranks, np.errstate(all="ignore"):
+    exchange._READ_FROM = 0  # as if weights were many
     for name, more in (
         ("xnor", {"dtype": "bfloat16", "n_hidden": 1056, "batch_size": 600}),
         ("all binary", {"dtype": "bfloat16"}), ("rounded", {}), ("dropout, penalty", {}),
     ):
+        if name == "rounded":
+            plan._DENSE_COPY_BYTES = 0  # and from here on, images
         by_sums, by_reading = (steps(name, reads, **more) for reads in (False, True))
         assert by_sums == by_reading, name
 """

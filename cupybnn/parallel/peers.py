@@ -1,8 +1,10 @@
 """Exchanges between GPUs of one host that read each other's memory.
 
-One kernel combines small arrays: each rank reads what the others have. That is faster than NCCL, in
-whose rings and trees numbers go from rank to rank. For large ones NCCL is as fast. A rank opens
-the memory of others through CUDA's handles for other processes (cudaIpcOpenMemHandle).
+One kernel combines arrays: each rank reads what the others have. That is faster than NCCL, in whose
+rings and trees numbers go from rank to rank, unless it moves many more bytes: for a sum of large
+arrays on all of more than two ranks, NCCL is left. A rank opens the memory of others through CUDA's
+handles for other processes (cudaIpcOpenMemHandle). Other kernels may read it, too: see `distances`
+of `Ranks`. The memory of a process that has died stays until those that have opened it end.
 """
 
 from __future__ import annotations

@@ -103,7 +103,10 @@ class Update:
         import cupy
 
         self._launcher = launcher
-        self._defines = (("PENALTY", PENALTIES[penalty]), ("WRITE_GRADIENT", int(keep_gradients)))
+        self._defines: Defines = (
+            ("PENALTY", PENALTIES[penalty]),
+            ("WRITE_GRADIENT", int(keep_gradients)),
+        )
         self._groups: list[_Group] = []
         end = 0
         for parameters in groups:
@@ -151,6 +154,6 @@ class Update:
             }  # fmt: skip
             kernel, defines = ADAM, self._defines
             if distances:
-                kernel, defines = ADAM_OF_RANKS, (*defines, ("RANKS", len(distances)))
+                kernel, defines = ADAM_OF_RANKS, (*self._defines, ("RANKS", len(distances)))
                 arguments["away"] = DISTANCES.pack(of=words_of(distances))
             self._launcher.launch(kernel, arguments, grid=(blocks,), defines=defines)

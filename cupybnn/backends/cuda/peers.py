@@ -26,7 +26,7 @@ MOST_RANKS = 8
 #: Bytes that a thread reads at a time. Arrays are aligned to this, and their sizes are multiples.
 PIECE = 16
 #: Few blocks: each waits for others, and keeps its multiprocessor's registers meanwhile.
-_THREADS, _MOST_BLOCKS = 512, 32
+_THREADS, _MOST_BLOCKS = 512, 64
 #: Memory of a rank by which it meets others: 8 words for each block, and a word for each.
 CONTROL_BYTES = 4 * (MOST_RANKS + 1) * _MOST_BLOCKS
 

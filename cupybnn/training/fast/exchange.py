@@ -38,8 +38,8 @@ from cupybnn.training.team import Team
 
 __all__ = ["Exchange"]
 
-#: Bytes of a gradient from which on no exchange takes place alongside products, but updates read
-#: what other ranks have, if they can.
+#: Bytes of a gradient from which on nothing is exchanged alongside products, if updates can read
+#: what other ranks have.
 _READ_FROM = 16 << 20
 _WORDS = 4  # packed words are padded to so many: 16 bytes, which a thread copies at a time
 
@@ -63,8 +63,8 @@ class Exchange:
         Those of which this rank has a share that is not only padding.
     overlaps : bool
         Whether exchanges take place alongside the products of the backward pass. Large products
-        fill the device: they would wait for NCCL, which keeps some multiprocessors, and be delayed
-        by more than the exchange takes.
+        fill the device: they would wait for an exchange, which keeps some multiprocessors, and be
+        delayed by more than it takes.
     distances : tuple of int
         See `Ranks.distances`; empty if updates do not read other ranks' gradients.
     count : int
