@@ -76,51 +76,53 @@ __device__ __forceinline__ void load_rows(const Parameter& p, const int (&at)[EA
   }
 }
 #if RANKS
-constexpr int AT_A_TIME = RANKS <= 4 ? RANKS : 3;  // ranks whose gradients are on their way to a thread
-
-// As `load_rows`. What is far away first, because it takes longest.
+// Elements of one rank's gradient in EACH rows.
+template <typename G, bool WHOLE>
+__device__ __forceinline__ void load_rank(const Parameter& p, i64 away, const int (&at)[EACH],
+                                          const int (&exist)[EACH], Vector<G, 4> (&rows)[EACH]) {
+  const G* grad = (const G*)((const char*)p.grad + away);
+#pragma unroll
+  for (int r = 0; r < EACH; r++) {
+    if constexpr (WHOLE) {
+      rows[r] = *(const Vector<G, 4>*)(grad + at[r]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; i++) rows[r].at[i] = i < exist[r] ? grad[at[r] + i] : G{};
+    }
+  }
+}
+// As `load_rows`. What is far away first, because it takes longest; that of many ranks needs too many
+// registers to be all on its way at a time.
 template <typename G, bool WHOLE>
 __device__ __forceinline__ void load_rows_of_ranks(const Parameter& p, const Distances& away,
                                                    const int (&at)[EACH], const int (&exist)[EACH],
                                                    float (&w)[EACH][4], float (&g)[EACH][4],
                                                    float (&m)[EACH][4], float (&s)[EACH][4]) {
+  constexpr int TOGETHER = RANKS < 4 ? RANKS : 4;
+  Vector<G, 4> rows[TOGETHER][EACH];
 #pragma unroll
-  for (int first = 0; first < RANKS; first += AT_A_TIME) {
-    Vector<G, 4> of[AT_A_TIME][EACH];
+  for (int rank = 0; rank < TOGETHER; rank++) load_rank<G, WHOLE>(p, away.of[rank], at, exist, rows[rank]);
 #pragma unroll
-    for (int i = 0; i < AT_A_TIME; i++) {
-      if (first + i >= RANKS) break;
-      const G* grad = (const G*)((const char*)p.grad + away.of[first + i]);
-#pragma unroll
-      for (int r = 0; r < EACH; r++) {
-        if constexpr (WHOLE) {
-          of[i][r] = *(const Vector<G, 4>*)(grad + at[r]);
-        } else {
-#pragma unroll
-          for (int e = 0; e < 4; e++) of[i][r].at[e] = e < exist[r] ? grad[at[r] + e] : G{};
-        }
-      }
+  for (int r = 0; r < EACH; r++) {
+    if constexpr (WHOLE) {
+      load<4>(p.weight + at[r], w[r]);
+      load<4>(p.mean + at[r], m[r]);
+      load<4>(p.square + at[r], s[r]);
+    } else {
+      load_some(p.weight + at[r], exist[r], w[r]);
+      load_some(p.mean + at[r], exist[r], m[r]);
+      load_some(p.square + at[r], exist[r], s[r]);
     }
-    if (first == 0) {
+  }
 #pragma unroll
-      for (int r = 0; r < EACH; r++) {
-        if constexpr (WHOLE) {
-          load<4>(p.weight + at[r], w[r]);
-          load<4>(p.mean + at[r], m[r]);
-          load<4>(p.square + at[r], s[r]);
-        } else {
-          load_some(p.weight + at[r], exist[r], w[r]);
-          load_some(p.mean + at[r], exist[r], m[r]);
-          load_some(p.square + at[r], exist[r], s[r]);
-        }
-      }
-    }
+  for (int rank = 0; rank < TOGETHER; rank++)
 #pragma unroll
-    for (int i = 0; i < AT_A_TIME; i++) {
-      if (first + i >= RANKS) break;
+    for (int r = 0; r < EACH; r++) add_rank<4>(rank == 0, rows[rank][r], g[r]);
+#pragma unroll 1
+  for (int rank = TOGETHER; rank < RANKS; rank++) {
+    load_rank<G, WHOLE>(p, away.of[rank], at, exist, rows[0]);
 #pragma unroll
-      for (int r = 0; r < EACH; r++) add_rank<4>(first + i, of[i][r], g[r]);
-    }
+    for (int r = 0; r < EACH; r++) add_rank<4>(false, rows[0][r], g[r]);
   }
 #pragma unroll
   for (int r = 0; r < EACH; r++) to_floats<4>(rounded<G>(g[r]), g[r]);

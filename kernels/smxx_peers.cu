@@ -71,7 +71,7 @@ __device__ __forceinline__ uint4 sum(const uint4 (&of)[RANKS]) {
   constexpr int V = sizeof(uint4) / sizeof(E);
   float total[V];
 #pragma unroll
-  for (int rank = 0; rank < RANKS; rank++) add_rank<V>(rank, *(const Vector<E, V>*)&of[rank], total);
+  for (int rank = 0; rank < RANKS; rank++) add_rank<V>(rank == 0, *(const Vector<E, V>*)&of[rank], total);
   const Vector<E, V> sum = rounded<E>(total);
   return *(const uint4*)&sum;
 }
