@@ -16,9 +16,16 @@
 //
 // What bounds it: reading four arrays and writing three.
 //
-// The translation unit sets REAL, and PENALTY and WRITE_GRADIENT (adam.cuh).
+// The translation unit sets REAL, and PENALTY and WRITE_GRADIENT (adam.cuh). It may set RANKS, and then the
+// kernel is `adam_of_ranks`: a gradient is the sum of as many, each in the memory of a GPU of this host. They
+// must be complete on all ranks before the launch, and stay until all have ended theirs. So the connection
+// and this device's memory are busy at the same time, and nothing but the gradient is ever written.
 
 #include "adam.cuh"
+
+#ifndef RANKS
+#define RANKS 0
+#endif
 
 constexpr int TILE_ROWS = 32, TILE_COLS = 128, EACH = TILE_ROWS / WARPS;
 
@@ -27,6 +34,16 @@ struct Parameters {
   Parameter at[MOST];
   i64 count;
 };
+
+#if RANKS
+#include "ranks.cuh"
+
+// By rank: what is to be added to the address of a gradient to find that rank's. Filled by
+// cupybnn/backends/cuda/fused_update.py.
+struct Distances {
+  i64 of[MOST_RANKS];
+};
+#endif
 
 template <typename E>
 __device__ __forceinline__ void load_some(const E* from, int count, float (&v)[4]) {
@@ -58,6 +75,59 @@ __device__ __forceinline__ void load_rows(const Parameter& p, const int (&at)[EA
     }
   }
 }
+#if RANKS
+// Elements of one rank's gradient in EACH rows.
+template <typename G, bool WHOLE>
+__device__ __forceinline__ void load_rank(const Parameter& p, i64 away, const int (&at)[EACH],
+                                          const int (&exist)[EACH], Vector<G, 4> (&rows)[EACH]) {
+  const G* grad = (const G*)((const char*)p.grad + away);
+#pragma unroll
+  for (int r = 0; r < EACH; r++) {
+    if constexpr (WHOLE) {
+      rows[r] = *(const Vector<G, 4>*)(grad + at[r]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; i++) rows[r].at[i] = i < exist[r] ? grad[at[r] + i] : G{};
+    }
+  }
+}
+// As `load_rows`. What is far away first, because it takes longest; that of many ranks needs too many
+// registers to be all on its way at a time.
+template <typename G, bool WHOLE>
+__device__ __forceinline__ void load_rows_of_ranks(const Parameter& p, const Distances& away,
+                                                   const int (&at)[EACH], const int (&exist)[EACH],
+                                                   float (&w)[EACH][4], float (&g)[EACH][4],
+                                                   float (&m)[EACH][4], float (&s)[EACH][4]) {
+  constexpr int TOGETHER = RANKS < 4 ? RANKS : 4;
+  Vector<G, 4> rows[TOGETHER][EACH];
+#pragma unroll
+  for (int rank = 0; rank < TOGETHER; rank++) load_rank<G, WHOLE>(p, away.of[rank], at, exist, rows[rank]);
+#pragma unroll
+  for (int r = 0; r < EACH; r++) {
+    if constexpr (WHOLE) {
+      load<4>(p.weight + at[r], w[r]);
+      load<4>(p.mean + at[r], m[r]);
+      load<4>(p.square + at[r], s[r]);
+    } else {
+      load_some(p.weight + at[r], exist[r], w[r]);
+      load_some(p.mean + at[r], exist[r], m[r]);
+      load_some(p.square + at[r], exist[r], s[r]);
+    }
+  }
+#pragma unroll
+  for (int rank = 0; rank < TOGETHER; rank++)
+#pragma unroll
+    for (int r = 0; r < EACH; r++) add_rank<4>(rank == 0, rows[rank][r], g[r]);
+#pragma unroll 1
+  for (int rank = TOGETHER; rank < RANKS; rank++) {
+    load_rank<G, WHOLE>(p, away.of[rank], at, exist, rows[0]);
+#pragma unroll
+    for (int r = 0; r < EACH; r++) add_rank<4>(false, rows[0][r], g[r]);
+  }
+#pragma unroll
+  for (int r = 0; r < EACH; r++) to_floats<4>(rounded<G>(g[r]), g[r]);
+}
+#endif
 template <typename E>
 __device__ __forceinline__ void store_some(E* to, int count, bool whole, const float (&v)[4]) {
   if (whole) {
@@ -69,10 +139,18 @@ __device__ __forceinline__ void store_some(E* to, int count, bool whole, const f
   }
 }
 
+#if RANKS
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+    adam_of_ranks(const __grid_constant__ Parameters parameters, const Rates* __restrict__ rates,
+                  i64 ring, i64* step, float gain_mean, float gain_square, const float* mean_loss,
+                  float* loss, float* partials, i64 earlier, i64 counted, int final, u32* ticket,
+                  const __grid_constant__ Distances away) {
+#else
 extern "C" __global__ void __launch_bounds__(THREADS)
     adam(const __grid_constant__ Parameters parameters, const Rates* __restrict__ rates, i64 ring,
          i64* step, float gain_mean, float gain_square, const float* mean_loss, float* loss,
          float* partials, i64 earlier, i64 counted, int final, u32* ticket) {
+#endif
   __shared__ unsigned char nibbles[WARPS][TILE_COLS];  // signs of four rows: after, and before
   __shared__ float sums[WARPS];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -95,10 +173,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     exist[r] = row + r < (int)p.rows ? max(0, min(4, min(cols - col, (int)p.count - at[r]))) : 0;
   }
   const bool whole = p.flags & ALIGNED && exist[EACH - 1] == 4;
+#if RANKS  // of dense products alone
+  if (whole)
+    load_rows_of_ranks<real_t, true>(p, away, at, exist, w, g, m, s);
+  else
+    load_rows_of_ranks<real_t, false>(p, away, at, exist, w, g, m, s);
+#else
   if (sizeof(real_t) != 4 && p.flags & ROUNDED)
     load_rows<real_t>(p, at, whole, exist, w, g, m, s);
   else
     load_rows<float>(p, at, whole, exist, w, g, m, s);
+#endif
   // Read here, so that no other load waits for these two, which depend on each other.
   const Rates rate = rates[*step % ring];
   const Adam move(p, rate, gain_mean, gain_square);

@@ -8,26 +8,28 @@
 // A rank that is lost never comes. So blocks that wait look at a word of the host's memory now and then, by
 // which the host ends all exchanges, and then leave with whatever there is.
 //
-// What bounds it: latency, some microseconds a meeting; or the connection, at 16 bytes a thread and rank.
-// Few blocks, so that what else runs on the device finds room.
+// What bounds it: latency, some microseconds a meeting; or the connection, and for that a thread reads several
+// pieces of 16 bytes at a time. Few blocks, so that what else runs on the device finds room.
 //
-// The translation unit sets KIND: how elements are combined, as in peers.py; and REAL, of which nothing depends.
+// The translation unit sets KIND: how elements are combined, as in peers.py; RANKS; and REAL, of which nothing
+// depends.
 
-#include "elements.cuh"
+#include "ranks.cuh"
 
 enum { COPIED = 0, FLOATS = 1, BFLOATS = 2 };
 
-constexpr int MOST = 8;  // ranks
 constexpr int PEER_THREADS = 512;
+// Pieces that a thread reads of each rank at a time.
+constexpr int TOGETHER = KIND == COPIED ? 8 : RANKS >= 8 ? 1 : 8 / RANKS;
 
 // Filled by cupybnn/backends/cuda/peers.py, field by field in this order. The ranks' arrays are aligned to 16
 // bytes, and so is their size.
 struct Peers {
-  const uint4* sent[MOST];  // by rank: its array, of which `first` on is read
-  u32* marks[MOST];      // by rank: where the others write into its memory, 8 words a block
-  u32* meetings;         // of this rank's blocks so far
-  const u32* ended;      // in the host's memory: not 0 if ranks are to wait no longer
-  i64 rank, size;
+  const uint4* sent[MOST_RANKS];  // by rank: its array, of which `first` on is read
+  u32* marks[MOST_RANKS];         // by rank: where the others write into its memory, 8 words a block
+  u32* meetings;                  // of this rank's blocks so far
+  const u32* ended;               // in the host's memory: not 0 if ranks are to wait no longer
+  i64 rank;
 };
 
 __device__ __forceinline__ u32 acquire(const u32* from) {
@@ -52,9 +54,9 @@ __device__ __forceinline__ uint4 read(const uint4* from) {
 __device__ __forceinline__ bool meet(const Peers& p, u32 number) {
   __syncthreads();  // what this block has read
   bool all = true;
-  if (threadIdx.x < p.size && threadIdx.x != p.rank) {
-    release(p.marks[threadIdx.x] + MOST * blockIdx.x + p.rank, number);
-    const u32* theirs = p.marks[p.rank] + MOST * blockIdx.x + threadIdx.x;
+  if (threadIdx.x < RANKS && threadIdx.x != p.rank) {
+    release(p.marks[threadIdx.x] + MOST_RANKS * blockIdx.x + p.rank, number);
+    const u32* theirs = p.marks[p.rank] + MOST_RANKS * blockIdx.x + threadIdx.x;
     for (int rounds = 1; (int)(acquire(theirs) - number) < 0; rounds++)
       if (rounds % 1024 == 0 && *(const volatile u32*)p.ended) {
         all = false;
@@ -64,40 +66,14 @@ __device__ __forceinline__ bool meet(const Peers& p, u32 number) {
   return __syncthreads_and(all);
 }
 
-__device__ __forceinline__ void add(uint4& total, const uint4& v) {
-  float* to = (float*)&total;
-  const float* from = (const float*)&v;
+template <typename E>
+__device__ __forceinline__ uint4 sum(const uint4 (&of)[RANKS]) {
+  constexpr int V = sizeof(uint4) / sizeof(E);
+  float total[V];
 #pragma unroll
-  for (int i = 0; i < 4; i++) to[i] = __fadd_rn(to[i], from[i]);
-}
-
-// Element by element in the order of the ranks; bfloat16 as float, rounded once.
-__device__ __forceinline__ uint4 sum(const Peers& p, i64 i) {
-  uint4 v[MOST];
-#pragma unroll
-  for (int rank = 0; rank < MOST; rank++)
-    if (rank < p.size) v[rank] = read(p.sent[rank] + i);
-  if constexpr (KIND == BFLOATS) {
-    typedef Vector<bfloat16_bits, 8> Eight;
-    float total[8], more[8];
-    to_floats<8>(*(const Eight*)&v[0], total);
-#pragma unroll
-    for (int rank = 1; rank < MOST; rank++) {
-      if (rank >= p.size) continue;
-      to_floats<8>(*(const Eight*)&v[rank], more);
-#pragma unroll
-      for (int e = 0; e < 8; e++) total[e] = __fadd_rn(total[e], more[e]);
-    }
-    uint4 rounded;
-#pragma unroll
-    for (int e = 0; e < 8; e++) from_float(total[e], ((bfloat16_bits*)&rounded)[e]);
-    return rounded;
-  } else {
-#pragma unroll
-    for (int rank = 1; rank < MOST; rank++)
-      if (rank < p.size) add(v[0], v[rank]);
-    return v[0];
-  }
+  for (int rank = 0; rank < RANKS; rank++) add_rank<V>(rank == 0, *(const Vector<E, V>*)&of[rank], total);
+  const Vector<E, V> sum = rounded<E>(total);
+  return *(const uint4*)&sum;
 }
 
 // `count` pieces of 16 bytes from piece `first` on: their sum over the ranks; or each rank's, one after another.
@@ -107,12 +83,32 @@ extern "C" __global__ void __launch_bounds__(PEER_THREADS)
   const i64 start = (i64)blockIdx.x * PEER_THREADS + threadIdx.x, step = (i64)gridDim.x * PEER_THREADS;
   if (meet(p, ++number)) {
     if constexpr (KIND == COPIED) {
-      for (int k = 0; k < p.size; k++) {
-        const int rank = (int)(p.rank + k) % (int)p.size;  // not all from the same one
-        for (i64 i = start; i < count; i += step) out[rank * count + i] = read(p.sent[rank] + first + i);
+      for (int k = 0; k < RANKS; k++) {
+        const int rank = (int)(p.rank + k) % RANKS;  // not all from the same one
+        for (i64 i = start; i < count; i += TOGETHER * step) {
+          uint4 v[TOGETHER];
+#pragma unroll
+          for (int j = 0; j < TOGETHER; j++)
+            if (i + j * step < count) v[j] = read(p.sent[rank] + first + i + j * step);
+#pragma unroll
+          for (int j = 0; j < TOGETHER; j++)
+            if (i + j * step < count) out[rank * count + i + j * step] = v[j];
+        }
       }
     } else {
-      for (i64 i = start; i < count; i += step) out[i] = sum(p, first + i);
+      for (i64 i = start; i < count; i += TOGETHER * step) {
+        uint4 v[TOGETHER][RANKS];
+#pragma unroll
+        for (int j = 0; j < TOGETHER; j++) {
+          if (i + j * step >= count) continue;
+#pragma unroll
+          for (int rank = 0; rank < RANKS; rank++) v[j][rank] = read(p.sent[rank] + first + i + j * step);
+        }
+#pragma unroll
+        for (int j = 0; j < TOGETHER; j++)
+          if (i + j * step < count)
+            out[i + j * step] = KIND == BFLOATS ? sum<bfloat16_bits>(v[j]) : sum<float>(v[j]);
+      }
     }
     meet(p, ++number);
   }

@@ -36,6 +36,7 @@ class Gpus:
         self.capturing = False
         self.aborted: list[int] = []
         self.boards: dict[bytes, Board] = {}
+        self.pooled = 0  # bytes that the pool of arrays would give back
         gpus = self
 
         class Device:
@@ -110,6 +111,7 @@ class Gpus:
             empty=lambda shape, dtype: placed(np.empty(shape, dtype)),
             zeros=lambda shape, dtype: placed(np.zeros(shape, dtype)),
             ascontiguousarray=contiguous,
+            get_default_memory_pool=lambda: SimpleNamespace(free_all_blocks=self._free_blocks),
             cuda=SimpleNamespace(
                 Device=Device,
                 Event=Event,
@@ -139,9 +141,14 @@ class Gpus:
         def launch(grid, block, arguments, stream) -> None:
             assert self.here() == device == stream.device, "a launch on another device"
             p, *rest = arguments
-            combine(grid[0], dict(defines)["KIND"], decode(p), *(int(value) for value in rest))
+            d = dict(defines)
+            p = Fields(decode(p), size=d["RANKS"])
+            combine(grid[0], d["KIND"], p, *(int(value) for value in rest))
 
         return launch
+
+    def _free_blocks(self) -> None:
+        self.pooled = 0
 
     def current(self) -> int:
         """Return the current device of this thread: at first the first, which costs nothing."""
@@ -189,6 +196,8 @@ class Runtime:
         self._gpus.here()
 
     def malloc(self, nbytes: int) -> int:
+        if self._gpus.pooled:
+            raise self.CUDARuntimeError("out of memory")
         array = np.full(nbytes + 256, 0xFF, np.uint8)
         start = -(-array.ctypes.data // 256) * 256
         self.allocated[start] = array

@@ -604,6 +604,22 @@ def adam(
         at(step, 1, np.int64)[...] += 1
 
 
+def adam_of_ranks(d, parameters, *others) -> None:
+    """Each gradient is the sum of those of all ranks, in their order; rounded once."""
+    *others, away = others
+    distances = np.frombuffer(away["of"], np.int64)[: d["RANKS"]].tolist()
+    real = d["REAL"]
+    sums = []  # kept until they have been read
+    for p in parameters.at[: parameters.count]:
+        total, *more = (read_real(p.grad + far, p.count, real) for far in distances)
+        total = total.copy()
+        for gradient in more:
+            total += gradient
+        sums.append(total if real == "float" else narrowed(total))
+        p["grad"] = sums[-1].ctypes.data
+    adam(d, parameters, *others)
+
+
 def unpack_rows(d, signs, rows, cols, out) -> None:
     write_real(out, read_signs(signs, int(rows), int(cols)), d["REAL"])
 
@@ -651,7 +667,8 @@ EMULATED = {
     for f in (
         gather, attack, dropout_mask, move_images, mix_images, normalise, whole_statistics,
         activate, gradient_sums, gradient, logits, output_norm, head_sums, head_gradient, adam,
-        unpack_rows, unpack_columns, place_signs, soften, teacher_layer, most, quantize, turn,
+        adam_of_ranks, unpack_rows, unpack_columns, place_signs, soften, teacher_layer, most,
+        quantize, turn,
     )
 } | {"gather_deformed": gather}  # fmt: skip
 

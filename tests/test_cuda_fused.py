@@ -49,13 +49,14 @@ def packed(*shape) -> SimpleNamespace:
 
 
 def decode(struct: Struct, data: bytes) -> dict[str, object]:
-    """Read fields of 8 bytes, as their types say."""
-    assert len(data) == 8 * len(struct.fields)
-    dtypes = {"double": np.float64, "i64": np.int64}
-    return {
-        f.name: np.frombuffer(data, dtypes.get(f.type, np.uint64), 1, 8 * i)[0].item()
-        for i, f in enumerate(struct.fields)
-    }
+    """Read fields of 8 bytes, as their types say; several are a list."""
+    dtypes, found, end = {"double": np.float64, "i64": np.int64}, {}, 0
+    for f in struct.fields:
+        values = np.frombuffer(data, dtypes.get(f.type, np.uint64), f.count or 1, end).tolist()
+        found[f.name] = values if f.count else values[0]
+        end += 8 * len(values)
+    assert len(data) == end
+    return found
 
 
 def at(array: Array | None) -> int:
@@ -368,6 +369,21 @@ def test_parameters_of_an_update(machine):
     assert (launch.arguments["gain_mean"], launch.arguments["gain_square"]) == (0.25, 0.5)
     assert launch.arguments["ring"] == 1024
     assert launch.defines == {"REAL": "float", "PENALTY": 1, "WRITE_GRADIENT": 1}
+
+
+def test_an_update_that_reads_the_gradients_of_all_ranks(machine):
+    launcher = fused.Launcher(0, np.dtype(np.uint16))
+    some = [parameter((64, 128), binary=True, distances=(-256, 0, 1 << 40)) for _ in range(2)]
+    update = update_of(launcher, [some, [parameter(3)]])
+    update.launch(0)
+    update.launch(1)
+    reading, plain = machine.launches
+    assert (reading.function, plain.function) == ("adam_of_ranks", "adam")
+    assert reading.defines["RANKS"] == 3
+    assert "RANKS" not in plain.defines
+    assert reading.arguments["away"] == {"of": [-256, 0, 1 << 40, 0, 0, 0, 0, 0]}
+    with pytest.raises(ValueError, match="too many values"):
+        update_of(launcher, [[some[0], parameter(3)], [parameter(3)]])
 
 
 def test_parts_of_the_penalty_do_not_overlap_and_the_last_launch_ends_the_step(

@@ -57,7 +57,8 @@ def field(declaration: str, text: str) -> Field:
     assert found is not None, declaration
     c_type, pointer, name, count = found.groups()
     if count is not None and not count.isdigit():
-        (count,) = re.findall(rf"constexpr int {count} = (\d+);", text)
+        constant = rf"constexpr int {count} = (\d+);"  # of this file, or of a header
+        (count,) = re.findall(constant, text) or re.findall(constant, "".join(TEXTS.values()))
     return Field("ptr" if pointer else c_type, name, int(count or 0))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 import zlib
 from operator import attrgetter
@@ -22,6 +23,8 @@ from cupybnn.parallel.files import FileRanks
 from cupybnn.training import Callback, TrainConfig, Trainer, agreement, restored_config
 from cupybnn.training.fast import FusedStep
 from cupybnn.training.fast.exchange import Exchange
+from cupybnn.training.fast.passes import Passes
+from cupybnn.training.fast.weights import Weights
 from cupybnn.training.step import PlainStep
 
 XNOR = {"binary": True, "xnor": True}
@@ -135,6 +138,74 @@ def test_rounded_gradients_by_the_kernels_of_hopper(monkeypatch, tmp_path, size)
         lambda bits: {"plane_update": bits and size == 1, "stored_product": bits},
     )  # fmt: skip
     np.testing.assert_allclose(by_bits, dense, rtol=2e-3)
+
+
+#: What makes a network large.
+LARGE = {"batch": "plan._DENSE_COPY_BYTES", "weights": "exchange._READ_FROM"}
+
+
+def reading(monkeypatch):
+    """Let ranks in threads read each other's arrays; rank 1 is late with all that they do apart."""
+
+    def shared_zeros(ranks, xp, parts):
+        ends = np.cumsum([0, *(-(-n * np.dtype(kind).itemsize // 64) * 64 for n, kind in parts)])
+        memory = xp.zeros(int(ends[-1]), np.uint8)
+        start = memory.ctypes.data
+        given = ranks.gather_bytes(start.to_bytes(8, "little"))
+        ranks.far = tuple(int.from_bytes(each, "little") - start for each in given)
+        return [
+            memory[a:][: n * np.dtype(kind).itemsize].view(kind)
+            for a, (n, kind) in zip(ends.tolist(), parts, strict=False)
+        ]
+
+    monkeypatch.setattr(FileRanks, "shared_zeros", shared_zeros)
+    monkeypatch.setattr(FileRanks, "distances", lambda ranks, array: ranks.far)
+
+    def late(call):
+        def wait_and_call(part, *given):
+            if part._buffers.exchange.ranks.rank == 1 and not is_dry_run():
+                time.sleep(0.03)
+            call(part, *given)
+
+        return wait_and_call
+
+    monkeypatch.setattr(Passes, "_backward", late(Passes._backward))
+    monkeypatch.setattr(Weights, "update_shares", late(Weights.update_shares))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "large", "more"),
+    [
+        ("xnor", 2, "batch", {"dtype": "bfloat16"}),
+        ("xnor", 3, "weights", {"log_dir": "log"}),  # gradients are recorded
+        ("dropout, penalty", 3, "batch", {}),
+        ("all binary", 3, "weights", {"dtype": "bfloat16"}),
+        ("clipped, without batch norm", 2, "batch", {}),
+        ("rounded", 2, "batch", {}),
+        ("virtual", 2, "weights", {}),
+        ("full precision", 2, "batch", {}),
+    ],
+)
+def test_updates_that_read_gradients_compute_what_those_of_sums_do(
+    monkeypatch, tmp_path, name, size, large, more
+):
+    """In large networks, which send nothing before the backward pass is done. Bit for bit."""
+    monkeypatch.setattr(f"cupybnn.training.fast.{LARGE[large]}", 0)
+    if "log_dir" in more:
+        more = {"log_dir": str(tmp_path / "log")}
+    found = []
+    for reads in (False, True):
+        with monkeypatch.context() as patch:
+            emulator = Emulator(patch)
+            if reads:
+                reading(patch)
+            found.append(run_together(tmp_path, size, **settings_of(name, **more)))
+            shared_out = name != "full precision"
+            assert ("adam_of_ranks" in emulator.launches) == (reads and shared_out)
+    for by_sums, by_reading in zip(*found, strict=True):
+        assert by_sums[0] == by_reading[0]
+        for key, array in by_sums[2].arrays.items():
+            assert array.tobytes() == by_reading[2].arrays[key].tobytes(), key
 
 
 class Watch(Callback):
@@ -498,9 +569,15 @@ class TestOnOneGpu:
         # Sums for batch norm are added up in another order, and signs soon differ.
         np.testing.assert_allclose(by_bits[0][0][:4], dense[0][0][:4], rtol=1e-2)
 
+    @pytest.mark.parametrize("large", [None, *LARGE])
     @pytest.mark.parametrize("name", ["xnor", "all binary", "dropout, penalty", "rounded"])
-    def test_exchanges_by_nccl_in_a_graph(self, name):
-        """One rank with itself, whose step is replayed as a graph with all exchanges in it."""
+    def test_exchanges_by_nccl_in_a_graph(self, monkeypatch, name, large):
+        """One rank with itself, whose step is replayed as a graph with all exchanges in it.
+
+        In a large network, updates read the gradients of all ranks.
+        """
+        if large:
+            monkeypatch.setattr("cupybnn.training.fast.plan._DENSE_COPY_BYTES", 0)
         from cupybnn.backends.devices import resolve
         from cupybnn.parallel.nccl import NcclRanks, new_id
 
@@ -518,7 +595,8 @@ class TestOnOneGpu:
         alone, _ = steps(None)
         with NcclRanks(resolve("cuda"), 0, 1, new_id(), None) as ranks:
             found, trainer = steps(ranks)
-            assert trainer._step._captured >= 5
+            assert trainer._step._captured >= (2 if large else 5)
+            assert bool(trainer._step.exchange.distances) == bool(large)
             trainer._team.gather()
             trainer._team.finish()
         self.alike(found, alone, name)

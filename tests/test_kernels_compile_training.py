@@ -262,6 +262,10 @@ def test_teacher(arch):
 def test_adam(arch):
     require(arch)
     choices = [{"PENALTY": p, "WRITE_GRADIENT": w} for p, w in ((0, 0), (1, 1), (2, 0))]
+    choices += [
+        {"PENALTY": p, "WRITE_GRADIENT": w, "RANKS": n}
+        for p, w, n in ((0, 0, 1), (0, 0, 2), (2, 1, 3), (0, 0, 4), (1, 0, 8))
+    ]
     compile_all("smxx_adam", arch, to_compile(arch, variants(arch, {}, *choices)))
 
 
@@ -287,7 +291,9 @@ def test_part_sum(arch):
 @every_architecture
 def test_peers(arch):
     require(arch)
-    compile_all("smxx_peers", arch, [{"KIND": kind, **NO_REAL} for kind in range(3)])
+    choices = [(kind, size) for kind in range(3) for size in (1, 2, 3, 8)]
+    every = [{"KIND": kind, "RANKS": size, **NO_REAL} for kind, size in choices]
+    compile_all("smxx_peers", arch, to_compile(arch, every))
 
 
 def test_sign_gemm():

@@ -43,10 +43,29 @@ class Gpus:
     limit = 300
 
 
-@pytest.fixture(scope="module", params=[Cpus, pytest.param(Gpus, marks=pytest.mark.gpu)])
+class Reading(Gpus):
+    """Two GPUs whose updates read each other's gradients, as in large networks."""
+
+    #: Run by each process first, from a folder of `PYTHONPATH`.
+    first = """
+from cupybnn.training.fast import exchange, plan
+plan._DENSE_COPY_BYTES = 0
+allocate = exchange.Exchange.allocate
+def allocate_and_look(self, *given):
+    found = allocate(self, *given)
+    assert self.distances
+    return found
+exchange.Exchange.allocate = allocate_and_look
+"""
+
+
+_GPUS = [pytest.param(kind, marks=pytest.mark.gpu) for kind in (Gpus, Reading)]
+
+
+@pytest.fixture(scope="module", params=[Cpus, *_GPUS])
 def kind(request):
     """What the ranks run on."""
-    if request.param is Gpus:
+    if issubclass(request.param, Gpus):
         need_gpus(2)
     return request.param
 
@@ -55,6 +74,11 @@ def start(folder, *options, kind=Cpus):
     """Start a run of two ranks; its meeting is in `folder`, too."""
     folder.mkdir(exist_ok=True)
     variables = {**os.environ, "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
+    if hasattr(kind, "first"):
+        own = folder.parent / "first"
+        own.mkdir(exist_ok=True)
+        (own / "sitecustomize.py").write_text(kind.first)
+        variables["PYTHONPATH"] = os.pathsep.join([str(own), variables.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [*TRAIN, *kind.options, "--log_dir", str(folder / "log"), *options],
         env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -123,7 +147,7 @@ def test_ranks_that_are_lost_cost_a_run_nothing_but_time(tmp_path, kind, whole):
         rf"kept the others waiting) for {patience} seconds\.",
         r"cupybnn train: starting again from .*/2 \(restart 2 of 2\)",
     ]
-    if kind is Gpus:  # kernels that are compiled, and what NCCL has to say
+    if issubclass(kind, Gpus):  # kernels that are compiled, and what NCCL has to say
         lines = [line for line in err.splitlines(True) if line.startswith("cupybnn train")]
         err = "".join(lines)
     assert re.fullmatch("\n".join(said) + "\n", err), err

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gpus_by_numpy import Gpus
+from kernels_by_numpy import at as array_at
 from ranks import in_threads, need_gpus
 from test_parallel_ranks import as_bfloat16, environment
 
@@ -42,6 +43,11 @@ def gathering(size):
 
 def numbers_of(rank, count, turn):
     return np.random.default_rng([rank, turn]).integers(-9, 10, count).astype(np.float32)
+
+
+def number_at(address):
+    """Return the number of 16 bits at an address."""
+    return int(array_at(address, 1, np.uint16)[0])
 
 
 def check(peers, xp, rank, size, count, wait, turns=3):
@@ -115,17 +121,52 @@ class TestByNumpy:
         assert not gpus.module.cuda.runtime.opened
         assert not gpus.module.cuda.runtime.allocated
 
-    def test_large_arrays_are_left_to_nccl(self, monkeypatch):
-        monkeypatch.setattr(exchanging, "_MOST_READ", 4096)
+    def test_sums_of_large_arrays_for_many_are_left_to_nccl(self, monkeypatch):
+        """Of 3 ranks, each reads two thirds of an array more than a ring would bring it."""
+        monkeypatch.setattr(exchanging, "_MOST_MORE", 4096)
 
+        def exchanges(peers, gpus, rank):
+            found = []
+            for count in (1536, 1560):
+                (array,) = peers.zeros([(count, np.float32)])
+                whole = gpus.module.zeros(peers._size * count, np.float32)
+                part = whole[: count // peers._size]
+                found.append(
+                    [
+                        peers.all_reduce(array, whole[:count], "float32") is not None,
+                        peers.reduce_scatter(array, part, "float32") is not None,
+                        peers.all_gather(array, whole) is not None,
+                    ]
+                )
+            return found
+
+        assert self.ranks(monkeypatch, 3, exchanges)[1] == [[[True] * 3, [False, True, True]]] * 3
+        assert self.ranks(monkeypatch, 2, exchanges)[1] == [[[True] * 3] * 2] * 2
+
+    def test_distances_lead_to_what_other_ranks_have(self, monkeypatch):
+        barrier = threading.Barrier(3)
+
+        def read(peers, gpus, rank):
+            first, second = peers.zeros([(100, np.float32), (7, np.uint16)])
+            second[...] = rank + 1
+            barrier.wait(60)
+            start = int(second[3:].data.ptr)
+            far = peers.distances(second[3:])
+            found = [number_at(start + distance) for distance in far]
+            assert far[rank] == 0
+            assert peers.distances(first) == far
+            assert peers.distances(gpus.module.zeros(4, np.float32)) is None
+            barrier.wait(60)
+            return found
+
+        assert self.ranks(monkeypatch, 3, read)[1] == [[1, 2, 3]] * 3
+
+    def test_memory_that_the_pool_keeps_is_given_back_if_there_is_no_other(self, monkeypatch):
         def allocate(peers, gpus, rank):
-            return [
-                peers.zeros([(8, np.uint8), (count, np.float32)]) is not None
-                for count in (1024, 1025, 512)
-            ]
+            gpus.pooled = 1 << 30
+            return peers.zeros([(4, np.float32)]) is not None
 
-        assert self.ranks(monkeypatch, 2, allocate)[1] == [[True, False, True]] * 2
-        assert self.ranks(monkeypatch, 3, allocate)[1] == [[False, False, True]] * 3
+        assert self.ranks(monkeypatch, 2, allocate)[1] == [True] * 2
 
     def test_none_where_a_rank_cannot_read_another_s_memory(self, monkeypatch):
         def look(peers, gpus, rank):
@@ -194,6 +235,7 @@ class TestByNumpy:
                 ).all()
                 assert (ranks.all_gather(words, out=rows).wait() == [[1] * 8, [2] * 8]).all()
                 assert gpus.current() == 0
+                assert (ranks.distances(words) is None) == (refused >= 0)
                 return ranks._peers.works
 
         assert in_threads(2, run) == [refused < 0] * 2
@@ -216,7 +258,8 @@ class TestOnOneGpu:
         sent, first, count = [cupy.asarray(row) for row in each], 64, 4096 * 8 + 32
         out = cupy.zeros((size if kind == "copied" else 1, count), dtype)
         control = cupy.zeros((size, launches.CONTROL_BYTES // 4), np.uint32)
-        control[size - 1, : 8 * 64] = 1 << 20
+        most = launches._MOST_BLOCKS
+        control[size - 1, : 8 * most] = 1 << 20
         ended = cupy.cuda.alloc_pinned_memory(8)
         np.frombuffer(ended, np.uint32, 1)[0] = 0
         places = tuple(row.data.ptr for row in control)
@@ -229,10 +272,54 @@ class TestOnOneGpu:
         part = each[:, first : first + count]
         expected = part if kind == "copied" else total(part, kind == "bfloat16")
         np.testing.assert_array_equal(out.get(), expected.reshape(out.shape))
-        blocks = -(-count * out.itemsize // (16 * 512))
-        marks = control[:, : 8 * 64].reshape(size, 64, 8).get()
+        blocks = launches._blocks(count * out.itemsize // 16)
+        marks = control[:, : 8 * most].reshape(size, most, 8).get()
         for other in range(size - 1):  # two meetings of each block
-            assert (marks[other, : min(blocks, 64), size - 1] == 2).all()
+            assert (marks[other, :blocks, size - 1] == 2).all()
+
+    @pytest.mark.parametrize("shape", [(96, 256), (70, 37)], ids=str)
+    @pytest.mark.parametrize("real", [np.float32, np.uint16])
+    @pytest.mark.parametrize("size", [1, 2, 3, 8])
+    def test_an_update_that_reads_is_that_of_the_sum(self, size, real, shape):
+        """Bit for bit; where the gradients of all ranks lie on one GPU."""
+        import cupy
+
+        from cupybnn.backends.cuda.fused import Launcher
+        from cupybnn.backends.cuda.fused_update import ParameterUpdate, Update
+
+        random = np.random.default_rng(size)
+        numbers = random.standard_normal((size, *shape)).astype(np.float32)
+        each = numbers if real == np.float32 else (numbers.view(np.uint32) >> 16).astype(real)
+        length = -(-each[0].nbytes // 256) * 256
+        memory = cupy.zeros((size, length // each.itemsize), real)
+        memory[:, : each[0].size] = cupy.asarray(each.reshape(size, -1))
+        own = size // 2
+        distances = tuple(length * (other - own) for other in range(size))
+        summed = cupy.asarray(total(each, real == np.uint16)).reshape(shape)
+        latent, means = (random.uniform(-1, 1, shape).astype(np.float32) for _ in range(2))
+        found = []
+        for gradient, far in ((summed, ()), (memory[own, : summed.size].reshape(shape), distances)):
+            weight, mean, square = (cupy.asarray(x) for x in (latent, means, means**2))
+            sent = cupy.zeros((-(-shape[0] // 32), shape[1]), np.uint32)
+            kept = cupy.zeros(shape, np.float32)
+            share = ParameterUpdate(
+                weight=weight, grad=gradient, mean=mean, square=square, sent=sent, binary=True,
+                kept_grad=kept, gate="clip", limit=0.9, penalty=1e-3, distances=far,
+            )  # fmt: skip
+            names = ("weight", "grad", "mean", "square", "kept_grad")
+            rest = ParameterUpdate(**{name: cupy.zeros(8, np.float32) for name in names})
+            loss = cupy.zeros(1, np.float32)
+            update = Update(
+                Launcher(0, np.dtype(real)), [[share], [rest]], betas=(0.9, 0.99), penalty="l1",
+                keep_gradients=True, rates=cupy.asarray([[1e-2, 1e-2, 1e-8, 0]], np.float32),
+                step=cupy.zeros(1, np.int64), mean_loss=cupy.zeros(1, np.float32), loss=loss,
+            )  # fmt: skip
+            update.launch(0)
+            update.launch(1)
+            found.append([x.get() for x in (weight, mean, square, sent, kept, loss)])
+        for by_sum, by_reading in zip(*found, strict=True):
+            np.testing.assert_array_equal(by_reading, by_sum)
+        assert (found[0][0] != latent).any()
 
     def alone(self):
         """Return the exchanges of one rank with itself."""
@@ -282,7 +369,7 @@ class TestOnOneGpu:
         word[0] = 0
         places = (control.data.ptr, control[1 << 11 :].data.ptr)
         host = launches.Host(0, 0, 2, places, ended.ptr)
-        launches.prepare(0)
+        launches.prepare(0, 2)
         sent, out = cupy.zeros(4, np.float32), cupy.ones(4, np.float32)
         cupy.cuda.get_current_stream().synchronize()
         launches.combine(
@@ -315,12 +402,51 @@ with parallel.connect("cuda") as ranks:
 """
 
 
+STEPS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from cupybnn import parallel
+from cupybnn.backends.devices import resolve
+from cupybnn.parallel.nccl import NcclRanks
+from cupybnn.parallel.ranks import Ranks
+from cupybnn.training import TrainConfig, Trainer
+from cupybnn.training.fast import exchange, plan
+from test_fast_ranks import COMMON, settings_of
+direct = NcclRanks.shared_zeros
+def steps(name, reads, **more):
+    NcclRanks.shared_zeros = direct if reads else Ranks.shared_zeros
+    settings = {**settings_of(name), "graph": True, "device": "cuda", **more}
+    trainer = Trainer(TrainConfig(**{**COMMON, **settings}), ranks=ranks)
+    trainer._team = trainer._join(None)
+    with trainer.device.scope():
+        losses = [float(trainer.make_step(step).loss) for step in range(20)]
+        assert bool(trainer._step.exchange.distances) == reads
+        assert trainer._step._graph is not None or not trainer._step._capture, trainer.notices
+        trainer._team.gather()
+        trainer._team.finish()
+        state = trainer.state().arrays
+    return losses, {name: np.asarray(array).tobytes() for name, array in state.items()}
+with parallel.connect("cuda") as ranks, np.errstate(all="ignore"):
+    exchange._READ_FROM = 0  # as if weights were many
+    for name, more in (
+        ("xnor", {"dtype": "bfloat16", "n_hidden": 1056, "batch_size": 600}),
+        ("all binary", {"dtype": "bfloat16"}), ("rounded", {}), ("dropout, penalty", {}),
+    ):
+        if name == "rounded":
+            plan._DENSE_COPY_BYTES = 0  # and from here on, images
+        by_sums, by_reading = (steps(name, reads, **more) for reads in (False, True))
+        assert by_sums == by_reading, name
+"""
+
+
 @pytest.mark.gpu
-def test_two_gpus(tmp_path):
-    """Their memory is that of other processes."""
+@pytest.mark.parametrize("text", [PROGRAM, STEPS], ids=["exchanges", "steps"])
+def test_two_gpus(tmp_path, text):
+    """Their memory is that of other processes. A sum of two is rounded once by NCCL, too."""
     need_gpus(2)
     program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
+    program.write_text(text)
     processes = [
         subprocess.Popen(
             [sys.executable, program, Path(__file__).parent],

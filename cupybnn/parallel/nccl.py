@@ -234,6 +234,9 @@ class NcclRanks(Ranks):
         arrays = self._peers.zeros(parts) if self._peers.works else None
         return super().shared_zeros(xp, parts) if arrays is None else arrays
 
+    def distances(self, array: Any) -> tuple[int, ...] | None:
+        return None if self._peers is None else self._peers.distances(array)
+
     def _directly(self, method: str, array: Any, out: Any, bfloat16: bool) -> Any:
         """Return what sums arrays without NCCL, or None; see `Peers`."""
         kind = "bfloat16" if bfloat16 else "float32"

@@ -1,8 +1,10 @@
 """Exchanges between GPUs of one host that read each other's memory.
 
-One kernel combines small arrays: each rank reads what the others have. That is faster than NCCL, in
-whose rings and trees numbers go from rank to rank. For large ones NCCL is as fast. A rank opens
-the memory of others through CUDA's handles for other processes (cudaIpcOpenMemHandle).
+One kernel combines arrays: each rank reads what the others have. That is faster than NCCL, in whose
+rings and trees numbers go from rank to rank, unless it moves many more bytes: for a sum of large
+arrays on all of more than two ranks, NCCL is left. A rank opens the memory of others through CUDA's
+handles for other processes (cudaIpcOpenMemHandle). Other kernels may read it, too: see `distances`
+of `Ranks`. The memory of a process that has died stays until those that have opened it end.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ from cupybnn.backends.devices import Device
 
 __all__ = ["Peers", "SharedMemory", "identity"]
 
-#: Bytes that a rank reads from others in an exchange, at most.
-_MOST_READ = 4 << 20
+#: Bytes that a rank receives in an exchange, at most, beyond what it would from NCCL.
+_MOST_MORE = 4 << 20
 _ALIGNED, _PAGE = 256, 2 << 20
 _TO_DEVICE = 1  # cudaMemcpyHostToDevice
 _SECONDS_TO_MEET = 10.0
@@ -69,7 +71,7 @@ class SharedMemory:
         self._own, self._opened, handle = 0, list[int](), b""
         with device.scope():
             with contextlib.suppress(runtime.CUDARuntimeError):
-                self._own = runtime.malloc(self.nbytes)
+                self._own = self._allocate()
                 runtime.memset(self._own, 0, self.nbytes)
                 runtime.deviceSynchronize()
                 handle = bytes(runtime.ipcGetMemHandle(self._own))
@@ -79,6 +81,16 @@ class SharedMemory:
         self.addresses = tuple(addresses) if all(map(any, done)) else ()
         if not self.addresses:
             self.close()
+
+    def _allocate(self) -> int:
+        """Return memory outside of CuPy's pool, which gives back what it does not use if needed."""
+        import cupy
+
+        try:
+            return int(self._runtime.malloc(self.nbytes))
+        except self._runtime.CUDARuntimeError:
+            cupy.get_default_memory_pool().free_all_blocks()
+            return int(self._runtime.malloc(self.nbytes))
 
     def _open(self, rank: int, handles: Sequence[bytes]) -> list[int]:
         found = []
@@ -144,7 +156,7 @@ class Peers:
         self._control = control
         self._host = peers.Host(device.index, rank, size, control.addresses, self._ended.ptr)
         with device.scope():
-            peers.prepare(device.index)
+            peers.prepare(device.index, size)
             here = self._can_exchange(control)
         self.works = all(map(any, gather(bytes([here]))))
 
@@ -179,17 +191,14 @@ class Peers:
     def zeros(self, parts: Sequence[tuple[int, Any]]) -> list[Any] | None:
         """Return flat arrays of 0, by size and dtype, that other ranks can read.
 
-        None if one is too large, or a rank has no memory that others can open.
+        None if a rank has no memory that others can open.
         """
         import cupy
 
         starts, end = [], 0
         for count, dtype in parts:
             starts.append(end)
-            nbytes = -(-count * np.dtype(dtype).itemsize // _ALIGNED) * _ALIGNED
-            end += nbytes
-            if (self._size - 1) * nbytes > _MOST_READ:
-                return None
+            end += -(-count * np.dtype(dtype).itemsize // _ALIGNED) * _ALIGNED
         memory = SharedMemory(self._device, self._rank, end, self._gather)
         if not memory.addresses:
             return None
@@ -200,6 +209,20 @@ class Peers:
                 cupy.ndarray(count, dtype, cupy.cuda.MemoryPointer(own, start))
                 for start, (count, dtype) in zip(starts, parts, strict=True)
             ]
+
+    def distances(self, array: Any) -> tuple[int, ...] | None:
+        """Return what is to be added to an address in `array` to find what each rank has there.
+
+        None if the array is not one of `zeros`.
+        """
+        start = int(array.data.ptr)
+        for reference in self._memory:
+            if (memory := reference()) is None:
+                continue
+            own = memory.addresses[self._rank]
+            if own <= start and start + array.nbytes <= own + memory.nbytes:
+                return tuple(address - own for address in memory.addresses)
+        return None
 
     def _of_all(self, array: Any, nbytes: int, out: Any) -> list[int] | None:
         """Return where each rank has what this one has in `array`; None if others cannot read it.
@@ -212,13 +235,8 @@ class Peers:
             return None
         if start <= int(out.data.ptr) < start + array.nbytes or not array.flags.c_contiguous:
             return None
-        for reference in self._memory:
-            if (memory := reference()) is None:
-                continue
-            offset = start - memory.addresses[self._rank]
-            if offset >= 0 and offset + array.nbytes <= memory.nbytes:
-                return [address + offset for address in memory.addresses]
-        return None
+        distances = self.distances(array)
+        return None if distances is None else [start + distance for distance in distances]
 
     # Exchanges -----------------------------------------------------------------------------------
 
@@ -232,7 +250,8 @@ class Peers:
         kind : str
             "float32" or "bfloat16".
         """
-        return self._prepared(kind, array, out, 0, array.nbytes)
+        more = (self._size - 1) * (self._size - 2) * array.nbytes // self._size
+        return None if more > _MOST_MORE else self._prepared(kind, array, out, 0, array.nbytes)
 
     def reduce_scatter(self, array: Any, out: Any, kind: str) -> Callable[[], None] | None:
         """Likewise: the sum of this rank's part."""

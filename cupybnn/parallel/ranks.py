@@ -126,6 +126,17 @@ class Ranks:
         """
         return [xp.zeros(count, dtype) for count, dtype in parts]
 
+    def distances(self, array: Any) -> tuple[int, ...] | None:
+        """Return how far away each rank's array is, in bytes, for kernels that read them all.
+
+        Added to an address in one of `shared_zeros`, a rank's distance gives an address of this
+        process at which that rank's memory of the same array is read. None where no process can
+        read others' memory, on all ranks alike. What others have there is complete, and seen, in
+        launches that wait for an exchange in which all ranks take part after they have written it.
+        They may write there again after a further exchange, which these launches come before.
+        """
+        return None
+
     def replayed(self, exchanges: int) -> None:
         """Record that a CUDA graph was launched in which so many exchanges have been captured."""
         raise NotImplementedError

@@ -41,6 +41,9 @@ class ParameterUpdate:
     lr_scale: float = 1.0
     penalty: float = 0.0
     weight_decay: float = 0.0
+    #: By rank, if the gradient is the sum of all ranks', in the operands' dtype: what is to be
+    #: added to the address of `grad` to find theirs.
+    distances: tuple[int, ...] = ()
 
     def geometry(self) -> tuple[int, int]:
         """Return the rows and columns that the kernel iterates over."""

@@ -11,6 +11,7 @@ from cupybnn.backends.cuda import sign_gemm
 from cupybnn.backends.cuda.compiler import Defines
 from cupybnn.backends.cuda.fused import Launcher
 from cupybnn.backends.cuda.fused_parameter import PARAMETER, ParameterUpdate
+from cupybnn.backends.cuda.peers import MOST_RANKS, words_of
 from cupybnn.backends.cuda.structs import Kernel, Struct
 
 __all__ = ["PENALTIES", "ParameterUpdate", "Update"]
@@ -19,12 +20,14 @@ PENALTIES = {"none": 0, "l1": 1, "bipolar": 2}  # as in adam.cuh
 
 _MOST = 8  # parameters per launch
 PARAMETERS = Struct("Parameters", f"Parameter at[{_MOST}]; i64 count", PARAMETER)
-ADAM = Kernel(
-    "smxx_adam",
-    "adam",
+DISTANCES = Struct("Distances", f"i64 of[{MOST_RANKS}]")
+_ARGUMENTS = (
     "Parameters parameters; ptr rates; i64 ring; ptr step; float gain_mean, gain_square;"
-    "ptr mean_loss, loss, partials; i64 earlier, counted; int final; ptr ticket",
-    PARAMETERS,
+    "ptr mean_loss, loss, partials; i64 earlier, counted; int final; ptr ticket"
+)
+ADAM = Kernel("smxx_adam", "adam", _ARGUMENTS, PARAMETERS)
+ADAM_OF_RANKS = Kernel(
+    "smxx_adam", "adam_of_ranks", f"{_ARGUMENTS}; Distances away", PARAMETERS, DISTANCES
 )
 
 
@@ -44,7 +47,8 @@ class _Group:
             self.fused = by_product[0].pack(0)
             self.gated = by_product[0].gate != "none"
             self.end += sign_gemm.tiles(*by_product[0].weight.shape) * sign_gemm.WRITERS
-        self.launches: list[tuple[bytes, int, int]] = []  # table, blocks, earlier parts
+        #: Table, blocks, earlier parts, and how far other ranks' gradients are away.
+        self.launches: list[tuple[bytes, int, int, tuple[int, ...]]] = []
         others = [p for p in parameters if p.grad is not None]
         for first in range(0, len(others), _MOST):
             self._add(others[first : first + _MOST])
@@ -55,7 +59,8 @@ class _Group:
             table += p.pack(blocks)
             blocks += p.blocks()
         packed = PARAMETERS.pack(at=table, count=len(parameters))
-        self.launches.append((packed, blocks, self.end))
+        (distances,) = {p.distances for p in parameters}  # one for all
+        self.launches.append((packed, blocks, self.end, distances))
         self.end += blocks
 
 
@@ -67,7 +72,8 @@ class Update:
     launcher : Launcher
     groups : sequence of sequences of ParameterUpdate
         In update order. One parameter per group may have no gradient: `launch_fused_update` then
-        updates it. The last group must also have others.
+        updates it. The last group must also have others. Parameters with `distances` have groups of
+        their own; their gradients must be complete on all ranks before the launch.
     betas : (float, float)
         Decay of the optimizer's means.
     penalty : str
@@ -97,7 +103,10 @@ class Update:
         import cupy
 
         self._launcher = launcher
-        self._defines = (("PENALTY", PENALTIES[penalty]), ("WRITE_GRADIENT", int(keep_gradients)))
+        self._defines: Defines = (
+            ("PENALTY", PENALTIES[penalty]),
+            ("WRITE_GRADIENT", int(keep_gradients)),
+        )
         self._groups: list[_Group] = []
         end = 0
         for parameters in groups:
@@ -137,10 +146,14 @@ class Update:
         """Update a group; the last one also computes the loss and increments the step."""
         last = group == len(self._groups) - 1
         launches = self._groups[group].launches
-        for number, (table, blocks, earlier) in enumerate(launches, 1):
+        for number, (table, blocks, earlier, distances) in enumerate(launches, 1):
             arguments = {
                 "parameters": table, **self._common, **self._losses, "earlier": earlier,
                 "counted": self._counted, "final": last and number == len(launches),
                 "ticket": self._ticket,
             }  # fmt: skip
-            self._launcher.launch(ADAM, arguments, grid=(blocks,), defines=self._defines)
+            kernel, defines = ADAM, self._defines
+            if distances:
+                kernel, defines = ADAM_OF_RANKS, (*self._defines, ("RANKS", len(distances)))
+                arguments["away"] = DISTANCES.pack(of=words_of(distances))
+            self._launcher.launch(kernel, arguments, grid=(blocks,), defines=defines)

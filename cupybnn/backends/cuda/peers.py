@@ -9,7 +9,16 @@ from typing import Any
 from cupybnn.backends.cuda.compiler import load_kernel
 from cupybnn.backends.cuda.structs import Kernel, Struct
 
-__all__ = ["CONTROL_BYTES", "KINDS", "MOST_RANKS", "PIECE", "Host", "combine", "prepare"]
+__all__ = [
+    "CONTROL_BYTES",
+    "KINDS",
+    "MOST_RANKS",
+    "PIECE",
+    "Host",
+    "combine",
+    "prepare",
+    "words_of",
+]
 
 #: How elements are combined, as in smxx_peers.cu.
 KINDS = {"copied": 0, "float32": 1, "bfloat16": 2}
@@ -17,14 +26,13 @@ MOST_RANKS = 8
 #: Bytes that a thread reads at a time. Arrays are aligned to this, and their sizes are multiples.
 PIECE = 16
 #: Few blocks: each waits for others, and keeps its multiprocessor's registers meanwhile.
-_THREADS, _BLOCKS = 512, 64
+_THREADS, _MOST_BLOCKS = 512, 64
 #: Memory of a rank by which it meets others: 8 words for each block, and a word for each.
-CONTROL_BYTES = 4 * (MOST_RANKS + 1) * _BLOCKS
+CONTROL_BYTES = 4 * (MOST_RANKS + 1) * _MOST_BLOCKS
 
 PEERS = Struct(
-    "Peers", f"ptr sent[{MOST_RANKS}]; ptr marks[{MOST_RANKS}]; ptr meetings, ended; "
-    "i64 rank, size",
-)  # fmt: skip
+    "Peers", f"ptr sent[{MOST_RANKS}]; ptr marks[{MOST_RANKS}]; ptr meetings, ended; i64 rank"
+)
 COMBINE = Kernel("smxx_peers", "combine", "Peers p; i64 first, count; ptr out", PEERS)
 
 
@@ -50,14 +58,14 @@ class Host:
     ended: int
 
 
-def prepare(device: int) -> None:
-    """Load the kernels for a device: compile them, if they have not been."""
+def prepare(device: int, size: int) -> None:
+    """Load the kernels for a device and so many ranks: compile them, if they have not been."""
     for kind in KINDS:
-        _kernel(kind, device)
+        _kernel(kind, device, size)
 
 
-def _kernel(kind: str, device: int) -> Any:
-    defines = (("KIND", KINDS[kind]), ("REAL", "float"))
+def _kernel(kind: str, device: int, size: int) -> Any:
+    defines = (("KIND", KINDS[kind]), ("RANKS", size), ("REAL", "float"))
     return load_kernel(COMBINE.source, COMBINE.function, defines, device)
 
 
@@ -90,14 +98,19 @@ def combine(
     assert nbytes % PIECE == 0
     count = nbytes // PIECE
     peers = PEERS.pack(
-        sent=_addresses(sent), marks=_addresses(host.control), ended=host.ended,
-        meetings=host.control[host.rank] + 4 * MOST_RANKS * _BLOCKS,
-        rank=host.rank, size=host.size,
+        sent=words_of(sent), marks=words_of(host.control), ended=host.ended,
+        meetings=host.control[host.rank] + 4 * MOST_RANKS * _MOST_BLOCKS,
+        rank=host.rank,
     )  # fmt: skip
     arguments = COMBINE.arguments(p=peers, first=first // PIECE, count=count, out=out)
-    blocks = max(1, min(-(-count // _THREADS), _BLOCKS))
-    _kernel(kind, host.device)((blocks,), (_THREADS,), arguments, stream=stream)
+    _kernel(kind, host.device, host.size)((_blocks(count),), (_THREADS,), arguments, stream=stream)
 
 
-def _addresses(given: Sequence[int]) -> bytes:
-    return b"".join(address.to_bytes(8, "little") for address in given)
+def _blocks(count: int) -> int:
+    """Return the blocks that combine so many pieces, the same on all ranks."""
+    return max(1, min(-(-count // _THREADS), _MOST_BLOCKS))
+
+
+def words_of(numbers: Sequence[int]) -> bytes:
+    """Return addresses, or distances between them, as a field of a struct: 8 bytes each."""
+    return b"".join((number % (1 << 64)).to_bytes(8, "little") for number in numbers)

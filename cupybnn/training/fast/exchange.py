@@ -7,6 +7,15 @@ its share, updates that, and sends its signs, one bit a weight, those of all lay
 of other weights are summed for every rank. So are the small gradients, in float32, together with
 the loss. Where a layer's gradient is rounded, the scale of a unit's levels is that of the whole
 batch: the greatest magnitudes are compared first.
+
+In large networks on GPUs that can read each other's memory, gradients of weights that are shared
+out are not sent. The update reads those of all ranks where they are. Two exchanges of the step
+keep reading and writing apart:
+
+- An update waits for the sum of the small gradients, which ends on no rank before all have begun
+  it. Each begins it when all its gradients are complete.
+- The next step's gradients are written after the signs of all ranks have come. Each rank sends its
+  own behind its updates.
 """
 
 from __future__ import annotations
@@ -29,6 +38,9 @@ from cupybnn.training.team import Team
 
 __all__ = ["Exchange"]
 
+#: Bytes of a gradient from which on nothing is exchanged alongside products, if updates can read
+#: what other ranks have.
+_READ_FROM = 16 << 20
 _WORDS = 4  # packed words are padded to so many: 16 bytes, which a thread copies at a time
 
 
@@ -49,13 +61,12 @@ class Exchange:
         Weights that are shared out, from the last layer to the first.
     updated : list of Parameter
         Those of which this rank has a share that is not only padding.
-    early : bool
-        Whether all shares are updated before the gradient of the first hidden layer's weights and
-        the small gradients are there.
     overlaps : bool
         Whether exchanges take place alongside the products of the backward pass. Large products
-        fill the device: they would wait for NCCL, which keeps some multiprocessors, and be delayed
-        by more than the exchange takes.
+        fill the device: they would wait for an exchange, which keeps some multiprocessors, and be
+        delayed by more than it takes.
+    distances : tuple of int
+        See `Ranks.distances`; empty if updates do not read other ranks' gradients.
     count : int
         Exchanges begun since it was last set to 0.
     """
@@ -68,18 +79,16 @@ class Exchange:
         weights = [plan.head.linear.weight, *(h.linear.weight for h in reversed(plan.hidden))]
         self.shared = {w: team.shared[w] for w in weights if w in team.shared}
         self.updated = [w for w, shared in self.shared.items() if shared.used]
-        self.early = (
-            self.overlaps and weights[0] not in self.shared and weights[-1] not in self.shared
-        )
+        self._early = weights[0] not in self.shared and weights[-1] not in self.shared
         real = operand_dtype(plan.precision)
         self._lengths: dict[nn.Parameter, int] = {}  # of what is sent of hidden weights
         self._real = real
-        self._sums: dict[nn.Parameter, Any] = {}
         for weight in weights[1:]:
             shared = self.shared.get(weight)
-            length = weight.size if shared is None else shared.length
-            self._lengths[weight] = length if shared is None else self.ranks.size * length
-            self._sums[weight] = cupy.empty(length, real)
+            self._lengths[weight] = (
+                weight.size if shared is None else self.ranks.size * shared.length
+            )
+        self.distances: tuple[int, ...] = ()
         self._starts: dict[nn.Parameter, int] = {}
         words = 0
         for weight, shared in self.shared.items():
@@ -89,6 +98,14 @@ class Exchange:
         self._all_words = cupy.zeros((self.ranks.size, words), np.uint32)
         self._begun: dict[nn.Parameter, Pending] = {}
         self._small = self._signs = self._greatest = Pending(lambda: None)
+
+    @property
+    def early(self) -> bool:
+        """Whether all shares are updated before the gradient of the first hidden layer's weights.
+
+        That is then computed at the same time.
+        """
+        return self.overlaps and self._early
 
     # Memory --------------------------------------------------------------------------------------
 
@@ -112,21 +129,46 @@ class Exchange:
         # Zeros, because padding stays 0.
         parts: list[tuple[int, Any]] = [(n, self._real) for n in self._lengths.values()]
         parts += [(self._all_words.shape[1], np.uint32), (passes * count, np.float32)]
-        if self.overlaps:
-            *gradients, self._words, small = self.ranks.shared_zeros(cupy, parts)
-        else:
-            *gradients, self._words, small = (cupy.zeros(*part) for part in parts)
+        *gradients, self._words, small = self.ranks.shared_zeros(cupy, parts)
         self._gradients = dict(zip(self._lengths, gradients, strict=True))
+        distances = self.ranks.distances(small)
+        if distances is not None:
+            read = [gradient.nbytes for w, gradient in self._gradients.items() if w in self.shared]
+            self.overlaps &= max(read, default=0) < _READ_FROM
+            self.distances = () if self.overlaps else distances
+        self._sums = {
+            weight: cupy.empty(
+                self.shared[weight].length if weight in self.shared else length, self._real
+            )
+            for weight, length in self._lengths.items()
+            if not self.reads(weight)
+        }
         small = small.reshape(passes, count)
         self._mine, self._total = small[0], cupy.zeros(count, np.float32)
         return small, self._total
+
+    def reads(self, weight: nn.Parameter) -> bool:
+        """Whether the update of a weight's share reads the gradients of all ranks."""
+        return bool(self.distances) and weight in self.shared and weight in self._lengths
+
+    @property
+    def groups(self) -> list[list[nn.Parameter]]:
+        """The weights of `updated` that are updated together."""
+        together = [weight for weight in self.updated if self.reads(weight)]
+        others = [[weight] for weight in self.updated if not self.reads(weight)]
+        return [together, *others] if together else others
 
     def gradient(self, weight: nn.Parameter) -> Any:
         """Return memory for the gradient of a hidden weight on this rank."""
         return self._gradients[weight][: weight.size].reshape(weight.shape)
 
     def sum_of(self, weight: nn.Parameter) -> Any:
-        """Return the sum of the gradients of a hidden weight: of all of it, or of the share."""
+        """Return the sum of the gradients of a hidden weight: of all of it, or of the share.
+
+        If the update reads those of all ranks: this rank's own gradient of the share.
+        """
+        if self.reads(weight):
+            return self.rows_of(weight, self.gradient(weight))
         if weight in self.shared:
             return self.share_of(weight, self._sums[weight])
         return self._sums[weight].reshape(weight.shape)
@@ -159,7 +201,9 @@ class Exchange:
         return exchange(array, out=out, **more)
 
     def send_gradient(self, weight: nn.Parameter) -> None:
-        """Begin to sum the gradients of a hidden weight."""
+        """Begin to sum the gradients of a hidden weight, unless updates read them."""
+        if self.reads(weight):
+            return
         mine, out = self._gradients[weight], self._sums[weight]
         shared = weight in self.shared
         exchange = self.ranks.reduce_scatter if shared else self.ranks.all_reduce
@@ -179,7 +223,7 @@ class Exchange:
         self._small = self._begin(self.ranks.all_reduce, self._mine, self._total)
 
     def receive(self, weight: nn.Parameter) -> None:
-        """Wait for the sum of a weight's gradients."""
+        """Wait for the sum of a weight's gradients, or until they can be read."""
         self._begun.pop(weight, self._small).wait()
 
     def receive_rest(self) -> None:

@@ -167,6 +167,7 @@ class Passes(Part):
         if exchange is not None:
             unsent = buffers.hidden[:1]
             if not exchange.overlaps:
+                fork.join()
                 exchange.send_small()
                 unsent = buffers.hidden[::-1]
             for hidden in unsent:

@@ -60,9 +60,8 @@ def plan_update(
     """Return the update, with one group per hidden layer in the order of the backward pass.
 
     The first group is the last hidden layer's, together with the head's. The last one is that of
-    the first two layers if `NetworkPlan.updates_together`. With other ranks, each share that this
-    rank has of a weight is a group, in the order of `Exchange.updated`, and the last group is all
-    that is not shared out.
+    the first two layers if `NetworkPlan.updates_together`. With other ranks, the groups are
+    those of `Exchange.groups`, this rank's shares of weights, and all that is not shared out.
 
     Parameters
     ----------
@@ -88,6 +87,8 @@ def plan_update(
             arrays = (parameter.share.weight, mean, square)
             weight, mean, square = (exchange.share_of(parameter, array) for array in arrays)
             copies = {"sent": exchange.words_of(parameter)}
+            if exchange.reads(parameter):
+                copies["distances"] = exchange.distances
         update = ParameterUpdate(
             weight=weight,
             grad=buffers.sums[parameter],
@@ -127,7 +128,7 @@ def plan_update(
     groups, counted, mean_loss = by_layer, None, buffers.total_of(buffers.mean_loss)
     if exchange is not None:
         everything = list(itertools.chain.from_iterable(by_layer))
-        groups = [[shares[parameter]] for parameter in exchange.updated]
+        groups = [[shares[parameter] for parameter in some] for some in exchange.groups]
         groups.append([u for u in everything if u.sent is None])
         if exchange.ranks.rank and objective.penalty_kind != "none":
             # Rank 0 alone counts what all ranks have, because the losses will be summed.

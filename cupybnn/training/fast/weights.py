@@ -94,9 +94,10 @@ class Weights(Part):
 
     def update_shares(self, exchange: Exchange) -> None:
         """Update this rank's shares of weights, and send their signs."""
-        for number, weight in enumerate(exchange.updated):
+        for number, weights in enumerate(exchange.groups):
             with self.span("wait for gradients"):
-                exchange.receive(weight)
+                for weight in weights:
+                    exchange.receive(weight)
             with self.span("update"):
                 self.update.launch(number)
         exchange.send_signs()
@@ -114,7 +115,7 @@ class Weights(Part):
         with self.span("wait for gradients"):
             exchange.receive_rest()
         with self.span("update"):
-            self.update.launch(len(exchange.updated))
+            self.update.launch(len(exchange.groups))
         if not exchange.early:
             self.receive_signs(exchange)
         if self.sums_loss:
