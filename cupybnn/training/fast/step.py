@@ -187,7 +187,7 @@ class FusedStep:
             parameter.grad = kept_grads[parameter]
         self._edits.mark_current()
         if self._team is not None:
-            self._team.count(self.buffers.votes.copy())
+            self._team.count(self.buffers.votes)
         if self._compared is not None:
             self._compare(self._compared)
         return StepOutput(self.buffers.loss.reshape(()), self.buffers.logits, self.buffers.labels)
