@@ -260,7 +260,7 @@ class PlainStep:
         with contextlib.nullcontext() if team is None else team.part():
             indices = self._order.indices(step, self._first, self._count + self._further)
             inputs, labels = self._images(indices[: self._count], step)
-            inputs, targets = self._mixed(inputs, labels, indices[self._count :], step)
+            inputs, targets = self._mixed(inputs, labels, step, indices[self._count :])
             if self._teachers is not None:
                 targets = self._teachers.targets(inputs)
             self._model.train()
@@ -289,7 +289,7 @@ class PlainStep:
         inputs, labels = self._data.batch(indices)
         return self._augment(inputs, self._data.image_shape, self._seed, step), labels
 
-    def _mixed(self, inputs: Any, labels: Any, following: Any, step: int) -> tuple[Any, Any]:
+    def _mixed(self, inputs: Any, labels: Any, step: int, following: Any = None) -> tuple[Any, Any]:
         """Mix images in pairs, and labels by the same shares.
 
         `following` is the index of the image after the last, if that is another rank's.

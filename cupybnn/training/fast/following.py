@@ -28,7 +28,7 @@ class Wiring:
         # Detects modules that are added or removed: they are attributes.
         modules = [m for _, m in model.named_modules()]
         self._chains = [vars(m) for m in modules if isinstance(m, nn.Sequential)]
-        self._sizes = [len(chain) for chain in self._chains]
+        self._sizes = [*map(_size, self._chains)]
         self._optimizer = optimizer
         self._learned = list(model.parameters())
         self._slots = [optimizer._slots_of(p) for p in self._learned]
@@ -46,12 +46,17 @@ class Wiring:
         slots = map(self._optimizer._slots.get, self._learned)
         return (
             not all(map(is_, self._now(), self._values))
-            or [*map(len, self._chains)] != self._sizes
+            or [*map(_size, self._chains)] != self._sizes
             or not all(map(is_, slots, self._slots))
             or self._optimizer.groups is not self._groups
             or len(self._groups) != 1
             or len(self._groups[0]["params"]) != len(self._parameters)
         )
+
+
+def _size(attributes: dict[str, Any]) -> int:
+    """Return the number of attributes but for the mode, which is one once it has been set."""
+    return len(attributes) - ("training" in attributes)
 
 
 def _attributes(model: nn.Module) -> Iterator[tuple[Any, tuple[str, ...]]]:
