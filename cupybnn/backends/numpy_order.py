@@ -21,8 +21,9 @@ def fill_order(order: Order, step: int, batch: int, first: int, out: np.ndarray)
     steps, rows = out.shape
     if not out.size:
         return
-    places = (first + np.arange(rows)) % batch
-    positions = (np.arange(step, step + steps)[:, None] * batch + places).reshape(-1)
+    places = (first + np.arange(rows, dtype=np.int64)) % batch
+    positions = (step + np.arange(steps, dtype=np.int64)[:, None]) * batch + places
+    positions = positions.reshape(-1)
     epochs, points = np.divmod(positions, order.images)
     if order.shuffle or order.ends is not None:
         words = _words(order.seed, epochs)
