@@ -13,8 +13,9 @@ __all__ = ["Feed"]
 
 #: Limits on the table of images: its entries, and its rows (steps).
 _IMAGES, _STEPS = 1 << 18, 1024
-#: Rows of the table of rates. The host computes them, in about a microsecond each.
-_RATES = 256
+#: Rows of the table of rates. The host computes them, in a microsecond or two each: with many more
+#: at a time, the device would wait.
+_RATES = 64
 
 
 class Feed:
