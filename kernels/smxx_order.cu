@@ -1,7 +1,7 @@
 // The images of training steps, as defined in cupybnn/backends/order.py: a thread computes one after
 // another, from its position in an epoch alone. First the epoch's keys, four blocks of Philox, then the
-// network until a result is an image, in the mean less than twice; then, where examples have weights, a
-// binary search for the interval that contains the point.
+// network until a result is an image: in the mean less than twice, of 17 images or more. Then, where
+// examples have weights, a binary search for the interval that contains the point.
 //
 // What bounds it: integer multiplications, some 140 for each image.
 
