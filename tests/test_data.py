@@ -19,7 +19,7 @@ import pytest
 
 from cupybnn import settings
 from cupybnn.autograd import Tensor
-from cupybnn.backends.devices import CPU
+from cupybnn.backends.devices import CPU, Device
 from cupybnn.data import BatchOrder, Dataset, DeviceData, digits, idx, load, mnist, openml
 from cupybnn.data.batches import epoch_length
 from cupybnn.errors import DataError
@@ -631,12 +631,30 @@ class TestBatches:
                 expected = whole.indices(step)[(first + np.arange(count)) % 32]
                 np.testing.assert_array_equal(part.indices(step, first, count), expected)
 
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("weights", [None, np.arange(100) % 7 / 3], ids=["even", "weighted"])
+    @pytest.mark.parametrize("shuffle", [True, False])
+    def test_a_gpu_has_the_same_batches(self, weights, shuffle):
+        import cupy
+
+        arguments = (100, 32, 5), (weights, shuffle)
+        there, here = (
+            BatchOrder(*arguments[0], device, *arguments[1]) for device in (Device("cuda"), CPU)
+        )
+        for step in (*range(9), 10**6, 4):
+            found = there.indices(step)
+            assert isinstance(found, cupy.ndarray)
+            np.testing.assert_array_equal(found.get(), here.indices(step))
+            part = there.indices(step, 11, 30).get()  # beyond the end of the batch comes its first
+            np.testing.assert_array_equal(part, here.indices(step)[(11 + np.arange(30)) % 32])
+        np.testing.assert_array_equal(there.permutation(3).get(), here.permutation(3))
+
     def test_a_large_seed_is_a_seed_of_its_own(self):
         orders = [BatchOrder(100, 32, seed, CPU).indices(0).tolist() for seed in (1, 2**32, 2**70)]
         assert orders[0] != orders[1] != orders[2] != orders[0]
 
     def test_more_images_than_int32_can_number_are_refused(self):
-        with pytest.raises(ValueError, match=r"at most 2,147,483,647 .* got 2,147,483,648\. Train"):
+        with pytest.raises(ValueError, match=r"at most 2,147,483,647; got 2,147,483,648\. Train"):
             BatchOrder(2**31, 32, 0, CPU)
         assert BatchOrder(2**31 - 1, 32, 0, CPU).indices(2**40).max() > 2**20
 

@@ -95,8 +95,8 @@ class BatchOrder:
         self.images = images if weights is None else epoch_length(weights)
         if max(images, self.images) > MOST_IMAGES:
             raise ValueError(
-                f"An epoch must have at most {MOST_IMAGES:,} training images; got "
-                f"{max(images, self.images):,}. Train on a part of them."
+                f"The 'images' of BatchOrder, and those of an epoch, must be at most "
+                f"{MOST_IMAGES:,}; got {max(images, self.images):,}. Train on a part of them."
             )
         self.batch_size = batch_size
         self.device = device
