@@ -30,7 +30,7 @@
 struct Batch {
   const unsigned char* images;
   const i64* all_labels;
-  const int* order;  // (ring, whole): indices of the images of each step
+  const int* order;  // (ring, rows): indices of the images of each step
   const i64* step;
   real_t* x;
   i64* labels;
@@ -42,7 +42,7 @@ struct Batch {
 };
 
 __device__ __forceinline__ const int* images_of_step(const Batch& p) {
-  return p.order + *p.step % p.ring * p.whole;
+  return p.order + *p.step % p.ring * p.rows;
 }
 __device__ __forceinline__ i64 place_of_row(const Batch& p, i64 row) {
   const i64 place = p.first + row;
@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gather(const __grid_consta
       const u32 i = min(first + g * step, count - 1);
       row[g] = i / groups;
       col[g] = (i - row[g] * groups) * VECTOR;
-      image[g] = batch[place_of_row(p, row[g])];
+      image[g] = batch[row[g]];
     }
 #pragma unroll
     for (int g = 0; g < EACH; g++) {
@@ -204,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   Field field(d, dynamic);
   const bool elastic = d.elastic > 0;
   unsigned char* image = (unsigned char*)(elastic ? field.end(d) : dynamic);
-  const i64 row = blockIdx.x, place = place_of_row(p, row), number = images_of_step(p)[place];
+  const i64 row = blockIdx.x, place = place_of_row(p, row), number = images_of_step(p)[row];
   if (threadIdx.x == 0) {
     shared = Sampling(d, (u64)*p.step, (u32)place);
     p.labels[row] = p.all_labels[number];

@@ -229,7 +229,7 @@ def turn(d, p) -> None:
 def gather(d, p, deformation=None) -> None:
     step = int(at(p.step, 1, np.int64)[0])
     place = (p.first + np.arange(p.rows)) % p.whole
-    images = at(p.order, (p.ring, p.whole), np.int32)[step % p.ring][place]
+    images = at(p.order, (p.ring, p.rows), np.int32)[step % p.ring]
     pixels = at(p.images, (images.max() + 1, p.cols), np.uint8)[images].astype(np.float32)
     if deformation is not None:
         f = deformation

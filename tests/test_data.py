@@ -19,7 +19,7 @@ import pytest
 
 from cupybnn import settings
 from cupybnn.autograd import Tensor
-from cupybnn.backends.devices import CPU
+from cupybnn.backends.devices import CPU, Device
 from cupybnn.data import BatchOrder, Dataset, DeviceData, digits, idx, load, mnist, openml
 from cupybnn.data.batches import epoch_length
 from cupybnn.errors import DataError
@@ -623,6 +623,41 @@ class TestBatches:
             np.testing.assert_array_equal(BatchOrder(100, 32, 5, CPU).indices(step), sequence[step])
         assert not np.array_equal(BatchOrder(100, 32, 6, CPU).indices(0), sequence[0])
 
+    def test_a_part_of_a_batch_is_that_of_the_whole_one(self):
+        whole = BatchOrder(100, 32, 5, CPU)
+        for first, count in ((0, 11), (11, 11), (22, 11), (5, 0)):  # the third one wraps around
+            part = BatchOrder(100, 32, 5, CPU)
+            for step in (*range(6), 40, 41, 3):
+                expected = whole.indices(step)[(first + np.arange(count)) % 32]
+                np.testing.assert_array_equal(part.indices(step, first, count), expected)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("weights", [None, np.arange(100) % 7 / 3], ids=["even", "weighted"])
+    @pytest.mark.parametrize("shuffle", [True, False])
+    def test_a_gpu_has_the_same_batches(self, weights, shuffle):
+        import cupy
+
+        arguments = (100, 32, 5), (weights, shuffle)
+        there, here = (
+            BatchOrder(*arguments[0], device, *arguments[1]) for device in (Device("cuda"), CPU)
+        )
+        for step in (*range(9), 10**6, 4):
+            found = there.indices(step)
+            assert isinstance(found, cupy.ndarray)
+            np.testing.assert_array_equal(found.get(), here.indices(step))
+            part = there.indices(step, 11, 30).get()  # beyond the end of the batch comes its first
+            np.testing.assert_array_equal(part, here.indices(step)[(11 + np.arange(30)) % 32])
+        np.testing.assert_array_equal(there.permutation(3).get(), here.permutation(3))
+
+    def test_a_large_seed_is_a_seed_of_its_own(self):
+        orders = [BatchOrder(100, 32, seed, CPU).indices(0).tolist() for seed in (1, 2**32, 2**70)]
+        assert orders[0] != orders[1] != orders[2] != orders[0]
+
+    def test_more_images_than_int32_can_number_are_refused(self):
+        with pytest.raises(ValueError, match=r"at most 2,147,483,647; got 2,147,483,648\. Train"):
+            BatchOrder(2**31, 32, 0, CPU)
+        assert BatchOrder(2**31 - 1, 32, 0, CPU).indices(2**40).max() > 2**20
+
     def test_without_shuffling_every_epoch_has_the_given_order(self):
         order = BatchOrder(5, 4, 0, CPU, shuffle=False)
         stream = np.concatenate([order.indices(step) for step in range(5)])
@@ -633,7 +668,7 @@ class TestBatches:
         order = BatchOrder(5, 4, 0, CPU, weights)
         assert order.images == 6
         for epoch in range(20):
-            counts = np.bincount(order.host_permutation(epoch), minlength=5)
+            counts = np.bincount(order.permutation(epoch), minlength=5)
             np.testing.assert_array_equal(counts, weights)
 
     def test_weights_of_one_are_no_weights(self):
@@ -648,9 +683,7 @@ class TestBatches:
         weights = np.random.default_rng(0).exponential(size=40) * (np.arange(40) % 3 > 0)
         order = BatchOrder(40, 8, 0, CPU, weights, shuffle)
         expected = weights * order.images / weights.sum()
-        counts = np.array(
-            [np.bincount(order.host_permutation(e), minlength=40) for e in range(2000)]
-        )
+        counts = np.array([np.bincount(order.permutation(e), minlength=40) for e in range(2000)])
         assert (counts.sum(axis=1) == order.images).all()
         assert (np.floor(expected) <= counts).all()
         assert (counts <= np.ceil(expected)).all()

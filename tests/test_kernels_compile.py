@@ -311,6 +311,12 @@ def test_random(arch):
     compile_all("smxx_random", arch, share(arch, [{"UNIFORM": 0}, {"UNIFORM": 1}]))
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_order(arch):
+    require(arch)
+    compile_all("smxx_order", arch, share(arch, [{}]))
+
+
 def test_architectures_of_one_code_compile_every_variant_between_them():
     variants = [{"VECTOR": i} for i in range(7)]
     shares = [share(arch, variants) for arch in ALIKE]

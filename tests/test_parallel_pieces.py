@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,8 @@ from cupybnn import nn, ops
 from cupybnn.autograd import Tensor
 from cupybnn.backends.random import from_row, random_words, uniform
 from cupybnn.data import Augmentation
+from cupybnn.parallel import Alone
+from cupybnn.training.team import Team
 
 
 @pytest.mark.parametrize("shape", [(12, 5), (12,), (12, 3, 2)])
@@ -58,3 +62,51 @@ def test_a_leaf_is_complete_when_its_last_use_is_done():
     ((hidden * b).sum() + ops.l1(a)).backward(completed=completed)
     # d/da = b * b + 1, d/db = 2 a b; each is reported once, with its final value.
     assert sorted(seen) == [("a", [5.0, 10.0]), ("b", [8.0, 18.0])]
+
+
+class Vote(np.ndarray):
+    """A vote on a device that has computed what the test says."""
+
+    def get(self, stream):
+        assert stream.waits_for <= device.done, "the device has not come so far"
+        return np.array(self)
+
+
+class device:
+    """What the host has launched, and what has ended: numbers of steps."""
+
+    kind, launched, done = "cuda", 0, 0
+
+    class Stream:
+        def __init__(self, **options) -> None:
+            self.waits_for = 0
+
+        def record(self) -> int:
+            return device.launched
+
+        def wait_event(self, step: int) -> None:
+            self.waits_for = device.done = max(device.done, step)  # the host will wait
+
+    xp = SimpleNamespace(
+        cuda=SimpleNamespace(Stream=Stream, get_current_stream=lambda: device.Stream())
+    )
+
+
+@pytest.mark.parametrize("asked", range(1, 10))
+def test_all_ranks_stop_after_the_same_step(monkeypatch, asked):
+    """Votes are read some steps later; the host is never far ahead of the device."""
+    monkeypatch.setattr(device, "launched", 0)
+    monkeypatch.setattr(device, "done", 0)
+    team = object.__new__(Team)
+    team._device, team.ranks, team.stop = device, Alone(), False
+    team._counted, team._earlier, team._side = 0, None, None
+    votes = np.zeros(1, np.float32).view(Vote)  # written again by every step
+    for step in range(1, 30):
+        if team.stop:
+            break
+        device.launched = step
+        votes[0] = 2.0 * (step >= asked)
+        team.count(votes)
+        assert device.launched - device.done < 8
+    # In steps 8, 12, 16, ... the host reads the votes of four steps before.
+    assert step - 1 == max(8, 4 + -(-asked // 4) * 4)

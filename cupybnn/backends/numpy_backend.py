@@ -19,10 +19,12 @@ from cupybnn.backends.epilogue import Epilogue
 from cupybnn.backends.levels import SIGNS, Levels
 from cupybnn.backends.numpy_bits import write_bits
 from cupybnn.backends.numpy_lines import BLOCK, bits_to_signs, blocks
+from cupybnn.backends.numpy_order import fill_order
 from cupybnn.backends.numpy_random import random_words, uniform
 from cupybnn.backends.numpy_threads import parallel_for, parallel_parts
 
 __all__ = [
+    "fill_order",
     "force_kernel",
     "from_canonical",
     "from_lines",

@@ -9,7 +9,7 @@ import numpy as np
 
 from cupybnn.backends.numpy_threads import parallel_for
 
-__all__ = ["random_words", "uniform"]
+__all__ = ["random_blocks", "random_words", "uniform"]
 
 _ROUNDS = 10
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
@@ -59,6 +59,20 @@ def _philox(words: np.ndarray, block: Any, draw: Any, seed: int) -> None:
         keys = [(k + w) & 0xFFFFFFFF for k, w in zip(keys, _KEY_STEPS, strict=True)]
     for column, word in enumerate((c0, c1, c2, c3)):
         words[:, column] = word
+
+
+def random_blocks(block: np.ndarray, counter: np.ndarray, seed: int) -> np.ndarray:
+    """Return blocks of four words, uint32 of shape (n, 4), each of a counter of its own.
+
+    Parameters
+    ----------
+    block, counter : ndarray of uint64, shape (n,)
+        Index of each block, and the number of the draw that it belongs to.
+    seed : int
+    """
+    words = np.empty((len(block), 4), np.uint32)
+    _philox(words, block, counter, seed)
+    return words
 
 
 def uniform(shape: tuple[int, ...], seed: int, counter: Any) -> np.ndarray:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from cupybnn import backends
 from cupybnn.backends.devices import Device, to_device
+from cupybnn.backends.order import MOST_IMAGES, Order
 from cupybnn.data.arrays import check_finite
 from cupybnn.data.dataset import Dataset
 
@@ -15,6 +16,8 @@ __all__ = ["BatchOrder", "DeviceData", "epoch_length"]
 
 #: Greatest length of an epoch, in examples of positive weight.
 _MOST_REPEATS = 16
+#: Images that `BatchOrder.indices` computes at a time, at most.
+_AHEAD = 1 << 14
 
 
 def epoch_length(weights: np.ndarray) -> int:
@@ -38,9 +41,9 @@ class BatchOrder:
 
     The stream of images is epoch 0's permutation, then epoch 1's, and so on; step s takes images
     ``s * batch_size`` to ``(s + 1) * batch_size`` of the stream, so a batch may span two epochs
-    and every image is used equally often. The permutation of an epoch is drawn from a generator
-    seeded by (seed, epoch) alone: a batch does not depend on earlier ones, and the position to save
-    in a checkpoint is the step.
+    and every image is used equally often. A function of seed, epoch and position computes each
+    image (`cupybnn.backends.order`): a batch does not depend on earlier ones, and the position to
+    save in a checkpoint is the step.
 
     An image of weight w occurs in each epoch as often as w copies of it would: floor(w) or ceil(w)
     times, w times on average (systematic sampling), where w is scaled so that the weights sum to
@@ -55,7 +58,7 @@ class BatchOrder:
     seed : int
         Not negative.
     device : Device
-        Device of the permutations and indices.
+        Device of the indices.
     weights : ndarray of float64, shape (images,), optional
         Weight of each image, at least 0, not all 0; by default, 1.
     shuffle : bool
@@ -65,6 +68,11 @@ class BatchOrder:
     ----------
     images : int
         Number of images in an epoch.
+
+    Raises
+    ------
+    ValueError
+        If there are more than 2**31 - 1 images, or as many in an epoch.
 
     Examples
     --------
@@ -85,67 +93,66 @@ class BatchOrder:
         shuffle: bool = True,
     ) -> None:
         self.images = images if weights is None else epoch_length(weights)
+        if max(images, self.images) > MOST_IMAGES:
+            raise ValueError(
+                f"The 'images' of BatchOrder, and those of an epoch, must be at most "
+                f"{MOST_IMAGES:,}; got {max(images, self.images):,}. Train on a part of them."
+            )
         self.batch_size = batch_size
-        self.seed = seed
         self.device = device
-        self.shuffle = shuffle
-        self._ends: np.ndarray | None = None
+        ends, last = None, 0
         if weights is not None:
             scale = self.images / weights.sum(dtype=np.float64)  # 1 for integer weights
-            self._ends = np.cumsum(weights, dtype=np.float64) * scale
-            self._last = int(np.flatnonzero(weights)[-1])
-        self._on_host: dict[int, np.ndarray] = {}
-        self._on_device: dict[int, Any] = {}
-
-    def host_permutation(self, epoch: int) -> np.ndarray:
-        """Return the indices of all images in the order of `epoch`, int64, in host memory."""
-        return self._cached(self._on_host, epoch, lambda: self.draw(epoch))
-
-    def draw(self, epoch: int) -> np.ndarray:
-        """Return what `host_permutation` does, drawn anew; several threads may, at a time."""
+            ends = to_device(np.cumsum(weights, dtype=np.float64) * scale, device)
+            last = int(np.flatnonzero(weights)[-1])
         # 0xBA7C4 separates this stream from others with the same seed.
-        rng = np.random.default_rng([self.seed, 0xBA7C4, epoch])
-        order = rng.permutation(self.images) if self.shuffle else np.arange(self.images)
-        return order if self._ends is None else self._drawn(rng.random())[order]
-
-    def _drawn(self, offset: float) -> np.ndarray:
-        """Return the images of an epoch in their order, by systematic sampling.
-
-        Image i covers the interval from the sum of the weights before it to the sum with it, and
-        occurs once for each of the points ``offset``, ``offset + 1``, ... in it.
-        """
-        assert self._ends is not None
-        points = np.arange(self.images) + offset
-        drawn = np.searchsorted(self._ends, points, side="right")
-        return np.minimum(drawn, self._last)  # the sums are rounded
+        key = int(np.random.default_rng([seed, 0xBA7C4]).integers(2**63))
+        self._order = Order(self.images, key, shuffle, ends, last)
+        self._ahead: tuple[int, Any, Any] = 0, None, ()  # first step, part of the batch, images
 
     def permutation(self, epoch: int) -> Any:
-        """Return `host_permutation` on the device."""
-        return self._cached(
-            self._on_device, epoch, lambda: to_device(self.host_permutation(epoch), self.device)
-        )
+        """Return the images of an epoch in their order: int32, shape (images,), on the device."""
+        out = self.device.xp.empty((1, self.images), np.int32)
+        self._fill(out, epoch, self.images, 0)
+        return out[0]
 
-    @staticmethod
-    def _cached(epochs: dict[int, Any], epoch: int, draw: Callable[[], Any]) -> Any:
-        """Return the cached value of an epoch, drawn if missing; keep only one earlier epoch."""
-        if epoch not in epochs:
-            for old in [e for e in epochs if e < epoch - 1]:
-                del epochs[old]
-            epochs[epoch] = draw()
-        return epochs[epoch]
+    def indices(self, step: int, first: int = 0, count: int | None = None) -> Any:
+        """Return the images of a step: int32, shape (count,), on the device.
 
-    def indices(self, step: int) -> Any:
-        """Return the image indices of `step`, int64 of shape (batch_size,), on the device."""
-        first = step * self.batch_size
-        epoch, start = divmod(first, self.images)
-        parts = []
-        left = self.batch_size
-        while left > 0:
-            part = self.permutation(epoch)[start : start + left]
-            parts.append(part)
-            left -= len(part)
-            epoch, start = epoch + 1, 0
-        return parts[0] if len(parts) == 1 else self.device.xp.concatenate(parts)
+        Parameters
+        ----------
+        step : int
+        first : int
+            Place in the batch of the first one.
+        count : int, optional
+            By default, all of the batch. After its last image comes its first.
+        """
+        count = self.batch_size if count is None else count
+        start, part, table = self._ahead
+        if part != (first, count) or not start <= step < start + len(table):
+            # As steps follow each other, more and more at a time: each operation of NumPy, and each
+            # launch, takes a while even for one image.
+            follows = part == (first, count) and step == start + len(table)
+            most = max(1, _AHEAD // max(count, 1))
+            steps = min(2 * len(table), most) if follows else 1
+            start, table = step, self.device.xp.empty((steps, count), np.int32)
+            self.write(table, step, first)
+            self._ahead = start, (first, count), table
+        return table[step - start]
+
+    def write(self, out: Any, step: int, first: int = 0) -> None:
+        """Write the images of the steps from `step` on into the rows of `out`; see `indices`.
+
+        Parameters
+        ----------
+        out : array of int32, shape (steps, count)
+            On the device.
+        step, first : int
+        """
+        self._fill(out, step, self.batch_size, first)
+
+    def _fill(self, out: Any, step: int, batch: int, first: int) -> None:
+        backends.get(self.device).fill_order(self._order, step, batch, first, out)
 
 
 class DeviceData:

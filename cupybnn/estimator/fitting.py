@@ -249,7 +249,7 @@ class Fitting:
         train = weights.copy()
         train[test] = 0
         order = BatchOrder(len(test), 1, seed, CPU, weights[test], shuffle=False)
-        return train, test[order.host_permutation(0)]
+        return train, test[order.permutation(0)]
 
     def _model(self, parameters: Parameters, dtype: str) -> nn.Sequential:
         """Return the network, with the state of earlier training if there is any."""

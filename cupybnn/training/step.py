@@ -246,6 +246,10 @@ class PlainStep:
         self._adversarial = config.adversarial
         self._mixing = Mixing(config.mix)
         self._mixing_seed = stream_seed(config, MIXING)
+        rows = slice(0, config.batch_size) if team is None else team.rows
+        self._first, self._count = rows.start, rows.stop - rows.start
+        # The last of several ranks' images is mixed with the first one of the next rank.
+        self._further = int(team is not None and bool(self._mixing))
         self._teachers = teachers
         self._vat = {"distance": config.vat, "xi": config.vat_xi} if config.vat else None
         self._vat_seed = stream_seed(config, DIRECTIONS)
@@ -254,9 +258,9 @@ class PlainStep:
         """Perform step number `step`: batch, deformation, attack, forward, backward, update."""
         team = self._team
         with contextlib.nullcontext() if team is None else team.part():
-            indices = self._order.indices(step)
-            inputs, labels = self._images(indices if team is None else indices[team.rows], step)
-            inputs, targets = self._mixed(inputs, labels, step)
+            indices = self._order.indices(step, self._first, self._count + self._further)
+            inputs, labels = self._images(indices[: self._count], step)
+            inputs, targets = self._mixed(inputs, labels, step, indices[self._count :])
             if self._teachers is not None:
                 targets = self._teachers.targets(inputs)
             self._model.train()
@@ -285,19 +289,19 @@ class PlainStep:
         inputs, labels = self._data.batch(indices)
         return self._augment(inputs, self._data.image_shape, self._seed, step), labels
 
-    def _mixed(self, inputs: Any, labels: Any, step: int) -> tuple[Any, Any]:
-        """Mix images in pairs, and labels by the same shares."""
+    def _mixed(self, inputs: Any, labels: Any, step: int, following: Any = None) -> tuple[Any, Any]:
+        """Mix images in pairs, and labels by the same shares.
+
+        `following` is the index of the image after the last, if that is another rank's.
+        """
         if not self._mixing:
             return inputs, labels
         shares = self._mixing.shares(len(inputs), self._mixing_seed, step, self._data.device.xp)
         one_hot, next_input, next_one_hot = self._one_hot(labels, inputs.dtype), None, None
-        if self._team is not None:  # the one after the last is another rank's
-            place = self._team.rows.stop % self._order.batch_size
-            with from_row(place):
-                next_input, following = self._images(
-                    self._order.indices(step)[place : place + 1], step
-                )
-            next_one_hot = self._one_hot(following, inputs.dtype)
+        if self._further:
+            with from_row((self._first + self._count) % self._order.batch_size):
+                next_input, next_label = self._images(following, step)
+            next_one_hot = self._one_hot(next_label, inputs.dtype)
         inputs = self._mixing.mix(inputs, shares, next_input)
         return inputs, self._mixing.mix(one_hot, shares, next_one_hot)
 

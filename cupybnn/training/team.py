@@ -36,7 +36,8 @@ from cupybnn.training.step import Objective
 
 __all__ = ["Team"]
 
-#: Steps that the host may be ahead of a GPU. With fewer, a GPU waits for the host now and then.
+#: The host reads the votes once in so many steps, those of as many steps ago. So it is at least as
+#: many steps ahead of a GPU, which would otherwise wait for it now and then.
 _AHEAD = 4
 #: Gradients of at most this many elements are sent together, when the backward pass is done.
 _SMALL = 1 << 15
@@ -106,7 +107,8 @@ class Team:
         }
         self.times_shared_out = 0
         self.is_whole = True
-        self._votes: list[Any] = []
+        self._counted = 0  # steps
+        self._earlier: Any = None  # votes that have not been read, and an event behind them
         self._side: Any = None  # the stream that brings votes to the host
 
     @contextlib.contextmanager
@@ -196,20 +198,30 @@ class Team:
         return xp.asarray(value)
 
     def count(self, vote: Any) -> None:
-        """Look whether a rank wants to stop; on a GPU, some steps ago, which may have ended.
+        """Look whether a rank wants to stop; on a GPU, in some steps, whether one did earlier.
 
-        The host waits for that step, so it is as many steps ahead of the device at most.
+        The host waits for that earlier step, so it is never twice `_AHEAD` steps ahead of the
+        device. All ranks look after the same steps. A rank that wants to stop wants it in every
+        later step, too.
+
+        Parameters
+        ----------
+        vote : array of one element
+            Greater than 0 if a rank wants to stop. It may be overwritten later.
         """
         if self._device.kind == "cpu":
             self.stop = bool(vote > 0)
             return
-        xp = self._device.xp
-        self._votes.append((vote, xp.cuda.get_current_stream().record()))
-        if len(self._votes) > _AHEAD:
-            earlier, counted = self._votes.pop(0)
-            side = self._side = self._side or xp.cuda.Stream(non_blocking=True)
+        self._counted += 1
+        if self._counted % _AHEAD:
+            return
+        cuda = self._device.xp.cuda
+        earlier, self._earlier = self._earlier, (vote.copy(), cuda.get_current_stream().record())
+        if earlier is not None:
+            vote, counted = earlier
+            side = self._side = self._side or cuda.Stream(non_blocking=True)
             side.wait_event(counted)
-            self.stop = bool(earlier.get(stream=side) > 0)
+            self.stop = bool(vote.get(stream=side) > 0)
             self.ranks.check()
 
     # Shares --------------------------------------------------------------------------------------

@@ -397,11 +397,13 @@ class Trainer:
                 "weights are discarded and the training weights restored. Leave that context first."
             )
         with self.device.scope():
-            if self._team is not None:
-                if self._step is not None and self._step.stale():
+            stale = self._step is not None and self._step.stale()
+            if self._team is not None and (stale or self._team.is_whole):
+                if stale:
                     self._team.gather()  # another kind of step may follow
                 self._team.share_out()
-            if self._step is not None and not self._step.stale():
+                stale = self._step is not None and self._step.stale()
+            if self._step is not None and not stale:
                 return self._step(step)
             with self.ranks.busy():  # others may have compiled the kernels before
                 self._step = choose_step(

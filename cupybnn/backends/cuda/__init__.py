@@ -6,6 +6,7 @@ from typing import Any
 from cupybnn.backends.cuda import architectures
 from cupybnn.backends.cuda.compiler import architecture
 from cupybnn.backends.cuda.dispatch import force_kernel
+from cupybnn.backends.cuda.order import fill_order
 from cupybnn.backends.cuda.packing import (
     from_canonical,
     from_lines,
@@ -21,6 +22,7 @@ from cupybnn.backends.cuda.random import random_words, uniform
 from cupybnn.backends.devices import Device
 
 __all__ = [
+    "fill_order",
     "force_kernel",
     "from_canonical",
     "from_lines",

@@ -119,7 +119,7 @@ class Gather(_Batch):
 
     images: Any  # uint8, (images, pixels)
     all_labels: Any  # int64, (images,)
-    order: Any  # int32, (ring, whole): indices of the images of step s in row s % ring
+    order: Any  # int32, (ring, batch): indices of the images of step s in row s % ring
     labels: Any  # int64, (batch,): receives the labels
     deformation: Deformation | None = None
 

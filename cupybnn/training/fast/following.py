@@ -25,11 +25,13 @@ class Wiring:
         # One getter reads all attributes of an object, because this is done before each step.
         self._getters = [(owner, attrgetter(*names)) for owner, names in _attributes(model)]
         self._values = self._now()
-        # Detects modules that are added or removed.
-        chains = [m for _, m in model.named_modules() if isinstance(m, nn.Sequential)]
-        self._sizes = [(chain, len(chain)) for chain in chains]
+        # Detects modules that are added or removed: they are attributes.
+        modules = [m for _, m in model.named_modules()]
+        self._chains = [vars(m) for m in modules if isinstance(m, nn.Sequential)]
+        self._sizes = [*map(_size, self._chains)]
         self._optimizer = optimizer
-        self._slots = [(p, optimizer._slots_of(p)) for p in model.parameters()]
+        self._learned = list(model.parameters())
+        self._slots = [optimizer._slots_of(p) for p in self._learned]
         self._groups = optimizer.groups
         self._parameters = list(optimizer.groups[0]["params"])
 
@@ -41,15 +43,20 @@ class Wiring:
 
     def changed(self) -> bool:
         """Whether any of them has been replaced."""
-        kept = self._optimizer._slots
+        slots = map(self._optimizer._slots.get, self._learned)
         return (
             not all(map(is_, self._now(), self._values))
-            or any(len(chain) != size for chain, size in self._sizes)
-            or any(kept.get(p) is not slots for p, slots in self._slots)
+            or [*map(_size, self._chains)] != self._sizes
+            or not all(map(is_, slots, self._slots))
             or self._optimizer.groups is not self._groups
             or len(self._groups) != 1
             or len(self._groups[0]["params"]) != len(self._parameters)
         )
+
+
+def _size(attributes: dict[str, Any]) -> int:
+    """Return the number of attributes but for the mode, which is one once it has been set."""
+    return len(attributes) - ("training" in attributes)
 
 
 def _attributes(model: nn.Module) -> Iterator[tuple[Any, tuple[str, ...]]]:

@@ -97,7 +97,7 @@ class FusedStep:
         self.buffers = Buffers(
             self.plan, model, data.device, self._recorded, self.exchange, config.sync_batch_norm
         )
-        self.feed = Feed(order, optimizer)
+        self.feed = Feed(order, optimizer, self.plan.first, self.plan.batch + self.plan.further)
         teaching = None
         if teachers is not None:
             teaching = Teaching(teachers, self.plan, float(data.pixel_scale))
@@ -153,6 +153,7 @@ class FusedStep:
 
         def everything() -> None:
             evaluate()  # first: a large product takes longest to compile
+            self.feed.write_images(0)
             self.passes.launch(Fork(), draws)
 
         compile_together(everything, mention)
@@ -186,7 +187,7 @@ class FusedStep:
             parameter.grad = kept_grads[parameter]
         self._edits.mark_current()
         if self._team is not None:
-            self._team.count(self.buffers.votes.copy())
+            self._team.count(self.buffers.votes)
         if self._compared is not None:
             self._compare(self._compared)
         return StepOutput(self.buffers.loss.reshape(()), self.buffers.logits, self.buffers.labels)
