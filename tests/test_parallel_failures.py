@@ -200,6 +200,7 @@ def test_ranks_end_when_their_starter_is_killed(tmp_path):
     while any(alive(pid) for pid in ranks):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    assert nothing_left(tmp_path / "run") == []
 
 
 def until(process, words):

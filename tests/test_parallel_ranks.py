@@ -367,17 +367,35 @@ class TestMeeting:
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs locks of files")
     def test_folders_of_ranks_that_were_all_killed_are_removed_later(self, tmp_path):
-        old, held, young = (tmp_path / name / "session-1" for name in ("old", "held", "young"))
-        for folder in (old, held, young):
+        names = ["ranks-old", "ranks-held", "ranks-young", "ranks-alive", "other-old"]
+        for name in names:
+            folder = tmp_path / name / "session-1"
             folder.mkdir(parents=True)
-            (folder / "rank-0.lock").touch()
-            if folder != young:
-                os.utime(folder / "rank-0.lock", (1e9, 1e9))
-        descriptor = hold(held / "rank-0.lock")
-        for folder in (old, held, young):
-            remove_abandoned(folder.parent)
+            for file in (folder / "rank-0.lock", folder / "rank-0"):
+                file.touch()
+                if "young" not in name:
+                    os.utime(file, (1e9, 1e9))
+        (tmp_path / "ranks-alive/session-1/rank-0").touch()  # a sign of life, without locks
+        (tmp_path / "ranks-started").mkdir()
+        (tmp_path / "ranks-started" / LAUNCHER).touch()  # killed before there were ranks
+        os.utime(tmp_path / "ranks-started" / LAUNCHER, (1e9, 1e9))
+        descriptor = hold(tmp_path / "ranks-held/session-1/rank-0.lock")
+        remove_abandoned(tmp_path, "ranks-")
         os.close(descriptor)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["held", "young"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
+
+    def test_a_user_without_a_name_has_a_folder(self, tmp_path, monkeypatch):
+        """As in a container that runs with a number alone."""
+
+        def nobody(*_):
+            raise KeyError("getpwuid(): uid not found")
+
+        monkeypatch.setattr("getpass.getuser", nobody)
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RankError, match="Rank 1 did not come"):
+            parallel.connect("cpu", seconds=0.01)
 
     def test_locks_tell_whether_a_process_lives(self, tmp_path):
         path = tmp_path / "lock"

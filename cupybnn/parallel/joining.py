@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import os
 import socket
@@ -17,7 +16,7 @@ from cupybnn import settings
 from cupybnn.backends.devices import Device, cuda_status, resolve
 from cupybnn.errors import RankError, SettingError
 from cupybnn.parallel.launch import Launch, detect
-from cupybnn.parallel.locks import remove_abandoned
+from cupybnn.parallel.locks import remove_abandoned, user_prefix
 from cupybnn.parallel.meeting import Meeting
 from cupybnn.parallel.ranks import Alone, Ranks
 from cupybnn.paths import user_path
@@ -184,11 +183,14 @@ def _base(launch: Launch, folder: Any, communicator: Any) -> Path | None:
     else:
         name = launch.job
     if folder is not None:
-        return user_path(folder) / f".cupybnn-ranks-{name}"
-    ours = f"cupybnn-ranks-{getpass.getuser()}-"
-    for old in Path(tempfile.gettempdir()).glob(f"{ours}*"):
-        remove_abandoned(old)
-    path = Path(tempfile.gettempdir()) / f"{ours}{name}"
+        parent, prefix = user_path(folder), ".cupybnn-ranks-"
+    else:
+        parent, prefix = Path(tempfile.gettempdir()), user_prefix()
+    path = parent / f"{prefix}{name}"
+    if launch.rank == 0:
+        remove_abandoned(parent, prefix)
+    if folder is not None:
+        return path
     path.mkdir(mode=0o700, exist_ok=True)
     if hasattr(os, "geteuid") and path.stat().st_uid != os.geteuid():  # anyone may write there
         raise SettingError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import secrets
 import shutil
@@ -14,7 +15,16 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["LAUNCHER", "hold", "is_held", "read", "release", "remove_abandoned", "write"]
+__all__ = [
+    "LAUNCHER",
+    "hold",
+    "is_held",
+    "read",
+    "release",
+    "remove_abandoned",
+    "user_prefix",
+    "write",
+]
 
 #: The file that a process holds which ends all ranks when it ends itself.
 LAUNCHER = "launcher.lock"
@@ -71,10 +81,21 @@ def read(path: Path) -> bytes | None:
         return None
 
 
-def remove_abandoned(base: Path) -> None:
-    """Remove the folder of ranks that were all killed, as mpirun does when it loses one."""
-    with contextlib.suppress(OSError):
-        locks = [*base.glob("session-*/rank-*.lock"), *base.glob(LAUNCHER)]
-        old = [lock.stat().st_mtime < time.time() - _A_MINUTE for lock in locks]
-        if locks and all(old) and not any(map(is_held, locks)):
-            shutil.rmtree(base, ignore_errors=True)
+def user_prefix() -> str:
+    """Return how the names of meeting folders begin among temporary files."""
+    # Not a name alone, which a container's user may lack.
+    user = os.geteuid() if hasattr(os, "geteuid") else getpass.getuser()
+    return f"cupybnn-ranks-{user}-"
+
+
+def remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove the meeting folders of ranks that were all killed, as mpirun does when it loses one.
+
+    Their locks are free, and they have given no sign of life for a minute.
+    """
+    for base in parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            files = [*base.glob("session-*/rank-*"), *base.glob(LAUNCHER)]
+            old = [file.stat().st_mtime < time.time() - _A_MINUTE for file in files]
+            if files and all(old) and not any(map(is_held, files)):
+                shutil.rmtree(base, ignore_errors=True)

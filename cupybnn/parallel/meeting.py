@@ -344,7 +344,12 @@ class Meeting:
         os.close(self._lock)
 
     def remove(self) -> None:
-        """Remove the folder of this session, and `base` if nothing else is in it."""
+        """Remove the folder of this session, and `base` if nothing else is in it.
+
+        Also `base` if the process that made it and would remove it has been killed.
+        """
+        if (self.base / LAUNCHER).exists() and not is_held(self.base / LAUNCHER):
+            shutil.rmtree(self.base, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         if read(self.base / _CURRENT) == self.folder.name.encode():
             with contextlib.suppress(OSError):
