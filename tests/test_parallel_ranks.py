@@ -204,7 +204,7 @@ def test_exchanges_and_training_by_mpi(tmp_path):
     """One start of three processes for all that MPI has to show."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import sys\n"
+        "import re, sys\n"
         "sys.path.insert(0, sys.argv[1])\n"
         "from cupybnn import parallel\n"
         "from test_parallel_ranks import check_exchanges\n"
@@ -212,6 +212,9 @@ def test_exchanges_and_training_by_mpi(tmp_path):
         "with parallel.connect('cpu') as ranks:\n"
         "    assert type(ranks).__name__ == 'MpiRanks', ranks\n"
         "    check_exchanges(ranks)\n"
+        "    maps = open('/proc/self/maps').read()\n"
+        "    names = re.findall(r'/dev/shm/mpich_shm.*', maps)\n"
+        "    assert all('deleted' in name for name in names), names  # none is left\n"
         "    losses, result, state = train(ranks, binary=True, keep_prob=0.9)\n"
         "    if ranks.rank == 0:\n"
         "        print(losses)\n"
