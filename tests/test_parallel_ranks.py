@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import MPIEXEC, need_gpus, needs_mpi, together
+from ranks import MPIEXEC, in_threads, need_gpus, needs_mpi, together
 
 from cupybnn import parallel
 from cupybnn.errors import RankError, SettingError
@@ -268,6 +268,18 @@ class TestMeeting:
         with pytest.raises(RankError, match=r"Rank 1, 2 did not come to .* All 3 ranks"):
             Meeting(tmp_path / "ranks", 0, 3, 0.02)
         assert time.monotonic() - began < 5
+        assert list(tmp_path.iterdir()) == []
+
+    def test_ranks_that_wait_in_vain_leave_nothing(self, tmp_path):
+        def run(rank):
+            Meeting(tmp_path / "ranks", rank, 3, 0.05 * (1 + rank))
+
+        # Without rank 2; without rank 0, who makes the folder of the session.
+        for ranks, absent in (((0, 1), "Rank 2 did not come"), ((1, 2), "Rank 0 did not come")):
+            errors = in_threads(2, lambda k, ranks=ranks: run(ranks[k]))
+            assert all(absent in str(error) for error in errors), errors
+            assert [error.report for error in errors] == [True, False]
+            assert list(tmp_path.iterdir()) == []
 
     def test_a_rank_that_keeps_the_others_waiting(self, tmp_path):
         def run(ranks):

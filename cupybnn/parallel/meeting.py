@@ -94,14 +94,18 @@ class Meeting:
         # Since when this rank has waited, and when that was asked, if there is no answer yet.
         self._waits_since: float | None = None
         self._asked: float | None = None
+        self._threads: list[threading.Thread] = []
         self.folder = self._open_session()
         self._lock = hold(self._file(rank, ".lock"))
         self._write_state()
         if rank == 0:
             write(base / _CURRENT, self.folder.name.encode())
         self._interval = min(1.0, seconds / 5)
-        self._await_all()
-        self._threads: list[threading.Thread] = []
+        try:
+            self._await_all()
+        except BaseException as error:
+            self.close(error)
+            raise
         self._begin_thread("cupybnn-ranks", self._watch)
         self._begin_thread("cupybnn-ranks-waiting", self._ask)
 
@@ -134,7 +138,12 @@ class Meeting:
             there = (folder / "rank-0.lock").exists() and is_held(folder / "rank-0.lock")
             return folder if there else None
 
-        return self._await(current, lambda: [0])
+        try:
+            return self._await(current, lambda: [0])
+        except BaseException:
+            with contextlib.suppress(OSError):  # not empty: other ranks
+                self.base.rmdir()
+            raise
 
     def _await_all(self) -> None:
         def missing() -> list[int]:
@@ -359,6 +368,6 @@ class Meeting:
 
     def _is_gone(self, rank: int) -> bool:
         state = self._state(rank)
-        return any(k in state for k in ("left", "error", "relayed")) or not is_held(
-            self._file(rank, ".lock")
-        )
+        lock = self._file(rank, ".lock")
+        ended = any(k in state for k in ("left", "error", "relayed"))
+        return ended or not lock.exists() or not is_held(lock)  # or it has never come
