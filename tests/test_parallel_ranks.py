@@ -358,6 +358,23 @@ class TestMeeting:
         assert "Rank 2 " in str(errors[0])
         assert "no sign of life for 0.5 seconds" in str(errors[0])
 
+    def test_a_rank_that_ends_while_another_looks_at_it_has_not_died(self, tmp_path):
+        def meet(rank):
+            return Meeting(tmp_path / "ranks", rank, 2, 60.0)
+
+        first, second = in_threads(2, meet)
+        look = second._state
+
+        def state(rank):
+            found = look(rank)
+            first.close(RankError("Rank 7 has died.", False))  # just after
+            return found
+
+        second._state = state
+        assert second._loss() in (None, "Rank 7 has died.")
+        assert second._loss() == "Rank 7 has died."
+        second.close()
+
     def test_ranks_end_with_the_process_that_started_them(self, tmp_path):
         (tmp_path / "ranks").mkdir()
         lock = hold(tmp_path / "ranks" / LAUNCHER)

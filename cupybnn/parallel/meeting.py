@@ -269,6 +269,8 @@ class Meeting:
         for rank in range(self.size):
             if rank == self.rank:
                 continue
+            # A rank writes why it ends, and then lets go of its lock: so look at that first.
+            held = is_held(self._file(rank, ".lock"))
             state = self._state(rank)
             who = f"Rank {rank} (process {state.get('pid')} on {state.get('host')})"
             if "relayed" in state:  # it has noticed before us
@@ -279,7 +281,7 @@ class Meeting:
                 self._busy_at[rank] = now
             if "left" in state:
                 continue
-            if not is_held(self._file(rank, ".lock")) and "left" not in self._state(rank):
+            if not held:
                 return f"{who} has died."
             before, since = self._seen.get(rank, (None, now))
             if before is None or before != state.get("beat"):
