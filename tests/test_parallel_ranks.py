@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,7 +18,9 @@ import pytest
 from ranks import MPIEXEC, in_threads, need_gpus, needs_mpi, together
 
 from cupybnn import parallel
+from cupybnn.backends.cuda.sources import kernels_dir
 from cupybnn.errors import RankError, SettingError
+from cupybnn.parallel import joining
 from cupybnn.parallel import ranks as exchanging
 from cupybnn.parallel.launch import detect
 from cupybnn.parallel.locks import LAUNCHER, hold, is_held, release, remove_abandoned
@@ -84,6 +87,17 @@ class TestLaunch:
         with parallel.connect("cpu") as ranks:
             assert (ranks.rank, ranks.size) == (0, 1)
             check_exchanges(ranks)
+
+    @pytest.mark.parametrize("file", ["smxx_pack.cu", "include/signs.cuh"])
+    def test_the_version_of_a_rank_includes_its_kernels(self, tmp_path, monkeypatch, file):
+        copy = tmp_path / "kernels"
+        shutil.copytree(kernels_dir(), copy)
+        monkeypatch.setattr("cupybnn.parallel.joining.kernels_dir", lambda: copy)
+        here = joining._version.__wrapped__()
+        assert here == joining._version.__wrapped__()
+        with open(copy / file, "a") as source:
+            source.write("// another commit\n")
+        assert here != joining._version.__wrapped__()
 
     def test_ranks_take_no_numbered_device(self, monkeypatch):
         monkeypatch.setenv("RANK", "0")

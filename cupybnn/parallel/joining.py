@@ -13,6 +13,7 @@ from typing import Any
 
 import cupybnn
 from cupybnn import settings
+from cupybnn.backends.cuda.sources import kernels_dir
 from cupybnn.backends.devices import Device, cuda_status, resolve
 from cupybnn.errors import RankError, SettingError
 from cupybnn.parallel.launch import Launch, detect
@@ -202,10 +203,11 @@ def _base(launch: Launch, folder: Any, communicator: Any) -> Path | None:
 
 @cache
 def _version() -> dict[str, str]:
-    """Return the version of cupybnn, and a hash of its source files."""
-    root = Path(cupybnn.__file__).parent
+    """Return the version of cupybnn, and a hash of its source files and kernels."""
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode())
-        digest.update(path.read_bytes())
+    # Names within each folder: kernels lie inside a wheel's package, and beside it in a checkout.
+    for folder, pattern in ((Path(cupybnn.__file__).parent, "*.py"), (kernels_dir(), "*.cu*")):
+        for path in sorted(folder.rglob(pattern)):
+            digest.update(path.relative_to(folder).as_posix().encode())
+            digest.update(path.read_bytes())
     return {"version": cupybnn.__version__, "code": digest.hexdigest()[:12]}
