@@ -23,7 +23,7 @@ from cupybnn.errors import RankError, SettingError
 from cupybnn.parallel import joining
 from cupybnn.parallel import ranks as exchanging
 from cupybnn.parallel.launch import detect
-from cupybnn.parallel.locks import LAUNCHER, hold, is_held, release, remove_abandoned
+from cupybnn.parallel.locks import LAUNCHER, WAITING, hold, is_held, release, remove_abandoned
 from cupybnn.parallel.meeting import Meeting
 
 TORCHRUN = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}
@@ -288,11 +288,11 @@ class TestMeeting:
         def run(rank):
             Meeting(tmp_path / "ranks", rank, 3, 0.05 * (1 + rank))
 
-        # Without rank 2; without rank 0, who makes the folder of the session.
-        for ranks, absent in (((0, 1), "Rank 2 did not come"), ((1, 2), "Rank 0 did not come")):
-            errors = in_threads(2, lambda k, ranks=ranks: run(ranks[k]))
-            assert all(absent in str(error) for error in errors), errors
-            assert [error.report for error in errors] == [True, False]
+        # Without rank 0, which makes the folder of the session, nothing is known of the others.
+        for ranks, absent in (((0, 1), "2"), ((1, 2), "0"), ((2,), "0"), ((0,), "1, 2")):
+            errors = in_threads(len(ranks), lambda k, ranks=ranks: run(ranks[k]))
+            assert all(f"Rank {absent} did not come" in str(error) for error in errors), errors
+            assert [error.report for error in errors] == [True, False][: len(ranks)]
             assert list(tmp_path.iterdir()) == []
 
     def test_a_rank_that_keeps_the_others_waiting(self, tmp_path):
@@ -422,9 +422,10 @@ class TestMeeting:
                 if "young" not in name:
                     os.utime(file, (1e9, 1e9))
         (tmp_path / "ranks-alive/session-1/rank-0").touch()  # a sign of life, without locks
-        (tmp_path / "ranks-started").mkdir()
-        (tmp_path / "ranks-started" / LAUNCHER).touch()  # killed before there were ranks
-        os.utime(tmp_path / "ranks-started" / LAUNCHER, (1e9, 1e9))
+        for name in (LAUNCHER, WAITING):  # killed before rank 0 had come
+            (tmp_path / f"ranks-{name}").mkdir()
+            (tmp_path / f"ranks-{name}" / name).touch()
+            os.utime(tmp_path / f"ranks-{name}" / name, (1e9, 1e9))
         descriptor = hold(tmp_path / "ranks-held/session-1/rank-0.lock")
         remove_abandoned(tmp_path, "ranks-")
         os.close(descriptor)

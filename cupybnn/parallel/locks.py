@@ -17,6 +17,7 @@ except ImportError:  # Windows
 
 __all__ = [
     "LAUNCHER",
+    "WAITING",
     "hold",
     "is_held",
     "read",
@@ -28,6 +29,8 @@ __all__ = [
 
 #: The file that a process holds which ends all ranks when it ends itself.
 LAUNCHER = "launcher.lock"
+#: There while ranks wait for rank 0; if it does not come, the first of them to remove it says so.
+WAITING = "waiting"
 _A_MINUTE = 60.0
 
 
@@ -95,7 +98,8 @@ def remove_abandoned(parent: Path, prefix: str) -> None:
     """
     for base in parent.glob(f"{prefix}*"):
         with contextlib.suppress(OSError):
-            files = [*base.glob("session-*/rank-*"), *base.glob(LAUNCHER)]
+            files = [*base.glob("session-*/rank-*")]
+            files += [base / name for name in (LAUNCHER, WAITING) if (base / name).exists()]
             old = [file.stat().st_mtime < time.time() - _A_MINUTE for file in files]
             if files and all(old) and not any(map(is_held, files)):
                 shutil.rmtree(base, ignore_errors=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cupybnn.errors import RankError
-from cupybnn.parallel.locks import LAUNCHER, hold, is_held, read, write
+from cupybnn.parallel.locks import LAUNCHER, WAITING, hold, is_held, read, write
 
 __all__ = ["Meeting"]
 
@@ -138,12 +138,19 @@ class Meeting:
             there = (folder / "rank-0.lock").exists() and is_held(folder / "rank-0.lock")
             return folder if there else None
 
+        waiting = self.base / WAITING
+        waiting.touch()
         try:
-            return self._await(current, lambda: [0])
-        except BaseException:
+            found = self._await(current, lambda: [0])
+        except BaseException as error:
+            first = _removed(waiting)
+            if isinstance(error, RankError):
+                error.report = first
             with contextlib.suppress(OSError):  # not empty: other ranks
                 self.base.rmdir()
             raise
+        _removed(waiting)
+        return found
 
     def _await_all(self) -> None:
         def missing() -> list[int]:
@@ -162,7 +169,8 @@ class Meeting:
                     f"{waited:.0f} seconds. All {self.size} ranks must be started, and see this "
                     f"folder; on several hosts, choose one that they share with --log_dir or "
                     f"CUPYBNN_RENDEZVOUS.",
-                    report=self.rank == next(r for r in range(self.size) if r not in absent),
+                    report=self.rank
+                    == next((r for r in range(self.size) if r not in absent), self.rank),
                 )
             time.sleep(0.005)
         return found
@@ -373,3 +381,12 @@ class Meeting:
         lock = self._file(rank, ".lock")
         ended = any(k in state for k in ("left", "error", "relayed"))
         return ended or not lock.exists() or not is_held(lock)  # or it has never come
+
+
+def _removed(path: Path) -> bool:
+    """Remove a file; return whether it was there."""
+    try:
+        os.unlink(path)
+    except OSError:
+        return False
+    return True
