@@ -176,14 +176,16 @@ def test_without_a_restart_the_checkpoint_is_whole_and_continues_on_one_rank(tmp
     assert Trainer(config).run().steps == 40
 
 
-def test_a_signal_stops_all_ranks_after_the_same_step_with_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_all_ranks_after_the_same_step_with_a_checkpoint(tmp_path, number):
     folder = tmp_path / "run"
-    process = start(folder, "--max_steps", "100000")
+    process = start(folder, "--max_steps", "100000", "--restarts", "1")
     until(process, "step 7,")
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, err = process.communicate(timeout=100)
-    assert process.returncode == 143, out + err
+    assert process.returncode == 128 + number, out + err
     assert err.count("Stopping after this step") == 1
+    assert "starting again" not in err
     steps = newest(folder).step
     assert steps >= 8
     assert f"Stopped before step {steps} of 100000" in out

@@ -45,7 +45,7 @@ _POLL = 0.05
 #: As many ranks may be tried on any machine, however few processors it has.
 _FEW = 8
 #: Exit codes after which a restart would be of no use, or unwanted.
-_FINAL = (2, 130, 143)
+_FINAL = (2, *(128 + number for number in ENDING))
 
 
 class RunFolderFile(Callback):
