@@ -1,4 +1,4 @@
-"""Run recipes with several seeds, each as ``cupybnn train``, and make rows for the README's table.
+"""Run recipes with several seeds, each as ``cupybnn train``, and print a row for each.
 
     python bench/recipes.py digits
     python bench/recipes.py original tiny --json FILE -- FOLDER --device cuda

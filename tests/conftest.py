@@ -25,6 +25,14 @@ NO_MNIST = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--kills``."""
+    parser.addoption(
+        "--kills", type=int, default=2, metavar="N",
+        help="kill so many runs of several ranks at random moments (2)",
+    )  # fmt: skip
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
     """Run in a single process where there is a GPU: its memory and its time cannot be shared."""

@@ -797,18 +797,18 @@ class Emulator:
         monkeypatch.setattr(sign_gemm, "weight_update", self._weight_update)
         monkeypatch.setattr("cupybnn.training.setup._unfused_reason", self._unfused_reason)
 
-    def _weight_gradient(self, signs, matrix, out, device, scratch=None, number=1) -> None:
+    def _weight_gradient(self, signs, matrix, out, device, scratch=None) -> None:
         if scratch is None:
             self.launches.append("weight_gradient")
             weight_gradient(signs, matrix, out, device)
             return
+        number = len(scratch)
         self.launches.append(f"weight_gradient in {number} parts")
         inputs = np.array_split(read_signs(signs.words.ctypes.data, *signs.shape), number)
         gradients = np.array_split(widened(matrix), number)
-        parts = scratch[: number * out.size].reshape(number, *out.shape)
-        for part, some, gradient in zip(parts, inputs, gradients, strict=True):
+        for part, some, gradient in zip(scratch, inputs, gradients, strict=True):
             part[...] = some.T @ gradient
-        out[...] = narrowed(parts.sum(axis=0))
+        out[...] = narrowed(scratch.sum(axis=0))
 
     def _weight_update(self, signs, matrix, update, *, defines, device) -> None:
         if compiler.is_dry_run():

@@ -695,8 +695,8 @@ def test_product_by_signs_that_adds_up_for_the_batch_norm_below(sign_launches):
 def test_gradient_by_signs_in_parts(sign_launches):
     entered, gradient = Packed((8192, 384), WORDS), Array((8192, 512), np.uint16)
     out = Array((384, 512), np.uint16, address=0x5000_0000)
-    scratch = Array((16 * 384 * 512,), address=0x5200_0000)
-    sign_gemm.weight_gradient(entered, gradient, out, 0, scratch, 16)
+    scratch = Array((16, 384, 512), address=0x5200_0000)
+    sign_gemm.weight_gradient(entered, gradient, out, 0, scratch)
     product, total = sign_launches
     assert decode(product.arguments[0], fields_of(product.source, "SignProduct")) == {
         "words": WORDS, "out": 0x5200_0000, "m": 384, "n": 512, "k": 8192, "parts": 16,

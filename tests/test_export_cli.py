@@ -117,6 +117,11 @@ def test_into_a_pipe_goes_the_file_alone(run, capfd):
         (["-o", "no/net.h"], 1, "The folder of the file to export, no/net.h, does not exist"),
         (["-o", ".", "--format", "c"], 1, "Is a directory"),
         (["-o", "net.h", "--classes", "a,b"], 2, "must name each of its 10 outputs; got (2,)"),
+        (
+            ["-o", "net.h", "--classes", "a,b,c,d,e,f,g,b,i,j"],
+            2,
+            "must be different names; got 'b' more than once",
+        ),
     ],
 )
 def test_what_cannot_be_written(run, tmp_path, monkeypatch, capsys, words, code, expected):

@@ -58,6 +58,8 @@ def test_an_idx_folder(folder):
     assert load("mnist", folder).class_names is None
     with pytest.raises(ValueError, match="one for each of its 10 classes; got 9"):
         replace(data, class_names=data.class_names[:-1])
+    with pytest.raises(ValueError, match=r"must be different names; got 'Bag' more than once"):
+        replace(data, class_names=("Bag", *data.class_names[1:]))
 
 
 def test_an_emnist_folder_is_refused(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -9,7 +10,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from ranks import need_gpus
 
@@ -118,12 +121,14 @@ def nothing_left(folder):
 
 @pytest.fixture(scope="module")
 def whole(kind, tmp_path_factory):
-    """The last checkpoint of a run that nobody killed."""
+    """The last checkpoint of a run that nobody killed, and how long it took."""
     folder = tmp_path_factory.mktemp("whole") / "run"
+    began = time.monotonic()
     out, err = (process := start(folder, kind=kind)).communicate(timeout=kind.limit)
+    seconds = time.monotonic() - began
     assert process.returncode == 0, out + err
     assert nothing_left(folder) == []
-    return newest(folder)
+    return SimpleNamespace(checkpoint=newest(folder), seconds=seconds)
 
 
 def test_ranks_that_are_lost_cost_a_run_nothing_but_time(tmp_path, kind, whole):
@@ -151,9 +156,31 @@ def test_ranks_that_are_lost_cost_a_run_nothing_but_time(tmp_path, kind, whole):
         lines = [line for line in err.splitlines(True) if line.startswith("cupybnn train")]
         err = "".join(lines)
     assert re.fullmatch("\n".join(said) + "\n", err), err
-    same(newest(folder), whole)
+    same(newest(folder), whole.checkpoint)
     assert nothing_left(folder) == []
     assert set(shared_memory()) <= shared
+
+
+def test_kills_at_random_moments(tmp_path, kind, whole, pytestconfig):
+    """From the start of the ranks until they end; ``pytest --kills 40`` makes more of them."""
+    rng = np.random.default_rng(0)
+    shared = set(shared_memory())
+    done = 0
+    while done < pytestconfig.getoption("kills"):
+        folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        process = start(folder, "--restarts", "1", kind=kind)
+        time.sleep(rng.uniform(0, whole.seconds))
+        victims = pids(process) if process.poll() is None else []
+        for victim in rng.permutation(victims)[:1]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+                done += 1
+        out, err = process.communicate(timeout=2 * kind.limit)
+        assert process.returncode == 0, out + err
+        same(newest(folder), whole.checkpoint)
+        assert nothing_left(folder) == []
+        assert not any(map(alive, victims))
+        assert set(shared_memory()) <= shared
 
 
 def test_without_a_restart_the_checkpoint_is_whole_and_continues_on_one_rank(tmp_path):
@@ -173,14 +200,16 @@ def test_without_a_restart_the_checkpoint_is_whole_and_continues_on_one_rank(tmp
     assert Trainer(config).run().steps == 40
 
 
-def test_a_signal_stops_all_ranks_after_the_same_step_with_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_all_ranks_after_the_same_step_with_a_checkpoint(tmp_path, number):
     folder = tmp_path / "run"
-    process = start(folder, "--max_steps", "100000")
+    process = start(folder, "--max_steps", "100000", "--restarts", "1")
     until(process, "step 7,")
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out, err = process.communicate(timeout=100)
-    assert process.returncode == 143, out + err
+    assert process.returncode == 128 + number, out + err
     assert err.count("Stopping after this step") == 1
+    assert "starting again" not in err
     steps = newest(folder).step
     assert steps >= 8
     assert f"Stopped before step {steps} of 100000" in out
@@ -197,6 +226,7 @@ def test_ranks_end_when_their_starter_is_killed(tmp_path):
     while any(alive(pid) for pid in ranks):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    assert nothing_left(tmp_path / "run") == []
 
 
 def until(process, words):

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,13 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import MPIEXEC, need_gpus, needs_mpi, together
+from ranks import MPIEXEC, in_threads, need_gpus, needs_mpi, together
 
 from cupybnn import parallel
+from cupybnn.backends.cuda.sources import kernels_dir
 from cupybnn.errors import RankError, SettingError
+from cupybnn.parallel import joining
 from cupybnn.parallel import ranks as exchanging
 from cupybnn.parallel.launch import detect
-from cupybnn.parallel.locks import LAUNCHER, hold, is_held, release, remove_abandoned
+from cupybnn.parallel.locks import LAUNCHER, WAITING, hold, is_held, release, remove_abandoned
 from cupybnn.parallel.meeting import Meeting
 
 TORCHRUN = {"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_PORT": "29500"}
@@ -84,6 +87,17 @@ class TestLaunch:
         with parallel.connect("cpu") as ranks:
             assert (ranks.rank, ranks.size) == (0, 1)
             check_exchanges(ranks)
+
+    @pytest.mark.parametrize("file", ["smxx_pack.cu", "include/signs.cuh"])
+    def test_the_version_of_a_rank_includes_its_kernels(self, tmp_path, monkeypatch, file):
+        copy = tmp_path / "kernels"
+        shutil.copytree(kernels_dir(), copy)
+        monkeypatch.setattr("cupybnn.parallel.joining.kernels_dir", lambda: copy)
+        here = joining._version.__wrapped__()
+        assert here == joining._version.__wrapped__()
+        with open(copy / file, "a") as source:
+            source.write("// another commit\n")
+        assert here != joining._version.__wrapped__()
 
     def test_ranks_take_no_numbered_device(self, monkeypatch):
         monkeypatch.setenv("RANK", "0")
@@ -204,7 +218,7 @@ def test_exchanges_and_training_by_mpi(tmp_path):
     """One start of three processes for all that MPI has to show."""
     program = tmp_path / "program.py"
     program.write_text(
-        "import sys\n"
+        "import re, sys\n"
         "sys.path.insert(0, sys.argv[1])\n"
         "from cupybnn import parallel\n"
         "from test_parallel_ranks import check_exchanges\n"
@@ -212,6 +226,9 @@ def test_exchanges_and_training_by_mpi(tmp_path):
         "with parallel.connect('cpu') as ranks:\n"
         "    assert type(ranks).__name__ == 'MpiRanks', ranks\n"
         "    check_exchanges(ranks)\n"
+        "    maps = open('/proc/self/maps').read()\n"
+        "    names = re.findall(r'/dev/shm/mpich_shm.*', maps)\n"
+        "    assert all('deleted' in name for name in names), names  # none is left\n"
         "    losses, result, state = train(ranks, binary=True, keep_prob=0.9)\n"
         "    if ranks.rank == 0:\n"
         "        print(losses)\n"
@@ -265,6 +282,18 @@ class TestMeeting:
         with pytest.raises(RankError, match=r"Rank 1, 2 did not come to .* All 3 ranks"):
             Meeting(tmp_path / "ranks", 0, 3, 0.02)
         assert time.monotonic() - began < 5
+        assert list(tmp_path.iterdir()) == []
+
+    def test_ranks_that_wait_in_vain_leave_nothing(self, tmp_path):
+        def run(rank):
+            Meeting(tmp_path / "ranks", rank, 3, 0.05 * (1 + rank))
+
+        # Without rank 0, which makes the folder of the session, nothing is known of the others.
+        for ranks, absent in (((0, 1), "2"), ((1, 2), "0"), ((2,), "0"), ((0,), "1, 2")):
+            errors = in_threads(len(ranks), lambda k, ranks=ranks: run(ranks[k]))
+            assert all(f"Rank {absent} did not come" in str(error) for error in errors), errors
+            assert [error.report for error in errors] == [True, False][: len(ranks)]
+            assert list(tmp_path.iterdir()) == []
 
     def test_a_rank_that_keeps_the_others_waiting(self, tmp_path):
         def run(ranks):
@@ -343,6 +372,23 @@ class TestMeeting:
         assert "Rank 2 " in str(errors[0])
         assert "no sign of life for 0.5 seconds" in str(errors[0])
 
+    def test_a_rank_that_ends_while_another_looks_at_it_has_not_died(self, tmp_path):
+        def meet(rank):
+            return Meeting(tmp_path / "ranks", rank, 2, 60.0)
+
+        first, second = in_threads(2, meet)
+        look = second._state
+
+        def state(rank):
+            found = look(rank)
+            first.close(RankError("Rank 7 has died.", False))  # just after
+            return found
+
+        second._state = state
+        assert second._loss() in (None, "Rank 7 has died.")
+        assert second._loss() == "Rank 7 has died."
+        second.close()
+
     def test_ranks_end_with_the_process_that_started_them(self, tmp_path):
         (tmp_path / "ranks").mkdir()
         lock = hold(tmp_path / "ranks" / LAUNCHER)
@@ -367,17 +413,36 @@ class TestMeeting:
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs locks of files")
     def test_folders_of_ranks_that_were_all_killed_are_removed_later(self, tmp_path):
-        old, held, young = (tmp_path / name / "session-1" for name in ("old", "held", "young"))
-        for folder in (old, held, young):
+        names = ["ranks-old", "ranks-held", "ranks-young", "ranks-alive", "other-old"]
+        for name in names:
+            folder = tmp_path / name / "session-1"
             folder.mkdir(parents=True)
-            (folder / "rank-0.lock").touch()
-            if folder != young:
-                os.utime(folder / "rank-0.lock", (1e9, 1e9))
-        descriptor = hold(held / "rank-0.lock")
-        for folder in (old, held, young):
-            remove_abandoned(folder.parent)
+            for file in (folder / "rank-0.lock", folder / "rank-0"):
+                file.touch()
+                if "young" not in name:
+                    os.utime(file, (1e9, 1e9))
+        (tmp_path / "ranks-alive/session-1/rank-0").touch()  # a sign of life, without locks
+        for name in (LAUNCHER, WAITING):  # killed before rank 0 had come
+            (tmp_path / f"ranks-{name}").mkdir()
+            (tmp_path / f"ranks-{name}" / name).touch()
+            os.utime(tmp_path / f"ranks-{name}" / name, (1e9, 1e9))
+        descriptor = hold(tmp_path / "ranks-held/session-1/rank-0.lock")
+        remove_abandoned(tmp_path, "ranks-")
         os.close(descriptor)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["held", "young"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
+
+    def test_a_user_without_a_name_has_a_folder(self, tmp_path, monkeypatch):
+        """As in a container that runs with a number alone."""
+
+        def nobody(*_):
+            raise KeyError("getpwuid(): uid not found")
+
+        monkeypatch.setattr("getpass.getuser", nobody)
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RankError, match="Rank 1 did not come"):
+            parallel.connect("cpu", seconds=0.01)
 
     def test_locks_tell_whether_a_process_lives(self, tmp_path):
         path = tmp_path / "lock"

@@ -81,16 +81,17 @@ def test_gradient_of_weights(sizes, number):
     out = cupy.full((inputs + 1, units), 0x7FC1, np.uint16)
     packed = pack(cupy.asarray(entered), axis=-1)
     matrix = cupy.asarray(to_bfloat16(gradient))
-    scratch = None
+    memory = scratch = None
     if number > 1:
-        scratch = sign_gemm.part_scratch(number * inputs * units + 1)
-        scratch[...] = np.nan
-    sign_gemm.weight_gradient(packed, matrix, out[:inputs], 0, scratch, number)
+        memory = sign_gemm.part_scratch(number * inputs * units + 1)
+        memory[...] = np.nan
+        scratch = memory[:-1].reshape(number, inputs, units)
+    sign_gemm.weight_gradient(packed, matrix, out[:inputs], 0, scratch)
     np.testing.assert_array_equal(out[:inputs].get(), to_bfloat16(entered.T @ gradient))
     assert (out[inputs:] == 0x7FC1).all()
-    if scratch is not None:  # each part has been written, and nothing beyond
-        assert bool(cupy.isnan(scratch[-1]))
-        assert not bool(cupy.isnan(scratch[:-1]).any())
+    if memory is not None:  # each part has been written, and nothing beyond
+        assert bool(cupy.isnan(memory[-1]))
+        assert not bool(cupy.isnan(memory[:-1]).any())
 
 
 def mask_words(passes: np.ndarray) -> np.ndarray:

@@ -20,7 +20,15 @@ from cupybnn.cli.signals import ENDING
 from cupybnn.cli.streams import complain
 from cupybnn.errors import SettingError
 from cupybnn.parallel import detect
-from cupybnn.parallel.locks import LAUNCHER, hold, read, release, write
+from cupybnn.parallel.locks import (
+    LAUNCHER,
+    hold,
+    read,
+    release,
+    remove_abandoned,
+    user_prefix,
+    write,
+)
 from cupybnn.parallel.starting import rank_environment
 from cupybnn.training.records import Callback
 
@@ -37,7 +45,7 @@ _POLL = 0.05
 #: As many ranks may be tried on any machine, however few processors it has.
 _FEW = 8
 #: Exit codes after which a restart would be of no use, or unwanted.
-_FINAL = (2, 130, 143)
+_FINAL = (2, *(128 + number for number in ENDING))
 
 
 class RunFolderFile(Callback):
@@ -136,15 +144,23 @@ def _without(words: Sequence[str], *options: str) -> list[str]:
 
 def _run(words: list[str], size: int) -> tuple[int, str | None]:
     """Run the ranks once; return the exit code and rank 0's run folder, if it made one."""
-    folder = Path(tempfile.mkdtemp(prefix="cupybnn-ranks-"))
+    remove_abandoned(Path(tempfile.gettempdir()), user_prefix())
+    folder = Path(tempfile.mkdtemp(prefix=user_prefix()))
     lock = hold(folder / LAUNCHER)
     ranks: list[subprocess.Popen[bytes]] = []
+    found = None
+
+    def let_go() -> None:
+        nonlocal found
+        found = read(folder / _RUN_FOLDER) or found  # without the lock, ranks remove the folder
+        release(lock)
+
     try:
         with _forwarding(ranks):
             for rank in range(size):
                 ranks.append(_start(words, rank, size, folder))
-            codes = _wait(ranks, lambda: release(lock))
-        found = read(folder / _RUN_FOLDER)
+            codes = _wait(ranks, let_go)
+        found = read(folder / _RUN_FOLDER) or found
         return _exit_code(codes), None if found is None else os.fsdecode(found)
     finally:
         for each in ranks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -79,6 +80,12 @@ class Dataset:
                 f"The 'class_names' of a Dataset must be one for each of its {self.classes} "
                 f"classes; got {len(self.class_names)}."
             )
+        for name, count in Counter(self.class_names or ()).items():
+            if count > 1:
+                raise ValueError(
+                    f"The 'class_names' of a Dataset must be different names; got {name!r} more "
+                    f"than once."
+                )
         if self.pixel_max is not None and not 0 < self.pixel_max < float("inf"):
             raise ValueError(
                 f"The 'pixel_max' of a Dataset must be None or a positive number; got "

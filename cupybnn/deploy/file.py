@@ -145,6 +145,8 @@ def _fitting(header: Any, place: str) -> None:
         raise SchemaError(f"classes must name {width} outputs; got {len(header['classes'])}")
     if len({type(name) for name in header["classes"]}) != 1:
         raise SchemaError("classes must be numbers or names, not both")
+    if len(set(header["classes"])) != width:
+        raise SchemaError("classes must be different names")
     shape = header["image_shape"]
     if shape is not None and math.prod(shape) != header["features"]:
         raise SchemaError(f"image_shape must have {header['features']} pixels; got {shape}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -65,6 +66,12 @@ class PackedNetwork:
                 f"The 'classes' of a PackedNetwork must name each of its {count} outputs; got "
                 f"{self.classes.shape}."
             )
+        for name, times in Counter(self.classes.tolist()).items():
+            if times > 1:  # a prediction would not say which
+                raise ValueError(
+                    f"The 'classes' of a PackedNetwork must be different names; got {name!r} "
+                    f"more than once."
+                )
         self.device = device
         self._forward = Forward(self.layers, inputs, device)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import os
 import socket
@@ -14,10 +13,11 @@ from typing import Any
 
 import cupybnn
 from cupybnn import settings
+from cupybnn.backends.cuda.sources import kernels_dir
 from cupybnn.backends.devices import Device, cuda_status, resolve
 from cupybnn.errors import RankError, SettingError
 from cupybnn.parallel.launch import Launch, detect
-from cupybnn.parallel.locks import remove_abandoned
+from cupybnn.parallel.locks import remove_abandoned, user_prefix
 from cupybnn.parallel.meeting import Meeting
 from cupybnn.parallel.ranks import Alone, Ranks
 from cupybnn.paths import user_path
@@ -184,11 +184,14 @@ def _base(launch: Launch, folder: Any, communicator: Any) -> Path | None:
     else:
         name = launch.job
     if folder is not None:
-        return user_path(folder) / f".cupybnn-ranks-{name}"
-    ours = f"cupybnn-ranks-{getpass.getuser()}-"
-    for old in Path(tempfile.gettempdir()).glob(f"{ours}*"):
-        remove_abandoned(old)
-    path = Path(tempfile.gettempdir()) / f"{ours}{name}"
+        parent, prefix = user_path(folder), ".cupybnn-ranks-"
+    else:
+        parent, prefix = Path(tempfile.gettempdir()), user_prefix()
+    path = parent / f"{prefix}{name}"
+    if launch.rank == 0:
+        remove_abandoned(parent, prefix)
+    if folder is not None:
+        return path
     path.mkdir(mode=0o700, exist_ok=True)
     if hasattr(os, "geteuid") and path.stat().st_uid != os.geteuid():  # anyone may write there
         raise SettingError(
@@ -200,10 +203,11 @@ def _base(launch: Launch, folder: Any, communicator: Any) -> Path | None:
 
 @cache
 def _version() -> dict[str, str]:
-    """Return the version of cupybnn, and a hash of its source files."""
-    root = Path(cupybnn.__file__).parent
+    """Return the version of cupybnn, and a hash of its source files and kernels."""
     digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode())
-        digest.update(path.read_bytes())
+    # Names within each folder: kernels lie inside a wheel's package, and beside it in a checkout.
+    for folder, pattern in ((Path(cupybnn.__file__).parent, "*.py"), (kernels_dir(), "*.cu*")):
+        for path in sorted(folder.rglob(pattern)):
+            digest.update(path.relative_to(folder).as_posix().encode())
+            digest.update(path.read_bytes())
     return {"version": cupybnn.__version__, "code": digest.hexdigest()[:12]}

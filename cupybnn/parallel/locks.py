@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import os
 import secrets
 import shutil
@@ -14,10 +15,22 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["LAUNCHER", "hold", "is_held", "read", "release", "remove_abandoned", "write"]
+__all__ = [
+    "LAUNCHER",
+    "WAITING",
+    "hold",
+    "is_held",
+    "read",
+    "release",
+    "remove_abandoned",
+    "user_prefix",
+    "write",
+]
 
 #: The file that a process holds which ends all ranks when it ends itself.
 LAUNCHER = "launcher.lock"
+#: There while ranks wait for rank 0; if it does not come, the first of them to remove it says so.
+WAITING = "waiting"
 _A_MINUTE = 60.0
 
 
@@ -71,10 +84,22 @@ def read(path: Path) -> bytes | None:
         return None
 
 
-def remove_abandoned(base: Path) -> None:
-    """Remove the folder of ranks that were all killed, as mpirun does when it loses one."""
-    with contextlib.suppress(OSError):
-        locks = [*base.glob("session-*/rank-*.lock"), *base.glob(LAUNCHER)]
-        old = [lock.stat().st_mtime < time.time() - _A_MINUTE for lock in locks]
-        if locks and all(old) and not any(map(is_held, locks)):
-            shutil.rmtree(base, ignore_errors=True)
+def user_prefix() -> str:
+    """Return how the names of meeting folders begin among temporary files."""
+    # Not a name alone, which a container's user may lack.
+    user = os.geteuid() if hasattr(os, "geteuid") else getpass.getuser()
+    return f"cupybnn-ranks-{user}-"
+
+
+def remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove the meeting folders of ranks that were all killed, as mpirun does when it loses one.
+
+    Their locks are free, and they have given no sign of life for a minute.
+    """
+    for base in parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            files = [*base.glob("session-*/rank-*")]
+            files += [base / name for name in (LAUNCHER, WAITING) if (base / name).exists()]
+            old = [file.stat().st_mtime < time.time() - _A_MINUTE for file in files]
+            if files and all(old) and not any(map(is_held, files)):
+                shutil.rmtree(base, ignore_errors=True)

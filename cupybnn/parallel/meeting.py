@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cupybnn.errors import RankError
-from cupybnn.parallel.locks import LAUNCHER, hold, is_held, read, write
+from cupybnn.parallel.locks import LAUNCHER, WAITING, hold, is_held, read, write
 
 __all__ = ["Meeting"]
 
@@ -94,14 +94,18 @@ class Meeting:
         # Since when this rank has waited, and when that was asked, if there is no answer yet.
         self._waits_since: float | None = None
         self._asked: float | None = None
+        self._threads: list[threading.Thread] = []
         self.folder = self._open_session()
         self._lock = hold(self._file(rank, ".lock"))
         self._write_state()
         if rank == 0:
             write(base / _CURRENT, self.folder.name.encode())
         self._interval = min(1.0, seconds / 5)
-        self._await_all()
-        self._threads: list[threading.Thread] = []
+        try:
+            self._await_all()
+        except BaseException as error:
+            self.close(error)
+            raise
         self._begin_thread("cupybnn-ranks", self._watch)
         self._begin_thread("cupybnn-ranks-waiting", self._ask)
 
@@ -134,7 +138,19 @@ class Meeting:
             there = (folder / "rank-0.lock").exists() and is_held(folder / "rank-0.lock")
             return folder if there else None
 
-        return self._await(current, lambda: [0])
+        waiting = self.base / WAITING
+        waiting.touch()
+        try:
+            found = self._await(current, lambda: [0])
+        except BaseException as error:
+            first = _removed(waiting)
+            if isinstance(error, RankError):
+                error.report = first
+            with contextlib.suppress(OSError):  # not empty: other ranks
+                self.base.rmdir()
+            raise
+        _removed(waiting)
+        return found
 
     def _await_all(self) -> None:
         def missing() -> list[int]:
@@ -153,7 +169,8 @@ class Meeting:
                     f"{waited:.0f} seconds. All {self.size} ranks must be started, and see this "
                     f"folder; on several hosts, choose one that they share with --log_dir or "
                     f"CUPYBNN_RENDEZVOUS.",
-                    report=self.rank == next(r for r in range(self.size) if r not in absent),
+                    report=self.rank
+                    == next((r for r in range(self.size) if r not in absent), self.rank),
                 )
             time.sleep(0.005)
         return found
@@ -260,6 +277,8 @@ class Meeting:
         for rank in range(self.size):
             if rank == self.rank:
                 continue
+            # A rank writes why it ends, and then lets go of its lock: so look at that first.
+            held = is_held(self._file(rank, ".lock"))
             state = self._state(rank)
             who = f"Rank {rank} (process {state.get('pid')} on {state.get('host')})"
             if "relayed" in state:  # it has noticed before us
@@ -270,7 +289,7 @@ class Meeting:
                 self._busy_at[rank] = now
             if "left" in state:
                 continue
-            if not is_held(self._file(rank, ".lock")) and "left" not in self._state(rank):
+            if not held:
                 return f"{who} has died."
             before, since = self._seen.get(rank, (None, now))
             if before is None or before != state.get("beat"):
@@ -344,7 +363,12 @@ class Meeting:
         os.close(self._lock)
 
     def remove(self) -> None:
-        """Remove the folder of this session, and `base` if nothing else is in it."""
+        """Remove the folder of this session, and `base` if nothing else is in it.
+
+        Also `base` if the process that made it and would remove it has been killed.
+        """
+        if (self.base / LAUNCHER).exists() and not is_held(self.base / LAUNCHER):
+            shutil.rmtree(self.base, ignore_errors=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         if read(self.base / _CURRENT) == self.folder.name.encode():
             with contextlib.suppress(OSError):
@@ -354,6 +378,15 @@ class Meeting:
 
     def _is_gone(self, rank: int) -> bool:
         state = self._state(rank)
-        return any(k in state for k in ("left", "error", "relayed")) or not is_held(
-            self._file(rank, ".lock")
-        )
+        lock = self._file(rank, ".lock")
+        ended = any(k in state for k in ("left", "error", "relayed"))
+        return ended or not lock.exists() or not is_held(lock)  # or it has never come
+
+
+def _removed(path: Path) -> bool:
+    """Remove a file; return whether it was there."""
+    try:
+        os.unlink(path)
+    except OSError:
+        return False
+    return True

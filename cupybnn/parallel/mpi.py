@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import os
+import re
+import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +26,7 @@ _SMALL = 1 << 14  # bytes
 _SPINS = 100  # polls without a pause
 _LONGEST_PAUSE = 0.001  # seconds
 _TIME_TO_PRINT = 3.0  # seconds
+_MPICH_MEMORY = re.compile(r"/dev/shm/mpich_shm_\w+$", re.MULTILINE)
 
 
 def world(launch: Launch) -> Any:
@@ -45,7 +51,25 @@ def world(launch: Launch) -> Any:
             f"processes; it finds {found} ({MPI.Get_library_version().split(chr(10))[0]}). Use the "
             f"mpirun of that MPI, or install mpi4py for the other."
         )
+    _forget_shared_memory(MPI.COMM_WORLD)
     return MPI.COMM_WORLD
+
+
+def _forget_shared_memory(communicator: Any) -> None:
+    """Remove the name of the memory that MPICH shares among the ranks of a host.
+
+    They keep the memory itself. MPICH removes the name at its end only, so it would stay if a rank
+    were killed, or called abort. It is kept if a rank of this host has not opened it yet.
+    """
+    try:
+        names = _MPICH_MEMORY.findall(Path("/proc/self/maps").read_text(errors="replace"))
+    except OSError:  # not Linux
+        names = []
+    mine = [socket.gethostname(), sorted(set(names))]
+    if all(other == mine for other in communicator.allgather(mine) if other[0] == mine[0]):
+        for name in names:
+            with contextlib.suppress(OSError):  # another rank was faster
+                os.unlink(name)
 
 
 class MpiRanks(Ranks):

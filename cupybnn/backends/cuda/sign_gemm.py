@@ -178,9 +178,7 @@ def transposed_product(
     _launch(SUMMED, _TRANSPOSED, arguments, defines, tiles(inputs, batch), device)
 
 
-def weight_gradient(
-    signs: Any, matrix: Any, out: Any, device: int, scratch: Any = None, number: int = 1
-) -> None:
+def weight_gradient(signs: Any, matrix: Any, out: Any, device: int, scratch: Any = None) -> None:
     """Compute ``out = signs.T @ matrix``, the gradient of a layer's weights.
 
     Parameters
@@ -193,15 +191,15 @@ def weight_gradient(
         Likewise, rounded to nearest even.
     device : int
         Index of the current CUDA device.
-    scratch : cupy.ndarray, optional
-        From `part_scratch`: the batch is divided into `number` parts, whose sums are added up.
-    number : int
-        See `parts`.
+    scratch : cupy.ndarray of float32, shape (parts, inputs, units), optional
+        Memory from `part_scratch`: the batch is divided into so many parts, whose gradients are
+        added up. See `parts`.
     """
     if scratch is None:
         arguments = _of_weights(signs, matrix, out)
         _launch(PRODUCT, _GRADIENT, arguments, _PLAIN, tiles(*out.shape), device)
         return
+    number = scratch.shape[0]
     arguments = _of_weights(signs, matrix, scratch, number)
     _launch(PRODUCT, _PARTS, arguments, _PLAIN, number * tiles(*out.shape), device)
     loaded = load_kernel(SUM_PARTS.source, SUM_PARTS.function, (("REAL", "bfloat16_bits"),), device)

@@ -19,7 +19,7 @@ from typing import Any
 from cupybnn.backends.devices import Device
 from cupybnn.benchmark.record import new_record
 from cupybnn.benchmark.training.variants import Size
-from cupybnn.parallel.locks import LAUNCHER, hold
+from cupybnn.parallel.locks import LAUNCHER, hold, user_prefix
 from cupybnn.parallel.starting import rank_environment
 
 __all__ = ["compare", "run", "tasks_for"]
@@ -153,7 +153,7 @@ def _in_processes(tasks: Sequence[dict[str, Any]]) -> Generator[dict[str, Any]]:
     command = [sys.executable, "-m", "cupybnn.benchmark.scaling.worker", json.dumps(tasks)]
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(
-            tempfile.TemporaryDirectory(prefix="cupybnn-ranks-", ignore_cleanup_errors=True)
+            tempfile.TemporaryDirectory(prefix=user_prefix(), ignore_cleanup_errors=True)
         )
         lock = hold(Path(folder) / LAUNCHER)  # if this process is killed, the ranks end, too
         stack.callback(os.close, lock)

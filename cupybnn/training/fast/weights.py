@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from cupybnn.backends.cuda import blas, sign_gemm
@@ -30,16 +31,22 @@ class Weights(Part):
     def __init__(self, shared: Shared) -> None:
         super().__init__(shared)
         plan = self._plan
-        #: By number of a hidden layer: parts of the batch, each with a gradient of its weights.
-        self._parts = {
-            i: sign_gemm.parts(shared.device, plan.batch, layer.inputs, layer.units)
+        #: By number of a hidden layer: memory for the gradients of its weights from parts of the
+        #: batch. The layers share it.
+        self._parts: dict[int, Any] = {}
+        shapes = {
+            i: (
+                sign_gemm.parts(shared.device, plan.batch, layer.inputs, layer.units),
+                layer.inputs,
+                layer.units,
+            )
             for i, layer in enumerate(plan.hidden)
             if layer.backward == "parts"
         }
-        self._part_scratch = None
-        if self._parts:
-            sizes = [n * plan.hidden[i].linear.weight.size for i, n in self._parts.items()]
-            self._part_scratch = sign_gemm.part_scratch(max(sizes))
+        if shapes:
+            memory = sign_gemm.part_scratch(max(map(math.prod, shapes.values())))
+            for i, shape in shapes.items():
+                self._parts[i] = memory[: math.prod(shape)].reshape(shape)
 
     def gradient(self, i: int, gradient: Any, products: blas.Blas) -> None:
         """Compute the gradient of the weights of hidden layer `i`, summed over all passes."""
@@ -67,10 +74,8 @@ class Weights(Part):
         before, hidden = self._buffers.hidden[i - 1], self._buffers.hidden[i]
         out = self._buffers.gradients[hidden.plan.linear.weight]
         with self.span(f"gradient of {hidden.plan.name}'s weights"):
-            number = self._parts.get(i, 1)
-            scratch = self._part_scratch if number > 1 else None
-            device = self.shared.device
-            sign_gemm.weight_gradient(before.packed, gradient, out, device, scratch, number)
+            scratch = self._parts.get(i)
+            sign_gemm.weight_gradient(before.packed, gradient, out, self.shared.device, scratch)
 
     def gradient_by_planes(self, i: int) -> None:
         """Compute the gradient of hidden layer `i`'s weights by bit planes; update them, or not."""
