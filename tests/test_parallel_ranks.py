@@ -453,7 +453,7 @@ class TestMeeting:
         os.close(descriptor)
 
     def test_the_last_resort_is_for_a_main_thread_that_cannot_leave(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("cupybnn.parallel.meeting._LAST_RESORT", 0.2)
+        monkeypatch.setattr("cupybnn.parallel.watching._LAST_RESORT", 0.2)
         said = threading.Event()
         meetings = [None, None]
 
