@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -274,6 +275,21 @@ def test_the_command_needs_no_option_under_a_launcher(tmp_path, launcher):
     assert "Final test accuracy" in first
     assert second == ""  # rank 0 alone prints
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not find_spec("torch"), reason="needs PyTorch: pip install .[torch]")
+def test_a_run_under_torchrun(tmp_path):
+    """Its variables are those that are read; above, they are set without it."""
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+    options = ["--dataset", "digits", "--device", "cpu", "--n_hidden", "16", "--max_steps", "3"]
+    done = subprocess.run(
+        [sys.executable, "-m", *torchrun, sys.executable, "-m", "cupybnn", "train", *options],
+        env=environment(tmp_path), capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "device: cpu, 2 ranks" in done.stdout
+    assert done.stdout.count("Final test accuracy") == 1  # rank 0 alone prints
+    assert list(tmp_path.glob("cupybnn*")) == []
 
 
 class TestMeeting:
