@@ -19,9 +19,11 @@ import pytest
 from ranks import MPIEXEC, in_threads, need_gpus, needs_mpi, together
 
 from cupybnn import parallel
+from cupybnn.backends import devices
 from cupybnn.backends.cuda.sources import kernels_dir
-from cupybnn.errors import RankError, SettingError
-from cupybnn.parallel import joining
+from cupybnn.errors import DeviceError, RankError, SettingError
+from cupybnn.extras import to_install
+from cupybnn.parallel import joining, starting
 from cupybnn.parallel import ranks as exchanging
 from cupybnn.parallel.launch import detect
 from cupybnn.parallel.locks import LAUNCHER, WAITING, hold, is_held, release, remove_abandoned
@@ -106,6 +108,32 @@ class TestLaunch:
         monkeypatch.setattr("cupybnn.parallel.joining.cuda_status", lambda: Gpus())
         with pytest.raises(SettingError, match="each rank takes the GPU of its own number"):
             parallel.connect("cuda:1")
+
+    def test_without_cupy_ranks_on_gpus_are_pointed_to_nccl_too(self, monkeypatch, capsys):
+        from cupybnn.cli.main import main
+
+        monkeypatch.setitem(sys.modules, "cupy", None)  # so that it cannot be imported
+        monkeypatch.setattr(devices, "_cupy_wheels", list)
+        status = devices.cuda_status.__wrapped__()
+        for module in (joining, starting):
+            monkeypatch.setattr(module, "cuda_status", lambda: status)
+        needed = f"{to_install('distributed-cuda13')}, or the extra distributed-cuda12."
+        train = ["train", "--dataset", "digits"]
+        for words in ([*train, "--gpus", "2"], ["bench", "train", "--gpus", "1,2"]):
+            assert main(words) == 2
+            said = capsys.readouterr().err
+            assert "the number of GPUs, 0; got 2. CuPy is not installed." in said
+            assert said.endswith(f"{needed}\n")
+        assert main([*train, "--gpus", "1"]) == 2
+        assert "NCCL" not in capsys.readouterr().err
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(DeviceError, match="CuPy is not installed") as caught:
+            parallel.connect("cuda")
+        assert str(caught.value).endswith(needed)
+        # With a CuPy that sees no GPU, there is nothing to install.
+        monkeypatch.setattr(starting, "cuda_status", lambda: devices.CudaStatus(False, "No GPU."))
+        assert starting.why_no_gpus() == "No GPU."
 
 
 class Gpus:
