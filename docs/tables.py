@@ -144,11 +144,12 @@ def _spread(values: list[float]) -> str:
 
 def _heading(path: Path, record: dict[str, Any], parts: Path) -> list[str]:
     what = _TITLES[records.kind_of(record)]
-    lines = [f"## {what} on one {record['gpu']['name']}", ""]
+    lines = [f"## {what} {record['gpu']['name']}", ""]
     chart = path.with_suffix(".svg")
     if chart.exists():
         shutil.copy(chart, parts)
-        lines += [f"```{{image}} /_generated/parts/{chart.name}\n:alt: {what}\n```", ""]
+        alt = what.removesuffix(" on one").removesuffix(":")
+        lines += [f"```{{image}} /_generated/parts/{chart.name}\n:alt: {alt}\n```", ""]
     return lines
 
 
@@ -257,8 +258,45 @@ def _shape(m: int, n: int, k: int) -> str:
     return f"{m}³" if m == n == k else f"{m} × {n} × {k}"
 
 
-_MAKERS = {"product": products, "train": training, "infer": inference}
-_TITLES = {"train": "Training", "product": "Matrix products", "infer": "Predictions"}
+def scaling(record: dict[str, Any]) -> list[str]:
+    """Return the lines of a table of steps on several GPUs, with what was measured above it."""
+    libraries = ("cupybnn", "PyTorch")
+    lines = [
+        f"Milliseconds a step, and examples a second as a multiple of those of one GPU: medians "
+        f"of one run on GPUs of one host ({_when(record)}). PyTorch is DistributedDataParallel, "
+        f"compiled, in bfloat16, without a CUDA graph; with few units its host is what takes so "
+        f"long.",
+        "",
+        "| hidden, images | GPUs | cupybnn | gain | PyTorch | gain | ours / PyTorch |",
+        "| --- |" + " ---: |" * 6,
+    ]
+    cases: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in record["rows"]:
+        if "error" not in row and (row["kind"], row["ranks"]) != ("strong", record["counts"][0]):
+            key = (row["hidden"], row["size"], row["kind"], row["ranks"])
+            cases.setdefault(key, {})[row["library"]] = row
+    for (hidden, size, kind, ranks), found in cases.items():
+        cells = [f"{hidden}, {size} {'a GPU' if kind == 'weak' else 'in all'}", str(ranks)]
+        for row in map(found.get, libraries):
+            cells.append(f"{1e3 * row['step']['median']:#.3g}" if row else "–")
+            cells.append(_ratio(row, "speedup"))
+        lines.append(
+            "| " + " | ".join([*cells, _ratio(found.get("cupybnn"), "over_pytorch")]) + " |"
+        )
+    return lines
+
+
+def _ratio(row: dict[str, Any] | None, name: str) -> str:
+    return f"{row[name]:.2f}" if row and name in row else "–"
+
+
+_MAKERS = {"product": products, "train": training, "scaling": scaling, "infer": inference}
+_TITLES = {
+    "product": "Matrix products on one",
+    "train": "Training on one",
+    "scaling": "Training on several GPUs:",
+    "infer": "Predictions on one",
+}
 
 if __name__ == "__main__":
     print(recipe_table(), recipe_runs(ROOT / "bench/results/recipes"), sep="\n\n")

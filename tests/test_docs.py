@@ -251,3 +251,27 @@ def test_a_table_from_a_record_of_training(generate):
     assert "bfloat16 and tf32 for cupybnn, tf32 and bfloat16 for PyTorch" in text
     assert "| 512, 8192 | 30.0 | 24.0 | 1.25 | 0.412 | 20.0 | – | 1.50 | – |" in text
     assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
+
+
+def test_steps_on_several_gpus_are_in_a_table(generate):
+    found = record.load(ROOT / "bench" / "results" / "h200_scaling.json")
+    found["counts"] = [1, 2]
+    for row in found["rows"]:
+        if (row["library"], row["hidden"], row["kind"], row["ranks"]) == (
+            "cupybnn",
+            8192,
+            "weak",
+            2,
+        ):
+            row |= {
+                "step": {**row["step"], "median": 0.00789},
+                "speedup": 1.936,
+                "over_pytorch": 1.7,
+            }
+    text = "\n".join(generate.tables.scaling(found))
+    assert re.search(
+        r"^\| 8192, 8192 a GPU \| 2 \| 7\.89 \| 1\.94 \| .* \| 1\.70 \|$", text, re.MULTILINE
+    )
+    assert "| 8192, 8192 in all | 2 |" in text
+    assert "in all | 1 |" not in text  # the same as with images a GPU
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1

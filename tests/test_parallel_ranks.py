@@ -95,7 +95,7 @@ class TestLaunch:
     def test_the_version_of_a_rank_includes_its_kernels(self, tmp_path, monkeypatch, file):
         copy = tmp_path / "kernels"
         shutil.copytree(kernels_dir(), copy)
-        monkeypatch.setattr("cupybnn.parallel.joining.kernels_dir", lambda: copy)
+        monkeypatch.setattr("cupybnn.backends.cuda.sources.kernels_dir", lambda: copy)
         here = joining._version.__wrapped__()
         assert here == joining._version.__wrapped__()
         with open(copy / file, "a") as source:

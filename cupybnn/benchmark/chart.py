@@ -84,7 +84,7 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
         raise SettingError(
             "The record contains no square products to draw; run the section 'square'."
         )
-    figure, axes = new_figure(8.5, 5.2, record, "Matrix products")
+    figure, axes = new_figure(8.5, 5.2, record, "Matrix products on one")
     ticks = sorted({n for sizes, _ in series.values() for n in sizes})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -111,7 +111,10 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
 
 
 def new_figure(width: float, height: float, record: dict[str, Any], what: str) -> tuple[Any, Any]:
-    """Return a figure and its axes, with a title that names the measurement and the device."""
+    """Return a figure and its axes, with a title that names the measurement and the device.
+
+    `what` ends before the device's name: "Rates on one".
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -120,7 +123,7 @@ def new_figure(width: float, height: float, record: dict[str, Any], what: str) -
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     where = record["gpu"]["name"] if record["gpu"] else record["machine"]["cpu"]
-    axes.set_title(f"{what} on one {where}", loc="left", fontsize=11)
+    axes.set_title(f"{what} {where}", loc="left", fontsize=11)
     return figure, axes
 
 

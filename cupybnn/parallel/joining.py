@@ -13,7 +13,6 @@ from typing import Any
 
 import cupybnn
 from cupybnn import settings
-from cupybnn.backends.cuda.sources import kernels_dir
 from cupybnn.backends.devices import Device, cuda_status, resolve
 from cupybnn.errors import DeviceError, RankError, SettingError
 from cupybnn.parallel.launch import Launch, detect
@@ -207,6 +206,8 @@ def _base(launch: Launch, folder: Any, communicator: Any) -> Path | None:
 @cache
 def _version() -> dict[str, str]:
     """Return the version of cupybnn, and a hash of its source files and kernels."""
+    from cupybnn.backends.cuda.sources import kernels_dir  # with modules that a CPU does not need
+
     digest = hashlib.sha256()
     # Names within each folder: kernels lie inside a wheel's package, and beside it in a checkout.
     for folder, pattern in ((Path(cupybnn.__file__).parent, "*.py"), (kernels_dir(), "*.cu*")):

@@ -47,7 +47,7 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
     if not points:
         raise SettingError("The record holds no predictions to draw.")
     width = 4.4 * len(points) + 0.6
-    figure, whole = new_figure(width, 4.6, record, "Predictions of a packed network")
+    figure, whole = new_figure(width, 4.6, record, "Predictions of a packed network on one")
     figure.suptitle(whole.get_title("left"), fontsize=11)
     whole.remove()
     panels = figure.subplots(1, len(points), squeeze=False)[0]

@@ -31,7 +31,8 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
         If the record has nothing to draw, or matplotlib is not installed.
     """
     needs_matplotlib()
-    figure, axes = new_figure(8.0, 5.0, record, "Training on several ranks")
+    ranks = "GPUs" if record["gpu"] else "ranks"
+    figure, axes = new_figure(8.0, 5.0, record, f"Training on several {ranks},")
     drawn = False
     for number, (title, rows) in enumerate(cases(record)):
         for library, line in (("cupybnn", "-"), ("PyTorch", "--")):
@@ -47,7 +48,7 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
     counts = record["counts"]
     axes.plot(counts, [n / counts[0] for n in counts], ":", color="black", lw=0.8, label="ideal")
     axes.set_xticks(counts, map(str, counts))
-    axes.set_xlabel("ranks")
+    axes.set_xlabel(ranks)
     axes.set_ylabel(f"examples a second, over those of {counts[0]}")
     axes.grid(True, color="#dddddd", linewidth=0.6)
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=1)

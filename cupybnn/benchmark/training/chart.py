@@ -73,7 +73,7 @@ def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> tuple[Path, Pa
     rates = {kind[0]: [_fastest(found, *kind[1:4]) for found in sizes] for kind in _KINDS}
     kinds = [kind for kind in _KINDS if any(rates[kind[0]])]
     width = max(7.0, 1.25 * len(sizes) + 1.5)
-    figure, axes = new_figure(width, 4.8, record, "Training a binarized network")
+    figure, axes = new_figure(width, 4.8, record, "Training a binarized network on one")
     width = 0.8 / len(kinds)
     for number, (name, *_, color) in enumerate(kinds):
         left = (number - (len(kinds) - 1) / 2) * width
