@@ -56,10 +56,7 @@ def write_all(folder: Path) -> None:
     parts.mkdir(parents=True)
     (parts / "options.md").write_text(tables.options(), encoding="utf-8")
     (parts / "environment.md").write_text(environment(), encoding="utf-8")
-    (parts / "recipe_table.md").write_text(tables.recipe_table(), encoding="utf-8")
     (parts / "recipes.md").write_text(recipe_sections(), encoding="utf-8")
-    runs = tables.recipe_runs(ROOT / "bench/results/recipes")
-    (parts / "recipe_runs.md").write_text(runs, encoding="utf-8")
     (parts / "commands.md").write_text(command_sections(), encoding="utf-8")
     (parts / "quantizers.md").write_text(quantizer_sections(parts), encoding="utf-8")
     (parts / "benchmarks.md").write_text(

@@ -1,4 +1,7 @@
-"""Tables of the pages: options of ``cupybnn train``, and results from the records in ``bench``."""
+"""Tables of the pages: options of ``cupybnn train``, and results from the records in ``bench``.
+
+``python docs/tables.py`` prints those of ``recipes.md``, which stand in the page itself.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from cupybnn.benchmark import record as records
 from cupybnn.training import recipes
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.declaration import declared
+
+ROOT = Path(__file__).resolve().parent.parent
 
 #: The columns of the products' table, by the names of the methods in a record.
 METHODS = (
@@ -292,3 +297,6 @@ _TITLES = {
     "scaling": "Training on several GPUs:",
     "infer": "Predictions on one",
 }
+
+if __name__ == "__main__":
+    print(recipe_table(), recipe_runs(ROOT / "bench/results/recipes"), sep="\n\n")

@@ -28,8 +28,8 @@ NO_MNIST = (
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add ``--kills``."""
     parser.addoption(
-        "--kills", type=int, default=2, metavar="N",
-        help="kill so many runs of several ranks at random moments (2)",
+        "--kills", type=int, default=1, metavar="N",
+        help="kill so many runs of several ranks at random moments, of each kind (1)",
     )  # fmt: skip
 
 

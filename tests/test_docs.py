@@ -185,8 +185,16 @@ def test_runs_of_recipes_are_in_a_table(generate, tmp_path):
         "| a CPU, 2026-11-29 |",
         "| `b` | 0, 1, 2 | 0.9920 ± 0.0020 | – | 20 – 22 | a CPU, 2026-11-29 |",
     ]
-    published = generate.tables.recipe_runs(ROOT / "bench" / "results" / "recipes")
-    assert "`binarynet`" in published
+
+
+@pytest.mark.parametrize("table", ["recipe_table", "recipe_runs"])
+def test_the_tables_in_the_page_of_recipes_are_current(generate, table):
+    folder = [ROOT / "bench" / "results" / "recipes"] if table == "recipe_runs" else []
+    current = getattr(generate.tables, table)(*folder)
+    heading = current.splitlines()[0]
+    _, _, below = (DOCS / "recipes.md").read_text(encoding="utf-8").partition(heading)
+    shown, _, _ = below.partition("\n\n")
+    assert heading + shown == current, "python docs/tables.py prints the current table"
 
 
 def test_a_table_of_the_recipes(generate):

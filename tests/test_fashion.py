@@ -62,6 +62,20 @@ def test_an_idx_folder(folder):
         replace(data, class_names=("Bag", *data.class_names[1:]))
 
 
+def test_messages_about_a_folder_name_the_data_set(folder, tmp_path):
+    said: list[str] = []
+    load("fashion", folder, notify=said.append)
+    assert said == [
+        f"The data in {folder} are not of Fashion-MNIST's size: found 60 training and 20 test "
+        f"images of 28×28 pixels; Fashion-MNIST has 60,000 and 10,000 of 28×28."
+    ]
+    with pytest.raises(DataError, match="must hold Fashion-MNIST's four IDX files"):
+        load("fashion", tmp_path)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(DataError, match="Name the folder of Fashion-MNIST's four IDX files"):
+        load("fashion", tmp_path / "file")
+
+
 def test_an_emnist_folder_is_refused(folder, tmp_path):
     for path in folder.iterdir():
         name = path.name.replace("t10k", "test")

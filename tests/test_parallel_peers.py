@@ -199,16 +199,22 @@ class TestByNumpy:
         assert self.ranks(monkeypatch, 2, lambda peers, *_: peers.works)[1] == [False] * 2
 
     def test_a_rank_that_does_not_come_is_waited_for_until_the_end(self, monkeypatch):
+        ended = threading.Event()
+
         def exchange(peers, gpus, rank):
             (array,) = peers.zeros([(64, np.float32)])
             out = gpus.module.zeros(64, np.float32)
             if rank == 1:
+                ended.wait(60)  # the other writes into this one's memory
                 return
-            began = time.monotonic()
-            threading.Timer(0.3, peers.end).start()
-            peers.all_reduce(array, out, "float32")()
-            assert time.monotonic() - began > 0.2
-            peers.all_reduce(array, out, "float32")()  # nobody waits any more
+            try:
+                began = time.monotonic()
+                threading.Timer(0.3, peers.end).start()
+                peers.all_reduce(array, out, "float32")()
+                assert time.monotonic() - began > 0.2
+                peers.all_reduce(array, out, "float32")()  # nobody waits any more
+            finally:
+                ended.set()
 
         assert self.ranks(monkeypatch, 2, exchange)[1] == [None] * 2
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,11 @@ import pytest
 from ranks import MPIEXEC, in_threads, need_gpus, needs_mpi, together
 
 from cupybnn import parallel
+from cupybnn.backends import devices
 from cupybnn.backends.cuda.sources import kernels_dir
-from cupybnn.errors import RankError, SettingError
-from cupybnn.parallel import joining
+from cupybnn.errors import DeviceError, RankError, SettingError
+from cupybnn.extras import to_install
+from cupybnn.parallel import joining, starting
 from cupybnn.parallel import ranks as exchanging
 from cupybnn.parallel.launch import detect
 from cupybnn.parallel.locks import LAUNCHER, WAITING, hold, is_held, release, remove_abandoned
@@ -105,6 +108,32 @@ class TestLaunch:
         monkeypatch.setattr("cupybnn.parallel.joining.cuda_status", lambda: Gpus())
         with pytest.raises(SettingError, match="each rank takes the GPU of its own number"):
             parallel.connect("cuda:1")
+
+    def test_without_cupy_ranks_on_gpus_are_pointed_to_nccl_too(self, monkeypatch, capsys):
+        from cupybnn.cli.main import main
+
+        monkeypatch.setitem(sys.modules, "cupy", None)  # so that it cannot be imported
+        monkeypatch.setattr(devices, "_cupy_wheels", list)
+        status = devices.cuda_status.__wrapped__()
+        for module in (joining, starting):
+            monkeypatch.setattr(module, "cuda_status", lambda: status)
+        needed = f"{to_install('distributed-cuda13')}, or the extra distributed-cuda12."
+        train = ["train", "--dataset", "digits"]
+        for words in ([*train, "--gpus", "2"], ["bench", "train", "--gpus", "1,2"]):
+            assert main(words) == 2
+            said = capsys.readouterr().err
+            assert "the number of GPUs, 0; got 2. CuPy is not installed." in said
+            assert said.endswith(f"{needed}\n")
+        assert main([*train, "--gpus", "1"]) == 2
+        assert "NCCL" not in capsys.readouterr().err
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(DeviceError, match="CuPy is not installed") as caught:
+            parallel.connect("cuda")
+        assert str(caught.value).endswith(needed)
+        # With a CuPy that sees no GPU, there is nothing to install.
+        monkeypatch.setattr(starting, "cuda_status", lambda: devices.CudaStatus(False, "No GPU."))
+        assert starting.why_no_gpus() == "No GPU."
 
 
 class Gpus:
@@ -274,6 +303,21 @@ def test_the_command_needs_no_option_under_a_launcher(tmp_path, launcher):
     assert "Final test accuracy" in first
     assert second == ""  # rank 0 alone prints
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not find_spec("torch"), reason="needs PyTorch: pip install .[torch]")
+def test_a_run_under_torchrun(tmp_path):
+    """Its variables are those that are read; above, they are set without it."""
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python"]
+    options = ["--dataset", "digits", "--device", "cpu", "--n_hidden", "16", "--max_steps", "3"]
+    done = subprocess.run(
+        [sys.executable, "-m", *torchrun, sys.executable, "-m", "cupybnn", "train", *options],
+        env=environment(tmp_path), capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "device: cpu, 2 ranks" in done.stdout
+    assert done.stdout.count("Final test accuracy") == 1  # rank 0 alone prints
+    assert list(tmp_path.glob("cupybnn*")) == []
 
 
 class TestMeeting:
@@ -453,7 +497,7 @@ class TestMeeting:
         os.close(descriptor)
 
     def test_the_last_resort_is_for_a_main_thread_that_cannot_leave(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("cupybnn.parallel.meeting._LAST_RESORT", 0.2)
+        monkeypatch.setattr("cupybnn.parallel.watching._LAST_RESORT", 0.2)
         said = threading.Event()
         meetings = [None, None]
 

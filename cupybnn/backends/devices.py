@@ -73,12 +73,13 @@ CPU = Device("cpu")
 
 @dataclass(frozen=True)
 class CudaStatus:
-    """Whether CUDA is usable and, if not, the reason in one sentence."""
+    """Whether CUDA is usable and, if not, the reason in one sentence; whether CuPy is there."""
 
     available: bool
     reason: str
     device_count: int = 0
     cupy_version: str | None = None
+    installed: bool = True
 
 
 def _cupy_wheels() -> list[str]:
@@ -108,7 +109,7 @@ def cuda_status() -> CudaStatus:
     except ModuleNotFoundError as error:
         if error.name != "cupy":
             return CudaStatus(False, f"CuPy is installed but cannot be imported: {error}.")
-        return CudaStatus(False, f"CuPy is not installed. {_TO_INSTALL}")
+        return CudaStatus(False, f"CuPy is not installed. {_TO_INSTALL}", installed=False)
     except (Exception, SystemExit) as error:  # CuPy raises whatever its libraries raise
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         return CudaStatus(False, f"CuPy is installed but cannot be imported: {first_line}")
@@ -119,6 +120,7 @@ def cuda_status() -> CudaStatus:
         return CudaStatus(
             False,
             f"CuPy is not installed ({_whereabouts(cupy)} is imported in its place). {_TO_INSTALL}",
+            installed=False,
         )
     version = str(cupy.__version__)
     try:

@@ -15,6 +15,7 @@ from cupybnn.backends.devices import Device, cuda_status, resolve
 from cupybnn.cli.outputs import check_chart, check_output
 from cupybnn.errors import SettingError
 from cupybnn.files import is_stream
+from cupybnn.parallel.starting import check_gpus
 from cupybnn.paths import user_path
 
 __all__ = ["add_parser", "run"]
@@ -203,13 +204,8 @@ def _check(args: argparse.Namespace) -> None:
                 )
     if args.gpus and args.ranks:
         raise SettingError("The '--gpus' and '--ranks' must not be given together.")
-    if args.gpus and args.gpus[-1] > cuda_status().device_count:
-        status = cuda_status()
-        why = "" if status.available else f" {status.reason}"
-        raise SettingError(
-            f"The '--gpus' must be at most the number of GPUs, {status.device_count}; got "
-            f"{args.gpus[-1]}.{why}"
-        )
+    if args.gpus:
+        check_gpus(args.gpus[-1])
     unknown = [name for name in args.only or () if name not in SECTIONS]
     if unknown or args.only == []:
         raise SettingError(

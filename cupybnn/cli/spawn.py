@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cupybnn import settings
-from cupybnn.backends.devices import cuda_status
 from cupybnn.cli.signals import ENDING
 from cupybnn.cli.streams import complain
 from cupybnn.errors import SettingError
@@ -29,7 +28,7 @@ from cupybnn.parallel.locks import (
     user_prefix,
     write,
 )
-from cupybnn.parallel.starting import rank_environment
+from cupybnn.parallel.starting import check_gpus, rank_environment
 from cupybnn.training.records import Callback
 
 if TYPE_CHECKING:
@@ -106,13 +105,8 @@ def _checked(given: dict[str, Any]) -> tuple[int, str]:
             f"With --{option}, which gives each rank a device of its own, the '--device' must be "
             f"left out; got {got}."
         )
-    if option == "gpus" and cuda_status().device_count < size:
-        status = cuda_status()
-        why = "" if status.available else f" {status.reason}"
-        raise SettingError(
-            f"The '--gpus' must be at most the number of GPUs, {status.device_count}; got {size}."
-            f"{why}"
-        )
+    if option == "gpus":
+        check_gpus(size)
     launch = detect(settings.launch_variables())
     if launch is not None:
         raise SettingError(

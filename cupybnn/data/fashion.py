@@ -86,7 +86,7 @@ def load_folder(
     DataError
         As for `cupybnn.data.idx.load_folder`, and if the files are EMNIST's.
     """
-    data = idx.load_folder(folder, notify=notify)
+    data = idx.load_folder(folder, title=SOURCE.title, notify=notify)
     if data.name != "mnist":
         raise DataError(
             f"The folder of the dataset 'fashion' must hold Fashion-MNIST's four IDX files, named "

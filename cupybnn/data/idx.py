@@ -31,7 +31,8 @@ _CLASSES = 10
 #: EMNIST's data sets, which have their own file names, and their classes. Letters are numbered from
 #: 1, so that class 0 never occurs.
 _EMNIST = {"balanced": 47, "byclass": 62, "bymerge": 47, "digits": 10, "letters": 27, "mnist": 10}
-_MNIST_IMAGES = (60_000, 10_000)  # training and test
+#: The size of MNIST, and of Fashion-MNIST: training and test images, and their shape.
+_MNIST_IMAGES = (60_000, 10_000)
 _MNIST_SHAPE = (28, 28)
 #: Subfolders that other programs use for the files.
 _SUBFOLDERS = ("", "raw", "MNIST/raw", "mnist", "MNIST", "EMNIST/raw", "emnist", "gzip")
@@ -44,7 +45,7 @@ _NAME = re.compile(
 _ROLES = ("train images", "train labels", "test images", "test labels")
 
 
-def find_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
+def find_files(folder: str | os.PathLike[str], *, title: str = "MNIST") -> dict[str, Path]:
     """Find the four files of MNIST, or of a data set in the same format, in `folder`.
 
     Accepted names: train or t10k or test, images or labels, with or without ``idx3``/``idx1`` and
@@ -53,6 +54,12 @@ def find_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
     subfolders ``raw``, ``MNIST/raw``, ``mnist``, ``MNIST``, ``EMNIST/raw``, ``emnist`` and ``gzip``
     are searched too, and a file may be in its own folder of such a name. Plain files take
     precedence over .gz files, and MNIST's names over EMNIST's.
+
+    Parameters
+    ----------
+    folder : path-like
+    title : str
+        The name of the data set in messages: "MNIST", or one whose files have the same names.
 
     Returns
     -------
@@ -72,7 +79,7 @@ def find_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
         if not root.exists():
             raise DataError(f"The data directory {root} does not exist.")
         raise DataError(
-            f"The data directory {root} is a file, not a folder. Name the folder of MNIST's four "
+            f"The data directory {root} is a file, not a folder. Name the folder of {title}'s four "
             f"IDX files. Data of another form, such as .npz or CSV, is passed in Python: "
             f"cupybnn.data.Dataset.from_arrays."
         )
@@ -96,7 +103,7 @@ def find_files(folder: str | os.PathLike[str]) -> dict[str, Path]:
         folders = [n for n in there if _NAME.fullmatch(n) and (root / n).is_dir()]
         hint = f" A file is needed, but {folders[0]} is a folder without one." if folders else ""
         raise DataError(
-            f"The data directory {root} must hold MNIST's four IDX files, such as "
+            f"The data directory {root} must hold {title}'s four IDX files, such as "
             f"train-images-idx3-ubyte or train-images-idx3-ubyte.gz; missing: "
             f"{', '.join(missing)}. It holds: {listing}.{hint}"
         )
@@ -215,13 +222,19 @@ def _read(stream: io.BufferedIOBase, size: int) -> tuple[bytes, bool]:
 
 
 def load_folder(
-    folder: str | os.PathLike[str], *, notify: Callable[[str], None] | None = None
+    folder: str | os.PathLike[str],
+    *,
+    title: str = "MNIST",
+    notify: Callable[[str], None] | None = None,
 ) -> Dataset:
     """Read the four IDX files in `folder` as a `Dataset`.
 
     Parameters
     ----------
     folder : path-like
+    title : str
+        The data set that these files should be, in messages: "MNIST", or one of its size whose
+        files have the same names.
     notify : callable, optional
         Called with a sentence if the data do not have MNIST's size: a subset or another data set
         is allowed, but may be a mistake.
@@ -233,7 +246,7 @@ def load_folder(
         and labels differ, if training and test images differ in size, or if a label is out of
         range.
     """
-    paths = find_files(folder)
+    paths = find_files(folder, title=title)
     name = _name_of(paths)
     classes = _EMNIST.get(name.removeprefix("emnist-"), _CLASSES)
     arrays = {role: read_idx(path, 3 if "images" in role else 1) for role, path in paths.items()}
@@ -274,7 +287,7 @@ def load_folder(
         pixel_max=255,
         classes=classes,
     )
-    sentence = _size_difference(data, folder)
+    sentence = _size_difference(data, folder, title)
     if name != "mnist":
         sentence = (
             f"The files in {os.fspath(folder)} are {name}: {classes} classes, and images with rows "
@@ -285,8 +298,8 @@ def load_folder(
     return data
 
 
-def _size_difference(data: Dataset, folder: str | os.PathLike[str]) -> str | None:
-    """Describe how the size of `data` differs from MNIST's; None if it does not."""
+def _size_difference(data: Dataset, folder: str | os.PathLike[str], title: str) -> str | None:
+    """Describe how the size of `data` differs from that of `title`; None if it does not."""
     train, test = len(data.train_labels), len(data.test_labels)
     classes = len(np.unique(data.train_labels))
     if (train, test, data.image_shape, classes) == (*_MNIST_IMAGES, _MNIST_SHAPE, _CLASSES):
@@ -297,8 +310,8 @@ def _size_difference(data: Dataset, folder: str | os.PathLike[str]) -> str | Non
     assert data.image_shape is not None
     (height, width), (mnist_height, mnist_width) = data.image_shape, _MNIST_SHAPE
     sentence = (
-        f"The data in {os.fspath(folder)} are not of MNIST's size: found {train:,} training and "
-        f"{test:,} test images of {height}×{width} pixels{found}; MNIST has {_MNIST_IMAGES[0]:,} "
+        f"The data in {os.fspath(folder)} are not of {title}'s size: found {train:,} training and "
+        f"{test:,} test images of {height}×{width} pixels{found}; {title} has {_MNIST_IMAGES[0]:,} "
         f"and {_MNIST_IMAGES[1]:,} of {mnist_height}×{mnist_width}{expected}."
     )
     if train < test:

@@ -14,11 +14,12 @@ from typing import Any
 import cupybnn
 from cupybnn import settings
 from cupybnn.backends.devices import Device, cuda_status, resolve
-from cupybnn.errors import RankError, SettingError
+from cupybnn.errors import DeviceError, RankError, SettingError
 from cupybnn.parallel.launch import Launch, detect
 from cupybnn.parallel.locks import remove_abandoned, user_prefix
 from cupybnn.parallel.meeting import Meeting
 from cupybnn.parallel.ranks import Alone, Ranks
+from cupybnn.parallel.starting import why_no_gpus
 from cupybnn.paths import user_path
 
 __all__ = ["connect"]
@@ -130,6 +131,8 @@ def _device_of(launch: Launch, name: str) -> Device:
             f"The 'device' of a run of several ranks must be auto, cuda or cpu, because each rank "
             f"takes the GPU of its own number; got {name!r}."
         )
+    if not cuda_status().available:
+        raise DeviceError(f"The device {name!r} cannot be used. {why_no_gpus()}")
     # Where a launcher shows each rank its own GPU only, that one is number 0.
     index = 0 if cuda_status().device_count == 1 else launch.local_rank
     return resolve(f"cuda:{index}")

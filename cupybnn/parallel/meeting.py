@@ -1,38 +1,31 @@
-"""A folder in which the ranks of a run find each other, and notice when one dies or hangs."""
+"""A folder in which the ranks of a run find each other."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cupybnn.errors import RankError
-from cupybnn.parallel.locks import LAUNCHER, WAITING, hold, is_held, read, write
+from cupybnn.parallel.locks import LAUNCHER, WAITING, is_held, read, write
+from cupybnn.parallel.watching import Watch
 
 __all__ = ["Meeting"]
 
 _CURRENT = "current"  # names the session of the ranks that are meeting
 #: Ranks may come this many times later than they may hang: starting Python on a loaded host.
 _START = 10
-#: Seconds in which a rank that has lost another must have left a blocking call. A little later,
-#: ``cupybnn train --gpus`` would end it.
-_LAST_RESORT = 4.0
-_ENDED = "ended with an error:"
 
 
-class Meeting:
+class Meeting(Watch):
     """The ranks of one run in a folder that they all see.
 
-    Each rank holds a lock on a file while it lives, and a thread writes a sign of life into
-    another. The thread also looks after the other ranks: one is lost if its lock is free, if its
-    signs of life stop, or if it is the one that an operation has waited for too long.
+    They find each other there, and watch each other from then on.
 
     Parameters
     ----------
@@ -41,10 +34,10 @@ class Meeting:
         there.
     rank, size : int
     seconds : float
-        How long a rank may give no sign of life, or keep the others waiting.
+        How long a rank may give no sign of life, or keep the others waiting. The ranks wait for
+        each other to come for up to ten times as long.
     last_resort : callable, optional
-        Called with the RankError if the main thread has not left a blocking call 4 seconds after a
-        rank was lost; it should end the process, and print the message if its `report` says so.
+        See `cupybnn.parallel.watching.Watch`.
 
     Raises
     ------
@@ -55,17 +48,10 @@ class Meeting:
     ----------
     folder : Path
         The folder of this session within `base`.
-    on_lost : list of callable
-        Called when a rank is lost, in a thread of their own, since they may block.
-    begun : int
-        Number of exchanges that this rank has begun.
-    needed : int
-        Number of exchanges that all ranks must have begun before this one can go on.
-    busy : bool
-        Whether this rank does what the others wait for, such as writing a checkpoint: they then
-        wait for as long as it gives signs of life.
-    waiting_since : callable
-        Returns the `time.monotonic` since which this rank has waited for the others, or None.
+
+    See Also
+    --------
+    cupybnn.parallel.watching.Watch : The other attributes.
     """
 
     def __init__(
@@ -76,104 +62,26 @@ class Meeting:
         seconds: float,
         last_resort: Callable[[RankError], Any] | None = None,
     ) -> None:
-        self.base, self.rank, self.size, self.seconds = base, rank, size, seconds
-        self.on_lost: list[Callable[[], Any]] = []
-        self._last_resort = last_resort
-        self._lost: RankError | None = None
-        self._ended: dict[str, Any] = {}
-        self.begun = self.needed = 0
-        self._since: float | None = None
-        self.busy = False
-        self.waiting_since: Callable[[], float | None] = lambda: self._since
-        self._closed = threading.Event()
-        self._beat = 0
-        self._seen: dict[int, tuple[Any, float]] = {}
-        # When the others were last seen busy, by rank, and when one last had exchanges to begin.
-        self._busy_at: dict[int, float] = {}
-        self._behind_at = 0.0
-        # Since when this rank has waited, and when that was asked, if there is no answer yet.
-        self._waits_since: float | None = None
-        self._asked: float | None = None
-        self._threads: list[threading.Thread] = []
-        self.folder = self._open_session()
-        self._lock = hold(self._file(rank, ".lock"))
-        self._write_state()
+        self.base = base
+        folder = _open_session(base, rank, size, seconds)
+        super().__init__(folder, rank, size, seconds, last_resort)
         if rank == 0:
-            write(base / _CURRENT, self.folder.name.encode())
-        self._interval = min(1.0, seconds / 5)
+            write(base / _CURRENT, folder.name.encode())
         try:
             self._await_all()
         except BaseException as error:
             self.close(error)
             raise
-        self._begin_thread("cupybnn-ranks", self._watch)
-        self._begin_thread("cupybnn-ranks-waiting", self._ask)
-
-    def _begin_thread(self, name: str, target: Callable[[], Any]) -> None:
-        thread = threading.Thread(target=target, name=name, daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    # Finding each other --------------------------------------------------------------------------
-
-    def _file(self, rank: int, suffix: str = "") -> Path:
-        return self.folder / f"rank-{rank}{suffix}"
-
-    def _open_session(self) -> Path:
-        """Make the folder of this session, as rank 0, or wait for it."""
-        self.base.mkdir(parents=True, exist_ok=True)
-        if self.rank == 0:
-            for old in self.base.glob("session-*"):  # of ranks that were all killed
-                if not is_held(old / "rank-0.lock"):
-                    shutil.rmtree(old, ignore_errors=True)
-            folder = self.base / f"session-{secrets.token_hex(6)}"
-            folder.mkdir(mode=0o700)
-            return folder
-
-        def current() -> Path | None:
-            name = read(self.base / _CURRENT)
-            if name is None or not name.decode().startswith("session-"):
-                return None
-            folder = self.base / name.decode()
-            there = (folder / "rank-0.lock").exists() and is_held(folder / "rank-0.lock")
-            return folder if there else None
-
-        waiting = self.base / WAITING
-        waiting.touch()
-        try:
-            found = self._await(current, lambda: [0])
-        except BaseException as error:
-            first = _removed(waiting)
-            if isinstance(error, RankError):
-                error.report = first
-            with contextlib.suppress(OSError):  # not empty: other ranks
-                self.base.rmdir()
-            raise
-        _removed(waiting)
-        return found
+        self.start()
 
     def _await_all(self) -> None:
         def missing() -> list[int]:
             return [r for r in range(self.size) if not self._file(r).exists()]
 
-        self._await(lambda: None if missing() else self.folder, missing)
+        def found() -> Path | None:
+            return None if missing() else self.folder
 
-    def _await(self, find: Callable[[], Path | None], missing: Callable[[], list[int]]) -> Path:
-        began, limit = time.monotonic(), _START * self.seconds
-        while (found := find()) is None:
-            waited = time.monotonic() - began
-            if waited > limit or not is_held(self.base / LAUNCHER):
-                absent = missing()
-                raise RankError(
-                    f"Rank {', '.join(map(str, absent))} did not come to {self.base} within "
-                    f"{waited:.0f} seconds. All {self.size} ranks must be started, and see this "
-                    f"folder; on several hosts, choose one that they share with --log_dir or "
-                    f"CUPYBNN_RENDEZVOUS.",
-                    report=self.rank
-                    == next((r for r in range(self.size) if r not in absent), self.rank),
-                )
-            time.sleep(0.005)
-        return found
+        _await(found, missing, self.base, self.rank, self.size, self.seconds)
 
     def share(self, name: str, make: Callable[[], bytes]) -> bytes:
         """Return what `make` returns on rank 0, on every rank."""
@@ -196,172 +104,6 @@ class Meeting:
             found.append(content_of)
         return found
 
-    def is_own_thread(self) -> bool:
-        """Whether this is called by a thread that looks after the others, or by `on_lost`."""
-        return threading.current_thread() in self._threads
-
-    # Losing each other ---------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def waiting(self, number: int) -> Iterator[None]:
-        """Context in which this rank waits until all ranks have begun `number` exchanges."""
-        self.needed, self._since = number, time.monotonic()
-        try:
-            yield
-        finally:
-            self._since = None
-
-    def check(self) -> None:
-        """Raise RankError if a rank is lost."""
-        if self._lost is not None:
-            raise self._lost
-
-    def _write_state(self) -> None:
-        self._beat += 1
-        state = {
-            "host": os.uname().nodename if hasattr(os, "uname") else "",
-            "pid": os.getpid(),
-            "beat": self._beat,
-            "begun": self.begun,
-            "busy": self.busy,
-            **self._ended,
-        }
-        with contextlib.suppress(OSError):  # a full disk must not end the run here
-            write(self._file(self.rank), json.dumps(state).encode())
-
-    def _watch(self) -> None:
-        lost_at = 0.0
-        while not self._closed.wait(self._interval):
-            self._write_state()
-            if self._lost is None and (sentence := self._loss()) is not None:
-                # A rank that ended with an error has printed it itself.
-                report = _ENDED not in sentence and self._reports()
-                self._lost = RankError(sentence, report)
-                lost_at = time.monotonic()
-                self._begin_thread("cupybnn-ranks-lost", self._call_on_lost)
-            if self._lost is not None and time.monotonic() - lost_at > _LAST_RESORT:
-                if self._last_resort is not None:
-                    self._last_resort(self._lost)
-                return
-
-    def _ask(self) -> None:
-        """Keep asking since when this rank has waited.
-
-        In a thread of its own: while the main thread waits for a copy from the device, CUDA gives
-        no other thread an answer, and the signs of life must go on.
-        """
-        while not self._closed.wait(self._interval):
-            self._asked = time.monotonic()
-            with contextlib.suppress(Exception):  # the main thread meets what fails here, too
-                self._waits_since = self.waiting_since()
-            self._asked = None
-
-    def _call_on_lost(self) -> None:
-        for call in self.on_lost:
-            with contextlib.suppress(Exception):  # whatever a library makes of it
-                call()
-
-    def _state(self, rank: int) -> dict[str, Any]:
-        content = read(self._file(rank))
-        try:
-            state = json.loads(content or b"{}")
-        except ValueError:
-            return {}
-        return state if isinstance(state, dict) else {}
-
-    def _loss(self) -> str | None:
-        """Return a sentence about the first rank that is lost; None if all are there."""
-        if not is_held(self.base / LAUNCHER):
-            return "The process that started the ranks has ended, so this rank ends, too."
-        now = time.monotonic()
-        for rank in range(self.size):
-            if rank == self.rank:
-                continue
-            # A rank writes why it ends, and then lets go of its lock: so look at that first.
-            held = is_held(self._file(rank, ".lock"))
-            state = self._state(rank)
-            who = f"Rank {rank} (process {state.get('pid')} on {state.get('host')})"
-            if "relayed" in state:  # it has noticed before us
-                return str(state["relayed"])
-            if state.get("error"):
-                return f"{who} {_ENDED} {state['error']}"
-            if state.get("busy"):
-                self._busy_at[rank] = now
-            if "left" in state:
-                continue
-            if not held:
-                return f"{who} has died."
-            before, since = self._seen.get(rank, (None, now))
-            if before is None or before != state.get("beat"):
-                self._seen[rank] = (state.get("beat"), now)
-            elif now - since > self.seconds:
-                return f"{who} has given no sign of life for {self.seconds:g} seconds."
-        started, asked = self._waits_since, self._asked
-        if asked is not None and now - asked > self._interval:
-            started = asked  # no answer: it waits
-        return None if started is None else self._late(now, started)
-
-    def _late(self, now: float, started: float) -> str | None:
-        """Return a sentence about the rank that this one has waited for too long, if any.
-
-        A rank that was busy has all its time from then on.
-        """
-        states = {r: self._state(r) for r in range(self.size) if r != self.rank}
-        for rank, state in states.items():
-            if state.get("begun", 0) >= self.needed:
-                continue
-            self._behind_at = now
-            since = max(started, self._busy_at.get(rank, started))
-            if now - since > self.seconds and not state.get("busy"):
-                return (
-                    f"Rank {rank} (process {state.get('pid')} on {state.get('host')}) has kept "
-                    f"the others waiting for {self.seconds:g} seconds."
-                )
-        if now - max(started, self._behind_at) > 2 * self.seconds:
-            return (
-                f"All ranks began an exchange that has not ended for {now - started:.0f} seconds: "
-                f"the connection between them is broken."
-            )
-        return None
-
-    def _reports(self) -> bool:
-        """Whether this rank is to print what was lost: the lowest that is still there."""
-        states = [self._state(rank) for rank in range(self.size)]
-        if any(state.get("printed") for state in states):
-            return False
-        for rank in range(self.rank):
-            _, since = self._seen.get(rank, (None, time.monotonic()))
-            silent = time.monotonic() - since > self.seconds / 2
-            gone = "error" in states[rank] or "relayed" in states[rank]
-            if is_held(self._file(rank, ".lock")) and not gone and not silent:
-                return False
-        return True
-
-    def close(self, error: BaseException | None = None) -> None:
-        """Leave; the last rank removes the folder.
-
-        Parameters
-        ----------
-        error : exception, optional
-            Why this rank ends early; the others report it.
-        """
-        if self._closed.is_set():
-            return
-        self._closed.set()
-        for thread in self._threads:  # the first may add another
-            thread.join(5.0)
-        if isinstance(error, RankError):
-            self._ended = {"relayed": str(error), "printed": error.report}
-        elif error is not None:
-            text = " ".join(str(error).split()) or type(error).__name__
-            self._ended = {"error": text[:2000]}
-        else:
-            self._ended = {"left": True}
-        self._write_state()
-        if all(self._is_gone(r) for r in range(self.size) if r != self.rank):
-            self.remove()
-        os.close(self._lock)
-
     def remove(self) -> None:
         """Remove the folder of this session, and `base` if nothing else is in it.
 
@@ -369,18 +111,71 @@ class Meeting:
         """
         if (self.base / LAUNCHER).exists() and not is_held(self.base / LAUNCHER):
             shutil.rmtree(self.base, ignore_errors=True)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        super().remove()
         if read(self.base / _CURRENT) == self.folder.name.encode():
             with contextlib.suppress(OSError):
                 os.unlink(self.base / _CURRENT)
         with contextlib.suppress(OSError):  # not empty: other ranks
             self.base.rmdir()
 
-    def _is_gone(self, rank: int) -> bool:
-        state = self._state(rank)
-        lock = self._file(rank, ".lock")
-        ended = any(k in state for k in ("left", "error", "relayed"))
-        return ended or not lock.exists() or not is_held(lock)  # or it has never come
+
+def _open_session(base: Path, rank: int, size: int, seconds: float) -> Path:
+    """Make the folder of this session, as rank 0, or wait for it."""
+    base.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        for old in base.glob("session-*"):  # of ranks that were all killed
+            if not is_held(old / "rank-0.lock"):
+                shutil.rmtree(old, ignore_errors=True)
+        folder = base / f"session-{secrets.token_hex(6)}"
+        folder.mkdir(mode=0o700)
+        return folder
+
+    def current() -> Path | None:
+        name = read(base / _CURRENT)
+        if name is None or not name.decode().startswith("session-"):
+            return None
+        folder = base / name.decode()
+        there = (folder / "rank-0.lock").exists() and is_held(folder / "rank-0.lock")
+        return folder if there else None
+
+    waiting = base / WAITING
+    waiting.touch()
+    try:
+        found = _await(current, lambda: [0], base, rank, size, seconds)
+    except BaseException as error:
+        first = _removed(waiting)
+        if isinstance(error, RankError):
+            error.report = first
+        with contextlib.suppress(OSError):  # not empty: other ranks
+            base.rmdir()
+        raise
+    _removed(waiting)
+    return found
+
+
+def _await(
+    find: Callable[[], Path | None],
+    missing: Callable[[], list[int]],
+    base: Path,
+    rank: int,
+    size: int,
+    seconds: float,
+) -> Path:
+    """Return what `find` finds; RankError names the ranks that are `missing` for too long."""
+    began, limit = time.monotonic(), _START * seconds
+    while (found := find()) is None:
+        waited = time.monotonic() - began
+        if waited > limit or not is_held(base / LAUNCHER):
+            absent = missing()
+            raise RankError(
+                f"Rank {', '.join(map(str, absent))} did not come to {base} within "
+                f"{waited:.0f} seconds. All {size} ranks must be started, and see this folder; "
+                f"on several hosts, choose one that they share with --log_dir or "
+                f"CUPYBNN_RENDEZVOUS.",
+                report=rank == next((r for r in range(size) if r not in absent), rank),
+            )
+        time.sleep(0.005)
+    return found
 
 
 def _removed(path: Path) -> bool:
