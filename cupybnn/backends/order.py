@@ -1,21 +1,21 @@
 """The order of training images: keyed permutations, computed element by element.
 
-The images of an epoch are in the order of a permutation that no table stores: from the position in
-the epoch, a function computes the image. So each rank and each kernel computes what it needs, of
-any epoch, and the backends agree bit for bit.
+The permutation of an epoch is not stored. A function computes the image at each position, so each
+rank and each kernel computes what it needs, of any epoch, and the backends agree bit for bit.
 
-The function is a Feistel network on numbers of b bits, the smallest power of two that is not less
-than the number of images: one half is changed by a keyed function of the other, in turn, for twelve
-rounds. Where b is odd, one half has a bit more. A result that is not less than the number of images
-is put in again until one is (cycle walking: Black and Rogaway, Ciphers with arbitrary finite
-domains, CT-RSA 2002). Mitchell, Stokes, Frank and Holmes (Bandwidth-optimal random shuffling for
-GPUs, ACM Transactions on Parallel Computing 9, 2022) shuffle on GPUs by such networks. Two things
-are for small numbers of images, where whole permutations can be counted: b is at least 5, and each
-pass begins with the addition of a key. Without it all permutations of 2**b would be even.
+The function is a Feistel network on numbers of b bits, where 2**b is the smallest power of two
+that is not less than the number of images. In each of twelve rounds, a keyed function of one half
+changes the other; the halves take turns. If b is odd, one half has a bit more. A result that is not
+less than the number of images is put in again, until one is less (cycle walking: Black and Rogaway,
+Ciphers with arbitrary finite domains, CT-RSA 2002). Mitchell, Stokes, Frank and Holmes
+(Bandwidth-optimal random shuffling for GPUs, ACM Transactions on Parallel Computing 9, 2022)
+shuffle on GPUs by such networks. Two rules are for few images, where permutations can be counted:
+b is at least 5, and each pass begins by adding a key. Without that key, all permutations of 2**b
+numbers would be even.
 
-The round keys of an epoch are words of `cupybnn.backends.random` with the epoch as the counter:
-words 0 to 11 are those of the rounds, 12 is added, and 13 and 14 make the offset of systematic
-sampling.
+The keys of an epoch are words of `cupybnn.backends.random` with the epoch as the counter: words 0
+to 11 are the keys of the rounds, 12 is the key that is added, and 13 and 14 make the offset of
+systematic sampling.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["LEAST_BITS", "MOST_IMAGES", "ROUNDS", "Order"]
 ROUNDS = 12
 #: Bits of the smallest network.
 LEAST_BITS = 5
-#: Greatest number of images in an epoch, and of different ones: their indices are int32.
+#: Greatest number of images in an epoch, and in the data set: their indices are int32.
 MOST_IMAGES = 2**31 - 1
 
 
@@ -36,9 +36,9 @@ MOST_IMAGES = 2**31 - 1
 class Order:
     """What decides the image at each position.
 
-    A backend's ``fill_order(order, step, batch, first, out)`` writes the images of the steps from
-    `step` on into the rows of `out`, an int32 array of shape (steps, images). They are those from
-    place `first` of each batch on; after the last of a batch comes its first.
+    A backend's ``fill_order(order, step, batch, first, out)`` writes images into `out`, an int32
+    array of shape (steps, images), a row for each step from `step` on. A row begins at place
+    `first` of the step's batch; the last place of a batch is followed by its first.
 
     Attributes
     ----------
@@ -48,12 +48,12 @@ class Order:
         From 0 to 2**64 - 1.
     shuffle : bool
         Whether epochs are permuted.
-    ends : array of float64, shape (different images,), or None
-        On the backend's device. For systematic sampling: image i covers the interval from the end
-        before it to its own, and occurs once for each of the points ``offset``, ``offset + 1``, ...
-        in it. These points are what is permuted. None: image i is point i.
+    ends : array of float64, shape (images in the data set,), or None
+        On the backend's device. For systematic sampling: image i covers the interval from the
+        previous end to its own, and occurs once for each of the points ``offset``, ``offset + 1``,
+        ... in it. These points are permuted. None: image i is point i.
     last : int
-        The greatest index, for points beyond all ends, which are rounded.
+        The last image of positive weight. Points beyond all ends, which rounding can cause, get it.
     """
 
     images: int

@@ -1,10 +1,11 @@
 """Exchanges between GPUs of one host that read each other's memory.
 
-One kernel combines arrays: each rank reads what the others have. That is faster than NCCL, in whose
-rings and trees numbers go from rank to rank, unless it moves many more bytes: for a sum of large
-arrays on all of more than two ranks, NCCL is left. A rank opens the memory of others through CUDA's
-handles for other processes (cudaIpcOpenMemHandle). Other kernels may read it, too: see `distances`
-of `Ranks`. The memory of a process that has died stays until those that have opened it end.
+In one kernel, each rank reads the arrays of the others and combines them. That is faster than NCCL,
+in whose rings and trees numbers go from rank to rank. But an all-reduce over more than two ranks
+moves more bytes this way than in a ring, so NCCL does it if the arrays are large. A rank opens the
+memory of others through CUDA IPC (cudaIpcOpenMemHandle). Other kernels may read it, too: see
+`Ranks.distances`. The memory of a process that has died stays until the processes that have opened
+it end.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from cupybnn.backends.devices import Device
 
 __all__ = ["Peers", "SharedMemory", "identity"]
 
-#: Bytes that a rank receives in an exchange, at most, beyond what it would from NCCL.
+#: Most bytes that a rank may receive in an exchange beyond what it would receive from NCCL.
 _MOST_MORE = 4 << 20
 _ALIGNED, _PAGE = 256, 2 << 20
 _TO_DEVICE = 1  # cudaMemcpyHostToDevice
@@ -37,7 +38,7 @@ Gather = Callable[[bytes], list[bytes]]
 
 
 def identity() -> bytes:
-    """Return what the processes of one running host have in common."""
+    """Return bytes that identify this host since it was started: its name and boot id."""
     boot = b""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
@@ -45,9 +46,9 @@ def identity() -> bytes:
 
 
 class SharedMemory:
-    """Memory of this rank that the others have opened, and theirs.
+    """Memory of this rank that the others have opened, and that of the others.
 
-    All ranks make it at the same time, of the same size.
+    All ranks create it at the same time, of the same size.
 
     Parameters
     ----------
@@ -60,7 +61,7 @@ class SharedMemory:
     Attributes
     ----------
     addresses : tuple of int
-        Where this process finds each rank's; empty if a rank could not open another's.
+        Where this process finds each rank's memory; empty if a rank could not open another's.
     """
 
     def __init__(self, device: Device, rank: int, nbytes: int, gather: Gather) -> None:
@@ -83,7 +84,7 @@ class SharedMemory:
             self.close()
 
     def _allocate(self) -> int:
-        """Return memory outside of CuPy's pool, which gives back what it does not use if needed."""
+        """Return memory from outside CuPy's pool, which frees its unused blocks if necessary."""
         import cupy
 
         try:
@@ -106,7 +107,7 @@ class SharedMemory:
         return found
 
     def close(self) -> None:
-        """Give the memory back, and that of the others."""
+        """Free the memory, and close that of the others."""
         with contextlib.suppress(Exception), self._device.scope():  # at the end of the process
             for address in self._opened:
                 self._runtime.ipcCloseMemHandle(address)
@@ -134,7 +135,7 @@ class Peers:
     Attributes
     ----------
     works : bool
-        Whether these exchanges can be used, which a first one shows; the same on all ranks.
+        Whether these exchanges can be used, which a trial shows; the same on all ranks.
     """
 
     def __init__(self, device: Device, rank: int, size: int, stream: Any, gather: Gather) -> None:
@@ -183,15 +184,15 @@ class Peers:
         return bool(in_time and (out.get() == expected).all())
 
     def end(self) -> None:
-        """Let exchanges that wait for others end, and all later ones, with any result."""
+        """End exchanges that wait for others, and all later ones; their results are arbitrary."""
         self._word[0] = 1
 
     # Memory --------------------------------------------------------------------------------------
 
     def zeros(self, parts: Sequence[tuple[int, Any]]) -> list[Any] | None:
-        """Return flat arrays of 0, by size and dtype, that other ranks can read.
+        """Return flat arrays of zeros, by size and dtype, that other ranks can read.
 
-        None if a rank has no memory that others can open.
+        None if some rank's memory cannot be opened by the others.
         """
         import cupy
 
@@ -211,9 +212,9 @@ class Peers:
             ]
 
     def distances(self, array: Any) -> tuple[int, ...] | None:
-        """Return what is to be added to an address in `array` to find what each rank has there.
+        """Return, by rank, what to add to an address in `array` to get that rank's address.
 
-        None if the array is not one of `zeros`.
+        None if the array is not from `zeros`.
         """
         start = int(array.data.ptr)
         for reference in self._memory:
@@ -225,10 +226,10 @@ class Peers:
         return None
 
     def _of_all(self, array: Any, nbytes: int, out: Any) -> list[int] | None:
-        """Return where each rank has what this one has in `array`; None if others cannot read it.
+        """Return the address of each rank's `array`; None if others cannot read this one.
 
-        Also None if the bytes that each rank combines, or gets, are not whole pieces, or `out` is
-        the array itself, which others read.
+        Also None if the bytes that each rank combines or gets are not a multiple of the kernel's
+        pieces, or if `out` begins inside the array, which others read.
         """
         start = int(array.data.ptr)
         if out is None or nbytes % peers.PIECE or (start | int(out.data.ptr)) % peers.PIECE:
@@ -241,12 +242,12 @@ class Peers:
     # Exchanges -----------------------------------------------------------------------------------
 
     def all_reduce(self, array: Any, out: Any, kind: str) -> Callable[[], None] | None:
-        """Return what launches the exchange; None if it is not for these arrays.
+        """Return a function that launches the exchange; None if it cannot combine these arrays.
 
         Parameters
         ----------
         array, out : cupy.ndarray
-            The first of `zeros`.
+            `array` is from `zeros`.
         kind : str
             "float32" or "bfloat16".
         """
@@ -254,12 +255,12 @@ class Peers:
         return None if more > _MOST_MORE else self._prepared(kind, array, out, 0, array.nbytes)
 
     def reduce_scatter(self, array: Any, out: Any, kind: str) -> Callable[[], None] | None:
-        """Likewise: the sum of this rank's part."""
+        """Likewise, for the sum of this rank's part."""
         nbytes = array.nbytes // self._size
         return self._prepared(kind, array, out, self._rank * nbytes, nbytes)
 
     def all_gather(self, array: Any, out: Any) -> Callable[[], None] | None:
-        """Likewise: the arrays of all ranks, one after another."""
+        """Likewise, for the arrays of all ranks, one after another."""
         return self._prepared("copied", array, out, 0, array.nbytes)
 
     def _prepared(

@@ -129,11 +129,13 @@ class Ranks:
     def distances(self, array: Any) -> tuple[int, ...] | None:
         """Return how far away each rank's array is, in bytes, for kernels that read them all.
 
-        Added to an address in one of `shared_zeros`, a rank's distance gives an address of this
-        process at which that rank's memory of the same array is read. None where no process can
-        read others' memory, on all ranks alike. What others have there is complete, and seen, in
-        launches that wait for an exchange in which all ranks take part after they have written it.
-        They may write there again after a further exchange, which these launches come before.
+        Added to an address in an array from `shared_zeros`, a rank's distance gives the address at
+        which this process reads the same array of that rank. None, on all ranks alike, where
+        processes cannot read each other's memory.
+
+        A kernel sees complete arrays if it waits for an exchange that all ranks begin after they
+        have written theirs. Ranks may write again after a further exchange, which each begins
+        after such kernels.
         """
         return None
 

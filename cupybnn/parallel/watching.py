@@ -1,4 +1,4 @@
-"""Ranks that notice when another dies or hangs, by its signs of life in a folder."""
+"""How a rank notices that another has died or hangs: by its signs of life in a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cupybnn.parallel.locks import LAUNCHER, hold, is_held, read, write
 
 __all__ = ["Watch"]
 
-#: Seconds in which a rank that has lost another must have left a blocking call. A little later,
+#: Seconds that a rank which has lost another has to leave a blocking call. A little later,
 #: ``cupybnn train --gpus`` would end it.
 _LAST_RESORT = 4.0
 _ENDED = "ended with an error:"
@@ -26,35 +26,37 @@ _ENDED = "ended with an error:"
 class Watch:
     """The signs of life of one rank, and its watch over the others.
 
-    Each rank holds a lock on a file while it lives, and a thread writes a sign of life into
-    another. The thread also looks after the other ranks: one is lost if its lock is free, if its
-    signs of life stop, or if it is the one that an operation has waited for too long.
+    Each rank holds a lock on a file while it lives, and a thread writes signs of life into another
+    file. The thread also watches the other ranks. A rank is lost if its lock is free, if its signs
+    of life stop, or if this rank has waited for it for too long.
 
     Parameters
     ----------
     folder : Path
-        Where all ranks of this run, and no others, leave their signs of life. The process that
-        started the ranks may hold a lock in the folder above.
+        Holds the files of all ranks of this run, and no others. The process that started the ranks
+        may hold a lock in the parent folder.
     rank, size : int
     seconds : float
         How long a rank may give no sign of life, or keep the others waiting.
     last_resort : callable, optional
-        Called with the RankError if the main thread has not left a blocking call 4 seconds after a
-        rank was lost; it should end the process, and print the message if its `report` says so.
+        Called with the RankError if the main thread is still in a blocking call 4 seconds after a
+        rank was lost. It should end the process, and print the message if the error's `report` is
+        true.
 
     Attributes
     ----------
     on_lost : list of callable
-        Called when a rank is lost, in a thread of their own, since they may block.
+        Functions to call when a rank is lost, in a thread of their own, since they may block.
     begun : int
         Number of exchanges that this rank has begun.
     needed : int
         Number of exchanges that all ranks must have begun before this one can go on.
     busy : bool
-        Whether this rank does what the others wait for, such as writing a checkpoint: they then
-        wait for as long as it gives signs of life.
+        Whether this rank does something that the others must wait for, such as writing a
+        checkpoint. They then wait for as long as it gives signs of life.
     waiting_since : callable
-        Returns the `time.monotonic` since which this rank has waited for the others, or None.
+        Returns the `time.monotonic` at which this rank began to wait for the others; None if it
+        is not waiting.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class Watch:
         self._write_state()
 
     def start(self) -> None:
-        """Look after the others from now on, when all have come."""
+        """Watch the others from now on; to be called when all have come."""
         self._begin_thread("cupybnn-ranks", self._watch)
         self._begin_thread("cupybnn-ranks-waiting", self._ask)
 
@@ -102,7 +104,7 @@ class Watch:
         return self.folder / f"rank-{rank}{suffix}"
 
     def is_own_thread(self) -> bool:
-        """Whether this is called by a thread that looks after the others, or by `on_lost`."""
+        """Whether the caller runs in a thread that watches the others, or in `on_lost`."""
         return threading.current_thread() in self._threads
 
     @contextlib.contextmanager
@@ -150,8 +152,8 @@ class Watch:
     def _ask(self) -> None:
         """Keep asking since when this rank has waited.
 
-        In a thread of its own: while the main thread waits for a copy from the device, CUDA gives
-        no other thread an answer, and the signs of life must go on.
+        This has a thread of its own. While the main thread waits for a copy from the device, CUDA
+        gives no other thread an answer, but the signs of life must go on.
         """
         while not self._closed.wait(self._interval):
             self._asked = time.monotonic()
@@ -207,7 +209,7 @@ class Watch:
     def _late(self, now: float, started: float) -> str | None:
         """Return a sentence about the rank that this one has waited for too long, if any.
 
-        A rank that was busy has all its time from then on.
+        For a rank that was busy, the time counts from when it was last seen busy.
         """
         states = {r: self._state(r) for r in range(self.size) if r != self.rank}
         for rank, state in states.items():
@@ -228,7 +230,7 @@ class Watch:
         return None
 
     def _reports(self) -> bool:
-        """Whether this rank is to print what was lost: the lowest that is still there."""
+        """Whether this rank, as the lowest that is still there, prints which one was lost."""
         states = [self._state(rank) for rank in range(self.size)]
         if any(state.get("printed") for state in states):
             return False

@@ -1,21 +1,24 @@
 """What the ranks of a run send each other within a fused step.
 
-In the backward pass, each rank computes the gradients of all hidden weights over its own images.
-Each is sent, in the type of dense operands, as soon as it is there; in large networks, when all
-are there. The sum of those of a weight that is shared out is scattered: each rank gets the part of
-its share, updates that, and sends its signs, one bit a weight, those of all layers together. Those
-of other weights are summed for every rank. So are the small gradients, in float32, together with
-the loss. Where a layer's gradient is rounded, the scale of a unit's levels is that of the whole
-batch: the greatest magnitudes are compared first.
+In the backward pass, each rank computes the gradients of all hidden weights over its own images, in
+the type of dense operands. An exchange begins as soon as a gradient is complete; in large networks,
+when all are:
+
+- A reduce-scatter sums the gradients of a weight that is shared out: each rank gets the sum for its
+  share. It updates the share, and one all-gather sends the signs of all layers, one bit a weight.
+- An all-reduce sums the gradients of any other weight.
+- An all-reduce in float32 sums the small gradients, together with the loss.
+- Where a layer's gradient is rounded, a unit has one scale for the whole batch. So the greatest
+  magnitudes are compared first.
 
 In large networks on GPUs that can read each other's memory, gradients of weights that are shared
-out are not sent. The update reads those of all ranks where they are. Two exchanges of the step
-keep reading and writing apart:
+out are not sent. The update reads them in the memory of all ranks. Two exchanges of the step keep
+reading and writing apart:
 
-- An update waits for the sum of the small gradients, which ends on no rank before all have begun
-  it. Each begins it when all its gradients are complete.
-- The next step's gradients are written after the signs of all ranks have come. Each rank sends its
-  own behind its updates.
+- An update waits for the sum of the small gradients. Each rank begins this exchange when all its
+  gradients are complete, and it ends on no rank before all have begun it.
+- A rank sends its signs after its updates. It writes the next step's gradients after the signs of
+  all ranks have come.
 """
 
 from __future__ import annotations
@@ -38,17 +41,17 @@ from cupybnn.training.team import Team
 
 __all__ = ["Exchange"]
 
-#: Bytes of a gradient from which on nothing is exchanged alongside products, if updates can read
-#: what other ranks have.
+#: If GPUs can read each other's memory: with a gradient of this many bytes or more, nothing is
+#: exchanged alongside products.
 _READ_FROM = 16 << 20
-_WORDS = 4  # packed words are padded to so many: 16 bytes, which a thread copies at a time
+_WORDS = 4  # packed words are padded to a multiple: 16 bytes, which a thread copies at a time
 
 
 class Exchange:
     """The exchanges of a step, with their memory.
 
-    An exchange begins behind what the current stream has been given, and a ``receive`` method makes
-    the current stream wait for its end.
+    An exchange begins after the work that the current stream has been given. A ``receive`` method
+    makes the current stream wait for its end.
 
     Parameters
     ----------
@@ -60,15 +63,15 @@ class Exchange:
     shared : dict of Parameter to SharedWeight
         Weights that are shared out, from the last layer to the first.
     updated : list of Parameter
-        Those of which this rank has a share that is not only padding.
+        Weights of `shared` of which this rank has a share that is not only padding.
     overlaps : bool
-        Whether exchanges take place alongside the products of the backward pass. Large products
-        fill the device: they would wait for an exchange, which keeps some multiprocessors, and be
-        delayed by more than it takes.
+        Whether exchanges run alongside the products of the backward pass. Large products fill the
+        device. An exchange would occupy some multiprocessors, and delay them by more time than it
+        takes.
     distances : tuple of int
         See `Ranks.distances`; empty if updates do not read other ranks' gradients.
     count : int
-        Exchanges begun since it was last set to 0.
+        Number of exchanges begun since it was last set to 0.
     """
 
     def __init__(self, team: Team, plan: NetworkPlan) -> None:
@@ -101,10 +104,7 @@ class Exchange:
 
     @property
     def early(self) -> bool:
-        """Whether all shares are updated before the gradient of the first hidden layer's weights.
-
-        That is then computed at the same time.
-        """
+        """Whether shares are updated while the first layer's weight gradient is computed."""
         return self.overlaps and self._early
 
     # Memory --------------------------------------------------------------------------------------
@@ -115,14 +115,14 @@ class Exchange:
         Parameters
         ----------
         passes, count : int
-            Passes, and numbers of each that are computed in float32.
+            Passes through the network, and float32 numbers that each computes.
 
         Returns
         -------
         cupy.ndarray, shape (passes, count)
-            For these; those of the first pass are sent.
+            Memory for these numbers; those of the first pass are sent.
         cupy.ndarray, shape (count,)
-            For their sum over all ranks.
+            Memory for their sum over all ranks.
         """
         import cupy
 
@@ -163,9 +163,9 @@ class Exchange:
         return self._gradients[weight][: weight.size].reshape(weight.shape)
 
     def sum_of(self, weight: nn.Parameter) -> Any:
-        """Return the sum of the gradients of a hidden weight: of all of it, or of the share.
+        """Return the sum of a hidden weight's gradients over the ranks: of all of it, or the share.
 
-        If the update reads those of all ranks: this rank's own gradient of the share.
+        If the update reads the gradients of all ranks: this rank's own gradient of the share.
         """
         if self.reads(weight):
             return self.rows_of(weight, self.gradient(weight))
@@ -201,7 +201,7 @@ class Exchange:
         return exchange(array, out=out, **more)
 
     def send_gradient(self, weight: nn.Parameter) -> None:
-        """Begin to sum the gradients of a hidden weight, unless updates read them."""
+        """Begin to sum the gradients of a hidden weight, unless the update reads them."""
         if self.reads(weight):
             return
         mine, out = self._gradients[weight], self._sums[weight]
@@ -215,7 +215,7 @@ class Exchange:
         self._greatest = self._begin(self.ranks.all_max, bits, bits)
 
     def receive_greatest(self) -> None:
-        """Wait for them."""
+        """Wait for the greatest gradients."""
         self._greatest.wait()
 
     def send_small(self) -> None:
@@ -223,7 +223,7 @@ class Exchange:
         self._small = self._begin(self.ranks.all_reduce, self._mine, self._total)
 
     def receive(self, weight: nn.Parameter) -> None:
-        """Wait for the sum of a weight's gradients, or until they can be read."""
+        """Wait for the sum of a weight's gradients, or until the update can read them."""
         self._begun.pop(weight, self._small).wait()
 
     def receive_rest(self) -> None:
@@ -266,5 +266,5 @@ class Exchange:
         )
 
     def add_up(self, array: Any, out: Any) -> None:
-        """Sum an array over all ranks, which the current stream waits for."""
+        """Sum an array over all ranks; the current stream waits for the sum."""
         self._begin(self.ranks.all_reduce, array, out).wait()
