@@ -1,25 +1,28 @@
 // The update of parameters, several in one launch: Adam or AdamW, the penalty and its gradient, clipping
 // of latent weights, and the copies of the weights that the next step's products read.
 //
-// A block takes 32 rows x 128 columns of one parameter, a warp four of the rows, a lane four
+// A block updates 32 rows x 128 columns of one parameter, a warp four of the rows, a lane four
 // neighbours of each. For binary weights it writes the signs, dense for the backward products and
-// packed along the rows (a product's right operand, layout.cuh): 32 rows are one word of a column. A
-// column's popcount changes by the flips. Or, of a share that one of several ranks updates, the words are
-// written as they are sent to the others. Other parameters are treated as flat, with 128 elements per
-// row. A step may have several launches; the last block of the final one sums the first `counted` parts of
-// the penalty and increments the step.
+// packed along the rows (a product's right operand, layout.cuh): 32 rows are one word of a column.
+// A column's popcount changes by the flips. For a rank's share of a weight, it writes the words as
+// they are sent to the other ranks instead. Other parameters are treated as flat, with 128 elements
+// per row.
 //
-// The learning rate and Adam's bias corrections come from a table on the device, indexed by the step.
+// A step may have several launches; the last block of the final one sums the first `counted` parts
+// of the penalty and increments the step. `earlier` is the number of parts from earlier launches.
+// The learning rate and Adam's bias corrections come from a table on the device, indexed by the
+// step.
 //
-// `earlier` is the number of penalty parts from earlier launches. Parameters are passed as arguments, not
-// in memory, so that a block can load its arrays without first loading their addresses.
+// Parameters are passed as arguments, not in memory, so that a block can load its arrays without
+// first loading their addresses.
 //
 // What bounds it: reading four arrays and writing three.
 //
-// The translation unit sets REAL, and PENALTY and WRITE_GRADIENT (adam.cuh). It may set RANKS, and then the
-// kernel is `adam_of_ranks`: a gradient is the sum of as many, each in the memory of a GPU of this host. They
-// must be complete on all ranks before the launch, and stay until all have ended theirs. So the connection
-// and this device's memory are busy at the same time, and nothing but the gradient is ever written.
+// The translation unit sets REAL, PENALTY and WRITE_GRADIENT (adam.cuh). If it also sets RANKS, the
+// kernel is `adam_of_ranks`, in which a gradient is the sum of RANKS arrays, each in the memory of
+// a GPU of this host. They must be complete on all ranks before the launch, and stay unchanged
+// until all ranks' launches have ended. The connection and this device's memory are then busy at
+// the same time, and the sum need not be stored.
 
 #include "adam.cuh"
 
@@ -38,7 +41,7 @@ struct Parameters {
 #if RANKS
 #include "ranks.cuh"
 
-// By rank: what is to be added to the address of a gradient to find that rank's. Filled by
+// By rank: what to add to the address of a gradient to get that rank's. Filled by
 // cupybnn/backends/cuda/fused_update.py.
 struct Distances {
   i64 of[MOST_RANKS];
@@ -91,8 +94,8 @@ __device__ __forceinline__ void load_rank(const Parameter& p, i64 away, const in
     }
   }
 }
-// As `load_rows`. What is far away first, because it takes longest; that of many ranks needs too many
-// registers to be all on its way at a time.
+// As `load_rows`. Gradients are loaded first, because those of other GPUs take longest. With many
+// ranks, they need too many registers to be all in flight together.
 template <typename G, bool WHOLE>
 __device__ __forceinline__ void load_rows_of_ranks(const Parameter& p, const Distances& away,
                                                    const int (&at)[EACH], const int (&exist)[EACH],

@@ -1,7 +1,8 @@
-// The images of training steps, as defined in cupybnn/backends/order.py: a thread computes one after
-// another, from its position in an epoch alone. First the epoch's keys, four blocks of Philox, then the
-// network until a result is an image: in the mean less than twice, of 17 images or more. Then, where
-// examples have weights, a binary search for the interval that contains the point.
+// The images of training steps, as defined in cupybnn/backends/order.py. A thread computes an image
+// from its position in an epoch alone: first the epoch's keys (four blocks of Philox), then passes
+// of the Feistel network until a result is an image. From 17 images on, these are less than two on
+// average. Where examples have weights, a binary search then finds the interval that contains the
+// point.
 //
 // What bounds it: integer multiplications, some 140 for each image.
 
@@ -16,7 +17,7 @@ struct Order {
   u64 seed;
   i64 bits, offset_bits;  // of the network (0: none), and of the offset of an epoch's points
   i64 step, batch, first;
-  i64 rows, count;  // of a step, and in all
+  i64 rows, count;  // images of a step, and in all
 };
 
 __device__ __forceinline__ u32 mixed(u32 x) {

@@ -1,18 +1,20 @@
 // Exchanges between the GPUs of one host, which read each other's memory.
 //
-// Every rank launches the same kernels in the same order with the same grid, each on a GPU of its own. Block b
-// of a rank meets block b of the others: it writes the number of the meeting into each one's memory, and waits
-// until all have written theirs. What a rank has to send lies in its own memory, written by kernels before
-// this one, and the others read it: so it may be read after the first meeting, and overwritten after the last.
+// Every rank launches the same kernels in the same order with the same grid, each on a GPU of its
+// own. Block b of a rank meets block b of the others: it writes the number of the meeting into the
+// memory of each, and waits until all have written theirs. Earlier kernels have written what a rank
+// sends into the rank's own memory. The others read it after the first meeting; the rank may
+// overwrite it after the last.
 //
-// A rank that is lost never comes. So blocks that wait look at a word of the host's memory now and then, by
-// which the host ends all exchanges, and then leave with whatever there is.
+// A rank that is lost never comes. So waiting blocks look now and then at a word of the host's
+// memory, which the host sets to end all exchanges. They then leave, whatever the result is.
 //
-// What bounds it: latency, some microseconds a meeting; or the connection, and for that a thread reads several
-// pieces of 16 bytes at a time. Few blocks, so that what else runs on the device finds room.
+// What bounds it: for small arrays latency, some microseconds a meeting; for large ones the
+// connection. So a thread reads several pieces of 16 bytes at a time. There are few blocks, to
+// leave room for other kernels.
 //
-// The translation unit sets KIND: how elements are combined, as in peers.py; RANKS; and REAL, of which nothing
-// depends.
+// The translation unit sets KIND (how elements are combined, as in peers.py), RANKS and REAL.
+// Nothing depends on REAL.
 
 #include "ranks.cuh"
 
@@ -25,10 +27,10 @@ constexpr int TOGETHER = KIND == COPIED ? 8 : RANKS >= 8 ? 1 : 8 / RANKS;
 // Filled by cupybnn/backends/cuda/peers.py, field by field in this order. The ranks' arrays are aligned to 16
 // bytes, and so is their size.
 struct Peers {
-  const uint4* sent[MOST_RANKS];  // by rank: its array, of which `first` on is read
+  const uint4* sent[MOST_RANKS];  // by rank: its array, read from `first` on
   u32* marks[MOST_RANKS];         // by rank: where the others write into its memory, 8 words a block
-  u32* meetings;                  // of this rank's blocks so far
-  const u32* ended;               // in the host's memory: not 0 if ranks are to wait no longer
+  u32* meetings;                  // number of them so far, by block of this rank
+  const u32* ended;               // in the host's memory: not 0 if ranks must stop waiting
   i64 rank;
 };
 
@@ -40,7 +42,7 @@ __device__ __forceinline__ u32 acquire(const u32* from) {
 __device__ __forceinline__ void release(u32* to, u32 v) {
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
 }
-// Never from a cache of this multiprocessor, which other devices do not know.
+// Never from a cache of this multiprocessor, which does not see what other devices write.
 __device__ __forceinline__ uint4 read(const uint4* from) {
   uint4 v;
   asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -76,7 +78,8 @@ __device__ __forceinline__ uint4 sum(const uint4 (&of)[RANKS]) {
   return *(const uint4*)&sum;
 }
 
-// `count` pieces of 16 bytes from piece `first` on: their sum over the ranks; or each rank's, one after another.
+// Write `count` pieces of 16 bytes from piece `first` on: their sum over the ranks, or each rank's,
+// one after another.
 extern "C" __global__ void __launch_bounds__(PEER_THREADS)
     combine(const __grid_constant__ Peers p, i64 first, i64 count, uint4* __restrict__ out) {
   u32 number = p.meetings[blockIdx.x];

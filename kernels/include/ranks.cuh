@@ -1,5 +1,6 @@
-// The sum of what the ranks of a run have: one definition for the exchange that adds arrays up (smxx_peers.cu)
-// and for the update that reads gradients where they are (smxx_adam.cu), which thus compute the same numbers.
+// The sum of an array over the ranks of a run. The exchange that sums arrays (smxx_peers.cu) and
+// the update that reads gradients from all GPUs (smxx_adam.cu) share this definition, so they
+// compute the same numbers.
 //
 // The translation unit sets RANKS, their number, and the macros of elements.cuh.
 #pragma once
@@ -9,8 +10,8 @@
 constexpr int MOST_RANKS = 8;
 static_assert(1 <= RANKS && RANKS <= MOST_RANKS, "a number of ranks");
 
-// Element by element: what the next rank has is added to what those before it have, in float; at the end the
-// sum is rounded once, to the elements' type.
+// Add the elements of the next rank to the sum of those before it, in float. At the end, `rounded`
+// rounds the sum once, to the elements' type.
 template <int V, typename E>
 __device__ __forceinline__ void add_rank(bool first, const Vector<E, V>& its, float (&total)[V]) {
   float more[V];
