@@ -1,4 +1,4 @@
-"""Runs of two GPUs, as they are started; skipped where there are fewer."""
+"""Runs of several GPUs, as they are started; skipped where there are fewer."""
 
 from __future__ import annotations
 
@@ -37,22 +37,25 @@ def losses(text):
     return [float(number) for number in re.findall(r"^step .*, loss = (\S+),", text, re.MULTILINE)]
 
 
+@pytest.mark.parametrize("gpus", [2, 4])
 @pytest.mark.parametrize(
     ("options", "tolerance"), [([], 2e-3), (["--vat", "1"], 2e-3), (["--grad_bits", "4"], 0.15)]
 )
-def test_two_gpus_learn_what_one_learns(options, tolerance):
+def test_several_gpus_learn_what_one_learns(options, tolerance, gpus):
     """And `--debug` compares their weights after each fused step.
 
     Sums are rounded otherwise, and then so is an element of a gradient now and then.
     """
-    alone, found = losses(train(*RUN, *options)[0]), train(*RUN, *options, "--gpus", "2", "--debug")
-    assert ", 2 ranks" in found[0]
-    assert not blas.capturable() or "without a CUDA graph" not in found[1]
-    both = losses(found[0])
-    assert len(both) == 8
-    np.testing.assert_allclose(both[0], alone[0], rtol=1e-4)  # before the first update
-    np.testing.assert_allclose(both[:4], alone[:4], rtol=tolerance)
-    np.testing.assert_allclose(both, alone, rtol=0.2)  # later, signs of numbers near 0 differ
+    need_gpus(gpus)
+    alone = losses(train(*RUN, *options)[0])
+    out, err = train(*RUN, *options, "--gpus", str(gpus), "--debug")
+    assert f", {gpus} ranks" in out
+    assert not blas.capturable() or "without a CUDA graph" not in err
+    found = losses(out)
+    assert len(found) == 8
+    np.testing.assert_allclose(found[0], alone[0], rtol=1e-4)  # before the first update
+    np.testing.assert_allclose(found[:4], alone[:4], rtol=tolerance)
+    np.testing.assert_allclose(found, alone, rtol=0.2)  # later, signs of numbers near 0 differ
 
 
 def test_a_recipe_trains_its_teachers_on_both(tmp_path):
