@@ -38,12 +38,6 @@ struct Move {
   double distance;
 };
 
-__device__ __forceinline__ u32 random_word(u64 seed, u64 number, u64 at) {
-  const uint4 w = philox(seed, number, at >> 2);
-  const int i = (int)at & 3;
-  return i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w;
-}
-
 __device__ __forceinline__ bool keeps(const Move& p, u64 number, i64 at) {
   return !DROP || Draw{p.drop_seed, number + p.draw, (u32)p.last}.kept(at, 1);
 }
@@ -53,9 +47,7 @@ __device__ __forceinline__ float direction(const Move& p, u64 number, i64 at, i6
 #if DIRECTION == DIRECTION_GRADIENT
   return keeps(p, number, drawn) ? to_float(p.gradient[at]) : 0.0f;
 #elif DIRECTION == DIRECTION_RANDOM
-  const u32 word = random_word(p.seed, number, drawn);
-  const u32 pairs = (word & 0xff00ffu) + (word >> 8 & 0xff00ffu);
-  return (float)((pairs & 0xffffu) + (pairs >> 16)) - 510.0f;
+  return (float)bell(p.seed, number, drawn);
 #else
   return 0.0f;
 #endif

@@ -122,6 +122,16 @@ NETWORKS = {
         "adversarial": 0.05,
         "label_smoothing": 0.1,
     },
+    "among neighbors": {
+        "binary": True,
+        "xnor": True,
+        "batch_norm": True,
+        "first": True,
+        "neighbor_noise": 0.5,
+        "mix": "some",
+        "augment_rotation": 9.0,
+    },
+    "among three neighbors": {"batch_norm": True, "neighbor_noise": 1.0, "neighbors": 3},
     "mixed images": {"batch_norm": True, "mix": "uniform", "augment_shift": 1.5},
     "many rows": {
         "binary": True,

@@ -21,6 +21,7 @@ from cupybnn.backends.cuda import (
     fused_batch,
     fused_head,
     fused_layers,
+    fused_neighbors,
     fused_parameter,
     fused_shares,
     fused_update,
@@ -38,8 +39,8 @@ from cupybnn.data import Augmentation
 from cupybnn.data.augmentation import bump_width, count_knots, sample
 
 MODULES = (
-    fused_batch, fused_head, fused_layers, fused_parameter, fused_shares, fused_update,
-    fused_virtual, planes, sign_gemm,
+    fused_batch, fused_head, fused_layers, fused_neighbors, fused_parameter, fused_shares,
+    fused_update, fused_virtual, planes, sign_gemm,
 )  # fmt: skip
 KERNELS = {
     (k.source, k.function): k for m in MODULES for k in vars(m).values() if isinstance(k, Kernel)
@@ -247,6 +248,23 @@ def gather(d, p, deformation=None) -> None:
     at(p.labels, p.rows, np.int64)[...] = at(p.all_labels, images.max() + 1, np.int64)[images]
     write_real(p.x, dropped_pixels(d, p, pixels, step, place), d["REAL"])
     clear(p)
+
+
+def move_among_neighbors(d, p) -> None:
+    step = int(at(p.step, 1, np.int64)[0])
+    order = at(p.order, (p.ring, p.rows), np.int32)[step % p.ring]
+    known = order.max() + 1
+    around = at(p.table, (known, p.nearest), np.int32)[order]
+    images = at(p.images, (max(known, around.max() + 1), p.cols), np.uint8).astype(np.int64)
+    out = at(p.out, (p.rows, p.cols), np.uint8)
+    for row, image in enumerate(order):
+        place = (p.first + row) % p.whole
+        drawn = words(p.seed, step, place * p.nearest, p.nearest)
+        draws = sum((drawn >> (8 * i) & 255).astype(np.int64) for i in range(4)) - 510
+        total = draws @ (images[around[row]] - images[image])
+        moved = images[image] + (total * p.factor + (1 << 19)) // (1 << 20)
+        out[row] = moved.clip(0, p.brightest)
+    at(p.labels, p.rows, np.int64)[...] = at(p.all_labels, known, np.int64)[order]
 
 
 def dropped_pixels(d, p, pixels, step, place, seed=None):
@@ -665,10 +683,10 @@ def teacher_layer(d, address, a, b, rows, cols, out) -> None:
 EMULATED = {
     f.__name__: f
     for f in (
-        gather, attack, dropout_mask, move_images, mix_images, normalise, whole_statistics,
-        activate, gradient_sums, gradient, logits, output_norm, head_sums, head_gradient, adam,
-        adam_of_ranks, unpack_rows, unpack_columns, place_signs, soften, teacher_layer, most,
-        quantize, turn,
+        gather, move_among_neighbors, attack, dropout_mask, move_images, mix_images, normalise,
+        whole_statistics, activate, gradient_sums, gradient, logits, output_norm, head_sums,
+        head_gradient, adam, adam_of_ranks, unpack_rows, unpack_columns, place_signs, soften,
+        teacher_layer, most, quantize, turn,
     )
 } | {"gather_deformed": gather}  # fmt: skip
 

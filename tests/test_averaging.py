@@ -43,9 +43,7 @@ class TestAverage:
         alone = Trainer(TrainConfig(**settings))
         alone.make_step(0)
         steps = range(-(-1000 // alone.config.batch_size))
-        indices = np.concatenate([alone.order.indices(step) for step in steps])
-        inputs, labels = alone._step._images(indices, 0)
-        inputs, _ = alone._step._mixed(inputs, labels, 0)
+        inputs = np.concatenate([alone._step._images(step)[0] for step in steps])
         alone.model.load_state_dict(inside)
         nn.refresh_statistics(alone.model, [Tensor(inputs)])
         for name, array in alone.model.named_buffers():

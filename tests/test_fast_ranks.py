@@ -45,6 +45,7 @@ NETWORKS = {
         **XNOR, "mix": "some", "adversarial": 0.02, "augment_shift": 1.0, "augment_elastic": 1.0,
         "augment_flip": True,
     },
+    "among neighbors": {**XNOR, "neighbor_noise": 0.5, "mix": "uniform", "last": True},
     "rounded": {**XNOR, "grad_bits": 4, "adversarial": 0.02, "keep_prob": 0.5},
     "virtual": {**XNOR, "vat": 0.5, "input_keep_prob": 0.8, "mix": "uniform"},
 }  # fmt: skip
@@ -55,7 +56,9 @@ def settings_of(name: str, **more) -> dict:
     return {**FUSED, **NETWORKS[name], **more}
 
 
-@pytest.mark.parametrize("name", ["dropout, penalty", "all binary", "virtual", "rounded"])
+@pytest.mark.parametrize(
+    "name", ["dropout, penalty", "all binary", "among neighbors", "virtual", "rounded"]
+)
 def test_kernels_by_numpy_compute_the_plain_step(monkeypatch, name):
     emulator = Emulator(monkeypatch)
     plain = train(**settings_of(name), fused=False)
@@ -73,6 +76,7 @@ def test_kernels_by_numpy_compute_the_plain_step(monkeypatch, name):
         ("clipped, without batch norm", 3, False),
         ("full precision", 2, True),
         ("mixed, against the network", 3, True),
+        ("among neighbors", 3, True),
         ("virtual", 2, True),
         ("rounded", 3, True),
         ("rounded", 2, False),

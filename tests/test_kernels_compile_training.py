@@ -252,6 +252,13 @@ def test_virtual(arch):
 
 
 @every_architecture
+def test_neighbors(arch):
+    require(arch)
+    choices = [{"VECTOR": v, **NO_REAL} for v in (1, 4)]
+    compile_all("smxx_neighbors", arch, to_compile(arch, variants(arch, {}, *choices)))
+
+
+@every_architecture
 def test_teacher(arch):
     require(arch)
     choices = [{"KIND": kind, "CLASSES": classes} for kind, classes in ((0, 2), (1, 10), (2, 20))]

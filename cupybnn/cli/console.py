@@ -13,8 +13,8 @@ import numpy as np
 
 from cupybnn.training.advice import advice
 from cupybnn.training.evaluation import right_by_class
+from cupybnn.training.images import augmentation
 from cupybnn.training.records import Callback, Evaluation, TrainResult
-from cupybnn.training.step import augmentation
 
 if TYPE_CHECKING:
     from cupybnn.training.protocol import TrainingRun
@@ -124,6 +124,9 @@ class Console(Callback):
             details.append(f"virtual adversarial images ({config.vat:g})")
         amounts = augmentation(config)
         deformed = [name for name, amount in asdict(amounts).items() if amount]
+        if config.neighbor_noise:
+            noise, count = config.neighbor_noise, config.neighbors
+            details.append(f"images moved among {count} neighbors ({noise:g})")
         details += [f"deformed images ({', '.join(deformed)})"] * bool(deformed)
         details += ["images mixed in pairs"] * (config.mix != "none")
         self._say(f"Network: {data.features}-{hidden}-{data.classes}, {', '.join(details)}")

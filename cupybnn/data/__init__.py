@@ -5,5 +5,15 @@ from cupybnn.data.batches import BatchOrder, DeviceData
 from cupybnn.data.dataset import Dataset
 from cupybnn.data.loading import DATASETS, load
 from cupybnn.data.mixing import Mixing
+from cupybnn.data.neighbors import NeighborNoise
 
-__all__ = ["DATASETS", "Augmentation", "BatchOrder", "Dataset", "DeviceData", "Mixing", "load"]
+__all__ = [
+    "DATASETS",
+    "Augmentation",
+    "BatchOrder",
+    "Dataset",
+    "DeviceData",
+    "Mixing",
+    "NeighborNoise",
+    "load",
+]

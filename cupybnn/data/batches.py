@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from cupybnn.backends.devices import Device, to_device
 from cupybnn.backends.order import MOST_IMAGES, Order
 from cupybnn.data.arrays import check_finite
 from cupybnn.data.dataset import Dataset
+from cupybnn.data.neighbors import nearest
 
 __all__ = ["BatchOrder", "DeviceData", "epoch_length"]
 
@@ -176,6 +178,8 @@ class DeviceData:
     pixel_scale : floating or None
         Factor from pixels to the network's input; None for float features, which are used
         unchanged.
+    brightest : int or None
+        The pixel value of full brightness; None for float features.
 
     Raises
     ------
@@ -204,8 +208,11 @@ class DeviceData:
         self.test_images = self._to_device(dataset.test_images)
         self.test_labels = to_device(dataset.test_labels.astype(np.int64), device)
         self.pixel_scale: Any = None
+        self.brightest: int | None = None
+        self._nearest: Any = None
         if dataset.pixel_max is not None:
             self.pixel_scale = self.dtype.type(1.0 / dataset.pixel_max)
+            self.brightest = min(math.ceil(dataset.pixel_max), 255)
 
     def _to_device(self, images: np.ndarray) -> Any:
         if images.dtype.kind == "f" and images.dtype != self.dtype:
@@ -240,6 +247,15 @@ class DeviceData:
         labels : array of int64, shape (batch,)
         """
         return self.scale(self.train_images[indices]), self.train_labels[indices]
+
+    def nearest(self, count: int) -> Any:
+        """Return the nearest neighbors of each training example; see `cupybnn.data.neighbors`.
+
+        They are found at the first call, and kept.
+        """
+        if self._nearest is None or self._nearest.shape[1] != count:
+            self._nearest = nearest(self.train_images, count)
+        return self._nearest
 
     def test_batches(self, size: int, first: int = 0, last: int | None = None) -> Any:
         """Yield (inputs, labels) over the test set, `size` examples at a time.

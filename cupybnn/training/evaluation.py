@@ -11,16 +11,11 @@ import numpy as np
 from cupybnn import nn, optim
 from cupybnn.autograd import Tensor, no_grad
 from cupybnn.backends.devices import CPU, to_device
-from cupybnn.data import BatchOrder, DeviceData, Mixing
+from cupybnn.data import BatchOrder, DeviceData
 from cupybnn.parallel import Ranks
 from cupybnn.training.config import TrainConfig
-from cupybnn.training.step import (
-    MIXING,
-    Objective,
-    augmentation,
-    augmentation_seed,
-    stream_seed,
-)
+from cupybnn.training.images import TrainingImages
+from cupybnn.training.step import Objective
 
 __all__ = ["Averaging", "evaluate", "right_answers", "right_by_class"]
 
@@ -100,18 +95,15 @@ class Averaging:
     order : BatchOrder
         Batch norm's statistics are computed from the images of the first steps.
     config : TrainConfig
-        Its fields `average`, `average_decay` and `average_from`; and `augment_...`, `mix` and
-        `seed`, by which these images are deformed and mixed as in training. They are not moved
-        against the network.
+        Its fields `average`, `average_decay` and `average_from`, and those of `TrainingImages`:
+        these images are what training makes of them, but not moved against the network.
     """
 
     def __init__(
         self, model: nn.Module, data: DeviceData, order: BatchOrder, config: TrainConfig
     ) -> None:
         self._model, self._data, self._order = model, data, order
-        self._augment, self._mixing = augmentation(config), Mixing(config.mix)
-        self._augment_seed = augmentation_seed(config)
-        self._mixing_seed = stream_seed(config, MIXING)
+        self._images = TrainingImages(data, order, config)
         self._from = config.average_from
         self._average: optim.WeightAverage | None = None
         self._before: list[Any] = []  # within `applied`: the statistics that training left
@@ -193,18 +185,12 @@ class Averaging:
             array[...] = value
 
     def _batches(self) -> Iterator[Tensor]:
-        """Yield training images as the network learns them: deformed and mixed."""
+        """Yield the first steps' images as training makes them, those of several at a time."""
         order, xp = self._order, self._data.device.xp
         steps = -(-_BATCH // order.batch_size)  # of a batch
         for number in range(max(min(_EXAMPLES, order.images) // (steps * order.batch_size), 1)):
             first = number * steps
-            indices = xp.concatenate([order.indices(first + i) for i in range(steps)])
-            inputs, _ = self._data.batch(indices)
-            inputs = self._augment(inputs, self._data.image_shape, self._augment_seed, number)
-            if self._mixing:
-                shares = self._mixing.shares(len(inputs), self._mixing_seed, number, xp)
-                inputs = self._mixing.mix(inputs, shares)
-            yield Tensor(inputs)
+            yield Tensor(xp.concatenate([self._images(first + i)[0] for i in range(steps)]))
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return the average's state; empty if there is none."""

@@ -216,6 +216,20 @@ class Options:
         "mirror half of the images, left to right",
         synonyms=("augment", "flip", "mirror", "horizontal_flip", "hflip"),
     )
+    neighbor_noise: float = _images(
+        0.0,
+        _from_0("S"),
+        "move each image by random multiples, of standard deviation S, of its differences to its "
+        "nearest neighbors (after Vincent and Bengio: Manifold Parzen windows, NIPS 2002)",
+        synonyms=("neighbour_noise", "manifold", "tangent"),
+    )
+    neighbors: int = _images(
+        8,
+        Whole(1, "K"),
+        "how many neighbors",
+        needs=("neighbor_noise",),
+        synonyms=("neighbours", "n_neighbors"),
+    )
     adversarial: float = _images(
         0.0,
         _from_0("E"),

@@ -8,27 +8,34 @@ from typing import Any, TypeVar
 
 from cupybnn import nn, optim
 from cupybnn.data import DATASETS, BatchOrder, Dataset, DeviceData, load
+from cupybnn.data.neighbors import check_count
 from cupybnn.errors import CheckpointError, SettingError
 from cupybnn.parallel import Ranks
 from cupybnn.training.agreement import first_reason
 from cupybnn.training.checkpoint import Checkpoint
 from cupybnn.training.config import TrainConfig
+from cupybnn.training.images import augmentation
 from cupybnn.training.network import NETWORK_SETTINGS
-from cupybnn.training.step import Objective, PlainStep, Step, augmentation
+from cupybnn.training.step import Objective, PlainStep, Step
 from cupybnn.training.teachers import Teachers
 from cupybnn.training.team import Team
 
 __all__ = [
     "check_data",
+    "check_images",
     "check_model",
     "check_ranks",
     "choose_step",
     "find_dataset",
+    "find_neighbors",
     "in_turn",
     "refusal",
 ]
 
 T = TypeVar("T")
+
+#: Multiplications that a CPU computes within a few seconds.
+_FAST_PRODUCT = 10**11
 
 
 def refusal(ranks: Ranks, sentence: str) -> SettingError:
@@ -120,6 +127,29 @@ def check_data(name: str, stored: Checkpoint) -> None:
         raise CheckpointError(
             f"The data set must be the checkpoint's, {stored.info['dataset']}; got {name}."
         )
+
+
+def check_images(config: TrainConfig, dataset: Dataset) -> None:
+    """Raise ValueError unless the training images can be deformed and moved as `config` asks."""
+    augmentation(config).check(dataset.image_shape)
+    if config.neighbor_noise:
+        check_count(config.neighbors, len(dataset.train_labels))
+
+
+def find_neighbors(config: TrainConfig, data: DeviceData, mention: Callable[[str], None]) -> None:
+    """Find the nearest neighbors of training images, if training moves images among them.
+
+    `mention` is called with a sentence if this takes long.
+    """
+    if not config.neighbor_noise:
+        return
+    examples = len(data.train_labels)
+    if data.device.kind == "cpu" and examples**2 * data.features > _FAST_PRODUCT:
+        mention(
+            f"Finding the {config.neighbors} nearest neighbors of {examples:,} images, which takes "
+            f"minutes on a CPU."
+        )
+    data.nearest(config.neighbors)
 
 
 def check_model(model: Any, config: TrainConfig) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
 
 from cupybnn import nn, ops, optim
 from cupybnn.autograd import Tensor
-from cupybnn.backends.random import bell, from_row
-from cupybnn.data import Augmentation, BatchOrder, DeviceData, Mixing
+from cupybnn.backends.random import bell
+from cupybnn.data import BatchOrder, DeviceData
 from cupybnn.training.config import TrainConfig
+from cupybnn.training.images import DIRECTIONS, TrainingImages, stream_seed
 from cupybnn.training.teachers import Teachers
 
 if TYPE_CHECKING:
@@ -24,10 +23,7 @@ __all__ = [
     "PlainStep",
     "Step",
     "StepOutput",
-    "augmentation",
-    "augmentation_seed",
     "make_optimizer",
-    "stream_seed",
 ]
 
 
@@ -174,26 +170,6 @@ def _latent_scale(config: TrainConfig) -> Callable[[nn.Parameter], float]:
     return scale
 
 
-def augmentation(config: TrainConfig) -> Augmentation:
-    """Return the deformations that `config` describes."""
-    names = [field.name for field in fields(Augmentation)]
-    return Augmentation(**{name: getattr(config, f"augment_{name}") for name in names})
-
-
-def augmentation_seed(config: TrainConfig) -> int:
-    """Return the seed that, with the step, determines each deformation; no checkpoint stores it."""
-    return stream_seed(config, 0xA6)
-
-
-#: What the random numbers of a step other than deformations are for; see `stream_seed`.
-MIXING, DIRECTIONS = 0x313, 0x7A7
-
-
-def stream_seed(config: TrainConfig, purpose: int) -> int:
-    """Return the seed that, with the step, determines random numbers for one purpose."""
-    return int(np.random.default_rng([config.seed, purpose]).integers(2**63))
-
-
 class PlainStep:
     """The step as the autograd engine computes it, operation by operation.
 
@@ -207,7 +183,8 @@ class PlainStep:
     data : DeviceData
     order : BatchOrder
     config : TrainConfig
-        Its fields `augment_...`, `mix`, `adversarial`, `vat`, `vat_xi`, `seed` and `max_steps`.
+        Its fields `adversarial`, `vat`, `vat_xi`, `seed` and `max_steps`, and those of
+        `TrainingImages`.
     teachers : Teachers, optional
         Whose predictions are learned instead of the labels.
     team : Team, optional
@@ -215,7 +192,7 @@ class PlainStep:
 
     Notes
     -----
-    Images are deformed, then mixed; teachers see them so. An attack moves them next, and virtual
+    Teachers see the images as `TrainingImages` returns them. An attack moves them next, and virtual
     adversarial training starts from there.
 
     The extra passes of virtual adversarial training drop the same units as the first. Batch norm
@@ -239,17 +216,9 @@ class PlainStep:
         self._optimizer = optimizer
         self._team = team
         self._data = data
-        self._order = order
         self._max_steps = max(config.max_steps, 1)
-        self._augment = augmentation(config)
-        self._seed = augmentation_seed(config)
         self._adversarial = config.adversarial
-        self._mixing = Mixing(config.mix)
-        self._mixing_seed = stream_seed(config, MIXING)
-        rows = slice(0, config.batch_size) if team is None else team.rows
-        self._first, self._count = rows.start, rows.stop - rows.start
-        # The last of several ranks' images is mixed with the first one of the next rank.
-        self._further = int(team is not None and bool(self._mixing))
+        self._images = TrainingImages(data, order, config, None if team is None else team.rows)
         self._teachers = teachers
         self._vat = {"distance": config.vat, "xi": config.vat_xi} if config.vat else None
         self._vat_seed = stream_seed(config, DIRECTIONS)
@@ -258,9 +227,7 @@ class PlainStep:
         """Perform step number `step`: batch, deformation, attack, forward, backward, update."""
         team = self._team
         with contextlib.nullcontext() if team is None else team.part():
-            indices = self._order.indices(step, self._first, self._count + self._further)
-            inputs, labels = self._images(indices[: self._count], step)
-            inputs, targets = self._mixed(inputs, labels, step, indices[self._count :])
+            inputs, labels, targets = self._images(step)
             if self._teachers is not None:
                 targets = self._teachers.targets(inputs)
             self._model.train()
@@ -283,30 +250,6 @@ class PlainStep:
             else:
                 value = team.learn(loss)
         return StepOutput(value, logits.data, labels)
-
-    def _images(self, indices: Any, step: int) -> tuple[Any, Any]:
-        """Return deformed images, and their labels."""
-        inputs, labels = self._data.batch(indices)
-        return self._augment(inputs, self._data.image_shape, self._seed, step), labels
-
-    def _mixed(self, inputs: Any, labels: Any, step: int, following: Any = None) -> tuple[Any, Any]:
-        """Mix images in pairs, and labels by the same shares.
-
-        `following` is the index of the image after the last, if that is another rank's.
-        """
-        if not self._mixing:
-            return inputs, labels
-        shares = self._mixing.shares(len(inputs), self._mixing_seed, step, self._data.device.xp)
-        one_hot, next_input, next_one_hot = self._one_hot(labels, inputs.dtype), None, None
-        if self._further:
-            with from_row((self._first + self._count) % self._order.batch_size):
-                next_input, next_label = self._images(following, step)
-            next_one_hot = self._one_hot(next_label, inputs.dtype)
-        inputs = self._mixing.mix(inputs, shares, next_input)
-        return inputs, self._mixing.mix(one_hot, shares, next_one_hot)
-
-    def _one_hot(self, labels: Any, dtype: Any) -> Any:
-        return (labels[:, None] == self._data.device.xp.arange(self._data.classes)).astype(dtype)
 
     def _virtual(self, inputs: Any, step: int) -> tuple[Tensor, Tensor]:
         """Return the logits, and how far predictions change where inputs move most adversely."""

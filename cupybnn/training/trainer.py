@@ -33,13 +33,15 @@ from cupybnn.training.runs import new_run_folder
 from cupybnn.training.saved import DataDescription
 from cupybnn.training.setup import (
     check_data,
+    check_images,
     check_model,
     check_ranks,
     choose_step,
     find_dataset,
+    find_neighbors,
     in_turn,
 )
-from cupybnn.training.step import Objective, Step, StepOutput, augmentation, make_optimizer
+from cupybnn.training.step import Objective, Step, StepOutput, make_optimizer
 from cupybnn.training.teachers import Teachers
 from cupybnn.training.team import Team
 from cupybnn.training.timing import StepTimer
@@ -154,7 +156,7 @@ class Trainer:
             for sentence in check_settings(config, stored):
                 self.notice(sentence)
         dataset = in_turn(self.ranks, lambda: find_dataset(config, data, stored, self.notice))
-        augmentation(config).check(dataset.image_shape)
+        check_images(config, dataset)
         self.dataset = dataset
         with self.device.scope():
             self.teachers = in_turn(self.ranks, lambda: Teachers.open(config, dataset, self.device))
@@ -406,6 +408,7 @@ class Trainer:
             if self._step is not None and not stale:
                 return self._step(step)
             with self.ranks.busy():  # others may have compiled the kernels before
+                find_neighbors(self.config, self.data, self._mention)
                 self._step = choose_step(
                     self.model, self.objective, self.optimizer, self.data, self.order, self.config,
                     self.notice, self.teachers, self._team,

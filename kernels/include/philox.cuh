@@ -20,6 +20,20 @@ __device__ __forceinline__ uint4 philox(u64 seed, u64 draw, u64 block) {
   return make_uint4(c0, c1, c2, c3);
 }
 
+// The word of an element.
+__device__ __forceinline__ u32 random_word(u64 seed, u64 draw, u64 at) {
+  const uint4 w = philox(seed, draw, at >> 2);
+  const int i = (int)at & 3;
+  return i == 0 ? w.x : i == 1 ? w.y : i == 2 ? w.z : w.w;
+}
+
+// The whole number of cupybnn.backends.random.bell: the sum of a word's four bytes, less 510.
+__device__ __forceinline__ int bell(u64 seed, u64 draw, u64 at) {
+  const u32 word = random_word(seed, draw, at);
+  const u32 pairs = (word & 0xff00ffu) + (word >> 8 & 0xff00ffu);
+  return (int)((pairs & 0xffffu) + (pairs >> 16)) - 510;
+}
+
 // One dropout: the element at a position is kept if its word is at most `last`.
 struct Draw {
   u64 seed, number;

@@ -109,6 +109,9 @@ class Buffers:
     gathered, undropped : cupy.ndarray, shape (batch, features)
         The images before they are mixed, and before pixels are dropped; `inputs` where nothing
         comes between. `gathered` and `all_labels` have the plan's `further` images, too.
+    moved, moved_labels, places : cupy.ndarray or None
+        Where images are moved among their neighbors: these, uint8 of shape (batch, features), their
+        labels, and their indices, which count them. Of as many images as `gathered`.
     targets : cupy.ndarray of float32, shape (batch, classes), or None
         Class probabilities to be learned instead of labels.
     predictions : cupy.ndarray of float32, shape (batch, classes), or None
@@ -177,6 +180,12 @@ class Buffers:
         self.inputs, self.hidden, self.logits = first.inputs, first.hidden, first.logits
         self.mean_loss, self.pops = first.mean_loss, first.pops
         self.loss = cupy.zeros(1, np.float32)
+        self.moved = self.moved_labels = self.places = None
+        if plan.neighbors:
+            count = plan.batch + plan.further
+            self.moved = cupy.empty((count, plan.features), np.uint8)
+            self.moved_labels = cupy.empty(count, np.int64)
+            self.places = cupy.asarray(np.arange(count, dtype=np.int32)[None])
         soft = plan.taught or plan.mix != "none"
         self.targets = cupy.empty_like(self.logits) if soft else None
         self.predictions = cupy.empty_like(self.logits) if plan.vat else None

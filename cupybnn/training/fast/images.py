@@ -1,4 +1,4 @@
-"""The images of a fused step: gathered, deformed, mixed, moved; and what they teach."""
+"""The images of a fused step, as `TrainingImages` makes them, then moved; and what they teach."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ from typing import Any
 
 from cupybnn.backends.cuda.fused import Launcher
 from cupybnn.backends.cuda.fused_batch import Attack, Deformation, Draw, Gather
+from cupybnn.backends.cuda.fused_neighbors import MoveAmongNeighbors
 from cupybnn.backends.cuda.fused_virtual import MixImages, MoveImages
 from cupybnn.backends.cuda.graph import Fork
-from cupybnn.data import Augmentation, DeviceData
+from cupybnn.data import Augmentation, DeviceData, NeighborNoise
 from cupybnn.data.augmentation import bump_width, count_knots
 from cupybnn.training.config import TrainConfig
 from cupybnn.training.fast.buffers import Buffers
 from cupybnn.training.fast.feed import Feed
 from cupybnn.training.fast.plan import NetworkPlan
 from cupybnn.training.fast.teaching import Teaching
-from cupybnn.training.step import DIRECTIONS, MIXING, augmentation_seed, stream_seed
+from cupybnn.training.images import (
+    DIRECTIONS,
+    MIXING,
+    NEIGHBORS,
+    augmentation_seed,
+    stream_seed,
+)
 
 __all__ = ["Images", "deformation"]
 
@@ -48,6 +55,8 @@ class Images:
     ) -> None:
         self._plan, self._buffers, self._feed, self._data = plan, buffers, feed, data
         self._teaching = teaching
+        self._noise = NeighborNoise(config.neighbor_noise)
+        self._noise_seed = stream_seed(config, NEIGHBORS)
         self._mixing_seed = stream_seed(config, MIXING)
         self._vat_seed = stream_seed(config, DIRECTIONS)
         self._deformation = None
@@ -69,11 +78,30 @@ class Images:
         """
         plan, buffers, feed = self._plan, self._buffers, self._feed
         direct = buffers.gathered is buffers.inputs
+        images, labels = self._data.train_images, self._data.train_labels
+        order = feed.images
+        if plan.neighbors:
+            with span("neighbors"):
+                MoveAmongNeighbors(
+                    images=images,
+                    all_labels=labels,
+                    order=order,
+                    table=self._data.nearest(plan.neighbors),
+                    step=feed.step,
+                    out=buffers.moved,
+                    labels=buffers.moved_labels,
+                    seed=self._noise_seed,
+                    factor=self._noise.factor,
+                    brightest=self._data.brightest,
+                    first=plan.first,
+                    whole=plan.whole,
+                ).launch(launcher)
+            images, labels, order = buffers.moved, buffers.moved_labels, buffers.places
         with span("gather"):
             Gather(
-                images=self._data.train_images,
-                all_labels=self._data.train_labels,
-                order=feed.images,
+                images=images,
+                all_labels=labels,
+                order=order,
                 step=feed.step,
                 x=buffers.gathered,
                 labels=buffers.all_labels,

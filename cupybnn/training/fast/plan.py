@@ -22,7 +22,7 @@ from cupybnn.training.fast.layers import (
     plan_hidden,
     plan_input,
 )
-from cupybnn.training.step import augmentation
+from cupybnn.training.images import augmentation
 
 __all__ = ["NetworkPlan"]
 
@@ -49,6 +49,8 @@ class NetworkPlan:
     head : HeadPlan
     augment : Augmentation
         How images are deformed.
+    neighbors : int
+        Among how many neighbors each image is moved; 0 if none is.
     adversarial : float
         How far each pixel is moved to increase the loss; 0 disables adversarial training.
     vat, vat_xi : float
@@ -72,6 +74,7 @@ class NetworkPlan:
     hidden: tuple[HiddenPlan, ...]
     head: HeadPlan
     augment: Augmentation
+    neighbors: int
     adversarial: float
     vat: float
     vat_xi: float
@@ -171,6 +174,7 @@ class NetworkPlan:
             ),
             head=head,
             augment=augmentation(config),
+            neighbors=config.neighbors if config.neighbor_noise else 0,
             adversarial=config.adversarial,
             vat=config.vat,
             vat_xi=config.vat_xi,

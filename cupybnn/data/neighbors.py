@@ -1,0 +1,186 @@
+"""Noise in the directions of an image's nearest neighbors, and finding these."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cupybnn.autograd.storage import module_of
+from cupybnn.backends.random import bell
+
+__all__ = ["NeighborNoise", "check_count", "nearest"]
+
+#: Standard deviation of `bell`.
+_BELL = math.sqrt(21845)
+#: Binary digits after the point of a multiple.
+_DIGITS = 20
+#: Distances that are computed at a time: a few megabytes for the host's caches, more for a GPU.
+_DISTANCES = {"numpy": 1 << 20, "cupy": 1 << 26}
+
+
+@dataclass(frozen=True)
+class NeighborNoise:
+    """Move each example by random multiples of its differences to its nearest neighbors.
+
+    ``x`` becomes ``x + sum_j e_j * (x_j - x)``, where ``x_1, x_2, ...`` are the neighbors and the
+    ``e_j`` are independent and nearly normal. The result is a sample of a normal distribution
+    around x that is wide only in the directions in which the data extend there. Nothing needs to be
+    known about images: permuted pixels give the same results, permuted.
+
+    Attributes
+    ----------
+    amount : float
+        Standard deviation of the multiples; at least 0. With 0 nothing moves.
+
+    Notes
+    -----
+    Vincent and Bengio (Manifold Parzen windows, NIPS 2002) estimate densities by a normal
+    distribution like this around each example.
+
+    8-bit pixels stay 8-bit: sums are computed in whole numbers, exactly, then rounded, and limited
+    to the pixels' range. So all backends agree bit for bit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn.data.neighbors import NeighborNoise, nearest
+    >>> images = np.array([[0, 0], [0, 9], [90, 0]], np.uint8)
+    >>> table = nearest(images, 1)
+    >>> table.T
+    array([[1, 0, 0]], dtype=int32)
+    >>> moved = NeighborNoise(0.5)(images, table, np.array([0, 1]), 255, seed=1, number=0)
+    >>> moved.shape, moved.dtype, moved[:, 0].any()  # in the first pixel they do not differ
+    ((2, 2), dtype('uint8'), np.False_)
+    """
+
+    amount: float = 0.0
+
+    def __bool__(self) -> bool:
+        return self.amount > 0
+
+    @property
+    def factor(self) -> int:
+        """A multiple of standard deviation `amount` is ``bell * factor / 2**20``."""
+        return round(self.amount * 2**_DIGITS / _BELL)
+
+    def __call__(
+        self, images: Any, table: Any, indices: Any, brightest: int | None, seed: int, number: int
+    ) -> Any:
+        """Return moved examples.
+
+        Parameters
+        ----------
+        images : array of uint8, float32 or float64, shape (examples, features)
+        table : array of int32, shape (examples, neighbors)
+            See `nearest`.
+        indices : array of integers, shape (batch,)
+            Which examples.
+        brightest : int or None
+            The greatest pixel value, for uint8.
+        seed : int
+            From 0 to 2**64 - 1.
+        number : int
+            Number of the batch: the same `seed` and `number` always give the same multiples.
+
+        Returns
+        -------
+        array of the dtype of `images`, shape (batch, features)
+        """
+        xp, pixels = module_of(images), images.dtype == np.uint8
+        dtype = np.dtype(np.int32) if pixels else images.dtype
+        own, around = images[indices].astype(dtype, copy=False), table[indices]
+        draws = bell(around.shape, seed, number, xp).astype(dtype)
+        total = xp.zeros(own.shape, dtype)
+        for j in range(around.shape[1]):
+            total += draws[:, j : j + 1] * (images[around[:, j]] - own)
+        if not pixels:
+            return own + total * dtype.type(self.amount / _BELL)
+        half = 1 << (_DIGITS - 1)
+        moved = own + (total.astype(np.int64) * self.factor + half >> _DIGITS)
+        return xp.clip(moved, 0, brightest).astype(np.uint8)
+
+
+def nearest(images: Any, count: int) -> Any:
+    """Return the nearest neighbors of each example by Euclidean distance, nearest first.
+
+    All pairs are compared: time grows with the square of the number of examples. Distances of 8-bit
+    pixels are exact; of several at the same distance, the one with the smallest index comes first.
+
+    Parameters
+    ----------
+    images : array of uint8, float32 or float64, shape (examples, features)
+    count : int
+        How many; at least 1, and less than the number of examples.
+
+    Returns
+    -------
+    array of int32, shape (examples, count)
+        Indices of other examples, on the device of `images`.
+
+    Raises
+    ------
+    ValueError
+        If `count` is out of range.
+    """
+    xp, examples = module_of(images), len(images)
+    check_count(count, examples)
+    distances = _Distances(images)
+    table = xp.empty((examples, count), np.int32)
+    rows = max(1, _DISTANCES[xp.__name__] // examples)
+    for start in range(0, examples, rows):
+        part = slice(start, min(start + rows, examples))
+        found = distances.of(part)
+        each = xp.arange(len(found))
+        found[each, each + start] = distances.most  # an example is no neighbor of its own
+        for j in range(count):
+            closest = found.argmin(axis=1)
+            table[part, j] = closest
+            found[each, closest] = distances.most
+    return table
+
+
+def check_count(count: int, examples: int) -> None:
+    """Raise ValueError unless each of the examples has so many neighbors."""
+    if not 1 <= count < examples:
+        raise ValueError(
+            f"The number of neighbors must be at least 1 and less than that of the training "
+            f"examples, {examples:,}; got {count}."
+        )
+
+
+class _Distances:
+    """Squared distances of rows of an array to all of its rows, less the square of the former."""
+
+    def __init__(self, images: Any) -> None:
+        xp, features = module_of(images), images.shape[1]
+        self._pixels = images.dtype == np.uint8
+        # |x|**2 - 2 x y, for 8-bit pixels in whole numbers. Sums of products of 4-bit halves with
+        # pixels are exact in float32, where products of matrices are fast.
+        real = np.float32 if 15 * 255 * features < 2**24 else np.float64
+        self._dtype = np.dtype(np.int32 if 2 * 255**2 * features < 2**31 else np.int64)
+        if not self._pixels:
+            real, self._dtype = np.float64, np.dtype(np.float64)
+        self._images = images
+        self._columns = images.T.astype(real)
+        self._squares = xp.empty(len(images), self._dtype)
+        for start in range(0, len(images), 1024):
+            part = images[start : start + 1024].astype(self._dtype)
+            self._squares[start : start + 1024] = (part * part).sum(axis=1)
+
+    @property
+    def most(self) -> Any:
+        """More than any distance."""
+        return np.inf if self._dtype.kind == "f" else np.iinfo(self._dtype).max
+
+    def of(self, part: slice) -> Any:
+        """Return the distances of some rows: shape (rows, examples)."""
+        xp, rows = module_of(self._images), self._images[part]
+        products = self._product(rows >> 4) * 16 if self._pixels else 0
+        products = products + self._product(rows & 15 if self._pixels else rows)
+        return xp.subtract(self._squares, 2 * products)
+
+    def _product(self, rows: Any) -> Any:
+        return (rows.astype(self._columns.dtype) @ self._columns).astype(self._dtype, copy=False)
