@@ -200,5 +200,5 @@ class TestTraining:
                 said.append(sentence)
 
         config = TrainConfig(**{**self.RUN, "max_steps": 1}, neighbor_noise=0.1)
-        assert Trainer(config, [Listen()]).run().notices == []
+        assert Trainer(config, [Listen()]).run().notices == ()
         assert "Finding the 8 nearest neighbors of 1,437 images, which takes minutes on" in said[0]

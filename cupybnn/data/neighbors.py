@@ -171,9 +171,9 @@ class _Distances:
             self._squares[start : start + 1024] = (part * part).sum(axis=1)
 
     @property
-    def most(self) -> Any:
-        """More than any distance."""
-        return np.inf if self._dtype.kind == "f" else np.iinfo(self._dtype).max
+    def most(self) -> float:
+        """More than any distance, of those that are whole numbers the greatest of their dtype."""
+        return math.inf if self._dtype.kind == "f" else 2 ** (8 * self._dtype.itemsize - 1) - 1
 
     def of(self, part: slice) -> Any:
         """Return the distances of some rows: shape (rows, examples)."""

@@ -81,6 +81,7 @@ class Images:
         images, labels = self._data.train_images, self._data.train_labels
         order = feed.images
         if plan.neighbors:
+            assert self._data.brightest is not None, "checked before: only pixels are supported"
             with span("neighbors"):
                 MoveAmongNeighbors(
                     images=images,
