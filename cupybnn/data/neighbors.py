@@ -46,7 +46,7 @@ class NeighborNoise:
     Examples
     --------
     >>> import numpy as np
-    >>> from cupybnn.data.neighbors import NeighborNoise, nearest
+    >>> from cupybnn.data import NeighborNoise, nearest
     >>> images = np.array([[0, 0], [0, 9], [90, 0]], np.uint8)
     >>> table = nearest(images, 1)
     >>> table.T
