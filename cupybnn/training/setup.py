@@ -146,8 +146,8 @@ def find_neighbors(config: TrainConfig, data: DeviceData, mention: Callable[[str
     examples = len(data.train_labels)
     if data.device.kind == "cpu" and examples**2 * data.features > _FAST_PRODUCT:
         mention(
-            f"Finding the {config.neighbors} nearest neighbors of {examples:,} images, which takes "
-            f"minutes on a CPU."
+            f"Finding the {config.neighbors} nearest neighbors of {examples:,} images, which may "
+            f"take a minute or more on a CPU."
         )
     data.nearest(config.neighbors)
 
