@@ -201,4 +201,4 @@ class TestTraining:
 
         config = TrainConfig(**{**self.RUN, "max_steps": 1}, neighbor_noise=0.1)
         assert Trainer(config, [Listen()]).run().notices == ()
-        assert "Finding the 8 nearest neighbors of 1,442 images, which may take a minute or more on" in said[0]
+        assert "the 8 nearest neighbors of 1,442 images, which may take a minute or more" in said[0]
