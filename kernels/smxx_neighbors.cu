@@ -2,8 +2,8 @@
 // neighbors. Formula in cupybnn/data/neighbors.py; whole numbers, so that NumPy agrees bit for bit.
 //
 // move_among_neighbors: a block takes an image. First its neighbors and multiples, into shared memory,
-// then VECTOR neighbouring pixels a thread. Bounded by latency: the step number, the image's index, those
-// of its neighbors and then their rows, at random addresses, are read one after another.
+// then VECTOR adjacent pixels a thread. Bounded by latency: the step number, the image's index, those of
+// its neighbors and then their rows, at random addresses, are read one after another.
 //
 // The step number is read from the device, so that each launch of a captured graph draws new numbers.
 //
@@ -29,7 +29,7 @@ struct Neighbors {
   i64 factor, brightest;
 };
 
-constexpr int DIGITS = 20;  // of a multiple, after the point
+constexpr int DIGITS = 20;   // of a multiple, after the point
 constexpr int TOGETHER = 4;  // neighbors whose pixels are loaded before the first is used
 
 struct alignas(VECTOR) Pixels {

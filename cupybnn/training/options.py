@@ -379,8 +379,8 @@ class Options:
         "none",
         Choice.of("none", "ema", "swa"),
         "evaluate with averaged weights: none, ema (exponential moving average) or swa (equal "
-        "weighting); batch norm's statistics are recomputed for them, on images deformed and mixed "
-        "as in training",
+        "weighting); batch norm's statistics are recomputed for them, on images as training makes "
+        "them",
         synonyms=("averaging", "ema", "swa"),
     )
     average_decay: float = _learning(
