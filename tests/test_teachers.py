@@ -10,10 +10,10 @@ import pytest
 from cupybnn import ops
 from cupybnn.autograd import Tensor, no_grad
 from cupybnn.cli.main import main
-from cupybnn.data import Dataset, Mixing, load
+from cupybnn.data import Augmentation, Dataset, Mixing, load
 from cupybnn.deploy import PackedNetwork
 from cupybnn.errors import CheckpointError, SettingError
-from cupybnn.training import TrainConfig, Trainer, checkpoint, restored_config
+from cupybnn.training import TrainConfig, Trainer, checkpoint, images, restored_config
 from cupybnn.training.saved import load_model
 
 QUICK = {"dataset": "digits", "device": "cpu", "n_hidden": 24, "batch_size": 40, "reg": 0.0}
@@ -64,11 +64,11 @@ class TestTeachers:
         targets = made.teachers.targets
         made.teachers.targets = lambda x: seen.append(x.copy()) or targets(x)
         made.make_step(0)
-        step = made._step
-        inputs, labels = made.data.batch(made.order.indices(0))
-        inputs = step._augment(inputs, made.data.image_shape, step._seed, 0)
-        expected, _ = step._mixed(inputs, labels, 0)
-        np.testing.assert_array_equal(seen[0], expected)
+        inputs, _ = made.data.batch(made.order.indices(0))
+        seed = images.augmentation_seed(made.config)
+        inputs = Augmentation(shift=1.0)(inputs, (8, 8), seed, 0)
+        shares = Mixing("uniform").shares(40, images.stream_seed(made.config, images.MIXING), 0, np)
+        np.testing.assert_array_equal(seen[0], Mixing.mix(inputs, shares))
 
     def test_a_student_follows_its_teacher(self, runs):
         """Also where the teacher is wrong."""
@@ -143,10 +143,11 @@ class TestMixing:
 
     def test_labels_are_mixed_by_the_same_shares(self):
         made = Trainer(TrainConfig(**QUICK, mix="uniform"))
-        made.make_step(0)
         inputs, labels = made.data.batch(made.order.indices(1))
-        mixed, targets = made._step._mixed(inputs, labels, 1)
-        shares = Mixing("uniform").shares(40, made._step._mixing_seed, 1, np)
+        of_step = images.TrainingImages(made.data, made.order, made.config)
+        mixed, same, targets = of_step(1)
+        np.testing.assert_array_equal(same, labels)
+        shares = Mixing("uniform").shares(40, images.stream_seed(made.config, images.MIXING), 1, np)
         one_hot = np.eye(10)[labels]
         expected = (1 - shares) * one_hot + shares * np.roll(one_hot, -1, axis=0)
         np.testing.assert_allclose(targets, expected, rtol=1e-6)
@@ -155,7 +156,6 @@ class TestMixing:
             mixed, (1 - shares) * inputs + shares * np.roll(inputs, -1, axis=0), atol=1e-6
         )
         assert not Mixing()
-        assert made._step._mixing
 
 
 def test_options(capsys, runs):

@@ -124,6 +124,13 @@ def nearest(images: Any, count: int) -> Any:
     ------
     ValueError
         If `count` is out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from cupybnn.data import nearest
+    >>> nearest(np.array([[0.0], [1.0], [5.0], [7.0]]), 2).tolist()
+    [[1, 2], [0, 2], [3, 1], [2, 1]]
     """
     xp, examples = module_of(images), len(images)
     check_count(count, examples)
