@@ -9,7 +9,8 @@
 //
 // The rows may be a part of a batch. Random numbers are those of an image's place in the whole batch.
 //
-// The translation unit sets REAL, which does not matter here, and VECTOR.
+// The translation unit sets REAL, which does not matter here, VECTOR, and DIGITS, the binary digits of a
+// multiple after the point.
 
 #include "block.cuh"
 #include "philox.cuh"
@@ -29,7 +30,6 @@ struct Neighbors {
   i64 factor, brightest;
 };
 
-constexpr int DIGITS = 20;   // of a multiple, after the point
 constexpr int TOGETHER = 4;  // neighbors whose pixels are loaded before the first is used
 
 struct alignas(VECTOR) Pixels {

@@ -262,7 +262,7 @@ def move_among_neighbors(d, p) -> None:
         drawn = words(p.seed, step, place * p.nearest, p.nearest)
         draws = sum((drawn >> (8 * i) & 255).astype(np.int64) for i in range(4)) - 510
         total = draws @ (images[around[row]] - images[image])
-        moved = images[image] + (total * p.factor + (1 << 19)) // (1 << 20)
+        moved = images[image] + (total * p.factor + (1 << d["DIGITS"] - 1)) // (1 << d["DIGITS"])
         out[row] = moved.clip(0, p.brightest)
     at(p.labels, p.rows, np.int64)[...] = at(p.all_labels, known, np.int64)[order]
 

@@ -17,7 +17,9 @@ from cupybnn.training import Callback, TrainConfig, Trainer, train
 class TestAverage:
     SETTINGS: ClassVar = {**QUICK, "binary": True, "batch_norm": True}
 
-    @pytest.mark.parametrize("images", [{}, {"augment_shift": 2.0, "mix": "uniform"}])
+    @pytest.mark.parametrize(
+        "images", [{}, {"neighbor_noise": 0.5, "augment_shift": 2.0, "mix": "uniform"}]
+    )
     def test_what_is_evaluated(self, images):
         settings = {**self.SETTINGS, **images}
         trainer = Trainer(TrainConfig(**settings, average="swa", average_from=20))
@@ -43,7 +45,8 @@ class TestAverage:
         alone = Trainer(TrainConfig(**settings))
         alone.make_step(0)
         steps = range(-(-1000 // alone.config.batch_size))
-        inputs = np.concatenate([alone._step._images(step)[0] for step in steps])
+        indices = np.concatenate([alone.order.indices(step) for step in steps])
+        inputs = alone._step._images.of(indices, 0)[0]
         alone.model.load_state_dict(inside)
         nn.refresh_statistics(alone.model, [Tensor(inputs)])
         for name, array in alone.model.named_buffers():

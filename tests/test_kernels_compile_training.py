@@ -254,7 +254,7 @@ def test_virtual(arch):
 @every_architecture
 def test_neighbors(arch):
     require(arch)
-    choices = [{"VECTOR": v, **NO_REAL} for v in (1, 4)]
+    choices = [{"VECTOR": v, "DIGITS": 20, **NO_REAL} for v in (1, 4)]
     compile_all("smxx_neighbors", arch, to_compile(arch, variants(arch, {}, *choices)))
 
 

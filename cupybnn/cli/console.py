@@ -122,11 +122,11 @@ class Console(Callback):
             details.append(f"adversarial images ({config.adversarial:g})")
         if config.vat:
             details.append(f"virtual adversarial images ({config.vat:g})")
-        amounts = augmentation(config)
-        deformed = [name for name, amount in asdict(amounts).items() if amount]
         if config.neighbor_noise:
             noise, count = config.neighbor_noise, config.neighbors
             details.append(f"images moved among {count} neighbors ({noise:g})")
+        amounts = augmentation(config)
+        deformed = [name for name, amount in asdict(amounts).items() if amount]
         details += [f"deformed images ({', '.join(deformed)})"] * bool(deformed)
         details += ["images mixed in pairs"] * (config.mix != "none")
         self._say(f"Network: {data.features}-{hidden}-{data.classes}, {', '.join(details)}")

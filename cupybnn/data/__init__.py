@@ -5,7 +5,7 @@ from cupybnn.data.batches import BatchOrder, DeviceData
 from cupybnn.data.dataset import Dataset
 from cupybnn.data.loading import DATASETS, load
 from cupybnn.data.mixing import Mixing
-from cupybnn.data.neighbors import NeighborNoise, nearest
+from cupybnn.data.neighbors import NeighborNoise, nearest_neighbors
 
 __all__ = [
     "DATASETS",
@@ -16,5 +16,5 @@ __all__ = [
     "Mixing",
     "NeighborNoise",
     "load",
-    "nearest",
+    "nearest_neighbors",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from cupybnn.backends.devices import Device, to_device
 from cupybnn.backends.order import MOST_IMAGES, Order
 from cupybnn.data.arrays import check_finite
 from cupybnn.data.dataset import Dataset
-from cupybnn.data.neighbors import nearest
+from cupybnn.data.neighbors import nearest_neighbors
 
 __all__ = ["BatchOrder", "DeviceData", "epoch_length"]
 
@@ -50,7 +51,8 @@ class BatchOrder:
     An image of weight w occurs in each epoch as often as w copies of it would: floor(w) or ceil(w)
     times, w times on average (systematic sampling), where w is scaled so that the weights sum to
     `epoch_length`. With integer weights, training is then the same, bit for bit, as with an image
-    repeated instead of weighted, and the statistics of batch norm are weighted, too.
+    repeated instead of weighted, and the statistics of batch norm are weighted, too. Noise among
+    neighbors is the exception, because copies of an image are its neighbors.
 
     Parameters
     ----------
@@ -178,8 +180,6 @@ class DeviceData:
     pixel_scale : floating or None
         Factor from pixels to the network's input; None for float features, which are used
         unchanged.
-    brightest : int or None
-        The pixel value of full brightness; None for float features.
 
     Raises
     ------
@@ -208,11 +208,10 @@ class DeviceData:
         self.test_images = self._to_device(dataset.test_images)
         self.test_labels = to_device(dataset.test_labels.astype(np.int64), device)
         self.pixel_scale: Any = None
-        self.brightest: int | None = None
-        self._nearest: Any = None
         if dataset.pixel_max is not None:
             self.pixel_scale = self.dtype.type(1.0 / dataset.pixel_max)
-            self.brightest = min(math.ceil(dataset.pixel_max), 255)
+        self._pixel_max, self._weights = dataset.pixel_max, dataset.train_weights
+        self._neighbors: dict[int, Any] = {}
 
     def _to_device(self, images: np.ndarray) -> Any:
         if images.dtype.kind == "f" and images.dtype != self.dtype:
@@ -248,14 +247,22 @@ class DeviceData:
         """
         return self.scale(self.train_images[indices]), self.train_labels[indices]
 
-    def nearest(self, count: int) -> Any:
-        """Return the nearest neighbors of each training example; see `cupybnn.data.neighbors`.
+    @cached_property
+    def brightest(self) -> int:
+        """The greatest pixel: that of full brightness, or of the training images if greater."""
+        if self._pixel_max is None:
+            raise TypeError("Float features have no brightest pixel.")
+        return max(min(math.ceil(self._pixel_max), 255), int(self.train_images.max()))
 
-        They are found at the first call, and kept.
+    def nearest_neighbors(self, count: int) -> Any:
+        """Return the nearest neighbors of each training example, of those of positive weight.
+
+        They are found at the first call, and kept. See `cupybnn.data.nearest_neighbors`.
         """
-        if self._nearest is None or self._nearest.shape[1] != count:
-            self._nearest = nearest(self.train_images, count)
-        return self._nearest
+        if count not in self._neighbors:
+            among = None if self._weights is None else np.flatnonzero(self._weights)
+            self._neighbors[count] = nearest_neighbors(self.train_images, count, among)
+        return self._neighbors[count]
 
     def test_batches(self, size: int, first: int = 0, last: int | None = None) -> Any:
         """Yield (inputs, labels) over the test set, `size` examples at a time.

@@ -190,7 +190,8 @@ class Averaging:
         steps = -(-_BATCH // order.batch_size)  # of a batch
         for number in range(max(min(_EXAMPLES, order.images) // (steps * order.batch_size), 1)):
             first = number * steps
-            yield Tensor(xp.concatenate([self._images(first + i)[0] for i in range(steps)]))
+            indices = xp.concatenate([order.indices(first + i) for i in range(steps)])
+            yield Tensor(self._images.of(indices, number)[0])
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return the average's state; empty if there is none."""

@@ -14,7 +14,7 @@ from cupybnn.training.config import TrainConfig
 __all__ = [
     "DIRECTIONS",
     "MIXING",
-    "NEIGHBORS",
+    "NEIGHBOR_NOISE",
     "TrainingImages",
     "augmentation",
     "augmentation_seed",
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 #: What the random numbers of a step other than deformations are for; see `stream_seed`.
-MIXING, DIRECTIONS, NEIGHBORS = 0x313, 0x7A7, 0x4E1
+MIXING, DIRECTIONS, NEIGHBOR_NOISE = 0x313, 0x7A7, 0x4E1
 
 
 def augmentation(config: TrainConfig) -> Augmentation:
@@ -65,7 +65,7 @@ class TrainingImages:
         self._first, self._count = rows.start, rows.stop - rows.start
         self._noise, self._neighbors = NeighborNoise(config.neighbor_noise), config.neighbors
         self._augment, self._mixing = augmentation(config), Mixing(config.mix)
-        self._noise_seed = stream_seed(config, NEIGHBORS)
+        self._noise_seed = stream_seed(config, NEIGHBOR_NOISE)
         self._augment_seed = augmentation_seed(config)
         self._mixing_seed = stream_seed(config, MIXING)
         # The last image of a part is mixed with the first one of the next.
@@ -83,30 +83,38 @@ class TrainingImages:
             The labels; where images are mixed, the classes' shares, shape (rows, classes).
         """
         indices = self._order.indices(step, self._first, self._count + self._further)
-        inputs, labels = self._unmixed(indices[: self._count], step)
+        return self.of(indices[: self._count], step, indices[self._count :])
+
+    def of(self, indices: Any, number: int, following: Any = None) -> tuple[Any, Any, Any]:
+        """Return images as those of step `number`, whichever they are; see `__call__`.
+
+        `following` is the index of the image after the last, if that is another part's.
+        """
+        inputs, labels = self._unmixed(indices, number)
         if not self._mixing:
             return inputs, labels, labels
         xp = self._data.device.xp
-        shares = self._mixing.shares(len(inputs), self._mixing_seed, step, xp)
+        shares = self._mixing.shares(len(inputs), self._mixing_seed, number, xp)
         one_hot, next_input, next_one_hot = self._one_hot(labels, inputs.dtype), None, None
         if self._further:
             with from_row((self._first + self._count) % self._order.batch_size):
-                next_input, next_label = self._unmixed(indices[self._count :], step)
+                next_input, next_label = self._unmixed(following, number)
             next_one_hot = self._one_hot(next_label, inputs.dtype)
         inputs = self._mixing.mix(inputs, shares, next_input)
         return inputs, labels, self._mixing.mix(one_hot, shares, next_one_hot)
 
-    def _unmixed(self, indices: Any, step: int) -> tuple[Any, Any]:
+    def _unmixed(self, indices: Any, number: int) -> tuple[Any, Any]:
         data = self._data
         if self._noise:
+            pixels = {} if data.pixel_scale is None else {"brightest": data.brightest}
+            table = data.nearest_neighbors(self._neighbors)
             images = self._noise(
-                data.train_images, data.nearest(self._neighbors), indices, data.brightest,
-                self._noise_seed, step,
-            )  # fmt: skip
+                data.train_images, table, indices, seed=self._noise_seed, number=number, **pixels
+            )
             inputs, labels = data.scale(images), data.train_labels[indices]
         else:
             inputs, labels = data.batch(indices)
-        return self._augment(inputs, data.image_shape, self._augment_seed, step), labels
+        return self._augment(inputs, data.image_shape, self._augment_seed, number), labels
 
     def _one_hot(self, labels: Any, dtype: Any) -> Any:
         return (labels[:, None] == self._data.device.xp.arange(self._data.classes)).astype(dtype)

@@ -226,7 +226,7 @@ class Options:
     neighbors: int = _images(
         8,
         Whole(1, "K"),
-        "how many neighbors",
+        "how many nearest neighbors an image has",
         needs=("neighbor_noise",),
         synonyms=("neighbours", "n_neighbors"),
     )

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 from cupybnn import nn, optim
 from cupybnn.data import DATASETS, BatchOrder, Dataset, DeviceData, load
-from cupybnn.data.neighbors import check_count
 from cupybnn.errors import CheckpointError, SettingError
 from cupybnn.parallel import Ranks
 from cupybnn.training.agreement import first_reason
@@ -34,8 +33,8 @@ __all__ = [
 
 T = TypeVar("T")
 
-#: Multiplications that a CPU computes within a few seconds.
-_FAST_PRODUCT = 10**11
+#: Multiplications that a CPU computes within some seconds.
+_SECONDS = 3 * 10**11
 
 
 def refusal(ranks: Ranks, sentence: str) -> SettingError:
@@ -130,10 +129,16 @@ def check_data(name: str, stored: Checkpoint) -> None:
 
 
 def check_images(config: TrainConfig, dataset: Dataset) -> None:
-    """Raise ValueError unless the training images can be deformed and moved as `config` asks."""
+    """Raise unless the training images can be deformed and moved as `config` asks."""
     augmentation(config).check(dataset.image_shape)
-    if config.neighbor_noise:
-        check_count(config.neighbors, len(dataset.train_labels))
+    weights = dataset.train_weights
+    examples = len(dataset.train_labels) if weights is None else int((weights > 0).sum())
+    if config.neighbor_noise and config.neighbors >= examples:
+        of_weight = "" if weights is None else " of positive weight"
+        raise SettingError(
+            f"The 'neighbors' must be less than the number of training images{of_weight}, "
+            f"{examples:,}; got {config.neighbors}. Choose fewer, or leave out 'neighbor_noise'."
+        )
 
 
 def find_neighbors(config: TrainConfig, data: DeviceData, mention: Callable[[str], None]) -> None:
@@ -144,12 +149,14 @@ def find_neighbors(config: TrainConfig, data: DeviceData, mention: Callable[[str
     if not config.neighbor_noise:
         return
     examples = len(data.train_labels)
-    if data.device.kind == "cpu" and examples**2 * data.features > _FAST_PRODUCT:
+    # A neighbor of all images takes a pass over the distances, as long as some 100 features.
+    work = examples**2 * (data.features + 100 * config.neighbors)
+    if data.device.kind == "cpu" and work > _SECONDS:
         mention(
             f"Finding the {config.neighbors} nearest neighbors of {examples:,} images, which may "
             f"take a minute or more on a CPU."
         )
-    data.nearest(config.neighbors)
+    data.nearest_neighbors(config.neighbors)
 
 
 def check_model(model: Any, config: TrainConfig) -> None:
@@ -216,14 +223,16 @@ def _unfused_reason(
     if data.pixel_scale is None:
         return f"the features are {data.dtype}, not 8-bit pixels"
     from cupybnn.backends.cuda.compiler import architecture, shared_memory_limit
+    from cupybnn.backends.cuda.fused_neighbors import shared_bytes
     from cupybnn.training.fast import unsupported_reason
     from cupybnn.training.fast.images import deformation
 
     index = data.device.index
     reason = unsupported_reason(config, model, optimizer, architecture(index), teachers)
-    amounts = augmentation(config)
+    amounts, most = augmentation(config), shared_memory_limit(index) - 1024
     if reason is None and amounts and data.image_shape is not None:
-        shared = deformation(amounts, data.image_shape, 0).shared
-        if shared + 1024 > shared_memory_limit(index):
+        if deformation(amounts, data.image_shape, 0).shared > most:
             reason = "the images are too large to be deformed in shared memory"
+    if reason is None and config.neighbor_noise and shared_bytes(config.neighbors) > most:
+        reason = "shared memory does not hold that many neighbors"
     return reason

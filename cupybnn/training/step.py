@@ -224,7 +224,7 @@ class PlainStep:
         self._vat_seed = stream_seed(config, DIRECTIONS)
 
     def __call__(self, step: int) -> StepOutput:
-        """Perform step number `step`: batch, deformation, attack, forward, backward, update."""
+        """Perform step number `step`: images, attack, forward, backward, update."""
         team = self._team
         with contextlib.nullcontext() if team is None else team.part():
             inputs, labels, targets = self._images(step)

@@ -303,6 +303,9 @@ class Trainer:
             raise RuntimeError("A Trainer runs once; restore its checkpoint in a new one instead.")
         self._started = True
         with self.device.scope(), np.errstate(**_UNDERFLOW_IS_ZERO), closing(self.callbacks):
+            if self.step < self.config.max_steps or self._averaging.exists:
+                with self.ranks.busy():
+                    find_neighbors(self.config, self.data, self._mention)
             if self.config.log_dir is not None and self.step < self.config.max_steps:
                 if self.ranks.rank == 0:
                     with self.ranks.busy():
@@ -408,7 +411,6 @@ class Trainer:
             if self._step is not None and not stale:
                 return self._step(step)
             with self.ranks.busy():  # others may have compiled the kernels before
-                find_neighbors(self.config, self.data, self._mention)
                 self._step = choose_step(
                     self.model, self.objective, self.optimizer, self.data, self.order, self.config,
                     self.notice, self.teachers, self._team,

@@ -8,7 +8,7 @@ from typing import Any
 from cupybnn.backends.cuda.fused import Launcher
 from cupybnn.backends.cuda.structs import Kernel, Struct
 
-__all__ = ["MoveAmongNeighbors"]
+__all__ = ["MoveAmongNeighbors", "shared_bytes"]
 
 NEIGHBORS = Struct(
     "Neighbors",
@@ -30,7 +30,8 @@ class MoveAmongNeighbors:
     out: Any  # uint8, (batch, pixels)
     labels: Any  # int64, (batch,): receives the labels
     seed: int
-    factor: int  # from random numbers to multiples
+    factor: int  # from random numbers to multiples, in units of 2**-digits
+    digits: int
     brightest: int
     first: int = 0  # place of the first row in the whole batch, of which it may be a part
     whole: int | None = None  # images of the whole batch; None: as many as rows
@@ -46,7 +47,12 @@ class MoveAmongNeighbors:
             whole=rows if self.whole is None else self.whole, seed=self.seed, factor=self.factor,
             brightest=self.brightest,
         )  # fmt: skip
-        vector = next(v for v in (4, 1) if cols % v == 0)
+        defines = (("VECTOR", next(v for v in (4, 1) if cols % v == 0)), ("DIGITS", self.digits))
         launcher.launch(
-            MOVE, {"p": packed}, grid=(rows,), defines=(("VECTOR", vector),), shared=8 * nearest
+            MOVE, {"p": packed}, grid=(rows,), defines=defines, shared=shared_bytes(nearest)
         )
+
+
+def shared_bytes(nearest: int) -> int:
+    """Return the bytes of shared memory that a block needs: neighbors, and multiples."""
+    return 8 * nearest

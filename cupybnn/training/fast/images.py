@@ -21,7 +21,7 @@ from cupybnn.training.fast.teaching import Teaching
 from cupybnn.training.images import (
     DIRECTIONS,
     MIXING,
-    NEIGHBORS,
+    NEIGHBOR_NOISE,
     augmentation_seed,
     stream_seed,
 )
@@ -56,7 +56,9 @@ class Images:
         self._plan, self._buffers, self._feed, self._data = plan, buffers, feed, data
         self._teaching = teaching
         self._noise = NeighborNoise(config.neighbor_noise)
-        self._noise_seed = stream_seed(config, NEIGHBORS)
+        self._noise_seed = stream_seed(config, NEIGHBOR_NOISE)
+        # Kept: captured graphs read it.
+        self._neighbors = data.nearest_neighbors(plan.neighbors) if plan.neighbors else None
         self._mixing_seed = stream_seed(config, MIXING)
         self._vat_seed = stream_seed(config, DIRECTIONS)
         self._deformation = None
@@ -81,18 +83,18 @@ class Images:
         images, labels = self._data.train_images, self._data.train_labels
         order = feed.images
         if plan.neighbors:
-            assert self._data.brightest is not None, "checked before: only pixels are supported"
             with span("neighbors"):
                 MoveAmongNeighbors(
                     images=images,
                     all_labels=labels,
                     order=order,
-                    table=self._data.nearest(plan.neighbors),
+                    table=self._neighbors,
                     step=feed.step,
                     out=buffers.moved,
                     labels=buffers.moved_labels,
                     seed=self._noise_seed,
                     factor=self._noise.factor,
+                    digits=self._noise.DIGITS,
                     brightest=self._data.brightest,
                     first=plan.first,
                     whole=plan.whole,
