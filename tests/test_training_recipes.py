@@ -166,6 +166,20 @@ class TestEnd:
         assert main(["train", "--recipe", str(path), *free, "--lr", "0.1"]) == 0
         assert "published" not in self.last(capsys)
 
+    def test_published_figure_is_that_of_the_recipe_s_teachers(self, capsys, tmp_path):
+        (tmp_path / "wise.toml").write_text('[settings]\ndataset = "digits"\nmax_steps = 2\n')
+        path = tmp_path / "taught.toml"
+        path.write_text(
+            'accuracy = "0.5"\nmeasured = "one run"\n[settings]\ndataset = "digits"\n'
+            "max_steps = 2\nn_hidden = 8\n[teachers]\n"
+            f"recipe = {json.dumps((tmp_path / 'wise.toml').as_posix())}\ncount = 1\n"
+        )
+        run = ["train", "--recipe", str(path), "--device", "cpu"]
+        assert main(run) == 0
+        assert self.last(capsys).endswith(" s of them for teachers; published: 0.5 (one run)")
+        assert main([*run, "--teacher", ""]) == 0
+        assert "published" not in self.last(capsys)
+
     def test_none_without_a_recipe(self, capsys):
         assert main(["train", "--dataset", "digits", *self.QUICK]) == 0
         assert self.last(capsys).startswith("Med ex/s")

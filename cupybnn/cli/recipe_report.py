@@ -50,7 +50,8 @@ def ended(recipe: Recipe, result: TrainResult, seconds: float, teachers: float) 
     )
     if teachers:
         line += f", {teachers:.1f} s of them for teachers"
-    if recipe.accuracy and _as_published(recipe, result.config):
+    taught = recipe.teachers is None or teachers > 0  # by the recipe's, not by others or none
+    if recipe.accuracy and taught and _as_published(recipe, result.config):
         line += f"; published: {recipe.accuracy} ({recipe.measured})"
     return line
 

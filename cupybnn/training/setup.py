@@ -229,10 +229,10 @@ def _unfused_reason(
 
     index = data.device.index
     reason = unsupported_reason(config, model, optimizer, architecture(index), teachers)
-    amounts, most = augmentation(config), shared_memory_limit(index) - 1024
-    if reason is None and amounts and data.image_shape is not None:
-        if deformation(amounts, data.image_shape, 0).shared > most:
-            reason = "the images are too large to be deformed in shared memory"
+    amounts, shape = augmentation(config), data.image_shape
+    most = shared_memory_limit(index) - 1024
+    if reason is None and amounts and shape and deformation(amounts, shape, 0).shared > most:
+        reason = "the images are too large to be deformed in shared memory"
     if reason is None and config.neighbor_noise and shared_bytes(config.neighbors) > most:
         reason = "shared memory does not hold that many neighbors"
     return reason
