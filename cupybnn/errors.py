@@ -52,7 +52,7 @@ class DeviceError(RuntimeError):
 
 
 class DataError(RuntimeError):
-    """A data set is missing, truncated, corrupt or mislabelled.
+    """A data set is missing, truncated, corrupt or mislabeled.
 
     Examples
     --------

@@ -201,7 +201,7 @@ __device__ __forceinline__ void multiply_bits(const Place& at, i64 tile, i64 row
   }
 }
 
-// Four neighbouring inputs of a row, from input k on; those that do not exist are 0.
+// Four neighboring inputs of a row, from input k on; those that do not exist are 0.
 __device__ __forceinline__ void read_inputs(const Place& at, i64 row, i64 k, float (&v)[4]) {
   const i64 inputs = at.l.inputs;
 #pragma unroll
@@ -249,7 +249,7 @@ __device__ __forceinline__ void read_inputs(const Place& at, i64 row, i64 k, flo
 #endif
 }
 
-// Of every 16 inputs, number 4 i + j stands at 4 j + i: a warp that has read four neighbours of
+// Of every 16 inputs, number 4 i + j stands at 4 j + i: a warp that has read four neighbors of
 // eight rows to a lane then writes to different banks. The same again leads back.
 __device__ __forceinline__ int place_of(int k) {
   return (k & ~15) | (k & 3) << 2 | (k >> 2 & 3);

@@ -142,7 +142,7 @@ __device__ __forceinline__ void consume(const PlaneProduct& p, Shared& shared, i
       multiply(acc, shared, turn, (int)p.chunks, group, 1);
     }
     // To shared memory, once the previous tile has been written from there. A lane has two rows, and four
-    // neighbouring columns of every 16 (results.cuh).
+    // neighboring columns of every 16 (results.cuh).
     barrier_wait(shared_address(&shared.results_empty), parity);
     parity ^= 1;
     int lane;
@@ -159,7 +159,7 @@ __device__ __forceinline__ void consume(const PlaneProduct& p, Shared& shared, i
     }
 #pragma unroll
     for (int j = 0; j < TILE_N / 16; j++) {
-      // Columns are a multiple of eight: four neighbours exist or not together.
+      // Columns are a multiple of eight: four neighbors exist or not together.
       const int at = min(n + col + 16 * j, (int)p.n - 4);
       const int4 pops = __ldg((const int4*)(p.pop_b + at));
       const float4 scales = PLANES_OF_B ? __ldg((const float4*)(p.scale + at)) : make_float4(1, 1, 1, 1);

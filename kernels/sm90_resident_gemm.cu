@@ -203,7 +203,7 @@ __device__ __forceinline__ void store(const ResidentProduct& p, Shared& shared, 
   }
 }
 #else
-// The signs of a tile. Of 16 columns a lane has four neighbours (layout.cuh), so it has eight bits of
+// The signs of a tile. Of 16 columns a lane has four neighbors (layout.cuh), so it has eight bits of
 // each word of its two rows; lanes of four exchange them until each has half of a row's words.
 __device__ __forceinline__ void store(const ResidentProduct& p, Shared& shared, const Work& work,
                                       const int (&acc)[ACC], i64 row0, const int (&ones)[2]) {

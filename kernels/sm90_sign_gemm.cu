@@ -51,7 +51,7 @@ constexpr int CONSUMER_WARPS = 8, WRITERS = 3;
 constexpr int MATRIX_BYTES = TILE_N * DEPTH * 2, SIGN_WORDS = TILE_M / 32;
 static_assert(TILE_M == 128, "of a line of signs a tile has one piece of 16 bytes");
 constexpr bool IN_PARTS = RESULT == RESULT_PARTS;
-constexpr bool ACROSS = RESULT != RESULT_TRANSPOSED;  // the matrix's neighbours are columns, not elements of K
+constexpr bool ACROSS = RESULT != RESULT_TRANSPOSED;  // the matrix's neighbors are columns, not elements of K
 constexpr int BOX_BYTES = 64 * DEPTH * 2;         // of 64 columns
 
 // A tile of results: rows of the output array, padded so that eight are in different banks.
@@ -109,7 +109,7 @@ struct Tiles {
 };
 
 // Position of a line among the words of a slot: of each 16, a thread reads four, 2t, 2t + 1, 2t + 8 and
-// 2t + 9, as neighbours.
+// 2t + 9, as neighbors.
 __device__ __forceinline__ int place_of(int line) {
   return (line & ~15) | (line & 6) << 1 | (line & 8) >> 2 | (line & 1);
 }

@@ -433,7 +433,7 @@ __device__ __forceinline__ void store_split(const int (&acc)[BLOCKS_M][ACC], Sha
     for (int j = 0; j < ACC; j += 8)
 #pragma unroll
       for (int below = 0; below < 2; below++) {
-        const int* from = acc[block] + j + 2 * below;  // four neighbours: layout.cuh
+        const int* from = acc[block] + j + 2 * below;  // four neighbors: layout.cuh
         const int position = wg * ROWS + block * 64 + warp * 16 + (lane >> 2) + 8 * below;
         asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(parts + position * PITCH + j * 4 +
                                                               8 * (lane & 3)),
@@ -462,7 +462,7 @@ __device__ __forceinline__ void store_split(const int (&acc)[BLOCKS_M][ACC], Sha
     }
   cluster_arrive();  // the others' parts have been read
   if (p.parts > 1) {
-    // Neighbouring threads add to neighbours.
+    // Neighboring threads add to neighbors.
     int* sums = p.sums + ((u64)tile * SPLIT_K + rank) * (8 * VECTORS + 1);
 #pragma unroll
     for (int e = 0; e < EACH; e++)

@@ -2,7 +2,7 @@
 // of latent weights, and the copies of the weights that the next step's products read.
 //
 // A block updates 32 rows x 128 columns of one parameter, a warp four of the rows, a lane four
-// neighbours of each. For binary weights it writes the signs, dense for the backward products and
+// neighbors of each. For binary weights it writes the signs, dense for the backward products and
 // packed along the rows (a product's right operand, layout.cuh): 32 rows are one word of a column.
 // A column's popcount changes by the flips. For a rank's share of a weight, it writes the words as
 // they are sent to the other ranks instead. Other parameters are treated as flat, with 128 elements

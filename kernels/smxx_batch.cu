@@ -1,6 +1,6 @@
 // The start of a training step: its batch, and dropout masks.
 //
-// gather: a thread copies VECTOR neighbouring pixels of an image of the batch at a time, and loads EACH
+// gather: a thread copies VECTOR neighboring pixels of an image of the batch at a time, and loads EACH
 // such groups before it stores the first. Pixels stay integers, exact in any type; the first product
 // applies their scale. Bounded by latency: the step number, the image index and then the image's row,
 // at a random address, are read one after another. Clears popcounts that later kernels add to.
@@ -53,7 +53,7 @@ __device__ __forceinline__ void clear_pops(const Batch& p) {
     p.pops[i] = 0;
 }
 
-// Set the dropped ones of N neighbouring pixels to 0; `first` is the place of the first in the whole batch.
+// Set the dropped ones of N neighboring pixels to 0; `first` is the place of the first in the whole batch.
 template <int N>
 __device__ __forceinline__ void drop_pixels(const Batch& p, i64 first, float (&v)[N]) {
   if (!DROP) return;

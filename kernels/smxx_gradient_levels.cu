@@ -46,7 +46,7 @@ __device__ __forceinline__ u32 greatest_of_warp(u32 x) {
 #endif
 }
 
-// Two neighbours at a time if a row is a whole number of pairs; of bfloat16 with their bits in one word.
+// Two neighbors at a time if a row is a whole number of pairs; of bfloat16 with their bits in one word.
 template <typename T> struct Pair;
 template <> struct Pair<float> {
   u32 first, second;

@@ -47,7 +47,7 @@ __device__ __forceinline__ void sum_over_block(const float (&mine)[N], double (&
 
 // Filled by cupybnn/backends/cuda/fused_head.py, field by field in this order.
 struct OutputNorm {
-  float* logits;  // (rows, CLASSES): the products; afterwards the normalised logits
+  float* logits;  // (rows, CLASSES): the products; afterwards the normalized logits
   float* grad;    // (rows, GRAD_STRIDE): gradient of the products
   const void* labels;
   const float* gamma;
@@ -61,7 +61,7 @@ struct OutputNorm {
   const float* whole_gamma;  // PART: the gradients of gamma and beta, of the whole batch
   const float* whole_beta;
   i64 rows;
-  double share;       // 1 / examples that are normalised together
+  double share;       // 1 / examples that are normalized together
   double loss_share;  // of an example in the mean loss
   double decay, eps, smoothing;
 };
@@ -119,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const auto logit = [&](float n, int c) { return __fadd_rn(__fmul_rn(n, gamma[c]), beta[c]); };
 
 #if PART != PART_GRADIENT
-  // Sums of the gradients, of the gradients times the normalised logits, and of the loss.
+  // Sums of the gradients, of the gradients times the normalized logits, and of the loss.
   float mine[2 * CLASSES + 1] = {};
   for (int row = threadIdx.x; row < rows; row += THREADS) {
     // All loads come before the first store, which would hold them up.

@@ -3,8 +3,8 @@
 // The blocks of one launch are divided among the operands of a product, so that a call on arrays
 // costs one launch for both. An operand is read in one of two ways, whichever is contiguous:
 //   along lines    (a row-major left operand) a warp takes 1024 elements of a line, or several times
-//                  that for small elements: lanes read neighbours, and together form words;
-//   across lines   (a row-major right operand) a lane takes a line, or neighbouring ones in 8 or 16
+//                  that for small elements: lanes read neighbors, and together form words;
+//   across lines   (a row-major right operand) a lane takes a line, or neighboring ones in 8 or 16
 //                  bytes, and a warp 32 elements of it: one word.
 // Any other strides use the first way, slower.
 //
@@ -28,7 +28,7 @@ struct Operand {
   i64 lines, k, chunks, batch;
   i64 line_stride, k_stride, batch_stride;  // in bytes
   i64 across;        // whether it is read across lines
-  i64 wide;          // whether a lane may read several neighbours at once: adjacent, and aligned
+  i64 wide;          // whether a lane may read several neighbors at once: adjacent, and aligned
   i64 parts;         // along: warps that share a line; across: blocks that share a line
   i64 blocks;        // for this operand
 };
@@ -218,7 +218,7 @@ template <int BYTES> struct Raw { typedef Vector<u32, BYTES / 4> type; };
 template <> struct Raw<2> { typedef unsigned short type; };
 template <> struct Raw<1> { typedef unsigned char type; };
 
-// How a lane reads 32 places of V neighbouring lines: BATCH at a time, and the next ones before it uses
+// How a lane reads 32 places of V neighboring lines: BATCH at a time, and the next ones before it uses
 // them, so that loads are always under way.
 template <typename T, int V> struct Places {
   // Whether a lane's elements of one place fill registers, for signs to be taken all at a time.

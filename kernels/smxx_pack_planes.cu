@@ -1,8 +1,8 @@
 // Packs the levels nearest to numbers to bit planes: along the rows of a matrix or along its columns.
 // cupybnn/backends/levels.py defines the levels.
 //
-// A block takes a tile of 128 x 128 numbers (planes.cuh). What bounds it: reading them, if neighbours of a
-// row are neighbours in memory; the caller turns the matrix if those of a column are.
+// A block takes a tile of 128 x 128 numbers (planes.cuh). What bounds it: reading them, if neighbors of a
+// row are neighbors in memory; the caller turns the matrix if those of a column are.
 //
 // The translation unit sets TYPE, the type of the numbers, PLANES, and UNSIGNED.
 

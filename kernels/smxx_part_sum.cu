@@ -1,7 +1,7 @@
 // The sum of a matrix's parts, always in the same order, rounded once: for products whose K is divided among
 // blocks (sm90_sign_gemm.cu).
 //
-// A thread has four neighbouring elements. What bounds it: reading the parts, from the L2 cache if they fit.
+// A thread has four neighboring elements. What bounds it: reading the parts, from the L2 cache if they fit.
 //
 // The translation unit sets REAL.
 

@@ -1,5 +1,5 @@
 // Random numbers of one draw, as defined in cupybnn/backends/random.py: a thread computes four
-// neighbouring ones, a block of Philox, and stores them together.
+// neighboring ones, a block of Philox, and stores them together.
 //
 // The index of the draw is passed by value or, if `numbers` is not null, read from the device, so that
 // a captured graph can increment it.

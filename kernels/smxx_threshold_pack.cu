@@ -1,7 +1,7 @@
 // Real numbers to packed signs: bit = (y >= threshold of its column) != flip of its column.
 //
 // A warp takes a chunk (1024 columns) of several rows. Its thresholds stay in registers, one for each
-// of 32 loads, and so do the flips of the word that a lane stores. A load is 32 neighbouring columns,
+// of 32 loads, and so do the flips of the word that a lane stores. A load is 32 neighboring columns,
 // and the ballot of its comparisons is their word. No shared memory.
 //
 // What bounds it: reading y. Sixteen loads of 128 bytes are under way for each warp.

@@ -1,10 +1,10 @@
 // Unpacks signs (layout.cuh) to +1 and -1, row-major, for a dense product.
 //
-// unpack_rows: a left operand, whose lines are rows. A thread converts one byte to eight neighbours, 16 or
+// unpack_rows: a left operand, whose lines are rows. A thread converts one byte to eight neighbors, 16 or
 // 32 bytes.
 //
 // unpack_columns: a right operand, whose lines are columns. A thread takes 16 bytes, 128 rows, of each of
-// VECTOR columns; the threads of a block write a row's neighbours together.
+// VECTOR columns; the threads of a block write a row's neighbors together.
 //
 // What bounds both: writing.
 //

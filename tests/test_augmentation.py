@@ -28,7 +28,7 @@ def coordinates(xp, batch=2000, shape=SHAPE, seed=5, number=3, **amounts):
 
 
 def linear_maps(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Matrix and image of the centre for each image, from three pixels; rows before columns."""
+    """Matrix and image of the center for each image, from three pixels; rows before columns."""
     down, right = points[:, 1, 0] - points[:, 0, 0], points[:, 0, 1] - points[:, 0, 0]
     matrix = np.stack([down, right], axis=-1).astype(np.float64)
     return matrix, points.mean(axis=(1, 2), dtype=np.float64) - CENTRE
@@ -115,7 +115,7 @@ class TestDeformations:
         np.testing.assert_allclose(field.std(axis=0), 1.5, rtol=0.1)  # at each pixel
         np.testing.assert_allclose(field.mean(axis=0), 0, atol=0.2)
 
-        # Smooth: neighbours move alike, far ones on their own.
+        # Smooth: neighbors move alike, far ones on their own.
         def alike(rows: int) -> float:
             return float((field[:, rows:] * field[:, : 28 - rows]).mean() / 1.5**2)
 

@@ -345,7 +345,7 @@ def test_parameters_of_an_update(machine):
         weight_decay=0.125,
     )  # fmt: skip
     bias = parameter((130,))
-    bias.mean.data.ptr += 4  # so that four neighbours are not aligned
+    bias.mean.data.ptr += 4  # so that four neighbors are not aligned
     update = update_of(launcher, [[latent, bias]])
     update.launch(0)
     (launch,) = machine.launches

@@ -437,8 +437,8 @@ def test_every_line_has_warps_or_blocks_of_its_own():
         assert got["chunks"] * 1024 >= k > (got["chunks"] - 1) * 1024
         assert 1 <= got["parts"] <= 4 * got["chunks"] or not got["across"]
         if got["across"]:
-            neighbours = {np.int8: 8, np.float16: 4, np.float32: 2}[dtype]
-            groups = -(-lines // (32 * neighbours if got["wide"] else 32))
+            neighbors = {np.int8: 8, np.float16: 4, np.float32: 2}[dtype]
+            groups = -(-lines // (32 * neighbors if got["wide"] else 32))
             assert got["blocks"] == batch * groups * got["parts"]
         else:
             padded = -(-lines // 16) * 16

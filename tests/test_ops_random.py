@@ -96,8 +96,8 @@ def test_uniform(xp):
     assert abs(u.mean() - 0.5) < 5 * np.sqrt(1 / 12 / u.size)
     counts = np.histogram(u, 100, (0, 1))[0]
     assert ((counts - 1200) ** 2 / 1200).sum() < 99 + 5 * np.sqrt(2 * 99)
-    neighbours = np.corrcoef(u.ravel()[:-1], u.ravel()[1:])[0, 1]
-    assert abs(neighbours) < 5 / np.sqrt(u.size)
+    neighbors = np.corrcoef(u.ravel()[:-1], u.ravel()[1:])[0, 1]
+    assert abs(neighbors) < 5 / np.sqrt(u.size)
 
 
 def test_chosen(xp):

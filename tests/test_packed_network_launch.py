@@ -223,7 +223,7 @@ def test_every_team_gives_the_same(rows, cluster):
     first = net(x).get()
     launch = net._forward.cuda.one_launch
     if cluster > 1 and (rows > 8 or packed_network.architecture(0) not in range(90, 120)):
-        pytest.skip("clusters take eight rows each, on Hopper and data centre Blackwell")
+        pytest.skip("clusters take eight rows each, on Hopper and data center Blackwell")
     launch.use(team, 64, "f")
     np.testing.assert_array_equal(net(x).get(), first)
 

@@ -67,7 +67,7 @@ def canvas(size: tuple[int, int], place: tuple[int, int], ink: np.ndarray) -> np
 
 
 class Rendering:
-    """Pictures of digits as people may have them: of other sizes, places, colours, formats."""
+    """Pictures of digits as people may have them: of other sizes, places, colors, formats."""
 
     def __init__(self, image, scale, size, place, make, kind="PNG") -> None:
         self.image, self.scale, self.size, self.place = image, scale, size, place
@@ -104,7 +104,7 @@ def photographed(image, ink):
 
 
 def in_shadow(image, ink):
-    """Paper that is half as bright on one side as on the other, and ink that is grey."""
+    """Paper that is half as bright on one side as on the other, and ink that is gray."""
     across = np.linspace(1, 0.5, ink.shape[1])
     return image.fromarray(((255 - 0.7 * ink) * across).astype(np.uint8))
 
@@ -115,9 +115,9 @@ def with_specks(image, ink):
     return image.fromarray(255 - x)
 
 
-def transparent(colour):
+def transparent(color):
     def make(image, ink):
-        return image.merge("LA", [image.new("L", ink.shape[::-1], colour), image.fromarray(ink)])
+        return image.merge("LA", [image.new("L", ink.shape[::-1], color), image.fromarray(ink)])
 
     return make
 
@@ -182,8 +182,8 @@ class TestPictures:
             assert (len(rows), len(columns)) == (20, 10)
             mass = pixels.sum(dtype=float)
             for axis in (0, 1):
-                centre = (pixels.sum(axis=1 - axis) @ np.arange(28)) / mass
-                assert abs(centre - 14) <= 0.5
+                center = (pixels.sum(axis=1 - axis) @ np.arange(28)) / mass
+                assert abs(center - 14) <= 0.5
 
     def test_mnists_images_come_back_nearly_as_they_were(self, mnist):
         alike = []
@@ -222,13 +222,13 @@ class TestPictures:
 
     def test_modes_of_pillow(self, image):
         ink = canvas((60, 50), (10, 20), np.full((40, 8), 255, np.uint8))
-        grey = image.fromarray(255 - ink)
+        gray = image.fromarray(255 - ink)
         expected = None
         for mode, kind in (
             ("1", "PNG"), ("L", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("RGB", "PNG"),
             ("RGBA", "PNG"), ("I;16", "PNG"), ("L", "JPEG"), ("RGB", "JPEG"), ("CMYK", "JPEG"),
         ):  # fmt: skip
-            converted = grey.convert(mode) if mode != "I;16" else image.fromarray(
+            converted = gray.convert(mode) if mode != "I;16" else image.fromarray(
                 (255 - ink).astype(np.uint16) * 257
             )  # fmt: skip
             file = io.BytesIO()
@@ -323,12 +323,12 @@ class TestArrays:
     def test_arrays_of_another_shape_are_pictures(self):
         stroke = canvas((50, 40), (10, 12), np.full((30, 6), 255, np.uint8))
         expected = prepare(stroke / 255, (28, 28)).pixels
-        colour = np.repeat(stroke[..., None], 3, axis=2)
+        color = np.repeat(stroke[..., None], 3, axis=2)
         for array, single in (
             (stroke, True), (255 - stroke, True), (stroke > 0, True), (stroke / 255, True),
             (stroke.astype(np.uint16) * 257, True), (stroke.astype(np.int64), True),
-            (colour, True), (np.dstack([colour, np.full_like(stroke, 255)]), True),
-            (stroke[..., None], True), (stroke[None], False), (np.stack([colour] * 3), False),
+            (color, True), (np.dstack([color, np.full_like(stroke, 255)]), True),
+            (stroke[..., None], True), (stroke[None], False), (np.stack([color] * 3), False),
         ):  # fmt: skip
             found = read_images(npy(array), SPEC)
             assert found.single == single

@@ -44,7 +44,7 @@ class Levels:
 
     @property
     def step(self) -> int:
-        """Difference between neighbouring levels."""
+        """Difference between neighboring levels."""
         return 2 if self.signed else 1
 
     @property

@@ -60,7 +60,7 @@ class Lines:
 
     @property
     def adjacent(self) -> bool:
-        """Whether neighbours in memory belong to neighbouring lines rather than to one line."""
+        """Whether neighbors in memory belong to neighboring lines rather than to one line."""
         return not self.packed and abs(self.x.strides[-2]) < abs(self.x.strides[-1])
 
     def broadcast(self, batch: tuple[int, ...]) -> Lines:
@@ -144,7 +144,7 @@ class Lines:
         return self._distant_pairs(lines, ks, memory)
 
     def _adjacent_pairs(self, lines: slice, ks: slice, memory: np.ndarray) -> np.ndarray:
-        # Two neighbouring bools are the bytes of one 16-bit number, so one pass over these numbers
+        # Two neighboring bools are the bytes of one 16-bit number, so one pass over these numbers
         # weights both lines, without floats for each line.
         n, k = lines.stop - lines.start, ks.stop - ks.start
         half = -(-n // 2)

@@ -14,7 +14,7 @@ from cupybnn.files import atomic_write
 
 __all__ = ["draw", "needs_matplotlib", "new_figure", "write"]
 
-#: Colour and line style of each method.
+#: Color and line style of each method.
 _STYLE: dict[str, tuple[str, str]] = {
     "packed -> packed": ("#0b5cad", "-"),
     "packed -> int32": ("#3f97e0", "-"),

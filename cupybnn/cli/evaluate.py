@@ -28,7 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Add the parser of ``cupybnn evaluate``."""
     parser = subparsers.add_parser(
         "evaluate",
-        help="measure a trained network on labelled images",
+        help="measure a trained network on labeled images",
         description=(
             "Predict the test images of a data set and print accuracy, loss (mean cross-entropy), "
             "precision and recall of each class, and the confusion matrix."

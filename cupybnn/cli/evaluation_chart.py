@@ -62,17 +62,17 @@ def _draw_matrix(axes: Any, report: ClassificationReport, data: Dataset) -> None
     confusion = report.confusion
     count = len(confusion)
     right = np.eye(count, dtype=bool)
-    colours = np.ones((count, count, 4))
+    colors = np.ones((count, count, 4))
     # The square root shows single mistakes alongside frequent ones.
-    for cells, colour in ((right, _RIGHT), (~right, _WRONG)):
+    for cells, color in ((right, _RIGHT), (~right, _WRONG)):
         shares = np.sqrt(confusion / max(1, confusion[cells].max(initial=0)))
-        colormap = LinearSegmentedColormap.from_list("", ["#ffffff", colour])
-        colours[cells] = colormap(shares[cells] * 0.9)
-    axes.imshow(colours)
+        colormap = LinearSegmentedColormap.from_list("", ["#ffffff", color])
+        colors[cells] = colormap(shares[cells] * 0.9)
+    axes.imshow(colors)
     if count <= _NUMBERED:
         size = 10 if count <= 12 else 7
         for true, predicted in np.argwhere(confusion):
-            light = colours[true, predicted, :3].mean() > 0.62
+            light = colors[true, predicted, :3].mean() > 0.62
             axes.text(
                 predicted,
                 true,

@@ -38,7 +38,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "train": "train a full-precision or binarized network",
-    "evaluate": "measure a trained network on labelled images",
+    "evaluate": "measure a trained network on labeled images",
     "predict": "say which class a picture shows",
     "export": "write a trained network as .npz, ONNX or a C header",
     "verify": "check every kernel on this machine against a plain product, element by element",

@@ -32,7 +32,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="say which class a picture shows",
         description=(
             "Print a line for each image: its file, the most probable class and its probability. "
-            "Pictures may be grey or colour, of any size, dark on light or light on dark. They are "
+            "Pictures may be gray or color, of any size, dark on light or light on dark. They are "
             "made like MNIST's images: the ink is cut out, scaled to a box of 20x20 pixels and "
             "centred. Arrays (.npy, IDX) of the network's own shape are taken as they are. The "
             "exit code is 1 if a file cannot be read; the others are predicted all the same."

@@ -21,7 +21,7 @@ _SMOOTH = 1 / 7
 class Augmentation:
     """Deform each image of a batch independently.
 
-    The image is mirrored, scaled, sheared and rotated about its centre, displaced elastically and
+    The image is mirrored, scaled, sheared and rotated about its center, displaced elastically and
     shifted, in a single bilinear sampling; pixels outside the image are 0. An amount of 0 turns a
     deformation off.
 
@@ -35,7 +35,7 @@ class Augmentation:
         In [0, 1): height and width are scaled by independent factors, uniform in
         [1 - scale, 1 + scale].
     shear : float
-        Columns are shifted by the distance in rows to the centre times a factor, uniform in
+        Columns are shifted by the distance in rows to the center times a factor, uniform in
         [-shear, shear].
     elastic : float
         Pixels: standard deviation of the displacements of an elastic deformation, a smooth random
@@ -186,7 +186,7 @@ def sample(images: Any, rows: Any, columns: Any) -> Any:
     ----------
     images : array of floating dtype, shape (batch, height, width)
     rows, columns : array of floating dtype, shape (batch, ...)
-        Positions in the image of the same index; integers are pixel centres.
+        Positions in the image of the same index; integers are pixel centers.
 
     Returns
     -------
@@ -208,7 +208,7 @@ def sample(images: Any, rows: Any, columns: Any) -> Any:
     index = index + top.astype(np.int64) * (width + 3) + left.astype(np.int64)
 
     def across(first: Any) -> Any:
-        """Interpolate between two neighbours in a row."""
+        """Interpolate between two neighbors in a row."""
         value = flat.take(first)
         return value + right * (flat.take(first + 1) - value)
 

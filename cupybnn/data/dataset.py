@@ -17,7 +17,7 @@ __all__ = ["Dataset"]
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    """Labelled examples, split into a training and a test set.
+    """Labeled examples, split into a training and a test set.
 
     Use `from_arrays` for your own arrays, `cupybnn.data.load` for data sets by name.
 

@@ -242,7 +242,7 @@ def load_folder(
     Raises
     ------
     DataError
-        If a file is missing, truncated, corrupt or mislabelled, if the numbers of images
+        If a file is missing, truncated, corrupt or mislabeled, if the numbers of images
         and labels differ, if training and test images differ in size, or if a label is out of
         range.
     """
@@ -266,7 +266,7 @@ def load_folder(
         if labels.max() >= classes:
             first = int(np.argmax(labels >= classes))
             raise DataError(
-                f"{label_path} is mislabelled: expected labels from 0 to {classes - 1}, found "
+                f"{label_path} is mislabeled: expected labels from 0 to {classes - 1}, found "
                 f"{int(labels[first])} for image {first}."
             )
     train, test = arrays["train images"], arrays["test images"]

@@ -43,7 +43,7 @@ def load(
     Raises
     ------
     DataError
-        If the data are not available, or a file is truncated, corrupt or mislabelled.
+        If the data are not available, or a file is truncated, corrupt or mislabeled.
     ValueError
         If `name` is unknown, or a `data_dir` is given for "digits".
 

@@ -17,10 +17,10 @@ from cupybnn.errors import DataError, SettingError
 from cupybnn.extras import to_install
 from cupybnn.paths import user_path
 
-__all__ = ["Grey", "content", "name_of"]
+__all__ = ["Gray", "content", "name_of"]
 
-#: Grey and alpha of a picture, from 0 to 1; alpha is None where all is opaque.
-Grey = tuple[np.ndarray, np.ndarray | None]
+#: Gray and alpha of a picture, from 0 to 1; alpha is None where all is opaque.
+Gray = tuple[np.ndarray, np.ndarray | None]
 
 _PICTURES = {b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG"}
 _NPY = b"\x93NUMPY"
@@ -32,7 +32,7 @@ _LARGEST = 2048
 _MOST_PIPED = 1 << 28  # bytes that are read from a pipe
 
 
-def content(file: Any) -> Grey | np.ndarray:
+def content(file: Any) -> Gray | np.ndarray:
     """Return the picture of a PNG or JPEG, or the array of a .npy or IDX file.
 
     Parameters
@@ -95,8 +95,8 @@ def _opened(file: Any, name: str) -> Iterator[Any]:
         yield stream
 
 
-def _decoded(stream: Any, kind: str, name: str) -> Grey:
-    """Read a PNG or JPEG; return grey and alpha, from 0 to 1, alpha None if there is none."""
+def _decoded(stream: Any, kind: str, name: str) -> Gray:
+    """Read a PNG or JPEG; return gray and alpha, from 0 to 1, alpha None if there is none."""
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
@@ -114,7 +114,7 @@ def _decoded(stream: Any, kind: str, name: str) -> Grey:
                 upright = picture
                 with contextlib.suppress(Exception):  # of damaged EXIF data, which do not matter
                     upright = ImageOps.exif_transpose(picture)
-                return _grey(upright)
+                return _gray(upright)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise DataError(
             f"{name} has too many pixels: more than {Image.MAX_IMAGE_PIXELS or 0:,}. Make it "
@@ -127,11 +127,11 @@ def _decoded(stream: Any, kind: str, name: str) -> Grey:
         raise DataError(f"{name} is a damaged {kind}: {reason.rstrip('.')}.") from error
 
 
-def _grey(picture: Any) -> Grey:
+def _gray(picture: Any) -> Gray:
     if picture.mode.startswith(("I", "F")):  # 16 bits
-        grey = np.asarray(picture).astype(np.float32) / 65535
-        step = -(-max(grey.shape) // _LARGEST)
-        return grey[::step, ::step], None
+        gray = np.asarray(picture).astype(np.float32) / 65535
+        step = -(-max(gray.shape) // _LARGEST)
+        return gray[::step, ::step], None
     transparent = "A" in picture.getbands() or "transparency" in picture.info
     picture = picture.convert("LA" if transparent else "L")
     picture.thumbnail((_LARGEST, _LARGEST))

@@ -23,7 +23,7 @@ _WIDEST = 20  # classes whose confusion matrix a terminal can show
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ClassificationReport:
-    """Predictions for labelled examples, and what they say of the network.
+    """Predictions for labeled examples, and what they say of the network.
 
     Attributes
     ----------

@@ -1,7 +1,7 @@
-"""Pictures as a network wants them: grey, light ink on dark, of MNIST's size and place.
+"""Pictures as a network wants them: gray, light ink on dark, of MNIST's size and place.
 
 MNIST's images were made of scanned digits in black and white: each was scaled to fit a box of
-20×20 pixels with its proportions kept, and put into an image of 28×28 pixels so that its centre of
+20×20 pixels with its proportions kept, and put into an image of 28×28 pixels so that its center of
 mass is in the middle (http://yann.lecun.com/exdb/mnist). A picture is treated likewise:
 
 1. Transparent parts become paper: white under dark ink, black under light ink.
@@ -9,7 +9,7 @@ mass is in the middle (http://yann.lecun.com/exdb/mnist). A picture is treated l
 3. What changes evenly along the border, such as a shadow, is taken away from all of the picture.
 4. Paper becomes 0 and ink 1; Otsu's threshold tells them apart. Specks become paper.
 5. What holds ink is cut out and scaled to fit the box, with its proportions kept.
-6. Its centre of mass is moved to the middle of the image, as far as all of it stays inside.
+6. Its center of mass is moved to the middle of the image, as far as all of it stays inside.
 
 A picture that has the network's shape is inverted if need be, and otherwise taken as it is.
 """
@@ -27,7 +27,7 @@ __all__ = ["INVERT", "Picture", "prepare"]
 #: What `invert` may be.
 INVERT = ("auto", "yes", "no")
 
-#: For shapes of images: the box that ink is scaled to, and where its centre of mass lies, counted
+#: For shapes of images: the box that ink is scaled to, and where its center of mass lies, counted
 #: from the middle of the first pixel. scikit-learn's digits fill their images.
 _FRAMES = {
     (28, 28): ((20, 20), (14.0, 14.0)),
@@ -50,7 +50,7 @@ class Picture:
     inverted : bool
         Whether it was dark ink on light paper.
     framed : bool
-        Whether the ink was cut out, scaled and centred; otherwise the picture had the network's
+        Whether the ink was cut out, scaled and centered; otherwise the picture had the network's
         shape.
     """
 
@@ -60,7 +60,7 @@ class Picture:
 
 
 def prepare(
-    grey: np.ndarray,
+    gray: np.ndarray,
     shape: tuple[int, ...],
     *,
     alpha: np.ndarray | None = None,
@@ -71,7 +71,7 @@ def prepare(
 
     Parameters
     ----------
-    grey : ndarray of floats, shape (height, width)
+    gray : ndarray of floats, shape (height, width)
         From 0, black, to 1, white.
     shape : tuple of int
         (height, width) of the network's images.
@@ -91,9 +91,9 @@ def prepare(
     """
     if invert not in INVERT:
         raise SettingError(f"The 'invert' must be one of {', '.join(INVERT)}; got {invert!r}.")
-    if grey.size == 0:
-        raise DataError(f"it has no pixels, its size is {grey.shape[1]}×{grey.shape[0]}")
-    x = np.asarray(grey, np.float32)
+    if gray.size == 0:
+        raise DataError(f"it has no pixels, its size is {gray.shape[1]}×{gray.shape[0]}")
+    x = np.asarray(gray, np.float32)
     if alpha is not None:
         x = _on_paper(x, np.asarray(alpha, np.float32), invert)
     low, high = _range(x)
@@ -121,13 +121,13 @@ def _range(x: np.ndarray) -> tuple[float, float]:
     return low, high
 
 
-def _on_paper(grey: np.ndarray, alpha: np.ndarray, invert: str) -> np.ndarray:
+def _on_paper(gray: np.ndarray, alpha: np.ndarray, invert: str) -> np.ndarray:
     """Put a picture with transparent parts on white paper if its ink is dark, else on black."""
     seen = float(alpha.sum())
     dark_ink = invert == "yes"
     if invert == "auto":
-        dark_ink = seen > 0 and float((grey * alpha).sum()) < seen / 2
-    return grey * alpha + (1 - alpha) * dark_ink
+        dark_ink = seen > 0 and float((gray * alpha).sum()) < seen / 2
+    return gray * alpha + (1 - alpha) * dark_ink
 
 
 def _border(x: np.ndarray) -> np.ndarray:
@@ -185,7 +185,7 @@ def _near(mask: np.ndarray) -> np.ndarray:
 
 
 def _around(x: np.ndarray) -> np.ndarray:
-    """Return the maximum of each pixel and its eight neighbours."""
+    """Return the maximum of each pixel and its eight neighbors."""
     for axis in (0, 1):
         before, after = np.zeros_like(x), np.zeros_like(x)
         source, target = [slice(None)] * 2, [slice(None)] * 2
@@ -224,7 +224,7 @@ def _reduced(x: np.ndarray) -> np.ndarray:
 
 
 def _framed(ink: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Return an image of `shape` with the ink scaled to its box and its centre of mass centred."""
+    """Return an image of `shape` with the ink scaled to its box and its center of mass centered."""
     rows, columns = (np.flatnonzero((ink > 0.5).any(axis=axis)) for axis in (1, 0))
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     height, width = shape
@@ -242,8 +242,8 @@ def _framed(ink: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     places = []
     for axis in range(2):
         mass = small.sum(axis=1 - axis)
-        centre = float(mass @ np.arange(len(mass))) / total
-        place = round(middle[axis] - centre)
+        center = float(mass @ np.arange(len(mass))) / total
+        place = round(middle[axis] - center)
         places.append(min(max(place, 0), shape[axis] - len(mass)))
     image[places[0] : places[0] + size[0], places[1] : places[1] + size[1]] = small
     return image
@@ -252,13 +252,13 @@ def _framed(ink: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 def _resize(x: np.ndarray, size: int) -> np.ndarray:
     """Return `x` with `size` rows, by linear interpolation.
 
-    The weights are a triangle that reaches to the neighbours' centres, in the coarser of the two
+    The weights are a triangle that reaches to the neighbors' centers, in the coarser of the two
     grids.
     """
     before = len(x)
     step = before / size
     reach = max(step, 1.0)
-    centres = (np.arange(size) + 0.5) * step - 0.5
-    weights = np.maximum(0, 1 - np.abs(np.arange(before) - centres[:, None]) / reach)
+    centers = (np.arange(size) + 0.5) * step - 0.5
+    weights = np.maximum(0, 1 - np.abs(np.arange(before) - centers[:, None]) / reach)
     weights /= weights.sum(axis=1, keepdims=True)
     return weights.astype(np.float32) @ x

@@ -9,7 +9,7 @@ from typing import IO
 
 import numpy as np
 
-from cupybnn.deploy.decoding import Grey, content, name_of
+from cupybnn.deploy.decoding import Gray, content, name_of
 from cupybnn.deploy.inputs import InputSpec
 from cupybnn.deploy.pictures import INVERT, Picture, prepare
 from cupybnn.errors import DataError, SettingError
@@ -44,12 +44,12 @@ def read_image(
     pixel_max: float = 255,
     invert: str = "auto",
 ) -> np.ndarray:
-    """Read one picture as a network wants it: grey, light ink on dark, scaled and centred.
+    """Read one picture as a network wants it: gray, light ink on dark, scaled and centered.
 
     Parameters
     ----------
     file : path-like or binary file
-        PNG or JPEG (with Pillow, the extra ``images``) or a .npy of one picture; grey or colour, of
+        PNG or JPEG (with Pillow, the extra ``images``) or a .npy of one picture; gray or color, of
         any size. An open file is read from its beginning.
     shape : tuple of int
         (height, width) of the network's images: ``net.inputs.image_shape``.
@@ -145,7 +145,7 @@ def _image_shape(spec: InputSpec, name: str) -> tuple[int, int]:
 
 
 def _prepared(
-    decoded: list[Grey],
+    decoded: list[Gray],
     shape: tuple[int, int],
     spec: InputSpec,
     invert: str,
@@ -154,10 +154,10 @@ def _prepared(
 ) -> Images:
     assert spec.pixel_max is not None
     pictures = []
-    for i, (grey, alpha) in enumerate(decoded):
+    for i, (gray, alpha) in enumerate(decoded):
         try:
             pictures.append(
-                prepare(grey, shape, alpha=alpha, pixel_max=spec.pixel_max, invert=invert)
+                prepare(gray, shape, alpha=alpha, pixel_max=spec.pixel_max, invert=invert)
             )
         except DataError as error:
             which = name if single else f"{name}[{i}]"
@@ -198,7 +198,7 @@ def _as_it_is(batch: np.ndarray, spec: InputSpec, invert: str, name: str) -> np.
 
 
 def _batch(array: np.ndarray, name: str) -> tuple[np.ndarray, bool]:
-    """Return an array of pictures, grey or with their planes last, and whether it was one."""
+    """Return an array of pictures, gray or with their planes last, and whether it was one."""
     planes = array.ndim > 2 and array.shape[-1] in (1, 3, 4)
     dimensions = array.ndim - planes
     if dimensions not in (2, 3):
@@ -221,11 +221,11 @@ def _white(batch: np.ndarray, name: str) -> int:
     return white
 
 
-def _planes(image: np.ndarray) -> Grey:
-    """Return grey and alpha of an image; the weights of the colours are those of ITU-R BT.601."""
+def _planes(image: np.ndarray) -> Gray:
+    """Return gray and alpha of an image; the weights of the colors are those of ITU-R BT.601."""
     if image.ndim == 2:
         return image, None
     if image.shape[2] == 1:
         return image[..., 0], None
-    grey = image[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32)
-    return grey, image[..., 3] if image.shape[2] == 4 else None
+    gray = image[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32)
+    return gray, image[..., 3] if image.shape[2] == 4 else None

@@ -25,7 +25,7 @@ __all__ = ["Predictor", "build_model", "packed_arrays"]
 def build_model(
     config: TrainConfig, features: int, classes: int, sizes: Sequence[int]
 ) -> nn.Sequential:
-    """Return an initialised network, on the CPU.
+    """Return an initialized network, on the CPU.
 
     Each hidden layer is product, batch norm, sign; all but the first have binary weights, and with
     ``config.first`` the first one, too. The last layer has real weights and signs as its input;

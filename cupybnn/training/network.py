@@ -34,7 +34,7 @@ _INITIAL_SCALE = 0.05
 
 
 def build_network(config: TrainConfig, features: int, classes: int) -> nn.Sequential:
-    """Return the network that `config` describes, initialised from its seed, on the CPU.
+    """Return the network that `config` describes, initialized from its seed, on the CPU.
 
     Its layers are ``fc1``, ``fc2``, ... and ``fcout``, with others between them.
 

@@ -265,7 +265,7 @@ class Options:
     vat: float = _learning(
         0.0,
         _from_0("DISTANCE"),
-        "virtual adversarial training: also minimise how far predictions change when each image "
+        "virtual adversarial training: also minimize how far predictions change when each image "
         "moves by DISTANCE (L2) where they change most (Miyato et al.: Virtual adversarial "
         "training, arXiv 1704.03976); costs two more forward and backward passes",
         synonyms=("virtual_adversarial", "vat_distance", "vat_eps"),

@@ -63,7 +63,7 @@ class Step(Protocol):
 
 
 class Objective:
-    """What training minimises: the mean loss of a batch plus ``reg`` times a penalty.
+    """What training minimizes: the mean loss of a batch plus ``reg`` times a penalty.
 
     Parameters
     ----------

@@ -20,7 +20,7 @@
 constexpr i64 BINARY = 1;   // the copy holds signs
 constexpr i64 CLIPPED = 2;  // pseudo-gradient: limited to [-1, 1]
 constexpr i64 WINDOW = 4;   // pseudo-gradient: 0 where the weight is outside [-1, 1]
-constexpr i64 ALIGNED = 8;  // four neighbours can be loaded and stored together
+constexpr i64 ALIGNED = 8;  // four neighbors can be loaded and stored together
 constexpr i64 ROUNDED = 16; // the gradient comes from a dense product, in real_t; otherwise float
 constexpr i64 SENT = 32;    // `words` has a word of 32 rows for each column, row by row, to be sent
 

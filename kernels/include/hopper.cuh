@@ -169,7 +169,7 @@ template <bool TRANSPOSED> __device__ __forceinline__ void store_blocks(u32 to, 
 __device__ __forceinline__ u64 operand_descriptor(u32 address) {
   return (u64)((address & 0x3ffff) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
-// The same for an operand whose lines' neighbours are contiguous, 64 elements of 16 bits at a time, and
+// The same for an operand whose lines' neighbors are contiguous, 64 elements of 16 bits at a time, and
 // swizzled likewise: stride offset 1024 bytes (eight elements along K), and `next` bytes to the next
 // 64 lines. 16 elements along K are 2048 bytes further, 128 in the address field.
 __device__ __forceinline__ u64 operand_descriptor_across(u32 address, u32 next) {

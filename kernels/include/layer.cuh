@@ -34,7 +34,7 @@ constexpr bool HAS_NORM = true;
 constexpr bool HAS_NORM = false;
 #endif
 
-// The product of V neighbouring columns, after dropout if that comes first.
+// The product of V neighboring columns, after dropout if that comes first.
 template <int V>
 __device__ __forceinline__ void load_product(const Layer& p, i64 row, i64 col, float (&z)[V]) {
   load<V>(p.z + row * p.cols + col, z);
@@ -45,8 +45,8 @@ __device__ __forceinline__ void load_product(const Layer& p, i64 row, i64 col, f
 #endif
 }
 
-// Mean, deviation and so on of V neighbouring columns. Each step is rounded as in the plain engine:
-// if a normalised product is near 0, the last bit decides its sign.
+// Mean, deviation and so on of V neighboring columns. Each step is rounded as in the plain engine:
+// if a normalized product is near 0, the last bit decides its sign.
 template <int V> struct Normal {
   float mean[V], inverse[V], gamma[V], beta[V];
   __device__ __forceinline__ Normal(const Layer& p, i64 col)

@@ -12,8 +12,8 @@
 // swizzle that Hopper's tensor cores read, and that keeps ldmatrix free of bank conflicts elsewhere.
 //
 // Sixteen lines are stored in the order 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15. Tensor cores give a
-// lane two neighbouring columns of every eight; with lines in this order, two adjacent fragments give
-// it four neighbours, and a result is stored 16 bytes at a time.
+// lane two neighboring columns of every eight; with lines in this order, two adjacent fragments give
+// it four neighbors, and a result is stored 16 bytes at a time.
 #pragma once
 
 typedef unsigned int u32;

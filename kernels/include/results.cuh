@@ -53,7 +53,7 @@ __device__ __forceinline__ void fill_chunk(const Product& p, i64 item, i64 m, i6
 #endif
 
 // A lane's accumulators of some rows of fragments (Results::store_fragments). `four(block, below, j, i)` is
-// the register of neighbour i of four, in fragments j and j + 1, in the lane's first or second row.
+// the register of neighbor i of four, in fragments j and j + 1, in the lane's first or second row.
 template <int BLOCKS, int COUNT> struct Whole {
   static constexpr int SPAN = 1;  // pairs of fragments in a register
   const int (&of)[BLOCKS][COUNT];
@@ -166,7 +166,7 @@ template <int HEIGHT, int WIDTH> struct Results {
 #endif
   }
 
-  // Four neighbours of one row, in as many registers as they fill.
+  // Four neighbors of one row, in as many registers as they fill.
   static constexpr int WORDS = sizeof(out_t);
   static __device__ __forceinline__ void join_four(const u32 (&from)[4], u32 (&v)[WORDS]) {
 #pragma unroll
@@ -211,8 +211,8 @@ template <int HEIGHT, int WIDTH> struct Results {
   }
 #endif
 
-  // Store eight neighbours of a row, the first at a multiple of eight. OUTPUT_PACKED: for a whole warp,
-  // of which four neighbouring lanes have a word.
+  // Store eight neighbors of a row, the first at a multiple of eight. OUTPUT_PACKED: for a whole warp,
+  // of which four neighboring lanes have a word.
   __device__ __forceinline__ void store_eight(int row, int col, const int (&acc)[8]) const {
 #if OUTPUT == OUTPUT_PACKED
     u32 negative = 0;
@@ -251,7 +251,7 @@ template <int HEIGHT, int WIDTH> struct Results {
   }
 
 #if OUTPUT != OUTPUT_PACKED
-  // What a lane computes of four neighbours before they are exchanged, in fragments from j on, for column
+  // What a lane computes of four neighbors before they are exchanged, in fragments from j on, for column
   // `col` of the first: results, or with HALVES the numbers of bits that differ. These are at least 0, so
   // the halves of a register can be added together: popcount(a_row) + popcount(b_col) - 2 acc.
   template <typename Acc>
@@ -295,7 +295,7 @@ template <int HEIGHT, int WIDTH> struct Results {
   // store_fragments for unaligned rows and partial tiles.
   //
   // The L2 cache has sectors of 32 bytes, and writing part of one takes as long as a whole one, or
-  // longer. So lanes exchange results until each has four aligned neighbours and a row's four lanes
+  // longer. So lanes exchange results until each has four aligned neighbors and a row's four lanes
   // have whole sectors: if a row's first result is `shift` after the start of a sector, lane `quad`
   // gets the results from column 4 quad - shift on. Results move up by shift % 4 within a lane's
   // four, then by shift / 4 lanes, or by one more if the first move took them past the four; past the
@@ -389,7 +389,7 @@ template <int HEIGHT, int WIDTH> struct Results {
       }
   }
 
-  // store_fragments if neighbours in a row are not adjacent in memory.
+  // store_fragments if neighbors in a row are not adjacent in memory.
   template <int FIRST, int COUNT, int BLOCKS, typename Acc>
   __device__ __forceinline__ void store_scattered(int row, int block_rows, int rows, int col,
                                                   int cols, int lane, const Acc& acc) const {
@@ -424,7 +424,7 @@ template <int HEIGHT, int WIDTH> struct Results {
   // Store COUNT of a warp's TOTAL adjacent tensor-core fragments, starting at FIRST, for BLOCKS times
   // 16 positions that are `block_rows` apart. Of 16 row positions a lane holds lane / 4 and
   // lane / 4 + 8, and of eight column positions 2 (lane % 4) and the next (PTX ISA, matrix fragments
-  // of mma.m16n8k256): rows two apart, and in two fragments four neighbouring columns (layout.cuh).
+  // of mma.m16n8k256): rows two apart, and in two fragments four neighboring columns (layout.cuh).
   // `acc` are the lane's accumulators, Whole or Halves.
   // OUTPUT_PACKED: `ones` counts the bits of the lane's rows, for count_fragments. Fragments are stored in
   // order, from 0 to TOTAL, with the same `leftover`.
@@ -432,7 +432,7 @@ template <int HEIGHT, int WIDTH> struct Results {
   __device__ __forceinline__ void store_fragments(int row, int block_rows, int col, const Acc& acc,
                                                   int (&ones)[BLOCKS], Leftover<BLOCKS>& leftover) const {
     constexpr int ROWS = 2 * BLOCKS, STEP = 2 * Acc::SPAN;
-    static_assert(FIRST % STEP == 0 && COUNT % STEP == 0, "whole registers of four neighbours");
+    static_assert(FIRST % STEP == 0 && COUNT % STEP == 0, "whole registers of four neighbors");
     int lane;
     asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));  // read again, to keep no derived values
     const int quad = lane & 3;
@@ -440,7 +440,7 @@ template <int HEIGHT, int WIDTH> struct Results {
 #if OUTPUT != OUTPUT_PACKED
     // The part of the tile that exists.
     const int rows = (int)min(p.m - m, (i64)HEIGHT), cols = (int)min(p.n - n, (i64)WIDTH);
-    // Whether the warp's results are inside the matrix, and neighbours can be stored together: the same
+    // Whether the warp's results are inside the matrix, and neighbors can be stored together: the same
     // for all fragments. All lanes agree; telling the compiler saves a second copy of every exchange, for
     // diverged lanes.
     out_t* to = out + r0 * p.out_row + (c0 + 8 * FIRST) * p.out_col;

@@ -1,7 +1,7 @@
 // Traversal of a layer by strips of columns, with sums over its rows.
 //
 // The translation unit sets the macros of layer.cuh, and
-//     VECTOR   neighbouring columns of a lane: 1, 2 or 4; it divides the number of columns
+//     VECTOR   neighboring columns of a lane: 1, 2 or 4; it divides the number of columns
 //     COLS, CLUSTER  columns of a strip and blocks of its cluster (see below)
 //     HELD     rows of a thread that stay in shared memory between passes, or 0 (see below)
 //     BLOCK_WARPS  warps of a block (block.cuh): 16 for strips of many rows
@@ -16,8 +16,8 @@
 #include "hopper.cuh"
 #include "layer.cuh"
 
-// A strip: COLS neighbouring columns, whose rows are shared by the blocks of one blockIdx.x. Used for
-// sums over rows. A thread has VECTOR neighbouring columns, LANES threads have a row.
+// A strip: COLS neighboring columns, whose rows are shared by the blocks of one blockIdx.x. Used for
+// sums over rows. A thread has VECTOR neighboring columns, LANES threads have a row.
 constexpr int LANES = COLS / VECTOR, ROWS_AT_ONCE = THREADS / LANES;
 static_assert(COLS % 32 == 0 && LANES <= 32, "a strip's rows are whole words of masks");
 

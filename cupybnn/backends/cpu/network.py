@@ -4,7 +4,7 @@ Arguments are as for `cupybnn.backends.cpu.kernels`: addresses, strides in bytes
 
 The first layer multiplies pixels with weights that are whole numbers, ``high * 2**shift + low``,
 and compares with a whole threshold. VPMADDWD multiplies 16 pixels with 16 parts of weights and adds
-neighbours, from half the memory that float32 takes. Almost always the sum with the high parts
+neighbors, from half the memory that float32 takes. Almost always the sum with the high parts
 decides; where it is too near to the threshold for that, the sum with the low parts is added.
 """
 

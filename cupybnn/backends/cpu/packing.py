@@ -16,7 +16,7 @@ SCRATCH_BYTES = 512
 
 @inline
 def _signs(address, kind, size, count):
-    """Return the signs of up to 64 neighbours, from bit 0."""
+    """Return the signs of up to 64 neighbors, from bit 0."""
     if count == 64:
         return mask_64(address, kind)
     word = np.uint64(0)

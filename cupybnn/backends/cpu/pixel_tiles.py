@@ -28,7 +28,7 @@ STEP, SUMS = 16, 256
 
 
 def _madd(builder: Any, context: Any, a: Any, b: Any) -> Any:
-    """Return the sums of neighbouring products of vectors of 16 int16, as eight int32."""
+    """Return the sums of neighboring products of vectors of 16 int16, as eight int32."""
     halves, longs = ir.VectorType(I16, 16), ir.VectorType(I32, 16)
     if has_avx2(context):
         kind = ir.FunctionType(ir.VectorType(I32, 8), [halves, halves])

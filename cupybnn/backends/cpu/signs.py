@@ -1,4 +1,4 @@
-"""The sign bits of neighbouring elements, whatever their dtype, as `numpy_bits` defines them."""
+"""The sign bits of neighboring elements, whatever their dtype, as `numpy_bits` defines them."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _masker(count: int) -> Any:
     return mask
 
 
-#: The signs of 64 or eight neighbouring elements as a word, from bit 0, and of one.
+#: The signs of 64 or eight neighboring elements as a word, from bit 0, and of one.
 mask_64, mask_8, mask = _masker(64), _masker(8), _masker(1)
 
 

@@ -76,7 +76,7 @@ class Walk:
         self._multiprocessors = multiprocessors(device)
         self._shared = shared_memory_limit(device)
         self._has_clusters = clusters and architecture(device) >= 90
-        # Data-centre Hopper runs clusters of 16 blocks; elsewhere only 8 are guaranteed.
+        # Data-center Hopper runs clusters of 16 blocks; elsewhere only 8 are guaranteed.
         self._has_large_clusters = architecture(device) == 90
 
     def strips(self, layer: Layer, sums: Sums | None = None, vector: int = 4) -> Strips:

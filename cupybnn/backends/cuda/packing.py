@@ -182,13 +182,13 @@ def _operand(x: Any, axis: int, multiprocessors: int) -> dict[str, int]:
     itemsize = x.itemsize
     across = line_stride == itemsize and k_stride != itemsize and lines > 1
     if across:
-        neighbours = 8 // itemsize if itemsize < 4 else 2  # lines per lane, as in smxx_pack.cu
-        aligned = itemsize * neighbours - 1
-        wide = not ((x.data.ptr | batch_stride | k_stride) & aligned or lines % neighbours)
+        neighbors = 8 // itemsize if itemsize < 4 else 2  # lines per lane, as in smxx_pack.cu
+        aligned = itemsize * neighbors - 1
+        wide = not ((x.data.ptr | batch_stride | k_stride) & aligned or lines % neighbors)
         # Wide loads give fewer blocks: avoid them if most of the GPU would be idle.
         quarters = 4 * chunks  # of 256 elements, which a block takes at a time
-        wide = wide and batch * lines * quarters >= multiprocessors * 32 * neighbours
-        groups = batch * -(-lines // (32 * (neighbours if wide else 1)))
+        wide = wide and batch * lines * quarters >= multiprocessors * 32 * neighbors
+        groups = batch * -(-lines // (32 * (neighbors if wide else 1)))
         # Up to eight blocks per multiprocessor, with equal numbers of quarters if possible.
         parts = min(quarters, -(-_BLOCKS_ACROSS * multiprocessors // groups))
         parts = -(-quarters // -(-quarters // parts))

@@ -99,7 +99,7 @@ def pack_levels(x: Any, axis: int, levels: Levels) -> tuple[Any, Any]:
         return words, sums
     to = PLANE_LINES.pack(words=words, sums=sums, lines=lines, chunks=chunk_count(k))
     along_columns = axis == -2
-    if abs(x.strides[-2]) < abs(x.strides[-1]):  # neighbours of a column are adjacent
+    if abs(x.strides[-2]) < abs(x.strides[-1]):  # neighbors of a column are adjacent
         x, along_columns = x.swapaxes(-1, -2), not along_columns
     rows, cols = x.shape[-2:]
     argument = NUMBERS.pack(

@@ -11,7 +11,7 @@ from cupybnn.errors import SettingError
 
 __all__ = ["draw"]
 
-#: Kinds of bars, from left to right: name, library, product, end of `how`, colour.
+#: Kinds of bars, from left to right: name, library, product, end of `how`, color.
 _KINDS = (
     ("cupybnn, gradients of 1 bit", "cupybnn", "1 plane", "", "#00695c"),
     ("cupybnn, gradients of 4 bits", "cupybnn", "4 planes", "", "#26a08c"),

@@ -167,7 +167,7 @@ class _ModuleQueue:
 
 
 def plan_hidden(block: nn.Block, precision: str) -> HiddenPlan:
-    """Plan a hidden layer by itself; what depends on its neighbours is decided later."""
+    """Plan a hidden layer by itself; what depends on its neighbors is decided later."""
     product = _product(block.linear)
     rest = _ModuleQueue(block.name, block.rest)
     drop, dropout = DROP_PRODUCT, rest.take(nn.Dropout)
