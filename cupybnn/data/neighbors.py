@@ -210,7 +210,7 @@ class _Distances:
         ones = xp.ones(features, self._real)  # a product, which needs no kernel for sums on a GPU
         for start in range(0, len(among), 4096):
             part = slice(start, start + 4096)
-            self._squares[part] = (self._others[part] ** 2) @ ones
+            self._squares[part] = ((self._others[part] ** 2) @ ones).astype(self._dtype)
 
     @property
     def most(self) -> float:
