@@ -114,7 +114,8 @@ class Trainer:
         As for `train`.
     ValueError
         If the data set has no test part, unless `config` asks for no evaluations
-        (``eval_every_n=0``) and no log; or is to be augmented but has no images.
+        (``eval_every_n=0``) and no log; or is to be augmented but has no images; or has too few
+        examples for `neighbors` (a SettingError).
     """
 
     def __init__(
