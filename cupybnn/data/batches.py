@@ -210,7 +210,7 @@ class DeviceData:
         self.pixel_scale: Any = None
         if dataset.pixel_max is not None:
             self.pixel_scale = self.dtype.type(1.0 / dataset.pixel_max)
-        self._pixel_max, self._weights = dataset.pixel_max, dataset.train_weights
+        self._dataset = dataset
         self._neighbors: dict[int, Any] = {}
 
     def _to_device(self, images: np.ndarray) -> Any:
@@ -250,9 +250,10 @@ class DeviceData:
     @cached_property
     def brightest(self) -> int:
         """The greatest pixel: that of full brightness, or of the training images if greater."""
-        if self._pixel_max is None:
+        if self._dataset.pixel_max is None:
             raise TypeError("Float features have no brightest pixel.")
-        return max(min(math.ceil(self._pixel_max), 255), int(self.train_images.max()))
+        most = math.ceil(self._dataset.pixel_max)
+        return max(min(most, 255), int(self._dataset.train_images.max()))
 
     def nearest_neighbors(self, count: int) -> Any:
         """Return the nearest neighbors of each training example, of those of positive weight.
@@ -260,7 +261,8 @@ class DeviceData:
         They are found at the first call, and kept. See `cupybnn.data.nearest_neighbors`.
         """
         if count not in self._neighbors:
-            among = None if self._weights is None else np.flatnonzero(self._weights)
+            weights = self._dataset.train_weights
+            among = None if weights is None else np.flatnonzero(weights)
             self._neighbors[count] = nearest_neighbors(self.train_images, count, among)
         return self._neighbors[count]
 

@@ -172,7 +172,7 @@ def nearest_neighbors(images: Any, count: int, among: Any = None) -> Any:
             f"The 'count' of neighbors must be at least 1 and less than the number of examples, "
             f"{len(among):,}; got {count}."
         )
-    place = xp.full(examples, -1)  # among those that may be neighbors
+    place = xp.full(examples, -1)  # among those that may be neighbors; -1, harmlessly, for others
     place[among] = xp.arange(len(among))
     distances = _Distances(images, among)
     table = xp.empty((examples, count), np.int32)
@@ -181,8 +181,8 @@ def nearest_neighbors(images: Any, count: int, among: Any = None) -> Any:
         part = slice(start, min(start + rows, examples))
         found = distances.of(part)
         each, own = xp.arange(len(found)), place[part]
-        known = own >= 0
-        found[each[known], own[known]] = distances.most  # an example is no neighbor of its own
+        # An example is no neighbor of its own.
+        found[each, own] = xp.where(own < 0, found[each, own], distances.most)
         for j in range(count):
             closest = found.argmin(axis=1)
             table[part, j] = among[closest]
@@ -213,9 +213,9 @@ class _Distances:
             self._squares[part] = ((self._others[part] ** 2) @ ones).astype(self._dtype)
 
     @property
-    def most(self) -> float:
-        """More than any distance, of those that are whole numbers the greatest of their dtype."""
-        return math.inf if self._dtype.kind == "f" else 2 ** (8 * self._dtype.itemsize - 1) - 1
+    def most(self) -> Any:
+        """More than any distance, of the distances' dtype."""
+        return self._dtype.type(math.inf if self._dtype.kind == "f" else 2**31 - 1)
 
     def of(self, part: slice) -> Any:
         """Return the distances of some rows: shape (rows, others)."""
